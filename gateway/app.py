@@ -39,7 +39,7 @@ Every path under `/v1` works without `/v1` too (`/rerank` writes a document in a
 
 
 def create_app(deployment: Deployment) -> FastAPI:
-    """Return the application. It serves ``deployment`` as it is: the caller starts and stops it.
+    """Return the application. The caller starts and stops ``deployment``.
 
     Raises:
         ConfigError: the file of API keys or the storage of quotas is wrong.
@@ -73,7 +73,7 @@ def create_app(deployment: Deployment) -> FastAPI:
     if settings.admin_port is None:
         routers += [admin_router(deployment, are_metrics_open=not keyring), *app.state.operator_routers]
     if settings.console != "off":
-        # Imported only where it is used: so are the templates and their library.
+        # Imported only if used, like the templates and their library.
         from gateway.console.site import console_router
 
         port = settings.port if settings.is_console_for_clients else settings.admin_port or 0

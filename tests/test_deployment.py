@@ -485,7 +485,7 @@ async def test_a_reload_tells_which_aliases_and_experiments_have_changed(gateway
 
     assert reloaded.aliases == {"gone": "one -> none", "moved": "one -> two:query", "new": "none -> two"}
     assert reloaded.experiments == {
-        "e": "one 1, two 1 -> one 9, two 1; counts begin again; units that move: two -> one 39.8%",
+        "e": "one 1, two 1 -> one 9, two 1; counts start over; units that move: two -> one 39.8%",
         "ended": "removed",
         "dated": "changed; counts go on",
         "begun": "added",

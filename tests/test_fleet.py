@@ -140,7 +140,7 @@ async def test_a_model_that_is_not_of_the_space_it_claims_is_stopped(made: Model
     await made.fleet().start()
 
     assert made.states() == {"near": "ready", "far": "failed"}
-    assert "its vectors have 16 dimensions, and those of near 8" in made.models[1].reason
+    assert "its vectors have 16 dimensions, but those of near have 8" in made.models[1].reason
     assert made.models[1].info is None
     assert far.num_stops == 1
 

@@ -1,1 +1,1 @@
-"""Who may ask, how much, and how slowly: ``keyring`` knows the clients, ``quotas`` counts, ``body`` reads within limits."""
+"""Access control: ``keyring`` identifies clients, ``quotas`` counts their requests, ``memory`` bounds them all."""

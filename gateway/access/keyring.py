@@ -54,8 +54,8 @@ class Client:
 class Keyring:
     """The valid keys; without any, no key is required.
 
-    A file of keys is reloaded in the background within a second of a change, so that keys can be replaced without a restart
-    and without delaying a request. A file that has become wrong, or was deleted, changes nothing.
+    A file of keys is reloaded in the background within a second of a change, so that keys can be replaced without a
+    restart and without delaying a request. If the file becomes invalid or is deleted, the previous keys stay valid.
 
     Raises:
         ConfigError: the file of keys cannot be read, or is wrong.
@@ -152,9 +152,10 @@ class Keyring:
         seen = await asyncio.to_thread(_stamp, path)
         if seen == self._seen:
             return
-        self._seen = seen  # also if it is wrong: logged once, not every second
+        self._seen = seen  # even if the file is wrong, so that the error is logged once and not every second
         try:
-            # In a thread: a file of thousands of keys takes seconds, while requests go on with the previous keys.
+            # In a thread: a file of thousands of keys takes seconds to read, and meanwhile requests use the previous
+            # keys.
             self._clients = await asyncio.to_thread(self._read, path)
         except ConfigError as error:
             metrics.KEY_RELOADS.labels("refused").inc()

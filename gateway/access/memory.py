@@ -1,7 +1,7 @@
 """The memory budget of all requests: bodies being received, waiting texts and tokens, unread responses.
 
-Memory is reserved before it is used: for a body when its size is announced, for an answer before anything is computed. A
-request that does not fit is refused at once, while the client can still retry cheaply.
+Memory is reserved before it is used: for a body when its size is announced, and for an answer before anything is
+computed. A request that does not fit is rejected immediately, while a retry is still cheap for the client.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Final
 
 from gateway.errors import MemoryFull, TooMuchMemory
 
-# A request that holds at most this is small. Small requests are admitted where large ones are refused.
+# A request that needs at most this many bytes is small. Small requests are still admitted when large ones are rejected.
 _SMALL_BYTES: Final = 1 << 20
 _SMALL_WEIGHT: Final = 7
 # The window for measuring the rate at which memory is released.
@@ -30,7 +30,7 @@ class MemoryBudget:
     Networking 6(2), 1998.) For small requests the limit is seven times the free memory, so that a client that does not read
     its responses still gets one for a short text.
 
-    Belongs to one event loop.
+    An instance belongs to one event loop.
 
     Args:
         max_bytes: the size of the budget.
@@ -55,7 +55,7 @@ class MemoryBudget:
 
         Raises:
             MemoryFull: there is no room for it now.
-            TooMuchMemory: there never is, not even for a single client.
+            TooMuchMemory: it would not even fit for a single client.
         """
         more = wanted - held
         if more > 0:
@@ -119,7 +119,7 @@ class Reservation:
 
         Raises:
             MemoryFull: there is no room for it now.
-            TooMuchMemory: there never is.
+            TooMuchMemory: it would not even fit for a single client.
         """
         self._budget.change(self.caller, self.num_bytes, num_bytes)
         self.num_bytes = num_bytes

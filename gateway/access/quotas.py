@@ -4,9 +4,9 @@ Windows are fixed: a minute begins with a client's first request and ends 60 s l
 same in memory and in Redis, and is what OpenAI's headers can express.
 
 The tokens of a request are known only after tokenization, so they are charged afterwards. While a request runs, an estimate
-is reserved, so that a client cannot send any number of requests on its last token. A client can thus exceed its tokens by
-those of one request, and by as many in each further replica. A client that disconnects before its answer is charged the
-estimate: the work may be done by then.
+is reserved, so that a client cannot send any number of requests on its last token. So a client can exceed its tokens by
+those of one request, once per replica. A client that disconnects before its answer is charged the estimate, because the
+work may already be done.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _MAX_CONNECTIONS: Final = 16
 _STORAGE_TIMEOUT_S: Final = 0.5
 # How many windows' ends are cached; others are read from the storage again.
 _MAX_ENDS: Final = 10_000
-# A storage that hangs costs one request the timeout, not every request.
+# How long a failed storage is left alone, so that only one request waits for its timeout.
 _SILENCE_S: Final = 5.0
 # How often expired counters are deleted.
 _SWEEP_EVERY_S: Final = 30.0
@@ -111,7 +111,7 @@ class Quotas:
             max_tokens: the length at which the longest model truncates a text.
 
         Raises:
-            RateLimited: no tokens are left by now, apart from those that the client's running requests need.
+            RateLimited: no tokens are left, apart from those that the client's running requests need.
         """
         client = ticket.client
         if not client.tokens_per_minute:
@@ -191,7 +191,7 @@ class Quotas:
 
 
 def _connect(uri: str) -> tuple[Storage, ConnectionPool | None]:
-    """Return the storage, and its connections, to be closed in the end."""
+    """Return the storage, and its connections, which the caller closes at the end."""
     if uri == "memory://":
         return ProcessStorage(), None
     try:
@@ -222,7 +222,7 @@ class ProcessStorage(Storage):
 
     def __init__(self) -> None:
         super().__init__()
-        # Count, and end by `time.monotonic`: setting the clock makes no window longer or shorter.
+        # The count, and the end on `time.monotonic`, so that setting the clock does not change a window.
         self._counts: dict[str, tuple[int, float]] = {}
         self._next_sweep = 0.0
 

@@ -34,13 +34,14 @@ class ReloadAnswer(AnswerBody):
     """The registry was re-read, and is served."""
 
     status: Literal["reloaded"] = "reloaded"
-    loaded: list[str] = Field(description="Models that were loaded for it, or are loaded on demand from now on.")
-    kept: list[str] = Field(description="Models that stayed as they were.")
-    removed: list[str] = Field(description="Models that are gone.")
+    loaded: list[str] = Field(description="Models that were loaded for it, or will be loaded on demand.")
+    kept: list[str] = Field(description="Unchanged models.")
+    removed: list[str] = Field(description="Removed models.")
     aliases: dict[str, str] = Field(description="The change of each alias: `mini -> jina:retrieval.query`.")
     experiments: dict[str, str] = Field(
-        description="The change of each experiment, whether its counts go on, and which share of its units moves to another "
-        "arm: `mini 90, new 10 -> mini 50, new 50; counts begin again; units that move: mini -> new 40.1%`."
+        description="The change of each experiment, whether its counts continue, and which share of its units moves "
+        "to another "
+        "arm: `mini 90, new 10 -> mini 50, new 50; counts start over; units that move: mini -> new 40.1%`."
     )
     seconds: float
 
@@ -50,7 +51,7 @@ class ModelAnswer(AnswerBody):
 
     id: str
     state: str
-    seconds: float = Field(description="How long that took; work in flight ends before a model is unloaded.")
+    seconds: float = Field(description="How long this took. A model finishes its work in flight before it is unloaded.")
 
 
 class VerifyAnswer(AnswerBody):
@@ -105,7 +106,7 @@ class Admin:
         return Response(merged, media_type=CONTENT_TYPE_LATEST)
 
     async def reload(self, request: Request) -> ReloadAnswer:
-        """Re-read `models.yaml`. All of it is checked, loaded and warm before the switch; else nothing changes."""
+        """Re-read `models.yaml`. Everything is checked, loaded and warm before the switch; a failure changes nothing."""
         require_operator(request, self._deployment.settings.admin_key)
         return reload_answer(await self._deployment.reload())
 
@@ -127,11 +128,11 @@ class Admin:
         return await verify(self._deployment, model)
 
     async def load(self, model: str, request: Request) -> ModelAnswer:
-        """Load a model that is loaded on demand, and wait for that."""
+        """Load a model that is loaded on demand, and wait until it is loaded."""
         return await self._change(request, model, lambda backend: backend.load())
 
     async def unload(self, model: str, request: Request) -> ModelAnswer:
-        """Unload a model that is loaded on demand, when its work in flight is done. The next request loads it again."""
+        """Unload a model that is loaded on demand, after its work in flight. The next request loads it again."""
         return await self._change(request, model, lambda backend: backend.unload())
 
     async def _change(
@@ -215,7 +216,10 @@ def _on_demand(fleet: Fleet, model_id: str) -> tuple[Model, OnDemandBackend]:
     if model.entry.is_remote:
         raise BadInput(f"model {model.id!r} runs on other servers, and is loaded there")
     if backend is None:
-        raise BadInput(f"model {model.id!r} is loaded at the start, for good: set `load: on_demand` in models.yaml")
+        raise BadInput(
+            f"model {model.id!r} is loaded at the start and stays loaded: set `load: on_demand` in "
+            "models.yaml to change that"
+        )
     if model.state is ModelState.LOADING and not backend.is_started:
         raise ModelNotReady(f"model {model.id!r} cannot be loaded yet: the gateway is starting", retry_after_s=5)
     if not backend.is_started:

@@ -8,7 +8,7 @@ from urllib.parse import quote
 from gateway.requests import Answer, EmbedAnswer
 from gateway.types import Timings
 
-# A header lists so many truncated inputs and then how many more there are: proxies limit headers to 8 KiB.
+# A header lists this many truncated inputs, and then the number of further ones: proxies limit headers to 8 KiB.
 _MAX_LISTED_INDICES = 100
 
 

@@ -1,4 +1,4 @@
-"""The arms of units, before anything is embedded: for clients that must know their collection first, such as Mem0."""
+"""The arms of units before anything is embedded, for clients that must first know their collection, such as Mem0."""
 
 from __future__ import annotations
 
@@ -38,15 +38,15 @@ class Sending(AnswerBody):
 
 
 class AssignmentCard(AnswerBody):
-    """The arm of a unit now: a change of the weights may move it."""
+    """The current arm of a unit; a change of the weights may move the unit."""
 
     object: Literal["assignment"] = "assignment"
     experiment: str
     generation: str = Field(description="Identifies salt, arms and weights; with another one, units may have moved.")
-    unit: str | None = Field(description="As it was sent; `null` where the unit is the API key, or is missing.")
+    unit: str | None = Field(description="The unit as sent; `null` if the unit is the API key or missing.")
     arm: str
     model: str
-    task: str | None = Field(description="Of a request without a task; `null` for a model without tasks.")
+    task: str | None = Field(description="The task of a request without one; `null` for a model without tasks.")
     width: int | None = Field(description="Dimensions of a full vector; `null` while the model is not known yet.")
     space: str | None = Field(description="Of full vectors in this task. Name the collection after it.")
     state: str = Field(description="`ready` if the model answers now.")
@@ -89,14 +89,14 @@ class Assignments:
             str | None, Query(description="The unit. By default that of the request: its header or API key.")
         ] = None,
     ) -> AssignmentCard:
-        """Return the arm of a unit, its model and its space. Costs nothing, and counts only once texts are embedded."""
+        """Return the arm of a unit, its model and its space. A unit counts only once texts are embedded."""
         experiment = find_experiment(self._deployment, request, experiment_id)
         return self._assign(request, experiment, self._deployment.router, unit, "unit")
 
     async def list_assignments(self, request: Request, experiment_id: str) -> AssignmentList:
         """Return the arms of several units, in their order."""
         units = (await self._endpoint.read(request, UnitsBody.parse)).units
-        # Of one moment, with the router: a reload may come between two units.
+        # Taken once together with the router, because a reload may happen between two units.
         experiment, router = find_experiment(self._deployment, request, experiment_id), self._deployment.router
         if not 0 < len(units) <= _MAX_UNITS:
             raise BadInput(f"`units` has {len(units)} units; 1 to {_MAX_UNITS} are accepted", param="units")
@@ -113,8 +113,8 @@ class Assignments:
         """Return the assignment of a unit.
 
         Args:
-            unit: ``None`` for that of the request.
-            field: where the unit comes from, for an error.
+            unit: the unit; ``None`` for the request's own.
+            field: the place of the unit, for error messages.
 
         Raises:
             BadInput: the unit is empty or too long, or the experiment has no units.
@@ -145,16 +145,16 @@ def assignments_router(endpoint: Endpoint) -> APIRouter:
 
 
 def _check_unit(unit: str, field: str) -> None:
-    """Refuse a unit that no request for embeddings could have.
+    """Reject a unit that no request for embeddings could have.
 
     Raises:
-        BadInput: it is blank or too long. The message does not quote it: it may be logged.
+        BadInput: the unit is blank or too long. The message does not quote it, because messages are logged.
     """
     num_bytes = len(unit.encode())
     if not 0 < num_bytes <= MAX_UNIT_BYTES:
-        raise BadInput(f"a unit has 1 to {MAX_UNIT_BYTES} bytes, this one has {num_bytes}", param=field)
+        raise BadInput(f"a unit must have 1 to {MAX_UNIT_BYTES} bytes, got {num_bytes}", param=field)
     if read_unit(unit) is None:
-        raise BadInput("a unit must have a character other than white space", param=field)
+        raise BadInput("a unit must not be blank", param=field)
 
 
 def _given(unit: str, experiment: Experiment, own: UnitSource) -> UnitSource:
@@ -166,7 +166,7 @@ def _card(experiment: Experiment, choice: Choice, router: Router, unit: str | No
     """Return the assignment that a choice holds.
 
     Raises:
-        BadInput: no unit chose the arm, and the next request may be in another one.
+        BadInput: no unit chose the arm, so the next request may get another arm.
     """
     assignment = choice.assignment
     assert assignment is not None  # noqa: S101  the name is that of an experiment

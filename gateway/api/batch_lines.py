@@ -32,18 +32,18 @@ from gateway.types import Output, Priority
 log = structlog.get_logger(__name__)
 
 ENDPOINTS = ("/v1/embeddings", "/v1/rerank")
-"""The paths whose requests a batch may hold."""
+"""The paths of requests that a batch may contain."""
 
 _MAX_ID_CHARACTERS = 512
-# Of a line, in addition to the body: its id, its path, and blanks.
+# The length of a line besides its body: its id, its path, and blanks.
 _AROUND_BYTES = 64 * 1024
-# Of a text with a vector for each token, as many as are usual of a long one.
+# An estimate of the vectors of a text with one vector per token: the tokens of a typical long text.
 _WEIGHT_OF_TOKENS = 1024
 _HEADERS: Mapping[str, str] = {"content-type": "application/json", "x-gateway-priority": "low"}
 
 
 class LineRequests:
-    """Reads and answers requests as :class:`gateway.batches.lines.Requests` says."""
+    """Reads and answers requests; implements :class:`gateway.batches.lines.Requests`."""
 
     def __init__(self, endpoint: Endpoint, keyring: Keyring, memory: MemoryBudget) -> None:
         self._endpoint = endpoint
@@ -95,7 +95,7 @@ class LineRequests:
         model = body.get("model")
         try:
             written = orjson.dumps(body)
-        except orjson.JSONEncodeError as error:  # it reads what is nested deeper than it writes
+        except orjson.JSONEncodeError as error:  # it can read deeper nesting than it can write
             raise WrongLine("invalid_request", f"`body` cannot be passed on: {error}.", "body") from None
         limit = self._endpoint.settings.max_body_bytes
         if len(written) > limit:
@@ -122,7 +122,7 @@ class LineRequests:
     async def answer(self, batch: Batch, line: Line) -> Answered:
         request_id = f"req-{secrets.token_hex(12)}"
         client = self._client(batch)
-        if client is None:  # between two looks at the key
+        if client is None:  # between two checks of the key
             error = InternalError(f"the key of {batch.owner} is no longer valid")
             return _failed(error, request_id, ErrorForm.OPENAI)
         context, request = self._request(batch, line, client, request_id)
@@ -132,7 +132,7 @@ class LineRequests:
             await response(request.scope, request.receive, sent.send)
         except RequestError as error:
             return _failed(error, request_id, context.error_form)
-        except Exception:  # as over HTTP: a fault in the gateway costs the request that meets it, not its batch
+        except Exception:  # as over HTTP, a fault in the gateway fails only the request that meets it, not its batch
             log.exception("unexpected_error", request_id=request_id, batch=batch.id)
             problem = InternalError(f"internal error; the log has more under request id {request_id}")
             return _failed(problem, request_id, context.error_form)
@@ -141,7 +141,7 @@ class LineRequests:
         return Answered(sent.status, request_id, bytes(sent.body), context.num_tokens or 0)
 
     def _request(self, batch: Batch, line: Line, client: Client, request_id: str) -> tuple[RequestContext, Request]:
-        """Return a request as the layers around the handlers make it of one that comes over HTTP."""
+        """Build a request in the form that the layers around the handlers give to HTTP requests."""
         headers = Headers({**_HEADERS, "content-length": str(len(line.body))})
         memory = self._memory.open(client.name)
         messages: list[Message] = [{"type": "http.request", "body": line.body, "more_body": False}]
@@ -195,7 +195,7 @@ class _Sent:
 
 
 def _weight(body: dict[str, Json]) -> int:
-    """Return how many vectors the answer to a request may hold; a text may have one for each of its tokens."""
+    """Return the most vectors in the answer to a request; a text may have one per token."""
     texts = body.get("input") or body.get("documents")
     num_texts = len(texts) if isinstance(texts, list) else 1
     outputs = body.get("outputs")

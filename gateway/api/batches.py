@@ -44,7 +44,7 @@ class BatchProblems(AnswerBody):
 
 
 class RequestCounts(AnswerBody):
-    """Requests by what became of them."""
+    """Requests by their result."""
 
     total: int
     completed: int
@@ -89,7 +89,7 @@ class BatchCard(AnswerBody):
 
 
 class BatchList(AnswerBody):
-    """Batches, the last first."""
+    """Batches, the latest first."""
 
     object: Literal["list"] = "list"
     data: list[BatchCard]
@@ -112,7 +112,7 @@ class BatchRoutes:
     """The handlers.
 
     Args:
-        has_keys: whether a client is known by its key; otherwise, all clients share their batches.
+        has_keys: clients have API keys; otherwise, all clients share their batches.
     """
 
     def __init__(self, endpoint: Endpoint, runner: Runner | None, *, has_keys: bool) -> None:
@@ -156,7 +156,7 @@ class BatchRoutes:
         return card_of(await self._find(request, batch_id))
 
     async def cancel_batch(self, request: Request, batch_id: str) -> BatchCard:
-        """Cancel a batch; what has been answered is in its output."""
+        """Cancel a batch. Its output has the answers so far."""
         batch = await self._find(request, batch_id)
         if batch.status.is_final or batch.status is Status.FINALIZING:
             raise BadInput(f"Cannot cancel a batch with status '{batch.status}'.", param="batch_id")

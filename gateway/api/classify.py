@@ -1,4 +1,4 @@
-"""Classify texts in the dialects of vLLM, Infinity and TEI: scores of the labels of a model that has several."""
+"""Classify texts in the dialects of vLLM, Infinity and TEI: score each text by the labels of a model."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ class Predictor:
         self._endpoint = endpoint
 
     async def predict(self, request: Request) -> Response:
-        """Answer the labels of a text, the best first: ``[{score, label}]``; of a batch a list of such lists."""
+        """Return the labels of a text, the best first: ``[{score, label}]``; a list of such lists for a batch."""
         return await self._endpoint.score(request, PredictBody.parse, self._ask, scoring.classify, _write_tei)
 
     async def _ask(self, request: Request, body: PredictBody) -> ClassifyRequest:

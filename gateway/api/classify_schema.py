@@ -104,7 +104,7 @@ class ClassifyBody(RequestBody):
         """Return the texts, and the first text of each pair; see :class:`gateway.requests.ClassifyRequest`.
 
         Raises:
-            BadInput: texts are missing or more than ``max_inputs``, or one is neither a text nor a pair.
+            BadInput: texts are missing or more than ``max_inputs``, or an item is neither a text nor a pair.
         """
         given: Json = self.input
         items: list[Json] = given if isinstance(given, list) else [given]

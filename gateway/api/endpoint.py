@@ -31,8 +31,8 @@ from gateway.routing.router import Choice, Target
 from gateway.service import EmbeddingService
 from gateway.telemetry import metrics
 
-# Answers of up to this size are written at once, on the event loop. It waits for the writer anyway, which holds the
-# interpreter: 2.5 ms for so many bytes as numbers, 0.3 ms as base64. The switches to a thread and back cost more.
+# Answers of up to this size are written directly on the event loop, which waits for the writer anyway, because it holds
+# the interpreter: 2.5 ms for this many bytes of numbers, 0.3 ms of base64. Switching to a thread and back costs more.
 _SMALL_ANSWER_BYTES = 256 * 1024
 T = TypeVar("T")
 B = TypeVar("B")
@@ -40,13 +40,13 @@ R = TypeVar("R", bound=ServiceRequest)
 A = TypeVar("A", bound=Answer)
 
 Parse: TypeAlias = Callable[[dict[str, Json]], B]
-"""Turns the JSON of a body into what a dialect reads there; in a thread if the body is large."""
+"""Parses the JSON of a body into a dialect's values, in a thread if the body is large."""
 
 Ask: TypeAlias = Callable[[Request, B], Awaitable[R]]
 """Turns a request and its parsed body into a request to the service."""
 
 Compute: TypeAlias = Callable[[Target, Choice, R, Patience], Awaitable[A]]
-"""Has a target do what a request asks for."""
+"""Has a target compute the answer to a request."""
 
 Write: TypeAlias = Callable[[Request, B, A], Parts]
 """Returns the writer of an answer in a dialect's form."""
@@ -78,7 +78,7 @@ class Endpoint:
         """Answer a request for embeddings.
 
         Raises:
-            RequestError: it is refused or fails, in ``parse``, ``ask`` or :meth:`EmbeddingService.embed`.
+            RequestError: the request is rejected or fails, in ``parse``, ``ask`` or :meth:`EmbeddingService.embed`.
             ClientDisconnected: the client went away first.
         """
         ticket, body = await self.receive(request, parse)
@@ -99,10 +99,10 @@ class Endpoint:
 
         Args:
             compute: one of the functions of :mod:`gateway.scoring`.
-            held_bytes: the memory of what the answer repeats of the body.
+            held_bytes: the memory of the parts of the body that the answer repeats.
 
         Raises:
-            RequestError: it is refused or fails, in ``parse``, ``ask`` or :meth:`EmbeddingService.score`.
+            RequestError: the request is rejected or fails, in ``parse``, ``ask`` or :meth:`EmbeddingService.score`.
             ClientDisconnected: the client went away first.
         """
         ticket, body = await self.receive(request, parse)
@@ -125,7 +125,7 @@ class Endpoint:
         return ticket, await self.read(request, parse, rows)
 
     def note_name(self, request: Request, name: str | None) -> None:
-        """Note the name that a request asks for, for its log line, without the unit that it may hold."""
+        """Record the requested name for the log line, without a unit that it may contain."""
         if name is not None:
             RequestContext.of(request).asked = self.deployment.router.names.shown(name)
 
@@ -144,11 +144,11 @@ class Endpoint:
         num_bytes = len(received[0])
         if num_bytes <= SMALL_BYTES:
             return parse(parse_object(received.pop(), charset, rows))
-        # The list gives the only reference away, so that the bytes are freed as soon as they are parsed.
+        # The list hands over the only reference, so that the bytes are freed as soon as they are parsed.
         return await self.in_turn(request, num_bytes, lambda: parse(parse_object(received.pop(), charset, rows)))
 
     async def in_turn(self, request: Request, cost: int, work: Callable[[], T], turns: Turns | None = None) -> T:
-        """Do work that would hold up the event loop in a thread, when its client's turn comes.
+        """Run work that would block the event loop in a thread, when its client's turn comes.
 
         Args:
             cost: about how many bytes are read or written.
@@ -198,7 +198,7 @@ class Endpoint:
         """Have the service answer a request that comes from a page, counted like one of the API.
 
         Raises:
-            RequestError: it is refused or fails.
+            RequestError: the request is rejected or fails.
             ClientDisconnected: the reader went away first.
         """
         context = RequestContext.of(request)
@@ -293,7 +293,7 @@ def add(
 
 
 async def _receive_all(request: Request) -> bytearray:
-    """Receive a body, without the framework, which would keep it as long as the request."""
+    """Receive a body without the framework, which would keep the body for as long as the request."""
     body = bytearray()
     has_more = True
     while has_more:

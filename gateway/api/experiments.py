@@ -51,7 +51,7 @@ class Experiments:
             await self._count_units_of_others(self._keeper)
         current = self._deployment.registry.experiment(experiment.id)  # a reload may have come between
         if current is None:
-            raise ExperimentNotFound(f"no experiment is called {experiment.id!r} any more: the registry was reloaded")
+            raise ExperimentNotFound(f"experiment {experiment.id!r} no longer exists: the registry was reloaded")
         experiment = current
         generation = self._deployment.router.generation(experiment.id)
         report = self._stats.report(experiment, generation, self._deployment.counting_since[experiment.id])
@@ -73,7 +73,7 @@ def find_experiment(deployment: Deployment, request: Request, experiment_id: str
     """Return the experiment with an id.
 
     Raises:
-        ExperimentNotFound: no experiment has it.
+        ExperimentNotFound: no experiment has this id.
         ModelNotAllowed: the client may not use it.
     """
     experiment, usable = deployment.registry.experiment(experiment_id), _usable(deployment, request)

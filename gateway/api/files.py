@@ -1,4 +1,4 @@
-"""OpenAI's Files: uploads that hold the requests of batches, and the files with their answers."""
+"""OpenAI's Files API: uploads with the requests of batches, and files with their answers."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class FileList(AnswerBody):
 
 
 class FileDeleted(AnswerBody):
-    """The file is gone."""
+    """The file was deleted."""
 
     id: str
     object: Literal["file"] = "file"
@@ -240,7 +240,7 @@ class _Upload:
 
 
 async def _pieces(runner: Runner, content: BinaryIO, left: int) -> AsyncIterator[bytes]:
-    """Yield the content of a file, and close it; one that is deleted meanwhile is still sent."""
+    """Yield the content of a file, and close it. If the file is deleted in the meantime, it is still sent."""
     with content:
         while left and (piece := await runner.call(content.read, min(left, _PIECE_BYTES))):
             left -= len(piece)
@@ -259,7 +259,7 @@ def card_of(file: StoredFile) -> FileCard:
 
 
 def owner_of(request: Request, *, has_keys: bool) -> str:
-    """Return the owner of what a request makes: the client by its key, or one for all where no keys are required."""
+    """Return the owner of the files that a request creates: the key's client, or a common owner without keys."""
     return RequestContext.of(request).client.name if has_keys else ""
 
 
@@ -271,10 +271,10 @@ def clean_name(name: str) -> str:
 
 
 def read_kept_s(anchor: Json, seconds: Json, field: str) -> int:
-    """Return for how many seconds a file is kept.
+    """Return how long a file is kept, in seconds.
 
     Raises:
-        BadInput: the fields are not as OpenAI's API has them.
+        BadInput: the fields do not have the form of OpenAI's API.
     """
     if anchor in (None, "") and seconds in (None, ""):
         return KEPT_S
@@ -294,7 +294,7 @@ def read_page(request: Request, limit: int, max_limit: int) -> Page:
         limit: the number of items by default.
 
     Raises:
-        BadInput: one is not accepted.
+        BadInput: a parameter is not accepted.
     """
     parameters = request.query_params
     if sent := parameters.get("limit"):

@@ -1,4 +1,4 @@
-"""Health: is the process alive, has it started, is it ready."""
+"""Health checks: is the process alive, started, ready?"""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Status: TypeAlias = Literal["ready", "not_ready", "draining"]
 
 
 class Live(AnswerBody):
-    """The process answers."""
+    """The process responds."""
 
     status: Literal["ok"] = "ok"
 
@@ -44,19 +44,19 @@ class Health:
         self._deployment = deployment
 
     async def live(self) -> Live:
-        """Answer as long as the process can: restart it when this fails."""
+        """Respond 200 as long as the process works; restart it if this fails."""
         return Live()
 
     async def started(self, response: Response) -> Ready:
-        """Answer whether loading has ended, successfully or not: 503 until then."""
+        """Respond 200 once loading has ended, successfully or not; 503 until then."""
         return self._report(response, is_fine=self._deployment.fleet.started.is_set())
 
     async def ready(self, response: Response) -> Ready:
-        """Answer whether requests are served: 503 while models load, when none could be loaded, and when stopping."""
+        """Respond 200 while requests are served; 503 while loading, while stopping, and if no model could be loaded."""
         return self._report(response, is_fine=self._deployment.is_ready)
 
     async def whole_server(self) -> Response:
-        """AnswerBody `OPTIONS *`, which asks for the abilities of the server as a whole (RFC 9110, 9.3.7)."""
+        """Respond to `OPTIONS *`, which asks for the capabilities of the whole server (RFC 9110, 9.3.7)."""
         return Response(status_code=204, headers={"allow": "GET, HEAD, POST, OPTIONS"})
 
     def _report(self, response: Response, *, is_fine: bool) -> Ready:

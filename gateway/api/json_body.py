@@ -23,13 +23,14 @@ Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | Non
 T = TypeVar("T", bool, int, str)
 
 SMALL_BYTES = 64 * 1024
-"""A body of at most this size is parsed in a millisecond, whatever it holds."""
+"""A body of at most this size is parsed within a millisecond, whatever its content."""
 
 _BOM = b"\xef\xbb\xbf"
-# UTF-32's come first: they begin like those of UTF-16.
+# UTF-32's marks come first, because they begin with those of UTF-16.
 _OTHER_BOMS = {b"\xff\xfe\0\0": "UTF-32", b"\0\0\xfe\xff": "UTF-32", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
 
-# The parser holds the interpreter until it is done: 16 MB of text cost 20 ms, 8 million numbers 400. These cost 30 at most.
+# The parser blocks the interpreter until it is done: 20 ms for 16 MB of text, 400 ms for 8 million numbers. With these
+# limits it takes at most 30 ms.
 _MAX_VALUES = 500_000
 _MAX_CONTAINERS = 50_000
 _MAX_KEYS = 50_000
@@ -53,7 +54,7 @@ def parse_object(body: bytes | bytearray, charset: str | None = None, rows: str 
         rows: the key that a bare list is read under; ``None`` where a list is not accepted.
 
     Raises:
-        BadInput: it is empty, not UTF-8, not JSON, not an object, or has more parts than a request needs.
+        BadInput: the body is empty, not UTF-8, not JSON, not an object, or has more parts than any request needs.
     """
     if not body:
         raise BadInput("the request body is empty; send a JSON object")
@@ -73,12 +74,12 @@ def _parse(body: bytes | bytearray, charset: str | None) -> Json:
     try:
         content: Json = orjson.loads(body)
     except orjson.JSONDecodeError as error:
-        reason = str(error)  # the error itself holds the whole body
+        reason = str(error)  # the error contains the whole body
     if not reason:
         return content
     _check_encoding(body, charset)
-    # orjson refuses a lone surrogate such as "\ud83d", which JavaScript and many other clients send when they cut a text in
-    # the middle of an emoji.
+    # orjson rejects a lone surrogate such as "\ud83d", which JavaScript and many other clients send when they cut a
+    # text in the middle of an emoji.
     if _SURROGATE.search(body):
         mended = _without_lone_surrogates(body)
         try:
@@ -91,10 +92,10 @@ def _parse(body: bytes | bytearray, charset: str | None) -> Json:
 
 
 def _check_structure(body: bytes | bytearray) -> None:
-    """Refuse a body of very many parts, before parsing it holds up all other requests.
+    """Reject a body with very many parts, because parsing it would block all other requests.
 
     Raises:
-        BadInput: it exceeds a limit, which the message names.
+        BadInput: the body exceeds a limit, which the message names.
     """
     num_values = num_containers = num_keys = 0
     for piece in _outside_strings(body):
@@ -129,10 +130,10 @@ def _outside_strings(body: bytes | bytearray) -> Iterator[bytes | bytearray]:
 
 
 def _check_encoding(body: bytes | bytearray, charset: str | None) -> None:
-    """Refuse a body that is not JSON because it is not UTF-8.
+    """Reject a body that is not JSON because it is not UTF-8.
 
     Raises:
-        BadInput: names the encoding that it seems to have.
+        BadInput: always; the message names the likely encoding.
     """
     says = f"; its content type says {charset}" if charset and charset.lower() not in {"utf-8", "utf8"} else ""
     encoding = next((name for bom, name in _OTHER_BOMS.items() if body.startswith(bom)), None)
@@ -155,7 +156,7 @@ def _without_lone_surrogates(body: bytes | bytearray) -> bytearray:
     """Return a JSON text with U+FFFD in place of lone surrogates, which no tokenizer accepts.
 
     Raises:
-        BadInput: it has too many of them.
+        BadInput: the text has too many of them.
     """
     # Spelled as \u005c, an escaped backslash cannot be mistaken for the beginning of an escape.
     mended = bytearray(body.replace(rb"\\", rb"\u005c"))
@@ -259,7 +260,7 @@ def _direction(value: Json) -> Json:
 
 
 Name: TypeAlias = Annotated[str, AfterValidator(lambda name: name[:_MAX_NAME_CHARS])]
-"""A name, a task's for example. An overlong one is cut: looking it up would hold up the event loop."""
+"""A name, such as a task's. An overlong name is cut, because looking it up would block the event loop."""
 
 ModelName: TypeAlias = Annotated[Name, AfterValidator(lambda name: None if name in NO_MODEL else name)]
 """The name of a model; the values that mean "no model named" become ``None``."""
@@ -291,7 +292,7 @@ Truncation: TypeAlias = Annotated[
         {"anyOf": [{"type": "boolean"}, {"enum": ["NONE", "END", "START", "left", "right"]}, {"type": "null"}]}
     ),
 ]
-"""How to treat a text that is too long, in the words of any API; ``None`` for plain ``true``."""
+"""How to treat a text that is too long, in the terms of any API; ``None`` for plain ``true``."""
 
 Texts: TypeAlias = Annotated[list[str], Field(fail_fast=True)]
 """A list of strings. Validation ends at the first wrong item: of a million, each would be an error with a message."""
@@ -339,7 +340,7 @@ def wanted_truncation(truncate: Truncate | None, direction: Truncate | None) -> 
     """Combine the fields on texts that are too long: whether to cut them, and at which end.
 
     Raises:
-        BadInput: one field says to cut at the start, the other at the end.
+        BadInput: the fields name different ends.
     """
     if truncate is Truncate.REFUSE or direction is None:
         return truncate or Truncate.END
@@ -355,7 +356,7 @@ def resolve_synonyms(**synonyms: T | None) -> T | None:
     """Return the value of several fields that mean the same, of which a request should have one.
 
     Raises:
-        BadInput: two of them differ, so that it is not known which one was meant.
+        BadInput: two of them differ, so the request is ambiguous.
     """
     values = {name: value for name, value in synonyms.items() if value is not None}
     if len(set(values.values())) > 1:
@@ -370,7 +371,7 @@ def as_list(texts: str | list[str]) -> list[str]:
 
 
 def check_batch(num_items: int, limit: int, field: str) -> None:
-    """Refuse a batch that is empty or too large, in TEI's words.
+    """Reject a batch that is empty or too large, with TEI's messages.
 
     Raises:
         EmptyInput: it has no items.

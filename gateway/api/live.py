@@ -1,4 +1,4 @@
-"""The present of a gateway: traffic and queue of each model, shadows, and the last errors."""
+"""The current state of a gateway: traffic and queue of each model, shadows, and the last errors."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ _UTC = "%Y-%m-%dT%H:%M:%SZ"
 
 
 class LiveModel(BaseModel):
-    """One model now. Times and rates are of this process, and of requests that reached the model."""
+    """The current state of a model. Times and rates cover this process, and requests that reached the model."""
 
     id: str
     state: str
     reason: str | None
     device: str | None
     dtype: str | None
-    memory_bytes: int | None = Field(description="What it needs: weights and its largest batch.")
+    memory_bytes: int | None = Field(description="The memory that the model needs: weights and largest batch.")
     waiting_texts: int = Field(description="Texts admitted and not yet answered.")
     waiting_tokens: int
     oldest_s: float = Field(description="Age of the oldest request that is not answered yet.")
     requests_per_s: float = Field(description="In the last minute.")
     requests: int = Field(description=f"In the last {NUM_MINUTES} minutes, errors included.")
     errors: int
-    requests_by_minute: Sequence[int] = Field(description=f"Of the last {NUM_MINUTES} minutes, the present one last.")
+    requests_by_minute: Sequence[int] = Field(description=f"Of the last {NUM_MINUTES} minutes, the current one last.")
     p50_s: float | None = Field(description="Of requests without an error; `null` without any.")
     p99_s: float | None
     golden_cosine: float | None = Field(description="The lowest at the last check; `null` before one.")
@@ -83,15 +83,15 @@ class ErrorCard(BaseModel):
 
     status: int
     code: str
-    message: str | None = Field(description="Of the last one, without quotations of texts.")
+    message: str | None = Field(description="The message of the last one, without quotations of texts.")
     param: str | None
     path: str
-    model: str | None = Field(description="As the client named it.")
+    model: str | None = Field(description="The name that the client sent.")
     client: str = Field(description="The name of the key, or the network address.")
     number: int
     first: str
     last: str
-    request_id: str = Field(description="Of the last one; the log has its line.")
+    request_id: str = Field(description="The request id of the last one, which is also in the log.")
 
 
 class ErrorList(AnswerBody):

@@ -20,18 +20,18 @@ KnownArm: TypeAlias = tuple[Arm, ModelInfo, str | None]
 
 
 def list_cards(router: Router, registry: Registry, client: Client) -> list[ModelCard]:
-    """Return the cards of all names that a client may use; ready ones come first, otherwise in the registry's order."""
+    """Return the cards of all names that a client may use: first the ready ones, each group in the registry's order."""
     cards = [_card(choice, None, router, registry, client) for choice in router.listed(client)]
     return sorted(cards, key=lambda card: card.state != ModelState.READY.value)
 
 
 def find_card(name: str, router: Router, registry: Registry, client: Client) -> ModelCard:
-    """Return the card of a name; if the name holds a task, with that as its default.
+    """Return the card of a name. A task in the name becomes the card's default task.
 
     Raises:
         ModelNotFound: nothing has that name.
         ModelNotAllowed: the client may not use it.
-        BadInput: the name holds a task that the model does not know.
+        BadInput: the name contains a task that the model does not have.
     """
     choice = router.choose(name, client)
     return _card(choice, router.task_of(choice), router, registry, client)
@@ -114,7 +114,7 @@ def _replica_cards(backend: Backend) -> list[ReplicaCard]:
 
 
 def _alias_card(choice: Choice, card: ModelCard) -> ModelCard:
-    """Narrow the card of a model to one of its aliases, for a client that may use no other name."""
+    """Reduce the card of a model to one of its aliases, for a client that may use only that name."""
     update: dict[str, object] = {"id": choice.asked, "aliases": []}
     if choice.task is not None and card.default_task is not None:
         task = card.default_task
@@ -178,5 +178,5 @@ def _state(arms: Sequence[ArmOf]) -> tuple[ModelState, str | None]:
     """Return the state of an experiment: that of its first arm that is not ready, with the reason."""
     for number, (arm, model, _task) in enumerate(arms):
         if model.state is not ModelState.READY and (arm.weight or number == 0):
-            return model.state, f"arm {arm.label!r} is {model.state.value}: {model.reason or 'its model loads'}"
+            return model.state, f"arm {arm.label!r} is {model.state.value}: {model.reason or 'its model is loading'}"
     return ModelState.READY, None

@@ -1,4 +1,4 @@
-"""The dialect of Ollama, as far as embedding needs it: ``/api/embed`` and the list of models."""
+"""The part of Ollama's dialect that embedding needs: ``/api/embed`` and the list of models."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class OllamaDialect:
             self._endpoint.embed_request(request, texts, body.model),
             truncate=wanted_truncation(body.truncate, None),
             dimensions=body.dimensions,
-            is_normalized=True,  # as Ollama's vectors always are
+            is_normalized=True,  # Ollama's vectors are always normalized
         )
 
 
@@ -77,7 +77,7 @@ def _write(request: Request, body: OllamaEmbedBody, answer: EmbedAnswer) -> Part
     before = {"model": body.model or answer.name}
     after = {
         "total_duration": int(RequestContext.of(request).elapsed_s * 1e9),
-        "load_duration": 0,  # models are loaded before requests come
+        "load_duration": 0,  # models are loaded before requests arrive
         "prompt_eval_count": answer.num_tokens,
     }
     return lambda: object_around(before, "embeddings", vector_list(answer.vectors), after)

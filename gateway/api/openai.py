@@ -80,7 +80,7 @@ class OpenAIDialect:
         return Response(orjson.dumps(content), media_type="application/json")
 
     async def retrieve_model(self, request: Request, model_id: str) -> Response:
-        """Describe a model, by any name that embeds; if the name holds a task, with that as its default."""
+        """Describe a model, by any name that embeds. A task in the name becomes the default task."""
         client = RequestContext.of(request).client
         card = find_card(model_id, self._deployment.router, self._deployment.registry, client)
         return Response(card.model_dump_json(), media_type="application/json")
@@ -92,7 +92,7 @@ class OpenAIDialect:
         return body, items
 
     async def _ask(self, request: Request, parsed: tuple[EmbeddingsBody, list[Item]]) -> EmbedRequest:
-        """Return the request to the service. A model in the path counts, whatever the body says."""
+        """Return the request to the service. A model in the path takes precedence over the body's."""
         body, items = parsed
         precision, encoding = body.wanted_precision, body.wanted_encoding
         _check_decoding(request, precision, encoding)
@@ -137,7 +137,7 @@ def parse_input(value: Json, max_inputs: int) -> list[Item]:
     """Read ``input``: a text, texts, ``{"text": …}`` objects, or token ids.
 
     Raises:
-        BadInput: it is of another type, empty, or has more than ``max_inputs`` items.
+        BadInput: the value has another type, is empty, or has more than ``max_inputs`` items.
     """
     if isinstance(value, str):
         return [value]
@@ -171,7 +171,7 @@ def _token_ids(items: list[Json], where: str) -> TokenIds | None:
     """Return the items as token ids if all are integers, and not booleans.
 
     Raises:
-        BadInput: there are more of them than a text may have.
+        BadInput: there are more ids than a text may have.
     """
     if isinstance(items[0], bool) or not isinstance(items[0], int | float):
         return None
@@ -191,19 +191,19 @@ def decode_items(items: Iterable[Item]) -> list[str]:
     """Return the texts of items, some of which are token ids.
 
     Raises:
-        BadInput: they cannot be decoded.
+        BadInput: the token ids cannot be decoded.
     """
     return [item if isinstance(item, str) else item.decode() for item in items]
 
 
 def _check_decoding(request: Request, precision: Precision, encoding: Encoding) -> None:
-    """Refuse base64 that the client would read as other numbers.
+    """Reject base64 that the client would read as other numbers.
 
-    OpenAI's clients ask for base64 unless told otherwise, and read it as float32, whatever else the body asks for.
+    OpenAI's clients request base64 by default and read it as float32, whatever precision the body requests.
     """
     if encoding is Encoding.BASE64 and precision is not Precision.FLOAT and "x-stainless-lang" in request.headers:
         raise BadInput(
-            f"OpenAI's clients ask for base64 by themselves and read it as float32, which would make wrong numbers of "
+            f"OpenAI's clients request base64 by default and read it as float32, which would misread numbers of type "
             f'{precision.value}: pass `encoding_format="{precision.value}"` to the call, and leave out the other field',
             param="encoding_format",
         )
@@ -224,7 +224,7 @@ def answer_parts(answer: EmbedAnswer, encoding: Encoding) -> Iterator[bytes]:
 
 
 def _rows(answer: EmbedAnswer, encoding: Encoding) -> Iterator[Iterable[bytes]]:
-    """Yield the rows of the texts, in parts: as many rows together as make one piece, or one that has further outputs."""
+    """Yield the rows of the texts in parts: as many rows as fill one piece, or a single row with further outputs."""
     is_plain = answer.sparse is None and answer.multivectors is None
     num_together = rows_in_piece(answer.vectors.shape[1]) if is_plain else 1
     for first in range(0, answer.num_texts, num_together):

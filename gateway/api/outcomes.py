@@ -1,4 +1,4 @@
-"""Outcomes of experiments: what happened to the units, posted by the application that knows."""
+"""Outcomes of experiments: results of the units, posted by the application."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _ERRORS = (BadInput, ModelNotAllowed, ExperimentNotFound, NotFound, OutcomesUnav
 
 
 class OutcomesAnswer(AnswerBody):
-    """The outcomes were read, and those that count are on the disk."""
+    """The outcomes were read, and those that count are on disk."""
 
     object: Literal["outcomes.posted"] = "outcomes.posted"
     received: int
@@ -51,7 +51,7 @@ class OutcomesAnswer(AnswerBody):
 
 
 class OutcomeRoutes:
-    """The handlers: post some, and compare the arms."""
+    """The handlers: post outcomes, and compare the arms."""
 
     def __init__(self, endpoint: Endpoint, experiments: Experiments, keeper: Keeper | None) -> None:
         self._endpoint = endpoint
@@ -59,7 +59,7 @@ class OutcomeRoutes:
         self._keeper = keeper
 
     async def create_outcomes(self, request: Request, experiment_id: str) -> OutcomesAnswer:
-        """Post what happened to units. All of a request are kept or none; the same `id` again changes nothing."""
+        """Post outcomes of units. A request is stored completely or not at all; repeating an `id` changes nothing."""
         now = time.time()
         RequestContext.of(request).body.limit(_MAX_BODY_BYTES)
         _ticket, rows = await self._endpoint.receive(request, _rows, rows=_ROWS)
@@ -80,7 +80,7 @@ class OutcomeRoutes:
         )
 
     async def retrieve_outcomes(self, request: Request, experiment_id: str) -> OutcomesReport:
-        """Compare the arms by their outcomes, with intervals and a verdict that hold at any look."""
+        """Compare the arms by their outcomes, with intervals and a verdict that are valid at any time."""
         self._require_keeper()
         report = (await self._experiments.retrieve_experiment(request, experiment_id)).outcomes
         assert report is not None  # noqa: S101  outcomes are kept

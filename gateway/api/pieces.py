@@ -1,4 +1,4 @@
-"""Write answers as JSON in pieces: up to hundreds of megabytes, of which no more than a piece is in memory as text."""
+"""Write answers as JSON in pieces: of hundreds of megabytes, only one piece is in memory as text."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ T = TypeVar("T")
 Parts: TypeAlias = Callable[[], Iterator[bytes]]
 """Writes an answer as JSON, part by part. May be called several times."""
 
-# orjson holds the interpreter lock for as long as it writes: about 40 ns per number, so some milliseconds per piece.
+# orjson holds the interpreter lock while it writes: about 40 ns per number, so a few milliseconds per piece.
 _NUMBERS_IN_PIECE = 1 << 16
 PIECE_BYTES = 1 << 19
 """Smaller parts are joined to pieces of about this size."""
@@ -36,7 +36,7 @@ def dumps(value: object) -> bytes:
 
 
 def rows_in_piece(width: int) -> int:
-    """Return how many vectors of that many dimensions are written in one go."""
+    """Return how many vectors of this size are written in one step."""
     return max(1, _NUMBERS_IN_PIECE // max(1, width))
 
 
@@ -51,7 +51,7 @@ def vector_list(vectors: npt.NDArray[np.generic]) -> Iterator[bytes]:
 
 
 def value_list(values: Iterable[object]) -> Iterator[bytes]:
-    """Write values as a list; each is written in one go."""
+    """Write values as a list; each value is written in one step."""
     return _list(map(dumps, values))
 
 
@@ -71,8 +71,8 @@ def object_around(
     """Write an object with one field that is written in parts.
 
     Args:
-        before: the fields in front of it, one at least.
-        after: those behind it, one at least.
+        before: the fields before it; at least one.
+        after: the fields after it; at least one.
     """
     yield dumps(before)[:-1] + b',"%b":' % name.encode()
     yield from parts
@@ -84,7 +84,7 @@ def _list(items: Iterable[bytes]) -> Iterator[bytes]:
 
 
 def in_pieces(parts: Iterable[bytes]) -> Iterator[bytes]:
-    """Join parts to pieces that are worth sending."""
+    """Join parts into pieces that are large enough to send."""
     held: list[bytes] = []
     num_bytes = 0
     for part in parts:
@@ -101,7 +101,7 @@ def in_pieces(parts: Iterable[bytes]) -> Iterator[bytes]:
 
 
 class Streamed(StreamingResponse):
-    """An answer that is written while it is sent, in turns with other clients' work, until its client goes away."""
+    """An answer that is written while it is sent, in turns with other clients' work, until its client disconnects."""
 
     def __init__(
         self,
@@ -140,10 +140,10 @@ class Streamed(StreamingResponse):
 
 
 async def unless_disconnected(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """Await ``work``, and cancel it when the client goes away.
+    """Await ``work``, and cancel it if the client disconnects.
 
     Raises:
-        ClientDisconnected: the client went away first.
+        ClientDisconnected: the client disconnected first.
     """
     loop, task = asyncio.get_running_loop(), cast("asyncio.Task[Any]", asyncio.current_task())
     num_cancels = task.cancelling()

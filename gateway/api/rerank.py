@@ -50,12 +50,12 @@ _META = {"api_version": {"version": "2"}, "billed_units": {"search_units": 1}}
 
 @dataclass(frozen=True, slots=True)
 class RerankPath:
-    """The differences between the paths; no one shape serves all clients.
+    """The differences between the paths: clients expect different shapes.
 
     Attributes:
-        shows_documents: whether a result has its document when the request does not say: Jina's clients rely on it.
-        is_plain: whether a document is a string, as in Infinity's API, rather than an object.
-        is_tei: whether only TEI's requests are accepted.
+        shows_documents: include documents in results by default, which Jina's clients rely on.
+        is_plain: a document is a string, as in Infinity's API, rather than an object.
+        is_tei: accept only TEI's requests.
     """
 
     path: str
@@ -83,7 +83,7 @@ class _Parsed(NamedTuple):
 
     @property
     def held_bytes(self) -> int:
-        """The memory of what the answer repeats."""
+        """The memory of the texts that the answer repeats."""
         return sum(map(sys.getsizeof, self.texts)) if self.shows_texts else 0
 
 
@@ -164,7 +164,7 @@ def rerank_router(endpoint: Endpoint) -> APIRouter:
 def _results(
     answer: RerankAnswer, texts: Sequence[str] | None, body: RerankBody, *, is_plain: bool
 ) -> Iterator[dict[str, object]]:
-    """Yield the results, the best first; equal ones stay in the order of the request.
+    """Yield the results, the best first; results with equal scores stay in the order of the request.
 
     Args:
         texts: the texts that were scored, if the results repeat them.

@@ -121,7 +121,7 @@ class RerankBody(RequestBody):
 
     @property
     def wanted_scores(self) -> dict[Output, float] | None:
-        """The outputs to score by, with their weights; ``None`` if the request does not say.
+        """The outputs to score by, with their weights; ``None`` if the request names none.
 
         Raises:
             BadInput: an output is not known, a weight is not a number above 0, or the value is empty.
@@ -150,14 +150,14 @@ class RerankBody(RequestBody):
 
     @property
     def wants_texts(self) -> bool | None:
-        """Whether the results repeat their texts; ``None`` if the request does not say."""
+        """Whether the results repeat their texts; ``None`` if the request leaves this open."""
         return resolve_synonyms(return_documents=self.return_documents, return_text=self.return_text)
 
     def wanted_documents(self, max_inputs: int) -> list[str]:
         """Return the texts to score.
 
         Raises:
-            BadInput: texts are missing, more than ``max_inputs``, or under both names, or one is not a text.
+            BadInput: texts are missing, more than ``max_inputs``, or under both names, or an item is not a text.
         """
         if self.documents is not None and self.texts is not None:
             raise BadInput("`documents` and `texts` mean the same: leave one out", param="texts")
@@ -267,6 +267,6 @@ def rerank_responses(*errors: type[RequestError], headers: dict[str, dict[str, A
     for status, answer in described.items():
         if status != 200:
             answer["model"] = RerankError
-    described[422] = {"model": RerankError, "description": "With `texts`: what is a 400 without."}
+    described[422] = {"model": RerankError, "description": "With `texts`: the errors that are a 400 without."}
     described[424] = {"model": RerankError, "description": "With `texts`: the model does not rerank, or failed."}
     return described

@@ -1,4 +1,4 @@
-"""The list of all spaces that a request can get vectors in."""
+"""The list of all spaces that a request can get vectors from."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class SpaceMember(BaseModel):
     model: str
     task: str | None
     state: str
-    names: list[str] = Field(description="What a client can send as `model` to get there.")
+    names: list[str] = Field(description="The values of `model` that lead there.")
     experiments: list[str] = Field(
         description="Experiments some of whose requests get there: by their arm, or with the task."
     )
@@ -39,9 +39,10 @@ class SpaceCard(AnswerBody):
     id: str = Field(description="`NAME@HASH`; two ids with the same hash are the same space.")
     object: Literal["space"] = "space"
     dimensions: int | None = Field(description="Of dense vectors; `null` for sparse and multi-vector ones alone.")
-    outputs: list[str] = Field(description="What is in the space.")
+    outputs: list[str] = Field(description="The kind of vectors in the space.")
     precision: Precision = Field(
-        description="The numbers of the vectors. Binary vectors are in the space of the float ones whose signs they hold."
+        description="The types of numbers of the vectors. Binary vectors are the signs of float vectors, and in the "
+        "same space."
     )
     normalized: bool
     pooling: str
@@ -126,7 +127,7 @@ def _member(
 
 
 def _names(choice: Choice, model: Model, task: str | None, *, is_by_id: bool) -> Iterator[str]:
-    """Yield the values of ``model`` that get a model with a task; none if the name does not lead there.
+    """Yield the values of ``model`` that lead to a model with a task; nothing if the name does not lead there.
 
     Args:
         is_by_id: the client may also use the model by its id.

@@ -38,7 +38,7 @@ from gateway.types import ModelKind, Output, SparseVector, Token
 
 # The memory of a token, as an object and in the tokenizer.
 _BYTES_PER_TOKEN = 400
-# So many are written in less than a millisecond.
+# This many are written in less than a millisecond.
 _FEW_TOKENS = 500
 TEI_ADDRESS = "/tei/{model:path}"
 """The address of one model, for clients that have no path."""
@@ -56,7 +56,7 @@ class TeiDialect:
         self._reranker = Reranker(endpoint, RerankPath(TEI_ADDRESS, is_tei=True))
 
     async def compute(self, request: Request) -> Response:
-        """Embed, rerank or classify, as the model does: for clients that have only an address."""
+        """Embed, rerank or classify, depending on the model, for clients that know only an address."""
         self._endpoint.note_name(request, _model(request))
         match self._kind(request):
             case ModelKind.EMBED:
@@ -73,7 +73,7 @@ class TeiDialect:
         return await self.compute(request)
 
     async def health(self, request: Request, model: str) -> Response:
-        """Answer 200 while requests to the model are answered."""
+        """Respond 200 while the model answers requests."""
         self._endpoint.note_name(request, model)
         self._endpoint.service.check_ready(model)
         if self._endpoint.deployment.is_draining:
@@ -81,25 +81,25 @@ class TeiDialect:
         return Response()
 
     async def embed(self, request: Request) -> Response:
-        """Answer one vector per text: ``[[float]]``."""
+        """Return one vector per text: ``[[float]]``."""
         return await self._endpoint.embed(request, EmbedBody.parse, self._ask_vectors, _write_vectors)
 
     async def embed_sparse(self, request: Request) -> Response:
-        """Answer the weights of each text's tokens: ``[[{index, value}]]``."""
+        """Return the weights of each text's tokens: ``[[{index, value}]]``."""
         ask = partial(self._ask, output=Output.SPARSE)
         return await self._endpoint.embed(request, TextsBody.parse, ask, _write_sparse)
 
     async def embed_all(self, request: Request) -> Response:
-        """Answer the vectors of each text's tokens, before pooling: ``[[[float]]]``."""
+        """Return the vectors of each text's tokens, before pooling: ``[[[float]]]``."""
         ask = partial(self._ask, output=Output.STATES)
         return await self._endpoint.embed(request, TextsBody.parse, ask, _write_states)
 
     async def similarity(self, request: Request) -> Response:
-        """Answer the cosine of one text with each of the others: ``[float]``."""
+        """Return the cosine of one text with each of the others: ``[float]``."""
         return await self._endpoint.embed(request, self._parse_similarity, self._ask_similarity, _write_cosines)
 
     async def tokenize(self, request: Request) -> Response:
-        """Answer each text's tokens: ``[[{id, text, special, start, stop}]]``."""
+        """Return each text's tokens: ``[[{id, text, special, start, stop}]]``."""
         _ticket, body = await self._endpoint.receive(request, TokenizeBody.parse)
         texts = as_list(body.inputs)
         check_batch(len(texts), self._settings.max_inputs, "inputs")
@@ -117,7 +117,7 @@ class TeiDialect:
         )
 
     async def decode(self, request: Request) -> Response:
-        """Answer the text of each list of token ids: ``[string]``."""
+        """Return the text of each list of token ids: ``[string]``."""
         _ticket, body = await self._endpoint.receive(request, DecodeBody.parse)
         rows = body.rows
         check_batch(len(rows), self._settings.max_inputs, "ids")
@@ -129,7 +129,7 @@ class TeiDialect:
         return await self._answer_about(request, target, lambda: value_list(texts), num_ids)
 
     async def info(self, request: Request) -> Response:
-        """Answer the model's properties and the limits of a request."""
+        """Return the model's properties and the limits of a request."""
         target = self._target(request)
         return _about(target, orjson.dumps(describe_model(target, self._settings)))
 
@@ -166,7 +166,7 @@ class TeiDialect:
         )
 
     async def _texts(self, request: Request, body: TextsBody) -> list[str]:
-        """Return the texts of a request; those that came as token ids of the model are decoded."""
+        """Return the texts of a request, decoding those that were sent as the model's token ids."""
         items = body.items
         check_batch(len(items), self._settings.max_inputs, "inputs")
         texts = [item for item in items if isinstance(item, str)]
@@ -210,7 +210,7 @@ class TeiDialect:
         return ModelKind.EMBED if info is None else info.kind
 
     def _check_address(self, request: Request, address: str) -> None:
-        """Refuse an address that is not a model's name, but a model's name and an unknown path.
+        """Reject an address that consists of a model's name and an unknown path.
 
         Raises:
             NotFound: no such path.
@@ -228,7 +228,7 @@ class TeiDialect:
             self._endpoint.deployment.router.choose(name, RequestContext.of(request).client)
         except ModelNotFound:
             return False
-        except RequestError:  # it is a name, only not one to use like that
+        except RequestError:  # it is a name, but not of a model that can be used like this
             return True
         return True
 
@@ -277,7 +277,7 @@ def _write_states(_request: Request, _body: TextsBody, answer: EmbedAnswer) -> P
 
 
 def _write_cosines(_request: Request, _parsed: tuple[SimilarityInputs, Cutting], answer: EmbedAnswer) -> Parts:
-    # Rounding can take the cosine of equal texts past 1.
+    # Rounding can push the cosine of equal texts beyond 1.
     cosines = np.clip(answer.vectors[1:] @ answer.vectors[0], -1, 1)
     return lambda: iter((dumps(cosines),))
 
@@ -300,7 +300,7 @@ def _token(token: Token) -> dict[str, object]:
 
 
 def _about(target: Target, content: bytes) -> Response:
-    """Answer about a model, with anything other than embeddings."""
+    """Return something about a model other than embeddings."""
     return Response(content, media_type="application/json", headers=_headers_about(target))
 
 

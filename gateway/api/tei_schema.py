@@ -145,19 +145,19 @@ class DecodeBody(RequestBody):
 
 
 def check_characters(texts: Sequence[str], field: str = "inputs") -> None:
-    """Refuse texts whose tokens would make too long an answer.
+    """Reject texts whose tokens would make the answer too long.
 
     Raises:
-        BadInput: they have more than ``MAX_CHARACTERS`` together.
+        BadInput: the texts have more than ``MAX_CHARACTERS`` together.
     """
     _check_size(sum(map(len, texts)), MAX_CHARACTERS, field, "characters")
 
 
 def check_ids(rows: Sequence[Sequence[int]], field: str) -> None:
-    """Refuse token ids whose texts would make too long an answer.
+    """Reject token ids whose texts would make the answer too long.
 
     Raises:
-        BadInput: there are more than ``MAX_IDS`` of them.
+        BadInput: there are more than ``MAX_IDS`` ids.
     """
     _check_size(sum(map(len, rows)), MAX_IDS, field, "token ids")
 

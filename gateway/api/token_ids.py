@@ -45,10 +45,10 @@ class TokenIds:
     where: str
 
     def decode(self) -> str:
-        """Return the text of the ids. Takes a moment the first time.
+        """Return the text of the ids. The first call takes a moment.
 
         Raises:
-            BadInput: the vocabulary is not installed, or an id is outside of it.
+            BadInput: the vocabulary is not installed, or does not contain an id.
         """
         vocabulary = _load()
         if vocabulary is None:

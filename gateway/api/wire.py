@@ -10,7 +10,7 @@ from gateway.errors import InternalError, RequestError, Unauthorized
 
 
 class AnswerBody(BaseModel):
-    """Base of what is returned: the schema says that a field with a default is always there."""
+    """The base of response models: in the schema, a field with a default is always present."""
 
     model_config = ConfigDict(json_schema_serialization_defaults_required=True)
 
@@ -91,7 +91,7 @@ EXPECT_SPACE = {
     "name": "x-gateway-expect-space",
     "in": "header",
     "required": False,
-    "description": "Answer 412 instead of vectors of another space.",
+    "description": "Return a 412 instead of vectors of another space.",
     "schema": {"type": "string"},
 }
 
@@ -106,13 +106,13 @@ def responses(
     *errors: type[RequestError],
     headers: dict[str, dict[str, Any]] | None = None,
 ) -> Responses:
-    """Describe the answers of an operation: 200, and each error that it can end in."""
+    """Describe the responses of an operation: 200, and each possible error."""
     described = error_responses(*errors)
     return {200: {"model": model, "headers": {**_REQUEST_ID, **(headers or {})}}, **described}
 
 
 def error_responses(*errors: type[RequestError]) -> Responses:
-    """Describe the errors that an operation can end in, and those that every operation can."""
+    """Describe the errors of an operation, including those of every operation."""
     possible: tuple[type[RequestError], ...] = (*errors, Unauthorized, InternalError)
     return {
         error.status: {

@@ -13,11 +13,11 @@ Report: TypeAlias = Callable[[ModelState, str], None]
 
 
 def unreported(_state: ModelState, _reason: str) -> None:
-    """Take the states of a model that no one asks for."""
+    """Ignore the states of a model."""
 
 
 class Backend(Protocol):
-    """Something that runs one model."""
+    """Runs one model."""
 
     async def plan(self, report: Report = unreported) -> ModelInfo:
         """Return the model's info without loading it, which is also useful when loading fails.
@@ -43,7 +43,7 @@ class Backend(Protocol):
         """Embed the texts of a job.
 
         Raises:
-            RequestError: the job was refused or failed; one of the classes in ``gateway.errors``.
+            RequestError: the job was rejected or failed; one of the classes in ``gateway.errors``.
         """
 
     async def vocabulary(self) -> Vocabulary:
@@ -51,11 +51,11 @@ class Backend(Protocol):
 
         Raises:
             ModelNotReady: the model is not loaded.
-            UnsupportedOutput: this backend does not know them.
+            UnsupportedOutput: this backend does not have them.
         """
 
     async def stop(self) -> None:
-        """Stop; requests that still wait get an error. Does nothing when the backend is not running.
+        """Stop; waiting requests get an error. Does nothing if the backend is not running.
 
         A backend that was stopped can be started again.
         """
@@ -89,7 +89,7 @@ class Replicated(Protocol):
 
 @runtime_checkable
 class Scraped(Protocol):
-    """A backend whose model runs in other processes, which no Prometheus can find by itself."""
+    """A backend whose model runs in other processes, which Prometheus cannot discover itself."""
 
     async def replica_metrics(self) -> Mapping[str, str]:
         """Return the metrics of each replica that answers, in Prometheus' text format."""

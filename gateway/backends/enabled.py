@@ -11,14 +11,14 @@ _ON_THE_CPU = "(`enabled: true` in models.yaml runs it on the CPU)"
 _USUAL = f"no accelerator is present {_ON_THE_CPU}"
 _SWITCHED_OFF = "switched off in models.yaml (`enabled: false`)"
 USUAL_REASONS = (_SWITCHED_OFF, _USUAL)
-"""Reasons why a model is disabled that need no warning: there is nothing to be mended."""
+"""Reasons for a disabled model that need no warning, because nothing is wrong."""
 
 
 def load_order(entries: Sequence[ModelEntry]) -> list[ModelEntry]:
-    """Return models of this process in the order of their loads, so that none waits for gigabytes of another one.
+    """Return the models of this process in loading order, so that no model waits for another's download.
 
-    First those of installed packages, which are small, then those whose checkpoints are on this machine, then those that
-    are downloaded; at last those that are loaded on demand, which only takes a description.
+    First the models of installed packages, which are small, then those with checkpoints on this machine, then those to
+    be downloaded, and last those loaded on demand, of which only the description is read.
     """
     from gateway.engine.checkpoint.sources import is_cached
 
@@ -42,7 +42,7 @@ def why_disabled(entry: ModelEntry) -> str:
 
 
 def _why_not_fetched(entry: ModelEntry) -> str:
-    """Return why the checkpoint of a model may not be downloaded, as far as its entry says; empty if it may, or is here."""
+    """Return why a model's entry forbids the download of its checkpoint; empty if it does not, or none is needed."""
     from gateway.engine.checkpoint.sources import is_cached, require_license
 
     try:

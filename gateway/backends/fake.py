@@ -1,4 +1,4 @@
-"""A backend without a model: its vectors can be checked by eye. For tests, and for timing everything but the model."""
+"""A backend without a model, whose vectors can be checked by eye, for tests and for timing everything but the model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _SPARSE = SparseVector(np.array([3, 70_000]), np.array([0.5, 0.25], np.float32))
 
 
 class FakeVocabulary:
-    """A word is a token; its id is its place among the words that were seen so far. Each text begins with ``[S]``."""
+    """A word is a token; its id is its index among the words seen so far. Each text begins with ``[S]``."""
 
     def __init__(self) -> None:
         self._words = ["[S]"]
@@ -50,7 +50,7 @@ class FakeBackend:
     Args:
         info: the info of the model that it claims to be.
         delay_s: how long each job takes.
-        on_embed: called with each job first; may raise what the backend should fail with.
+        on_embed: called first with each job; an exception that it raises becomes the backend's.
     """
 
     def __init__(
@@ -118,7 +118,7 @@ def _num_shared(query: str, words: Sequence[str]) -> int:
 
 
 def fake_info(model_id: str = "fake", width: int = 8, **changes: object) -> ModelInfo:
-    """Return the description of a fake model; ``changes`` replace single fields of it."""
+    """Return the description of a fake model, with the fields in ``changes`` replaced."""
     fields: dict[str, object] = {
         "id": model_id,
         "source": f"fake/{model_id}",

@@ -36,21 +36,21 @@ if TYPE_CHECKING:
 log = structlog.get_logger(__name__)
 
 _LONGEST_BACKOFF_S = 60.0
-_CARD_LOST = "its card was lost, and the gateway ends to be restarted"
+_CARD_LOST = "its card was lost, and the gateway is ending so that it can be restarted"
 
 
 class InfinityBackend:
     """The :class:`~gateway.backends.base.Backend` of a model that runs here.
 
-    A watchdog looks at the engine. When a forward takes longer than ``forward_timeout_s``, or a replica fails on a text
+    A watchdog checks the engine. If a forward takes longer than ``forward_timeout_s``, or a replica fails on a text
     that it has embedded before, all waiting requests get a 503, and the model is reloaded, with growing pauses between
-    attempts that fail; until then it is ``recovering``.
+    failed attempts. Until it is loaded again, it is ``recovering``.
 
     A card on which a forward hangs, or after whose error no call to CUDA succeeds, is lost to this process: nothing is
-    reloaded. Its requests get a 503, the replicas on other cards go on, and the process has to end.
+    reloaded. Its requests get a 503, the replicas on other cards continue, and the process must end.
 
     Args:
-        residents: gives the turn to load, and makes room.
+        residents: schedules loads, and makes room in memory.
         on_card_lost: called when a card is lost, with the reason.
     """
 
@@ -97,7 +97,7 @@ class InfinityBackend:
         pass_on(ModelState.LOADING, "")
 
     async def require_room(self) -> None:
-        """Refuse a model that has been planned and does not fit now.
+        """Reject a planned model that does not fit now.
 
         Raises:
             TooLittleMemory: one of its devices has too little.
@@ -136,19 +136,19 @@ class InfinityBackend:
         return plan
 
     def _load(self) -> tuple[Engine, ModelInfo]:
-        # Taken once: reloading the engine re-reads the checkpoint.
+        # Used once: reloading the engine re-reads the checkpoint.
         plan, self._plan = self._plan or self._make_plan(), None
         try:
             return _load_engine(plan, self._settings)
         except TooLittleMemory:
-            self._plan = plan  # for the next attempt, when there is room
+            self._plan = plan  # for the next attempt, once there is room
             raise
 
     async def _load_in_turn(self) -> tuple[Engine, ModelInfo]:
         return await self._residents.load(lambda: asyncio.to_thread(self._load))
 
     async def _start_engine(self, engine: Engine) -> None:
-        """Start an engine, and find a text that it can embed: the one that the watchdog asks.
+        """Start an engine, and find a text that it can embed, for the watchdog's tests.
 
         Raises:
             LoadError: it fails on every text.
@@ -187,7 +187,7 @@ class InfinityBackend:
         if self._engine is not None:
             await self._engine.astop()
             holders, self._engine = self._engine.holders(), None
-        if self._may_hold_memory and not self._has_lost_card:  # its memory goes with the process, and a call may hang
+        if self._may_hold_memory and not self._has_lost_card:  # the process frees it, and a call may hang
             self._may_hold_memory = False
             await asyncio.to_thread(_free_memory, holders)
 
@@ -203,7 +203,7 @@ class InfinityBackend:
                 if len(handled) == engine.num_replicas:
                     report(
                         ModelState.RECOVERING,
-                        f"its card was lost, and the gateway ends to be restarted: {trouble.reason}",
+                        f"its card was lost, and the gateway is ending so that it can be restarted: {trouble.reason}",
                     )
                     return
             await self._replace(engine, trouble.reason, report)
@@ -218,7 +218,7 @@ class InfinityBackend:
         """Reload the model, until that succeeds."""
         log.error("engine_lost", model=self._entry.id, reason=reason)
         report(ModelState.RECOVERING, reason)
-        self._engine = None  # its weights have to go before there is room for them again
+        self._engine = None  # its weights must be released before there is room to load them again
         engine.give_up(
             lambda: ModelRecovering(f"model {self._entry.id!r} is being reloaded: {reason}", retry_after_s=5)
         )
@@ -234,7 +234,7 @@ class InfinityBackend:
                 self._note_lost_card(error.device, str(error))
                 report(ModelState.RECOVERING, f"{_CARD_LOST}: {error}")
                 return
-            except Exception as error:  # loading may raise anything; the next attempt may find the device well again
+            except Exception as error:  # loading may raise any error; the device may work again at the next attempt
                 log.exception("engine_restart_failed", model=self._entry.id, pause_s=pause_s)
                 report(ModelState.RECOVERING, f"{reason}; reloading it failed: {error}")
                 await asyncio.sleep(pause_s)
@@ -248,10 +248,10 @@ class InfinityBackend:
 
 @cache
 def _import_libraries() -> None:
-    """Import what loads models: takes seconds, so not on the event loop, and not for a command that loads nothing.
+    """Import the modules that load models. This takes seconds: call it off the event loop, and only to load a model.
 
-    What has been imported stays for good, so the garbage collector need not look at it: half a million objects, at which
-    a full collection stops every request for 0.3 s.
+    The imported modules stay in memory, so the garbage collector need not scan their half million objects: a full
+    collection would stop every request for 0.3 s.
     """
     import gateway.engine.loading  # noqa: F401
 
@@ -270,23 +270,24 @@ def _load_engine(plan: LoadPlan, settings: Settings) -> tuple[Engine, ModelInfo]
         return engine, plan.as_loaded(engine).info
     except TooLittleMemory:
         raise
-    except Exception as error:  # the libraries raise anything
+    except Exception as error:  # the libraries may raise any error
         if (device := find_lost_card(error, plan.devices)) is not None:
-            lost = f"{device} was lost while the model was loaded, and the gateway has to be restarted: {error}"
+            lost = f"{device} was lost while the model was loading, and the gateway must be restarted: {error}"
             raise CardLostAtLoad(lost, device) from error
         if not is_out_of_memory(error.__cause__ or error):
             raise
         reason = str(error)
-    # Outside of the handler: the old error holds what had been loaded.
+    # Outside the handler, because the old error keeps the loaded weights alive.
     raise TooLittleMemory(f"too little memory on {plan.device}, although the plan fitted: {reason}", plan.device)
 
 
 def _free_memory(holders: Sequence[ReferenceType[object]] | None = None) -> None:
-    """Give back the memory of an engine that was stopped or given up.
+    """Release the memory of an engine that was stopped or abandoned.
 
     Args:
-        holders: what held its weights. If cycles of references still hold some of it, which is so after the first load of a
-            process, all garbage is collected: every request stops for some tenths of a second. ``None``: collect anyway.
+        holders: the objects that held its weights. If reference cycles keep some of them alive, as after the first load
+        of a process, all garbage is collected, which stops every request for some tenths of a second. ``None``: always
+        collect.
     """
     from gateway.engine.devices import trim_host_memory
     from gateway.engine.faults import release_memory

@@ -1,4 +1,4 @@
-"""A model that is loaded when a request needs it, and leaves the memory when it is idle or another model needs the room."""
+"""A model that is loaded when a request needs it, and unloaded when it is idle or another model needs its memory."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from gateway.types import Embeddings, EmbedJob, ModelInfo, ModelState, Vocabular
 log = structlog.get_logger(__name__)
 
 Failure: TypeAlias = Callable[[], RequestError]
-"""Makes the error of a request that waited for a load without success: each request needs its own."""
+"""Creates the error of a request that waited for a failed load; each request needs a separate instance."""
 
-# Between two attempts to load a model: doubled after each failure.
+# The pause between two attempts to load a model, doubled after each failure.
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 2.0, 60.0
-# How long the first load of a model takes, as far as its size tells: reading, converting and compiling it.
+# An estimate, from its size, of how long the first load of a model takes: reading, converting and compiling it.
 _LEAST_LOAD_S, _LOAD_BYTES_PER_S = 2.0, 250e6
 
 
@@ -36,7 +36,7 @@ class Loadable(Backend, Protocol):
     """A backend whose model can be loaded and unloaded again and again, by ``start`` and ``stop``."""
 
     async def require_room(self) -> None:
-        """Refuse a model that has been planned and does not fit into the memory that is free now.
+        """Reject a planned model that does not fit into the free memory.
 
         Raises:
             TooLittleMemory: one of its devices has too little.
@@ -44,14 +44,14 @@ class Loadable(Backend, Protocol):
 
 
 class Timer(Protocol):
-    """A call that is due later."""
+    """A scheduled call."""
 
     def cancel(self) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
 class Clock:
-    """The time, in seconds, and calls at a later time."""
+    """A clock in seconds that can schedule calls."""
 
     now: Callable[[], float] = time.monotonic
     call_later: Callable[[float, Callable[[], None]], Timer] = lambda delay_s, call: (
@@ -64,8 +64,8 @@ class _Load:
     """A load in progress.
 
     Attributes:
-        outcome: the failure; ``None`` after a success.
-        num_waiting: jobs that wait for it, which count as in flight from its end.
+        outcome: the error of a failed load; ``None`` after a success.
+        num_waiting: how many jobs wait for the load; they count as in flight once it ends.
     """
 
     outcome: asyncio.Future[Failure | None]
@@ -75,14 +75,15 @@ class _Load:
 
 
 class OnDemandBackend:
-    """The :class:`~gateway.backends.base.Backend` of a model that is in memory only while it is used.
+    """The :class:`~gateway.backends.base.Backend` of a model that is only in memory while it is used.
 
     ``start`` reads the checkpoint's description, but not its weights. The first job begins the load, and all jobs wait for
-    it until their deadlines. At most one load is in progress, and it belongs to no job: a job that is canceled changes
-    nothing. After a load that fails, jobs are refused during a pause, which doubles with each failure.
+    it until their deadlines. At most one load is in progress, and it does not belong to a job, so canceling a job does
+    not affect it. After a failed load, jobs are rejected during a pause, which doubles with each failure.
 
-    The model leaves when it has been idle for ``idle_unload_s``, when :class:`Residents` need the room, or when the operator
-    says so. Then it takes no more jobs, finishes those that it has, and stops; new jobs wait for the next load.
+    The model is unloaded when it has been idle for ``idle_unload_s``, when :class:`Residents` need its memory, or when
+    the operator requests it. Then it accepts no more jobs, finishes its current ones, and stops; new jobs wait for the
+    next load.
 
     Args:
         inner: runs the model while it is loaded.
@@ -100,7 +101,7 @@ class OnDemandBackend:
         self._info: ModelInfo | None = None
         self._admission = Admission(entry.id, settings.max_queue_texts, settings.max_queue_tokens, 0)
         self._report: Report = lambda _state, _reason: None
-        self._is_loaded = False  # and takes jobs
+        self._is_loaded = False  # and accepts jobs
         self._is_loading = False
         self.is_started = False
         self._load: _Load | None = None
@@ -121,7 +122,7 @@ class OnDemandBackend:
         return self._info
 
     async def start(self, report: Report) -> ModelInfo:
-        """Prepare to load the model; warn if it would not fit even if all models that may leave had left."""
+        """Prepare to load the model; warn if it would not fit even after other models on demand are unloaded."""
         info = self._info or await self.plan()
         self._report = report
         settings = self._settings
@@ -138,9 +139,9 @@ class OnDemandBackend:
         """Embed the texts of a job, once the model is loaded.
 
         Raises:
-            Overloaded: too many jobs wait for the load already.
-            ModelNotReady: the load takes longer than the job may, or has failed; or the job does not wait for loads.
-            RequestError: the job was refused or failed.
+            Overloaded: too many jobs already wait for the load.
+            ModelNotReady: the load takes longer than the job's time limit or failed, or the job does not wait for
+            loads. RequestError: the job was rejected or failed.
         """
         asked_at = self._clock.now()
         with nullcontext() if self._is_loaded else self._admission.admit(job):
@@ -163,7 +164,7 @@ class OnDemandBackend:
         self.is_started = False
         if self._load is not None and not self._load.outcome.done():
             self._load.outcome.set_result(_shutting_down)
-        if self._is_loading:  # a thread that loads cannot be ended; the load ends with a stop
+        if self._is_loading:  # a loading thread cannot be ended; when its load ends, the model is stopped
             return
         if self._is_loaded:
             self._close()
@@ -173,16 +174,16 @@ class OnDemandBackend:
     # ----------------------------------------------------------------------------------------------- for the operator
 
     async def load(self) -> None:
-        """Load the model if it is not loaded, and wait for that.
+        """Load the model unless it is loaded, and wait until it is.
 
         Raises:
-            ModelNotReady: the load takes longer than a request may, or has failed.
+            ModelNotReady: the load takes longer than a request's time limit, or failed.
         """
         await self._enter(self._clock.now() + self._settings.request_timeout_s)
         self._count(-1)
 
     async def unload(self) -> None:
-        """Unload the model, once its work in flight is done; a load in progress ends first."""
+        """Unload the model after its work in flight, and after a load in progress."""
         if self._load is not None:
             await asyncio.wait((self._load.outcome,))
         await self.leave("operator")
@@ -202,16 +203,16 @@ class OnDemandBackend:
         if self._is_loaded:
             self._close()
             self._leaving = self._run(self._leave(reason))
-        if self._leaving is not None:  # its own task: a caller that gives up must not leave half of a model behind
+        if self._leaving is not None:  # a caller that gives up must not stop this half-way
             await asyncio.shield(self._leaving)
 
     # ----------------------------------------------------------------------------------------------------- loading
 
     async def _enter(self, deadline: float, *, may_wait: bool = True) -> None:
-        """Count a job as in flight, once the model is loaded, which is begun if need be.
+        """Count a job as in flight once the model is loaded, and begin the load if necessary.
 
         Raises:
-            ModelNotReady: the load takes too long, or has failed.
+            ModelNotReady: the load takes too long, or failed.
         """
         while not self._is_loaded:
             load = self._begin_load()
@@ -228,7 +229,7 @@ class OnDemandBackend:
         self._count(1)
 
     async def _wait(self, load: _Load, timeout_s: float) -> bool:
-        """Wait for a load; return whether it has succeeded, and counted this job as in flight."""
+        """Wait for a load; return whether it succeeded and counted this job as in flight."""
         load.num_waiting += 1
         has_entered = False
         try:
@@ -237,12 +238,12 @@ class OnDemandBackend:
         finally:
             if not load.has_succeeded:
                 load.num_waiting -= 1
-            elif not has_entered:  # canceled in the very moment
+            elif not has_entered:  # canceled at this very moment
                 self._count(-1)
         return has_entered
 
     def _begin_load(self) -> _Load:
-        """Return the load in progress, which is begun unless the last one failed just now."""
+        """Return the load in progress; begin one unless the last one failed a moment ago."""
         if not self.is_started:
             raise _shutting_down()
         if self._load is None:
@@ -264,16 +265,16 @@ class OnDemandBackend:
                 load.outcome.set_result(failure)
 
     async def _start_inner(self, load: _Load) -> Failure | None:
-        """Start the inner backend; return the failure for those who wait, if it does."""
+        """Start the inner backend; if that fails, return the error for the waiting jobs."""
         if not self.is_started:
             return None
         self._set_state(ModelState.LOADING)
         log.info("model_loading", model=self._id)
         self._is_loading = True
         try:
-            await self._inner.plan()  # reads the checkpoint again: its files may have changed
+            await self._inner.plan()  # read the checkpoint again, because its files may have changed
             self._info = await self._inner.start(self._report_inner)
-        except Exception as error:  # a checkpoint can make the libraries raise anything
+        except Exception as error:  # a checkpoint can make the libraries raise any error
             self._note_failure(error)
         else:
             self._num_failures, self._reason = 0, ""
@@ -286,7 +287,7 @@ class OnDemandBackend:
         return None
 
     def _open(self, load: _Load) -> None:
-        """Take jobs: first those that waited, before the model may leave again."""
+        """Accept jobs, first those that waited, before the model may be unloaded again."""
         self._last_load_s = self._clock.now() - load.began_at
         self._is_loaded = load.has_succeeded = True
         self._count(load.num_waiting)
@@ -308,11 +309,11 @@ class OnDemandBackend:
         log.error("model_load_failed", model=self._id, reason=self._reason, pause_s=pause_s, exc_info=not is_expected)
 
     def _set_state(self, state: ModelState, reason: str = "") -> None:
-        if self.is_started:  # else the fleet has the last word
+        if self.is_started:  # otherwise the fleet decides
             self._report(state, reason)
 
     def _report_inner(self, state: ModelState, reason: str) -> None:
-        if self._is_loaded:  # a watchdog that is being stopped has nothing more to say
+        if self._is_loaded:  # ignore reports of a watchdog that is being stopped
             self._report(state, reason)
 
     def _remaining_s(self, load: _Load) -> float:
@@ -336,7 +337,7 @@ class OnDemandBackend:
     # --------------------------------------------------------------------------------------------------- unloading
 
     def _count(self, change: int) -> None:
-        """Note that jobs have begun or ended."""
+        """Count jobs that begin or end."""
         self._num_in_flight += change
         self.used_at = self._clock.now()
         if self._num_in_flight:
@@ -357,14 +358,14 @@ class OnDemandBackend:
         log.info("model_unloaded", model=self._id, reason=reason, idle_s=round(idle_s, 1))
 
     def _close(self) -> None:
-        """Take no more jobs."""
+        """Accept no more jobs."""
         self._is_loaded = False
         if self._idle_timer is not None:
             self._idle_timer.cancel()
             self._idle_timer = None
 
     def _watch_idleness(self) -> None:
-        """Unload the model if it has been idle for long enough; else look again when it may have been."""
+        """Unload the model if it has been idle for long enough; otherwise schedule the next check."""
         if self._idle_unload_s is None:
             return
         idle_s = 0.0 if self.is_busy else self._clock.now() - self.used_at

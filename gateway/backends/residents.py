@@ -1,4 +1,4 @@
-"""The turn to load a model into memory, and the models that leave it to make room for another one."""
+"""Taking turns to load models into memory, and unloading models to make room for others."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 class Resident(Protocol):
-    """A model in memory that may leave it, because it can be loaded again when it is needed."""
+    """A model in memory that may be unloaded, because it can be loaded again on demand."""
 
     @property
     def info(self) -> ModelInfo: ...
@@ -31,16 +31,16 @@ class Resident(Protocol):
         """When it was last used, on the clock that all residents share."""
 
     async def leave(self, reason: str) -> None:
-        """Take no more work, finish what is in flight, and release the memory."""
+        """Accept no more work, finish the work in flight, and release the memory."""
 
 
 class Residents:
-    """The models of this process that may leave the memory, and one turn to load for all models.
+    """The models of this process that may be unloaded, and the lock under which models are loaded.
 
-    One model is loaded at a time, so that each sees the memory that the others left. Models that stay for good take turns
-    here too, but are no residents.
+    Only one model is loaded at a time, so that each sees the memory that the others left. Models that stay loaded take
+    turns here too, but are not residents.
 
-    Belongs to one event loop.
+    An instance belongs to one event loop.
     """
 
     def __init__(self) -> None:
@@ -48,21 +48,21 @@ class Residents:
         self._present: list[Resident] = []
 
     def add(self, resident: Resident) -> None:
-        """Note a model that is in memory now."""
+        """Register a model that is now in memory."""
         self._present.append(resident)
 
     def remove(self, resident: Resident) -> None:
-        """Forget a model that has left."""
+        """Forget a model that was unloaded."""
         self._present.remove(resident)
 
     async def load(self, load: Callable[[], Awaitable[T]]) -> T:
         """Load a model when its turn comes.
 
-        While the model has too little memory, the one that has been idle for longest leaves, then the one among the busy
-        that was used longest ago, once its work is done.
+        While there is too little memory, models are unloaded: first the one that has been idle for longest, then the
+        busy one that was used longest ago, after its work is done.
 
         Raises:
-            TooLittleMemory: there is too little even without the models that may leave.
+            TooLittleMemory: there is too little memory even without the models that may be unloaded.
         """
         async with self._turn:
             while True:
@@ -73,7 +73,7 @@ class Residents:
                 await self._make_room(shortage)
 
     def can_make_room(self, shortage: TooLittleMemory) -> bool:
-        """Return whether the models that may leave a device hold as much as is missing there."""
+        """Return whether unloading models would free the missing memory of a device."""
         on_device = self._on(shortage.device)
         return bool(on_device) and sum(one.info.memory_bytes for one in on_device) >= shortage.missing_bytes
 

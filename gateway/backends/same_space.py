@@ -1,4 +1,4 @@
-"""Check the registry's claim that a model that runs elsewhere has the very weights of another model."""
+"""Check the registry's claim that a model that runs elsewhere has the same weights as another model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Reference:
     """The model whose space another model claims to share.
 
     Attributes:
-        golden: the file with its golden vectors, which are used while it is not ready.
+        golden: the file with its golden vectors, which are used while the model is not ready.
         embed: embeds the texts of a job.
     """
 
@@ -36,10 +36,10 @@ async def verify_same_space(info: ModelInfo, backend: Backend, reference: Refere
 
     Args:
         backend: runs the model, which has been started.
-        reference: the model that it must equal, if that has been read.
+        reference: the model that it must equal, if that model has been read.
 
     Raises:
-        LoadError: it does not equal it, or cannot be compared.
+        LoadError: the models differ, or cannot be compared.
     """
     if reference is None:
         raise LoadError("the model it refers to has not been loaded, so there is nothing to compare with")
@@ -60,7 +60,7 @@ async def verify_same_space(info: ModelInfo, backend: Backend, reference: Refere
         is_normalized=theirs.is_normalized,
         tasks={task: theirs.tasks[task] for task in info.tasks},
         instruction=theirs.instruction,
-        # Equal vectors have equal ranges; those of a size that the other model does not have are unknown.
+        # Equal vectors have equal ranges. The ranges for sizes that the other model does not have are unknown.
         ranges=info.ranges or (theirs.ranges if set(info.dimensions) <= theirs.ranges.keys() else {}),
     )
 
@@ -69,19 +69,19 @@ def _difference(info: ModelInfo, theirs: ModelInfo) -> str:
     if unknown := [task for task in info.tasks if task not in theirs.tasks]:
         return f"{theirs.id} has no task {unknown[0]!r}"
     if info.default_task != theirs.default_task:
-        return f"its default task is {info.default_task}, and that of {theirs.id} is {theirs.default_task}"
+        return f"its default task is {info.default_task}, but that of {theirs.id} is {theirs.default_task}"
     if info.width != theirs.width:
-        return f"its vectors have {info.width} dimensions, and those of {theirs.id} {theirs.width}"
+        return f"its vectors have {info.width} dimensions, but those of {theirs.id} have {theirs.width}"
     if not theirs.is_normalized and not info.has_raw:
-        return f"{theirs.id} does not normalize its vectors, and the vectors of this model come normalized"
+        return f"{theirs.id} does not normalize its vectors, but this model does"
     return ""
 
 
 async def _expected(reference: Reference, tasks: Iterable[str]) -> Sequence[GoldenVector]:
-    """Return the reference's vectors: computed now, or else recorded.
+    """Return the reference's vectors, computed now or recorded earlier.
 
     Raises:
-        LoadError: it is not ready and has no recorded vectors.
+        LoadError: the reference is not ready and has no recorded vectors.
     """
     info, state = reference.info, reference.state
     if state is ModelState.READY:

@@ -1,1 +1,1 @@
-"""OpenAI's Files and Batches: many requests in one file, answered when nothing else waits."""
+"""OpenAI's Files and Batches API: many requests in one file, answered while nothing else waits."""

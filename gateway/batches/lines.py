@@ -1,4 +1,4 @@
-"""The lines of an input file, and what becomes of each."""
+"""The lines of an input file: reading, validating and answering them."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ _MAX_ERRORS = 100
 
 
 class Interrupted(Exception):
-    """The process stops, and the next one begins the work again."""
+    """The process is stopping, and the next process starts the work over."""
 
 
 class WrongLine(Exception):
-    """A line is not a request that this batch can have; ``code`` and ``param`` are for the client.
+    """A line is not a valid request for this batch. ``code`` and ``param`` are for the client.
 
     Args:
-        custom_id: of the line, if that much of it could be read.
+        custom_id: the line's ``custom_id``, if it could be read.
     """
 
     def __init__(self, code: str, message: str, param: str | None = None, custom_id: str = "") -> None:
@@ -38,9 +38,9 @@ class Line:
     """One request of a batch.
 
     Attributes:
-        body: as JSON.
-        weight: how large the answer may be, in vectors of a text.
-        answered: what it got without being made.
+        body: the body as JSON.
+        weight: an estimate of the answer's size, in vectors of one text.
+        answered: the answer of a request that need not be sent, such as an error.
     """
 
     custom_id: str
@@ -52,12 +52,12 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Answered:
-    """What a request got.
+    """The answer to a request.
 
     Attributes:
-        body: as JSON, exactly as ``POST`` to the endpoint returns it.
-        is_passing: another attempt may succeed, and what failed is not the request's fault.
-        retry_after_s: when to make it, if that is known.
+        body: the body as JSON, exactly as ``POST`` to the endpoint returns it.
+        is_passing: another attempt may succeed, and the request did not cause the failure.
+        retry_after_s: how long to wait before another attempt, if known, in seconds.
     """
 
     status: int
@@ -69,15 +69,15 @@ class Answered:
 
 
 class Requests(Protocol):
-    """Reads and answers the requests of a batch; the part that knows HTTP."""
+    """Reads and answers the requests of a batch. The implementation knows HTTP."""
 
     @property
     def max_line_bytes(self) -> int:
-        """The longest line."""
+        """The length limit of a line, in bytes."""
 
     @property
     def is_paused(self) -> bool:
-        """Whether no request should begin now."""
+        """Whether new requests should wait."""
 
     def read(self, endpoint: str, line: bytes) -> Line:
         """Read a line, in a thread.
@@ -87,14 +87,14 @@ class Requests(Protocol):
         """
 
     def refusal(self, batch: Batch) -> LineError | None:
-        """Return why the owner of a batch may not use it, or its model; ``None`` if nothing speaks against it."""
+        """Return why the owner may not use a batch or its model; ``None`` if the owner may."""
 
     async def answer(self, batch: Batch, line: Line) -> Answered:
         """Answer a request."""
 
 
 class RawLine(NamedTuple):
-    """A line, and where the next one begins, in bytes."""
+    """A line, and the offset of the next line in bytes."""
 
     content: bytes
     end: int
@@ -102,7 +102,7 @@ class RawLine(NamedTuple):
 
 
 def read_lines(file: BinaryIO, max_bytes: int) -> Iterator[RawLine]:
-    """Yield the lines of a file that are not blank; of one that is too long, only the first bytes."""
+    """Yield the lines of a file that are not blank. Of a line that is too long, yield only the first bytes."""
     end = file.tell()
     while content := file.readline(max_bytes + 1):
         end += len(content)
@@ -117,10 +117,10 @@ def read_lines(file: BinaryIO, max_bytes: int) -> Iterator[RawLine]:
 
 @dataclass(frozen=True, slots=True)
 class Validated:
-    """The result of looking at all lines of a file.
+    """The result of validating all lines of a file.
 
     Attributes:
-        model: of all requests.
+        model: the model of all requests.
     """
 
     num_lines: int
@@ -129,13 +129,13 @@ class Validated:
 
 
 def validate(path: Path, batch: Batch, requests: Requests, is_stopped: Callable[[], bool]) -> Validated:
-    """Look at all lines of the input of a batch; up to 100 errors are returned.
+    """Validate all lines of a batch's input. Up to 100 errors are returned.
 
     Raises:
-        Interrupted: ``is_stopped`` says so.
+        Interrupted: ``is_stopped`` returned ``True``.
     """
     errors: list[LineError] = []
-    # Hashed: 50,000 ids of any length take a few MB.
+    # The ids are hashed, so that 50,000 ids of any length take only a few MB.
     ids: set[bytes] = set()
     first: Line | None = None
     number = 0
@@ -144,7 +144,7 @@ def validate(path: Path, batch: Batch, requests: Requests, is_stopped: Callable[
             if is_stopped():
                 raise Interrupted
             if number > MAX_LINES:
-                message = f"The file has more than {MAX_LINES:,} requests, which is the most of a batch."
+                message = f"The file has more than {MAX_LINES:,} requests, which is the limit of a batch."
                 return Validated(number, None, (LineError("too_many_requests", message),))
             try:
                 line = _read(raw, batch.endpoint, requests)
@@ -166,9 +166,9 @@ def _read(raw: RawLine, endpoint: str, requests: Requests) -> Line:
 
 
 def read_again(raw: RawLine, batch: Batch, requests: Requests) -> Line:
-    """Read a line of a batch in progress. If it is no longer accepted, it has its answer.
+    """Read a line of a batch in progress. A line that is no longer valid gets the error as its answer.
 
-    Its batch was validated, but perhaps by a gateway with higher limits: that must not hold up the other lines.
+    The batch was validated, but perhaps by a gateway with higher limits, and one line must not hold up the others.
     """
     try:
         return _read(raw, batch.endpoint, requests)
@@ -181,13 +181,15 @@ def _check(line: Line, first: Line, ids: set[bytes]) -> None:
     digest = hashlib.blake2b(line.custom_id.encode("utf-8", "surrogatepass"), digest_size=16).digest()
     if digest in ids:
         shown = line.custom_id[:100]
-        raise WrongLine("duplicate_custom_id", f"The custom_id {shown!r} is that of an earlier line, too.", "custom_id")
+        raise WrongLine(
+            "duplicate_custom_id", f"The custom_id {shown!r} was already used by an earlier line.", "custom_id"
+        )
     ids.add(digest)
     if line.model != first.model:
         raise WrongLine(
             "mismatched_model",
-            f"The provided model {str(line.model)[:100]!r} does not match expected model {str(first.model)[:100]!r}. All "
-            "requests of a batch must have the same model: make a batch of each.",
+            f"The provided model {str(line.model)[:100]!r} does not match expected model {str(first.model)[:100]!r}. "
+            "All requests of a batch must have the same model: use a separate batch for each model.",
             "body.model",
         )
 
@@ -196,7 +198,7 @@ def _check(line: Line, first: Line, ids: set[bytes]) -> None:
 
 
 def output_line(number: int, batch: Batch, line: Line, answered: Answered) -> bytes:
-    """Return the line of the output, or of the errors, for an answer."""
+    """Return the line for an answer, in the form of the output and error files."""
     response = b'{"status_code":%d,"request_id":%b,"body":%b}' % (
         answered.status,
         orjson.dumps(answered.request_id),
@@ -206,7 +208,7 @@ def output_line(number: int, batch: Batch, line: Line, answered: Answered) -> by
 
 
 def expired_line(number: int, batch: Batch, custom_id: str) -> bytes:
-    """Return the line of the errors for a request that was not answered in time."""
+    """Return the line of the error file for a request that was not answered in time."""
     message = "This request could not be executed before the completion window expired."
     return _output(number, batch, custom_id, b"null", orjson.dumps({"code": "batch_expired", "message": message}))
 

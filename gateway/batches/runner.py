@@ -1,8 +1,8 @@
-"""Answers the requests of batches, one batch per client at a time, and keeps on disk how far each is.
+"""The runner of batches, which answers one batch per client at a time and records its progress on disk.
 
-Answers are written in the order of the input. First they are written and synced, then the row of the batch says how much of
-the files counts: after a crash, whatever is behind that is cut off, and these requests are computed again. So each line is
-answered exactly once in the output, and none is lost.
+Answers are written in the order of the input. The runner first writes and syncs them, and then records in the batch's
+row how much of the files counts. After a crash, the files are truncated to that size, and the requests after it are
+computed again. So each line is answered exactly once in the output, and none is lost.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ T = TypeVar("T")
 Change: TypeAlias = Callable[[Batch], Batch]
 Files: TypeAlias = Sequence[StoredFile]
 
-# Requests in flight of one batch: enough of short ones to fill a batch of the engine, and of long ones what memory allows.
+# The limits of a batch's requests in flight: enough short ones to fill the engine's batches, and as memory allows.
 _MAX_IN_FLIGHT = 64
 _MAX_BYTES_IN_FLIGHT = 8 * 1024 * 1024
-# Their answers are held until those before them are written: together as much as one large request may return.
+# Answers wait in memory until all earlier ones are written. Together they may be as large as one large response.
 _MAX_WEIGHT_IN_FLIGHT = 2048
-# Batches in progress, of different clients; others wait.
+# How many batches, of different clients, are in progress; others wait.
 _MAX_AT_ONCE = 16
-# The pause after a failure that is not a request's: a full disk, for example.
+# The pause after a failure that no request caused, such as a full disk.
 _PAUSE_S = 15.0
 _LONGEST_WAIT_S = 30.0
-# Attempts at a request that fails in a way that may pass, but may also be its own fault.
+# How often to try a request whose failure may be temporary, but may also be its own fault.
 _MAX_TRIES = 3
 _SWEEP_EVERY_S = 600.0
 
@@ -53,7 +53,7 @@ def _unchanged(batch: Batch) -> Batch:
 
 @dataclass(eq=False, slots=True)
 class _Run:
-    """A batch that has not ended; ``batch`` is replaced on the event loop only."""
+    """A batch that has not ended. ``batch`` is replaced only on the event loop."""
 
     batch: Batch
     task: asyncio.Task[None] | None = None
@@ -67,11 +67,11 @@ class _InFlight:
 
 
 class Runner:
-    """Runs all batches of a folder. Belongs to one event loop.
+    """Runs all batches of a folder. An instance belongs to one event loop.
 
     Args:
         requests: reads and answers the requests.
-        now: the time in seconds since the epoch.
+        now: returns the time in seconds since the epoch.
     """
 
     def __init__(self, store: Store, requests: Requests, now: Callable[[], float] = time.time) -> None:
@@ -79,7 +79,7 @@ class Runner:
         self._requests = requests
         self._now = now
         self._thread = ThreadPoolExecutor(1, "batches")
-        # Not that of the store: reading a large file must not hold up the others.
+        # A separate thread from the store's: reading a large file must not hold up the store.
         self._reading = ThreadPoolExecutor(1, "batches-read")
         self._runs: dict[str, _Run] = {batch.id: _Run(batch) for batch in store.open_batches()}
         self._adding: dict[str, Batch] = {}
@@ -87,11 +87,11 @@ class Runner:
         self._is_stopped = False
 
     async def call(self, work: Callable[..., T], *values: object) -> T:
-        """Do something with the store, in its thread."""
+        """Call a method of the store, in its thread."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, work, *values)
 
     def start(self) -> None:
-        """Go on with the batches that have not ended. Call it on the event loop; again does nothing."""
+        """Continue the batches that have not ended. Call it on the event loop; further calls do nothing."""
         if self._sweeper is None:
             self._sweeper = asyncio.create_task(self._sweep())
             if self._runs:
@@ -99,7 +99,7 @@ class Runner:
             self._begin()
 
     async def stop(self) -> None:
-        """Stop where it is; the next start goes on from there."""
+        """Stop all batches where they are; the next start continues them from there."""
         self._is_stopped = True
         tasks = [run.task for run in self._runs.values() if run.task is not None]
         tasks += [] if self._sweeper is None else [self._sweeper]
@@ -113,7 +113,7 @@ class Runner:
     # ------------------------------------------------------------------------------------------------ for the API
 
     async def add(self, batch: Batch) -> None:
-        """Keep a new batch, and begin it when its turn comes, also if its client does not wait for that."""
+        """Store a new batch and begin it when its turn comes, even if its client does not wait for the response."""
         self._adding[batch.id] = batch
         await asyncio.shield(asyncio.create_task(self._add(batch)))
 
@@ -129,18 +129,18 @@ class Runner:
         return [*self._adding.values(), *(run.batch for run in self._runs.values())]
 
     def num_open(self, owner: str) -> int:
-        """Return how many batches of a client have not ended."""
+        """Return the number of a client's batches that have not ended."""
         return sum(batch.owner == owner for batch in self._open_batches())
 
     def uses(self, file_id: str) -> str | None:
-        """Return the batch that still reads or writes a file, if there is one."""
+        """Return the batch that still reads or writes a file, if any."""
         for batch in self._open_batches():
             if file_id in (batch.input_id, batch.output_id, batch.error_id):
                 return batch.id
         return None
 
     async def find(self, owner: str, batch_id: str) -> Batch | None:
-        """Return a batch of a client as it is now."""
+        """Return a client's batch in its current state."""
         run = self._runs.get(batch_id)
         if run is not None:
             return run.batch if run.batch.owner == owner else None
@@ -157,7 +157,7 @@ class Runner:
     # ------------------------------------------------------------------------------------------------------ turns
 
     def _begin(self) -> None:
-        """Begin the oldest batch of each client that has none in progress."""
+        """Begin the oldest batch of each client that has no batch in progress."""
         busy = {run.batch.owner for run in self._runs.values() if run.task is not None}
         for run in list(self._runs.values()):
             if self._is_stopped or self._sweeper is None or len(busy) >= _MAX_AT_ONCE:
@@ -171,11 +171,11 @@ class Runner:
                 metrics.BATCH_JOBS.labels(status).set(number)
 
     async def _run(self, run: _Run) -> None:
-        """Bring a batch to its end, through every failure that is not its own."""
+        """Run a batch to its end, through every failure that the batch did not cause."""
         while not run.batch.status.is_final:
             try:
                 await self._advance(run)
-            except Exception as error:  # a full or a broken disk, as a rule; the batch goes on where it was
+            except Exception as error:  # usually a full or broken disk; the batch then continues where it stopped
                 log.error("batch_waits", batch=run.batch.id, owner=run.batch.owner, reason=str(error), exc_info=True)
                 await asyncio.sleep(_PAUSE_S)
         del self._runs[run.batch.id]
@@ -197,7 +197,7 @@ class Runner:
         try:
             await self._go_on(run)
         except FileNotFoundError as error:
-            message = f"A file of this batch is gone from the gateway's disk: {Path(error.filename or '').name}"
+            message = f"A file of this batch is missing from the gateway's disk: {Path(error.filename or '').name}"
             change = partial(replace, errors=(LineError("file_missing", message),), output_bytes=0, error_bytes=0)
             await self._become(run, Status.FAILED, change)
 
@@ -213,13 +213,13 @@ class Runner:
                 await self._finish(run, run.batch.end)
 
     async def _become(self, run: _Run, status: Status, change: Change = _unchanged, files: Files = ()) -> None:
-        """Give a batch another state, in memory and on disk, and add files, all or nothing."""
+        """Change the state of a batch in memory and on disk, and add files, all or nothing."""
         before = run.batch
         times = {**before.times, status.value: int(self._now())}
         run.batch = after = replace(change(before), status=status, times=times)
         try:
             await self.call(self.store.save, run.batch, *files)
-        except BaseException:  # take back this change only: answers may have been noted meanwhile
+        except BaseException:  # undo only this change: answers may have been recorded in the meantime
             run.batch = replace(run.batch, **before.fields_unlike(after))
             raise
 
@@ -228,7 +228,7 @@ class Runner:
         path = self.store.path(batch.input_id)
         work = partial(of_lines.validate, path, batch, self._requests, lambda: self._is_stopped)
         found = await asyncio.get_running_loop().run_in_executor(self._reading, work)
-        if run.batch.status is not Status.VALIDATING:  # it was canceled meanwhile
+        if run.batch.status is not Status.VALIDATING:  # it was canceled in the meantime
             return
         errors = found.errors
         if not errors and (refusal := self._requests.refusal(replace(batch, model=found.model))) is not None:
@@ -238,7 +238,7 @@ class Runner:
         log.info("batch_validated", batch=batch.id, owner=batch.owner, lines=found.num_lines, errors=len(errors))
 
     async def _finish(self, run: _Run, end: Status) -> None:
-        """Make files of output and errors, and end the batch, in one step."""
+        """Turn output and errors into files and end the batch, in one step."""
         batch, now = run.batch, int(self._now())
         sizes = {batch.output_id: batch.output_bytes, batch.error_id: batch.error_bytes}
         names = {batch.output_id: f"{batch.id}_output.jsonl", batch.error_id: f"{batch.id}_error.jsonl"}
@@ -254,7 +254,7 @@ class Runner:
     # ------------------------------------------------------------------------------------------------------ lines
 
     async def _answer_all(self, run: _Run) -> None:
-        """Answer the lines that have no answer yet, until the end of the file or of the time."""
+        """Answer the remaining lines until the file or the batch's time ends."""
         with self.store.path(run.batch.input_id).open("rb") as file:
             file.seek(run.batch.position)
             lines = read_lines(file, self._requests.max_line_bytes)
@@ -286,7 +286,7 @@ class Runner:
                 await asyncio.sleep(0.2)  # paused
                 continue
             left_s = max(0.0, run.batch.expires_at - self._now())
-            await asyncio.wait([waiting[0].task], timeout=min(1.0, left_s))  # or an end of time, or a cancelation
+            await asyncio.wait([waiting[0].task], timeout=min(1.0, left_s))  # or a timeout or cancelation
             done = list(itertools.takewhile(lambda one: one.task.done(), waiting))
             if done:
                 await self._write(run, done)
@@ -294,7 +294,7 @@ class Runner:
                     waiting.popleft()
 
     async def _fill(self, run: _Run, lines: Iterator[RawLine], waiting: deque[_InFlight]) -> bool:
-        """Begin further requests, as many as may be in flight; return whether the file has more."""
+        """Begin as many further requests as may be in flight; return whether the file has more."""
         if self._requests.is_paused:
             return True
         num_bytes = sum(len(one.raw.content) for one in waiting)
@@ -314,7 +314,7 @@ class Runner:
         return None if raw is None else (raw, read_again(raw, batch, self._requests))
 
     async def _answer(self, run: _Run, line: Line) -> Answered:
-        """Answer a request; wait as long as a quota, a queue or a model that is not ready requires."""
+        """Answer a request, waiting for as long as a quota, a full queue or a model that is not ready requires."""
         if line.answered is not None:
             return line.answered
         for attempt in itertools.count(1):
@@ -327,7 +327,7 @@ class Runner:
         return answered
 
     async def _write(self, run: _Run, done: list[_InFlight]) -> None:
-        """Write answers behind those before them, and then note that they count."""
+        """Append answers to the files, and then record that they count."""
         batch = run.batch
         outputs: list[bytes] = []
         errors: list[bytes] = []
@@ -356,7 +356,7 @@ class Runner:
             num_tokens=batch.num_tokens + num_tokens,
             position=position,
         )
-        # The state may become another one meanwhile, on the event loop.
+        # The state may change in the meantime, on the event loop.
         run.batch = change(run.batch)
         await self.call(self.store.save, run.batch)
 
@@ -371,7 +371,7 @@ class Runner:
         return sizes[0], sizes[1]
 
     async def _expire(self, run: _Run) -> None:
-        """Note for each line without an answer that its time is over."""
+        """Write an expiry error for each line without an answer."""
         with self.store.path(run.batch.input_id).open("rb") as file:
             file.seek(run.batch.position)
             lines = read_lines(file, self._requests.max_line_bytes)
@@ -383,7 +383,7 @@ class Runner:
             await self._become(run, Status.FINALIZING, partial(replace, end=Status.EXPIRED))
 
     def _expired(self, batch: Batch, lines: Iterator[RawLine]) -> list[tuple[bytes, int]]:
-        """Return the lines for some requests that were not answered, each with the place behind it in the input."""
+        """Return the error lines of some unanswered requests, each with the input's offset after the request."""
         found = []
         for number, raw in enumerate(itertools.islice(lines, 100), start=batch.num_answered + 1):
             custom_id = read_again(raw, batch, self._requests).custom_id
@@ -392,7 +392,7 @@ class Runner:
 
     async def _sweep(self) -> None:
         while True:
-            with suppress(Exception):  # the next one removes what is left
+            with suppress(Exception):  # the next sweep removes the rest
                 num_files = await self.call(self.store.sweep)
                 if num_files:
                     log.info("batch_files_expired", files=num_files)

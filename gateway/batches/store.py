@@ -1,7 +1,7 @@
-"""Files and batches in a folder: the content as files, everything else in SQLite. Survives a crash at any moment.
+"""Files and batches in a folder: content in files, everything else in SQLite. Survives a crash at any moment.
 
-A file counts once its row is in the database, and how much of an output counts is in the row of its batch: whatever else
-a crash has left is removed at the next start. One process at a time may use a folder.
+A file counts once its row is in the database, and the row of a batch says how much of its output counts. The next start
+removes everything else that a crash left behind. Only one process at a time may use a folder.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from gateway.errors import BadInput, StartError
 
 _BUSY_S = 5.0
 _VERSION = 1
-# A file takes at least so much of a disk, and of the quota: a client must not make millions of empty ones.
+# The least size of a file on disk, and in the quota: a client must not create millions of empty files.
 _LEAST_BYTES = 4096
 _FREE_BYTES = 64 * 1024 * 1024
 _SCHEMA = """
@@ -51,7 +51,7 @@ CREATE INDEX IF NOT EXISTS open_batches ON batches (is_open, seq);
 
 
 class Page(NamedTuple):
-    """Where a list begins, how long it is, and in which order it comes; ``after`` is the id of the item before it."""
+    """The start, length and order of a list; ``after`` is the id of the item before the list's first."""
 
     after: str | None = None
     limit: int = 20
@@ -59,10 +59,10 @@ class Page(NamedTuple):
 
 
 class Store:
-    """The folder. Every method waits for the disk: call them outside of the event loop, in one thread.
+    """The folder. All methods block on the disk: call them in one thread, outside the event loop.
 
     Args:
-        max_bytes: the bytes that all files may have together.
+        max_bytes: the limit of all files together, in bytes.
 
     Raises:
         StartError: the folder cannot be used.
@@ -84,7 +84,7 @@ class Store:
         except OSError as error:
             self._lock.close()
             raise StartError(
-                f"GATEWAY_BATCH_DIR: {folder} is in use by another process: each gateway needs a folder to itself"
+                f"GATEWAY_BATCH_DIR: {folder} is in use by another process: each gateway needs a separate folder"
             ) from error
         try:
             self._db = self._open(path)
@@ -100,7 +100,8 @@ class Store:
         ) as error:
             self._lock.close()
             raise StartError(
-                f"GATEWAY_BATCH_DIR: {path} cannot be opened as a file of batches: {error}; move it away to begin a new one"
+                f"GATEWAY_BATCH_DIR: {path} cannot be opened as a database of batches: {error}; move it away to start "
+                "with a new one"
             ) from error
 
     @staticmethod
@@ -108,7 +109,7 @@ class Store:
         db = sqlite3.connect(path, timeout=_BUSY_S, isolation_level=None, check_same_thread=False)
         db.row_factory = sqlite3.Row
         db.execute("PRAGMA journal_mode = WAL")
-        db.execute("PRAGMA synchronous = FULL")  # an answer that is noted as written survives a power failure
+        db.execute("PRAGMA synchronous = FULL")  # an answer that is recorded as written survives a power failure
         (version,) = db.execute("PRAGMA user_version").fetchone()
         if version not in (0, _VERSION):
             raise sqlite3.DatabaseError(f"it is of version {version}, and this gateway reads {_VERSION}")
@@ -118,7 +119,7 @@ class Store:
         return db
 
     def _tidy(self) -> int:
-        """Remove the files that no row speaks of; return how many bytes the others have."""
+        """Remove the files without a row; return the size of the others in bytes."""
         known = {row["id"] for row in self._read("SELECT id FROM files WHERE expires_at > 0")}
         known |= {name for batch in self.open_batches() for name in (batch.output_id, batch.error_id)}
         num_bytes = 0
@@ -130,7 +131,7 @@ class Store:
         return num_bytes
 
     def close(self) -> None:
-        """Close the database, and let another process have the folder."""
+        """Close the database, and release the folder for other processes."""
         self._db.close()
         self._lock.close()
 
@@ -139,7 +140,7 @@ class Store:
         """Write in one transaction.
 
         Raises:
-            StorageFull: there is no room on the disk.
+            StorageFull: the disk is full.
             BatchesUnavailable: the database cannot be written now.
         """
         try:
@@ -154,27 +155,29 @@ class Store:
         except sqlite3.Error as error:
             if getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_FULL:
                 raise _full("its disk is full") from error
-            raise BatchesUnavailable(f"the file of batches cannot be written now: {error}", retry_after_s=5) from error
+            raise BatchesUnavailable(
+                f"the database of batches cannot be written now: {error}", retry_after_s=5
+            ) from error
 
     # ---------------------------------------------------------------------------------------------------- content
 
     def path(self, file_id: str) -> Path:
-        """Return where the content of a file is."""
+        """Return the path of a file's content."""
         return self._files / file_id
 
     def open(self, file_id: str) -> BinaryIO:
-        """Open the content of a file to read it."""
+        """Open the content of a file for reading."""
         return self.path(file_id).open("rb")
 
     def new_id(self) -> str:
-        """Return the id of a file to be written."""
+        """Return the id for a new file."""
         return f"file-{secrets.token_hex(12)}"
 
     def write(self, file_id: str, offset: int, data: bytes) -> int:
-        """Write to a file behind its first bytes, and return its size then; whatever was behind these is gone.
+        """Truncate a file to its first bytes, append data, and return its new size.
 
         Raises:
-            StorageFull: there is no room.
+            StorageFull: the quota or the disk is full.
         """
         path = self.path(file_id)
         before = _counted(path)
@@ -191,10 +194,10 @@ class Store:
         return offset + len(data)
 
     def sync(self, *file_ids: str) -> None:
-        """Wait until the content of files is on the disk.
+        """Sync the content of files to disk.
 
         Raises:
-            StorageFull: it cannot be written.
+            StorageFull: the content cannot be written.
         """
         try:
             for path in (*map(self.path, file_ids), self._files):
@@ -207,20 +210,20 @@ class Store:
             raise _failure(error) from error
 
     def cut(self, file_id: str, num_bytes: int) -> None:
-        """Remove what is behind the first bytes of a file: a crash has left it there."""
+        """Truncate a file to its first bytes, removing the leftovers of a crash."""
         path = self.path(file_id)
         before = _counted(path)
         os.truncate(path, num_bytes)
         self._num_bytes += _counted(path) - before
 
     def require_room(self, num_bytes: int) -> None:
-        """Check that so many more bytes may be written.
+        """Check that this number of additional bytes may be written.
 
         Raises:
-            StorageFull: they may not.
+            StorageFull: the quota or the disk would be full.
         """
         if self._num_bytes + num_bytes > self._max_bytes:
-            raise _full(f"its files have {self._num_bytes} of GATEWAY_BATCH_MAX_BYTES={self._max_bytes} bytes")
+            raise _full(f"its files take {self._num_bytes} of GATEWAY_BATCH_MAX_BYTES={self._max_bytes} bytes")
         status = os.statvfs(self.folder)
         if status.f_bavail * status.f_frsize < num_bytes + _FREE_BYTES:
             raise _full("its disk is nearly full")
@@ -239,7 +242,7 @@ class Store:
     # ------------------------------------------------------------------------------------------------------ files
 
     def add_file(self, file: StoredFile) -> None:
-        """Make written content a file."""
+        """Turn written content into a file."""
         with self._writing() as db:
             self._insert(db, file)
 
@@ -252,14 +255,14 @@ class Store:
         )
 
     def file(self, owner: str, file_id: str) -> StoredFile | None:
-        """Return a file of a client, unless it has expired."""
+        """Return a client's file, unless it has expired."""
         rows = self._read(
             "SELECT * FROM files WHERE id = ? AND owner = ? AND expires_at > ?", file_id, owner, self._now()
         )
         return _file_of(rows[0]) if rows else None
 
     def files(self, owner: str, page: Page, purpose: str | None = None) -> list[StoredFile]:
-        """Return some files of a client; ``limit + 1`` of them if there are more."""
+        """Return a page of a client's files, with one more than ``limit`` if there are more."""
         condition, values = "owner = ? AND expires_at > ?", [owner, self._now()]
         if purpose is not None:
             condition, values = f"{condition} AND purpose = ?", [*values, purpose]
@@ -268,14 +271,15 @@ class Store:
     def remove_file(self, file_id: str) -> None:
         """Remove a file and its content.
 
-        Its row stays until the next sweep: a client that lists its files page by page, and deletes them, goes on behind it.
+        Its row stays until the next sweep, so that a client that lists files page by page while deleting them keeps its
+        place.
         """
         with self._writing() as db:
             db.execute("UPDATE files SET expires_at = 0 WHERE id = ?", (file_id,))
         self.discard(file_id)
 
     def abandon(self, file_id: str) -> None:
-        """Remove all that an upload has left whose client is gone, or that failed."""
+        """Remove the leftovers of an upload that failed or whose client went away."""
         self.discard(file_id)
         if self._read("SELECT id FROM files WHERE id = ?", file_id):
             with self._writing() as db:
@@ -284,7 +288,7 @@ class Store:
     # ---------------------------------------------------------------------------------------------------- batches
 
     def add_batch(self, batch: Batch) -> None:
-        """Keep a new batch."""
+        """Store a new batch."""
         with self._writing() as db:
             db.execute(
                 "INSERT INTO batches (id, owner, is_open, ended_at, data) VALUES (?, ?, 1, 0, ?)",
@@ -292,7 +296,7 @@ class Store:
             )
 
     def save(self, batch: Batch, *files: StoredFile) -> None:
-        """Keep the state of a batch, and add files, both or nothing."""
+        """Store the state of a batch and add files, all or nothing."""
         with self._writing() as db:
             for file in files:
                 self._insert(db, file)
@@ -307,15 +311,15 @@ class Store:
         return _load(rows[0]["data"]) if rows else None
 
     def batches(self, owner: str, page: Page) -> list[Batch]:
-        """Return some batches of a client; ``limit + 1`` of them if there are more."""
+        """Return a page of a client's batches, with one more than ``limit`` if there are more."""
         return [_load(row["data"]) for row in self._list("batches", "owner = ?", [owner], page)]
 
     def open_batches(self) -> list[Batch]:
-        """Return the batches of all clients that have not ended, the oldest first."""
+        """Return the unfinished batches of all clients, the oldest first."""
         return [_load(row["data"]) for row in self._read("SELECT data FROM batches WHERE is_open = 1 ORDER BY seq")]
 
     def sweep(self) -> int:
-        """Remove the files that have expired, and the batches that ended long ago; return how many files."""
+        """Remove expired files, and batches that ended long ago; return the number of removed files."""
         in_use = {batch.input_id for batch in self.open_batches()}
         expired = [row["id"] for row in self._read("SELECT id FROM files WHERE expires_at <= ?", self._now())]
         gone = [file_id for file_id in expired if file_id not in in_use]
@@ -330,13 +334,13 @@ class Store:
         try:
             return self._db.execute(query, values).fetchall()
         except sqlite3.Error as error:
-            raise BatchesUnavailable(f"the file of batches cannot be read now: {error}", retry_after_s=5) from error
+            raise BatchesUnavailable(f"the database of batches cannot be read now: {error}", retry_after_s=5) from error
 
     def _list(self, table: str, condition: str, values: list[Any], page: Page) -> list[sqlite3.Row]:
         sign, order = (">", "ASC") if page.is_ascending else ("<", "DESC")
         if page.after is not None:
             if not self._read(f"SELECT id FROM {table} WHERE id = ? AND owner = ?", page.after, values[0]):  # noqa: S608
-                raise BadInput(f"`after` must be the id of an item of this list, got {cut(page.after)}", param="after")
+                raise BadInput(f"`after` must be the id of an item in this list, got {cut(page.after)}", param="after")
             condition += f" AND seq {sign} (SELECT seq FROM {table} WHERE id = ? AND owner = ?)"  # noqa: S608
             values = [*values, page.after, values[0]]
         query = f"SELECT * FROM {table} WHERE {condition} ORDER BY seq {order} LIMIT ?"  # noqa: S608  no value of a client
@@ -344,7 +348,7 @@ class Store:
 
 
 def _counted(path: Path) -> int:
-    """Return how much of the quota a file takes; 0 if it does not exist."""
+    """Return a file's share of the quota in bytes; 0 if it does not exist."""
     try:
         return max(_LEAST_BYTES, path.stat().st_size)
     except FileNotFoundError:
@@ -352,7 +356,7 @@ def _counted(path: Path) -> int:
 
 
 def _failure(error: OSError) -> Exception:
-    """Return the error of a request for a file that cannot be written."""
+    """Return the error for a client whose file cannot be written."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return _full(str(error.strerror))
     if isinstance(error, FileNotFoundError):
@@ -362,7 +366,7 @@ def _failure(error: OSError) -> Exception:
 
 def _full(reason: str) -> StorageFull:
     return StorageFull(
-        f"the folder of batches has no room: {reason}. Delete files, or have the operator raise GATEWAY_BATCH_MAX_BYTES",
+        f"the folder of batches is full: {reason}. Delete files, or have the operator raise GATEWAY_BATCH_MAX_BYTES",
         is_permanent=True,
     )
 

@@ -1,4 +1,4 @@
-"""The values of files and batches, as they are kept and as they pass between the parts."""
+"""The values of files and batches, in storage and between modules."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from typing import Any
 from gateway.errors import RequestError
 
 MAX_FILE_BYTES = 200 * 1024 * 1024
-"""The largest file that can be uploaded, as in OpenAI's API."""
+"""The size limit of an uploaded file in bytes, as in OpenAI's API."""
 
 MAX_UPLOAD_BYTES = MAX_FILE_BYTES + 64 * 1024
-"""The largest body of an upload: the file, and the other fields of the form."""
+"""The size limit of an upload's body in bytes: the file, and the other fields of the form."""
 
 MAX_LINES = 50_000
 """The most requests in a file, as in OpenAI's API."""
 
 WINDOW_S = 24 * 3600
-"""Seconds that a batch may take."""
+"""The time limit of a batch, in seconds."""
 
 KEPT_S = 30 * 24 * 3600
-"""Seconds for which a file is kept by default, and a batch after its end."""
+"""How long a file is kept by default, and a batch after its end, in seconds."""
 
 
 class BatchesUnavailable(RequestError):
@@ -32,13 +32,13 @@ class BatchesUnavailable(RequestError):
 
 
 class StorageFull(RequestError):
-    """The folder of batches has the size that it may have, or its disk is full."""
+    """The folder of batches has reached its size limit, or its disk is full."""
 
     status, type, code = 507, "server_error", "storage_full"
 
 
 class Purpose(StrEnum):
-    """What a file is for."""
+    """The purpose of a file."""
 
     BATCH = "batch"
     BATCH_OUTPUT = "batch_output"
@@ -66,8 +66,8 @@ class StoredFile:
     """A file.
 
     Attributes:
-        owner: the client that it belongs to.
-        created_at: in seconds since the epoch, as ``expires_at``.
+        owner: the client that owns the file.
+        created_at, expires_at: times in seconds since the epoch.
     """
 
     id: str
@@ -81,10 +81,10 @@ class StoredFile:
 
 @dataclass(frozen=True, slots=True)
 class LineError:
-    """Why a batch failed.
+    """A reason why a batch failed.
 
     Attributes:
-        line: counted from 1; ``None`` if it is not about a line.
+        line: the number of the line, from 1; ``None`` if the error is not about a line.
     """
 
     code: str
@@ -95,17 +95,16 @@ class LineError:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """A batch, and how far it is: everything that a restart needs.
+    """A batch and its progress: everything that a restart needs.
 
     Attributes:
-        owner: the client that it belongs to.
-        output_id: of the file with the answers, which exists for clients once the batch has ended; likewise ``error_id``.
-        times: of each state that it has had, in seconds since the epoch.
-        position: where the first line that has no answer yet begins in the input, in bytes.
-        output_bytes: how much of the output counts; whatever is behind that was written before a crash. Likewise
-            ``error_bytes``.
-        output_kept_s: seconds for which output and errors are kept.
-        end: the state that it gets once it is finalized.
+        owner: the client that owns the batch.
+        output_id, error_id: the ids of the files with answers and errors, which clients see once the batch has ended.
+        times: when the batch entered each of its states, in seconds since the epoch.
+        position: the input's offset of the first line without an answer, in bytes.
+        output_bytes, error_bytes: how much of each file counts. Anything after that was written before a crash.
+        output_kept_s: how long output and errors are kept, in seconds.
+        end: the state after finalizing.
     """
 
     id: str
@@ -133,10 +132,10 @@ class Batch:
 
     @property
     def num_answered(self) -> int:
-        """How many lines have an answer, which are the first of the file."""
+        """How many lines, from the beginning of the file, have an answer."""
         return self.num_completed + self.num_failed
 
     def fields_unlike(self, other: Batch) -> dict[str, Any]:
-        """Return the fields that another batch has other values of, with those of this one."""
+        """Return the fields whose values differ from another batch's, with the values of this batch."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: value for name, value in values.items() if value != getattr(other, name)}

@@ -12,10 +12,10 @@ from gateway.config.wording import enumerate_names
 from gateway.errors import ContextLengthExceeded, InvalidVectors, OutOfMemory
 from gateway.types import Output, Truncate
 
-PROBE = "What is embedded here?"
+PROBE = "Which text is this?"
 PASSAGE_TASK = "retrieval.passage"
 OF_A_TEXT = (ContextLengthExceeded, InvalidVectors, OutOfMemory)
-"""Errors of one text: without it, the others can be embedded."""
+"""The errors that concern one text: the other texts of its request can be embedded without it."""
 
 OUTPUTS = (Output.DENSE, Output.SPARSE, Output.MULTIVECTOR)
 _SIZED = re.compile(r"(?P<name>.+)@(?P<size>[1-9]\d{0,5})", re.ASCII | re.DOTALL)
@@ -23,14 +23,14 @@ _SIZED = re.compile(r"(?P<name>.+)@(?P<size>[1-9]\d{0,5})", re.ASCII | re.DOTALL
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What to embed with.
+    """The model, and the vectors to request from it.
 
     Attributes:
-        name: of the model, maybe with a task and a space: ``NAME:TASK@HASH``.
-        dimensions: of the dense vectors; ``None`` for the model's own.
-        truncate: how to treat texts that are too long.
-        prefers_passages: a name without a task means a document's task, where the model has it; otherwise its default task.
-        chunking: how long texts are cut before; ``None`` for whole texts.
+        name: the model's name, optionally with a task and a space: ``NAME:TASK@HASH``.
+        dimensions: the size of the dense vectors; ``None`` for the model's full width.
+        truncate: the treatment of texts that are too long.
+        prefers_passages: without a task in the name, use the model's task for documents if it has one; otherwise its
+        default task. chunking: the rules for cutting long texts into chunks first; ``None`` to embed whole texts.
     """
 
     name: str
@@ -46,16 +46,18 @@ def ask(model: str, outputs: str | None, truncate: Truncate, chunking: Chunking 
 
     Args:
         model: ``NAME``, ``NAME:TASK``, either with ``@DIMENSIONS`` after it.
-        outputs: separated by commas; ``None`` for dense vectors.
+        outputs: names of outputs, separated by commas; ``None`` for dense vectors.
 
     Raises:
-        BulkError: an output is unknown, or a size is given for vectors that have none.
+        BulkError: an output is unknown, or the size was given without dense vectors.
     """
     sized = _SIZED.fullmatch(model)
     name, size = (sized["name"], int(sized["size"])) if sized else (model, None)
     wanted = _outputs(outputs)
     if size is not None and Output.DENSE not in wanted:
-        raise BulkError(f"--model {model}: only dense vectors have a size to choose, and --outputs has none")
+        raise BulkError(
+            f"--model {model}: only dense vectors have a choice of size, and --outputs does not include them"
+        )
     return Asked(name, size, wanted, truncate, chunking=chunking)
 
 
@@ -70,5 +72,5 @@ def _outputs(text: str | None) -> tuple[Output, ...]:
 
 
 def without_place(message: str) -> str:
-    """Return the message on a text without its place in a request, which is not its place in the source."""
+    """Return the message about a text, without the text's index in the request, which is not its row number."""
     return re.sub(r"^`?input\[\d+\]`?:? ?", "", message)

@@ -11,11 +11,11 @@ from gateway.config.wording import cut
 
 OnError: TypeAlias = Literal["skip", "stop"]
 Expand: TypeAlias = Callable[[Row], Iterable[Row | BadRow]]
-"""Takes the row of an item apart, into chunks for example, whose ids it derives from the row's id."""
+"""Splits a row into several rows, such as chunks, and derives their ids from the row's id."""
 
-# Of text and payload in a block, so that long rows do not fill the memory.
+# The limit for texts and payloads in a block: long rows must not fill the memory.
 _BLOCK_BYTES = 4 * 2**20
-# Of the largest number of 64 bits.
+# The digits of the largest 64-bit integer.
 _MAX_DIGITS = 20
 
 
@@ -24,12 +24,12 @@ class Block:
     """Consecutive items of a source.
 
     Attributes:
-        rows: to embed.
+        rows: the rows to embed.
         bad: items that cannot be embedded.
-        num_items: of the source.
-        position: after the last of them.
-        ids: of the items, for the manifest to find later ones with the same id.
-        num_bytes: of texts and payloads, roughly.
+        num_items: how many items of the source the block covers.
+        position: the position after the last item.
+        ids: the items' ids, from which the manifest detects later duplicates.
+        num_bytes: the approximate size of texts and payloads.
     """
 
     rows: Sequence[Row]
@@ -44,9 +44,9 @@ class BlockReader:
     """Reads blocks.
 
     Args:
-        seen: returns those ids that committed shards have.
-        max_rows: in a block.
-        expand: by default a row is embedded as it is.
+        seen: returns the subset of some ids that committed shards contain.
+        max_rows: the most rows in a block.
+        expand: splits rows; by default, each row is embedded whole.
     """
 
     def __init__(
@@ -65,18 +65,18 @@ class BlockReader:
         self._uncommitted: set[RowId] = set()
 
     def release(self, ids: Iterable[RowId]) -> None:
-        """Forget ids that the manifest has from now on."""
+        """Forget ids that the manifest now contains."""
         self._uncommitted.difference_update(ids)
 
     def read(self, after: Position | None, first_items: int) -> Iterator[Block]:
         """Yield the blocks after a position.
 
         Args:
-            first_items: a block ends after so many items; 0 for no such end.
+            first_items: end a block after this number of items; 0 for no such limit.
 
         Raises:
-            BulkError: the source cannot be read any further, or an item is bad and the job is to stop there; what comes
-                before was yielded.
+            BulkError: the source cannot be read any further, or an item is bad and the job stops at bad items.
+            Everything before it has been yielded.
         """
         items: list[Row | BadRow] = []
         num_bytes = num_read = 0
@@ -150,7 +150,7 @@ class BlockReader:
         )
 
     def _without_duplicates(self, items: Sequence[Row | BadRow]) -> list[Row | BadRow]:
-        """Return the items, with those that have the id of an earlier one as bad ones."""
+        """Return the items, with duplicates of an earlier id turned into bad items."""
         if self._source.has_unique_ids:
             return list(items)
         known = self._seen([_bare(item.id) for item in items if isinstance(item, Row)])
@@ -161,7 +161,7 @@ class BlockReader:
                 bare = _bare(item.id)
                 if bare in known or bare in new or bare in self._uncommitted:
                     also = ", as a number or as text" if isinstance(bare, int) else ""
-                    problem = f"the id {cut(repr(item.id))} is that of an earlier row{also}"
+                    problem = f"the id {cut(repr(item.id))} was already used by an earlier row{also}"
                     checked.append(BadRow(item.place, problem, item.position, item.id))
                     continue
                 new.add(bare)
@@ -170,7 +170,7 @@ class BlockReader:
 
 
 def _bare(row_id: RowId) -> RowId:
-    """Return the id that only one row may have: most sinks keep ids as text, so ``1`` and ``"1"`` are one id."""
+    """Return the form of an id that must be unique: most sinks keep ids as text, so ``1`` and ``"1"`` are equal."""
     is_number = isinstance(row_id, str) and len(row_id) <= _MAX_DIGITS and row_id.isascii() and row_id.isdecimal()
     return int(row_id) if is_number and str(int(row_id)) == row_id else row_id
 
@@ -178,8 +178,8 @@ def _bare(row_id: RowId) -> RowId:
 def stopped_at(bad: BadRow) -> str:
     """Return the message of a job that stops at a bad item."""
     return (
-        f"{bad.place}: {bad.problem}. What comes before it is written. --on-error skip goes on without such rows, and lists "
-        "them in a file"
+        f"{bad.place}: {bad.problem}. The rows before it are written. With --on-error skip, the job leaves such rows "
+        "out and lists them in a file"
     )
 
 
@@ -188,7 +188,7 @@ def _size(item: Row | BadRow) -> int:
 
 
 def size_of(value: Json) -> int:
-    """Return roughly how many bytes a value takes."""
+    """Return the approximate size of a value in bytes."""
     match value:
         case str():
             return 50 + len(value)

@@ -1,8 +1,8 @@
 # ruff: noqa: RUF001, RUF002  the full stops of many scripts look like others
 """Where a text may be cut: between paragraphs and sentences, else between words, else between characters.
 
-The rules are short on purpose. Cutting at an abbreviation costs a chunk little, and a library that knows the abbreviations
-of one language does not know the sentences of the next: the ones that are maintained cover a few languages, or need a model.
+The rules are short on purpose. A cut at an abbreviation does a chunk little harm, and no library knows the
+abbreviations of all languages: the maintained ones cover a few languages, or need a model.
 
 A sentence ends at a line break; after ``.``, ``!``, ``?`` or ``…`` and closing quotes, if white space follows; and after the
 full stops of scripts that are written without it (``。``, ``！``, ``？``) or have another one (Devanagari ``।``, Arabic
@@ -18,12 +18,12 @@ import unicodedata
 from bisect import bisect_left, bisect_right
 
 _CLOSERS = "[\"'”’»›)\\]）」』】》〉]*+"
-# Each looks at a run of marks once, however long it is.
+# Each pattern scans a run of marks once, whatever its length.
 _ENDS = re.compile(rf"\n\s*+|(?<![.!?…])[.!?…]++{_CLOSERS}(?=\s)|[。！？｡]++{_CLOSERS}|[।॥؟۔։።፧፨។៕။]++{_CLOSERS}")
-# At the end of the part before a full stop: a single letter, or a number that begins a line.
+# Matches the text before a full stop that ends no sentence: a single letter, or a number that begins a line.
 _NO_END = re.compile(r"(?:^|[\s(])[^\W\d_]$|(?:^|\n)[ \t]*\d+$")
 _JOINERS = "\u200d\ufe0e\ufe0f"
-# The least part of the room that a chunk fills, so that it may end at a border of sentences, or of words.
+# A chunk may end early at a border of sentences, or of words, if it fills at least this fraction of its room.
 _FILL_BY_SENTENCES, _FILL_BY_WORDS = 0.25, 0.5
 
 
@@ -47,7 +47,7 @@ class Borders:
         """Return the best place to end a chunk that begins at ``start`` and may reach to ``stop``.
 
         Args:
-            beyond: the end of the chunk before, which this one must go beyond.
+            beyond: the end of the previous chunk; this chunk must end after it.
         """
         least = max(beyond, start + int((stop - start) * _FILL_BY_SENTENCES)) + 1
         place = bisect_right(self._sentences, stop) - 1
@@ -63,7 +63,7 @@ class Borders:
         return stop
 
     def first(self, start: int, stop: int) -> int:
-        """Return the best place from ``start`` to before ``stop`` to begin an overlap."""
+        """Return the best place to begin an overlap, at or after ``start`` and before ``stop``."""
         place = bisect_left(self._sentences, start)
         if place < len(self._sentences) and self._sentences[place] < stop:
             return self._sentences[place]
@@ -77,7 +77,7 @@ class Borders:
         return cut in (0, len(text)) or text[cut].isspace() or text[cut - 1].isspace()
 
     def _is_between_characters(self, cut: int) -> bool:
-        """Return whether no accent or emoji is cut in two."""
+        """Return whether a cut at this place leaves accents and emojis whole."""
         text = self._text
         if cut in (0, len(text)):
             return True

@@ -1,4 +1,4 @@
-"""Cut long texts into chunks that the model reads whole: by its own tokens, at borders of sentences where possible."""
+"""Cut long texts into chunks that fit the model, by its own tokens, and between sentences where possible."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from gateway.bulk.borders import Borders
 from gateway.bulk.rows import BadRow, BulkError, Json, Row, RowId
 from gateway.types import ModelInfo, Token, Vocabulary
 
-# A longer text is split into tokens in parts, so that it needs no object for each of a million tokens at once.
+# Longer texts are tokenized in parts, so that a million token objects never exist at the same time.
 _WINDOW_CHARACTERS = 20_000
 _CALL_CHARACTERS = 50_000
 _CALL_TEXTS = 64
 _LEAST_TOKENS = 8
-# After so many cuts of a text there is less room each time, so that it comes to an end.
+# After this number of attempts, each further one gets less room, so that the loop ends.
 _FEW_CUTS = 3
 _INK = re.compile(r"\S")
 _Places = npt.NDArray[np.int64]
@@ -27,13 +27,13 @@ _Places = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class ModelTokens:
-    """A model's tokens. Its functions are called in the thread that reads the source, and may block.
+    """A model's tokenizer. Its functions are called in the thread that reads the source, and may block.
 
     Attributes:
-        split: returns the tokens of each text, without special ones.
-        count: returns the number of tokens of each text as it is embedded: with special tokens and the task's instruction.
-        max_tokens: the most that the model reads.
-        can_chunk_late: chunks of a document can be embedded together.
+        split: returns the tokens of each text, without special tokens.
+        count: returns each text's number of tokens as embedded: with special tokens and the task's instruction.
+        max_tokens: the most tokens that the model reads.
+        can_chunk_late: the model can embed the chunks of a document together.
     """
 
     split: Callable[[Sequence[str]], Sequence[Sequence[Token]]]
@@ -43,10 +43,10 @@ class ModelTokens:
 
     @classmethod
     def of(cls, vocabulary: Vocabulary, info: ModelInfo, task: str | None) -> ModelTokens:
-        """Return the tokens of a model.
+        """Return the tokenizer of a model.
 
         Args:
-            task: that its texts are embedded for.
+            task: the task that the texts are embedded for.
         """
         instruction = info.instruction if task is None else info.tasks[task]
 
@@ -60,13 +60,13 @@ class ModelTokens:
 
 @dataclass(frozen=True, slots=True)
 class Chunking:
-    """How texts are cut.
+    """The rules for cutting texts.
 
     Attributes:
-        tokens: the most of a chunk, with special tokens, instruction and title.
-        overlap: the most tokens that a chunk has in common with the one before.
-        is_late: chunks are embedded together with the rest of their document, as far as the model reads it.
-        repeats_title: each chunk begins with the title; otherwise the first one.
+        tokens: the most tokens in a chunk, including special tokens, instruction and title.
+        overlap: the most tokens that a chunk shares with the previous chunk.
+        is_late: embed chunks together with as much of their document as the model reads.
+        repeats_title: begin each chunk with the title, rather than the first one only.
     """
 
     tokens: int
@@ -78,7 +78,7 @@ class Chunking:
         """Check that the model can embed such chunks.
 
         Raises:
-            BulkError: it cannot, or the options contradict each other.
+            BulkError: the model cannot embed such chunks, or the options contradict each other.
         """
         num_others = model.count([""])[0]
         least = num_others + _LEAST_TOKENS
@@ -90,12 +90,13 @@ class Chunking:
             raise BulkError(f"--chunk {self.tokens}: {name} reads {model.max_tokens} tokens at most")
         if self.overlap > (self.tokens - num_others) // 2:
             raise BulkError(
-                f"--overlap {self.overlap}: it must be at most half of what a chunk holds, {(self.tokens - num_others) // 2}"
+                f"--overlap {self.overlap}: it must be at most half of a chunk's own tokens, "
+                f"{(self.tokens - num_others) // 2}"
             )
         if not self.is_late:
             return
         if self.overlap or self.repeats_title:
-            raise BulkError("--late embeds a document once, so --overlap and --repeat-title have no meaning with it")
+            raise BulkError("--late embeds a document once, so it cannot be combined with --overlap or --repeat-title")
         if not model.can_chunk_late:
             raise BulkError(f"--late: {name} cannot embed chunks together: it needs the mean over token states")
 
@@ -106,7 +107,8 @@ class Chunk(Row):
 
     Attributes:
         document: the id of the row.
-        window: chunks of a document with the same number are embedded together; ``None`` for chunks by themselves.
+        window: chunks of a document with the same number are embedded together; ``None`` for a chunk that is embedded
+        alone.
     """
 
     document: RowId = ""
@@ -114,10 +116,10 @@ class Chunk(Row):
 
 
 class Chunker:
-    """Takes rows apart into chunks.
+    """Cuts rows into chunks.
 
     Args:
-        model: whose tokens count.
+        model: the tokenizer that measures chunks.
     """
 
     def __init__(self, chunking: Chunking, model: ModelTokens) -> None:
@@ -125,15 +127,16 @@ class Chunker:
         self._model = model
 
     def expand(self, row: Row) -> Iterator[Row | BadRow]:
-        """Yield the chunks of a row. Each is a slice of its text, which its payload has the ends of, in characters."""
+        """Yield the chunks of a row. Each is a slice of its text; its payload has the start and end, in characters."""
         title, text = row.text[: row.num_title], row.text[row.num_title :]
         [num_title_tokens] = self._model.count([title])
-        if 2 * num_title_tokens > self._chunking.tokens:  # it is a text itself
+        if 2 * num_title_tokens > self._chunking.tokens:  # a title this long is part of the text
             title, text = "", row.text
         spans = self._fitting(title, text)
         if spans is None:
             problem = (
-                f"its text cannot be cut into chunks of {self._chunking.tokens} tokens: its characters have too many"
+                f"its text cannot be cut into chunks of {self._chunking.tokens} tokens: single characters have more "
+                "tokens than that"
             )
             yield BadRow(row.place, problem, row.position, row.id)
             return
@@ -160,8 +163,8 @@ class Chunker:
     def _fitting(self, title: str, text: str) -> list[tuple[int, int]] | None:
         """Return the ends of the chunks; ``None`` if the text cannot be cut.
 
-        A slice by itself may have more tokens than within the text. So all slices are counted as they are embedded; if one
-        has too many, the text is cut again with less room.
+        A slice may have more tokens alone than within the text. So each slice is counted as it will be embedded; if a
+        slice has too many tokens, the text is cut again with less room.
         """
         limit = self._chunking.tokens
         plain, titled = self._model.count(["", title])
@@ -187,7 +190,7 @@ class Chunker:
         return counts
 
     def _places(self, text: str) -> tuple[_Places, _Places]:
-        """Return where the tokens of a text begin and end, in characters; of tokens that cover some."""
+        """Return the start and end of each token in characters, leaving out tokens that cover no characters."""
         firsts, windows = [], []
         for first, window in _windows(text):
             firsts.append(first)
@@ -206,7 +209,7 @@ class Chunker:
         return np.maximum.accumulate(places[:, 0]), np.maximum.accumulate(places[:, 1])
 
     def _windows(self, texts: Sequence[str]) -> list[int | None]:
-        """Return which chunks are embedded together: as many of a document as the model reads at once."""
+        """Group the chunks that are embedded together: as many of a document as the model reads at once."""
         room = self._model.max_tokens - self._model.count([""])[0]
         windows: list[int | None] = []
         number = num_tokens = 0
@@ -225,9 +228,9 @@ def _cut(
     """Yield the ends of chunks without the white space around them.
 
     Args:
-        starts, stops: of the tokens.
-        first, size: tokens of the first chunk, and of the others.
-        overlap: the most tokens that a chunk shares with the one before.
+        starts, stops: the first character of each token, and the character after its last.
+        first, size: the number of tokens in the first chunk, and in the others.
+        overlap: the most tokens that a chunk shares with the previous chunk.
     """
     end = len(text.rstrip())
     starts = starts[: int(np.searchsorted(starts, end))]
@@ -268,7 +271,7 @@ def _trimmed(text: str, start: int, stop: int) -> tuple[int, int] | None:
 
 
 def _windows(text: str) -> Iterator[tuple[int, str]]:
-    """Yield parts of a text, each with its place; cut at white space where there is any."""
+    """Yield parts of a text, each with its offset, cut at white space where possible."""
     start = 0
     while start < len(text):
         stop = start + _WINDOW_CHARACTERS
@@ -280,7 +283,7 @@ def _windows(text: str) -> Iterator[tuple[int, str]]:
 
 
 def _calls(texts: Sequence[str]) -> Iterator[Sequence[str]]:
-    """Yield runs of texts for one call each."""
+    """Yield groups of texts, each for one call."""
     first = num_characters = 0
     for i, text in enumerate(texts):
         num_characters += len(text)

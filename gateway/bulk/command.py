@@ -35,14 +35,14 @@ from gateway.config.wording import count
 from gateway.telemetry.logs import configure_logs
 
 INTERRUPTED = 130
-"""The exit code after Ctrl-C, as a shell has it."""
+"""The exit code after Ctrl-C that shells use."""
 
 _MANIFEST, _ERRORS, _SUMMARY = "_manifest.sqlite3", "_errors.jsonl", "_manifest.json"
 
 
 @dataclass(frozen=True, slots=True)
 class RunningGateway:
-    """A gateway to ask over HTTP."""
+    """A running gateway that embeds over HTTP."""
 
     url: str
     api_key: str | None
@@ -61,13 +61,13 @@ class EmbedRequest:
     """The options of the command.
 
     Attributes:
-        sources: files, folders, patterns, or the URL of a collection.
-        manifest: its file; ``None`` for the sink's folder, or the user's folder of states.
-        errors: the file that lists what is skipped; ``None`` for one next to the manifest.
+        sources: files, folders and patterns, or the URL of one collection.
+        manifest: the file of the manifest; ``None`` to keep it in the sink's folder, or in the user's state folder.
+        errors: the file that lists skipped rows; ``None`` for a file next to the manifest.
         keeps_text: store the text with the vector.
-        adopts: a collection without a note of its space has vectors of the job's space.
-        restarts: forget an earlier job, and delete the files that it has written.
-        state_folder: where manifests of stores are.
+        adopts: trust the user that vectors in a collection without a note are of the job's space.
+        restarts: forget an earlier job, and delete the files that it wrote.
+        state_folder: the folder for the manifests of jobs that write into stores.
     """
 
     sources: Sequence[str]
@@ -89,7 +89,7 @@ def run_embed(request: EmbedRequest, models: RunningGateway | OwnModels, *, as_j
     """Run the command, print its report, and return the exit code.
 
     Raises:
-        BulkError: the job cannot run, or not to its end. What was written until then is complete, and counts.
+        BulkError: the job cannot start or cannot finish. The shards written before the error are complete, and count.
     """
     console = make_console(is_error=True)
     with ExitStack() as stack:
@@ -103,10 +103,10 @@ def run_embed(request: EmbedRequest, models: RunningGateway | OwnModels, *, as_j
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise BulkError(f"the folder of the manifest {path} cannot be made: {error.strerror}") from error
+            raise BulkError(f"the folder of the manifest {path} cannot be created: {error.strerror}") from error
         manifest = stack.enter_context(closing(Manifest(path)))
         if request.restarts:
-            if isinstance(sink, FolderSink):  # first, since the manifest knows which files are of the job
+            if isinstance(sink, FolderSink):  # first, because the manifest knows which files belong to the job
                 sink.remove(manifest.written_to(_sink_name(request, sink)))
             manifest.forget()
         with console.status(Text(f"reading {source.name}")):
@@ -129,10 +129,10 @@ def run_embed(request: EmbedRequest, models: RunningGateway | OwnModels, *, as_j
 
 @dataclass(frozen=True, slots=True)
 class _Prepared:
-    """A job whose places are open.
+    """A job with an open source, sink and manifest.
 
     Attributes:
-        identity: of the job, as far as it is known without the model.
+        identity: the parts of the job's identity that are known before the model is loaded.
     """
 
     source: Source
@@ -151,8 +151,8 @@ async def _run(
         progress = job.manifest.begin({**job.identity, "model": note.model, "space": note.space, "task": note.task})
         if progress.counts.rows and job.sink.is_empty():
             raise BulkError(
-                f"{job.sink.name} is empty, and {job.manifest.path} says that {count(progress.counts.rows, 'row')} of this "
-                "job are in it: embed all of them again with --restart"
+                f"{job.sink.name} is empty, but according to {job.manifest.path} it has "
+                f"{count(progress.counts.rows, 'row')} of this job: embed all of them again with --restart"
             )
         if isinstance(job.sink, FolderSink):
             job.sink.check_files(
@@ -171,10 +171,10 @@ async def _run(
 
 @asynccontextmanager
 async def open_embedder(asked: Asked, models: RunningGateway | OwnModels, console: Console) -> AsyncIterator[Embedder]:
-    """Load a model, or find it behind a gateway, and yield an embedder.
+    """Load a model, or find it at a running gateway, and yield an embedder.
 
     Raises:
-        BulkError: it cannot be used.
+        BulkError: the model cannot be used.
     """
     if isinstance(models, RunningGateway):
         from gateway.bulk.remote import remote_embedder
@@ -192,11 +192,11 @@ async def open_embedder(asked: Asked, models: RunningGateway | OwnModels, consol
 
 
 def stop_on_signals(stop: asyncio.Event, console: Console) -> None:
-    """Stop in order at the first signal, and at once at the second."""
+    """Stop in an orderly way at the first signal, and immediately at the second."""
     loop = asyncio.get_running_loop()
 
     def stop_in_order() -> None:
-        say(console, "Stopping: what is embedded is written. Once more to stop at once.")
+        say(console, "Stopping after the embedded rows are written. Press Ctrl-C again to stop immediately.")
         stop.set()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.remove_signal_handler(number)
@@ -213,11 +213,11 @@ def _announce(console: Console, job: _Prepared, note: SpaceNote, num_done: int) 
     say(console, f"{job.source.name} → {job.sink.name}: {note.space}{task}, {', '.join(outputs)}")
     say(console, f"fields: {job.identity['fields']}; manifest: {job.manifest.path}")
     if num_done:
-        say(console, f"goes on after {count(num_done, 'row')} of an earlier run")
+        say(console, f"continuing after {count(num_done, 'row')} of an earlier run")
 
 
 def _identity(request: EmbedRequest, source: Source, sink: Sink) -> dict[str, Json]:
-    """Return everything that must be the same whenever the job goes on, but for the space."""
+    """Return everything except the space that must be the same each time the job continues."""
     return {
         "source hash": source.fingerprint(),
         "name of the model": request.asked.name,
@@ -231,14 +231,14 @@ def _identity(request: EmbedRequest, source: Source, sink: Sink) -> dict[str, Js
 
 
 def _sink_name(request: EmbedRequest, sink: Sink) -> str:
-    """Return the sink as the manifest has it: a folder is the same with and without a slash at its end."""
+    """Return the sink's name for the manifest, in which a slash at the end of a folder does not matter."""
     if not isinstance(sink, FolderSink):
         return request.sink
     return request.sink.rstrip("/") if sink.folder is None else os.path.normpath(sink.folder)
 
 
 def _fields(request: EmbedRequest, source: Source) -> str:
-    """Return the fields that are read, in words."""
+    """Describe the fields that are read."""
     names = request.names
     row_id = getattr(getattr(source, "fields", None), "id", names.id)
     title = f", title `{names.title}`" if names.title else ""
@@ -257,7 +257,7 @@ def _manifest_path(request: EmbedRequest, source: Source, sink: Sink) -> Path:
         return sink.folder / _MANIFEST
     names = [source.name, sink.name.rstrip("/")]
     if any(map(_is_relative, (*request.sources, request.sink))):
-        names.append(str(Path.cwd()))  # the same words mean another place elsewhere
+        names.append(str(Path.cwd()))  # the same relative path means another place elsewhere
     key = hashlib.sha256("\0".join(names).encode(errors="surrogateescape")).hexdigest()[:16]
     return request.state_folder / f"{key}.sqlite3"
 
@@ -273,10 +273,10 @@ def _errors_path(manifest: Path) -> Path:
 
 
 def _check_folder(sink: Sink, manifest: Path, request: EmbedRequest) -> None:
-    """Check that the sink's folder has nothing but what this job has written.
+    """Check that the sink's folder contains only files of this job.
 
     Raises:
-        BulkError: it has other files, or is not a folder.
+        BulkError: the folder contains other files, or is not a folder.
     """
     if not isinstance(sink, FolderSink) or sink.folder is None or manifest.exists():
         return
@@ -286,13 +286,13 @@ def _check_folder(sink: Sink, manifest: Path, request: EmbedRequest) -> None:
         raise BulkError(f"--to {request.sink}: cannot be used: {error.strerror}") from error
     if others:
         raise BulkError(
-            f"--to {request.sink}: the folder is not empty (it has {others[0]}), and has no manifest of a job: choose a new "
+            f"--to {request.sink}: the folder is not empty (it has {others[0]}) and has no manifest: choose a new "
             "folder, or name the manifest with --manifest"
         )
 
 
 def _write_summary(sink: FolderSink, manifest: Manifest, report: Report, identity: Mapping[str, Json]) -> None:
-    """Write what the folder holds, for people and programs; it is there only if the folder is complete."""
+    """Write a description of the folder for people and programs. The file exists only if the folder is complete."""
     parts = [{"file": sink.file_name(part), "rows": rows} for part, rows in manifest.parts()]
     summary = {
         "version": __version__,

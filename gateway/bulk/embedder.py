@@ -1,4 +1,4 @@
-"""What turns texts into vectors for a job: the protocol of embedders, and how rows are given to one."""
+"""The protocol of embedders, which turn texts into vectors for a job, and the code that passes rows to an embedder."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from gateway.types import MultiVector, SparseVector, Vectors
 
 
 class TextRefused(GatewayError):
-    """At least one of the texts cannot be embedded: it is too long, for example. Without it, the others can."""
+    """At least one text cannot be embedded: it is too long, for example. The others can be embedded without it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,8 +27,8 @@ class TextVectors:
 
     Attributes:
         dense: ``(n, dimensions)`` float32; ``None`` without dense vectors.
-        num_tokens: of all texts together, after truncation.
-        num_truncated: texts that were cut.
+        num_tokens: the tokens of all texts together, after truncation.
+        num_truncated: how many texts were cut.
     """
 
     dense: Vectors | None
@@ -42,9 +42,9 @@ class Embedder(Protocol):
     """Embeds texts with one model, for one task, into one space. Used on one event loop.
 
     Attributes:
-        note: the space of the vectors.
-        max_texts, max_characters: the most in one call; a longer text comes alone.
-        num_calls: how many calls at once keep it busy.
+        note: describes the space of the vectors.
+        max_texts, max_characters: the limits of one call; a text with more characters gets a call to itself.
+        num_calls: how many concurrent calls keep the embedder busy.
         block_texts: how many texts to sort by length at once.
     """
 
@@ -58,27 +58,27 @@ class Embedder(Protocol):
         """Embed texts.
 
         Args:
-            is_late: they are consecutive chunks of one document, which is embedded as a whole.
+            is_late: the texts are consecutive chunks of one document, which is embedded as a whole.
 
         Raises:
             TextRefused: one of the texts cannot be embedded.
-            BulkError: the model cannot be used, or not any more.
+            BulkError: the model cannot be used, or stopped working.
         """
 
     async def tokens(self) -> ModelTokens:
-        """Return the model's tokens.
+        """Return the model's tokenizer.
 
         Raises:
-            BulkError: they are not known here.
+            BulkError: the tokenizer is not available here.
         """
 
 
 @dataclass(frozen=True, slots=True)
 class EmbeddedBlock:
-    """Rows with their vectors, and those rows that have none.
+    """Rows with their vectors, and rows that could not be embedded.
 
     Attributes:
-        refused: rows that the model does not take.
+        refused: rows that the model rejected.
     """
 
     embedded: EmbeddedRows
@@ -89,7 +89,7 @@ class EmbeddedBlock:
 
 @dataclass(slots=True)
 class _Gathered:
-    """The vectors of a block by the place of their row, as they come."""
+    """Collects the vectors of a block by the index of their row, in the order in which they arrive."""
 
     dense: Vectors | None = None
     sparse: dict[int, SparseVector] = field(default_factory=dict)
@@ -110,10 +110,10 @@ class _Gathered:
 
 
 class BlockEmbedder:
-    """Embeds blocks of rows: sorted by length, so that texts of a length come together, in calls of bounded size.
+    """Embeds blocks of rows in calls of bounded size, sorted by length so that texts of similar length share a call.
 
     Args:
-        on_rows: called with the number of rows that are done.
+        on_rows: called with the number of newly finished rows.
     """
 
     def __init__(self, embedder: Embedder, on_rows: Callable[[int], None] = lambda _number: None) -> None:
@@ -122,7 +122,7 @@ class BlockEmbedder:
         self._calls = asyncio.Semaphore(embedder.num_calls)
 
     async def embed(self, rows: Sequence[Row]) -> EmbeddedBlock:
-        """Embed rows; those whose text the model refuses are returned apart.
+        """Embed rows. Rows that the model rejects are returned separately.
 
         Raises:
             BulkError: the model cannot be used.
@@ -158,7 +158,7 @@ class BlockEmbedder:
         )
 
     def _cut(self, rows: Sequence[Row]) -> Iterator[list[int]]:
-        """Yield the places of rows that go together, the longest texts first: what does not fit shows at once."""
+        """Yield the indexes of rows that share a call, the longest texts first, so that oversized texts fail early."""
         places: list[int] = []
         num_characters = 0
         for place in sorted(range(len(rows)), key=lambda place: -len(rows[place].text)):
@@ -179,7 +179,7 @@ class BlockEmbedder:
             async with self._calls:
                 vectors = await self._embedder.embed([rows[place].text for place in places], is_late=is_late)
         except TextRefused as error:
-            if len(places) == 1 or is_late:  # chunks by themselves would have other vectors than together
+            if len(places) == 1 or is_late:  # chunks have different vectors alone than together
                 for place in places:
                     row = rows[place]
                     gathered.refused[place] = BadRow(row.place, str(error), row.position, row.id)
@@ -196,7 +196,7 @@ class BlockEmbedder:
 
 
 def _windows(rows: Sequence[Row]) -> list[list[int]] | None:
-    """Return the places of chunks that are embedded together; ``None`` if all texts are embedded by themselves."""
+    """Return the indexes of chunks that are embedded together; ``None`` if each text is embedded alone."""
     windows: dict[tuple[RowId, int], list[int]] = {}
     for place, row in enumerate(rows):
         if not isinstance(row, Chunk) or row.window is None:
@@ -209,7 +209,7 @@ async def chunker(embedder: Embedder, asked: Asked) -> Expand | None:
     """Return the function that cuts the texts of a job into chunks; ``None`` if they are embedded whole.
 
     Raises:
-        BulkError: the model's tokens are not known, or it cannot embed such chunks.
+        BulkError: the model's tokenizer is not available, or the model cannot embed such chunks.
     """
     if asked.chunking is None:
         return None

@@ -1,4 +1,4 @@
-"""An embedder without a model: its vectors can be checked by eye. For tests and benchmarks of everything around it."""
+"""An embedder without a model, whose vectors can be checked by eye, for tests and benchmarks of the code around it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class FakeEmbedder:
     characters. A text that begins with ``refuse`` is refused, and one of more than 100 characters is cut.
 
     Args:
-        on_call: called with the texts of each call first; may raise what the embedder should fail with.
+        on_call: called first with the texts of each call; an exception that it raises becomes the embedder's.
     """
 
     def __init__(

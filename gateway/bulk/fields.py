@@ -11,14 +11,14 @@ from gateway.config.wording import cut, describe, did_you_mean
 
 ID_FIELDS = ("id", "_id")
 TEXT_FIELDS = ("text", "content", "page_content", "document", "data")
-"""The names to look for, if the user gives none: LangChain's is ``page_content``, Chroma's ``document``, Mem0's ``data``."""
+"""The names to look for if the user names no field: ``page_content`` is LangChain's, ``data`` Mem0's."""
 
 Record = Mapping[str, Json]
 
 _MAX_ID_CHARACTERS = 1024
 _MAX_LISTED = 30
 _ABSENT = object()
-_NOT_UNICODE = "is not valid Unicode: it has half of a surrogate pair alone"
+_NOT_UNICODE = "is not valid Unicode: it contains a lone surrogate"
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,7 @@ class FieldNames:
     A name may be a path: ``payload.text`` is the field ``text`` of the field ``payload``.
 
     Attributes:
-        title: a field whose text is put before that of ``text``.
+        title: a field whose text is put in front of the text of ``text``.
         payload: the other fields to keep, each under the last part of its path; ``None`` for all.
     """
 
@@ -59,15 +59,15 @@ class Fields:
         """
         found_id = row_id if row_id is not None else self._id(record)
         if not _is_id(found_id):
-            return BadRow(place, f"the id, in field `{self.id}`, {_wrong_id(found_id)}", position)
+            return BadRow(place, f"the id in field `{self.id}` {_wrong_id(found_id)}", position)
         text = get(record, self.text)
         if not isinstance(text, str) or not text.strip() or not _is_unicode(text):
-            return BadRow(place, f"the text, in field `{self.text}`, {_wrong_text(text)}", position, found_id)
+            return BadRow(place, f"the text in field `{self.text}` {_wrong_text(text)}", position, found_id)
         num_title = 0
         title = None if self.title is None else get(record, self.title)
         if title not in (None, _ABSENT, ""):
             if not isinstance(title, str):
-                problem = f"the title, in field `{self.title}`, must be text, and is {describe(title)}"
+                problem = f"the title in field `{self.title}` must be text, got {describe(title)}"
                 return BadRow(place, problem, position, found_id)
             text, num_title = f"{title} {text}", len(title) + 1
         return Row(found_id, text, self._payload(record), place, position, num_title)
@@ -86,11 +86,11 @@ def resolve_fields(names: FieldNames, records: Sequence[Record], source: str) ->
     """Find the fields in the first records of a source.
 
     Args:
-        records: some of its records; at least one.
-        source: its name, for messages.
+        records: the first records of the source; at least one.
+        source: the name of the source, for messages.
 
     Raises:
-        BulkError: no record has the field that the user names, or one that can be the text.
+        BulkError: no record has the field that the user named, or a field that can be the text.
     """
     paths = list(dict.fromkeys(path for record in records for path in _paths(record)))
 
@@ -99,17 +99,15 @@ def resolve_fields(names: FieldNames, records: Sequence[Record], source: str) ->
 
     def known(path: str | None, option: str) -> str | None:
         if path is not None and not has(path):
-            raise BulkError(
-                f"{source}: {option} {path}: there is no such field{did_you_mean(path, paths)}; {_listed(paths)}"
-            )
+            raise BulkError(f"{source}: {option} {path}: no such field{did_you_mean(path, paths)}; {_listed(paths)}")
         return path
 
     row_id = known(names.id, "--id") or next(filter(has, ID_FIELDS), None)
     text = known(names.text, "--text") or next(filter(has, TEXT_FIELDS), None)
     if text is None:
         raise BulkError(
-            f"{source}: no field is called {' or '.join(f'`{name}`' for name in TEXT_FIELDS)}: name that of the text with "
-            f"--text FIELD; {_listed(paths)}"
+            f"{source}: no field is called {' or '.join(f'`{name}`' for name in TEXT_FIELDS)}: name the text field "
+            f"with --text FIELD; {_listed(paths)}"
         )
     title = known(names.title, "--title")
     _check_payload(names.payload, source)
@@ -117,7 +115,7 @@ def resolve_fields(names: FieldNames, records: Sequence[Record], source: str) ->
 
 
 def _check_payload(paths: Sequence[str] | None, source: str) -> None:
-    """Check that no two fields of the payload get the same name; a field that records lack is left out."""
+    """Check that no two fields of the payload get the same name, and leave out fields that the records lack."""
     seen: dict[str, str] = {}
     for path in paths or ():
         name = path.rpartition(".")[2]
@@ -131,7 +129,7 @@ def _check_payload(paths: Sequence[str] | None, source: str) -> None:
 def get(record: Record, path: str) -> Json | object:
     """Return the value at a path, or an object that is not JSON if the record has no such field.
 
-    A field whose name has a dot in it is preferred to the field within a field.
+    A field whose own name contains the dot takes precedence over a nested field.
     """
     if path in record:
         return record[path]
@@ -146,7 +144,7 @@ def get(record: Record, path: str) -> Json | object:
 
 
 def _without(record: Record, path: str) -> Record:
-    """Return a record without the field at a path, which it has."""
+    """Return a record without the existing field at a path."""
     if path in record:
         return {name: value for name, value in record.items() if name != path}
     head, dot, rest = path.partition(".")
@@ -182,7 +180,7 @@ def _is_id(value: object) -> TypeGuard[RowId]:
 
 
 def _is_unicode(text: str) -> bool:
-    """Return whether a text can be written as UTF-8: it has no half of a surrogate pair alone."""
+    """Return whether a text can be encoded as UTF-8, which lone surrogates cannot."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -197,7 +195,7 @@ def _wrong_id(value: object) -> str:
         return _NOT_UNICODE
     if isinstance(value, str) and value:
         return f"has {len(value):,} characters; the limit is {_MAX_ID_CHARACTERS:,}"
-    return f"must be text or a whole number, and is {describe(value)}"
+    return f"must be text or an integer, got {describe(value)}"
 
 
 def _wrong_text(value: object) -> str:
@@ -206,5 +204,5 @@ def _wrong_text(value: object) -> str:
     if isinstance(value, str) and not _is_unicode(value):
         return _NOT_UNICODE
     if isinstance(value, str):
-        return "is empty" if not value else "has only spaces"
-    return f"must be text, and is {describe(value)}"
+        return "is empty" if not value else "is blank"
+    return f"must be text, got {describe(value)}"

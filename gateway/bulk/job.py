@@ -23,28 +23,28 @@ from gateway.config.files import open_regular
 from gateway.types import Vectors
 
 SHARD_ROWS = 8192
-# Vectors, texts and payloads. Two shards are in memory: one is filled while the other is written.
+# The limit for vectors, texts and payloads of a shard. Two are in memory: one fills while the other is written.
 _SHARD_BYTES = 256 * 2**20
-# So that a slow model loses little when it is interrupted.
+# A shard also ends after this time, so that an interruption costs a slow model little.
 _SHARD_S = 60.0
-# Blocks that are read or embedded while another one is.
+# Blocks that are read or embedded while another block is.
 _BLOCKS_AHEAD = 2
 _FIRST_BYTES = b'{"place":'
 
 
 class Reporter(Protocol):
-    """Shows how far a job is."""
+    """Shows the progress of a job."""
 
     def start(self, done: int, total: int | None) -> None:
         """Begin.
 
         Args:
-            done: items that an earlier process has done.
-            total: of all items, roughly, if it is known.
+            done: items that earlier processes finished.
+            total: the approximate number of all items, if known.
         """
 
     def advance(self, number: int) -> None:
-        """Count items that are embedded, or skipped."""
+        """Count items that were embedded or skipped."""
 
 
 class Silent:
@@ -59,12 +59,12 @@ class Silent:
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """How a job runs; nothing that changes the vectors.
+    """The options of a job that do not change its vectors.
 
     Attributes:
-        errors: the file that lists what was skipped, as JSON lines.
-        shard_rows: the most rows of a shard, if rows are not expanded; it ends earlier if it is large or slow.
-        expand: takes rows apart.
+        errors: the file that lists skipped items, as JSON lines.
+        shard_rows: the most rows in a shard, unless rows are expanded; a large or slow shard ends earlier.
+        expand: splits rows, such as into chunks.
     """
 
     errors: Path
@@ -75,13 +75,13 @@ class Options:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """The end of a process that worked on a job.
+    """The result of one process that worked on a job.
 
     Attributes:
-        done: by this process.
-        total: of the job so far.
-        seconds: of this process, without loading the model.
-        is_finished: nothing is left to do; otherwise it was interrupted.
+        done: the counts of this process.
+        total: the counts of the job so far.
+        seconds: the time that this process took, without loading the model.
+        is_finished: nothing is left to do; ``False`` after an interruption.
     """
 
     done: Counts
@@ -143,7 +143,7 @@ class Job:
         self._clock = clock
         self._blocks = BlockEmbedder(embedder, reporter.advance)
         self._errors = _ErrorsFile(options.errors)
-        # A whole number of blocks is a shard, if none of its rows is skipped.
+        # A shard is a whole number of blocks, unless rows are skipped.
         num_blocks = math.ceil(options.shard_rows / embedder.block_texts)
         self._block_rows = options.shard_rows // num_blocks
         self._reader = BlockReader(source, manifest.seen, self._block_rows, options.on_error, options.expand)
@@ -151,13 +151,14 @@ class Job:
         self._failure: BulkError | None = None
 
     async def run(self, progress: Progress, stop: asyncio.Event) -> Outcome:
-        """Do what is left, until it is done or ``stop`` is set. What was embedded until then is written.
+        """Embed the remaining rows until all are done or ``stop`` is set. Rows that are embedded by then are written.
 
         Args:
-            progress: how far the job has come, by the manifest.
+            progress: the job's progress, from the manifest.
 
         Raises:
-            BulkError: the source, the model, the sink or the manifest fails, or an item is bad and the job is to stop there.
+            BulkError: the source, the model, the sink or the manifest fails, or an item is bad and the job stops at bad
+            items.
         """
         started = self._clock()
         self._number, self._part, self._planned = progress.number, progress.part, progress.planned_items
@@ -184,7 +185,7 @@ class Job:
         return Outcome(done, after.counts, self._clock() - started, is_at_end)
 
     async def _work(self, position: Position | None, stopped: asyncio.Task[bool]) -> bool:
-        """Embed and write until nothing is left; return whether the source has ended, rather than the user's patience."""
+        """Embed and write until nothing is left; return whether the source has ended, as opposed to an interruption."""
         reading = self._reader.read(position, self._planned)
         pending: deque[tuple[Block, asyncio.Task[EmbeddedBlock]]] = deque()
         shard = _OpenShard(self._clock())
@@ -214,7 +215,7 @@ class Job:
                 embedding.cancel()
             await asyncio.gather(*(embedding for _, embedding in pending), return_exceptions=True)
         is_at_end = is_at_end and not pending and self._failure is None
-        # A shard that a killed process may have written gets the same rows again, or waits for the next process.
+        # A shard that a killed process may have written must get the same rows again, or be left to the next process.
         if shard.counts.items and (is_at_end or not self._planned):
             await self._write(shard)
         return is_at_end
@@ -232,7 +233,7 @@ class Job:
         return embedded
 
     def _take(self, shard: _OpenShard, block: Block, embedding: asyncio.Task[EmbeddedBlock]) -> bool:
-        """Add a block to the shard; return whether the job can go on after it."""
+        """Add a block to the shard; return whether the job can continue after it."""
         try:
             embedded = embedding.result()
         except BulkError as error:
@@ -248,13 +249,13 @@ class Job:
         if self._planned:
             return shard.counts.items == self._planned
         is_late = self._clock() - shard.began > _SHARD_S
-        # Items that cannot be embedded take memory too, and can be all that a source has.
+        # Items that cannot be embedded take memory too, and a source may consist of them.
         num_kept = max(shard.counts.rows, len(shard.bad))
         is_full = num_kept + self._block_rows > self._options.shard_rows
         return is_full or shard.num_bytes >= _SHARD_BYTES or is_late
 
     async def _write(self, shard: _OpenShard) -> None:
-        """Have a shard written while the next one is embedded."""
+        """Start to write a shard while the next one is embedded."""
         if self._writing is not None:
             await self._writing
         number, self._number = self._number, self._number + 1
@@ -273,17 +274,17 @@ class Job:
 
 
 class _ErrorsFile:
-    """A file that lists skipped items, and has no line of a shard that is not committed."""
+    """A file that lists the skipped items of committed shards, and no others."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._size = 0
 
     def go_to(self, size: int) -> None:
-        """Remove the lines after a size, which a killed process has left.
+        """Truncate the file to a size: a killed process left the lines after it.
 
         Raises:
-            BulkError: the file has something else in it, or cannot be written.
+            BulkError: the file has other content, or cannot be written.
         """
         try:
             if self._path.exists():
@@ -291,7 +292,9 @@ class _ErrorsFile:
                     start = file.read(len(_FIRST_BYTES))
                 if not _FIRST_BYTES.startswith(start):
                     raise BulkError(
-                        f"the file of errors {self._path} has other content, which would be lost: name another"
+                        f"the file of errors {self._path} has other content, which would be lost: name another file "
+                        "file "
+                        "file"
                     )
                 self._size = min(size, self._path.stat().st_size)
                 os.truncate(self._path, self._size)

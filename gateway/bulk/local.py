@@ -1,4 +1,4 @@
-"""Embed in this process, on all of its cores and cards, or on the replicas of a cluster, without JSON in between."""
+"""Embed in this process on all of its cores and cards, or on the replicas of a cluster, without JSON."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ from gateway.service import EmbeddingService
 from gateway.types import Output, Priority
 
 _CALLER = "embed"
-# Texts that are sorted by length at once. An interruption loses what is not embedded of a block: a CPU takes seconds for it.
+# How many texts are sorted by length together. An interruption loses a block's progress, seconds of work on a CPU.
 _BLOCK_TEXTS = 2048
 _CPU_BLOCK_TEXTS = 512
 _MULTIVECTOR_TEXTS = 64
-# Of a cluster: a replica that is lost costs the work of a call, and the others take its next ones.
+# The same for a cluster: a lost replica costs the work of one call, and the others take over its next calls.
 _CALLS_PER_BLOCK = 8
-# Of a block: with a vector per token, 16,000 tokens of 1,024 dimensions are 64 MB.
+# The limit of a block with multi-vectors: 16,000 tokens of 1,024 dimensions are 64 MB.
 _MULTIVECTOR_CHARACTERS = 64_000
 _CHARACTERS = 1_000_000
-# How long a model that hung or failed may take to be loaded again.
+# How long to wait for a model that hung or failed to be reloaded.
 _RECOVERY_S = 600.0
 
 
@@ -50,10 +50,10 @@ async def local_embedder(registry: Registry, settings: Settings, asked: Asked) -
     """Load a model, and yield an embedder.
 
     Raises:
-        BulkError: the name is unknown or an experiment's, the model cannot be loaded, or does not return such vectors.
+        BulkError: the name is unknown or belongs to an experiment, or the model cannot be loaded or lacks such vectors.
     """
     if settings.cluster is None:
-        # Nothing but this job is in the queue, so its limits protect nothing. The replicas of a cluster also serve.
+        # Only this job uses the queue, so limits would protect no one. The replicas of a cluster also serve clients.
         settings = settings.model_copy(update={"max_queue_texts": 10**9, "max_queue_tokens": 10**12})
     try:
         async with in_process_deployment(registry, settings, [asked.name]) as deployment:
@@ -68,7 +68,7 @@ async def local_embedder(registry: Registry, settings: Settings, asked: Asked) -
 
 
 async def _prepare(service: EmbeddingService, model: Model, asked: Asked) -> LocalEmbedder:
-    """Find the task, and the space, with a text that is not one of the job's."""
+    """Find the task and the space by embedding a test text."""
     info = model.info
     assert info is not None  # noqa: S101  it is loaded
     task = PASSAGE_TASK if asked.prefers_passages and PASSAGE_TASK in info.tasks else None
@@ -79,7 +79,7 @@ async def _prepare(service: EmbeddingService, model: Model, asked: Asked) -> Loc
         except BadInput as error:
             if error.param != "task" or task is None:
                 raise
-            embedder = _Caller(service, asked, None)  # the name has a task already
+            embedder = _Caller(service, asked, None)  # the name already includes a task
             answer = await embedder.call([PROBE])
     except RequestError as error:
         raise BulkError(f"--model {asked.name}: {error.message}") from error
@@ -135,7 +135,7 @@ class _Caller:
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """How many texts go together.
+    """The sizes of blocks and calls.
 
     Attributes:
         block_texts, max_texts, num_calls: see :class:`~gateway.bulk.embedder.Embedder`.
@@ -147,13 +147,13 @@ class Shape:
 
     @classmethod
     def here(cls, note: SpaceNote, devices: Sequence[str]) -> Shape:
-        """Return the shape for an engine in this process, which spreads each call over its devices."""
+        """Return the shape for an engine in this process, which distributes each call over its devices."""
         texts = _block_texts(note, devices) * len(devices)
         return cls(texts, texts, 2 + len(devices))
 
     @classmethod
     def on_replicas(cls, note: SpaceNote, devices: Sequence[str], num_replicas: int) -> Shape:
-        """Return the shape for replicas: each call is one replica's, and while it computes one it has the next."""
+        """Return the shape for replicas: one replica computes each call, and has the next call waiting meanwhile."""
         texts = _block_texts(note, devices)
         return cls(texts * num_replicas, max(1, texts // _CALLS_PER_BLOCK), 2 * num_replicas)
 
@@ -205,7 +205,7 @@ class LocalEmbedder:
                 )
 
     async def _works(self) -> bool:
-        """Return whether the model embeds another text, so that the failure was one of the texts."""
+        """Return whether the model can embed another text, which means that the texts caused the failure."""
         try:
             await self._caller.call([PROBE])
         except RequestError:

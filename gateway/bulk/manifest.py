@@ -1,7 +1,8 @@
-"""The manifest of a job: its model, source and shards, and the ids that it has seen; in one file of SQLite.
+"""The manifest of a job: its model, source and shards, and the ids that it has seen, in one SQLite file.
 
-A shard counts when it is committed here, after its sink has it. Before the sink gets it, its end is noted: a process that
-goes on after a crash writes the same rows as the same shard again. The file is locked while a process works on the job.
+A shard counts once it is committed here, after the sink has stored it. The end of a shard is recorded before the sink
+gets it, so that after a crash the next process writes the same rows as the same shard again. The file is locked while a
+process works on the job.
 """
 
 from __future__ import annotations
@@ -35,13 +36,13 @@ _CACHE_KIB = 32 * 1024
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """What was done.
+    """How much work was done.
 
     Attributes:
-        items: of the source that were read; a long one can give several rows.
-        rows: that were embedded and written.
+        items: items that were read from the source; a long item can become several rows.
+        rows: rows that were embedded and written.
         skipped: items that could not be embedded.
-        tokens: of all rows, as the model saw them.
+        tokens: the tokens of all rows, as the model saw them.
         truncated: rows whose text was cut.
     """
 
@@ -67,8 +68,8 @@ class Shard:
 
     Attributes:
         part: its number in the sink, or ``None`` if no row of it could be embedded.
-        position: of the source, after its last item.
-        errors_bytes: size of the file of errors after it.
+        position: the source's position after its last item.
+        errors_bytes: the size of the error file after it.
     """
 
     part: int | None
@@ -79,13 +80,14 @@ class Shard:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a job has come.
+    """The progress of a job.
 
     Attributes:
-        number: of the next shard.
-        part: of the next shard in the sink.
-        position: where reading goes on; ``None`` for the beginning.
-        planned_items: how many items the next shard must have, as a killed process may have written it; 0 if it did not.
+        number: the number of the next shard.
+        part: the number of the next shard in the sink.
+        position: where reading continues; ``None`` for the beginning.
+        planned_items: how many items the next shard must have, because a killed process may have written it; 0
+        otherwise.
     """
 
     number: int
@@ -101,7 +103,7 @@ class Manifest:
     """An open and locked manifest.
 
     Args:
-        path: of its file, whose folder must exist.
+        path: the path of its file, whose folder must exist.
 
     Raises:
         BulkError: another process works on the job, or the file cannot be used.
@@ -116,21 +118,22 @@ class Manifest:
             with self._using():
                 self._db.execute(
                     "PRAGMA locking_mode = EXCLUSIVE"
-                )  # until it is closed, also by the death of the process
+                )  # until the file is closed, even by the process's death
                 self._db.execute("PRAGMA synchronous = FULL")
                 self._db.execute(f"PRAGMA cache_size = -{_CACHE_KIB}")
                 self._db.execute("BEGIN EXCLUSIVE")
                 version = self._db.execute("PRAGMA user_version").fetchone()[0]
                 if version == 0:
                     if self._db.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()[0]:
-                        raise BulkError(f"{path}: is a database of another program, and no manifest: name another file")
+                        raise BulkError(f"{path}: is another program's database, not a manifest: name another file")
                     for statement in _SCHEMA.split(";\n"):
                         self._db.execute(statement)
                     self._db.execute(f"PRAGMA user_version = {_VERSION}")
                 self._db.execute("COMMIT")
             if version not in (0, _VERSION):
                 raise BulkError(
-                    f"{path}: is the manifest of another version of the gateway ({version}, not {_VERSION})"
+                    f"{path}: was written by another version of the gateway (format {version}; this one reads "
+                    f"{_VERSION})"
                 )
         except BaseException:
             self._db.close()
@@ -141,7 +144,7 @@ class Manifest:
         try:
             with self._lock:  # one thread reads ahead, and another one commits
                 yield
-        except UnicodeDecodeError as error:  # a message of SQLite that quotes damaged text
+        except UnicodeDecodeError as error:  # SQLite's message quotes damaged text
             raise self._damaged() from error
         except sqlite3.DatabaseError as error:
             if "locked" in str(error):
@@ -156,7 +159,7 @@ class Manifest:
             try:
                 yield self._db
             except BaseException:
-                if self._db.in_transaction:  # a full disk has ended it already
+                if self._db.in_transaction:  # a full disk has already ended it
                     self._db.execute("ROLLBACK")
                 raise
             self._db.execute("COMMIT")
@@ -164,13 +167,13 @@ class Manifest:
     # ------------------------------------------------------------------------------------------------------- the job
 
     def begin(self, identity: Mapping[str, Json]) -> Progress:
-        """Begin a job, or go on with it.
+        """Begin a job, or continue it.
 
         Args:
-            identity: everything that must be the same whenever the job goes on, by its name in messages.
+            identity: everything that must be the same each time the job continues, by its name in messages.
 
         Raises:
-            BulkError: the manifest is that of another job.
+            BulkError: the manifest belongs to another job.
         """
         known = self._fact("identity")
         if known is None:
@@ -183,10 +186,10 @@ class Manifest:
         return self.progress()
 
     def check(self, identity: Mapping[str, Json]) -> None:
-        """Compare a part of the identity with that of the job, if it has begun.
+        """Compare a part of the identity with the job's recorded identity, if the job has begun.
 
         Raises:
-            BulkError: the manifest is that of another job.
+            BulkError: the manifest belongs to another job.
         """
         known = self._fact("identity")
         if isinstance(known, Mapping):
@@ -195,12 +198,13 @@ class Manifest:
     def _refuse(self, known: Mapping[str, Json], identity: Mapping[str, Json]) -> None:
         if differences := list(_differences(known, identity)):
             raise BulkError(
-                f"{self.path}: this is the manifest of another job: {'; '.join(differences)}. Give the same options to go "
-                "on with it. For a new job choose another --to or --manifest, or add --restart, which forgets the old one"
+                f"{self.path}: this manifest belongs to another job: {'; '.join(differences)}. Use the same options "
+                "to continue that job. For a new job, choose another --to or --manifest, or add --restart, which "
+                "forgets the old job"
             )
 
     def progress(self) -> Progress:
-        """Return how far the job has come."""
+        """Return the job's progress."""
         with self._using():
             row = self._db.execute(
                 "SELECT COUNT(*), COUNT(part), SUM(items), SUM(rows), SUM(skipped), SUM(tokens), SUM(truncated) "
@@ -221,12 +225,12 @@ class Manifest:
         )
 
     def plan(self, number: int, items: int) -> None:
-        """Note how many items a shard has, before its sink gets it."""
+        """Record how many items a shard has, before its sink gets it."""
         with self._transaction() as db:
             db.execute("INSERT OR REPLACE INTO shards (number, items) VALUES (?, ?)", (number, items))
 
     def commit(self, number: int, shard: Shard, ids: Iterable[RowId]) -> None:
-        """Count a shard that its sink has, together with the ids of its rows."""
+        """Commit a shard that its sink has stored, together with the ids of its rows."""
         counts = shard.counts
         with self._transaction() as db:
             db.execute(
@@ -239,12 +243,12 @@ class Manifest:
             db.executemany("INSERT OR IGNORE INTO ids VALUES (?)", ((_key(one),) for one in ids))
 
     def finish(self) -> None:
-        """Note that the source has no more rows."""
+        """Record that the source has no more rows."""
         with self._transaction():
             self._set("is_finished", True)
 
     def parts(self) -> list[tuple[int, int]]:
-        """Return the number of each shard in the sink, and that of its rows."""
+        """Return the number of each shard in the sink, and its number of rows."""
         with self._using():
             found: list[tuple[int, int]] = self._db.execute(
                 "SELECT part, rows FROM shards WHERE is_done AND part IS NOT NULL ORDER BY number"
@@ -252,7 +256,7 @@ class Manifest:
         return found
 
     def written_to(self, sink: str) -> list[int]:
-        """Return the numbers of the shards that the job may have written to a sink; none if its sink is another one."""
+        """Return the numbers of the shards that the job may have written to this sink; empty if its sink is another."""
         identity = self._fact("identity")
         if not isinstance(identity, Mapping) or identity.get("sink") != sink:
             return []
@@ -260,7 +264,7 @@ class Manifest:
         return [*(part for part, _ in self.parts()), *([progress.part] if progress.planned_items else [])]
 
     def seen(self, ids: Sequence[RowId]) -> set[RowId]:
-        """Return those ids that committed shards have."""
+        """Return the subset of these ids that committed shards contain."""
         by_key = {_key(one): one for one in ids}
         keys = list(by_key)
         found: set[RowId] = set()
@@ -273,13 +277,13 @@ class Manifest:
         return found
 
     def forget(self) -> None:
-        """Forget the job, for a new one."""
+        """Forget the job, to make room for a new one."""
         with self._transaction() as db:
             for table in ("facts", "shards", "ids"):
                 db.execute(f"DELETE FROM {table}")  # noqa: S608  of this module
 
     def close(self) -> None:
-        """Close the file, and let other processes open it."""
+        """Close the file, so that other processes can open it."""
         self._db.close()
 
     def _fact(self, name: str) -> Json:
@@ -302,7 +306,7 @@ class Manifest:
 
 
 def _key(row_id: RowId) -> int | str | bytes:
-    """Return an id as SQLite keeps it: ``1`` and ``"1"`` differ, and a long one takes 16 bytes."""
+    """Return an id as stored in SQLite: ``1`` and ``"1"`` differ, and a long id takes 16 bytes."""
     if isinstance(row_id, int):
         return row_id if row_id in _INT64 else f"\0{row_id}".encode()
     return row_id if len(row_id) <= _MAX_ID_CHARACTERS else hashlib.blake2b(row_id.encode(), digest_size=16).digest()
@@ -316,7 +320,7 @@ def _differences(known: Mapping[str, Json], identity: Mapping[str, Json]) -> Ite
         if name == "source hash":
             yield "the content of the source has changed since"
         else:
-            yield f"its {name} is {_shown(before)}, and now it would be {_shown(now)}"
+            yield f"its {name} is {_shown(before)}, but now it would be {_shown(now)}"
 
 
 def _shown(value: Json) -> str:

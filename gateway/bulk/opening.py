@@ -1,4 +1,4 @@
-"""Open sources and sinks by what the user writes: URLs of stores, or files."""
+"""Open the sources and sinks that the user names: URLs of stores, or files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def open_source(places: Sequence[str], names: FieldNames, without: Sequence[str]
         without: files and folders that the job writes, which are not read.
 
     Raises:
-        BulkError: there is no such place, or it cannot be read.
+        BulkError: the place does not exist or cannot be read.
     """
     stores = [place for place in places if read_place(place) is not None]
     if not stores:
@@ -39,7 +39,7 @@ def open_sink(url: str, text_field: str | None, *, adopts: bool = False) -> Sink
 
     Args:
         text_field: the path of the text in the source; ``None`` keeps no text.
-        adopts: a collection without a note of its space has vectors of the job's space.
+        adopts: trust the user that vectors in a collection without a note are of the job's space.
 
     Raises:
         BulkError: the URL is wrong, or its package is not installed.

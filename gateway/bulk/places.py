@@ -10,8 +10,8 @@
     lancedb:./lance#table                    also lancedb:s3://bucket/folder#table
     chroma://host:8000/collection            chroma:./chroma#collection
 
-A key or password comes from the environment: from the variable that the store's own tools read, or from the one that
-``?key_env=NAME`` names. A URL with a password is refused, since commands and manifests are readable by others.
+A key or password comes from the environment: from the variable that the store's own tools read, or from the variable
+named by ``?key_env=NAME``. A URL with a password is rejected, because others can read commands and manifests.
 Everything without such a scheme is a file.
 """
 
@@ -34,14 +34,14 @@ class _Kind:
     """A kind of store.
 
     Attributes:
-        package: that its module imports. The extra that installs it has the name of the kind.
-        example: of its URL, for messages.
-        key: the environment variable with its key or password, unless the URL names another.
-        port: of its server; 0 for a store without a server.
+        package: the package that its module imports. The extra that installs it has the same name as the kind.
+        example: an example of its URL, for messages.
+        key: the environment variable with its key or password, unless the URL names another variable.
+        port: the default port of its server; 0 for a store without a server.
         collection: the store's own word for a collection.
-        has_folder: it can be a folder or file of this machine.
-        has_users: its server knows users by name.
-        options: it understands in a URL's query, besides ``key_env``.
+        has_folder: the store can be a folder or file on this machine.
+        has_users: its server has named users.
+        options: the options in a URL's query, besides ``key_env``.
     """
 
     package: str
@@ -84,7 +84,7 @@ def read_place(url: str, *, has_collection: bool = True) -> Place | None:
     """Return the parts of a store's URL; ``None`` for a file, folder or pattern.
 
     Args:
-        has_collection: the URL ends in a collection; otherwise it is that of a store, without one.
+        has_collection: the URL must end in a collection; otherwise it must name only a store.
 
     Raises:
         BulkError: the scheme is unknown, or a part is missing or wrong. The message never contains a password.
@@ -118,7 +118,7 @@ def read_place(url: str, *, has_collection: bool = True) -> Place | None:
         place = _on_server(place, kind, location, transport == "https", has_collection and not collection)
     if has_collection and not place.collection:
         example = kind.example if place.host else f"{name}:./folder#docs"
-        raise BulkError(f"the URL of {name} ends in no {kind.collection}: write it like {quote(example)}")
+        raise BulkError(f"the URL of {name} must end in a {kind.collection}, such as {quote(example)}")
     return place
 
 
@@ -135,20 +135,20 @@ def _on_server(place: Place, kind: _Kind, location: str, is_secure: bool, takes_
     """Return a place on a server.
 
     Args:
-        takes_last: the last part of the path is the collection.
+        takes_last: take the last part of the path as the collection.
     """
     try:
         parts = urlsplit(location)
         host, port, user = parts.hostname or "", parts.port or kind.port, unquote(parts.username or "")
     except ValueError:
-        # Its text would show a part of the URL, which can be a part of a password.
+        # The error's text may quote a part of the URL, and with it a part of a password.
         raise BulkError(
             f"the URL of {place.kind} has a malformed host or port; an example is {quote(kind.example)}"
         ) from None
     if parts.password is not None or (user and not kind.has_users):
         raise BulkError(
-            f"the URL of {place.kind} has a key or password, which others could read: set it in the environment variable "
-            f"{kind.key}, or in another one that the URL names with ?key_env=NAME"
+            f"the URL of {place.kind} contains a key or password, which others could read: put it into the "
+            f"environment variable {kind.key}, or into another variable that the URL names with ?key_env=NAME"
         )
     path = unquote(parts.path).strip("/")
     collection = place.collection
@@ -158,7 +158,7 @@ def _on_server(place: Place, kind: _Kind, location: str, is_secure: bool, takes_
 
 
 def _options(query: str, name: str, kind: _Kind) -> dict[str, str]:
-    """Return the settings of a URL's query."""
+    """Return the settings in a URL's query."""
     options = dict(parse_qsl(query, keep_blank_values=True))
     known = (*(["key_env"] if kind.key else []), *kind.options)
     for option in options:
@@ -169,13 +169,14 @@ def _options(query: str, name: str, kind: _Kind) -> dict[str, str]:
 
 
 def _is_misspelled(url: str, scheme: str) -> bool:
-    """Return whether this is no file, but a store in a folder whose kind is misspelled: ``qdant:./folder#docs``."""
+    """Return whether this is not a file but a store in a folder with a misspelled kind: ``qdant:./folder#docs``."""
     return "#" in url and bool(did_you_mean(scheme, [*_KINDS, *_OTHER_NAMES])) and not Path(url).exists()
 
 
 def _unknown_scheme(scheme: str) -> str:
     if scheme in ("http", "https"):
-        return f"{quote(f'{scheme}://')} does not say which store it is: write one of {enumerate_names(_KINDS)} instead"
+        known = enumerate_names(_KINDS)
+        return f"{quote(f'{scheme}://')} does not name the kind of store: write one of {known} instead"
     hint = did_you_mean(scheme, [*_KINDS, *_OTHER_NAMES]) or ";"
     return f"no store has the scheme {quote(scheme)}{hint} the stores are {enumerate_names(_KINDS)}"
 
@@ -191,7 +192,9 @@ def open_store(place: Place) -> Store:
         importlib.import_module(kind.package)
     except ImportError as error:
         if error.name is None or error.name.partition(".")[0] != kind.package:
-            raise BulkError(f"{place.kind} cannot be used: its package {kind.package} fails: {error}") from error
+            raise BulkError(
+                f"{place.kind} cannot be used: its package {kind.package} fails to import: {error}"
+            ) from error
         raise BulkError(
             f'{place.kind} needs a package that is not installed: pip install "embedding-gateway[{place.kind}]"'
         ) from error
@@ -203,10 +206,10 @@ def open_movable(place: Place) -> MovableStore:
     """Open a store whose collections can move to another model.
 
     Raises:
-        BulkError: `gateway move` does not know how to move in this store, or `open_store` fails.
+        BulkError: `gateway move` does not support this store, or `open_store` fails.
     """
     store = open_store(place)
     if not hasattr(store, "flip"):
         store.close()
-        raise BulkError(f"`gateway move` cannot move in {place.kind}; it can in qdrant, milvus and pgvector")
+        raise BulkError(f"`gateway move` does not support {place.kind}; it supports qdrant, milvus and pgvector")
     return cast(MovableStore, store)

@@ -1,4 +1,4 @@
-"""The progress of a job: a bar with rate and time left on a terminal, and a line now and then elsewhere."""
+"""The progress of a job: a bar with rate and remaining time on a terminal, and an occasional line elsewhere."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _LINE_S = 30.0
 
 
 def rate_and_rest(done: int, total: int | None, seconds: float) -> str:
-    """Return how fast it goes, and how long it may still take: ``512 rows/s, about 3 min left``.
+    """Describe the rate and the estimated remaining time: ``512 rows/s, about 3 min left``.
 
     Args:
-        done: rows of this process.
-        total: rows that this process has to do; ``None`` if unknown.
+        done: the rows that this process has finished.
+        total: all rows of this process; ``None`` if unknown.
     """
     if seconds <= 0 or not done:
         return ""
@@ -33,7 +33,7 @@ def rate_and_rest(done: int, total: int | None, seconds: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Return a time in its largest units: ``45 s``, ``3 min``, ``2 h 5 min``."""
+    """Format a time in its largest units: ``45 s``, ``3 min``, ``2 h 5 min``."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
@@ -50,7 +50,7 @@ class _RateColumn(TextColumn):
 
 
 class _Counter:
-    """The rows that are done, and the time since the first of them was begun."""
+    """The number of finished rows, and the time since the first of them was started."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
@@ -103,7 +103,7 @@ class _Lines(_Counter):
 
 @contextmanager
 def show_progress(console: Console) -> Iterator[Reporter]:
-    """Show the progress of a job while the context lasts."""
+    """Show the progress of a job within the context."""
     if not console.is_terminal:
         yield _Lines(console)
         return

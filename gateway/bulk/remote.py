@@ -1,4 +1,4 @@
-"""Embed through a running gateway, as a client that lets others go first."""
+"""Embed through a running gateway, as a client of low priority."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from gateway.cli.client import EmbeddedTexts, GatewayClient, Refused, connect
 from gateway.errors import StartError
 from gateway.types import Output, Token
 
-# Longer than the default time after which a gateway gives up on a request itself.
+# Longer than the gateway's own default timeout for a request.
 _TIMEOUT_S = 330.0
 _PATIENCE_S = 600.0
 _HEADERS = {"x-gateway-priority": "low"}
 _NUM_CALLS = 8
 _MAX_TEXTS = 128
 _MAX_CHARACTERS = 200_000
-# A vector per token makes an answer some hundred times as large.
+# A vector per token makes an answer hundreds of times larger.
 _MULTIVECTOR_SHARE = 16
 _BLOCK_TEXTS = 2048
 _OF_A_TEXT = ("context_length_exceeded", "invalid_vectors", "out_of_memory")
@@ -36,13 +36,13 @@ _PAUSE_S = 5.0
 async def remote_embedder(
     url: str, api_key: str | None, asked: Asked, patience_s: float = _PATIENCE_S
 ) -> AsyncIterator[RemoteEmbedder]:
-    """Yield an embedder that asks a running gateway.
+    """Yield an embedder that sends requests to a running gateway.
 
     Args:
-        patience_s: how long to wait for a gateway that is busy, restarts or loads the model.
+        patience_s: how long to wait for a gateway that is busy, restarting or loading the model, in seconds.
 
     Raises:
-        BulkError: the gateway does not answer, refuses the key or the model, or the name is an experiment's.
+        BulkError: the gateway does not answer or rejects the key or the model, or the name belongs to an experiment.
     """
     try:
         async with connect(url, api_key, timeout_s=_TIMEOUT_S, patience_s=patience_s, headers=_HEADERS) as client:
@@ -56,7 +56,9 @@ async def remote_embedder(
 async def _prepare(client: GatewayClient, asked: Asked) -> RemoteEmbedder:
     probe, task = await _probe(client, asked)
     if probe.is_experiment:
-        raise BulkError(f"--model {asked.name} is an experiment, which uses several models: name one of those")
+        raise BulkError(
+            f"--model {asked.name} is an experiment, which uses several models: name one of those models models models"
+        )
     card = await client.card(probe.model)
     note = SpaceNote(
         space=probe.space,
@@ -71,7 +73,7 @@ async def _prepare(client: GatewayClient, asked: Asked) -> RemoteEmbedder:
 
 
 async def _probe(client: GatewayClient, asked: Asked) -> tuple[EmbeddedTexts, str | None]:
-    """Find the task to ask for, and wait while the model loads."""
+    """Find the task to request, and wait while the model loads."""
     first = await _embed(client, asked, [PROBE], None, None)
     card: ModelCard = await client.card(first.model)
     if not asked.prefers_passages or PASSAGE_TASK not in card.tasks or first.task == PASSAGE_TASK:
@@ -81,7 +83,7 @@ async def _probe(client: GatewayClient, asked: Asked) -> tuple[EmbeddedTexts, st
     except Refused as refused:
         if refused.param != "task":
             raise
-        return first, None  # the name has a task already
+        return first, None  # the name already includes a task
 
 
 async def _embed(
@@ -121,12 +123,12 @@ class RemoteEmbedder:
         self.block_texts = _BLOCK_TEXTS // share
 
     async def tokens(self) -> ModelTokens:
-        """Return the model's tokens, as the gateway's ``/tokenize`` splits texts.
+        """Return the model's tokenizer, which uses the gateway's ``/tokenize``.
 
-        The functions may be called in any thread but that of the event loop.
+        Its functions may be called in any thread except the event loop's.
         """
         loop, card = asyncio.get_running_loop(), self._card
-        # A space of the name would be refused there, and is checked with each request for vectors.
+        # `/tokenize` would reject a space in the name. Each request for vectors checks the space anyway.
         name = self._asked.name.partition("@")[0]
 
         async def split(texts: Sequence[str], *, as_embedded: bool) -> list[list[Token]]:
@@ -144,13 +146,13 @@ class RemoteEmbedder:
             counted = (await _embed(self._client, self._asked, [PROBE], self._task, self.note.space)).num_tokens
         except StartError as error:
             raise BulkError(f"--chunk needs the model's tokens: {error}") from error
-        # An instruction of a model without tasks, which `/tokenize` does not know.
+        # The instruction of a model without tasks, which `/tokenize` does not include.
         more = max(0, counted - len(probe))
 
         def count(texts: Sequence[str]) -> list[int]:
             return [more + len(row) for row in wait(texts, as_embedded=True)]
 
-        can_chunk_late = True  # unknown; the first document shows it
+        can_chunk_late = True  # unknown until the first document
         return ModelTokens(partial(wait, as_embedded=False), count, card.max_tokens or 0, can_chunk_late)
 
     async def embed(self, texts: Sequence[str], *, is_late: bool = False) -> TextVectors:
@@ -160,7 +162,7 @@ class RemoteEmbedder:
             message = without_place(refused.reason)
             if refused.code in _OF_A_TEXT or (refused.status in _TOO_MUCH and len(texts) > 1):
                 raise TextRefused(message) from refused
-            if refused.status == 413:  # even alone: the text is larger than the gateway's limit for a request
+            if refused.status == 413:  # even alone, the text exceeds the gateway's limit for a request
                 raise TextRefused(message) from refused
             if refused.status in _FAILED and await self._works():
                 raise TextRefused(message) from refused
@@ -176,7 +178,7 @@ class RemoteEmbedder:
         )
 
     async def _patiently(self, texts: Sequence[str], *, is_late: bool = False) -> EmbeddedTexts:
-        """Send a request; once more after an error that may have nothing to do with the texts."""
+        """Send a request; try once more after an error that the texts may not have caused."""
         try:
             return await _embed(self._client, self._asked, texts, self._task, self.note.space, is_late=is_late)
         except Refused as refused:
@@ -186,7 +188,7 @@ class RemoteEmbedder:
         return await _embed(self._client, self._asked, texts, self._task, self.note.space, is_late=is_late)
 
     async def _works(self) -> bool:
-        """Return whether the gateway embeds another text, so that the failure was one of the texts."""
+        """Return whether the gateway can embed another text, which means that the texts caused the failure."""
         try:
             await _embed(self._client, self._asked, [PROBE], self._task, self.note.space)
         except StartError:

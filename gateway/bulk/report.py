@@ -1,4 +1,4 @@
-"""What a job has done, for people and for programs, and what it costs."""
+"""The report on a job for people and for programs, with its cost."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from gateway.config.wording import count
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """The end of a command.
+    """The result of a command.
 
     Attributes:
-        price_per_hour: of the machine, in any currency, if the user gives it.
+        price_per_hour: the machine's price in any currency, if the user gave it.
     """
 
     source: str
@@ -36,7 +36,7 @@ class Report:
         return None if self.price_per_hour is None else self.price_per_hour * self.outcome.seconds / 3600
 
     def as_json(self) -> dict[str, Json]:
-        """Return all figures for a program; those under ``this_run`` are of this process."""
+        """Return all figures for programs; ``this_run`` has the figures of this process."""
         outcome = self.outcome
         seconds = outcome.seconds
         run: dict[str, Json] = {
@@ -68,19 +68,20 @@ class Report:
         if outcome.is_finished:
             say(console, f"{count(total.rows, 'row')} of {self.note.space} in {self.sink}.", "bold")
         else:
-            say(console, f"Interrupted after {count(total.rows, 'row')}; the same command goes on from there.", "bold")
+            written = count(total.rows, "row")
+            say(console, f"Interrupted after {written}; the same command continues from there.", "bold")
         if total.skipped:
             were = count(total.skipped, "row was", "rows were")
-            say(console, f"{were} skipped; {self.errors} says which and why.")
+            say(console, f"{were} skipped; {self.errors} lists them with reasons.")
         if total.truncated:
             were = count(total.truncated, "text was", "texts were")
-            say(console, f"{were} longer than the model reads, and cut (--truncate refuse skips or stops there).")
+            say(console, f"{were} longer than the model's limit, and cut (--truncate refuse stops or skips instead).")
         done = outcome.done
         if not done.items:
-            say(console, "Nothing was left to do." if outcome.is_finished else "This run has embedded nothing.")
+            say(console, "Nothing was left to do." if outcome.is_finished else "This run embedded nothing.")
             return
         if not done.rows:
-            say(console, "This run has embedded nothing: it found only rows to skip.")
+            say(console, "This run embedded nothing: it found only rows to skip.")
             return
         rates = f"{_rate(done.rows, outcome.seconds)} rows/s, {_rate(done.tokens, outcome.seconds)} tokens/s"
         earlier = f" of {total.rows:,}" if total.rows > done.rows else ""

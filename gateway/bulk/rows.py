@@ -12,14 +12,14 @@ from gateway.types import MultiVector, SparseVector, Vectors
 Json: TypeAlias = bool | int | float | str | Sequence["Json"] | Mapping[str, "Json"] | None
 
 RowId: TypeAlias = int | str
-"""The id of a row, as its source has it."""
+"""The id of a row in its source."""
 
 Position: TypeAlias = Json
-"""Where reading goes on after a row. Only the source that made it understands it."""
+"""The point from which reading continues. Only the source that made a position can interpret it."""
 
 
 class BulkError(StartError):
-    """A job cannot run, or cannot go on: its source, its sink, its model or the gateway does not allow it."""
+    """A job cannot run or cannot continue, because of its source, its sink, its model or the gateway."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,11 +27,11 @@ class Row:
     """One item of a source.
 
     Attributes:
-        text: to embed; never empty.
-        payload: its other fields, without the id and the text, which a sink stores with the vector.
-        place: of the row, for messages: ``docs.jsonl:17``, or ``id 5 of qdrant://localhost/docs``.
-        position: where reading goes on after this row.
-        num_title: characters at the beginning of the text that are the title.
+        text: the text to embed; never empty.
+        payload: the other fields, without id and text, which a sink stores with the vector.
+        place: the row's place for messages: ``docs.jsonl:17``, or ``id 5 of qdrant://localhost/docs``.
+        position: where reading continues after this row.
+        num_title: the length of the title at the beginning of the text, in characters.
     """
 
     id: RowId
@@ -44,11 +44,11 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class BadRow:
-    """An item that cannot be embedded, and why. It is skipped or stops the job, as the user has it.
+    """An item that cannot be embedded, and the reason. It is skipped or stops the job, as the user chose.
 
     Attributes:
-        id: if it is known.
-        problem: what is wrong, the limit, and the value.
+        id: the item's id, if known.
+        problem: the problem, the limit, and the value.
     """
 
     place: str
@@ -59,15 +59,15 @@ class BadRow:
 
 @dataclass(frozen=True, slots=True)
 class SpaceNote:
-    """The vectors of a job, as a store remembers them; compared with its own note before the first write.
+    """A description of a job's vectors. Stores keep it as a note, which is compared before the first write.
 
     Attributes:
-        space: of the vectors, ``<model id>@<12 hex>``.
-        model: id of the model.
-        task: that the texts were embedded for; ``None`` for a model without tasks.
-        dimensions: of the dense vectors; 0 without dense vectors.
+        space: the space of the vectors, ``<model id>@<12 hex>``.
+        model: the id of the model.
+        task: the task that the texts were embedded for; ``None`` for a model without tasks.
+        dimensions: the size of the dense vectors; 0 without dense vectors.
         is_normalized: the dense vectors have L2 norm 1, so that a dot product is their cosine.
-        token_width: of the multi-vectors; 0 without them.
+        token_width: the width of the multi-vectors; 0 without multi-vectors.
         has_sparse: the rows have sparse weights.
     """
 
@@ -86,8 +86,8 @@ class EmbeddedRows:
 
     Attributes:
         dense: ``(n, dimensions)`` float32; ``None`` without dense vectors.
-        sparse: the weights of each row, if the job has them.
-        multivectors: ``(t, token_width)`` of each row, if the job has them.
+        sparse: the sparse weights of each row, if requested.
+        multivectors: ``(t, token_width)`` float32 for each row, if requested.
     """
 
     rows: Sequence[Row]
@@ -97,11 +97,11 @@ class EmbeddedRows:
 
 
 class Source(Protocol):
-    """Something that has texts, in an order that stays the same. Used from one thread at a time."""
+    """A provider of texts in a stable order. Used from one thread at a time."""
 
     @property
     def name(self) -> str:
-        """The source in messages and in the manifest, without passwords."""
+        """The name of the source in messages and in the manifest, without passwords."""
 
     @property
     def has_unique_ids(self) -> bool:
@@ -109,23 +109,23 @@ class Source(Protocol):
 
     @property
     def text_field(self) -> str:
-        """The field that has the text, as a path such as ``meta.text``: under this name it is stored again."""
+        """The path of the field with the text, such as ``meta.text``. Sinks store the text under the same name."""
 
     def fingerprint(self) -> str:
-        """Return a hash of the files' content, or the identity of a collection: a job goes on only if it is the same.
+        """Return a hash of the files' content, or a collection's identity. A job continues only if it is unchanged.
 
         Raises:
             BulkError: the source cannot be read.
         """
 
     def count(self) -> int | None:
-        """Return how many rows there are, roughly; ``None`` if only reading them tells."""
+        """Return the approximate number of rows; ``None`` if it is unknown before they are read."""
 
     def read(self, after: Position | None = None) -> Iterator[Row | BadRow]:
-        """Yield the rows after a position, or all of them, with flat memory.
+        """Yield the rows after a position, or all rows, in constant memory.
 
         Raises:
-            BulkError: the source has gone away, or is no source of this kind.
+            BulkError: the source has gone away, or is of another kind.
         """
 
     def close(self) -> None:
@@ -133,34 +133,34 @@ class Source(Protocol):
 
 
 class Sink(Protocol):
-    """Something that keeps vectors. Used from one thread at a time."""
+    """A destination that stores vectors. Used from one thread at a time."""
 
     @property
     def name(self) -> str:
-        """The sink in messages and in the manifest, without passwords."""
+        """The name of the sink in messages and in the manifest, without passwords."""
 
     def is_empty(self) -> bool:
-        """Return whether it holds nothing, or does not exist. Asked before `open`.
+        """Return whether the sink is empty or does not exist. Called before `open`.
 
         Raises:
-            BulkError: it cannot be reached.
+            BulkError: the sink cannot be reached.
         """
 
     def open(self, note: SpaceNote) -> None:
-        """Make the sink if it does not exist, and check that it may take vectors of this space.
+        """Create the sink if it does not exist, and check that it can take vectors of this space.
 
         Raises:
-            BulkError: it holds another space or another width, or cannot be reached.
+            BulkError: it has vectors of another space or width, or cannot be reached.
         """
 
     def write(self, shard: int, batch: EmbeddedRows) -> None:
-        """Keep a shard durably, all of it or nothing visible. The same shard again replaces what it has written before.
+        """Store a shard durably and atomically. Writing the same shard again replaces its earlier content.
 
         Args:
-            shard: its number, from 0; each number has the same rows whenever the job goes on.
+            shard: the shard's number, from 0. A number always has the same rows, also when the job continues later.
 
         Raises:
-            BulkError: it cannot be kept.
+            BulkError: the shard cannot be stored.
         """
 
     def close(self) -> None:

@@ -1,1 +1,1 @@
-"""Vectors that have been computed before. Imported only if the registry has a cache."""
+"""A cache of computed vectors. Imported only if the registry has a cache."""

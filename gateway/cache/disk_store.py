@@ -1,4 +1,4 @@
-"""Entries in a folder, for after a restart, and for more of them than fit into memory."""
+"""Entries in a folder, which survive a restart and may be more than fit into memory."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ _YOUNG, _OLD = "young", "old"
 
 
 class DiskStore:
-    """A :class:`~gateway.cache.stores.Store` in a folder of its files, which one process may use at a time.
+    """A :class:`~gateway.cache.stores.Store` in a folder, which only one process may use at a time.
 
-    It has two generations. New entries go to the young one; when that has half of the bytes, it becomes the old one, and the
-    old one is deleted. An entry of the old one that is used goes to the young one too. So what is used stays, and nothing is
-    ever written in the middle of a file.
+    It has two generations. New entries go into the young generation. When that has half of the bytes, the old
+    generation is deleted and the young one becomes old. An entry of the old generation that is used is copied to the
+    young one. So used entries stay, and nothing is ever written in the middle of a file.
 
-    All work is done in a thread, which a disk that hangs holds up alone. After an error the files are opened again.
+    All work is done in a separate thread, so a disk that hangs blocks only that thread. After an error the files are
+    opened again.
     """
 
     name = "disk"
@@ -65,7 +66,7 @@ class DiskStore:
         done: asyncio.Future[T] = loop.create_future()
 
         def settle(result: T | None, error: Exception | None) -> None:
-            if done.done():  # given up meanwhile
+            if done.done():  # the caller has given up
                 return
             if error is not None:
                 done.set_exception(error)
@@ -73,15 +74,15 @@ class DiskStore:
                 done.set_result(result)  # type: ignore[arg-type]  # without an error there is a result
 
         def run() -> None:
-            if done.cancelled():  # a disk that hung has work waiting that no caller waits for
+            if done.cancelled():  # after a disk hung, the queue has work that no caller waits for
                 return
             result, problem = None, None
             try:
                 result = work()
-            except Exception as error:  # it goes to the caller; the files may be in any state
+            except Exception as error:  # the caller gets the error; the files may be in any state
                 problem = error
                 self._close()
-            with suppress(RuntimeError):  # the loop has ended
+            with suppress(RuntimeError):  # the event loop has ended
                 loop.call_soon_threadsafe(settle, result, problem)
 
         self._work.put(run)
@@ -139,7 +140,7 @@ class DiskStore:
 
 
 def _read(file: RowFile, keys: Sequence[bytes]) -> list[bytes | None]:
-    """Return the entries of keys; ``None`` for those that are missing or damaged."""
+    """Return the entries of keys; ``None`` for missing and damaged entries."""
     found: list[bytes | None] = []
     for number in file.find(keys):
         record = file.get(number) if number >= 0 else None

@@ -1,8 +1,9 @@
-"""What is kept of a text: one output, as the backend computed it, and the number of its tokens.
+"""The cached entry of a text: one output, as the backend computed it, and the text's number of tokens.
 
-An entry is ``uint32, rows``, little-endian: the lower 30 bits are the number of tokens, the upper two say how the text was
-cut. Outputs are kept as they come out of the model, not normalized and of full width: so one computation answers requests
-for any ``dimensions``, precision, normalization and form, and everything after it is the same code with and without a cache.
+An entry is ``uint32, rows``, little-endian: the lower 30 bits are the number of tokens, and the upper two say how the
+text was cut. Outputs are stored as the model returns them, not normalized and with full width. So one computation
+serves requests for any ``dimensions``, precision, normalization and form, and the code after it is the same with and
+without a cache.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from gateway.types import Embeddings, EmbedJob, ModelInfo, Output, SparseVector,
 _HEADER_BYTES = 4
 _CUT_BITS = 30
 _NUM_TOKENS = (1 << _CUT_BITS) - 1
-# An entry of a text that was cut answers only requests that have it cut at the same end; of one that fitted, any.
+# The entry of a text that was cut serves only requests that cut at the same end; if the text fitted, it serves any.
 _CUTS = {Truncate.END: 1, Truncate.START: 2, Truncate.REFUSE: 3}
 
 
@@ -29,11 +30,11 @@ class Part:
     """One output of a model for one task.
 
     Attributes:
-        identity: everything that it depends on, except the text.
-        name: of the identity.
+        identity: everything that the output depends on, except the text.
+        name: the name of the identity.
         group: the name of all parts with the same weights.
-        row: the kind of its rows.
-        prefix: of its keys in memory.
+        row: the data type of its rows.
+        prefix: the prefix of its keys in memory.
     """
 
     output: Output
@@ -48,8 +49,8 @@ def part_of(info: ModelInfo, job: EmbedJob, output: Output, *, is_remote: bool, 
     """Return the part that one output of a job belongs to.
 
     Args:
-        is_remote: other servers compute it, which do not say what they have cut.
-        is_per_client: its keys are those of a client and a text, which a text alone may spell.
+        is_remote: other servers compute the output, and do not report which texts they cut.
+        is_per_client: keys depend on the client and the text, and must differ from keys of a text alone.
     """
     rows = {
         Output.DENSE: np.dtype(("<f4", (info.width,))),
@@ -76,7 +77,7 @@ def pack(num_tokens: int, cut: Truncate | None, content: bytes) -> bytes:
     """Return an entry.
 
     Args:
-        cut: how the text was cut; ``None`` if it was not.
+        cut: how the text was cut; ``None`` if it was not cut.
     """
     header = num_tokens | (0 if cut is None else _CUTS[cut] << _CUT_BITS)
     return header.to_bytes(_HEADER_BYTES, "little") + content
@@ -88,23 +89,23 @@ def note_of(entry: bytes) -> int:
 
 
 def content_of(entry: bytes) -> bytes:
-    """Return the rows' bytes of an entry."""
+    """Return the bytes of an entry's rows."""
     return entry[_HEADER_BYTES:]
 
 
 def unnoted(note: int, content: bytes) -> bytes:
-    """Return an entry from its number and its rows' bytes."""
+    """Build an entry from its number and the bytes of its rows."""
     return note.to_bytes(_HEADER_BYTES, "little") + content
 
 
 def answers(entry: bytes, truncate: Truncate) -> bool:
-    """Return whether an entry is the answer to a request that treats long texts in a certain way."""
+    """Return whether an entry can serve a request, given how the request treats long texts."""
     cut = note_of(entry) >> _CUT_BITS
     return not cut or cut == _CUTS[truncate]
 
 
 def num_tokens_of(entry: bytes) -> int:
-    """Return the number of tokens of an entry's text, after it was cut."""
+    """Return the number of tokens of an entry's text after cutting."""
     return note_of(entry) & _NUM_TOKENS
 
 
@@ -114,9 +115,10 @@ def is_cut(entry: bytes) -> bool:
 
 
 def is_usable(entry: bytes, part: Part) -> bool:
-    """Return whether an entry from elsewhere can be an answer: whole rows, one where a text has one, finite numbers.
+    """Return whether an entry from elsewhere is valid: complete rows, the right number of rows, finite numbers.
 
-    Its checksum says that it is as it was written. But a program with access to Redis can write anything.
+    Its checksum only shows that it is unchanged since it was written, and any program with access to Redis can write
+    one.
     """
     size, rest = divmod(len(entry) - _HEADER_BYTES, part.row.itemsize)
     if size < 0 or rest or (part.output is Output.DENSE and size != 1):
@@ -140,9 +142,10 @@ def sparse_of(entry: bytes, part: Part) -> SparseVector:
 def entries_of(
     result: Embeddings, job: EmbedJob, parts: Sequence[Part], *, is_remote: bool
 ) -> list[list[bytes] | None]:
-    """Return the entries of each text of a job, in the order of the parts; ``None`` for a text that is not worth keeping.
+    """Return the entries of each text of a job, in the order of the parts; ``None`` for a text that must not be cached.
 
-    Numbers that are not finite, and vectors of zeros, fail their request later on. The next one may have better luck.
+    Numbers that are not finite, and vectors of zeros, fail their request later. They are not cached, because the next
+    computation may succeed.
     """
     num_texts = len(job.texts)
     is_good = np.asarray(np.isfinite(result.vectors).all(axis=1))
@@ -177,9 +180,9 @@ def entries_of(
 
 
 def _shares(result: Embeddings, job: EmbedJob) -> list[int]:
-    """Return tokens of each text of a request, by its characters: servers say how many a request had, not each text.
+    """Estimate the tokens of each text of a request by its characters, because servers report only the request's total.
 
-    Together they are as many as the servers said.
+    Their sum is the reported total.
     """
     total, lengths = sum(result.num_tokens), np.array([len(text) + 1 for text in job.texts])
     ends = total * np.cumsum(lengths) // lengths.sum()

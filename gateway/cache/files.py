@@ -1,4 +1,4 @@
-"""Vectors on disk: no text is embedded twice, even after an interruption."""
+"""Vectors on disk, so that no text is embedded twice, even after an interruption."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from gateway.errors import StartError
 from gateway.types import SparseVector
 
 _RECORD = np.dtype([("key", f"V{KEY_BYTES}"), ("end", "<u8"), ("check", "<u4"), ("note", "<u4")])
-# So many records wait before they are sorted in among the others.
+# How many new records are collected before they are merged into the sorted ones.
 _LEAST_RECENT = 4096
-# A record whose place is damaged must not have gigabytes read.
+# A record with a damaged place must not cause gigabytes to be read.
 _LARGEST_BYTES = 2**26
 
 
@@ -33,17 +33,17 @@ class CacheError(StartError):
 
 
 class RowFile:
-    """Rows of one identity, some for each text: its vector, the weights of its tokens, or their vectors.
+    """The rows of one identity. Each text has one or more: its vector, its token weights, or its token vectors.
 
-    The rows of all texts are in one file, and an index has a record for each text: ``16 bytes of the text's sha256, place
-    after its last row, crc32, note``. Both only grow, the index last, so that after an interruption it never names rows that
-    are not there. Of a text that is stored again, the newest rows count.
+    One file has the rows of all texts, and an index has a record for each text: ``16 bytes of the text's sha256, place
+    after its last row, crc32, note``. Both files only grow. The index is written last, so that after an interruption it
+    never refers to missing rows. If a text is stored again, the newest rows count.
 
-    An entry takes 44 bytes of memory, and while it is new some 200.
+    An entry takes 44 bytes of memory, and about 200 while it is new.
 
     Args:
-        index, rows: open for reading and appending; the index is locked for this process.
-        row: the kind of a row.
+        index, rows: files open for reading and appending; this process has locked the index.
+        row: the data type of a row.
     """
 
     def __init__(self, index: BinaryIO, rows: BinaryIO, row: np.dtype[Any]) -> None:
@@ -65,12 +65,12 @@ class RowFile:
 
     @property
     def num_reused(self) -> int:
-        """The number of entries that were read, and were in the file when it was opened."""
+        """The number of entries that were read and existed when the file was opened."""
         return len(self._reused)
 
     @property
     def num_bytes(self) -> int:
-        """The size of both files."""
+        """The size of both files in bytes."""
         return self._num_records * _RECORD.itemsize + self._num_rows * self._row.itemsize
 
     # ------------------------------------------------------------------------------------------------------- finding
@@ -82,7 +82,7 @@ class RowFile:
         self._recent: dict[bytes, int] = {}
 
     def find(self, keys: Sequence[bytes]) -> list[int]:
-        """Return the number of the newest record of each key; -1 for a key that has none."""
+        """Return the number of the newest record of each key; -1 for a key without a record."""
         if not keys:
             return []
         hashes = np.frombuffer(b"".join(keys), dtype="<u8")[::2]
@@ -97,7 +97,7 @@ class RowFile:
         return found
 
     def lacking(self, texts: Iterable[str]) -> set[str]:
-        """Return the texts that have no rows."""
+        """Return the texts without rows."""
         known = list(dict.fromkeys(texts))
         return {
             text for text, number in zip(known, self.find([key_of(text) for text in known]), strict=True) if number < 0
@@ -109,10 +109,10 @@ class RowFile:
     # ------------------------------------------------------------------------------------------------------- writing
 
     def append(self, texts: Sequence[str], rows: Sequence[npt.NDArray[Any]]) -> None:
-        """Add the rows of texts, and write them to the disk.
+        """Add the rows of texts, and write them to disk.
 
         Raises:
-            CacheError: they cannot be written.
+            CacheError: the rows cannot be written.
         """
         kind = self._row.base if self._row.shape else self._row
         try:
@@ -126,13 +126,13 @@ class RowFile:
             raise CacheError(f"the cache {self._rows.name} cannot be written: {error.strerror}") from error
 
     def add(self, entries: Sequence[tuple[bytes, int, bytes]]) -> None:
-        """Add entries, and write them to the disk.
+        """Add entries, and write them to disk.
 
         Args:
-            entries: key, a number below 2**32 that is kept with the rows, and the rows' bytes.
+            entries: for each, its key, a number below 2**32 to store with it, and the bytes of its rows.
 
         Raises:
-            OSError: they cannot be written. The file must be opened again before it can be used.
+            OSError: the entries cannot be written. The files must then be opened again before further use.
         """
         records = np.empty(len(entries), dtype=_RECORD)
         end = self._num_rows
@@ -156,12 +156,12 @@ class RowFile:
     # ------------------------------------------------------------------------------------------------------- reading
 
     def get(self, number: int) -> tuple[int, bytes] | None:
-        """Return the note and the rows' bytes of a record; ``None`` if they are damaged.
+        """Return the note and the bytes of a record's rows; ``None`` if they are damaged.
 
-        Not by a mapping: a page of a mapped file that cannot be read ends the process.
+        The rows are not memory-mapped, because an unreadable page of a mapped file kills the process.
 
         Raises:
-            OSError: they cannot be read.
+            OSError: the rows cannot be read.
         """
         start, end = self._place(number)
         num_bytes = (end - start) * self._row.itemsize
@@ -173,7 +173,7 @@ class RowFile:
         return None if _check(record["key"].tobytes(), note, content) != record["check"] else (note, content)
 
     def read(self, texts: Sequence[str]) -> Ragged:
-        """Return the rows of texts, in their order.
+        """Return the rows of texts, in the texts' order.
 
         Raises:
             KeyError: a text is not in the file.
@@ -201,7 +201,7 @@ def _check(key: bytes, note: int, content: bytes | memoryview) -> int:
 
 
 WEIGHT = np.dtype([("index", "<u4"), ("value", "<f4")])
-"""A token of the model, and its weight."""
+"""The id of a token, and its weight."""
 
 
 def weight_rows(sparse: SparseVector) -> npt.NDArray[np.void]:
@@ -213,10 +213,10 @@ def weight_rows(sparse: SparseVector) -> npt.NDArray[np.void]:
 
 @dataclass(frozen=True, slots=True)
 class Ragged:
-    """A number of rows for each text.
+    """Any number of rows for each text.
 
     Attributes:
-        rows: of all texts of a file, mapped from the disk: ``(rows,)`` weights, or ``(rows, width)`` vectors.
+        rows: the rows of all texts of a file, memory-mapped: ``(rows,)`` weights, or ``(rows, width)`` vectors.
         places: where the rows of each text start and end.
     """
 
@@ -231,12 +231,12 @@ class Ragged:
         return self.rows[start:end]
 
     def firsts(self) -> npt.NDArray[Any]:
-        """Return the first row of each text, copied: ``(texts,)`` weights, or ``(texts, width)`` vectors."""
+        """Return a copy of each text's first row: ``(texts,)`` weights, or ``(texts, width)`` vectors."""
         return np.ascontiguousarray(self.rows[[start for start, _end in self.places]])
 
     @property
     def bytes_per_text(self) -> float:
-        """The mean size of the rows of a text."""
+        """The mean size of a text's rows in bytes."""
         num_rows = sum(end - start for start, end in self.places) / max(1, len(self.places))
         return num_rows * self.rows.dtype.itemsize * math.prod(self.rows.shape[1:])
 
@@ -247,7 +247,7 @@ class CacheFolder:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._open: dict[str, RowFile] = {}
-        self._num_reused = 0  # of the files that were closed
+        self._num_reused = 0  # for files that were closed
         self._stack = ExitStack()
 
     def __enter__(self) -> Self:
@@ -266,11 +266,11 @@ class CacheFolder:
 
     @property
     def num_reused(self) -> int:
-        """The number of entries that were read, and that an earlier run had written."""
+        """The number of entries that were read and came from an earlier run."""
         return self._num_reused + sum(file.num_reused for file in self._open.values())
 
     def rows(self, identity: Identity, row: np.dtype[Any]) -> RowFile:
-        """Return the file of the rows with an identity, locked for this process.
+        """Return the rows of an identity, locked for this process.
 
         Raises:
             CacheError: another process has locked the file, or it cannot be written.
@@ -286,7 +286,7 @@ class CacheFolder:
     def _lock(self, path: Path, identity: Identity) -> BinaryIO:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            # For people, since the file's name is a hash.
+            # For people, because the file's name is a hash.
             path.with_suffix(".json").write_text(json.dumps(identity, indent=2) + "\n", encoding="utf-8")
         except OSError as error:
             raise CacheError(f"the cache {path} cannot be written: {error.strerror}") from error
@@ -307,5 +307,5 @@ class CacheFolder:
 
 
 def _close(file: BinaryIO) -> None:
-    with suppress(OSError):  # each record was flushed, or its error is known: a full disk fails once more here
+    with suppress(OSError):  # every record was flushed, or its error is known; a full disk fails here again
         file.close()

@@ -1,4 +1,4 @@
-"""Put an answer together from entries and from what was computed."""
+"""Combine cached entries and computed outputs into an answer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gateway.types import Embeddings, ModelInfo, MultiVector, Output, SparseVect
 def complete(
     key: bytes, parts: Sequence[Part], truncate: Truncate, get: Callable[[bytes], bytes | None]
 ) -> list[bytes] | None:
-    """Return the entries of a text, in the order of the parts, if there is each and it answers the request."""
+    """Return the entries of a text, in the order of the parts, if all exist and can serve the request."""
     entries = []
     for part in parts:
         entry = get(part.prefix + key)
@@ -30,10 +30,10 @@ def joined(
     parts: Sequence[Part],
     info: ModelInfo,
 ) -> Embeddings:
-    """Return the embeddings of all texts: of those that were found, and of the others, which were computed.
+    """Return the embeddings of all texts, both cached and computed.
 
     Args:
-        missing: places of the others.
+        missing: the indexes of the computed texts.
     """
     num_tokens, truncated = [0] * len(found), []
     vectors = np.empty((len(found), info.width), np.float32)

@@ -1,4 +1,4 @@
-"""The keys of the cache: of everything that vectors depend on, and of a text. ``gateway compare`` uses the same ones."""
+"""The keys of the cache, derived from everything that vectors depend on. ``gateway compare`` uses the same keys."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Identity: TypeAlias = Mapping[str, object]
 
 
 def key_of(text: str) -> bytes:
-    """Return the key of a text: the first 16 bytes of its sha256, so that no text is kept."""
+    """Return the key of a text: the first 16 bytes of its sha256, so that the text itself is not stored."""
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:KEY_BYTES]
 
 
@@ -31,10 +31,10 @@ def identity_of(
     """Return the identity of one output of a model for one task.
 
     Args:
-        space: of the task, with native dimensions: it has the weights, the tokenizer, the pooling and the instructions.
-        task: two tasks of one space, such as a query's and a passage's, give a text different vectors.
-        dtype: computing in other precisions, or on another kind of device, gives other last bits.
-        max_tokens: where a long text is cut.
+        space: the space of the task with native dimensions, which covers weights, tokenizer, pooling and instructions.
+        task: the task, because two tasks of one space, such as query and passage, give a text different vectors.
+        dtype: the precision and kind of device of the computation, which change the last bits.
+        max_tokens: the length at which texts are cut.
     """
     return {
         "space": space,

@@ -1,24 +1,24 @@
-"""Entries in memory, as many as there is room for: the one that was not used for longest goes first."""
+"""Entries in memory, within a limit; the least recently used entry is dropped first."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
 
-# The cost of an entry in addition to the bytes of its key and value: two objects, a node of the list, a part of the table
-# while that grows, and what the allocator rounds up. A test measures it.
+# The cost of an entry besides the bytes of its key and value: two objects, a list node, a share of the growing table,
+# and the allocator's rounding. A test measures it.
 ENTRY_BYTES = 256
 
 
 class MemoryStore:
     """Bytes by key, the least recently used first.
 
-    An ``OrderedDict`` is all that is needed. The library cachetools would keep the sizes of the entries, which these know,
-    in a second dictionary, with 100 bytes more for each.
+    An ``OrderedDict`` is enough. The library cachetools would keep the sizes of entries in a second dictionary, for 100
+    bytes each, although the entries know their sizes.
 
     Args:
-        max_bytes: of all entries, with what Python adds to them. Larger ones than an eighth of it are not kept.
-        on_change: takes the change in bytes, and how many entries had to go.
+        max_bytes: the limit of all entries, including Python's overhead. An entry larger than an eighth of it is not
+        stored. on_change: called with the change in bytes, and the number of dropped entries.
     """
 
     def __init__(
@@ -33,14 +33,14 @@ class MemoryStore:
         return len(self._entries)
 
     def get(self, key: bytes) -> bytes | None:
-        """Return an entry, which is now the last to go."""
+        """Return an entry, and mark it as the most recently used."""
         value = self._entries.get(key)
         if value is not None:
             self._entries.move_to_end(key)
         return value
 
     def put(self, key: bytes, value: bytes) -> None:
-        """Keep an entry, and drop others until there is room."""
+        """Store an entry, dropping others until there is room."""
         if _size(key, value) > self._max_bytes // 8:
             return
         before, num_evicted = self.num_bytes, 0

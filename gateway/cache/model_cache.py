@@ -1,4 +1,4 @@
-"""The cache of one model: between the service and the backend, which gets only the texts that are not in it."""
+"""The cache of one model, between the service and the backend. The backend gets only the texts that are not cached."""
 
 from __future__ import annotations
 
@@ -25,24 +25,24 @@ from gateway.types import (
     Truncate,
 )
 
-# Hashing so many characters takes about a millisecond; more are hashed in a thread.
+# Hashing this number of characters takes about a millisecond; more are hashed in a thread.
 _SMALL_CHARACTERS = 500_000
 _NOTHING = Embeddings(np.zeros((0, 0), np.float32), [], [], Timings(0.0, 0.0, 0.0))
 _KEPT = (Output.DENSE, Output.SPARSE, Output.MULTIVECTOR)
 
 
 class ModelCache:
-    """Answers jobs from entries of earlier ones, as far as there are any, and has the others computed.
+    """Answers jobs from the entries of earlier jobs where possible, and has the other texts computed.
 
     The cache is exact: an entry is found by the hash of its text and of everything else that its vectors depend on. Pairs,
-    late chunks and token states are computed each time.
+    late chunks and token states are always computed.
 
     Args:
-        model: id, for the metrics.
-        max_bytes: of the entries in memory.
-        store: another place for entries, or ``None``.
+        model: the model's id, for the metrics.
+        max_bytes: the limit of the entries in memory.
+        store: a further store of entries, or ``None``.
         is_remote: see :func:`gateway.cache.entries.part_of`.
-        is_per_client: no client gets what was computed for another one.
+        is_per_client: never serve a client entries that were computed for another client.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class ModelCache:
 
     @property
     def hit_rate(self) -> float | None:
-        """The share of all texts that were not computed; ``None`` before any text."""
+        """The fraction of all texts that came from the cache; ``None`` before the first text."""
         return 1 - self._num_missed / self._num_texts if self._num_texts else None
 
     async def embed(
@@ -77,11 +77,11 @@ class ModelCache:
         """Embed the texts of a job.
 
         Args:
-            info: of the model, as it is now.
-            compute: has the backend embed the texts of a job.
+            info: the model's current info.
+            compute: embeds the texts of a job on the backend.
 
         Raises:
-            RequestError: one of those of ``compute``.
+            RequestError: ``compute`` raised it.
         """
         parts = self._parts_of(job, info)
         if not parts:
@@ -111,16 +111,17 @@ class ModelCache:
         except RequestError as error:
             if not num_cached or not (isinstance(error, BadInput) or error.is_permanent):
                 raise
-            # It counts the texts that were left, and perhaps their tokens; without the cache, those of the request.
+            # The error counts the remaining texts, and perhaps their tokens. Without the cache, it counts those of the
+            # request.
             return await compute(job)
         if result.vectors.shape != (len(missing), info.width):
-            return result if not num_cached else await compute(job)  # the service says what is wrong with it
+            return result if not num_cached else await compute(job)  # the service reports the problem
         if num_forgotten == self._num_forgotten:
             self._keep([keys[i] for i in missing], rest, result, parts)
         return joined(found, missing, result, parts, info) if num_cached else replace(result, num_cached=0)
 
     def _parts_of(self, job: EmbedJob, info: ModelInfo) -> list[Part]:
-        """Return the parts that a job needs; none if it is not one for the cache."""
+        """Return the parts that a job needs; empty if the job cannot use the cache."""
         if info.kind is not ModelKind.EMBED:
             return []
         is_plain = job.query is None and job.firsts is None and job.scorer is None and job.max_text_tokens is None
@@ -131,7 +132,7 @@ class ModelCache:
             self._parts.clear()
         parts = []
         for output in _KEPT:
-            # A model with dense vectors computes them in any case, and the answer is checked by them.
+            # A model with dense vectors always computes them, and they are used to check the answer.
             is_needed = info.width > 0 if output is Output.DENSE else output in job.outputs
             if is_needed:
                 place = (job.task, job.truncate if self._is_remote else None, output)
@@ -153,7 +154,7 @@ class ModelCache:
         return await asyncio.to_thread(keys)
 
     async def _find(self, keys: Sequence[bytes], parts: Sequence[Part], truncate: Truncate) -> list[list[bytes] | None]:
-        """Return the entries of each text, in the order of the parts; ``None`` for a text that lacks one."""
+        """Return the entries of each text, in the order of the parts; ``None`` if any entry of a text is missing."""
         found = [complete(key, parts, truncate, self._memory.get) for key in keys]
         missing = {key for key, entries in zip(keys, found, strict=True) if entries is None}
         self._hits.inc(sum(entries is not None for entries in found))
@@ -184,14 +185,14 @@ class ModelCache:
                 self._store.put(part, entries)
 
     def forget(self) -> None:
-        """Forget everything, also what is being computed: some of it may be wrong."""
+        """Forget everything, including entries that are being computed, because some may be wrong."""
         self._num_forgotten += 1
         self._memory.clear()
         if self._store is not None:
             self._store.forget(list(self._parts.values()))
 
     async def close(self) -> None:
-        """Give the memory back, and close connections and files."""
+        """Release the memory, and close connections and files."""
         self._num_forgotten += 1
         self._memory.clear()
         if self._store is not None:

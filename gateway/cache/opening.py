@@ -1,4 +1,4 @@
-"""Open the cache of a model as its entry in ``models.yaml`` says."""
+"""Open the cache that a model's entry in ``models.yaml`` describes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from gateway.config.cache import CacheConfig
 
 
 def open_cache(model: str, config: CacheConfig, *, is_remote: bool) -> ModelCache:
-    """Return the cache of a model. Nothing is read or connected before the first request."""
+    """Return the cache of a model, which reads and connects nothing before the first request."""
     store = _store(model, config)
     return ModelCache(
         model,

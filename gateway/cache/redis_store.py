@@ -1,4 +1,4 @@
-"""Entries in Redis, for replicas that share them, and for after a restart."""
+"""Entries in Redis, which replicas share and which survive a restart."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from gateway.cache.entries import Part
 
 _PREFIX = b"gateway:cache:"
 _MAX_CONNECTIONS = 8
-# Redis answers nothing else while it reads or writes one large value.
+# Redis serves no other request while it reads or writes a large value.
 _LARGEST_ENTRY_BYTES = 2**20
 _HEADER_BYTES = 8
 
@@ -20,10 +20,10 @@ class RedisStore:
     """A :class:`~gateway.cache.stores.Store` in Redis: ``gateway:cache:<24 hex>:<32 hex>``, each with its time to live.
 
     A value is ``uint32 crc32 of the rest, uint32 generation, entry``. The generation of a model's weights is a counter in
-    Redis, which is read together with the entries. Raising it makes all of them worthless at once, for every replica.
+    Redis, which is read together with the entries. Increasing it invalidates all entries at once, for every replica.
 
     Args:
-        ttl_s: after which an entry goes. How many there is room for is up to Redis: ``maxmemory-policy allkeys-lru``.
+        ttl_s: the lifetime of an entry, in seconds. Redis itself limits the memory: ``maxmemory-policy allkeys-lru``.
     """
 
     name = "redis"
@@ -68,7 +68,7 @@ def _generation_key(part: Part) -> bytes:
 
 
 def _read(key: bytes, value: bytes | str | None, generation: int) -> bytes | None:
-    """Return the entry in a value; ``None`` if it is damaged, or worthless by now."""
+    """Return the entry in a value; ``None`` if it is damaged or was invalidated."""
     if not isinstance(value, bytes) or len(value) <= _HEADER_BYTES:
         return None
     is_whole = zlib.crc32(value[4:], zlib.crc32(key)).to_bytes(4, "little") == value[:4]

@@ -1,4 +1,4 @@
-"""Where entries are kept besides the memory, and what happens when that place is away, slow or full: nothing."""
+"""Stores of entries besides the memory. A store that is unavailable, slow or full never affects a request's result."""
 
 from __future__ import annotations
 
@@ -14,41 +14,41 @@ from gateway.telemetry import metrics
 
 log = structlog.get_logger(__name__)
 
-# An answer that takes longer is given up: computing most texts is faster.
+# How long to wait for a store, in seconds: computing most texts takes less.
 PATIENCE_S = 0.25
-# No request waits for what is written.
+# The time limit of a write, in seconds; no request waits for writes.
 _WRITING_S = 5.0
-# A place that failed costs one request the patience, not every request.
+# How long a failed store is left alone, in seconds, so that not every request has to wait for it.
 _SILENCE_S = 5.0
-# Entries that are on their way there; more are not kept.
+# The limit of entries that wait to be written, in bytes; further ones are dropped.
 _MAX_WAITING_BYTES = 64 * 2**20
 
 
 class Store(Protocol):
-    """A place for entries that lasts longer than the process, or is shared with others."""
+    """A store of entries that outlives the process or is shared with other processes."""
 
     name: str
 
     async def get(self, part: Part, keys: Sequence[bytes]) -> list[bytes | None]:
-        """Return entries that are undamaged, ``None`` for those that are not there."""
+        """Return the undamaged entries, and ``None`` for others."""
 
     async def put(self, part: Part, entries: Mapping[bytes, bytes]) -> None:
-        """Keep entries."""
+        """Store entries."""
 
     async def forget(self, part: Part) -> None:
-        """Forget all entries with the weights of a part."""
+        """Forget all entries with a part's weights."""
 
     async def close(self) -> None:
         """Close connections and files."""
 
 
 class Guarded:
-    """A store that never fails a request, and delays it by a quarter of a second at most, at most every five seconds.
+    """A store that never fails a request, and delays one by a quarter of a second at most once in five seconds.
 
-    What a store should forget, it forgets before it is asked again.
+    Entries to be forgotten are forgotten before the store is used again.
 
     Args:
-        model: for the log and the metrics.
+        model: the model's id, for the log and the metrics.
     """
 
     def __init__(self, model: str, store: Store) -> None:
@@ -59,21 +59,21 @@ class Guarded:
         self._to_forget: dict[str, Part] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self.name = store.name
-        metrics.CACHE_ERRORS.labels(model, store.name)  # at 0: the first error is an increase then
+        metrics.CACHE_ERRORS.labels(model, store.name)  # start at 0, so that the first error is an increase
 
     async def get(self, part: Part, keys: Sequence[bytes]) -> list[bytes | None]:
-        """Return entries, ``None`` for those that are not there or do not come in time."""
+        """Return entries, and ``None`` for those that are missing or late."""
         if time.monotonic() >= self._silent_until:
             try:
                 async with asyncio.timeout(PATIENCE_S):
                     await self._forget_first()
                     return await self._store.get(part, keys)
-            except Exception as error:  # whatever a disk or a server does: the texts can be computed
+            except Exception as error:  # whatever a disk or server does, the texts can be computed
                 self._note(error)
         return [None] * len(keys)
 
     def put(self, part: Part, entries: Mapping[bytes, bytes]) -> None:
-        """Keep entries, at some time; drop them if too many wait."""
+        """Store entries later; drop them if too many wait."""
         num_bytes = sum(map(len, entries.values()))
         if time.monotonic() < self._silent_until or self._num_waiting_bytes + num_bytes > _MAX_WAITING_BYTES:
             metrics.CACHE_ERRORS.labels(self._model, self.name).inc()
@@ -94,7 +94,7 @@ class Guarded:
             self._num_waiting_bytes -= num_bytes
 
     def forget(self, parts: Sequence[Part]) -> None:
-        """Forget all entries with the weights of these parts, before anything else is asked or kept."""
+        """Forget all entries with these parts' weights, before any other operation."""
         for task in self._tasks:
             task.cancel()
         self._to_forget |= {part.group: part for part in parts}
@@ -106,11 +106,11 @@ class Guarded:
             self._to_forget.pop(group, None)
 
     async def flush(self) -> None:
-        """Wait until everything is kept that waits."""
+        """Wait until all waiting entries are stored."""
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def close(self) -> None:
-        """Keep what waits, if that is quick, and close connections and files."""
+        """Store waiting entries if that is quick, and close connections and files."""
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=PATIENCE_S)
         for task in self._tasks:

@@ -1,4 +1,4 @@
-"""Every capture of a registry: which texts are queries, and which of them are kept."""
+"""All captures of a registry, which select the queries among texts, and a sample of those."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gateway.routing.router import Choice
 from gateway.tasks import canonical_task
 from gateway.telemetry import metrics
 
-# Of a sender that no experiment gives a unit: the first that a request has.
+# The sources of a sender's id if no experiment defines one; the first that a request has is used.
 _SENDERS = ("body:user", "api_key")
 
 
@@ -23,7 +23,7 @@ class Captures:
     """The captures of a registry.
 
     Args:
-        before: those of the registry before a reload, whose files go on where nothing has changed.
+        before: the captures before a reload; an unchanged capture continues its file.
     """
 
     def __init__(self, registry: Registry, before: Captures | None = None) -> None:
@@ -34,10 +34,10 @@ class Captures:
         }
 
     def offer(self, choice: Choice, texts: Sequence[str], task: str | None, unit_source: UnitSource) -> None:
-        """Keep a sample of the texts of a request, if its name is captured; return at once.
+        """Record a sample of a request's texts if its name is captured; return immediately.
 
         Args:
-            task: the task of the request by any of its names; ``None`` if it names none.
+            task: the request's task, by any of its names; ``None`` if it names no task.
         """
         writer = self.writers.get(choice.asked)
         if writer is None:
@@ -56,7 +56,7 @@ class Captures:
             writer.offer(Captured(text, choice.asked, choice.model.id, task, unit))
 
     def stop(self, successor: Captures | None = None) -> None:
-        """Stop the writers that a successor does not go on with. Waits for them."""
+        """Stop the writers that the successor does not continue, and wait for them."""
         kept = set(successor.writers.values()) if successor else set()
         for writer in self.writers.values():
             if writer not in kept:
@@ -73,7 +73,7 @@ def capture_problems(registry: Registry) -> list[str]:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            problems.append(f"the folder of the capture of {name!r} cannot be made: {path.parent}: {error.strerror}")
+            problems.append(f"the folder of the capture of {name!r} cannot be created: {path.parent}: {error.strerror}")
         else:
             if not os.access(path.parent, os.W_OK):
                 problems.append(f"the folder of the capture of {name!r} cannot be written to: {path.parent}")
@@ -81,13 +81,13 @@ def capture_problems(registry: Registry) -> list[str]:
 
 
 def scrub_problems(registry: Registry) -> list[str]:
-    """Return a message for each scrub that cannot be imported: nothing may be kept without it."""
+    """Return a message for each scrub function that cannot be imported: no text may be recorded without it."""
     problems = []
     for name, capture in registry.captures().items():
         if capture.scrub is not None:
             try:
                 load_scrub(capture.scrub)
-            except Exception as error:  # a module can raise anything when it is imported
+            except Exception as error:  # a module can raise any error when imported
                 problems.append(f"`scrub` of the capture of {name!r} cannot be imported: {error}")
     return problems
 

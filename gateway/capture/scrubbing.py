@@ -1,14 +1,14 @@
-"""Functions for ``scrub``: they take a text and return it without what must not be kept, or ``None`` to drop it."""
+"""Functions for ``scrub``, which remove sensitive parts from a text, or return ``None`` to drop it."""
 
 from __future__ import annotations
 
 import re
 
-# Each takes time in proportion to the text, which is Chinese perhaps, without a blank: the interpreter waits for them.
+# Each pattern takes linear time, even in text without blanks such as Chinese, because it blocks the interpreter.
 _MASKS = (
     (re.compile(r"\b[a-z][a-z0-9+.-]{0,30}://\S+", re.IGNORECASE), "[link]"),
     (re.compile(r"(?<![^\s@<>(),;:])[^\s@<>(),;:]++@[^\s@<>(),;:]+\.\w+"), "[email]"),
-    # Of phones, cards, accounts: digits in groups, five or more in all. A year or a price stays.
+    # Numbers of phones, cards and accounts: groups of digits, five or more in total. Years and prices stay.
     (re.compile(r"\+?\d(?:[\s().\-/]{0,2}\d){4,}"), "[number]"),
 )
 

@@ -1,4 +1,4 @@
-"""Write captured texts to a file for each day, in a thread, and delete the files of days that are over."""
+"""Write captured texts to one file per day, in a thread, and delete old files."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from gateway.telemetry import metrics
 log = structlog.get_logger(__name__)
 
 MAX_WAITING = 1_000
-"""Texts that wait to be written; further ones are dropped."""
+"""How many texts may wait to be written; further ones are dropped."""
 MAX_CHARACTERS = 10_000
-"""A longer text is dropped: it is not a question, and a few of them would fill the memory."""
+"""The length limit of a text in characters. A longer text is hardly a question, and a few would fill the memory."""
 MAX_BYTES_PER_DAY = 64 * 1024 * 1024
-"""Of a file; further texts of the day are dropped."""
+"""The size limit of a file in bytes; further texts of the day are dropped."""
 
 _CLEAN_EVERY_S = 600.0
 _SECONDS_BETWEEN_WARNINGS = 60.0
@@ -42,10 +42,10 @@ Scrubber = Callable[[str], "str | None"]
 
 @dataclass(frozen=True, slots=True)
 class Captured:
-    """A text as it is offered.
+    """A text that was offered.
 
     Attributes:
-        unit: what identifies the sender; only a keyed hash of it is written.
+        unit: the sender's id; only a keyed hash of it is written.
     """
 
     text: str
@@ -56,12 +56,12 @@ class Captured:
 
 
 class CaptureWriter:
-    """Appends texts to the file of the day.
+    """Appends texts to the day's file.
 
-    ``offer`` never waits. The thread scrubs, writes and deletes; what it cannot write is counted and lost.
+    ``offer`` never waits. The thread scrubs, writes and deletes. Texts that it cannot write are counted and lost.
 
     Args:
-        path: the file without a date.
+        path: the path of the file without its date.
     """
 
     def __init__(self, name: str, capture: Capture, path: Path) -> None:
@@ -74,7 +74,7 @@ class CaptureWriter:
         self._thread.start()
 
     def offer(self, captured: Captured) -> None:
-        """Queue a text, or drop it; return at once."""
+        """Queue a text or drop it; return immediately."""
         if len(captured.text) > MAX_CHARACTERS:
             self._count("too_long")
             return
@@ -84,7 +84,7 @@ class CaptureWriter:
             self._count("dropped")
 
     def stop(self) -> None:
-        """Write what waits, for some seconds at most, and end the thread."""
+        """Write waiting texts for at most some seconds, and end the thread."""
         with suppress(queue.Full):
             self._waiting.put(None, timeout=_STOP_LIMIT_S)
         self._thread.join(_STOP_LIMIT_S)
@@ -104,13 +104,13 @@ class CaptureWriter:
             self._count(self._guard(partial(self._write, captured)) or "failed")
 
     def _guard(self, work: Callable[[], str | None]) -> str | None:
-        """Do a step, whatever happens: a full disk or a faulty hook must not end the thread."""
+        """Run a step, catching every error: a full disk or a faulty hook must not end the thread."""
         try:
             return work()
         except Exception as error:
             if time.monotonic() - self._warned_at > _SECONDS_BETWEEN_WARNINGS:
                 self._warned_at = time.monotonic()
-                # Its kind alone: the message of a hook's error may quote the text.
+                # Only the error's type, because the message of a hook's error may quote the text.
                 reason = error.strerror if isinstance(error, OSError) else type(error).__name__
                 log.error("capture_failed", name=self.name, path=str(self.path), reason=reason)
             return None
@@ -137,7 +137,7 @@ class CaptureWriter:
             size = os.fstat(descriptor).st_size
             if size + len(line) > MAX_BYTES_PER_DAY:
                 return "full"
-            if os.write(descriptor, line) != len(line):  # the disk is full; half a line would spoil the next one too
+            if os.write(descriptor, line) != len(line):  # the disk is full; half a line would corrupt the next
                 os.ftruncate(descriptor, size)
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         finally:
@@ -145,7 +145,7 @@ class CaptureWriter:
         return "written"
 
     def _delete_old(self) -> None:
-        """Delete the files whose first text may be ``days`` old."""
+        """Delete the files whose first text may be ``days`` days old."""
         last = datetime.now(UTC).date() - timedelta(days=self.capture.days)
         for day, file in dated_files(self.path).items():
             if day <= last:
@@ -158,13 +158,13 @@ class CaptureWriter:
 
     @cached_property
     def _key(self) -> bytes:
-        """The secret of the units' hashes: a file next to the texts. Without it, no hash can be tied to a unit."""
+        """The secret of the units' hashes, in a file next to the texts. Without it, no hash can be linked to a unit."""
         path = self.path.with_name(f"{self.path.name}.key")
         if not path.exists():
             _write_key(path)
         key = path.read_bytes()
         if len(key) < 32:
-            raise ValueError("the key of the captured units is cut short")
+            raise ValueError("the key of the captured units is truncated")
         return key
 
     def _count(self, outcome: str) -> None:
@@ -172,7 +172,7 @@ class CaptureWriter:
 
 
 def _write_key(path: Path) -> None:
-    """Write a new secret in one step, unless there is one by then: a full disk must not leave an empty one for good."""
+    """Write a new secret atomically, unless one exists by then: a full disk must not leave an empty file behind."""
     fresh = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
@@ -190,7 +190,7 @@ def load_scrub(place: str) -> Scrubber:
     Raises:
         ImportError: the module cannot be imported.
         AttributeError: the module has no such function.
-        TypeError: it is not a function.
+        TypeError: the object is not a function.
     """
     module, _, name = place.partition(":")
     function: object = getattr(importlib.import_module(module), name)

@@ -1,6 +1,6 @@
-"""A router of requests for Ray Serve that routes none: it says where the replicas are.
+"""A request router for Ray Serve that routes no requests: it only announces where the replicas are.
 
-Serve pickles this module by value, and every process that has a handle unpickles a copy: what it keeps is in
+Serve pickles this module by value, and every process that has a handle unpickles a copy. So its state is in
 :mod:`gateway.cluster.discovery`, which is not copied.
 """
 
@@ -12,7 +12,7 @@ from gateway.cluster import discovery
 
 
 class Announcer(RequestRouter):
-    """Serve's router of requests to replicas, which here only says where they are: requests do not pass through Serve."""
+    """Serve's request router, which here only announces the replicas: requests do not pass through Serve."""
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
         super().update_replicas(replicas)

@@ -23,11 +23,11 @@ from gateway.types import Embeddings, EmbedJob, ModelInfo, ModelState, Vocabular
 
 log = structlog.get_logger(__name__)
 
-# How often Serve is asked about a model whose first replica is not there yet.
+# How often to ask Serve about a model that has no replica yet, in seconds.
 _POLL_S: Final = 0.5
-# A model that no machine has room for fails after this time, and is tried again later.
+# A model that no machine has room for fails after this time in seconds, and is retried later.
 _PLACE_S: Final = 60.0
-# A gap of this length is usual when a replica is replaced.
+# When a replica is replaced, a gap of this length in seconds is normal.
 _GAP_S: Final = 2.0
 
 
@@ -43,10 +43,10 @@ class Site(Protocol):
 
 
 class RayBackend:
-    """The :class:`~gateway.backends.base.Backend` of a model whose replicas are on a Ray cluster.
+    """The :class:`~gateway.backends.base.Backend` of a model with replicas on a Ray cluster.
 
-    ``plan`` deploys the model, unless another front has, and waits for the first replica; ``stop`` leaves it to the other
-    fronts.
+    ``plan`` deploys the model, unless another front already has, and waits for the first replica; ``stop`` leaves the
+    model to the other fronts.
     """
 
     def __init__(self, entry: ModelEntry, settings: Settings, site: Site) -> None:
@@ -81,16 +81,16 @@ class RayBackend:
             raise
 
     async def _first_info(self, spec: Spec, report: Report) -> ModelInfo:
-        """Return the model's info once a replica takes jobs.
+        """Return the model's info once a replica accepts jobs.
 
         Raises:
-            LoadError: no replica can load it, or no machine has room for one.
+            LoadError: no replica can load the model, or no machine has room for a replica.
         """
         began = time.monotonic()
         shown, cluster = "", self._site.cluster
         while not self._pool.usable:
             found = await asyncio.to_thread(cluster.look, spec.name)
-            if found.has_failed:  # Serve does not try again before it is deployed again
+            if found.has_failed:  # Serve does not retry until the model is deployed again
                 await self._stop(delete=True)
                 raise LoadError(found.reason or f"Ray Serve says {found.status}")
             if found.reason != shown:
@@ -142,7 +142,7 @@ class RayBackend:
                 self._report(ModelState.READY, "")
 
     def _lines_changed(self) -> None:
-        """Report the model as recovering while no replica takes jobs, unless that is for a moment only."""
+        """Report the model as recovering while no replica accepts jobs, except for short gaps."""
         if not self._is_ready:
             return
         if self._pool.usable:
@@ -160,13 +160,13 @@ class RayBackend:
             self._run(self._deploy_again())
 
     async def _deploy_again(self) -> None:
-        """Deploy the model again if its deployment is gone: another front, or an operator, may have removed it."""
+        """Deploy the model again if another front or an operator removed its deployment."""
         while self._is_ready and self._spec is not None and not self._pool.usable:
             try:
                 found = await asyncio.to_thread(self._site.cluster.look, self._spec.name)
                 if found.status == NOT_STARTED:
                     await asyncio.to_thread(self._site.cluster.deploy, self._spec)
-            except Exception as error:  # Serve may be restarting; this is asked again
+            except Exception as error:  # Serve may be restarting; the next check asks again
                 log.warning("cluster_not_answering", model=self._entry.id, error=repr(error))
             await self._pool.changed(5.0)
 
@@ -180,7 +180,7 @@ class RayBackend:
         return await self._pool.embed(job)
 
     async def vocabulary(self) -> Vocabulary:
-        """Return the model's tokens, through a replica: its methods block, and are for threads."""
+        """Return the model's vocabulary in a replica. Its methods block, so call them in threads."""
         self._require_running()
         limit_s = self._settings.request_timeout_s
         loop = asyncio.get_running_loop()
@@ -199,7 +199,7 @@ class RayBackend:
         await self._stop(delete=False)
 
     async def remove(self) -> None:
-        """Stop, and delete the deployment if no other front is connected to it."""
+        """Stop, and delete the deployment unless another front is connected to it."""
         await self._stop(delete=all(line.load.num_fronts <= 1 for line in self.lines))
 
     async def _stop(self, *, delete: bool) -> None:

@@ -1,4 +1,4 @@
-"""``gateway cluster``: what runs on the cluster, and the removal of what no gateway uses."""
+"""``gateway cluster``: list what runs on the cluster, and remove deployments that no gateway uses."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from gateway.cluster.discovery import DIRECTORY
 from gateway.cluster.line import Line
 from gateway.cluster.pool import Pool
 
-# How long replicas get to say how they are.
+# How long to wait for the replicas' status, in seconds.
 _PATIENCE_S: Final = 3.0
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """A deployment on the cluster, and its replicas that can be reached.
+    """A deployment on the cluster, and its reachable replicas.
 
     Attributes:
-        num_fronts: gateways that are connected to it; ``None`` if no replica says so.
+        num_fronts: how many gateways are connected to it; ``None`` if no replica answers.
     """
 
     deployed: Deployed
@@ -31,7 +31,7 @@ class Found:
 
 
 async def look(cluster: Cluster) -> list[Found]:
-    """Ask the cluster, and each replica, what runs."""
+    """Ask the cluster and each replica for their status."""
     found = await asyncio.to_thread(cluster.deployed)
     return await asyncio.gather(*(_ask(cluster, deployed) for deployed in found.values()))
 
@@ -45,7 +45,7 @@ async def _ask(cluster: Cluster, deployed: Deployed) -> Found:
         while len(_heard(pool)) < deployed.num_running and asyncio.get_running_loop().time() < deadline:
             await pool.changed(0.1)
         lines = _heard(pool)
-        # This process is connected as well.
+        # This process is connected too.
         num_fronts = max((line.load.num_fronts - 1 for line in lines), default=None)
         return Found(deployed, lines, num_fronts)
     finally:
@@ -58,9 +58,9 @@ def _heard(pool: Pool) -> list[Line]:
 
 
 async def prune(cluster: Cluster) -> list[Found]:
-    """Delete the deployments that no gateway is connected to; return them.
+    """Delete and return the deployments that no gateway is connected to.
 
-    One whose replicas do not answer is left alone unless it has none: its gateways may be waiting for them.
+    A deployment with replicas that do not answer is kept, because its gateways may be waiting for them.
     """
     unused = [one for one in await look(cluster) if one.num_fronts == 0 or _is_failed(one.deployed)]
     await asyncio.to_thread(cluster.delete, [one.deployed.name for one in unused])
@@ -72,7 +72,7 @@ def _is_failed(deployed: Deployed) -> bool:
 
 
 def describe(found: Found) -> list[str]:
-    """Return lines for people about a deployment."""
+    """Describe a deployment in lines for people."""
     deployed = found.deployed
     fronts = "unknown" if found.num_fronts is None else str(found.num_fronts)
     starting = f", {deployed.num_starting} starting" if deployed.num_starting else ""
@@ -88,31 +88,31 @@ def _line(line: Line) -> str:
 
 
 def run_status(address: str) -> list[str]:
-    """Return lines for people about all that runs on a cluster.
+    """Describe everything that runs on a cluster, in lines for people.
 
     Raises:
-        StartError: no cluster is there.
+        StartError: there is no cluster at the address.
     """
     cluster = _connect(address)
     try:
         found = asyncio.run(look(cluster))
     finally:
         cluster.disconnect()
-    return [text for one in found for text in describe(one)] or ["no models of a gateway are on this cluster"]
+    return [text for one in found for text in describe(one)] or ["no gateway has models on this cluster"]
 
 
 def run_prune(address: str) -> list[str]:
-    """Remove what no gateway uses; return lines for people about that.
+    """Remove the deployments that no gateway uses, and describe the result in lines for people.
 
     Raises:
-        StartError: no cluster is there.
+        StartError: there is no cluster at the address.
     """
     cluster = _connect(address)
     try:
         unused = asyncio.run(prune(cluster))
     finally:
         cluster.disconnect()
-    return [f"removed {one.deployed.name}" for one in unused] or ["nothing to remove: gateways use all that is there"]
+    return [f"removed {one.deployed.name}" for one in unused] or ["nothing to remove: all deployments are in use"]
 
 
 def _connect(address: str) -> Cluster:
@@ -122,7 +122,7 @@ def _connect(address: str) -> Cluster:
 
 
 def address_of(asked: str | None) -> str:
-    """Return the address of the cluster to look at: as asked, or that of the environment, or this machine's."""
+    """Return the address of the cluster: the given one, else the environment's, else that of this machine's cluster."""
     from gateway.config.settings import load_settings
 
     set_there = load_settings(os.environ, cluster=asked).cluster

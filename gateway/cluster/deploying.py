@@ -1,4 +1,4 @@
-"""The Ray cluster of this process: connect to it, deploy models there once for all fronts, remove what no front uses."""
+"""The Ray cluster of this process: connect to it, deploy models once for all fronts, remove unused deployments."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ log = structlog.get_logger(__name__)
 
 NOT_STARTED: Final = "NOT_STARTED"
 _DEPLOYMENT: Final = "model"
-# Ray is connected to once in a process, and what deploys a model is not safe for several threads (it registers modules to
-# be pickled by value, and takes them back).
+# A process connects to Ray once, and deploying a model is not thread-safe (it registers modules to be pickled by value,
+# and unregisters them).
 _TURN: Final = threading.Lock()
-# Serve looks this often whether a replica is well, and gives up one that does not say so in time.
+# Serve checks the health of a replica this often, and replaces a replica that does not answer in time.
 _HEALTH_PERIOD_S, _HEALTH_TIMEOUT_S = 2.0, 30.0
 _NUM_ATTEMPTS: Final = 2
 _NUM_SERVE_ATTEMPTS, _SERVE_PAUSE_S = 40, 0.25
@@ -41,13 +41,13 @@ _LONGEST_REASON: Final = 500
 
 @dataclass(frozen=True, slots=True)
 class Deployed:
-    """A model's deployment, as Serve sees it.
+    """Serve's view of a model's deployment.
 
     Attributes:
-        status: Serve's word, such as ``RUNNING``.
-        reason: why it is not running; may be empty.
-        num_running: replicas that run.
-        num_starting: replicas that are being started, or wait for a place.
+        status: Serve's status, such as ``RUNNING``.
+        reason: why the deployment is not running; may be empty.
+        num_running: how many replicas run.
+        num_starting: how many replicas are starting, or waiting for resources.
     """
 
     name: str
@@ -58,12 +58,12 @@ class Deployed:
 
     @property
     def has_failed(self) -> bool:
-        """Whether Serve has given it up."""
+        """Whether Serve has given up on it."""
         return self.status in ("DEPLOY_FAILED", "UNHEALTHY") and not self.num_running
 
 
 class Cluster:
-    """The Ray cluster that this process uses. All methods block: call them in a thread.
+    """The Ray cluster that this process uses. All methods block, so call them in a thread.
 
     Args:
         address: ``local``, ``auto`` or the ``HOST:PORT`` of the head.
@@ -74,13 +74,13 @@ class Cluster:
         self.has_cards = False
 
     def connect(self, *, starts_serve: bool = True) -> None:
-        """Connect to the cluster, or start one in this machine, and start Ray Serve there if it does not run.
+        """Connect to the cluster or start one on this machine, and start Ray Serve unless it runs.
 
         Args:
             starts_serve: whether to start Ray Serve.
 
         Raises:
-            StartError: no cluster is there, or it cannot be used.
+            StartError: there is no cluster at the address, or it cannot be used.
         """
         with _TURN:
             self._connect()
@@ -100,7 +100,7 @@ class Cluster:
 
     @staticmethod
     def _local_options() -> dict[str, Any]:
-        """Return how a cluster of one machine is started; see :func:`gateway.cluster.environment.prepare` for its token."""
+        """Return the arguments to start a local cluster; :func:`gateway.cluster.environment.prepare` sets its token."""
         return {
             "address": LOCAL,
             "include_dashboard": False,
@@ -109,7 +109,7 @@ class Cluster:
         }
 
     def deploy(self, spec: Spec) -> None:
-        """Deploy a model, unless it is deployed already: fronts that start together deploy the same thing once."""
+        """Deploy a model unless it is already deployed: fronts that start together deploy the same model once."""
         with _TURN:
             self._deploy(spec)
 
@@ -127,17 +127,18 @@ class Cluster:
             request_router_config={"request_router_class": "gateway.cluster.announcer:Announcer"},
             **scaling_options(spec),
         )(Replica)
-        # The content is in the name. With a random version, which is Serve's default, a second front would roll it.
+        # The name already identifies the content. With a random version, Serve's default, a second front would restart
+        # all replicas.
         deployment._version = spec.name
         target = RunTarget(target=deployment.bind(spec), name=spec.name, route_prefix=None)
         serve.run_many([target], wait_for_applications_running=False)
 
     def watch(self, name: str) -> None:
-        """Have Serve tell this process where the replicas of a deployment are; see :mod:`gateway.cluster.discovery`."""
+        """Have Serve announce the replicas of a deployment to this process; see :mod:`gateway.cluster.discovery`."""
         serve.get_deployment_handle(_DEPLOYMENT, name).options(stream=False)
 
     def deployed(self) -> Mapping[str, Deployed]:
-        """Return the deployments of gateways, by their names."""
+        """Return all deployments of gateways by name."""
         found = {}
         try:
             applications = serve.status().applications
@@ -155,31 +156,31 @@ class Cluster:
         return found
 
     def look(self, name: str) -> Deployed:
-        """Return the deployment with a name; of status ``NOT_STARTED`` if Serve knows of none."""
+        """Return the deployment with a name; its status is ``NOT_STARTED`` if Serve does not know it."""
         return self.deployed().get(name) or Deployed(name, NOT_STARTED, "")
 
     def delete(self, names: Sequence[str]) -> None:
-        """Delete deployments; their replicas finish the work in progress."""
+        """Delete deployments. Their replicas finish the work in progress."""
         for name in names:
             serve.delete(name, _blocking=False)
             for key in (fingerprint_key(name), begun_key(name)):
                 _internal_kv_del(key, namespace=NAMESPACE)
 
     def has_begun(self, name: str) -> bool:
-        """Return whether a replica of a deployment has got a place on a machine, now or before."""
+        """Return whether any replica of a deployment was ever placed on a machine."""
         return _internal_kv_get(begun_key(name), namespace=NAMESPACE) is not None
 
     def disconnect(self) -> None:
-        """Leave the cluster; a local one ends."""
+        """Disconnect from the cluster, which ends a local one."""
         if ray.is_initialized():
             ray.shutdown()
 
 
 def _start_serve() -> None:
-    """Start Ray Serve, unless it runs. Another front may do so at this moment: then it runs a moment later.
+    """Start Ray Serve unless it runs. If another front is just starting it, wait a moment for that.
 
     Raises:
-        StartError: it does not start.
+        StartError: Ray Serve does not start.
     """
     problem: Exception | None = None
     for _attempt in range(_NUM_SERVE_ATTEMPTS):
@@ -193,7 +194,7 @@ def _start_serve() -> None:
 
 
 def _reason(*messages: str) -> str:
-    """Return the words of a replica, out of Serve's messages with its traceback; else the last line of those."""
+    """Extract a replica's own error from Serve's messages and tracebacks; otherwise return their last line."""
     said = [text for message in messages for text in _REASON.findall(message)]
     lines = [line for message in messages for line in message.splitlines() if line.strip()]
     return str((said or lines or [""])[-1]).strip()[:_LONGEST_REASON]
@@ -216,12 +217,12 @@ def _checked(address: str) -> str:
 
 def _unreachable(address: str, error: Exception) -> str:
     if address == LOCAL:
-        return f"a Ray cluster cannot be started in this machine: {_first_line(error)}"
+        return f"a Ray cluster cannot be started on this machine: {_first_line(error)}"
     if str(error).startswith("Version mismatch"):
         said = " ".join(str(error).split())[:_LONGEST_REASON]
         return f"GATEWAY_CLUSTER={address}: {said}. Ray and Python must be of the same version on all machines"
     named = os.environ.get("RAY_ADDRESS") if address == "auto" else address
-    where = f"no Ray cluster is at {named}" if named else "this machine is part of no Ray cluster"
+    where = f"no Ray cluster is at {named}" if named else "this machine does not belong to a Ray cluster"
     return (
         f"GATEWAY_CLUSTER={address}: {where}, or it cannot be reached ({_first_line(error)}). Start Ray here: `ray "
         "start --head` on the first machine, `ray start --address=HOST:6379` on the others"

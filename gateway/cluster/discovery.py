@@ -1,4 +1,4 @@
-"""Where the replicas of each model are: what Ray Serve tells every process that has a handle, as soon as it changes."""
+"""The addresses of each model's replicas, which Ray Serve sends to every process with a handle whenever they change."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, Final, TypeAlias
 from gateway.cluster.line import Place
 
 Watcher: TypeAlias = Callable[[Mapping[str, Place]], None]
-"""Takes the places of all replicas of a model, by their ids."""
+"""Called with the places of all replicas of a model, by replica id."""
 
 
 class Directory:
@@ -23,7 +23,7 @@ class Directory:
         self._watchers: dict[str, list[tuple[asyncio.AbstractEventLoop, Watcher]]] = {}
 
     def publish(self, name: str, places: Mapping[str, Place]) -> None:
-        """Note where the replicas of a deployment are; called by Ray Serve's thread."""
+        """Record where the replicas of a deployment are. Ray Serve's thread calls this."""
         with self._lock:
             self._places[name] = places
             watchers = list(self._watchers.get(name, ()))
@@ -32,7 +32,10 @@ class Directory:
                 loop.call_soon_threadsafe(watcher, places)
 
     def watch(self, name: str, watcher: Watcher) -> Callable[[], None]:
-        """Call a function on this event loop with the present places, and at each change; return what ends that."""
+        """Call a function on this event loop with the current places, and after each change.
+
+        Returns a function that ends these calls.
+        """
         entry = (asyncio.get_running_loop(), watcher)
         with self._lock:
             self._watchers.setdefault(name, []).append(entry)
@@ -40,7 +43,7 @@ class Directory:
         watcher(places)
 
         def end() -> None:
-            with self._lock, suppress(ValueError):  # it may be ended twice
+            with self._lock, suppress(ValueError):  # it may be called twice
                 self._watchers[name].remove(entry)
 
         return end
@@ -50,5 +53,5 @@ DIRECTORY: Final = Directory()
 
 
 def place_of(replica_id: str, metadata: Mapping[str, Any]) -> Place:
-    """Return the place that a replica has announced."""
+    """Parse the place that a replica announced."""
     return Place(id=replica_id, **metadata)

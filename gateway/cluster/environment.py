@@ -1,4 +1,4 @@
-"""The environment of Ray, which it reads when it is imported, and the choice of a cluster. Imports no ray itself."""
+"""Ray's environment variables, which it reads when imported, and the choice of a cluster. Does not import ray."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger(__name__)
 
-# What Ray reads when it is imported: no reports to its makers, no chatter, and no cluster that starts by itself, because a
-# thread still asks for something after this process has left its own.
+# Ray reads these variables when imported: send no usage reports, log little, and never start a cluster automatically,
+# because a Ray thread still makes a call after this process has left its cluster.
 _ENVIRONMENT: Final = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_SERVE_LOG_TO_STDERR": "0",
@@ -30,7 +30,7 @@ _ENVIRONMENT: Final = {
 
 
 def site_of(registry: Registry, settings: Settings) -> ClusterSite | None:
-    """Return the cluster that the models run on, not yet connected to; ``None`` if they run in this process.
+    """Return the cluster that the models run on, not connected yet; ``None`` if they run in this process.
 
     Raises:
         StartError: Ray is not installed.
@@ -46,7 +46,7 @@ def site_of(registry: Registry, settings: Settings) -> ClusterSite | None:
 
 
 def prepare(address: str) -> None:
-    """Set what Ray reads when it is imported. A local cluster takes only what has its token, which is made here.
+    """Set the variables that Ray reads when imported. For a local cluster, create the token that its clients need.
 
     Raises:
         StartError: Ray is not installed.
@@ -56,7 +56,7 @@ def prepare(address: str) -> None:
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     if address == LOCAL:
-        # Named after two systems where it is the default: all addresses of this cluster are those of the loopback.
+        # Despite its name, this setting applies to all systems: every address of this cluster is a loopback address.
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     if address == LOCAL and os.environ.setdefault("RAY_AUTH_MODE", "token") == "token":
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))

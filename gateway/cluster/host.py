@@ -1,4 +1,4 @@
-"""The replica's end of the connections to the fronts: it gives their jobs to the backend, each with its own answer."""
+"""The replica's end of the connections to the fronts: it passes their jobs to the backend, and answers each job."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from gateway.types import ModelInfo, ModelState
 log = structlog.get_logger(__name__)
 
 _GREETING_S: Final = 10.0
-# How often the fronts hear about the load, and how much a new measurement of the rate counts.
+# How often the fronts receive the load, in seconds, and the weight of a new measurement of the rate.
 _REPORT_S: Final = 0.25
 _RATE_WEIGHT: Final = 0.3
-# The fronts hear at least this often, so that they know that the connection lives.
+# The fronts receive a message at least this often, in seconds, as a sign of life.
 _SILENCE_S: Final = 1.0
-# A front hears of fewer tokens together with the answer.
+# A smaller number of tokens is sent together with the answer.
 _MANY_TOKENS: Final = 1024
 
 
@@ -41,11 +41,11 @@ class Host:
     """Answers the jobs of all fronts with one backend.
 
     Args:
-        secret: what a front must know.
+        secret: the secret that a front must know.
 
     Attributes:
-        port: where it listens, once it is started.
-        num_requests: jobs in progress.
+        port: the port on which it listens, once started.
+        num_requests: how many jobs are in progress.
     """
 
     def __init__(self, backend: Backend, info: ModelInfo, secret: bytes, address: str) -> None:
@@ -89,7 +89,7 @@ class Host:
         if front is None:
             log.debug("front_refused", reason=reason)
             return
-        for task in front.tasks.values():  # no one waits for these answers
+        for task in front.tasks.values():  # no client waits for these answers
             task.cancel()
 
     # ----------------------------------------------------------------------------------------------------- messages
@@ -164,12 +164,12 @@ class Host:
             self._is_idle.set()
 
     def load(self, front: _Front | None = None) -> Load:
-        """Return the present load, as one of the fronts sees it."""
+        """Return the current load from the perspective of one front."""
         others = self._work - (0 if front is None else front.work)
         return Load(self.num_requests, self._num_texts, self._work, others, self._rate, len(self._fronts))
 
     async def _report_load(self) -> None:
-        """Measure the rate, and tell the fronts what has changed."""
+        """Measure the rate, and send changes to the fronts."""
         told: dict[Connection, Load] = {}
         last = time.monotonic()
         while True:
@@ -187,7 +187,7 @@ class Host:
                     connection.send("load", told[connection])
 
     def report(self, state: ModelState, reason: str) -> None:
-        """Tell all fronts the state of the model; they send jobs only while it is ready."""
+        """Send the state of the model to all fronts, which send jobs only while it is ready."""
         if state is not self._state[0]:
             self._state_since = time.monotonic()
         self._state = (state, reason)
@@ -208,7 +208,7 @@ class Host:
     # --------------------------------------------------------------------------------------------------------- end
 
     async def drain(self, timeout_s: float) -> None:
-        """Ask the fronts for no more jobs, and wait for those in progress."""
+        """Ask the fronts to send no more jobs, and wait for those in progress."""
         for connection in self._fronts:
             connection.send("leaving")
         if self._server is not None:

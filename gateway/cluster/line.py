@@ -1,4 +1,4 @@
-"""The front's end of the connection to one replica: jobs go out, answers come in, whatever happens to the replica."""
+"""The front's end of the connection to one replica: send jobs and receive answers, whatever happens to the replica."""
 
 from __future__ import annotations
 
@@ -21,27 +21,27 @@ log = structlog.get_logger(__name__)
 
 _CONNECT_S: Final = 5.0
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 1.0
-# A replica says something every second. One that says nothing for longer is gone with its machine.
+# A replica sends a message every second. After a longer silence, in seconds, it counts as lost with its machine.
 _SILENCE_S: Final = 5.0
 # Prometheus waits for ten seconds by default.
 _METRICS_S: Final = 3.0
-# How long after a deadline the replica may still say so itself.
+# How long after a deadline to wait for the replica's own error, in seconds.
 _GRACE_S: Final = 0.25
 
 
 class LineLost(Exception):
-    """The replica has died, or cannot be reached: another one may answer."""
+    """The replica died or cannot be reached; another replica may answer."""
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a replica is, as it says itself through Ray Serve.
+    """The address of a replica, which it announces through Ray Serve.
 
     Attributes:
-        id: the replica's own, in Serve.
-        secret: what both ends of the connection must know.
-        node: id of its node in the Ray cluster.
-        device: what the model runs on, such as ``cuda:0``.
+        id: the replica's id in Serve.
+        secret: the secret that both ends of the connection must know.
+        node: the id of its node in the Ray cluster.
+        device: the device that the model runs on, such as ``cuda:0``.
     """
 
     id: str
@@ -63,7 +63,7 @@ class _Call:
 
 
 class Line:
-    """A connection to one replica, which is opened again when it is lost, until the line is closed.
+    """A connection to one replica, which reconnects until the line is closed.
 
     Args:
         fingerprint: the weights that the replica must have.
@@ -71,10 +71,10 @@ class Line:
         on_fault: called with the reason when the replica finds that its model does not work; its last answers may be wrong.
 
     Attributes:
-        info: the model's info, as the replica gives it.
-        load: of the replica, as it said last.
-        is_leaving: the replica takes no more jobs.
-        trouble: why it is not connected.
+        info: the model's info from the replica.
+        load: the last load that the replica sent.
+        is_leaving: the replica accepts no more jobs.
+        trouble: why the line is not connected.
     """
 
     def __init__(
@@ -104,17 +104,17 @@ class Line:
 
     @property
     def is_usable(self) -> bool:
-        """Whether the replica takes jobs."""
+        """Whether the replica accepts jobs."""
         is_open = self._connection is not None and self.info is not None
         return is_open and not self.is_leaving and not self._is_closed and self.state is ModelState.READY
 
     @property
     def num_requests(self) -> int:
-        """Jobs of this front that are in progress."""
+        """How many jobs of this front are in progress."""
         return len(self._calls)
 
     def expected_s(self, work: int) -> float:
-        """Estimate when more work would be done, in seconds; in characters if the replica's rate is unknown."""
+        """Estimate how long additional work would take to finish, in seconds; in characters if the rate is unknown."""
         return (self.load.others + self.work + work) / (self.load.rate or 1.0)
 
     # ------------------------------------------------------------------------------------------------- connecting
@@ -152,7 +152,7 @@ class Line:
         )
 
     async def _watch(self) -> None:
-        """Return when the connection is lost; close it if nothing is heard for too long."""
+        """Wait until the connection is lost; close it after too long a silence."""
         while not self._lost.is_set():
             try:
                 async with asyncio.timeout(1.0):
@@ -160,7 +160,7 @@ class Line:
             except TimeoutError:
                 silent_s = time.monotonic() - self._heard_at
                 if silent_s > _SILENCE_S and self._connection is not None:
-                    self._connection.abort(f"it has said nothing for {silent_s:.0f} s")
+                    self._connection.abort(f"it has sent nothing for {silent_s:.0f} s")
 
     def _opened(self, connection: Connection) -> None:
         self._connection = connection
@@ -209,18 +209,18 @@ class Line:
         self._on_change()
 
     def _accept(self, connection: Connection, info: ModelInfo) -> None:
-        """Take jobs to a replica with the right weights, and none to another."""
+        """Accept a replica with the right weights, and send no jobs to any other."""
         if self._fingerprint is not None and info.fingerprint != self._fingerprint:
             log.error(
                 "replica_refused",
                 replica=self.place.id,
                 model=info.id,
-                reason="its weights are others",
+                reason="it has different weights",
                 fingerprint=info.fingerprint[:12],
                 expected=self._fingerprint[:12],
             )
             self._is_closed = True
-            connection.abort("its weights are others")
+            connection.abort("it has different weights")
             return
         self.info = info
 
@@ -236,11 +236,11 @@ class Line:
     # ------------------------------------------------------------------------------------------------------- jobs
 
     async def embed(self, job: EmbedJob) -> Embeddings:
-        """Have the replica embed the texts of a job. Canceling the caller cancels the job there.
+        """Have the replica embed the texts of a job. If the caller is canceled, the job is canceled there too.
 
         Raises:
             LineLost: the replica died, or the connection was lost.
-            RequestError: the replica refused the job or failed; or it has too many tokens for this front.
+            RequestError: the replica rejected the job or failed, or the job has too many tokens for this front.
         """
         wire_job = WireJob.of(job)
         limit_s = wire_job.left_s + _GRACE_S
@@ -293,7 +293,7 @@ class Line:
         finally:
             del self._calls[key]
             self.work -= work
-            if not is_answered:  # canceled, too late, or refused here
+            if not is_answered:  # canceled, too late, or rejected here
                 connection.send("cancel", key)
             if not self._calls:
                 self._on_change()

@@ -1,4 +1,4 @@
-"""What a replica of a model needs: the name of its deployment, its resources, and all that it must know."""
+"""The deployment of a model's replicas: its name, resources, and the data that a replica needs."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from gateway.errors import LoadError
 LOCAL: Final = "local"
 """The address of a cluster that starts and ends with this process."""
 PREFIX: Final = "gateway-"
-"""Of the names of all deployments."""
+"""The prefix of all deployments' names."""
 MAKE_INFINITY: Final = "gateway.cluster.replica:make_infinity"
 _MAX_FILE_BYTES: Final = 64 * 2**20
-# Fields of an entry that are files: their contents travel, as the machine of a replica may not have them.
+# Fields of an entry that name files. Their contents are sent along, because a replica's machine may not have them.
 _FILES: Final = ("golden", "ranges")
-# Fields that change nothing about a replica.
+# Fields that do not affect a replica.
 _NOT_THE_MODEL: Final = {
     *("required", "allow_space_change", "license", "license_accepted", "replicas"),
     *("enabled", "load", "idle_unload_s", "cache"),
 }
-# Settings that a replica's engine reads. No keys are among them.
+# Settings that a replica's engine reads; none is a key.
 _SETTINGS: Final = (
     "max_queue_texts",
     "max_queue_tokens",
@@ -40,7 +40,7 @@ _SETTINGS: Final = (
     "cache_dir",
     "log_level",
 )
-# Autoscaling waits this long before it adds a replica, or removes one.
+# How long autoscaling waits before it adds or removes a replica, in seconds.
 UPSCALE_DELAY_S: Final = 5.0
 DOWNSCALE_DELAY_S: Final = 120.0
 LOOK_BACK_S: Final = 12.0
@@ -48,12 +48,12 @@ LOOK_BACK_S: Final = 12.0
 
 @dataclass(frozen=True, slots=True)
 class Spec:
-    """All that a replica must know of its model.
+    """Everything that a replica must know about its model.
 
     Attributes:
-        files: the contents of the entry's files, by the name of their field.
+        files: the contents of the entry's files, by field name.
         make_backend: ``module:function`` that makes the backend from the entry and the settings.
-        version: of the gateway that deploys it: another one could compute, or read, something else.
+        version: the version of the deploying gateway; another version may compute or read different values.
     """
 
     entry: ModelEntry
@@ -75,7 +75,7 @@ class Spec:
             "gpus": self.num_gpus,
         }
         digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
-        # Serve's own characters, and those of file names, in which Ray writes its logs.
+        # Characters that Serve accepts, and that are valid in the names of Ray's log files.
         return f"{PREFIX}{re.sub(r'[^A-Za-z0-9._-]', '-', self.entry.id)}-{digest}"
 
     @property
@@ -84,10 +84,10 @@ class Spec:
 
 
 def make_spec(entry: ModelEntry, settings: Settings, *, has_cards: bool, make_backend: str = MAKE_INFINITY) -> Spec:
-    """Return all that a replica of a model must know.
+    """Return everything that a replica must know about its model.
 
     Args:
-        has_cards: whether the cluster has graphics cards.
+        has_cards: the cluster has graphics cards.
 
     Raises:
         LoadError: a file of the entry cannot be read.
@@ -95,7 +95,7 @@ def make_spec(entry: ModelEntry, settings: Settings, *, has_cards: bool, make_ba
     files = {name: _read(path) for name, path in _file_paths(entry).items()}
     asked = entry.replicas.gpus if entry.replicas is not None else None
     wants_card = has_cards and entry.device != "cpu" if asked is None else bool(asked)
-    # Ray chooses the card, and the replica sees no other.
+    # Ray chooses the card, and the replica sees only that one.
     device = "cuda" if wants_card and entry.device.startswith("cuda:") else entry.device
     # `enabled` stays: `true` accepts a license, which `auto` does not.
     changes: dict[str, Any] = {"device": device if wants_card else "cpu", "load": "eager"}
@@ -123,7 +123,7 @@ def _file_paths(entry: ModelEntry) -> dict[str, str]:
 
 
 def actor_options(spec: Spec) -> dict[str, Any]:
-    """Return the resources that Ray reserves for a replica: a card, or a core for a model on the CPU."""
+    """Return the resources that Ray reserves for a replica: a card, or a core for a model that runs on the CPU."""
     return {"num_gpus": spec.num_gpus, "num_cpus": 0.1 if spec.num_gpus else 1}
 
 

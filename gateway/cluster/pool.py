@@ -1,4 +1,4 @@
-"""The replicas of one model: choose one for each job, and another one if that dies."""
+"""The replicas of one model: choose a replica for each job, and another if that replica dies."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from gateway.types import Embeddings, EmbedJob, ModelInfo, ModelState
 
 log = structlog.get_logger(__name__)
 
-# A job that was lost with its replica is given to this many others: an embedding can be computed twice. No more, as it may
-# be the job that ends them.
+# A job that was lost with its replica is sent to this many others, because computing an embedding twice is harmless. No
+# more than that, because the job itself may be what kills the replicas.
 _MAX_RETRIES: Final = 2
-# How long a job waits for a replica while none is there: one may just be replaced.
+# How long a job waits while there is no replica, in seconds: one may be about to be replaced.
 PATIENCE_S: Final = 1.0
 _RETRY_AFTER_S: Final = 5
 
 
 class Pool:
-    """The lines to a model's replicas.
+    """The connections to a model's replicas.
 
     Args:
         on_change: called when a line may have become usable or unusable.
-        fingerprint: the weights that each replica must have; by default those of the first.
+        fingerprint: the weights that each replica must have; by default, the first replica's.
         on_fault: called with the reason when a replica finds that its model does not work.
 
     Attributes:
-        lines: by the replica's id.
+        lines: the lines by replica id.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Pool:
         self._changed = asyncio.Event()
 
     def update(self, places: Mapping[str, Place]) -> None:
-        """Open lines to new replicas, and close those to replicas that are gone, once their jobs are done."""
+        """Open lines to new replicas, and close the lines to removed replicas once their jobs are done."""
         for replica, place in places.items():
             if replica in self.lines:
                 continue
@@ -66,7 +66,7 @@ class Pool:
                     model=self._model,
                     replica=replica,
                     node=place.node[:12],
-                    reason="its weights are not those of the other replicas",
+                    reason="its weights differ from those of the other replicas",
                 )
                 continue
             self.lines[replica] = Line(place, self.fingerprint, self._note_change, self._on_fault)
@@ -90,21 +90,21 @@ class Pool:
 
     @property
     def usable(self) -> list[Line]:
-        """The lines to replicas that take jobs."""
+        """The lines to replicas that accept jobs."""
         return [line for line in self.lines.values() if line.is_usable]
 
     @property
     def info(self) -> ModelInfo | None:
-        """The model's info, as one of the replicas gives it."""
+        """The model's info, from any of the replicas."""
         return next((line.info for line in self.lines.values() if line.info is not None), None)
 
     async def embed(self, job: EmbedJob) -> Embeddings:
-        """Have the replica embed the texts of a job that will be done with it first.
+        """Embed the texts of a job on the replica that should finish it first.
 
         Raises:
             Overloaded: the replicas are full.
-            ModelNotReady: no replica is there, or several have died with this job.
-            RequestError: the job was refused or failed.
+            ModelNotReady: there is no replica, or several replicas died while they had this job.
+            RequestError: the job was rejected or failed.
         """
         work = work_of(job.texts, job.query, job.firsts)
         tried: list[Line] = []
@@ -131,10 +131,11 @@ class Pool:
         )
 
     async def choose(self, work: int, tried: list[Line], deadline: float) -> Line | None:
-        """Return the usable line by which work will be done first; wait a moment if no line is.
+        """Return the usable line that should finish the work first; wait a moment if no line is usable.
 
         Args:
-            tried: lines that have had it already; their nodes are avoided, as a node ends with all of its replicas.
+            tried: lines that already had the job. Other nodes are preferred, because a lost node loses all of its
+            replicas.
 
         Raises:
             DeadlineExceeded: the deadline has passed.
@@ -150,12 +151,12 @@ class Pool:
             left_s = until - time.monotonic()
             if left_s <= 0:
                 if time.monotonic() >= deadline:
-                    raise DeadlineExceeded("not done within the time limit: no replica was there")
+                    raise DeadlineExceeded("not done within the time limit: there was no replica")
                 return None
             await self.changed(left_s)
 
     async def changed(self, timeout_s: float) -> None:
-        """Wait until a line may have become usable or unusable, but not for longer than ``timeout_s``."""
+        """Wait until a line may have become usable or unusable, for at most ``timeout_s`` seconds."""
         try:
             async with asyncio.timeout(timeout_s):
                 await self._changed.wait()
@@ -163,17 +164,17 @@ class Pool:
             return
 
     def replicas(self) -> list[Replica]:
-        """Return the replicas, in the order of their ids."""
+        """Return the replicas, sorted by id."""
         return [_replica(self.lines[name]) for name in sorted(self.lines)]
 
     async def metrics(self) -> dict[str, str]:
-        """Return the metrics of each replica that answers, by its id."""
+        """Return the metrics of each replica that answers, by replica id."""
         lines = dict(sorted(self.lines.items()))
         pages = await asyncio.gather(*(line.metrics() for line in lines.values()), return_exceptions=True)
         return {name: page for name, page in zip(lines, pages, strict=True) if isinstance(page, str)}
 
     def _overloaded(self, refusal: Overloaded) -> Overloaded:
-        """Return the refusal of a replica, with the time after which all of them together have room."""
+        """Return a replica's rejection, with the time until all replicas together have room."""
         rates = [line.load.rate for line in self.usable]
         work = sum(line.load.work for line in self.usable)
         if len(rates) > 1 and all(rates):
@@ -194,6 +195,6 @@ def _replica(line: Line) -> Replica:
     if not line.is_usable and state is ModelState.READY:
         state, reason = (
             ModelState.RECOVERING,
-            reason or ("it takes no more jobs" if line.is_leaving else "not connected"),
+            reason or ("it accepts no more jobs" if line.is_leaving else "not connected"),
         )
     return Replica(line.place.id, state, reason, line.place.node, line.place.device)

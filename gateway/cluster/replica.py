@@ -1,4 +1,4 @@
-"""One replica of a model: a process that Ray Serve has started, with an engine and connections to the fronts."""
+"""One replica of a model: a process started by Ray Serve, with an engine and connections to the fronts."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ log = structlog.get_logger(__name__)
 
 NAMESPACE: Final = b"embedding-gateway"
 _EXIT_CARD_LOST: Final = 75
-# How long a lost card's last answers get before the process ends.
+# How long to send the last answers after a card is lost, before the process ends, in seconds.
 _LAST_ANSWERS_S: Final = 1.0
 DRAIN_S: Final = 60.0
 
 
 class Replica:
-    """A deployment's class in Ray Serve.
+    """The class of a deployment in Ray Serve.
 
-    It loads the model at its start, with all checks that a gateway makes at its own. Serve counts it as running after that.
+    It loads the model when it starts, with the same checks as a gateway. After that, Serve counts it as running.
     """
 
     async def __init__(self, spec: Spec) -> None:  # type: ignore[misc]  # Serve awaits it
@@ -54,7 +54,7 @@ class Replica:
         _internal_kv_put(begun_key(spec.name), b"1", namespace=NAMESPACE)
         if spec.version != __version__:
             raise LoadError(
-                f"the gateway here is version {__version__}, and the one that deploys the model {spec.version}"
+                f"the gateway here is version {__version__}, but the one that deploys the model is {spec.version}"
             )
         make = resolve(spec.make_backend)
         self._backend: Backend = make(self._with_files(spec), spec.settings, self._lose_card)
@@ -68,7 +68,7 @@ class Replica:
         self._report(ModelState.READY, "")
 
     def _with_files(self, spec: Spec) -> ModelEntry:
-        """Return the entry with its files on this machine."""
+        """Return the entry with its files written to this machine."""
         paths = {}
         for name, text in spec.files.items():
             path = Path(self._folder.name, f"{name}.json")
@@ -81,14 +81,14 @@ class Replica:
             self._host.report(state, reason)
 
     def _lose_card(self, reason: str) -> None:
-        """End the process, once its last answers are sent: Serve starts another, which may use the card again."""
+        """End the process once its last answers are sent. Serve starts another, which may get the card to work again."""
         log.error("replica_ends_without_card", model=self._model, reason=reason)
         if self._host is not None:
             self._host.report(ModelState.RECOVERING, reason)
         self._loop.call_later(_LAST_ANSWERS_S, os._exit, _EXIT_CARD_LOST)
 
     def record_replica_metadata(self) -> dict[str, Any]:
-        """Return where the fronts find this replica; Serve tells them."""
+        """Return the address of this replica, which Serve sends to the fronts."""
         assert self._host is not None  # noqa: S101  Serve asks once the replica is made
         return {
             "host": _own_address(),
@@ -100,11 +100,11 @@ class Replica:
         }
 
     def record_autoscaling_stats(self) -> dict[str, float]:
-        """Return the number by which Serve scales."""
+        """Return the metric for Serve's autoscaling."""
         return {REQUESTS: float(self._host.num_requests if self._host is not None else 0)}
 
     def check_health(self) -> None:
-        """Raise if only another process can help; Serve then starts one.
+        """Raise an error if only a new process can help, which Serve then starts.
 
         Raises:
             RuntimeError: the model has failed for good, or cannot be reloaded in this process.
@@ -113,7 +113,7 @@ class Replica:
             raise RuntimeError(reason)
 
     async def __del__(self) -> None:
-        """Finish the work in progress and stop; Serve calls it before it ends the process."""
+        """Finish the work in progress and stop. Serve calls this before it ends the process."""
         if self._host is not None:
             await self._host.drain(DRAIN_S)
             await self._host.stop()
@@ -139,12 +139,12 @@ def resolve(path: str) -> Callable[[ModelEntry, Settings, Callable[[str], None]]
 
 
 def begun_key(name: str) -> bytes:
-    """Return the key under which the cluster notes that a replica of a deployment has got a place."""
+    """Return the key under which the cluster records that a replica of a deployment was placed."""
     return f"begun:{name}".encode()
 
 
 def fingerprint_key(name: str) -> bytes:
-    """Return the key under which the cluster notes the weights of a deployment."""
+    """Return the key under which the cluster records the weights of a deployment."""
     return f"fingerprint:{name}".encode()
 
 
@@ -159,16 +159,16 @@ def require_card(spec: Spec, planned: ModelInfo) -> None:
 
 
 def require_same_weights(name: str, fingerprint: str) -> None:
-    """Compare the weights with those of the deployment's first replica, which are noted in the cluster.
+    """Compare the weights with those of the deployment's first replica, which the cluster records.
 
     Raises:
-        LoadError: they differ: this machine has other files under the same name.
+        LoadError: the weights differ, because this machine has other files under the same name.
     """
     key, own = fingerprint_key(name), fingerprint.encode()
     _internal_kv_put(key, own, overwrite=False, namespace=NAMESPACE)
     noted = _internal_kv_get(key, namespace=NAMESPACE)
     if noted != own:
         raise LoadError(
-            f"its checkpoint is another one than that of the model's other replicas (fingerprint {fingerprint[:12]}, theirs "
+            f"its checkpoint differs from that of the model's other replicas (fingerprint {fingerprint[:12]}, theirs "
             f"is {(noted or b'').decode()[:12]}): put the same files on every machine"
         )

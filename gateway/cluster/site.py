@@ -1,4 +1,4 @@
-"""The cluster as the place where the models of this process run: connected to once, shared by all of their backends."""
+"""The cluster on which the models of this process run. All of their backends share one connection to it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _NO_CARD = "no machine of the cluster has an accelerator (`enabled: true` in mod
 
 
 class ClusterSite:
-    """The cluster that the models of this process run on. It is connected to when the first model is loaded.
+    """The cluster that the models of this process run on. The first model that loads connects to it.
 
     Args:
         address: ``local``, ``auto`` or the ``HOST:PORT`` of the head.
@@ -58,10 +58,10 @@ class ClusterSite:
     # ------------------------------------------------------------------------------------------------- for its backends
 
     def connect(self) -> None:
-        """Connect to the cluster, unless that has been done. Blocks.
+        """Connect to the cluster unless already connected. Blocks.
 
         Raises:
-            StartError: no cluster is there.
+            StartError: there is no cluster at the address.
         """
         with self._connecting:
             if not self._is_connected:
@@ -71,11 +71,11 @@ class ClusterSite:
                 log.info("cluster_connected", seconds=round(time.monotonic() - started, 2))
 
     async def use(self, entry: ModelEntry) -> Spec:
-        """Deploy a model for one more backend of this process; return what its replicas know.
+        """Deploy a model for another backend of this process; return the data of its replicas.
 
         Raises:
             LoadError: a file of the entry cannot be read.
-            StartError: no cluster is there.
+            StartError: there is no cluster at the address.
         """
         spec = await asyncio.to_thread(self._deploy, entry)
         _take_signals_back()
@@ -90,7 +90,7 @@ class ClusterSite:
         return spec
 
     async def leave(self, name: str, *, delete: bool) -> None:
-        """Note that a backend has ended; delete its deployment if that is asked, and no other backend here uses it."""
+        """Record that a backend has ended; if requested, delete its deployment unless another backend here uses it."""
         self._users[name] -= 1
         if not self._users[name]:
             del self._users[name]
@@ -98,13 +98,13 @@ class ClusterSite:
                 await asyncio.to_thread(self.cluster.delete, [name])
 
     async def disconnect(self) -> None:
-        """Leave the cluster."""
+        """Disconnect from the cluster."""
         if self._is_connected:
             await asyncio.to_thread(self.cluster.disconnect)
 
 
 def _take_signals_back() -> None:
-    """Put Python's signal handlers in front of Ray's, which print a stack at SIGTERM. Called on the main thread."""
+    """Replace Ray's signal handlers, which print a stack at SIGTERM, by Python's. Called on the main thread."""
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGTERM, signal.SIGINT):
             if (handler := signal.getsignal(number)) is not None:

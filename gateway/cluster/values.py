@@ -1,4 +1,4 @@
-"""Jobs and their answers, as they travel between a front and a replica: the fields of the originals, and compact arrays."""
+"""Jobs and answers in the form sent between a front and a replica: the fields of the originals, and compact arrays."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from gateway.similarity import QueryVectors
 from gateway.types import Embeddings, EmbedJob, SparseVector, Timings, Vectors
 
 Rows: TypeAlias = npt.NDArray[np.float32]
-"""Vectors of some tokens: ``(t, d)`` float32."""
+"""The vectors of tokens: ``(t, d)`` float32."""
 
-# What cannot travel, or means nothing on another machine.
+# Fields that cannot be sent, or have no meaning on another machine.
 _LEFT_OUT = ("deadline", "scorer", "on_tokens")
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """The work of a replica.
+    """The load of a replica.
 
     Attributes:
-        num_requests: requests in progress, of all fronts.
-        num_texts: their texts.
-        work: what is left to do, in characters.
-        others: the part of it that is not this front's.
-        rate: characters per second that it does while it is busy; 0 if that is unknown.
-        num_fronts: fronts that are connected.
+        num_requests: how many requests of all fronts are in progress.
+        num_texts: how many texts these requests have.
+        work: the remaining work, in characters.
+        others: the part of the work that belongs to other fronts.
+        rate: how many characters per second it processes while busy; 0 if unknown.
+        num_fronts: how many fronts are connected.
     """
 
     num_requests: int = 0
@@ -43,12 +43,12 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class WireJob:
-    """An :class:`~gateway.types.EmbedJob` on its way.
+    """An :class:`~gateway.types.EmbedJob` in the form that is sent.
 
     Attributes:
-        content: the job's fields; ``on_tokens`` stays with the front, which learns the numbers of tokens.
-        left_s: seconds until its deadline: the clocks of two machines have nothing in common.
-        query: scores the texts in place of a ``scorer``, whose method it is.
+        content: the job's fields, except ``on_tokens``: the front calls it when it receives the numbers of tokens.
+        left_s: seconds until the deadline, because clocks differ between machines.
+        query: the object whose method is the job's ``scorer``.
     """
 
     content: Mapping[str, Any]
@@ -57,10 +57,10 @@ class WireJob:
 
     @classmethod
     def of(cls, job: EmbedJob) -> WireJob:
-        """Return a job as it travels.
+        """Convert a job to the form that is sent.
 
         Raises:
-            TypeError: its scorer is not one of :class:`~gateway.similarity.QueryVectors`.
+            TypeError: the scorer is not a method of :class:`~gateway.similarity.QueryVectors`.
         """
         content = {field.name: getattr(job, field.name) for field in fields(job) if field.name not in _LEFT_OUT}
         query = None
@@ -73,18 +73,18 @@ class WireJob:
         return cls(content, job.deadline - time.monotonic(), query)
 
     def job(self, on_tokens: Callable[[int], None]) -> EmbedJob:
-        """Return the job, for a backend on this machine."""
+        """Convert the job back, for a backend on this machine."""
         scorer = None if self.query is None else self.query.score
         return EmbedJob(**self.content, deadline=time.monotonic() + self.left_s, scorer=scorer, on_tokens=on_tokens)
 
     @property
     def work(self) -> int:
-        """The characters that a model reads for it."""
+        """The number of characters that a model reads for the job."""
         return work_of(self.content["texts"], self.content["query"], self.content["firsts"])
 
 
 def work_of(texts: Sequence[str], query: str | None, firsts: Sequence[str | None] | None) -> int:
-    """Return the characters that a model reads for texts, and one more for each."""
+    """Return the number of characters that a model reads for texts, plus one per text."""
     before = len(query or "") * len(texts) + sum(len(first or "") for first in firsts or ())
     return before + sum(map(len, texts)) + len(texts)
 
@@ -94,7 +94,7 @@ class Packed:
     """Arrays of several texts in one.
 
     Attributes:
-        lengths: how many rows belong to each text.
+        lengths: the number of rows of each text.
     """
 
     lengths: npt.NDArray[np.int64]
@@ -102,7 +102,7 @@ class Packed:
 
     @classmethod
     def of(cls, arrays: Sequence[npt.NDArray[Any]]) -> Packed:
-        """Return arrays, of equal shape but for their first dimension, as one."""
+        """Join arrays whose shapes differ only in the first dimension."""
         lengths = np.fromiter(map(len, arrays), np.int64, len(arrays))
         return cls(lengths, np.concatenate(arrays) if arrays else np.zeros(0, np.float32))
 
@@ -116,7 +116,7 @@ class Packed:
 
 @dataclass(frozen=True, slots=True)
 class WireEmbeddings:
-    """:class:`~gateway.types.Embeddings` on their way."""
+    """:class:`~gateway.types.Embeddings` in the form that is sent."""
 
     vectors: Vectors
     num_tokens: npt.NDArray[np.int64]
@@ -129,7 +129,7 @@ class WireEmbeddings:
 
     @classmethod
     def of(cls, result: Embeddings) -> WireEmbeddings:
-        """Return a result as it travels."""
+        """Convert a result to the form that is sent."""
         sparse = result.sparse
         return cls(
             vectors=np.ascontiguousarray(result.vectors),
@@ -143,7 +143,7 @@ class WireEmbeddings:
         )
 
     def embeddings(self) -> Embeddings:
-        """Return the result; its arrays are views of what was received."""
+        """Convert the result back. Its arrays are views of the received bytes."""
         sparse = None
         if self.indices is not None and self.weights is not None:
             pairs = zip(self.indices.arrays(), self.weights.arrays(), strict=True)

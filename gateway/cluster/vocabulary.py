@@ -1,4 +1,4 @@
-"""The tokens of a model whose tokenizer is in a replica: a front has no checkpoint."""
+"""The vocabulary of a model whose tokenizer is in a replica, because a front has no checkpoint."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gateway.types import Token
 
 
 class RemoteVocabulary:
-    """A model's :class:`~gateway.types.Vocabulary`, in one of its replicas. Its methods must not be called on the loop."""
+    """A model's :class:`~gateway.types.Vocabulary` in a replica. Do not call its methods on the event loop."""
 
     def __init__(self, line: Line, loop: asyncio.AbstractEventLoop, limit_s: float) -> None:
         self._line = line

@@ -21,7 +21,7 @@ def changed_aliases(old: Registry, new: Registry) -> dict[str, str]:
 
 
 def changed_experiments(old: Registry, new: Registry) -> dict[str, str]:
-    """Return the change of each experiment, whether its counts begin again, and which share of its units it moves.
+    """Return the change of each experiment, whether its counts start over, and which share of its units it moves.
 
     Takes a tenth of a second for each experiment with other arms or weights.
     """
@@ -34,7 +34,7 @@ def changed_experiments(old: Registry, new: Registry) -> dict[str, str]:
             changes[name] = "added" if after else "removed"
         elif Split(before).generation != Split(after).generation:
             moves = ", ".join(f"{move} {share:.1%}" for move, share in moved_units(before, after).items()) or "none"
-            changes[name] = f"{_arms(before)} -> {_arms(after)}; counts begin again; units that move: {moves}"
+            changes[name] = f"{_arms(before)} -> {_arms(after)}; counts start over; units that move: {moves}"
         else:
             changes[name] = "changed; counts go on"
     return changes

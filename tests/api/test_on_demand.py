@@ -205,7 +205,10 @@ async def test_what_the_operator_cannot_do_has_a_reason(gateway: Gateway, check_
         check_error(await ask("two", {}), 403, "forbidden", type_="permission_error")
         assert "there are: team/one, two, twin, off" in check_error(await ask("three"), 404, "model_not_found")
         message = check_error(await ask("twin"), 400, "invalid_input")
-        assert message == "model 'twin' is loaded at the start, for good: set `load: on_demand` in models.yaml"
+        assert (
+            message
+            == "model 'twin' is loaded at the start and stays loaded: set `load: on_demand` in models.yaml to change that"
+        )
         answer = await ask("off")
         message = check_error(answer, 503, "model_unavailable", type_="server_error")
         assert message == "model 'off' is disabled: switched off in models.yaml (`enabled: false`)"

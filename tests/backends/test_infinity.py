@@ -582,7 +582,8 @@ async def test_a_forward_that_hangs_on_a_card_is_not_reloaded(
     assert watched.reports == [
         (
             ModelState.RECOVERING,
-            "its card was lost, and the gateway ends to be restarted: CUDA error: an illegal memory access was encountered",
+            "its card was lost, and the gateway is ending so that it can be restarted: "
+            "CUDA error: an illegal memory access was encountered",
         )
     ]
     assert watched.backend._watch is not None
@@ -598,7 +599,7 @@ async def test_an_engine_on_a_card_that_is_wrong_is_reloaded_and_a_card_that_is_
     watched: Watched, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def load(_backend: InfinityBackend) -> Any:
-        raise CardLostAtLoad("cuda:0 was lost while the model was loaded", "cuda:0")
+        raise CardLostAtLoad("cuda:0 was lost while the model was loading", "cuda:0")
 
     monkeypatch.setattr(InfinityBackend, "_load", load)
     watched.engines[0].devices = ["cuda:0", "cuda:0"]
@@ -607,7 +608,7 @@ async def test_an_engine_on_a_card_that_is_wrong_is_reloaded_and_a_card_that_is_
     assert watched.backend._watch is not None
     await asyncio.wait((watched.backend._watch,), timeout=PATIENCE_S)
 
-    assert watched.losses == ["cuda:0, on which minilm runs: cuda:0 was lost while the model was loaded"]
+    assert watched.losses == ["cuda:0, on which minilm runs: cuda:0 was lost while the model was loading"]
     assert [state for state, _reason in watched.reports] == [ModelState.RECOVERING] * 2
     with pytest.raises(ModelNotReady):
         await watched.backend.embed(job("hello"))
@@ -618,10 +619,10 @@ async def test_an_engine_on_a_card_that_is_wrong_is_reloaded_and_a_card_that_is_
     [
         (
             torch.AcceleratorError("CUDA error: device-side assert triggered"),
-            "cuda:1 was lost while the model was loaded",
+            "cuda:1 was lost while the model was loading",
         ),
         (torch.AcceleratorError("CUDA error: invalid configuration argument"), "the model cannot be run"),
-        (CardLost("a forward on it has not ended after 120 s"), "cuda:1 was lost while the model was loaded"),
+        (CardLost("a forward on it has not ended after 120 s"), "cuda:1 was lost while the model was loading"),
         (torch.OutOfMemoryError("CUDA out of memory"), "too little memory on cuda:1, although the plan fitted"),
     ],
     ids=repr,

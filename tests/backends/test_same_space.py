@@ -166,10 +166,10 @@ async def test_both_are_asked_for_all_texts_with_each_task() -> None:
         ({"tasks": {"separation": ""}, "default_task": "separation"}, "near has no task 'separation'"),
         (
             {"default_task": "retrieval.query"},
-            "its default task is retrieval.query, and that of near is retrieval.passage",
+            "its default task is retrieval.query, but that of near is retrieval.passage",
         ),
-        ({"default_task": None}, "its default task is None, and that of near is retrieval.passage"),
-        ({"width": 16, "dimensions": (16,)}, "its vectors have 16 dimensions, and those of near 8"),
+        ({"default_task": None}, "its default task is None, but that of near is retrieval.passage"),
+        ({"width": 16, "dimensions": (16,)}, "its vectors have 16 dimensions, but those of near have 8"),
     ],
 )
 async def test_a_difference_other_than_in_the_vectors_is_named(changes: dict[str, Any], problem: str) -> None:

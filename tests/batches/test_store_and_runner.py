@@ -84,7 +84,7 @@ def test_two_processes_cannot_share_a_folder(open_store: OpenStore, tmp_path: Pa
     other = subprocess.run(command, capture_output=True, text=True, check=False, env=environ)
 
     assert other.returncode != 0
-    assert "is in use by another process: each gateway needs a folder to itself" in other.stderr
+    assert "is in use by another process: each gateway needs a separate folder" in other.stderr
 
 
 @pytest.mark.parametrize("content", [b"this is no database" * 100, b"SQLite format 3\x00" + b"\xff" * 5000])

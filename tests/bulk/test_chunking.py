@@ -228,8 +228,8 @@ def test_a_title_as_long_as_a_text_is_cut_like_one() -> None:
         ({"tokens": 6}, "so a chunk needs at least"),
         ({"tokens": 513}, "reads 512 tokens at most"),
         ({"tokens": 60, "overlap": 40}, "--overlap 40: it must be at most half"),
-        ({"tokens": 60, "overlap": 4, "is_late": True}, "--overlap and --repeat-title have no meaning"),
-        ({"tokens": 60, "repeats_title": True, "is_late": True}, "have no meaning"),
+        ({"tokens": 60, "overlap": 4, "is_late": True}, "cannot be combined with --overlap or --repeat-title"),
+        ({"tokens": 60, "repeats_title": True, "is_late": True}, "cannot be combined"),
     ],
 )
 def test_options_that_cannot_be_met_are_refused(options: dict[str, object], problem: str) -> None:

@@ -234,7 +234,7 @@ def test_long_texts_are_cut_into_chunks(way: Sequence[str], tmp_path: Path) -> N
         (["--chunk", "4"], "so a chunk needs at least 10"),
         (["--chunk", "300"], "jina reads 256 tokens at most"),
         (["--chunk", "20", "--overlap", "15"], "--overlap 15: it must be at most half"),
-        (["--chunk", "20", "--late", "--overlap", "2"], "have no meaning"),
+        (["--chunk", "20", "--late", "--overlap", "2"], "cannot be combined"),
         (["--chunk", "20", "--late"], "it needs the mean over token states"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -257,7 +257,7 @@ def test_texts_that_the_model_cannot_embed_are_skipped_alone(way: Sequence[str],
     common = (source, "--model", "mini", "--truncate", "refuse", *way)
     stopped = embed(*common, "--to", tmp_path / "stopped")
     assert stopped.exit_code == 1
-    assert "--on-error skip goes on without such rows" in one_line(stopped)
+    assert "With --on-error skip, the job leaves such rows out" in one_line(stopped)
     result = embed(*common, "--to", tmp_path / "out", "--on-error", "skip")
     assert result.exit_code == 0, result.output
     assert "3 rows were skipped" in one_line(result)
@@ -273,7 +273,7 @@ def test_texts_that_the_model_cannot_embed_are_skipped_alone(way: Sequence[str],
 def test_long_texts_are_cut_and_counted(way: Sequence[str], tmp_path: Path) -> None:
     source = write(tmp_path / "docs.jsonl", ["fine", "far too many words for this small model to read"])
     result = embed(source, "--model", "mini", "--to", tmp_path / "out", *way)
-    assert "1 text was longer than the model reads, and cut" in one_line(result)
+    assert "1 text was longer than the model's limit, and cut" in one_line(result)
 
 
 @pytest.mark.usefixtures("served")
@@ -286,9 +286,9 @@ def test_long_texts_are_cut_and_counted(way: Sequence[str], tmp_path: Path) -> N
         (["--model", "mini@5"], "`dimensions` is 5"),
         (["--model", "mini", "--outputs", "sparse"], "`outputs` asks for sparse, but model 'mini' returns only: dense"),
         (["--model", "jina@000000000000"], "expects 000000000000"),
-        (["--model", "jina@4", "--outputs", "sparse"], "only dense vectors have a size to choose"),
+        (["--model", "jina@4", "--outputs", "sparse"], "only dense vectors have a choice of size"),
         (["--model", "jina", "--outputs", "dens"], "--outputs has `dens`; the outputs are `dense`, `sparse`"),
-        (["--model", "mini", "--text", "txt"], "--text txt: there is no such field"),
+        (["--model", "mini", "--text", "txt"], "--text txt: no such field"),
     ],
 )
 def test_what_cannot_be_embedded_is_said_first(
@@ -320,7 +320,7 @@ def test_the_same_command_again_has_nothing_to_do_and_another_one_is_refused(tmp
     assert "Nothing was left to do." in again.output
     refused = embed(*command, "jina")
     assert refused.exit_code == 1
-    assert "its name of the model is mini, and now it would be jina" in one_line(refused)
+    assert "its name of the model is mini, but now it would be jina" in one_line(refused)
     write(source, ["one", "two", "three"])
     assert "the content of the source has changed since" in one_line(embed(*command, "mini"))
     restarted = embed(*command, "jina", "--restart")
@@ -335,7 +335,7 @@ def test_a_folder_with_other_files_is_refused(tmp_path: Path) -> None:
     (folder / "notes.txt").write_text("of the user")
     result = embed(source, "--model", "mini", "--to", folder)
     assert result.exit_code == 1
-    assert "the folder is not empty (it has notes.txt), and has no manifest of a job" in one_line(result)
+    assert "the folder is not empty (it has notes.txt) and has no manifest" in one_line(result)
     assert [path.name for path in folder.iterdir()] == ["notes.txt"]
 
 
@@ -399,7 +399,7 @@ def test_restart_deletes_only_what_the_job_has_written(tmp_path: Path) -> None:
     (other / "part-00007.parquet").write_text("of Spark")
     refused = embed(*command, other, "--restart")
     assert refused.exit_code == 1
-    assert "has part-00007.parquet, which this job has not written" in one_line(refused)
+    assert "has part-00007.parquet, which this job did not write" in one_line(refused)
     assert [path.name for path in other.iterdir()] == ["part-00007.parquet"]
 
 
@@ -410,7 +410,7 @@ def test_two_jobs_do_not_mix_in_a_folder_elsewhere(tmp_path: Path) -> None:
         assert embed(many, "--model", "mini", "--to", f"{place}{slash}", "--shard-rows", "1").exit_code == 0
     refused = embed(few, "--model", "mini", "--to", place)
     assert refused.exit_code == 1
-    assert "has part-00000.parquet, which this job has not written: choose another folder" in one_line(refused)
+    assert "has part-00000.parquet, which this job did not write: choose another folder" in one_line(refused)
 
 
 def test_a_file_that_was_deleted_is_missed(tmp_path: Path) -> None:
@@ -434,7 +434,7 @@ def test_a_number_and_the_same_digits_are_one_id(tmp_path: Path) -> None:
     done = embed(source, "--model", "mini", "--to", tmp_path / "out", "--on-error", "skip", "--shard-rows", "1")
     assert done.exit_code == 0, done.output
     problems = [orjson.loads(line)["problem"] for line in (tmp_path / "out/_errors.jsonl").read_bytes().splitlines()]
-    assert problems == [f"the id {i} is that of an earlier row, as a number or as text" for i in ("1", "'2'")]
+    assert problems == [f"the id {i} was already used by an earlier row, as a number or as text" for i in ("1", "'2'")]
     assert [row["id"] for row in rows_of(tmp_path / "out")] == ["1", "01", "2"]
 
 
@@ -447,7 +447,9 @@ def test_deep_values_are_refused_before_they_break_anything(sink: str, tmp_path:
     assert done.exit_code == 0, done.output
     errors = [orjson.loads(line) for line in (tmp_path / sink / "_errors.jsonl").read_bytes().splitlines()]
     assert [error["place"][-1] for error in errors] == ["2", "3"]
-    assert {error["problem"] for error in errors} == {"its values are nested more than 100 deep, which is the limit"}
+    assert {error["problem"] for error in errors} == {
+        "its values are nested more than 100 levels deep, which is the limit"
+    }
 
 
 @pytest.mark.parametrize("first", ["out", "out.jsonl"])

@@ -45,10 +45,10 @@ def test_paths_lead_into_fields_and_name_the_payload_by_their_last_part() -> Non
     ("record", "names", "message"),
     [
         ({"id": 1, "body": "x"}, {}, "docs.jsonl: no field is called "
-         "`text` or `content` or `page_content` or `document` or `data`: name that of the text with "
+         "`text` or `content` or `page_content` or `document` or `data`: name the text field with "
          "--text FIELD; the fields are: id, body"),
-        ({"id": 1, "text": "x"}, {"text": "txet"}, "--text txet: there is no such field; did you mean `text`?"),
-        ({"id": 1, "text": "x"}, {"id": "key"}, "--id key: there is no such field; the fields are: id, text"),
+        ({"id": 1, "text": "x"}, {"text": "txet"}, "--text txet: no such field; did you mean `text`?"),
+        ({"id": 1, "text": "x"}, {"id": "key"}, "--id key: no such field; the fields are: id, text"),
         ({"id": 1, "text": "x"}, {"payload": ("a.x", "b.x")}, "has a.x and b.x, and both would be stored as `x`"),
         ({}, {}, "the first records have no fields"),
         ({"id": 1, "a": {"text": "x"}}, {}, "the fields are: id, a, a.text"),
@@ -65,19 +65,19 @@ def test_a_wrong_name_is_an_error_that_lists_the_fields(
 @pytest.mark.parametrize(
     ("record", "problem"),
     [
-        ({"id": 1}, "the text, in field `text`, is missing"),
-        ({"id": 1, "text": None}, "the text, in field `text`, must be text, and is nothing"),
-        ({"id": 1, "text": 5}, "the text, in field `text`, must be text, and is the number `5`"),
-        ({"id": 1, "text": ""}, "the text, in field `text`, is empty"),
-        ({"id": 1, "text": " \n"}, "the text, in field `text`, has only spaces"),
-        ({"id": 1, "text": "a\ud800"}, "is not valid Unicode: it has half of a surrogate pair alone"),
-        ({"text": "x"}, "the id, in field `id`, is missing"),
-        ({"id": 1.5, "text": "x"}, "must be text or a whole number, and is the number `1.5`"),
-        ({"id": True, "text": "x"}, "must be text or a whole number, and is `true`"),
-        ({"id": "", "text": "x"}, "must be text or a whole number, and is an empty text"),
+        ({"id": 1}, "the text in field `text` is missing"),
+        ({"id": 1, "text": None}, "the text in field `text` must be text, got nothing"),
+        ({"id": 1, "text": 5}, "the text in field `text` must be text, got the number `5`"),
+        ({"id": 1, "text": ""}, "the text in field `text` is empty"),
+        ({"id": 1, "text": " \n"}, "the text in field `text` is blank"),
+        ({"id": 1, "text": "a\ud800"}, "is not valid Unicode: it contains a lone surrogate"),
+        ({"text": "x"}, "the id in field `id` is missing"),
+        ({"id": 1.5, "text": "x"}, "must be text or an integer, got the number `1.5`"),
+        ({"id": True, "text": "x"}, "must be text or an integer, got `true`"),
+        ({"id": "", "text": "x"}, "must be text or an integer, got an empty text"),
         ({"id": "i" * 1025, "text": "x"}, "has 1,025 characters; the limit is 1,024"),
-        ({"id": "\udc00", "text": "x"}, "the id, in field `id`, is not valid Unicode"),
-        ({"id": 1, "text": "x", "title": 3}, "the title, in field `title`, must be text, and is the number `3`"),
+        ({"id": "\udc00", "text": "x"}, "the id in field `id` is not valid Unicode"),
+        ({"id": 1, "text": "x", "title": 3}, "the title in field `title` must be text, got the number `3`"),
     ],
 )
 def test_a_record_that_cannot_be_embedded_says_why(record: dict[str, object], problem: str) -> None:

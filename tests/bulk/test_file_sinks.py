@@ -123,9 +123,7 @@ def test_ids_are_text_unless_the_first_ones_are_all_numbers(tmp_path: Path) -> N
     assert pq.read_table(tmp_path / "text").column("id").to_pylist() == ["1", "a"]
     sink = opened(tmp_path / "numbers")
     sink.write(0, embedded(rows({})))
-    with pytest.raises(
-        BulkError, match=r"docs\.jsonl:a: the id 'a' does not fit into the column of ids, which are whole"
-    ):
+    with pytest.raises(BulkError, match=r"docs\.jsonl:a: the id 'a' does not fit into the id column, which holds"):
         sink.write(1, embedded(rows({}, first="a")))
     assert [path.name for path in (tmp_path / "numbers").iterdir()] == ["part-00000.parquet"]
 
@@ -146,7 +144,7 @@ def test_a_shard_again_replaces_the_shard_and_leaves_nothing_half_written(place:
 def test_vectors_of_another_space_are_refused(tmp_path: Path) -> None:
     opened(tmp_path).write(0, embedded(rows({})))
     other = SpaceNote("big@ffffffffffff", "big", None, dimensions=4, is_normalized=True)
-    with pytest.raises(BulkError, match=r"holds vectors of space mini@0123456789ab, .* are in big@ffffffffffff"):
+    with pytest.raises(BulkError, match=r"has vectors of space mini@0123456789ab, .* vectors of big@ffffffffffff"):
         open_folder(str(tmp_path), "text").open(other)
 
 
@@ -154,7 +152,7 @@ def test_a_parquet_file_of_another_program_is_not_replaced(tmp_path: Path) -> No
     import pyarrow as pa
 
     pq.write_table(pa.table({"x": [1]}), tmp_path / "part-00000.parquet")
-    with pytest.raises(BulkError, match=r"part-00000\.parquet is not by the gateway, and would be replaced"):
+    with pytest.raises(BulkError, match=r"part-00000\.parquet was not written by the gateway, and would be replaced"):
         opened(tmp_path)
 
 
@@ -172,7 +170,7 @@ def test_a_full_disk_is_named_and_nothing_is_left(tmp_path: Path, monkeypatch: p
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    with pytest.raises(BulkError, match="the folder cannot be made: File exists"):
+    with pytest.raises(BulkError, match="the folder cannot be created: File exists"):
         opened(tmp_path / "file")
 
 

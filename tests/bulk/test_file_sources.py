@@ -148,7 +148,7 @@ def test_a_file_that_is_written_while_it_is_read_stops_the_reading(tmp_path: Pat
     next(reading)
     with path.open("ab") as file:
         file.write(b'{"id": "new", "text": "late"}\n')
-    with pytest.raises(BulkError, match=r"docs\.jsonl: was written while it was read"):
+    with pytest.raises(BulkError, match=r"docs\.jsonl: was modified while it was being read"):
         list(reading)
 
 
@@ -199,11 +199,11 @@ def short_lines(monkeypatch: pytest.MonkeyPatch) -> None:
 
 BAD_LINES = {
     b'{"id": 1, "text"': "is not JSON: ",
-    b"[1, 2]": "must be a JSON object, and is a list",
-    b"null": "must be a JSON object, and is nothing",
+    b"[1, 2]": "must be a JSON object, got a list",
+    b"null": "must be a JSON object, got nothing",
     b'{"id": 2, "text": "\xff"}': "is not UTF-8: invalid start byte at byte 20",
     b'{"id": 3, "text": "\\ud800"}': "is not JSON: ",
-    b'{"id": 4}': "the text, in field `text`, is missing",
+    b'{"id": 4}': "the text in field `text` is missing",
     b'{"id": 5, "text": "' + 100 * b"long " + b'"}': "the line has more than 16 MiB, which is the limit",
     b'{"id": 6, "text": NaN}': "is not JSON: ",
 }
@@ -256,8 +256,8 @@ def test_a_bad_csv_record_is_named_and_does_not_touch_its_neighbors(tmp_path: Pa
     assert [one.id for one in read if isinstance(one, Row)] == ["a", "d", "h", "i"]
     problems = {one.place.rpartition(":")[2]: one.problem for one in read if isinstance(one, BadRow)}
     assert problems == {
-        "4": "has 3 columns, and the first line names 2",
-        "5": "a quoted field that begins here does not end as it should (is not CSV: ',' expected after '\"')",
+        "4": "has 3 columns, but the first line names 2",
+        "5": "a quoted field that begins here is not closed (is not CSV: ',' expected after '\"')",
         "8": "is not CSV: ',' expected after '\"'",
         "9": "is not UTF-8: invalid start byte at byte 3",
         "10": "the line has more than 16 MiB, which is the limit",
@@ -280,15 +280,15 @@ def _pipe(path: Path) -> None:
 
 
 UNUSABLE: Mapping[str, tuple[bytes | Callable[[Path], Any], str]] = {
-    "a.jsonl": (b'[{"id": 1}]', "is a JSON array, and must be JSON lines, an object per line: jq -c '.[]'"),
-    "b.json": (b'{\n "id": 1}', "is JSON over several lines, and must be JSON lines"),
-    "c.jsonl": ("﻿{}".encode("utf-16"), "is UTF-16, and must be UTF-8: iconv"),
-    "d.jsonl": (b"\n", "has no record"),
+    "a.jsonl": (b'[{"id": 1}]', "is a JSON array, but must be JSON lines, an object per line: jq -c '.[]'"),
+    "b.json": (b'{\n "id": 1}', "is JSON over several lines, but must be JSON lines"),
+    "c.jsonl": ("﻿{}".encode("utf-16"), "is UTF-16, but must be UTF-8: iconv"),
+    "d.jsonl": (b"\n", "no records found"),
     "e.jsonl": (b"oops\n", "e.jsonl:1: is not JSON"),
-    "f.csv": (b"", "is empty; the first line must have the names of the columns"),
+    "f.csv": (b"", "is empty; the first line must contain the column names"),
     "g.csv": (b"id,text,id\n", "g.csv:1: two columns are called `id`"),
     "h.csv": (b"id,,text\n", "h.csv:1: a column has no name"),
-    "i.csv": (b'"id,text\n', "i.csv:1: is not a line with the names of the columns"),
+    "i.csv": (b'"id,text\n', "i.csv:1: is not a line of column names"),
     "j.csv": (b"id,t\xe9xt\n", "j.csv:1: is not UTF-8: invalid continuation byte at byte 5"),
     "k.parquet": (b"PAR1 not really", "k.parquet: is not a Parquet file"),
     "l.txt": (b"text", "l.txt: its name must end in .jsonl"),
@@ -313,14 +313,14 @@ def test_a_file_that_cannot_be_a_source_says_why(name: str, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("places", "problem"),
     [
-        (["{}/absent.jsonl"], "absent.jsonl: there is no such file or folder"),
-        (["{}/*.csv"], "has no file whose name ends in .jsonl"),
-        (["{}/empty"], "empty: has no file whose name ends in .jsonl, "),
-        (["{}/docs.jsonl", "{}/*.jsonl"], "docs.jsonl: is named twice among the sources"),
+        (["{}/absent.jsonl"], "absent.jsonl: no such file or folder"),
+        (["{}/*.csv"], "no file name ends in .jsonl"),
+        (["{}/empty"], "empty: no file name ends in .jsonl, "),
+        (["{}/docs.jsonl", "{}/*.jsonl"], "docs.jsonl: is named twice in the sources"),
         (["s3://bucket/docs.jsonl"], "needs a package that is not installed: Install s3fs"),
         (["nowhere://bucket/docs.jsonl"], "nowhere://bucket/docs.jsonl: cannot be opened: ValueError: Protocol not known"),
-        (["memory://nothing/here.jsonl"], "memory://nothing/here.jsonl: there is no such file or folder"),
-        (["{}/" + 300 * "x" + ".jsonl"], "there is no such file or folder"),
+        (["memory://nothing/here.jsonl"], "memory://nothing/here.jsonl: no such file or folder"),
+        (["{}/" + 300 * "x" + ".jsonl"], "no such file or folder"),
     ],
 )  # fmt: skip
 def test_a_place_without_files_says_so(places: Sequence[str], problem: str, tmp_path: Path) -> None:
@@ -333,7 +333,7 @@ def test_a_place_without_files_says_so(places: Sequence[str], problem: str, tmp_
 
 def test_bytes_of_parquet_are_refused_unless_they_are_left_out(tmp_path: Path) -> None:
     pq.write_table(pa.Table.from_pylist([{"id": 1, "text": "x", "image": b"\x00"}]), tmp_path / "docs.parquet")
-    with pytest.raises(BulkError, match="column `image` has bytes, which no sink takes: name the columns to keep"):
+    with pytest.raises(BulkError, match="column `image` has bytes, which no sink can store: name the columns to keep"):
         opened(tmp_path)
 
 

@@ -143,9 +143,9 @@ def test_a_job_counts_what_it_has_done(jobs: Jobs) -> None:
     assert outcome.total == outcome.done
     problems = {error["problem"] for error in read_errors(jobs.folder)}
     assert problems == {
-        "the text, in field `text`, is missing",
+        "the text in field `text` is missing",
         "the model refuses a text that begins with `refuse`",
-        *(f"the id 'd{i // 2}' is that of an earlier row" for i in range(33, NUM_ROWS, 50)),
+        *(f"the id 'd{i // 2}' was already used by an earlier row" for i in range(33, NUM_ROWS, 50)),
         *(one for one in problems if one.startswith("is not JSON")),
     }
     again = jobs.run()
@@ -191,9 +191,7 @@ def test_a_model_that_fails_midway_loses_nothing_that_was_embedded(jobs: Jobs) -
 
 
 def test_stop_ends_right_before_the_bad_row_and_skip_goes_on_from_there(jobs: Jobs) -> None:
-    with pytest.raises(
-        BulkError, match=r"docs\.jsonl:8: the text, in field `text`, is missing\. What comes before it is"
-    ):
+    with pytest.raises(BulkError, match=r"docs\.jsonl:8: the text in field `text` is missing\. The rows before it are"):
         jobs.run(on_error="stop")
     assert jobs.ids() == GOOD[:7]
     with pytest.raises(BulkError, match=r"docs\.jsonl:8: "):
@@ -321,10 +319,10 @@ def test_a_job_of_bad_rows_only_writes_no_file(tmp_path: Path) -> None:
 def test_a_changed_source_another_space_and_other_options_are_refused_with_the_way_out(jobs: Jobs) -> None:
     jobs.run(identity={"truncate": "end"})
     changed = [
-        (lambda: jobs.run(identity={"truncate": "start"}), "its truncate is end, and now it would be start"),
+        (lambda: jobs.run(identity={"truncate": "start"}), "its truncate is end, but now it would be start"),
         (lambda: jobs.run(FakeEmbedder(space="new@ffffffffffff"), identity={"truncate": "end"}),
-         "its space is fake@0123456789ab, and now it would be new@ffffffffffff"),
-        (jobs.run, "its truncate is end, and now it would be not set"),
+         "its space is fake@0123456789ab, but now it would be new@ffffffffffff"),
+        (jobs.run, "its truncate is end, but now it would be not set"),
     ]  # fmt: skip
     for run, reason in changed:
         with pytest.raises(BulkError) as caught:
@@ -360,7 +358,7 @@ def test_a_file_that_is_not_a_manifest_is_refused(tmp_path: Path) -> None:
     with sqlite3.connect(tmp_path / "new.sqlite3") as db:
         db.execute("PRAGMA user_version = 99")
     db.close()
-    with pytest.raises(BulkError, match="is the manifest of another version"):
+    with pytest.raises(BulkError, match="was written by another version of the gateway"):
         Manifest(tmp_path / "new.sqlite3")
     with pytest.raises(BulkError, match="the manifest cannot be used: unable to open database file"):
         Manifest(tmp_path / "absent" / "m.sqlite3")
@@ -388,7 +386,7 @@ def test_a_database_of_another_program_is_no_manifest(tmp_path: Path) -> None:
     with closing(sqlite3.connect(tmp_path / "shop.db")) as db:
         db.execute("CREATE TABLE users (name)")
         db.commit()
-    with pytest.raises(BulkError, match="is a database of another program"):
+    with pytest.raises(BulkError, match="is another program's database"):
         Manifest(tmp_path / "shop.db")
 
 

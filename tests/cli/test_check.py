@@ -169,5 +169,5 @@ def test_a_change_of_weights_says_which_units_it_moves(tmp_path: Path) -> None:
         CliRunner().invoke(app, ["check", "--models", str(new), "--against", str(old)]) for new in (path, old)
     )
 
-    assert changed.stdout.startswith("e: a 9, b 1 -> a 9, b 9; counts begin again; units that move: a -> b 4")
+    assert changed.stdout.startswith("e: a 9, b 1 -> a 9, b 9; counts start over; units that move: a -> b 4")
     assert unchanged.stdout.startswith(f"aliases and experiments as in {old}\n")

@@ -153,7 +153,7 @@ def test_mem0_searches_the_new_collection_with_ids_payload_and_history_kept(
         memory.update(ids[2], text="I moved to Porto in May")
 
     shown = gateway_move("back")
-    assert "Applications are to use memories again." in shown
+    assert "Let applications use memories again." in shown
     assert YAML(typ="safe").load(config.read_text()) == YAML(typ="safe").load(before)
     with memory_of(config) as memory:
         expected = [

@@ -44,7 +44,7 @@ def test_every_command_of_the_page_runs_in_its_order(furnished_gateway: Gateway,
     assert "ready: the new collection can be used" in checked
     assert "x-gateway-expect-space: told@" in flipped
     assert "0 embedded" in again
-    assert "Applications are to use orders again." in back
+    assert "Let applications use orders again." in back
     assert "finished" in finished
     assert "tickets → tickets, vector e5: 200 items, 200 embedded, 0 deleted" in one
     assert "next: gateway move check tickets" in one

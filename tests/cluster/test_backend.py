@@ -170,7 +170,7 @@ def test_without_a_cluster_the_start_says_how_to_make_one(monkeypatch: pytest.Mo
     named, found = _unreachable("10.0.0.1:6379", error), _unreachable("auto", error)
 
     assert (
-        "GATEWAY_CLUSTER=10.0.0.1:6379: no Ray cluster is at 10.0.0.1:6379, or it cannot be reached (no answer)"
+        "GATEWAY_CLUSTER=10.0.0.1:6379: no Ray cluster was found at 10.0.0.1:6379, or it cannot be reached (no answer)"
         in named
     )
     assert "ray start --head" in named

@@ -347,6 +347,7 @@ def test_without_a_cluster_the_start_says_how_to_make_one() -> None:
     text = _unreachable("10.0.0.1:6379", ConnectionError("no answer\nand more"))
 
     assert (
-        "GATEWAY_CLUSTER=10.0.0.1:6379: no Ray cluster is at 10.0.0.1:6379, or it cannot be reached (no answer)" in text
+        "GATEWAY_CLUSTER=10.0.0.1:6379: no Ray cluster was found at 10.0.0.1:6379, or it cannot be reached (no answer)"
+        in text
     )
     assert "ray start --head" in text

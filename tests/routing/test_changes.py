@@ -62,19 +62,19 @@ def test_aliases_are_listed_in_the_order_of_the_files() -> None:
         ({"exclude": ("me",)}, "changed; counts go on"),
         (
             {"salt": "other"},
-            "one 1, new 0.5 -> one 1, new 0.5; counts begin again; units that move: *one -> new 2*%*",
+            "one 1, new 0.5 -> one 1, new 0.5; counts start over; units that move: *one -> new 2*%*",
         ),
         (
             {"arms": (ARMS[0], {**ARMS[1], "weight": 3})},
-            "one 1, new 0.5 -> one 1, new 3; counts begin again; units that move: one -> new 4*%",
+            "one 1, new 0.5 -> one 1, new 3; counts start over; units that move: one -> new 4*%",
         ),
         (
             {"arms": (ARMS[0], {**ARMS[1], "task": "query"})},
-            "one 1, new 0.5 -> one 1, new 0.5; counts begin again; units that move: none",
+            "one 1, new 0.5 -> one 1, new 0.5; counts start over; units that move: none",
         ),
         (
             {"arms": (ARMS[0], {"model": "two", "weight": 0.5})},
-            "one 1, new 0.5 -> one 1, two 0.5; counts begin again; units that move: *new -> two*%*",
+            "one 1, new 0.5 -> one 1, two 0.5; counts start over; units that move: *new -> two*%*",
         ),
     ],
 )

@@ -8,7 +8,7 @@ from typing import TypeAlias
 from gateway.bulk.rows import Json, Row
 
 ID, VECTOR, SPARSE, MULTIVECTOR, REST = "id", "vector", "sparse", "multivector", "_rest"
-"""The columns that the sink fills itself. A field of the payload with such a name goes into ``_rest``."""
+"""The columns that the sink fills itself. A payload field with one of these names goes into ``_rest``."""
 
 _OLD = frozenset({VECTOR, SPARSE, MULTIVECTOR, REST})
 _RESERVED = frozenset({ID, VECTOR, SPARSE, MULTIVECTOR, REST})
@@ -16,7 +16,7 @@ Flat: TypeAlias = tuple[dict[str, Json], dict[str, Json]]
 
 
 class FlatRows:
-    """Lays rows out flat: the text and the fields of the payload next to the id.
+    """Flattens rows: puts the text and the payload's fields next to the id.
 
     Args:
         text_field: the path of the text in the source; ``None`` leaves the text out.
@@ -26,7 +26,7 @@ class FlatRows:
         self.text_column = None if text_field is None else _text_column(text_field)
 
     def flatten(self, row: Row) -> Flat:
-        """Return the columns of a row, without those that the sink fills itself, and the fields that fit in none."""
+        """Return the columns of a row, without those that the sink fills itself, and the fields that have no column."""
         columns: dict[str, Json] = {} if self.text_column is None else {self.text_column: row.text}
         rest: dict[str, Json] = {}
         for name, value in row.payload.items():
@@ -35,9 +35,9 @@ class FlatRows:
 
 
 def restored(record: Mapping[str, Json]) -> Mapping[str, Json]:
-    """Return a record of a file as its row was before the sink wrote it: without vectors, and with the fields of the rest.
+    """Return a record of a file as its original row: without vectors, and with the fields from ``_rest``.
 
-    A record of another program may have vectors too, which are of another model.
+    A record written by another program may also have vectors, which come from another model.
     """
     if _OLD.isdisjoint(record):
         return record

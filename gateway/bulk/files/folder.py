@@ -24,14 +24,14 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 class FolderSink(ABC):
     """A folder with a file for each shard, ``part-00000.parquet`` and so on.
 
-    On this machine, a file is written under a hidden name, forced to the disk and renamed. Elsewhere it is sent as a whole,
-    which object stores make visible when all of it has arrived.
+    On this machine, a file is written under a hidden name, synced to disk and renamed. Elsewhere it is sent as a whole;
+    object stores show it only once all of it has arrived.
 
     Args:
         place: a path, or a URL that fsspec knows.
 
     Attributes:
-        folder: on this machine; ``None`` elsewhere.
+        folder: the path of the folder on this machine; ``None`` elsewhere.
     """
 
     ending: str
@@ -53,8 +53,8 @@ class FolderSink(ABC):
         return not self._exists(0)
 
     def open(self, note: SpaceNote) -> None:
-        """Make the folder, and check that its vectors are of this space."""
-        with self._writing("the folder cannot be made"):
+        """Create the folder if necessary, and check that its vectors are of this space."""
+        with self._writing("the folder cannot be created"):
             if self.folder is not None:
                 self.folder.mkdir(parents=True, exist_ok=True)
             else:
@@ -63,8 +63,8 @@ class FolderSink(ABC):
         space = self._space_found() if self._exists(0) else None
         if space is not None and not is_same_space(space, note.space):
             raise BulkError(
-                f"{self.name}: holds vectors of space {space}, and those of this job are in {note.space}: they cannot be "
-                "compared; choose another folder"
+                f"{self.name}: has vectors of space {space}, which cannot be compared with this job's vectors of "
+                f"{note.space}; choose another folder"
             )
 
     def write(self, shard: int, batch: EmbeddedRows) -> None:
@@ -76,7 +76,7 @@ class FolderSink(ABC):
                 self._encode(shard, batch, buffer)
                 self._filesystem.pipe_file(f"{self._inner}/{name}", buffer.getvalue())
                 return
-            # Always the same: what a killed process has left there is overwritten when its shard is written again.
+            # The name is always the same, so writing a shard again overwrites the leftovers of a killed process.
             temporary = self.folder / f".{name}.tmp"
             try:
                 with temporary.open("wb") as file:
@@ -114,10 +114,10 @@ class FolderSink(ABC):
                 self._filesystem.pipe_file(f"{self._inner}/{name}", content)
 
     def remove(self, shards: Iterable[int]) -> None:
-        """Delete the files of some shards, as far as they exist.
+        """Delete the files of some shards; missing files are ignored.
 
         Raises:
-            BulkError: one cannot be deleted.
+            BulkError: a file cannot be deleted.
         """
         with self._writing("the files cannot be deleted"):
             for name in self._names() & {self.file_name(shard) for shard in shards}:
@@ -127,13 +127,14 @@ class FolderSink(ABC):
                     self._filesystem.rm_file(f"{self._inner}/{name}")
 
     def check_files(self, shards: Iterable[int], maybe: int | None) -> None:
-        """Check that the folder has the files of these shards and of no others.
+        """Check that the folder has exactly the files of these shards.
 
         Args:
             maybe: a shard that a killed process may have written.
 
         Raises:
-            BulkError: one is missing; or another job has written there, whose files would be replaced or mixed with others.
+            BulkError: a file is missing, or another job has written there, so that its files would be replaced or
+            mixed.
         """
         with self._writing("the folder cannot be read"):
             names = self._names()
@@ -145,10 +146,10 @@ class FolderSink(ABC):
             )
         others = names - expected - ({self.file_name(maybe)} if maybe is not None else set())
         if others:
-            raise BulkError(f"{self.name}: has {min(others)}, which this job has not written: choose another folder")
+            raise BulkError(f"{self.name}: has {min(others)}, which this job did not write: choose another folder")
 
     def _names(self) -> set[str]:
-        """Return the names of all files that could be those of shards."""
+        """Return the names of all files that may be shards."""
         pattern = f"part-*{self.ending}"
         if self.folder is not None:
             return {path.name for path in self.folder.glob(pattern)}
@@ -192,7 +193,7 @@ class FolderSink(ABC):
 
 
 def _sync_folder(folder: Path) -> None:
-    """Force a rename to the disk."""
+    """Sync a rename to disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

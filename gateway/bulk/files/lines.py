@@ -1,4 +1,4 @@
-"""Lines of a file, of bounded length, each with its number and the place where reading can go on after it."""
+"""Lines of a file, of bounded length, each with its number and the place from which reading can continue."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import BinaryIO
 from gateway.bulk.fields import Record
 
 MAX_LINE_BYTES = 16 * 2**20
-"""The longest line or CSV record. A text of this size has some million tokens, far more than any model reads."""
+"""The longest line or CSV record. A text of this size has about a million tokens, far more than any model reads."""
 
 _CHUNK_BYTES = 1 << 20
 
@@ -19,8 +19,8 @@ class Mark:
     """A place between two lines.
 
     Attributes:
-        offset: bytes before it, of the unpacked content.
-        number: of the last line before it, counted from 1.
+        offset: the number of uncompressed bytes before it.
+        number: the number of the last line before it, counted from 1.
     """
 
     offset: int = 0
@@ -40,8 +40,8 @@ class FileRecord:
     """A record, or the problem with it.
 
     Attributes:
-        number: of its line, or of its row in a Parquet file; counted from 1.
-        after: where reading goes on.
+        number: the number of its line, or of its row in a Parquet file, counted from 1.
+        after: where reading continues.
     """
 
     content: Record | str
@@ -50,14 +50,15 @@ class FileRecord:
 
 
 def read_lines(file: BinaryIO, start: Mark, max_bytes: int = MAX_LINE_BYTES) -> Iterator[Line]:
-    """Yield the lines after a mark, blank ones too; memory is bounded by the longest line that is allowed.
+    """Yield the lines after a mark, including blank ones; memory is bounded by the length limit of lines.
 
     Args:
-        file: at any position; it is moved to the mark. A packed file is unpacked up to there once more.
+        file: an open file at any position; it is moved to the mark. A compressed file is decompressed up to there
+        again.
     """
     file.seek(start.offset)
     offset, number = start.offset, start.number
-    while raw := file.readline(max_bytes + 2):  # with its end, which may be two bytes
+    while raw := file.readline(max_bytes + 2):  # including the line end, which may be two bytes
         offset += len(raw)
         number += 1
         if raw.endswith(b"\n"):
@@ -73,5 +74,5 @@ def read_lines(file: BinaryIO, start: Mark, max_bytes: int = MAX_LINE_BYTES) -> 
         if content is not None and len(content) > max_bytes:
             content = None
         elif content is not None and number == 1:
-            content = content.removeprefix(b"\xef\xbb\xbf")  # some editors put a byte order mark in front
+            content = content.removeprefix(b"\xef\xbb\xbf")  # some editors write a byte order mark first
         yield Line(content, Mark(offset, number))

@@ -1,4 +1,4 @@
-"""Rows of a Parquet file as JSON. The only places that need pyarrow are this module and the sink's."""
+"""Rows of a Parquet file as JSON. Only this module and the sink's need pyarrow."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def import_pyarrow() -> Any:
 
 
 def count_rows(file: SourceFile) -> int:
-    """Return the number of rows, which the end of the file has.
+    """Return the number of rows, from the end of the file.
 
     Raises:
         BulkError: it is not Parquet.
@@ -48,7 +48,7 @@ def count_rows(file: SourceFile) -> int:
 @contextmanager
 def _open(file: SourceFile) -> Iterator[Any]:
     pa = import_pyarrow()
-    with file.open_raw() as raw:  # refuses a pipe, and names a file that does not exist
+    with file.open_raw() as raw:  # rejects a pipe, and reports a missing file by its name
         try:
             opened = pa.parquet.ParquetFile(file.path if file.filesystem is None else raw)
         except pa.ArrowInvalid as error:
@@ -58,14 +58,14 @@ def _open(file: SourceFile) -> Iterator[Any]:
 
 
 def read_parquet(file: SourceFile, start: Mark, columns: Sequence[str] | None) -> Iterator[FileRecord]:
-    """Yield the rows after a mark, whose ``offset`` and ``number`` are both the number of a row."""
+    """Yield the rows after a mark, whose ``offset`` and ``number`` are both a row number."""
     pa = import_pyarrow()
     with _open(file) as opened:
         own = {field.name for field in opened.schema_arrow if is_json(field)}
         names = [
             name for name in opened.schema_arrow.names if columns is None or name in columns or name in own & {REST}
         ]
-        if columns is None:  # vectors of another model: they are replaced, and slow to read
+        if columns is None:  # vectors of another model are slow to read, and replaced anyway
             names = [name for name in names if name not in _OLD_VECTORS or not _is_nested(pa, opened, name)]
         convert = _converters(pa, file.path, opened.schema_arrow, names)
         convert |= dict.fromkeys(own.intersection(names), _from_json)
@@ -87,7 +87,7 @@ def read_parquet(file: SourceFile, start: Mark, columns: Sequence[str] | None) -
 
 
 def _rows(batch: Any, convert: Mapping[str, Callable[[Any], Json]]) -> Iterator[Record | str]:
-    """Yield the rows of a batch; a row that is not UTF-8 does not take the others along."""
+    """Yield the rows of a batch; a row that is not UTF-8 does not affect the others."""
     try:
         rows: list[Any] = batch.to_pylist()
     except UnicodeDecodeError:
@@ -108,14 +108,14 @@ def _converted(row: dict[str, Any], convert: Mapping[str, Callable[[Any], Json]]
 
 
 def _whole(record: Record) -> Record:
-    """Return a row of a file by the gateway with all fields; one without a value is one that the row did not have."""
+    """Return a row of a file that the gateway wrote. A field without a value is one that the row did not have."""
     fields = {name: value for name, value in record.items() if value is not None}
     rest = fields.pop(REST, None)
     return {**fields, **rest} if isinstance(rest, Mapping) else fields
 
 
 def _from_json(text: Any) -> Json:
-    """Return the value that a column has as JSON; the text itself if another program has written it."""
+    """Parse the JSON text of a column; return the text itself if another program wrote it."""
     try:
         value: Json = json.loads(text) if isinstance(text, str) else text
     except (ValueError, RecursionError):
@@ -140,7 +140,7 @@ def _converters(pa: Any, path: str, schema: Any, names: Sequence[str]) -> dict[s
             continue
         if pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind):
             raise BulkError(
-                f"{path}: column `{name}` has bytes, which no sink takes: name the columns to keep with --payload"
+                f"{path}: column `{name}` has bytes, which no sink can store: name the columns to keep with --payload"
             )
         converters[name] = _to_json
     return converters
@@ -151,7 +151,7 @@ def _is_nested(pa: Any, opened: Any, name: str) -> bool:
 
 
 def _to_json(value: Any) -> Json:
-    """Return a value as JSON has it: times in ISO 8601, decimal numbers as text."""
+    """Convert a value to JSON: times in ISO 8601, decimal numbers as text."""
     match value:
         case None | bool() | int() | float() | str():
             return value

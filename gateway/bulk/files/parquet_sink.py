@@ -13,11 +13,11 @@ from gateway.bulk.files.tables import Tables
 from gateway.bulk.rows import BulkError, EmbeddedRows, SpaceNote
 
 NOTE_KEY: Final = b"embedding-gateway"
-"""The entry of a file's metadata with the note on its space."""
+"""The key of the note about the space in a file's metadata."""
 
 
 class ParquetSink(FolderSink):
-    """Parquet: a row for each row, with its vector as a list of fixed size.
+    """Parquet files with one row per source row, whose vector is a list of fixed size.
 
     The columns are those of `Tables`, with the fields of the first file.
     """
@@ -53,6 +53,7 @@ class ParquetSink(FolderSink):
         note = (self._first_schema().metadata or {}).get(NOTE_KEY)
         if note is None:
             raise BulkError(
-                f"{self.name}: {self.file_name(0)} is not by the gateway, and would be replaced; choose another folder"
+                f"{self.name}: {self.file_name(0)} was not written by the gateway, and would be replaced; choose "
+                "another folder"
             )
         return SpaceNote(**orjson.loads(note)).space

@@ -1,4 +1,4 @@
-"""Find the files that a user means: files, folders and patterns, on this machine or behind fsspec."""
+"""Find the files that a user names: files, folders and patterns, on this machine or through fsspec."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _PACKED = ".gz"
 
 
 class Format(StrEnum):
-    """The format of a file, which the end of its name tells."""
+    """The format of a file, from the end of its name."""
 
     JSONL = "JSON lines"
     CSV = "CSV"
@@ -47,11 +47,11 @@ class SourceFile:
     """A file to read.
 
     Attributes:
-        path: as messages show it.
-        name: its path below the folder that all files of the source share, which stays the same if that folder moves.
-        format: told by the end of the name.
-        filesystem: fsspec's, for a file that is not on this machine.
-        inner: the path within that filesystem.
+        path: the path in messages.
+        name: the path relative to the common folder of all files of the source; it stays the same if that folder moves.
+        format: the format, from the end of the name.
+        filesystem: the fsspec filesystem of a file that is not on this machine.
+        inner: the path in that filesystem.
     """
 
     path: str
@@ -82,7 +82,7 @@ class SourceFile:
 
     @contextmanager
     def open(self) -> Iterator[BinaryIO]:
-        """Open the file's content, unpacked.
+        """Open the file's content, decompressed.
 
         Raises:
             BulkError: it cannot be opened.
@@ -97,7 +97,7 @@ class SourceFile:
 
 @contextmanager
 def reading(path: str) -> Iterator[None]:
-    """Describe an error of reading.
+    """Turn errors of reading into a `BulkError`.
 
     Raises:
         BulkError: something within the context failed.
@@ -105,20 +105,21 @@ def reading(path: str) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError:
-        raise BulkError(f"{path}: there is no such file") from None
+        raise BulkError(f"{path}: no such file") from None
     except (OSError, EOFError, zlib.error) as error:
         raise BulkError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
 
 
 def find_files(places: Sequence[str], without: Sequence[str] = ()) -> list[SourceFile]:
-    """Return the files of all places, in the order of the places, those of one place by name.
+    """Return the files of all places, in the order of the places and sorted by name within each.
 
     Args:
-        without: files and folders that the job writes. They are no part of a source that has them in it: the source would
-            change with each shard.
+        without: files and folders that the job writes. They are left out of the source, which would otherwise change
+        with each shard.
 
     Raises:
-        BulkError: a place has no file of a known format, a file is named twice, or a place has only what the job writes.
+        BulkError: a place has no file of a known format, a file is named twice, or a place has only files that the job
+        writes.
     """
     is_written = _within(without)
     found: list[tuple[str, Any, str]] = []
@@ -131,7 +132,7 @@ def find_files(places: Sequence[str], without: Sequence[str] = ()) -> list[Sourc
     seen: set[str] = set()
     for path, _, _ in found:
         if path in seen:
-            raise BulkError(f"{path}: is named twice among the sources")
+            raise BulkError(f"{path}: is named twice in the sources")
         seen.add(path)
     folder = _common_folder([path for path, _, _ in found])
     return [
@@ -140,7 +141,7 @@ def find_files(places: Sequence[str], without: Sequence[str] = ()) -> list[Sourc
 
 
 def _within(places: Sequence[str]) -> Callable[[str], bool]:
-    """Return a function that tells whether a path is one of some places, or in one of them."""
+    """Return a function that checks whether a path is one of some places, or inside one."""
     bare = [place.removeprefix("file://") for place in places]
     remote = [place.rstrip("/") for place in bare if "://" in place]
     local = [Path(place).expanduser().resolve() for place in bare if "://" not in place]
@@ -165,7 +166,7 @@ def _find_local(place: str) -> list[str]:
     except OSError as error:
         raise BulkError(f"{place}: cannot be read: {error.strerror}") from error
     if not os.path.lexists(path):
-        raise BulkError(f"{place}: there is no such file or folder")
+        raise BulkError(f"{place}: no such file or folder")
     if _format_of(path) is None:
         raise BulkError(f"{place}: its name must end in {_endings()}")
     return [path]
@@ -182,7 +183,7 @@ def _find_remote(place: str) -> list[tuple[str, Any, str]]:
         elif filesystem.isdir(inner):
             paths = _known(place, sorted(filesystem.find(inner)), inner)
         elif not filesystem.exists(inner):
-            raise BulkError(f"{place}: there is no such file or folder")
+            raise BulkError(f"{place}: no such file or folder")
         elif _format_of(inner) is None:
             raise BulkError(f"{place}: its name must end in {_endings()}")
         else:
@@ -195,7 +196,7 @@ def _find_remote(place: str) -> list[tuple[str, Any, str]]:
 
 
 def filesystem_of(place: str) -> tuple[Any, str]:
-    """Return fsspec's filesystem of a URL, and the path within it.
+    """Return the fsspec filesystem of a URL, and the path in it.
 
     Raises:
         BulkError: the package for its scheme is not installed, or the URL is wrong.
@@ -218,7 +219,7 @@ def _is_on_this_machine(filesystem: Any) -> bool:
 
 
 def _known(place: str, paths: Sequence[str], folder: str) -> list[str]:
-    """Return the paths of a known format, in order; hidden files and notes such as ``_manifest.json`` do not count."""
+    """Return the paths of known formats, in order, without hidden files and notes such as ``_manifest.json``."""
 
     def is_hidden(path: str) -> bool:
         parts = path.removeprefix(folder).strip("/").split("/")
@@ -226,20 +227,18 @@ def _known(place: str, paths: Sequence[str], folder: str) -> list[str]:
 
     known = [path for path in sorted(paths) if not is_hidden(path) and _format_of(path) is not None]
     if not known:
-        raise BulkError(
-            f"{place}: has no file whose name ends in {_endings()}; it has {count(len(paths), 'other file')}"
-        )
+        raise BulkError(f"{place}: no file name ends in {_endings()}; found {count(len(paths), 'other file')}")
     return known
 
 
 def _endings() -> str:
-    return f"{', '.join(_FORMATS)}, all but Parquet maybe with {_PACKED} after it"
+    return f"{', '.join(_FORMATS)}, optionally followed by {_PACKED}, except for Parquet"
 
 
 def _format_of(path: str) -> Format | None:
     bare = path.lower().removesuffix(_PACKED)
     found = _FORMATS.get(os.path.splitext(bare)[1])  # noqa: PTH122  a remote path is not one of this machine
-    # Parquet packs its own columns, and is read from its end.
+    # Parquet compresses its own columns, and is read from its end.
     return None if found is Format.PARQUET and bare != path.lower() else found
 
 
@@ -250,7 +249,7 @@ def _format(path: str) -> Format:
 
 
 def _common_folder(paths: Sequence[str]) -> str:
-    """Return the folder that all paths begin with, up to its slash; empty if there is no such folder."""
+    """Return the common folder of all paths, including its slash; empty if they have none."""
     folders = [path.split("/")[:-1] for path in paths]
     common = list(takewhile(lambda parts: len(set(parts)) == 1, zip(*folders, strict=False)))
     return "".join(f"{parts[0]}/" for parts in common)

@@ -15,9 +15,9 @@ from gateway.bulk.rows import BulkError, Json
 from gateway.config.wording import count, cut, describe
 
 _TOO_LONG = f"the line has more than {MAX_LINE_BYTES // 2**20} MiB, which is the limit"
-# Servers of Rust stop at 128, and a payload is within a request there.
+# Servers written in Rust stop at 128, and there a payload is nested inside a request.
 _MAX_DEPTH = 100
-_TOO_DEEP = f"its values are nested more than {_MAX_DEPTH} deep, which is the limit"
+_TOO_DEEP = f"its values are nested more than {_MAX_DEPTH} levels deep, which is the limit"
 _DELIMITERS = ",;\t|"
 # Python's own limit for a field is 128 KiB.
 csv.field_size_limit(MAX_LINE_BYTES)
@@ -27,10 +27,10 @@ def read_records(file: SourceFile, start: Mark, columns: Sequence[str] | None = 
     """Yield the records of a file after a mark.
 
     Args:
-        columns: those to read, where the format allows to read only some; ``None`` for all.
+        columns: the columns to read, if the format can leave out columns; ``None`` for all.
 
     Raises:
-        BulkError: the file cannot be read, or is not of its format at all.
+        BulkError: the file cannot be read, or does not have the format at all.
     """
     with reading(file.path):
         if file.format is Format.PARQUET:
@@ -60,14 +60,15 @@ def _read_jsonl(path: str, file: BinaryIO, start: Mark) -> Iterator[FileRecord]:
 def _check_first_line(path: str, line: Line) -> None:
     first = (line.content or b"").lstrip()
     if first.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise BulkError(f"{path}: is UTF-16, and must be UTF-8: iconv -f UTF-16 -t UTF-8 {path}")
+        raise BulkError(f"{path}: is UTF-16, but must be UTF-8: iconv -f UTF-16 -t UTF-8 {path}")
     if first.startswith(b"["):
         raise BulkError(
-            f"{path}: is a JSON array, and must be JSON lines, an object per line: jq -c '.[]' {path} > FILE.jsonl"
+            f"{path}: is a JSON array, but must be JSON lines, an object per line: jq -c '.[]' {path} > FILE.jsonl"
         )
     if first == b"{":
         raise BulkError(
-            f"{path}: is JSON over several lines, and must be JSON lines, an object per line: jq -c . {path} > FILE.jsonl"
+            f"{path}: is JSON over several lines, but must be JSON lines, an object per line: jq -c . {path} > "
+            "FILE.jsonl"
         )
 
 
@@ -81,13 +82,13 @@ def _parse(line: Line) -> Record | str:
             return problem
         return f"is not JSON: {error.msg}, at character {error.pos + 1}"
     if not isinstance(value, dict):
-        return f"must be a JSON object, and is {describe(value)}"
+        return f"must be a JSON object, got {describe(value)}"
     return _TOO_DEEP if _is_too_deep(line.content, value) else value
 
 
 def _is_too_deep(content: bytes, value: Json) -> bool:
-    """Return whether values are nested deeper than sinks can write."""
-    if content.count(b"[") + content.count(b"{") <= _MAX_DEPTH:  # as nearly always
+    """Return whether values are nested too deep for sinks to write."""
+    if content.count(b"[") + content.count(b"{") <= _MAX_DEPTH:  # the usual case
         return False
     level: list[Json] = [value]
     for _ in range(_MAX_DEPTH):
@@ -114,15 +115,15 @@ def _not_utf8(content: bytes) -> str:
 
 
 class _TooLong(Exception):
-    """A record is too long: of one line, or of lines that a quote holds together."""
+    """A record is too long, either a single line or several lines joined by a quoted field."""
 
 
 class _CsvLines:
-    """The lines of a CSV file for Python's reader, which takes as many as a record needs.
+    """The lines of a CSV file for Python's reader, which takes as many lines as a record needs.
 
     Attributes:
-        after: where the lines that were taken end.
-        first: where the first line of the present record ends.
+        after: the end of the lines that the reader has taken.
+        first: the end of the current record's first line.
     """
 
     def __init__(self, file: BinaryIO, start: Mark) -> None:
@@ -147,7 +148,8 @@ class _CsvLines:
         self.first = self.first or line.after
         if line.content is None or self.after.offset - self._begin.offset > MAX_LINE_BYTES:
             raise _TooLong
-        # What is not UTF-8 is found when the record is complete. The end of the line belongs to a quoted field.
+        # Invalid UTF-8 is reported when the record is complete. The line end is kept because it may be part of a quoted
+        # field.
         return line.content.decode(errors="surrogateescape") + "\n"
 
 
@@ -169,8 +171,8 @@ def _read_csv(path: str, file: BinaryIO, start: Mark) -> Iterator[FileRecord]:
             assert lines.first is not None  # noqa: S101  a line was taken
             content = _TOO_LONG if isinstance(error, _TooLong) else f"is not CSV: {error}"
             if lines.after != lines.first:
-                content = f"a quoted field that begins here does not end as it should ({content})"
-            # A quote that is not closed takes the lines after it along: they are read again by themselves.
+                content = f"a quoted field that begins here is not closed ({content})"
+            # An unclosed quote swallows the lines after it, so they are read again on their own.
             lines.go_to(lines.first)
             rows = make_reader()
             yield FileRecord(content, lines.after.number, lines.after)
@@ -181,34 +183,34 @@ def _read_csv(path: str, file: BinaryIO, start: Mark) -> Iterator[FileRecord]:
 
 
 def _read_header(path: str, lines: _CsvLines) -> tuple[list[str], str]:
-    """Return the names of the columns, and the character between them.
+    """Return the names of the columns, and the delimiter.
 
     Raises:
-        BulkError: they are missing, or not clear.
+        BulkError: the names are missing or ambiguous.
     """
     try:
         line = next(lines).rstrip("\n")
     except StopIteration:
-        raise BulkError(f"{path}: is empty; the first line must have the names of the columns") from None
+        raise BulkError(f"{path}: is empty; the first line must contain the column names") from None
     except _TooLong:
         raise BulkError(f"{path}:1: {_TOO_LONG}") from None
     delimiter = max(_DELIMITERS, key=line.count)
     try:
         header = next(csv.reader([line], delimiter=delimiter, strict=True), [])
     except csv.Error as error:
-        raise BulkError(f"{path}:1: is not a line with the names of the columns: {error}") from error
+        raise BulkError(f"{path}:1: is not a line of column names: {error}") from error
     if problem := _not_utf8(line.encode(errors="surrogateescape")):
         raise BulkError(f"{path}:1: {problem}")
     twice = next((name for i, name in enumerate(header) if name in header[:i]), None)
     if twice is not None or "" in header:
         problem = f"two columns are called `{cut(twice)}`" if twice else "a column has no name"
-        raise BulkError(f"{path}:1: {problem}; the first line must have the names of the columns")
+        raise BulkError(f"{path}:1: {problem}; the first line must contain the column names")
     return header, delimiter
 
 
 def _record(header: Sequence[str], row: Sequence[str]) -> Record | str:
     if len(row) != len(header):
-        return f"has {count(len(row), 'column')}, and the first line names {len(header)}"
+        return f"has {count(len(row), 'column')}, but the first line names {len(header)}"
     if not all(map(str.isascii, row)) and (problem := _not_utf8("\n".join(row).encode(errors="surrogateescape"))):
         return problem
     return dict(zip(header, row, strict=True))

@@ -1,4 +1,4 @@
-"""Files of vectors as sinks: JSON lines, and the choice between them and Parquet."""
+"""Files of vectors as sinks: JSON lines, and the choice between JSON lines and Parquet."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def open_folder(place: str, text_field: str | None) -> FolderSink:
 
 
 class JsonlSink(FolderSink):
-    """JSON lines: ``{"id": …, "text": …, …, "vector": […]}``, a line for each row."""
+    """JSON lines: ``{"id": …, "text": …, …, "vector": […]}``, one line per row."""
 
     ending = ".jsonl"
 
@@ -47,7 +47,7 @@ class JsonlSink(FolderSink):
             file.write(_dump(line, row.place))
 
     def _space_found(self) -> str | None:
-        return None  # the manifest has it
+        return None  # the manifest keeps the note
 
 
 def _dump(line: dict[str, Json | object], place: str) -> bytes:

@@ -1,4 +1,4 @@
-"""Files as one source: their records in order, a fingerprint of their content, and ids for rows that have none."""
+"""Files as one source: their records in order, a fingerprint of their content, and ids for rows without an id."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class _Scanned:
     """A file whose whole content was read.
 
     Attributes:
-        digest: of the content, or the filesystem's own mark of a version of the file.
-        num_rows: roughly; ``None`` if only reading the records tells.
-        state: changes if the file is written; ``None`` for a file elsewhere.
+        digest: a hash of the content, or the filesystem's own identifier of the file's version.
+        num_rows: the approximate number of rows; ``None`` if it is unknown before the records are read.
+        state: a value that changes when the file is written; ``None`` for a file on another machine.
     """
 
     digest: str
@@ -45,7 +45,7 @@ def open_files(places: Sequence[str], names: FieldNames, without: Sequence[str] 
         without: files and folders that the job writes, which are not read.
 
     Raises:
-        BulkError: there is no such file, its format is unknown, it has no record, or a field is missing.
+        BulkError: a file does not exist, has an unknown format or no records, or a field is missing.
     """
     files = find_files(places, without)
     sample: list[Record] = []
@@ -58,7 +58,7 @@ def open_files(places: Sequence[str], names: FieldNames, without: Sequence[str] 
                 sample.append(record.content)
         if sample:
             return FileSource(files, resolve_fields(names, sample, file.path))
-    raise BulkError(problem or f"{', '.join(places)}: has no record")
+    raise BulkError(problem or f"{', '.join(places)}: no records found")
 
 
 class FileSource:
@@ -68,7 +68,7 @@ class FileSource:
     job stay two, and in a store no row of ``a/part.jsonl`` replaces another one of ``b/part.jsonl``.
 
     Args:
-        files: at least one.
+        files: one or more files.
     """
 
     def __init__(self, files: Sequence[SourceFile], fields: Fields) -> None:
@@ -90,14 +90,14 @@ class FileSource:
         return self.fields.text
 
     def fingerprint(self) -> str:
-        """Return a hash of the names and the content of all files, which are read for it."""
+        """Read all files, and return a hash of their names and content."""
         hashed = hashlib.sha256()
         for file, scanned in zip(self._files, self._scan(), strict=True):
             hashed.update(f"{file.name}\0{scanned.digest}\n".encode(errors="surrogateescape"))
         return hashed.hexdigest()
 
     def count(self) -> int | None:
-        """Return the number of lines or rows; ``None`` for packed files, and text files elsewhere."""
+        """Return the number of lines or rows; ``None`` for compressed files, and for text files on other machines."""
         total = 0
         for scanned in self._scan():
             if scanned.num_rows is None:
@@ -135,20 +135,20 @@ class FileSource:
         made = None
         if self.fields.id is None:
             made = str(uuid.uuid5(_MADE_IDS, f"{file.name}:{record.number}:{digest(record.content).hex()}"))
-        # A field that the user names is kept, whatever it is called.
+        # A field that the user names is kept, whatever its name.
         content = restored(record.content) if self.fields.payload is None else record.content
         return self.fields.row(content, place, position, made)
 
     def _check_unchanged(self, index: int) -> None:
-        """Check that a file is what it was when its fingerprint was taken.
+        """Check that a file has not changed since its fingerprint was taken.
 
         Raises:
-            BulkError: it was written meanwhile.
+            BulkError: the file was written in the meantime.
         """
         if self._scanned is not None and self._scanned[index].state != _state(self._files[index]):
             raise BulkError(
-                f"{self._files[index].path}: was written while it was read, so its rows are not all of one version: start "
-                "over with --restart once it is complete"
+                f"{self._files[index].path}: was modified while it was being read, so its rows are of different "
+                "versions: start over with --restart once the file is complete"
             )
 
     def close(self) -> None:
@@ -161,11 +161,11 @@ def _read_position(after: Position | None) -> tuple[int, Mark]:
             return 0, Mark()
         case [int(index), int(offset), int(number)]:
             return index, Mark(offset, number)
-    raise BulkError(f"a position in files cannot be {after!r}: the manifest is damaged")
+    raise BulkError(f"{after!r} is not a position in files: the manifest is damaged")
 
 
 def _scan(file: SourceFile) -> _Scanned:
-    """Read a file on this machine; ask the filesystem of another one."""
+    """Summarize a file: read it if it is on this machine, otherwise ask its filesystem."""
     num_rows: int | None = None
     if file.format is Format.PARQUET:
         from gateway.bulk.files.parquet import count_rows

@@ -1,4 +1,4 @@
-"""Embedded rows as tables of Arrow, which Parquet files and LanceDB keep."""
+"""Embedded rows as Arrow tables, for Parquet files and LanceDB."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from gateway.bulk.rows import BulkError, EmbeddedRows, Json, Row, SpaceNote
 from gateway.types import MultiVector, SparseVector
 
 IS_JSON = {b"format": b"json"}
-"""The metadata of a column with JSON as text."""
+"""The metadata of a column that holds JSON as text."""
 
 _MAX_COLUMNS = 256
 _INT64 = range(-(2**63), 2**63)
@@ -27,7 +27,7 @@ class _Column:
     """A column for a field of the payload.
 
     Attributes:
-        kind: name of its type in Arrow; ``json`` for JSON as text, which takes every value.
+        kind: the name of its Arrow type; ``json`` for JSON as text, which can hold any value.
     """
 
     name: str
@@ -47,15 +47,15 @@ class _Column:
 
 
 class Tables:
-    """Makes tables that all have the same columns.
+    """Builds tables that all have the same columns.
 
     Sparse weights are a struct of ``indices`` and ``values``, multi-vectors a list of vectors of fixed size. Fields of the
     payload are columns. Their types are those of the first rows: text, whole numbers, numbers and booleans are columns of
-    that type, and everything else is JSON as text. What does not fit later is in the column ``_rest``, as JSON.
+    that type, and everything else is JSON as text. Later values that do not fit go into the column ``_rest``, as JSON.
 
     Args:
-        pa: the module ``pyarrow``, which is imported only where it is needed.
-        note: of the vectors.
+        pa: the module ``pyarrow``, which is imported only when needed.
+        note: describes the vectors.
         text_field: the path of the text in the source; ``None`` leaves the text out.
         may_name: whether a column can have a name.
     """
@@ -76,14 +76,14 @@ class Tables:
         return self._columns is not None
 
     def choose_columns(self, batch: EmbeddedRows) -> None:
-        """Choose the columns for the fields of these rows, which are the first ones."""
+        """Choose the columns for the fields of the first rows."""
         columns = _choose_columns(self._flat.flatten(row)[0] for row in batch.rows)
         self._columns = [column for column in columns if self._may_name(column.name)]
         are_whole = all(isinstance(row.id, int) and row.id in _INT64 for row in batch.rows)
         self._id_kind = "int64" if are_whole else "string"
 
     def take_columns(self, schema: Any) -> None:
-        """Take the columns of a table that exists."""
+        """Adopt the columns of an existing table."""
         own = {ID, REST, VECTOR, SPARSE, MULTIVECTOR}
         self._columns = [
             _Column(field.name, "json" if is_json(field) else str(field.type))
@@ -131,9 +131,9 @@ class Tables:
         for row in rows:
             if not isinstance(row.id, int) or row.id not in _INT64:
                 raise BulkError(
-                    f"{row.place}: the id {row.id!r} does not fit into the column of ids, which are whole numbers of 64 "
-                    "bits in the rows before: make all ids of the source text or all numbers, or write JSON lines "
-                    "(a folder whose name ends in .jsonl)"
+                    f"{row.place}: the id {row.id!r} does not fit into the id column, which holds 64-bit integers "
+                    "because earlier ids were integers: make the source's ids all text or all integers, or write JSON "
+                    "lines (a folder whose name ends in .jsonl)"
                 )
         return self._pa.array([row.id for row in rows], self._pa.int64())
 
@@ -167,12 +167,12 @@ class Tables:
 
 
 def is_json(field: Any) -> bool:
-    """Return whether a column has JSON as text. A store may have added metadata to it."""
+    """Return whether a column holds JSON as text. A store may have added other metadata."""
     return (field.metadata or {}).get(b"format") == b"json"
 
 
 def _choose_columns(rows: Iterable[Mapping[str, Json]]) -> list[_Column]:
-    """Return the columns of a first shard, by the values that its rows have."""
+    """Return the columns for a first shard, chosen by the values of its rows."""
     kinds: dict[str, set[str]] = {}
     for name, value in chain.from_iterable(columns.items() for columns in rows):
         if value is not None:
@@ -202,7 +202,7 @@ def _common(kinds: set[str]) -> str:
 
 
 def _take(columns: dict[str, Json], rest: dict[str, Json], column: _Column) -> Json:
-    """Move a field into its column, or into the rest if its value does not fit."""
+    """Put a field into its column, or into the rest if its value does not fit."""
     value = columns.pop(column.name, None)
     if value is None:
         return None
@@ -213,10 +213,10 @@ def _take(columns: dict[str, Json], rest: dict[str, Json], column: _Column) -> J
 
 
 def _dump(value: Json) -> str | None:
-    """Return a value as JSON; ``None`` for nothing."""
+    """Return a value as JSON; ``None`` for an empty value."""
     if value is None or value == {}:
         return None
     try:
         return orjson.dumps(value).decode()
-    except TypeError:  # a whole number of more than 64 bits
+    except TypeError:  # an integer of more than 64 bits
         return json.dumps(value, ensure_ascii=False, separators=(",", ":"))

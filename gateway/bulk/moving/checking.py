@@ -1,4 +1,4 @@
-"""Compare a collection with its copy before applications use it: counts, vectors, and what searches find."""
+"""Compare a collection with its copy before applications use it: counts, vectors, and search results."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from gateway.types import Vectors
 
 DEPTH: Final = 10
 _MIN_COSINE: Final = 0.98
-"""Of the vector of a text and the one that is stored; half precision and other devices change it less."""
+"""The least cosine of a text's vector and its stored vector; half precision and other devices change it less."""
 _CALL_TEXTS: Final = 32
 _UNRELATED: Final = 0.05
-"""An overlap@10 below it, of more than a few hundred items, is that of models without anything in common."""
+"""With more than a few hundred items, an overlap@10 below this means that the models have nothing in common."""
 _FEW_ITEMS: Final = 500
 _SHOWN: Final = 3
 _NAMED: Final = 5
@@ -35,9 +35,9 @@ class Query:
     """A query to both collections.
 
     Attributes:
-        text: for people.
-        first, second: its vectors in the space of each.
-        left_out: an item that is the query itself.
+        text: the text to show to people.
+        first, second: its vector in the space of each collection.
+        left_out: the item that is the query itself, to be excluded from the results.
     """
 
     text: str
@@ -48,10 +48,10 @@ class Query:
 
 @dataclass(frozen=True, slots=True)
 class Agreement:
-    """How alike the results of both collections are, as means over queries from 0 to 1.
+    """The similarity of both collections' results, as means over queries from 0 to 1.
 
     Attributes:
-        most_different: texts of queries, and their overlap.
+        most_different: the texts of the queries with the least overlap, and that overlap.
     """
 
     num_queries: int
@@ -68,10 +68,10 @@ class CheckReport:
     Attributes:
         first, second: items of the collections, or those with the old and with the new vector.
         vector: the name of the new vector, if both are in one collection.
-        pending: what a pass would change.
-        num_vectors: items whose stored vectors were compared with those of their texts.
-        wrong_vectors: of those, the ids of items with other vectors.
-        agreement: ``None`` if nothing could be searched for.
+        pending: how many items a pass would change.
+        num_vectors: how many items' stored vectors were compared with the vectors of their texts.
+        wrong_vectors: the ids of those items whose vectors differ.
+        agreement: the similarity of the results; ``None`` if there were no queries.
     """
 
     first: int
@@ -88,8 +88,8 @@ class CheckReport:
         problems = []
         if self.counts.changes > allowed_changes(self.first):
             problems.append(
-                f"{count(self.counts.changes, 'item')} of the old collection changed in the last moments, too many to be "
-                "sure of the rest: check again when fewer writes come"
+                f"{count(self.counts.changes, 'item')} of the old collection changed during the check, too many for a "
+                "reliable comparison: check again when there are fewer writes"
             )
         if self.counts.kept:
             problems.append(
@@ -99,30 +99,31 @@ class CheckReport:
             )
         if self.wrong_vectors:
             problems.append(
-                f"{len(self.wrong_vectors)} of {count(self.num_vectors, 'sampled item')} have vectors that the model does "
-                f"not make of their texts, such as {_ids(self.wrong_vectors)}: another program has written into the new "
+                f"{len(self.wrong_vectors)} of {count(self.num_vectors, 'sampled item')} have vectors that differ "
+                f"from the model's vectors of their texts, such as {_ids(self.wrong_vectors)}: another program has "
+                "written into the new "
                 "collection"
             )
         found = self.agreement
         if found is not None and found.overlap < _UNRELATED and self.second > _FEW_ITEMS:
             problems.append(
-                f"both collections find different items (overlap@{DEPTH} {found.overlap:.2f}), as they would if one had "
-                "mixed vectors of two models, or if the field were not the text"
+                f"the two collections return different items (overlap@{DEPTH} {found.overlap:.2f}). Likely causes: "
+                "one of them mixes vectors of two models, or the text is in another field"
             )
         return problems
 
     def sentences(self) -> list[str]:
-        """Return the results in words, without the verdict."""
+        """Describe the results, without the verdict."""
         where = ("old collection", "in the new one") if self.vector is None else ("collection", f"with {self.vector}")
         lines = [f"items: {self.first:,} in the {where[0]}, {self.second:,} {where[1]}"]
         if self.counts.refused:
             lines.append(
-                f"{count(self.counts.refused, 'item')} without a usable text stay behind, such as "
-                f"{_ids(self.counts.refused_ids)}: without_text.jsonl in the move's folder lists them"
+                f"{count(self.counts.refused, 'item')} without a usable text are left behind, such as "
+                f"{_ids(self.counts.refused_ids)}; without_text.jsonl in the move's folder lists them"
             )
         lines.append(
-            f"vectors: {self.num_vectors - len(self.wrong_vectors)} of {count(self.num_vectors, 'sampled item')} have the "
-            "vector that the new model makes of their text"
+            f"vectors: {self.num_vectors - len(self.wrong_vectors)} of {count(self.num_vectors, 'sampled item')} have "
+            "the new model's vector of their text"
         )
         if self.agreement is not None:
             lines += self._agreement_sentences(self.agreement)
@@ -133,13 +134,13 @@ class CheckReport:
         return [
             f"{found.num_queries} {kind}: overlap@{DEPTH} {found.overlap:.2f}, the same first item for "
             f"{found.same_first:.0%}, rank-biased overlap {found.rank_biased_overlap:.2f}",
-            "This is how much results will change. `gateway compare` shows whether they get better.",
+            "This shows how much results will change. `gateway compare` shows whether they improve.",
             *(f"  overlap {value:.1f}: {cut(' '.join(text.split()), 70)}" for text, value in found.most_different),
         ]
 
 
 def allowed_changes(num_items: int) -> int:
-    """Return how many changes of one pass are few: the next pass, and the one after the flip, take them over."""
+    """Return how many changes in one pass count as few: the next pass and the pass after the flip copy them."""
     return max(10, num_items // 100)
 
 
@@ -148,16 +149,16 @@ def _ids(ids: Sequence[RowId]) -> str:
 
 
 async def embed_texts(embedder: Embedder, texts: Sequence[str]) -> Vectors:
-    """Return the dense vectors of some texts, ``(n, dimensions)``.
+    """Return the dense vectors of texts, ``(n, dimensions)``.
 
     Raises:
-        BulkError: the model returns none.
+        BulkError: the model returns no dense vectors.
     """
     found = []
     for start in range(0, len(texts), _CALL_TEXTS):
         answer = await embedder.embed(texts[start : start + _CALL_TEXTS])
         if answer.dense is None:
-            raise BulkError(f"{embedder.note.model} makes no dense vectors")
+            raise BulkError(f"{embedder.note.model} has no dense vectors")
         found.append(answer.dense)
     return np.concatenate(found) if found else np.empty((0, embedder.note.dimensions), np.float32)
 
@@ -177,9 +178,9 @@ class Side:
 async def wrong_vectors(
     store: MovableStore, side: Side, text: str, ids: Sequence[RowId], embedder: Embedder
 ) -> tuple[int, list[RowId]]:
-    """Return how many items were compared, and those whose vector is not the one that the model makes of their text.
+    """Compare stored vectors with the model's; return the number of items compared, and the ids of those that differ.
 
-    Vectors of another model are caught even if they have the same width, which no store notices.
+    This finds vectors of another model even if they have the same width, which no store would notice.
     """
     rows = [row for row in store.read_ids(side.collection, ids, FieldNames(text=text)) if isinstance(row, Row)]
     stored = store.vectors(side.collection, [row.id for row in rows], side.vector)

@@ -1,4 +1,4 @@
-"""The steps of a move as people see them: what was done, and the next command."""
+"""The steps of a move at the command line: print the result of each, and the next command."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gateway.cli.console import make_console, say
 
 
 def show(folder: Path, step: Callable[[Console], Coroutine[Any, Any, Move]]) -> None:
-    """Run a step, and print the state after it."""
+    """Run a step, and print the resulting state."""
     move = asyncio.run(step(make_console(is_error=True)))
     _print(make_console(), move)
 
@@ -48,7 +48,7 @@ def show_status(folder: Path, name: str | None) -> None:
         return
     moves = list(read_moves(folder).values())
     if not moves:
-        say(console, "no move was started; gateway move COLLECTION --from URL --to MODEL starts one")
+        say(console, "there are no moves; start one with: gateway move COLLECTION --from URL --to MODEL")
     for move in moves:
         _print(console, move, with_log=len(moves) == 1)
 
@@ -71,9 +71,9 @@ def _print(console: Console, move: Move, *, with_log: bool = False) -> None:
 def _where(move: Move) -> str:
     match move.stage:
         case Stage.COPYING:
-            return "copying: not all items are in the new collection"
+            return "copying: the new collection does not have all items yet"
         case Stage.COPIED:
-            return "copied, not compared since"
+            return "copied, but not compared since"
         case Stage.CHECKED:
             return "checked: the new collection can be used"
         case Stage.FLIPPED:
@@ -83,27 +83,27 @@ def _where(move: Move) -> str:
 
 
 def _after_flip(move: Move) -> list[str]:
-    """Return the instructions for applications after the flip."""
+    """Return instructions for the applications after the flip."""
     new = move.pairs[0].new
     if move.mem0 is not None:
         return [
-            f"{move.mem0} names {new} and {move.model}: restart the programs that use Mem0. Until the last of them runs "
-            "with it, `gateway move sync` takes over what the others write."
+            f"{move.mem0} now names {new} and {move.model}: restart the programs that use Mem0. Until all of them "
+            "have restarted, `gateway move sync` copies what the others write."
         ]
     if move.alias is not None:
-        uses = f"the alias {move.alias} means {new}"
+        uses = f"the alias {move.alias} now points to {new}"
     elif move.into_vector is not None:
         uses = f"let applications search the vector {move.into_vector} of {new}, and write it with each item"
     else:
-        uses = f"let applications search and write {new}"
+        uses = f"let applications search and write to {new}"
     return [
         f"{uses}; embed queries and new items with {move.model} from now on (x-gateway-expect-space: {move.space}). "
-        "Until the last writer does, `gateway move sync` takes over what it writes into the old collection."
+        "Until all writers do, `gateway move sync` copies what they write into the old collection."
     ]
 
 
 def next_command(move: Move) -> str:
-    """Return the command that comes next, as it can be copied."""
+    """Return the next command, ready to be copied."""
     match move.stage:
         case Stage.COPYING:
             return f"gateway move sync {move.name}"
@@ -113,7 +113,7 @@ def next_command(move: Move) -> str:
             return f"gateway move flip {move.name}"
         case Stage.FLIPPED:
             return (
-                f"gateway move sync {move.name}, and at last gateway move finish {move.name} --delete-old; "
+                f"gateway move sync {move.name}, and finally gateway move finish {move.name} --delete-old; "
                 f"or gateway move back {move.name}"
             )
         case Stage.FINISHED:

@@ -1,8 +1,8 @@
-"""What to do with an item, by its content in both collections and that of the last time they were equal. Pure.
+"""Decide what to do with an item, by its content in both collections and when they were last equal. Pure.
 
-Both collections may change: the first one until the last writer has switched to the second, the second one from then on.
-So an item is taken over only if the move itself has written what the second collection has. It is a three-way merge, whose
-base is what the move wrote last.
+Both collections may change: the first until the last writer has switched to the second, and the second from then on. So
+an item is overwritten only if the move itself wrote the second collection's version. This is a three-way merge; its
+base is the content that the move wrote last.
 """
 
 from __future__ import annotations
@@ -24,25 +24,25 @@ class Action(Enum):
     """What to do with an item."""
 
     NOTHING = "nothing"
-    """Both are as they should be."""
+    """Do nothing: both collections are up to date."""
     RECORD = "record"
-    """Both have the same content: that is the new base."""
+    """Record the content, which both collections have, as the new base."""
     WRITE = "write"
     """Embed the first collection's item, and write it into the second."""
     DELETE = "delete"
-    """Delete it in the second collection, as it was in the first."""
+    """Delete the item from the second collection, because it was deleted from the first."""
     FORGET = "forget"
-    """Neither has it any more."""
+    """Forget the item: neither collection has it any more."""
     KEEP = "keep"
-    """The second collection has its own version, which the move must not touch."""
+    """Keep the second collection's own version, which the move must not touch."""
 
 
 @dataclass(frozen=True, slots=True)
 class Base:
-    """What the move wrote of an item.
+    """The content of an item that the move wrote.
 
     Attributes:
-        written: that the second collection has for certain; ``None`` before the first time.
+        written: the digest that the second collection certainly has; ``None`` before the first write.
         pending: those that it may have: processes may have ended while they wrote, one after another.
     """
 
@@ -58,11 +58,11 @@ def decide(first: Digest | None, second: Digest | None, base: Base, *, is_flippe
 
     Args:
         first: the digest of the item in the collection that is read; ``None`` if it does not have the item.
-        second: in the collection that is written.
-        is_flipped: applications may use the second collection, so an item that it lacks was deleted there.
+        second: the digest of the item in the collection that is written.
+        is_flipped: applications may use the second collection, so an item missing there was deleted there.
     """
     if first is None and second is None:
-        # What a killed process sent last may arrive in the store later than this.
+        # The last request of a killed process may still reach the store after this.
         return Action.NOTHING if base.pending else Action.FORGET
     if first is not None and first == second:
         return Action.NOTHING if base == Base(first) else Action.RECORD

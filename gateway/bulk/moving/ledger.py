@@ -1,4 +1,4 @@
-"""The ledger of a move: the digest of each item that it has written, in a file of SQLite; the base of `decisions.decide`."""
+"""The ledger of a move: the digests of the items that it wrote, in an SQLite file; the base of `decisions.decide`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT NOT NULL) WI
 """
 _DIGEST_BYTES = 16
 _PAGE = 1000
-# Large enough for the integers of all stores, and more.
+# Large enough for the integers of all stores.
 _INTEGER_BYTES = 40
 
 
@@ -29,7 +29,7 @@ class Ledger:
     """An open and locked ledger.
 
     Args:
-        path: of its file, whose folder must exist.
+        path: the path of its file, whose folder must exist.
         sort_key: the order of the store's ids.
 
     Raises:
@@ -44,7 +44,7 @@ class Ledger:
             self._db = sqlite3.connect(path, timeout=0, check_same_thread=False, isolation_level=None)
         try:
             with self._using():
-                self._db.execute("PRAGMA locking_mode = EXCLUSIVE")  # also given up by the death of the process
+                self._db.execute("PRAGMA locking_mode = EXCLUSIVE")  # also released by the process's death
                 self._db.execute("PRAGMA journal_mode = WAL")
                 self._db.execute("BEGIN EXCLUSIVE")
                 for statement in _SCHEMA.split(";"):
@@ -65,7 +65,7 @@ class Ledger:
             raise BulkError(f"{self.path}: the ledger of the move cannot be used: {error}") from error
 
     def _key(self, row_id: RowId) -> bytes:
-        """Return the place of an id in the order, as bytes that SQLite compares the same way."""
+        """Return an id's sort key as bytes that SQLite compares in the same way."""
         kind, value = self._sort_key(row_id)
         if isinstance(value, int):
             encoded = (value + (1 << (8 * _INTEGER_BYTES - 1))).to_bytes(_INTEGER_BYTES)
@@ -74,7 +74,7 @@ class Ledger:
         return bytes([kind]) + encoded
 
     def bases(self) -> Iterator[tuple[RowId, Base]]:
-        """Yield all items in the order of the store's ids. Items may be added meanwhile."""
+        """Yield all items in the order of the store's ids. Items may be added during the iteration."""
         last = b""
         while True:
             with self._using():
@@ -97,7 +97,7 @@ class Ledger:
         )
 
     def record(self, digests: Mapping[RowId, Digest]) -> None:
-        """Note the content that both collections have of items."""
+        """Record the content that both collections now have for items."""
         self._change(
             "INSERT INTO items (key, id, written) VALUES (?, ?, ?) ON CONFLICT (key) DO UPDATE "
             "SET written = excluded.written, pending = NULL, is_doomed = 0",
@@ -105,17 +105,17 @@ class Ledger:
         )
 
     def doom(self, ids: Iterable[RowId]) -> None:
-        """Mark items to be deleted at the end of a pass."""
+        """Mark items for deletion at the end of a pass."""
         self._change("UPDATE items SET is_doomed = 1 WHERE key = ?", ((self._key(row_id),) for row_id in ids))
 
     def doomed(self) -> list[RowId]:
-        """Return some of the items that are marked."""
+        """Return some of the marked items."""
         with self._using():
             rows = self._db.execute("SELECT id FROM items WHERE is_doomed LIMIT ?", (_PAGE,)).fetchall()
         return [json.loads(row_id) for (row_id,) in rows]
 
     def spare(self, ids: Iterable[RowId] | None = None) -> None:
-        """Remove the marks of items, or all marks, which a killed process has left."""
+        """Remove the marks of some items, or all marks, which a killed process may have left."""
         if ids is None:
             self._change("UPDATE items SET is_doomed = 0 WHERE is_doomed", [()])
         else:

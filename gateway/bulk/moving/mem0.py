@@ -1,4 +1,4 @@
-"""Mem0's own configuration: which collections to move in which store, and what to change when applications flip."""
+"""Mem0's own configuration: the store and the collections to move, and the settings to change at the flip."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ CHANGED_AT: Final = {"qdrant": "updated_at", "milvus": "metadata.updated_at"}
 """The path of the time of a memory's last change. PostgreSQL has an order of changes itself."""
 _VECTORS: Final = {"qdrant": None, "milvus": "vectors", "pgvector": "vector"}
 _KEY_ENV: Final = "GATEWAY_MOVE_MEM0_KEY"
-"""Where the password of the configuration is kept in this process, since a place only names a variable."""
+"""The environment variable that holds the configuration's password in this process: places only name variables."""
 _JSON: Final = ".json"
 _DEFAULT_COLLECTION: Final = "mem0"
 
 
 @dataclass(frozen=True, slots=True)
 class Mem0:
-    """What a configuration says.
+    """The parts of a configuration that a move needs.
 
     Attributes:
-        collection: of the memories.
-        entities: the collection that Mem0 keeps entities in; it may not exist.
-        vector: the name of the vector, where there could be several.
+        collection: the collection of the memories.
+        entities: the collection of Mem0's entities, which may not exist.
+        vector: the name of the vector, in stores that can have several.
         model: the embedding model of the old vectors, as the configuration names it.
         changed_at: the path of the time of a memory's last change. Entities have none.
     """
@@ -52,15 +52,15 @@ class Mem0:
 
     @property
     def entities(self) -> str:
-        """The collection of entities, as Mem0 names it."""
+        """The name that Mem0 gives the collection of entities."""
         return f"{self.collection}_entities"
 
 
 def read_mem0(path: Path) -> Mem0:
-    """Read a configuration, of YAML or JSON.
+    """Read a configuration in YAML or JSON.
 
     Raises:
-        BulkError: it cannot be read, or its store cannot be moved.
+        BulkError: the file cannot be read, or `gateway move` does not support its store.
     """
     content = _load(path)
     store = _section(content, "vector_store", path)
@@ -90,11 +90,11 @@ def _section(content: Mapping[str, Any], name: str, path: Path) -> Mapping[str, 
     if section is None:
         return {}
     if not isinstance(section, Mapping):
-        raise BulkError(f"{path}: {name} must hold settings, and is {type(section).__name__}")
+        raise BulkError(f"{path}: {name} must be a mapping of settings, got {type(section).__name__}")
     return section
 
 
-def _load(path: Path) -> Any:  # as ruamel.yaml has it
+def _load(path: Path) -> Any:  # the type that ruamel.yaml uses
     try:
         text = path.read_text(encoding="utf-8")
         content = json.loads(text) if path.suffix == _JSON else _yaml().load(text)
@@ -103,7 +103,7 @@ def _load(path: Path) -> Any:  # as ruamel.yaml has it
     except (YAMLError, ValueError) as error:
         raise BulkError(f"{path}: is neither YAML nor JSON: {' '.join(str(error).split())[:200]}") from error
     if not isinstance(content, Mapping):
-        raise BulkError(f"{path}: is not a configuration of Mem0: it must have vector_store and embedder")
+        raise BulkError(f"{path}: is not a Mem0 configuration: it must have vector_store and embedder")
     return content
 
 
@@ -192,13 +192,13 @@ def _pgvector(settings: Mapping[str, Any], path: Path) -> Place:
 def change_mem0(path: Path, collection: str, model: str, dimensions: int, url: str | None) -> dict[str, Any]:
     """Write a collection and a model into a configuration; return the settings as they were, for `restore_mem0`.
 
-    Comments and the order of settings stay.
+    Comments and the order of settings are kept.
 
     Args:
-        url: of the gateway; ``None`` if the configuration's embedder has it already.
+        url: the gateway's URL; ``None`` if the configuration's embedder already has it.
 
     Raises:
-        BulkError: it cannot be written, or does not say where the gateway is.
+        BulkError: the file cannot be written, or has no URL of a gateway.
     """
     content = _load(path)
     store = content.setdefault("vector_store", {}).setdefault("config", {})
@@ -214,7 +214,8 @@ def change_mem0(path: Path, collection: str, model: str, dimensions: int, url: s
     }
     if url is None and (embedder.get("provider", "openai") != "openai" or not settings.get("openai_base_url")):
         raise BulkError(
-            f"{path}: embedder does not use a gateway: name it with --url, and the flip writes it into the configuration"
+            f"{path}: embedder does not use a gateway: pass its URL with --url, and the flip writes it into the "
+            "configuration"
         )
     store["collection_name"], store["embedding_model_dims"] = collection, dimensions
     embedder["provider"] = "openai"
@@ -227,7 +228,7 @@ def change_mem0(path: Path, collection: str, model: str, dimensions: int, url: s
 
 
 def restore_mem0(path: Path, before: Mapping[str, Any]) -> None:
-    """Write settings into a configuration as they were before `change_mem0`.
+    """Restore the settings of a configuration to those before `change_mem0`.
 
     Raises:
         BulkError: it cannot be written.

@@ -1,6 +1,6 @@
-"""One pass over a collection and its copy: what is new or changed is embedded and written, what is gone is deleted.
+"""One pass over a collection and its copy: embed and write new and changed items, and delete removed ones.
 
-The pass is a job of ``gateway embed`` whose source has only the changes, and whose sink notes what it has written.
+The pass is a job of ``gateway embed`` whose source contains only the changes, and whose sink records its writes.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ _MAX_NAMED = 20
 
 @dataclass(slots=True)
 class PassCounts:
-    """What a pass has found, and done.
+    """The items that a pass found, and its changes.
 
     Attributes:
-        items: of both collections.
+        items: the items of both collections.
         written: new and changed items that were embedded.
-        deleted: in the second collection.
-        equal: items that both already had.
+        deleted: items deleted from the second collection.
+        equal: items that both collections already had.
         kept: items of the second collection that the move did not write, or that were changed there since.
-        refused: items without a text, or with one that the model refuses.
-        kept_ids, refused_ids: some of them.
+        refused: items without a text, or with a text that the model rejects.
+        kept_ids, refused_ids: the ids of some of them.
     """
 
     items: int = 0
@@ -51,21 +51,21 @@ class PassCounts:
 
     @property
     def changes(self) -> int:
-        """How many items the pass has changed."""
+        """How many items the pass changed."""
         return self.written + self.deleted
 
 
 @dataclass(frozen=True, slots=True)
 class Direction:
-    """Where a pass reads and writes.
+    """The direction of a pass: the collection that it reads, and the one that it writes.
 
     Attributes:
-        reading, writing: the same store, opened twice: one is read in one thread while the other writes in another.
+        reading, writing: the same store, opened twice, because different threads read and write.
         second: the same collection as the first one, if the new vectors are next to the old ones.
         text: the path of the text in an item.
         vector: the name of the vector that is written, where items have several.
         is_flipped: applications may use the second collection.
-        creates: the second collection is made like the first one; otherwise it exists, maybe without a note.
+        creates: create the second collection like the first one; otherwise it exists, possibly without a note.
         changed_at: the field with the time of each item's last change.
     """
 
@@ -118,15 +118,15 @@ class _Changes:
         self.name = f"{direction.reading.name}: {direction.first}"
 
     def fingerprint(self) -> str:
-        """Return the collection; its content changes."""
+        """Return the name of the collection, because its content changes."""
         return self.name
 
     def count(self) -> int | None:
-        """Return nothing: only the pass itself tells."""
+        """Return ``None``: the number of changes is unknown before the pass."""
         return None
 
     def read(self, after: Position | None = None) -> Iterator[Row | BadRow]:
-        """Yield the items to embed. A pass that was ended begins again, and skips what is done by comparing digests."""
+        """Yield the items to embed. An interrupted pass begins again, and skips finished items by comparing digests."""
         way, counts = self._direction, self._counts
         writes: list[RowId] = []
         equal: dict[RowId, Digest] = {}
@@ -208,7 +208,7 @@ class _Changes:
         return way.reading.filled(way.first, way.vector or "")
 
     def _rows(self, ids: Sequence[RowId]) -> Iterator[Row | BadRow]:
-        """Yield items as they are now; one that was deleted meanwhile is left out."""
+        """Yield the current version of items, leaving out those that were deleted in the meantime."""
         if not ids:
             return
         for row in self._direction.reading.read_ids(self._direction.first, ids, FieldNames(text=self._direction.text)):
@@ -218,7 +218,7 @@ class _Changes:
             yield row
 
     def close(self) -> None:
-        """Nothing of this source is open."""
+        """Do nothing: the source opens nothing itself."""
 
 
 def _digest(value: object) -> Digest | None:
@@ -226,7 +226,7 @@ def _digest(value: object) -> Digest | None:
 
 
 class _Recorded:
-    """The sink of a pass: writes rows, and notes in the ledger before and after what it has written."""
+    """The sink of a pass: writes rows, and records each write in the ledger before and after it."""
 
     def __init__(self, sink: Sink, ledger: Ledger, text: str, counts: PassCounts) -> None:
         self._sink = sink
@@ -275,15 +275,15 @@ async def run_pass(
     *,
     is_full: bool,
 ) -> tuple[PassCounts, bool]:
-    """Run a pass; return what it did, and whether it came to its end.
+    """Run a pass; return its counts, and whether it was completed.
 
     Args:
         is_full: compare all items, rather than what has changed since the last pass where the store can tell.
-        folder: of the move, where its files are.
-        stop: ends the pass in order when it is set.
+        folder: the folder of the move's files.
+        stop: ends the pass in an orderly way when set.
 
     Raises:
-        BulkError: a store or the model fails. What was written until then counts.
+        BulkError: a store or the model fails. Everything written before the error counts.
     """
     counts = PassCounts()
     ledger.spare()
@@ -309,7 +309,7 @@ async def run_pass(
 
 
 def _delete_doomed(direction: Direction, ledger: Ledger, counts: PassCounts) -> None:
-    """Delete what the first collection does not have any more, after another look at it."""
+    """Delete the items that the first collection no longer has, after checking it once more."""
     while ids := ledger.doomed():
         there = {row.id for row in direction.reading.read_ids(direction.first, ids, FieldNames(text=direction.text))}
         gone = [row_id for row_id in ids if row_id not in there]

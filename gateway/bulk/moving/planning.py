@@ -23,9 +23,9 @@ class StartRequest:
 
     Attributes:
         collection: a collection, an alias, or the URL of a collection; ``None`` with ``mem0``.
-        store: URL of the store, if ``collection`` is not one.
-        text: the path of the text in an item; ``None`` for a usual name.
-        into: the name of the new collection; ``None`` for one with the model and the hash of its space.
+        store: the URL of the store, if ``collection`` is not a URL.
+        text: the path of the text in an item; ``None`` to look for the usual names.
+        into: the name of the new collection; ``None`` for a name made of the model and the hash of its space.
         into_vector: the name of a new vector next to the old one, in the same collection.
         changed_at: the field with the time of each item's last change.
     """
@@ -58,11 +58,11 @@ def places_of(request: StartRequest) -> tuple[Mem0 | None, Place]:
         )
     if request.mem0 is not None:
         if request.collection is not None or request.store is not None:
-            raise BulkError("--mem0 says which collection to move, and where: leave out COLLECTION and --from")
+            raise BulkError("--mem0 already determines the store and the collection: leave out COLLECTION and --from")
         known = read_mem0(request.mem0)
         return known, known.place
     if request.collection is None:
-        raise BulkError("which collection? Name it with COLLECTION --from URL, or Mem0's with --mem0 FILE")
+        raise BulkError("no collection was named: pass COLLECTION --from URL, or --mem0 FILE for Mem0's collections")
     if request.store is not None:
         place = read_place(request.store, has_collection=False)
         if place is None:
@@ -71,13 +71,14 @@ def places_of(request: StartRequest) -> tuple[Mem0 | None, Place]:
     place = read_place(request.collection)
     if place is None:
         raise BulkError(
-            f"{request.collection}: in which store? Name it with --from, such as --from qdrant://localhost:6333"
+            f"{request.collection}: no store was named: pass its URL with --from, such as --from "
+            "qdrant://localhost:6333"
         )
     return None, place
 
 
 def plan(request: StartRequest, known: Mem0 | None, place: Place, store: MovableStore, folder: Path) -> Move:
-    """Return the move, without the names of its new collections unless it was begun before.
+    """Return the move, without the names of its new collections unless it was started before.
 
     Raises:
         BulkError: the collection cannot be moved, or is moved elsewhere already.
@@ -125,8 +126,8 @@ def plan(request: StartRequest, known: Mem0 | None, place: Place, store: Movable
     is_other = (before.model, before.text, before.into_vector) != (move.model, move.text, move.into_vector)
     if is_other or before.stage is Stage.FLIPPED:
         raise BulkError(
-            f"a move of {info.name} to {before.model} is under way already: `gateway move status {before.name}` shows it, "
-            f"and `gateway move finish {before.name}` ends it"
+            f"a move of {info.name} to {before.model} is already in progress: `gateway move status {before.name}` "
+            f"shows it, and `gateway move finish {before.name}` ends it"
         )
     return replace(move, pairs=before.pairs, log=before.log, was_flipped=before.was_flipped)
 
@@ -150,7 +151,7 @@ def _first_vector(new: str, asked: str | None, info: CollectionInfo, store: str)
 
 
 def _url(place: Place) -> str:
-    """Return the URL of a store, for the next steps, wherever they are started."""
+    """Return the URL of a store in a form that is valid in any working directory, for the next steps."""
     if place.location and "://" not in place.location:
         place = replace(place, location=str(Path(place.location).resolve()))
     options = {**place.options, **({"key_env": place.key} if place.key else {})}
@@ -158,10 +159,10 @@ def _url(place: Place) -> str:
 
 
 def name_copies(move: Move, work: Work, into: str | None) -> Move:
-    """Return the move with the names of its new collections, and check that they may take its vectors.
+    """Return the move with the names of its new collections, after checking that they can take its vectors.
 
     Raises:
-        BulkError: the old collection has vectors of the new model already, or a name is in use.
+        BulkError: the old collection already has vectors of the new model, or a name is in use.
     """
     note = work.embedder.note
     pairs = []
@@ -169,7 +170,7 @@ def name_copies(move: Move, work: Work, into: str | None) -> Move:
         old = work.reading.describe(pair.old)
         notes = [held for name, held in old.notes.items() if name != move.into_vector]
         if any(is_same_space(held.space, note.space) for held in notes):
-            raise BulkError(f"{pair.old} holds vectors of {note.space} already: there is nothing to move")
+            raise BulkError(f"{pair.old} already has vectors of {note.space}: there is nothing to move")
         if move.into_vector is not None:
             pairs.append(replace(pair, new=pair.old))
             continue

@@ -1,4 +1,4 @@
-"""The state of a move, in a separate folder: a file for people and programs, next to the ledgers of its collections."""
+"""The state of a move: a file for people and programs, in a folder with the ledgers of its collections."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ _MAX_SLUG: Final = 60
 
 
 class Stage(StrEnum):
-    """How far a move has come."""
+    """The stage of a move."""
 
     COPYING = "copying"
-    """The first pass has not come to its end."""
+    """The first pass has not finished."""
     COPIED = "copied"
     CHECKED = "checked"
-    """The last check found nothing to set right."""
+    """The last check found no problems."""
     FLIPPED = "flipped"
-    """Applications use the new collection, or are about to."""
+    """Applications use the new collection, or will in a moment."""
     FINISHED = "finished"
 
 
@@ -39,9 +39,9 @@ class Pair:
     """A collection and its copy.
 
     Attributes:
-        old: its real name.
+        old: the real name of the old collection.
         new: the same name, if the new vectors are next to the old ones.
-        ledger: name of the ledger's file in the move's folder.
+        ledger: the name of the ledger's file in the move's folder.
         changed_at: the field with the time of each item's last change; ``None`` if there is no such field.
     """
 
@@ -56,23 +56,23 @@ class Move:
     """A move.
 
     Attributes:
-        place: URL of the store, without secrets; for Mem0 for messages only.
-        model: as `gateway embed` takes it.
-        space, dimensions: of the new vectors, once they are known.
+        place: the URL of the store, without secrets; with Mem0, only for messages.
+        model: the name of the new model, in the syntax of `gateway embed`.
+        space, dimensions: the space and size of the new vectors, once known.
         text: the path of the text in an item.
-        vector: its name, where items have several.
+        vector: the name of the vector, if items have several.
         into_vector: the name of the new vector next to the old one; ``None`` for a second collection.
-        flattens: line breaks of texts become spaces, as Mem0 embeds them.
-        has_default_task: texts are embedded without naming a task, as Mem0 does.
+        flattens: replace line breaks in texts by spaces before embedding, as Mem0 does.
+        has_default_task: embed texts without naming a task, as Mem0 does.
         alias: the name that applications use.
-        mem0: Mem0's configuration.
-        mem0_before: the settings that a flip changes in it, as they were.
-        url: of the gateway; ``None`` to load the model in the process.
-        models: the registry for that.
-        api_key_env: names the variable with the gateway's key.
-        skips: items without a text stay behind.
-        was_flipped: when applications were first allowed to use the new collection.
-        log: of what was done, for people.
+        mem0: the path of Mem0's configuration.
+        mem0_before: the previous values of the settings that a flip changes in it.
+        url: the gateway's URL; ``None`` to load the model in this process.
+        models: the registry from which to load the model.
+        api_key_env: the name of the environment variable with the gateway's key.
+        skips: leave items without a text behind.
+        was_flipped: the time from which applications were allowed to use the new collection.
+        log: the history of the move, for people.
     """
 
     name: str
@@ -112,14 +112,14 @@ _MOVE: Final = TypeAdapter(Move)
 
 
 def slug_of(text: str) -> str:
-    """Return a text as part of the name of a file or collection."""
+    """Return a text in a form that can be part of the name of a file or collection."""
     return re.sub(r"[^0-9A-Za-z]+", "_", text).strip("_").lower()
 
 
 def new_name(collection: str, space: str) -> str:
-    """Return a name for the copy of a collection: with the model and the hash of its space, so it is never another's.
+    """Return a name for the copy of a collection, with the model and the hash of its space to make it unique.
 
-    It has at most 60 characters, since PostgreSQL cuts names of more than 63.
+    The name has at most 60 characters, because PostgreSQL cuts names longer than 63.
     """
     model, _, digest = space.rpartition("@")
     base = re.sub(r"[^0-9A-Za-z_]+", "_", collection)
@@ -128,7 +128,7 @@ def new_name(collection: str, space: str) -> str:
 
 
 def name_move(folder: Path, collection: str, place: str) -> str:
-    """Return the name of a move: that of the collection, if no move of another store has it."""
+    """Return the name of a move: the collection's name, unless a move in another store has it."""
     name = slug_of(collection)[:_MAX_SLUG] or "move"
     known = read_moves(folder)
     if name in known and known[name].place != place:
@@ -137,7 +137,7 @@ def name_move(folder: Path, collection: str, place: str) -> str:
 
 
 def write_move(folder: Path, move: Move) -> None:
-    """Write the state of a move, as a whole.
+    """Write the whole state of a move.
 
     Raises:
         BulkError: it cannot be written.
@@ -175,7 +175,7 @@ def find_move(folder: Path, name: str | None) -> Move:
     moves = read_moves(folder)
     if name is not None:
         if name not in moves:
-            hint = f"; the moves are {enumerate_names(moves)}" if moves else "; no move was started"
+            hint = f"; the moves are {enumerate_names(moves)}" if moves else "; there are no moves"
             raise BulkError(f"no move is called {name!r}{hint}")
         return moves[name]
     open_moves = [move for move in moves.values() if move.stage is not Stage.FINISHED]

@@ -1,4 +1,4 @@
-"""The steps of a move: start, sync, check, flip, back, finish. Each can be interrupted, and repeated."""
+"""The steps of a move: start, sync, check, flip, back, finish. Each step can be interrupted and repeated."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ _NUM_VECTORS = 50
 
 
 async def start(request: StartRequest, folder: Path, console: Console) -> Move:
-    """Begin a move, or go on with it, and copy until the new collection has all items.
+    """Begin a move, or continue it, and copy until the new collection has all items.
 
     Raises:
-        BulkError: the collection cannot be moved, or not to its end.
+        BulkError: the move cannot start or cannot finish.
     """
     known, place = places_of(request)
     store = open_movable(place)
@@ -65,9 +65,9 @@ async def _copy(work: Work) -> Move:
     if refused and not move.skips:
         named = ", ".join(str(row_id) for counts in results.values() for row_id in counts.refused_ids[:3])
         raise BulkError(
-            f"{count(refused, 'item')} without a usable text in the field {move.text!r}, such as {named}; the others are "
-            f"copied. `gateway move sync {move.name} --skip` leaves these behind. If it is the wrong field, finish this "
-            "move and start another one with --text"
+            f"{count(refused, 'item')} without a usable text in the field {move.text!r}, such as {named}; the others "
+            f"are copied. `gateway move sync {move.name} --skip` leaves these items behind. If the field is wrong, "
+            "finish this move and start another with --text"
         )
     stage = move.stage if move.stage is Stage.FLIPPED else Stage.COPIED
     move = move.at(stage, f"synced: {sum(counts.changes for counts in results.values())} changes in the last pass")
@@ -76,7 +76,7 @@ async def _copy(work: Work) -> Move:
 
 
 async def sync(move: Move, folder: Path, console: Console, *, skips: bool) -> Move:
-    """Take over what has changed in the old collection since the last pass."""
+    """Copy the changes in the old collection since the last pass."""
     move = replace(move, skips=move.skips or skips)
     async with at_work(move, folder, console) as work:
         return await _copy(work)
@@ -85,7 +85,7 @@ async def sync(move: Move, folder: Path, console: Console, *, skips: bool) -> Mo
 async def check(
     move: Move, folder: Path, console: Console, queries: Path | None, old_model: str | None
 ) -> tuple[Move, list[CheckReport]]:
-    """Take over changes, and compare each collection with its copy."""
+    """Copy changes, and compare each collection with its copy."""
     async with at_work(move, folder, console) as work:
         results = await work.passes(is_full=True)
         reports = [
@@ -152,7 +152,7 @@ def _note_of(info: CollectionInfo, vector: str | None) -> SpaceNote | None:
 
 
 def _old_model(move: Move, store: MovableStore, pair: Pair) -> str | None:
-    """Return the model of the old collection, as its note or Mem0's configuration names it."""
+    """Return the name of the old collection's model, from its note or Mem0's configuration."""
     if (note := _note_of(store.describe(pair.old), move.vector)) is not None:
         return note.model
     if move.mem0_before is not None:
@@ -161,16 +161,17 @@ def _old_model(move: Move, store: MovableStore, pair: Pair) -> str | None:
 
 
 async def flip(move: Move, folder: Path, console: Console, *, forces: bool) -> Move:
-    """Let applications use the new collection, and take over what came meanwhile.
+    """Let applications use the new collection, and copy the changes made in the meantime.
 
     Raises:
-        BulkError: the last check was not passed, or the store refuses.
+        BulkError: the last check did not pass, or the store refuses.
     """
     if move.stage is Stage.FLIPPED:
-        raise BulkError("applications use the new collection already: `gateway move sync` takes over late changes")
+        raise BulkError("applications already use the new collection: `gateway move sync` copies late changes")
     if move.stage is not Stage.CHECKED and not forces:
         raise BulkError(
-            "the collections have not been compared since the last change: `gateway move check` first, or --force"
+            "the collections have not been compared since the last change: run `gateway move check` first, or add "
+            "--force"
         )
     async with at_work(move, folder, console) as work:
         move = await _copy(work)
@@ -179,7 +180,7 @@ async def flip(move: Move, folder: Path, console: Console, *, forces: bool) -> M
                 # Of these payloads, the old vectors are right; of what applications write from now on, perhaps not.
                 with work.ledger(pair) as ledger:
                     ledger.copy_to(old_ledger(work.files / pair.ledger))
-        # Written before the flip: from now on, no pass may delete or replace what applications write.
+        # This is written before the flip: from now on, no pass may delete or replace what applications write.
         move = replace(move, was_flipped=True).at(Stage.FLIPPED, "flipped")
         write_move(folder, move)
         try:
@@ -192,7 +193,7 @@ async def flip(move: Move, folder: Path, console: Console, *, forces: bool) -> M
 
 
 def _use(move: Move, store: MovableStore, *, back: bool) -> Move:
-    """Let the alias, or Mem0's configuration, name the new collection, or the old one again."""
+    """Point the alias, or Mem0's configuration, to the new collection, or back to the old one."""
     pair = move.pairs[0]
     if move.alias is not None:
         store.flip(move.alias, pair.old if back else pair.new)
@@ -200,7 +201,7 @@ def _use(move: Move, store: MovableStore, *, back: bool) -> Move:
         return move
     if not back:
         before = change_mem0(move.mem0, pair.new, move.model, move.dimensions or 0, move.url)
-        # A flip that was interrupted has changed the file before.
+        # An interrupted flip has already changed the file.
         return move if move.mem0_before is not None else replace(move, mem0_before=before)
     if move.mem0_before is not None:
         restore_mem0(move.mem0, move.mem0_before)
@@ -208,10 +209,11 @@ def _use(move: Move, store: MovableStore, *, back: bool) -> Move:
 
 
 async def back(move: Move, folder: Path, console: Console, old_model: str | None) -> Move:
-    """Let applications use the old collection again, and take over what they wrote into the new one.
+    """Let applications use the old collection again, and copy what they wrote into the new one.
 
     Raises:
-        BulkError: the move was not flipped, or the old model is not known; the flip itself is then undone already.
+        BulkError: the move was not flipped, or the old model is unknown. In the second case the flip itself is already
+        undone.
     """
     if move.stage is not Stage.FLIPPED:
         raise BulkError("applications use the old collection: there is nothing to undo")
@@ -219,21 +221,21 @@ async def back(move: Move, folder: Path, console: Console, old_model: str | None
         model = old_model or _old_model(move, store, move.pairs[0])
         move = _use(move, store, back=True).at(Stage.COPIED, "back to the old collection")
         write_move(folder, move)
-    say(console, f"Applications are to use {move.pairs[0].old} again.")
+    say(console, f"Let applications use {move.pairs[0].old} again.")
     if model is None:
         raise BulkError(
-            "What applications wrote into the new collection is not in the old one, since its model is not known: name it, "
-            "`gateway move back --from-model NAME`"
+            "Items that applications wrote into the new collection are missing from the old one, because its model is "
+            "unknown: name the model with `gateway move back --from-model NAME`"
         )
     await _return_changes(move, folder, console, model)
     return move
 
 
 async def _return_changes(move: Move, folder: Path, console: Console, model: str) -> None:
-    """Take over what applications wrote into the new collection, with the old model.
+    """Copy what applications wrote into the new collection back into the old one, embedded by the old model.
 
     Raises:
-        BulkError: the old collection's vectors are not those of that model.
+        BulkError: the old collection's vectors are of another model.
     """
     async with at_work(move, folder, console, model) as work:
         for pair in move.pairs:
@@ -243,8 +245,9 @@ async def _return_changes(move: Move, folder: Path, console: Console, model: str
             )
             if len(wrong) > compared // 10:
                 raise BulkError(
-                    f"{len(wrong)} of {count(compared, 'sampled item')} of {pair.old} do not have the vectors that {model} "
-                    "makes of their texts, so nothing is written into it. Name the right model, with its task: --from-model"
+                    f"{len(wrong)} of {count(compared, 'sampled item')} of {pair.old} have vectors that differ from "
+                    f"those of {model}, so nothing was written into it. Name the right model, with its task, with "
+                    "--from-model"
                 )
         await work.passes(back=True)
 
@@ -260,25 +263,25 @@ def _unchanged(work: Work, pair: Pair) -> list[RowId]:
 
 
 async def finish(move: Move, folder: Path, console: Console, *, deletes: bool) -> Move:
-    """End a move; delete the old collections if the user says so.
+    """End a move, and delete the old collections if the user asked for it.
 
     Raises:
         BulkError: applications do not use the new collection, or still write into the old one.
     """
     if not deletes:
-        move = move.at(Stage.FINISHED, "finished; the old collection stays")
+        move = move.at(Stage.FINISHED, "finished; the old collection was kept")
         write_move(folder, move)
         return move
     if move.stage is not Stage.FLIPPED:
-        raise BulkError("applications use the old collection: `gateway move flip` comes first")
+        raise BulkError("applications use the old collection: run `gateway move flip` first")
     async with at_work(move, folder, console) as work:
         results = await work.passes(is_full=True)
         # A program that writes both vectors looks like one that writes the old one, which the store refuses later.
         changes = sum(counts.changes for counts in results.values())
         if changes and move.into_vector is None:
             raise BulkError(
-                f"{count(changes, 'item')} of the old collection changed just now, so a program still writes into it; they "
-                "were taken over. Find that program, and run the same command again"
+                f"{count(changes, 'item')} of the old collection changed just now and were copied, so a program still "
+                "writes into it. Find that program, and run the same command again"
             )
         for pair in move.pairs:
             if move.into_vector is None:

@@ -1,4 +1,4 @@
-"""What the steps of a move work with: its store, opened twice, the ledgers of its collections, and the model."""
+"""The resources of a move's steps: its store, opened twice, the ledgers of its collections, and the model."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ _MAX_PASSES = 10
 
 
 class Interrupted(BulkError):
-    """The user has interrupted a step. What was done counts."""
+    """The user interrupted a step. Everything done so far counts."""
 
 
 class _Flattened:
-    """An embedder of texts without line breaks, as Mem0 sends them to its models."""
+    """An embedder that removes line breaks from texts first, as Mem0 does."""
 
     def __init__(self, embedder: Embedder) -> None:
         self._embedder = embedder
@@ -56,10 +56,10 @@ class _Flattened:
 
 
 def place_of(move: Move) -> Place:
-    """Return the place of a move's store, with the passwords' variables.
+    """Return the place of a move's store, with the variables that hold its passwords.
 
     Raises:
-        BulkError: Mem0's configuration cannot be read any more.
+        BulkError: Mem0's configuration can no longer be read.
     """
     if move.mem0 is not None:
         return read_mem0(move.mem0).place
@@ -70,12 +70,12 @@ def place_of(move: Move) -> Place:
 
 
 def asked_of(move: Move, model: str | None = None, *, for_queries: bool = False, task: str | None = None) -> Asked:
-    """Return the vectors that a move makes.
+    """Return the request for a move's vectors.
 
     Args:
         model: another model, such as the old one.
-        for_queries: of queries, where the model embeds them in another way than documents.
-        task: of the documents.
+        for_queries: request the vectors of queries, if the model embeds them differently from documents.
+        task: the task for the documents.
     """
     asked = ask(model or move.model, None, Truncate.END)
     if for_queries and task == PASSAGE_TASK:
@@ -86,7 +86,7 @@ def asked_of(move: Move, model: str | None = None, *, for_queries: bool = False,
 
 @asynccontextmanager
 async def embedder_of(move: Move, asked: Asked, console: Console) -> AsyncIterator[Embedder]:
-    """Load a model, or find it behind the move's gateway."""
+    """Load a model, or find it at the move's gateway."""
     async with open_embedder(asked, _models_of(move), console) as embedder:
         yield _Flattened(embedder) if move.flattens else embedder
 
@@ -107,10 +107,10 @@ def store_of(move: Move) -> Iterator[MovableStore]:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """A move whose store and model are open.
+    """A move with its open store and loaded model.
 
     Attributes:
-        folder: of all moves.
+        folder: the folder of all moves.
     """
 
     move: Move
@@ -149,10 +149,10 @@ class Work:
         )
 
     def make_copies(self) -> None:
-        """Make the new collections, or check that they may take the vectors.
+        """Create the new collections, or check that existing ones can take the vectors.
 
         Raises:
-            BulkError: one holds others.
+            BulkError: a collection has vectors of another space.
         """
         for pair in self.move.pairs:
             with closing(sink_of(self.direction(pair))) as sink:
@@ -165,7 +165,7 @@ class Work:
             is_full: each pass compares all items.
 
         Raises:
-            Interrupted: the user has interrupted it.
+            Interrupted: the user interrupted it.
             BulkError: a store or the model fails.
         """
         stop = asyncio.Event()
@@ -182,7 +182,7 @@ class Work:
                     say(self.console, describe(way, counts))
                     found[pair.old] = counts
                     if not is_finished:
-                        raise Interrupted("interrupted; what was written counts, and the same command goes on")
+                        raise Interrupted("interrupted; written items are kept, and the same command continues")
                     if counts.changes <= allowed_changes(counts.items):
                         break
         return found
@@ -194,9 +194,9 @@ def old_ledger(path: Path) -> Path:
 
 
 def describe(way: Direction, counts: PassCounts) -> str:
-    """Return the results of a pass in words."""
+    """Describe the results of a pass."""
     parts = [f"{counts.written:,} embedded", f"{counts.deleted:,} deleted", f"{counts.equal:,} already equal"]
-    parts += [f"{counts.kept:,} newer in {way.second}, left as they are"] if counts.kept else []
+    parts += [f"{counts.kept:,} newer in {way.second} and left unchanged"] if counts.kept else []
     parts += [f"{counts.refused:,} without a usable text"] if counts.refused else []
     return f"{way.first} → {way.target}: {count(counts.items, 'item')}, {', '.join(parts)}"
 
@@ -206,7 +206,7 @@ async def at_work(move: Move, folder: Path, console: Console, model: str | None 
     """Open the store and the model of a move.
 
     Args:
-        model: instead of the new model.
+        model: a model to use instead of the new one.
     """
     with store_of(move) as reading, store_of(move) as writing:
         async with embedder_of(move, asked_of(move, model), console) as embedder:

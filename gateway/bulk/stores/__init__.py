@@ -1,1 +1,1 @@
-"""Vector stores as sources and sinks, a module for each. A store's client is imported only when the store is used."""
+"""Vector stores as sources and sinks. A store's client library is imported only when the store is used."""

@@ -1,4 +1,4 @@
-"""Chroma, a server or a folder: a source and a sink."""
+"""Chroma, as a server or a folder: a source and a sink."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from gateway.bulk.stores.protocol import Keeping, Place, Since
 
 
 def open_store(place: Place) -> ChromaStore:
-    """Return a server or a folder, which is opened by its sources and sinks."""
+    """Return a server or a folder, whose sources and sinks open it."""
     return ChromaStore(place)
 
 
@@ -30,20 +30,20 @@ class ChromaStore:
         """Return the items of a collection as rows.
 
         Raises:
-            BulkError: a point of time was given; or the store cannot be reached.
+            BulkError: ``since`` was given, or the store cannot be reached.
         """
         if since is not None:
-            raise BulkError("chroma cannot list items since a point of time")
+            raise BulkError("chroma cannot list the items changed since a given time")
         return ChromaSource(Connection(self._place, is_source=True), collection, names)
 
     def sink(self, collection: str, keeping: Keeping) -> ChromaSink:
         """Return a sink for a collection.
 
         Raises:
-            BulkError: the store cannot be reached, or cannot keep rows this way.
+            BulkError: the store cannot be reached, or does not support these options.
         """
         if keeping.vector is not None or keeping.updates or keeping.like is not None:
-            raise BulkError("chroma keeps one vector per item, without a name")
+            raise BulkError("chroma stores one unnamed vector per item")
         return ChromaSink(Connection(self._place, is_source=False), collection, keeping)
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""Connections to Chroma, a server or a folder, and its errors in plain words."""
+"""Connections to Chroma, a server or a folder, and plain messages for its errors."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Connection:
         is_source: the store must exist.
 
     Raises:
-        BulkError: the folder holds no store, or the server cannot be reached.
+        BulkError: the folder does not contain a store, or the server cannot be reached.
     """
 
     def __init__(self, place: Place, *, is_source: bool) -> None:
@@ -54,18 +54,18 @@ class Connection:
         database = place.options.get("database", DEFAULT_DATABASE)
         if place.location:
             return chromadb.PersistentClient(place.location, settings, tenant, database)
-        # Servers read one or the other.
+        # Servers read one of these two headers.
         headers = {"Authorization": f"Bearer {self._key}", "X-Chroma-Token": self._key} if self._key else None
         return chromadb.HttpClient(place.host, place.port, place.is_secure, headers, settings, tenant, database)
 
     def call(self, ask: Callable[[], Result], where: str) -> Result:
-        """Return the result of a request, which is repeated while the server is away for a moment.
+        """Return the result of a request, repeating it while the server is briefly unavailable.
 
         Args:
             where: the collection, for messages.
 
         Raises:
-            BulkError: the server refuses it, or stays away.
+            BulkError: the server rejects the request, or stays unavailable.
         """
         try:
             return insist(ask, _pause_after, PATIENCE_S)
@@ -81,7 +81,7 @@ class Connection:
 
         def get() -> Collection | None:
             try:
-                # Its own embedding function is not needed, and may need a package or a key.
+                # The collection's own embedding function is not needed, and may require a package or a key.
                 return self.client.get_collection(collection, embedding_function=None)
             except NotFoundError:
                 return None
@@ -92,7 +92,7 @@ class Connection:
         """Return a collection.
 
         Raises:
-            BulkError: it does not exist, or the server fails.
+            BulkError: the collection does not exist, or the server fails.
         """
         found = self.find(collection)
         if found is None:
@@ -110,7 +110,7 @@ class Connection:
             session.close()
 
     def _sessions(self) -> Iterator[httpx.Client]:
-        """Yield the client's connections to a server, which it neither limits in time nor closes itself."""
+        """Yield the client's connections to a server; the client itself neither sets timeouts nor closes them."""
         for client in (self.client, getattr(self.client, "_admin_client", None)):
             session = getattr(getattr(client, "_server", None), "_session", None)
             if isinstance(session, httpx.Client):
@@ -121,14 +121,14 @@ class Connection:
         status = error.response.status_code if isinstance(error, httpx.HTTPStatusError) else None
         if status in (401, 403) or (isinstance(error, ChromaError) and error.code() in (401, 403)):
             if self._key:
-                return f"{where} refuses the key in the environment variable {self.place.key}: {message}"
+                return f"{where} rejects the key in the environment variable {self.place.key}: {message}"
             return f"{where} needs a key: set the environment variable {self.place.key}, or name another with ?key_env=NAME"
         if _pause_after(error) is not None and has_responded:
             return f"{where} has gone away: {message}; {GOES_ON}"
         if not has_responded:
             problem = "cannot be opened as a Chroma store" if self.place.location else "cannot be reached"
             return f"{where} {problem}: {message}"
-        return f"{where} refuses a request: {message}"
+        return f"{where} rejects a request: {message}"
 
 
 def _pause_after(error: Exception) -> float | None:

@@ -1,7 +1,7 @@
 """Chroma's ids and metadata. Pure.
 
-Chroma's ids are texts, and its metadata has no objects in it. A row's numeric id becomes its digits, and the metadata keeps
-the number in the field ``gateway_id``. Objects, and lists of different kinds, are kept as JSON text; fields without a
+Chroma's ids are strings, and its metadata has no nested objects. A row's numeric id becomes its digits, and the
+metadata keeps the number in the field ``gateway_id``. Objects and mixed lists are stored as JSON text; fields without a
 value are left out.
 """
 
@@ -23,20 +23,20 @@ _INT64: Final = range(-(2**63), 2**63)
 
 
 def metadata_of(row: Row) -> dict[str, Value]:
-    """Return the metadata of a row's item. Its text is the item's document.
+    """Return the metadata of a row's item, whose document is the row's text.
 
     Raises:
-        BulkError: a field has the name of the one that keeps numeric ids, or no name.
+        BulkError: a field has the name reserved for numeric ids, or an empty name.
     """
     metadata: dict[str, Value] = {}
     for name, value in row.payload.items():
         if name == ORIGINAL_ID:
             raise BulkError(
-                f"{row.place} has a field `{ORIGINAL_ID}`, which keeps numeric ids in Chroma: rename the field"
+                f"{row.place} has a field `{ORIGINAL_ID}`, a name reserved for numeric ids in Chroma: rename the field"
             )
         if not name:
             raise BulkError(
-                f"{row.place} has a field without a name, which Chroma refuses: leave it out with --payload"
+                f"{row.place} has a field with an empty name, which Chroma rejects: leave it out with --payload"
             )
         if (kept := _value(value)) is not None:
             metadata[name] = kept
@@ -59,7 +59,7 @@ def _value(value: Json) -> Value | None:
 
 
 def row_id_of(item: str, metadata: Mapping[str, Json]) -> tuple[RowId, dict[str, Json]]:
-    """Return the id that a row had before it became this item, and the metadata without that."""
+    """Return the original id of an item's row, and the metadata without it."""
     rest = dict(metadata)
     original = rest.get(ORIGINAL_ID)
     if isinstance(original, int | str) and not isinstance(original, bool) and str(original) == item:

@@ -1,4 +1,4 @@
-"""A Chroma collection that keeps the dense vectors of a job."""
+"""A Chroma collection that stores the dense vectors of a job."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _MAX_ITEMS: Final = 512
 
 
 class ChromaSink:
-    """Writes rows as items, with the text as their document. Items of the same id are replaced."""
+    """Writes rows as items, with the text as their document. Items with the same id are replaced."""
 
     def __init__(self, connection: Connection, collection: str, keeping: Keeping) -> None:
         self._connection = connection
@@ -39,15 +39,15 @@ class ChromaSink:
         return found is None or self._connection.call(found.count, self.name) == 0
 
     def open(self, note: SpaceNote) -> None:
-        """Make the collection if it does not exist, and check that it may take vectors of this space.
+        """Create the collection if it does not exist, and check that it can take vectors of this space.
 
         Raises:
-            BulkError: it holds another space, vectors of an unknown model, or vectors of another width or distance; or
-                the job has more than dense vectors.
+            BulkError: the collection has vectors of another space, an unknown model, another width or another distance,
+            or the job has other outputs than dense vectors.
         """
         if note.has_sparse or note.token_width or not note.dimensions:
             raise BulkError(
-                f"{self.name} keeps dense vectors only: leave the other outputs out, or embed into qdrant or milvus"
+                f"{self.name} can store only dense vectors: leave out the other outputs, or embed into qdrant or milvus"
             )
         found = self._connection.find(self._name)
         if found is None:
@@ -56,7 +56,7 @@ class ChromaSink:
         num_items = self._connection.call(found.count, self.name)
         written = (found.metadata or {}).get(NOTE)
         held = None if written is None else note_from_json(_parse(written), self.name)
-        # A collection has no width before its first item, so the note comes first.
+        # A collection has no width before its first item, so the note is compared first.
         check_note(held, note, self.name, num_items, adopts=self._keeping.adopts)
         self._check_width(found, note)
         if held is None:
@@ -66,14 +66,14 @@ class ChromaSink:
         self._collection = found
 
     def write(self, shard: int, batch: EmbeddedRows) -> None:
-        """Keep a shard's items.
+        """Store a shard's items.
 
         Raises:
-            BulkError: Chroma refuses them, or stays away.
+            BulkError: Chroma rejects them, or stays unavailable.
         """
         collection, dense = self._collection, batch.dense
         if collection is None or dense is None:
-            raise RuntimeError("a sink must be opened before the first write, and gets dense vectors")
+            raise RuntimeError("a sink must be opened before the first write, and needs dense vectors")
         size = min(_MAX_ITEMS, self._connection.call(self._connection.client.get_max_batch_size, self.name))
         for start in range(0, len(batch.rows), size):
             rows = batch.rows[start : start + size]
@@ -103,20 +103,20 @@ class ChromaSink:
         return self._connection.call(make, self.name)
 
     def _check_width(self, collection: Collection, note: SpaceNote) -> None:
-        # Not part of its public interface, but in the answer of every version of its API.
+        # Not part of the client's public interface, but in the responses of every version of the API.
         width = collection._model.dimension
         if width is not None and width != note.dimensions:
             raise BulkError(
-                f"{self.name} has vectors of width {width}, and this job makes them of {note.dimensions}: "
-                f"embed into a new collection, or ask for {width} dimensions if the model has them"
+                f"{self.name} has vectors of width {width}, but this job's have {note.dimensions}: embed into a new "
+                f"collection, or request {width} dimensions if the model supports that"
             )
         configuration = collection.configuration_json
         index = configuration.get("hnsw") or configuration.get("spann") or {}
         space = index.get("space")
         if not note.is_normalized and space != "ip":
             raise BulkError(
-                f"{self.name} has the distance {space}, and {note.model} needs ip, since its vectors are not normalized: "
-                "embed into a new collection"
+                f"{self.name} uses the distance {space}, but {note.model} needs ip, because its vectors are not "
+                "normalized: embed into a new collection"
             )
 
     def _item_id(self, row: Row) -> str:
@@ -125,8 +125,8 @@ class ChromaSink:
             self._kind_of_ids = kind
         elif self._kind_of_ids is not kind:
             raise BulkError(
-                f"{row.place}: the ids before are {'numbers' if kind is str else 'texts'}, and {row.id!r} is not; "
-                "Chroma's ids are texts, so the number 5 and the text '5' would be one item"
+                f"{row.place}: earlier ids are {'numbers' if kind is str else 'strings'}, but {row.id!r} is not. "
+                "Chroma's ids are strings, so the number 5 and the string '5' would be the same item"
             )
         if row.id == "":
             raise BulkError(f"{row.place} has an empty id, which Chroma does not allow")
@@ -134,7 +134,7 @@ class ChromaSink:
 
 
 def _dump(note: SpaceNote) -> str:
-    """Return a note as text, since the metadata of Chroma has no objects."""
+    """Return a note as text, because Chroma's metadata cannot contain objects."""
     return json.dumps(note_to_json(note))
 
 

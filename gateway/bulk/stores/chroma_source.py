@@ -21,7 +21,7 @@ _INCLUDE: Final = cast(Include, ["metadatas", "documents"])
 
 
 class _Item(NamedTuple):
-    """An item, and its place in the collection's order from 0."""
+    """An item, and its index in the collection's order, from 0."""
 
     offset: int
     id: str
@@ -31,8 +31,9 @@ class _Item(NamedTuple):
 class ChromaSource:
     """Reads the items of a collection, without their vectors.
 
-    Chroma can only skip a number of items, so a position is such a number and the id of the item there. If items before
-    it were deleted, the item is found further ahead. Items that are added while a job reads come last and are read too.
+    Chroma can only skip a number of items, so a position is a number of items and the id of the item there. If earlier
+    items were deleted, the item is found nearer to the beginning. Items that are added while a job reads come last and
+    are read too.
     """
 
     def __init__(self, connection: Connection, collection: str, names: FieldNames) -> None:
@@ -47,15 +48,15 @@ class ChromaSource:
 
     @property
     def has_unique_ids(self) -> bool:
-        """The ids are those of items, unless a field of the metadata is the id."""
+        """The ids are those of the items, unless a field of the metadata is the id."""
         return self._names.id is None
 
     @property
     def text_field(self) -> str:
-        """The field with the text; Chroma's own is called ``document``.
+        """The field with the text; Chroma's own field is called ``document``.
 
         Raises:
-            BulkError: the first items do not have it.
+            BulkError: the first items lack the field.
         """
         return self.fields.text
 
@@ -64,7 +65,7 @@ class ChromaSource:
         """The fields that make a row.
 
         Raises:
-            BulkError: the first items do not have them.
+            BulkError: the first items lack the fields.
         """
         records = [row_id_of(item.id, item.record)[1] for item in self._page(0, SAMPLE)]
         names = self._names
@@ -77,7 +78,7 @@ class ChromaSource:
         return self._connection.get(self._collection)
 
     def fingerprint(self) -> str:
-        """Return the collection, by the id that Chroma gave it, and the fields that are read.
+        """Return Chroma's id of the collection, and the fields that are read.
 
         Raises:
             BulkError: the collection does not exist or cannot be read.
@@ -85,18 +86,18 @@ class ChromaSource:
         return f"{self.name} {self._items.id} {self.fields}"
 
     def count(self) -> int | None:
-        """Return how many items there are."""
+        """Return the number of items."""
         return self._connection.call(self._items.count, self.name)
 
     def read(self, after: Position | None = None) -> Iterator[Row | BadRow]:
-        """Yield the items after a position, or all of them, page by page.
+        """Yield the items after a position, or all items, page by page.
 
         Raises:
             BulkError: the collection does not exist or cannot be read, or the item at the position was deleted.
         """
         last = None if after is None else self._find(after)
         while True:
-            # Each page begins with the last item of the one before: if another is there, items were deleted.
+            # Each page begins with the last item of the previous page. If another item is there, items were deleted.
             start = 0 if last is None else last.offset
             page = self._page(start, _PAGE)
             if last is not None:
@@ -115,7 +116,7 @@ class ChromaSource:
         self._connection.close()
 
     def _find(self, position: Position) -> _Item:
-        """Return the item of a position, which deletions can have moved forward."""
+        """Return the item at a position, which deletions may have moved towards the beginning."""
         match position:
             case [int() as offset, str() as item_id]:
                 pass
@@ -129,8 +130,8 @@ class ChromaSource:
                     return item
             end = start
         raise BulkError(
-            f"the item {item_id!r} of {self.name} was deleted while the job was reading, so the place where it goes on is "
-            "lost. Start again with an empty sink, while no program deletes items"
+            f"the item {item_id!r} of {self.name} was deleted while the job was reading, so the job cannot find its "
+            "place again. Start over with an empty sink while no program deletes items"
         )
 
     def _page(self, offset: int, limit: int) -> list[_Item]:

@@ -1,4 +1,4 @@
-"""Folders of stores that need no server: one that is another thing is neither read nor written."""
+"""Folders of stores that need no server. A folder with other content is neither read nor written."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from gateway.bulk.stores.protocol import Place
 
 
 def check_folder(place: Place, marker: str, *, must_exist: bool) -> None:
-    """Check that a folder holds a store of its kind, or may become one.
+    """Check that a folder contains a store of its kind, or can become one.
 
     Args:
         marker: a file that every store of this kind has.
-        must_exist: the store is a source.
+        must_exist: require an existing store, which a source does.
 
     Raises:
-        BulkError: it holds no store, or it is a sink and has other files.
+        BulkError: the folder of a source contains no store, or the folder of a sink contains other files.
     """
     folder = Path(place.location)
     try:
@@ -27,11 +27,12 @@ def check_folder(place: Place, marker: str, *, must_exist: bool) -> None:
         raise BulkError(f"the folder {place.location} cannot be used: {error.strerror}") from error
     if must_exist:
         raise BulkError(
-            f"the folder {place.location} holds no store of {place.kind}"
+            f"the folder {place.location} does not contain a {place.kind} store"
             if names
             else f"there is no store in {place.location}"
         )
     if names:
         raise BulkError(
-            f"the folder {place.location} has other files, such as {names[0]}, and no store of {place.kind}: name a new one"
+            f"the folder {place.location} contains other files, such as {names[0]}, and no {place.kind} store: choose "
+            "a new folder"
         )

@@ -1,4 +1,4 @@
-"""LanceDB, a folder or a bucket: a source and a sink."""
+"""LanceDB, as a folder or a bucket: a source and a sink."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gateway.bulk.stores.protocol import Keeping, Place, Since
 
 
 def open_store(place: Place) -> LanceStore:
-    """Return a folder or a bucket, which is opened by its sources and sinks."""
+    """Return a folder or a bucket, whose sources and sinks open it."""
     return LanceStore(place)
 
 
@@ -34,10 +34,10 @@ class LanceStore:
         """Return the rows of a table.
 
         Raises:
-            BulkError: a point of time was given, or the folder does not exist.
+            BulkError: ``since`` was given, or the folder does not exist.
         """
         if since is not None:
-            raise BulkError("lancedb cannot list rows since a point of time")
+            raise BulkError("lancedb cannot list the rows changed since a given time")
         if "://" not in self._place.location and not Path(self._place.location).is_dir():
             raise BulkError(f"there is no folder {self._place.location}")
         return LanceSource(self._connect(), self._place, collection, names)
@@ -46,10 +46,10 @@ class LanceStore:
         """Return a sink for a table.
 
         Raises:
-            BulkError: the store cannot keep rows this way.
+            BulkError: the store does not support these options.
         """
         if keeping.vector is not None or keeping.updates or keeping.like is not None or keeping.adopts:
-            raise BulkError("lancedb keeps the vectors of a job in a table that the job makes")
+            raise BulkError("lancedb stores the vectors of a job in a table that the job creates")
         return LanceSink(self._connect(), self._place.named(collection), collection, keeping)
 
     def _connect(self) -> lancedb.DBConnection:

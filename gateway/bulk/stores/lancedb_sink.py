@@ -1,4 +1,4 @@
-"""A LanceDB table that keeps the vectors of a job."""
+"""A LanceDB table that stores the vectors of a job."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ _KEY: Final = NOTE.encode()
 
 
 class LanceSink:
-    """Writes each shard as one version of the table, where its rows replace those of the same id.
+    """Writes each shard as one version of the table. Its rows replace rows with the same id.
 
-    The table is made with the first shard, whose rows decide the columns.
+    The first shard creates the table, and its rows determine the columns.
     """
 
     def __init__(self, database: DBConnection, name: str, table: str, keeping: Keeping) -> None:
@@ -42,13 +42,13 @@ class LanceSink:
             return table is None or table.count_rows() == 0
 
     def open(self, note: SpaceNote) -> None:
-        """Check that a table that exists has vectors of this space.
+        """Check that an existing table has vectors of this space.
 
         Raises:
-            BulkError: it holds another space, or is not by the gateway.
+            BulkError: the table has vectors of another space, or was not written by the gateway.
         """
         self._metadata = {_KEY: json.dumps(note_to_json(note)).encode()}
-        # Lance takes a dot for a path. Such a field is in the rest.
+        # Lance reads a dot as a path, so a field with a dot goes into the rest.
         self._tables = Tables(pa, note, self._keeping.text, lambda name: name != "" and "." not in name)
         self._table = find_table(self._database, self._table_name, self.name)
         if self._table is None:
@@ -61,7 +61,7 @@ class LanceSink:
         self._tables.take_columns(schema)
 
     def write(self, shard: int, batch: EmbeddedRows) -> None:
-        """Keep a shard's rows, all of them or none.
+        """Store a shard's rows, all or none.
 
         Raises:
             BulkError: a row does not fit, or the folder cannot be written.
@@ -85,6 +85,6 @@ class LanceSink:
     def close(self) -> None:
         """Merge the small files that many shards leave behind."""
         if self._table is not None and self._has_written:
-            # The rows are safe without it; it makes reading faster.
+            # This only makes reading faster; the rows are already safe.
             with suppress(ValueError, OSError, RuntimeError):
                 self._table.optimize()

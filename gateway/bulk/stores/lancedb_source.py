@@ -1,4 +1,4 @@
-"""The rows of a LanceDB table, of one version of it."""
+"""The rows of one version of a LanceDB table."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _SAMPLE: Final = 64
 
 
 class LanceSource:
-    """Reads a version of a table, so changes while a job reads do not matter. A position is a version and a row in it."""
+    """Reads one version of a table, so concurrent changes do not matter. A position is a version and a row number."""
 
     has_unique_ids = False
 
@@ -45,7 +45,7 @@ class LanceSource:
         """The column with the text.
 
         Raises:
-            BulkError: the first rows do not have it.
+            BulkError: the first rows lack the column.
         """
         return self.fields.text
 
@@ -54,14 +54,14 @@ class LanceSource:
         """The columns that make a row.
 
         Raises:
-            BulkError: the first rows do not have them.
+            BulkError: the first rows lack the columns.
         """
         records = [record for _, record in islice(self._records(self._latest, 0), _SAMPLE)]
         if not records:
             return Fields(self._names.id or "id", self._names.text or "text", self._names.title, self._names.payload)
         fields = resolve_fields(self._names, records, self.name)
         if fields.id is None:
-            raise BulkError(f"{self.name}: no column is called `id`: name that of the ids with --id COLUMN")
+            raise BulkError(f"{self.name}: no column is called `id`: name the id column with --id COLUMN")
         return fields
 
     @cached_property
@@ -82,10 +82,10 @@ class LanceSource:
             return int(self._latest.count_rows())
 
     def read(self, after: Position | None = None) -> Iterator[Row | BadRow]:
-        """Yield the rows after a position, or all of them.
+        """Yield the rows after a position, or all rows.
 
         Raises:
-            BulkError: the table does not exist, or the version at the position has been cleaned up.
+            BulkError: the table does not exist, or the position's version has been cleaned up.
         """
         match after:
             case None:
@@ -107,12 +107,12 @@ class LanceSource:
             table.checkout(version)
         except (ValueError, OSError, RuntimeError) as error:
             raise BulkError(
-                f"version {version} of {self.name}, which the job reads, was cleaned up: start again in an empty sink"
+                f"version {version} of {self.name}, which the job reads, was cleaned up: start over with an empty sink"
             ) from error
         return table
 
     def _records(self, table: Table, start: int) -> Iterator[tuple[int, Record]]:
-        """Yield the rows from a number on, with their numbers."""
+        """Yield the rows from a row number on, with their numbers."""
         schema = table.schema
         columns = [field.name for field in schema if not _is_vector(field)]
         jsons = [field.name for field in schema if is_json(field)]
@@ -126,13 +126,13 @@ class LanceSource:
 
 
 def _is_vector(field: Any) -> bool:
-    """Return whether a column has vectors, which are of another model and slow to read."""
+    """Return whether a column has vectors, which come from another model and are slow to read."""
     is_fixed = pa.types.is_fixed_size_list(field.type) and pa.types.is_floating(field.type.value_type)
     return is_fixed or (field.name in (VECTOR, SPARSE, MULTIVECTOR) and pa.types.is_nested(field.type))
 
 
 def _record(values: dict[str, Any], jsons: list[str]) -> dict[str, Json]:
-    """Return a row as JSON; in a table by the sink, a field without a value is one that the row did not have."""
+    """Return a row as JSON. In a table that the sink wrote, a field without a value was missing in the row."""
     for name in jsons:
         if isinstance(text := values.get(name), str):
             values[name] = json.loads(text)

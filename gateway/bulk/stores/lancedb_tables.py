@@ -1,4 +1,4 @@
-"""Tables of LanceDB, and its errors in plain words."""
+"""Tables of LanceDB, and plain messages for its errors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from gateway.config.wording import cut, did_you_mean, enumerate_names, quote
 
 @contextmanager
 def plain_errors(where: str) -> Iterator[None]:
-    """Turn the errors of LanceDB inside into a `BulkError`.
+    """Turn LanceDB's errors within the context into a `BulkError`.
 
     Args:
         where: the table, for messages.

@@ -37,13 +37,13 @@ def open_store(place: Place) -> MilvusStore:
     """Open the server or file of a place.
 
     Raises:
-        BulkError: it cannot be reached.
+        BulkError: the server cannot be reached, or the file cannot be opened.
     """
     return MilvusStore(place)
 
 
 class MilvusStore:
-    """A server, or a file of Milvus Lite."""
+    """A Milvus server, or a file of Milvus Lite."""
 
     def __init__(self, place: Place) -> None:
         self.name = place.store
@@ -56,7 +56,7 @@ class MilvusStore:
         place = self._place
         if place.location:
             if not place.location.endswith(_LITE_SUFFIX):
-                raise BulkError(f"{self.name}: a file of Milvus Lite has a name that ends in {_LITE_SUFFIX}")
+                raise BulkError(f"{self.name}: the name of a Milvus Lite file must end in {_LITE_SUFFIX}")
             uri, token = place.location, ""
         else:
             host = f"[{place.host}]" if ":" in place.host else place.host
@@ -71,7 +71,7 @@ class MilvusStore:
             if not place.location:
                 raise
             raise BulkError(
-                f"{self.name} cannot be opened; only one process at a time can use a file of Milvus Lite: {error}"
+                f"{self.name} cannot be opened; only one process at a time can use a Milvus Lite file: {error}"
             ) from error
 
     def source(self, collection: str, names: FieldNames, since: Since | None = None) -> KeysetSource:
@@ -111,7 +111,7 @@ class MilvusStore:
                 yield fields.row(payload, f"id {row_id} of {found.place}", row_id, row_id)
 
     def digests(self, collection: str) -> Iterator[tuple[RowId, bytes]]:
-        """Yield ids and hashes of payloads, by ascending id."""
+        """Yield ids and hashes of payloads, in ascending order of the ids."""
         found = self._find(collection)
         last: RowId | None = None
         while page := read_page(self._client, found, last):
@@ -145,7 +145,7 @@ class MilvusStore:
                 yield row_id, is_later(payload, condition)
 
     def sort_key(self, row_id: RowId) -> tuple[int, int | str]:
-        """Return the place of an id: integers by their value, texts by their code points."""
+        """Return an id's sort key: integers sort by value, strings by code points."""
         return (0, row_id) if isinstance(row_id, int) else (1, row_id)
 
     def filled(self, collection: str, vector: str) -> Iterator[RowId]:
@@ -214,7 +214,7 @@ class MilvusStore:
         return {item[found.id.name]: np.asarray(item[name], np.float32) for item in items if item.get(name) is not None}
 
     def aliases(self) -> Mapping[str, str]:
-        """Return the collection that each alias means."""
+        """Return the collection that each alias points to."""
         with refusals(self.name):
             return {
                 alias: collection
@@ -223,16 +223,16 @@ class MilvusStore:
             }
 
     def why_not_flip(self, name: str) -> str:
-        """Return why a name cannot become an alias; empty if it can, or is one already."""
+        """Return why a name cannot become an alias; empty if it can, or already is one."""
         if name in self.collections():
             return (
-                f"{quote(name)} is the name of a collection itself, and an alias cannot have the name of one that exists. "
-                "Let applications use an alias: choose its name, and set it in their settings once"
+                f"{quote(name)} is the name of an existing collection, which an alias cannot have. Let applications "
+                "use an alias: choose a name for it, and set it once in their configuration"
             )
         return ""
 
     def flip(self, name: str, collection: str) -> None:
-        """Make an alias mean a collection, in one step; the alias is made if it does not exist."""
+        """Point an alias to a collection, in one step; create the alias if it does not exist."""
         if reason := self.why_not_flip(name):
             raise BulkError(reason)
         found = self._find(collection)
@@ -241,7 +241,7 @@ class MilvusStore:
             change(found.name, name, timeout=TIMEOUT_S)
 
     def delete_alias(self, name: str) -> None:
-        """Delete an alias, not its collection."""
+        """Delete an alias, but not its collection."""
         if name not in self.aliases():
             raise BulkError(f"{self.name} has no alias {quote(name)}")
         with refusals(self.name):
@@ -254,7 +254,8 @@ class MilvusStore:
             raise BulkError(f"{quote(collection)} is an alias of {quote(aliases[collection])}, not a collection")
         if meaning := sorted(name for name, real in aliases.items() if real == collection):
             raise BulkError(
-                f"the alias {quote(meaning[0])} still means the collection {quote(collection)}; let it mean another one "
+                f"the alias {quote(meaning[0])} still points to the collection {quote(collection)}; point it to "
+                "another one "
                 "first"
             )
         with refusals(self.name):

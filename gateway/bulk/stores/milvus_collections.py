@@ -18,17 +18,17 @@ from gateway.bulk.stores.notes import NOTE, note_to_json, read_notes
 from gateway.bulk.stores.payloads import to_json
 from gateway.config.wording import enumerate_names, quote
 
-# Errors come as exceptions too, and those say what to do; Milvus Lite's server also logs that it lacks a method.
+# Errors are also raised as exceptions, with instructions. Milvus Lite's server also logs that it lacks a method.
 for _name in ("pymilvus", "grpc._server"):
     logging.getLogger(_name).setLevel(logging.CRITICAL)
 
 TIMEOUT_S: Final = 60.0
 MAX_WIDTH: Final = 32_768
-"""The most dimensions of a vector."""
+"""The largest number of dimensions of a vector."""
 _DENSE: Final = (DataType.FLOAT_VECTOR, DataType.FLOAT16_VECTOR, DataType.BFLOAT16_VECTOR)
 _MAX_ID_BYTES: Final = 4_096
 _NO_COLLECTION: Final = 100
-"""Milvus' code of the error."""
+"""Milvus' error code."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +36,8 @@ class Field:
     """A field of a collection.
 
     Attributes:
-        settings: its size and others, as `add_field` takes them.
-        is_computed: Milvus computes it from other fields.
+        settings: its size and other arguments of `add_field`.
+        is_computed: Milvus computes the field from other fields.
     """
 
     name: str
@@ -47,21 +47,21 @@ class Field:
 
     @property
     def width(self) -> int:
-        """Dimensions of its vectors; 0 for other fields."""
+        """The dimensions of its vectors; 0 for other fields."""
         return int(self.settings.get("dim", 0)) if self.kind in _DENSE else 0
 
     @property
     def is_vector(self) -> bool:
-        """Its values are vectors of any kind."""
+        """The values are vectors of any kind."""
         return self.kind in (*_DENSE, DataType.SPARSE_FLOAT_VECTOR, DataType.BINARY_VECTOR)
 
 
 @dataclass(frozen=True, slots=True)
 class Collection:
-    """A collection, as Milvus describes it.
+    """The description of a collection.
 
     Attributes:
-        name: its real name, also when it was asked for by an alias.
+        name: the real name, even if the collection was looked up by an alias.
         others: the fields that are neither the id nor vectors.
     """
 
@@ -88,7 +88,7 @@ class Collection:
         """Return the field of the dense vectors.
 
         Raises:
-            BulkError: there is no such field, or several and no name.
+            BulkError: there is no such field, or there are several and no name was given.
         """
         if name in self.dense:
             return self.dense[str(name)]
@@ -103,10 +103,10 @@ class Collection:
 
 @contextmanager
 def refusals(place: str) -> Iterator[None]:
-    """Turn the errors of Milvus into those of a job.
+    """Turn Milvus' errors within the context into a `BulkError`.
 
     Raises:
-        BulkError: Milvus refuses, or has gone away.
+        BulkError: Milvus rejects the request, or has gone away.
     """
     try:
         yield
@@ -116,7 +116,7 @@ def refusals(place: str) -> Iterator[None]:
         raise BulkError(
             f"{place} cannot be reached, or has gone away: {message}"
             if is_away
-            else f"{place}: Milvus refuses: {message}"
+            else f"{place}: Milvus rejects the request: {message}"
         ) from error
     except (grpc.RpcError, ConnectionError) as error:
         raise BulkError(f"{place} cannot be reached, or has gone away: {type(error).__name__}") from error
@@ -126,7 +126,7 @@ def find_collection(client: MilvusClient, name: str, store: str) -> Collection |
     """Return a collection by its name or an alias; ``None`` if it does not exist.
 
     Raises:
-        BulkError: its note cannot be read.
+        BulkError: the collection's note cannot be read.
     """
     place = f"{store}{name}"
     with refusals(place):
@@ -168,7 +168,7 @@ def _field(described: Mapping[str, Any]) -> Field:
 
 
 def selection(collection: Collection, ids: Sequence[RowId]) -> str:
-    """Return the expression for these ids; those of another type than the collection's are left out."""
+    """Return the expression for these ids, leaving out ids of another type than the collection's."""
     known = [_literal(id_) for id_ in ids if isinstance(id_, int) == collection.is_counted]
     return f"{collection.id.name} in [{', '.join(known)}]"
 
@@ -183,7 +183,7 @@ def _literal(row_id: RowId) -> str:
 
 
 def payload_of(collection: Collection, item: Mapping[str, Any]) -> dict[str, Json]:
-    """Return the fields of an item that are neither its id nor vectors, as JSON has them."""
+    """Return the fields of an item except its id and vectors, converted to JSON."""
     hidden = {collection.id.name, *(field.name for field in collection.vectors)}
     return {name: to_json(value) for name, value in item.items() if name not in hidden}
 
@@ -213,7 +213,7 @@ def create_collection(
 def create_like(client: MilvusClient, name: str, other: Collection, note: SpaceNote, vector: Field) -> None:
     """Create a collection with the fields, functions, indexes and settings of another, for vectors of another space.
 
-    The ids are those that are written, also where Milvus made them for the other collection.
+    The ids are always given by the writer, even if Milvus generated them in the other collection.
     """
     schema = client.create_schema(enable_dynamic_field=bool(other.description.get("enable_dynamic_field")))
     for field in (other.id, *other.vectors, *other.others):
@@ -257,5 +257,5 @@ _OF_INDEXES: Final = (
 
 
 def noted_properties(notes: Mapping[str, SpaceNote]) -> dict[str, str]:
-    """Return the notes of vectors by their names, as a property of a collection."""
+    """Return notes, by the names of their vectors, in the form of a collection's property."""
     return {NOTE: json.dumps({name: note_to_json(note) for name, note in notes.items()})}

@@ -1,4 +1,4 @@
-"""The items of a Milvus collection: read in the order of their ids, and written by them."""
+"""The items of a Milvus collection: reading them in the order of their ids, and writing them."""
 
 from __future__ import annotations
 
@@ -33,20 +33,20 @@ from gateway.config.wording import quote
 Connect: TypeAlias = Callable[[], MilvusClient]
 
 PAGE: Final = 500
-"""Items that are read or written at once."""
+"""Items per read or write request."""
 _MAX_NUMBERS: Final = 4_000_000
-"""Numbers in one request: 16 MB, where a server accepts 64."""
+"""Numbers per request: 16 MB, while a server accepts 64."""
 NO_FURTHER_VECTOR: Final = "Milvus adds no vectors to items that exist: choose a second collection"
 _DENSE_NAME, _SPARSE_NAME = "vector", "sparse"
 
 
 def read_page(client: MilvusClient, collection: Collection, after: RowId | None, limit: int = PAGE) -> list[Item]:
-    """Return the ids and payloads of the next items, by ascending id."""
+    """Return the ids and payloads of the next items, in ascending order of the ids."""
     return _query(
         client,
         collection,
         after_id(collection, after),
-        # Ordered by the ids, as Milvus' own iterator asks for it.
+        # Ordered by id, requested in the same way as by Milvus' own iterator.
         limit=limit,
         iterator="True",
         reduce_stop_for_best="True",
@@ -54,7 +54,7 @@ def read_page(client: MilvusClient, collection: Collection, after: RowId | None,
 
 
 def read_some(client: MilvusClient, collection: Collection, ids: Sequence[RowId]) -> list[Item]:
-    """Return the ids and payloads of those of these items that exist."""
+    """Return the ids and payloads of the existing items among these."""
     return _query(client, collection, selection(collection, ids)) if ids else []
 
 
@@ -89,7 +89,7 @@ def open_source(connect: Connect, collection: Collection, names: FieldNames, sin
 
 
 def count_items(client: MilvusClient, collection: Collection) -> int:
-    """Return how many items a collection has."""
+    """Return the number of items in a collection."""
     with refusals(collection.place):
         [found] = client.query(
             collection.name, filter="", output_fields=["count(*)"], consistency_level="Strong", timeout=TIMEOUT_S
@@ -98,11 +98,11 @@ def count_items(client: MilvusClient, collection: Collection) -> int:
 
 
 class MilvusSink:
-    """Writes vectors into a collection, which it makes if it does not exist.
+    """Writes vectors into a collection, which it creates if necessary.
 
     Args:
-        store: the URL of the collection without its name.
-        merges: the store adds the fields of an item to those of an older one, as Milvus Lite does.
+        store: the collection's URL without its name.
+        merges: the store merges a new item's fields into the old item, as Milvus Lite does.
     """
 
     def __init__(self, connect: Connect, collection: str, store: str, keeping: Keeping, *, merges: bool) -> None:
@@ -114,7 +114,7 @@ class MilvusSink:
         self._like: Collection | None = None
 
     def is_empty(self) -> bool:
-        """Return whether the collection has no items, or does not exist."""
+        """Return whether the collection is empty or does not exist."""
         found = find_collection(self._client, self._wanted, self._store)
         if found is None:
             return True
@@ -123,10 +123,10 @@ class MilvusSink:
         return count_items(self._client, found) == 0
 
     def open(self, note: SpaceNote) -> None:
-        """Check that the collection may take vectors of this space; the first write makes it if it does not exist.
+        """Check that the collection can take vectors of this space. If it does not exist, the first write creates it.
 
         Raises:
-            BulkError: it holds others, or Milvus cannot keep them.
+            BulkError: the collection has vectors of another space, or Milvus cannot store these.
         """
         self._check_note(note)
         self._note = note
@@ -140,10 +140,11 @@ class MilvusSink:
 
     def _check_note(self, note: SpaceNote) -> None:
         if note.token_width:
-            raise BulkError(f"{self.name}: Milvus keeps dense vectors and sparse weights, without multi-vectors")
+            raise BulkError(f"{self.name}: Milvus can store dense vectors and sparse weights, but no multi-vectors")
         if note.dimensions > MAX_WIDTH:
             raise BulkError(
-                f"{self.name}: Milvus takes dense vectors of at most {MAX_WIDTH:,} dimensions, not {note.dimensions:,}"
+                f"{self.name}: Milvus accepts dense vectors of at most {MAX_WIDTH:,} dimensions, got "
+                f"{note.dimensions:,}"
             )
         if self._keeping.updates:
             raise BulkError(f"{self.name}: {NO_FURTHER_VECTOR}")
@@ -156,7 +157,7 @@ class MilvusSink:
             create_like(self._client, self._wanted, self._like, note, self._like.vector(self._keeping.vector))
 
     def _check(self, collection: Collection, note: SpaceNote) -> None:
-        """Check a collection that exists, and write the note if it has none."""
+        """Check an existing collection, and write the note if it is missing."""
         noted = self._vector(collection).name if note.dimensions else self._sparse(collection)
         held = collection.notes.get(noted)
         number = count_items(self._client, collection) if held is None else 0
@@ -164,8 +165,8 @@ class MilvusSink:
         width = self._vector(collection).width if note.dimensions else 0
         if width != note.dimensions:
             raise BulkError(
-                f"the field {quote(noted)} of {self.name} takes vectors of {width} dimensions; those of {note.model} have "
-                f"{note.dimensions}: name another collection"
+                f"the field {quote(noted)} of {self.name} requires vectors of {width} dimensions, but those of "
+                f"{note.model} have {note.dimensions}: choose another collection"
             )
         if note.has_sparse:
             self._sparse(collection)
@@ -180,11 +181,11 @@ class MilvusSink:
     def _sparse(self, collection: Collection) -> str:
         names = [field.name for field in collection.vectors if not field.width and not field.is_computed]
         if len(names) != 1:
-            raise BulkError(f"{self.name} has {len(names)} fields for sparse weights; one is needed")
+            raise BulkError(f"{self.name} has {len(names)} fields for sparse weights, but must have exactly one")
         return names[0]
 
     def write(self, shard: int, batch: EmbeddedRows) -> None:
-        """Insert items, or replace those with the same ids. Milvus has them in its log when it responds."""
+        """Insert items, or replace those with the same ids. Milvus responds after writing them to its log."""
         if not batch.rows or self._note is None:
             return
         with refusals(self.name):
@@ -195,7 +196,7 @@ class MilvusSink:
                 if isinstance(row.id, int) != collection.is_counted:
                     kind = "an integer" if isinstance(row.id, int) else "text"
                     raise BulkError(
-                        f"{row.place}: its id is {kind}, and those of {self.name} are {collection.id.kind.name}"
+                        f"{row.place}: its id is {kind}, but the ids of {self.name} are {collection.id.kind.name}"
                     )
             size = max(1, min(PAGE, _MAX_NUMBERS // max(1, self._note.dimensions)))
             for start in range(0, len(batch.rows), size):
@@ -205,7 +206,7 @@ class MilvusSink:
                 self._client.upsert(collection.name, items, timeout=TIMEOUT_S)
 
     def _delete_changed(self, collection: Collection, items: Sequence[Mapping[str, Any]]) -> None:
-        """Delete the items that have fields which their new versions lack, and which would stay."""
+        """Delete items with fields that their new versions lack; otherwise these fields would remain."""
         names = {item[collection.id.name]: item.keys() for item in items}
         changed = [
             row_id
@@ -223,7 +224,7 @@ class MilvusSink:
         create_collection(self._client, self._wanted, self._note, are_counted, vector, _SPARSE_NAME)
         collection = find_collection(self._client, self._wanted, self._store)
         if collection is None:
-            raise BulkError(f"{self.name} was deleted while it was made")
+            raise BulkError(f"{self.name} was deleted while it was being created")
         return collection
 
     def _items(self, collection: Collection, batch: EmbeddedRows, numbers: Sequence[int]) -> list[dict[str, Any]]:
@@ -246,7 +247,7 @@ class MilvusSink:
         return row.payload if self._keeping.text is None else with_field(row.payload, self._keeping.text, row.text)
 
     def _other_vectors(self, collection: Collection, ids: Sequence[RowId]) -> dict[RowId, dict[str, Any]]:
-        """Return the vectors of other fields that the items have in the collection that this one is like."""
+        """Return the items' vectors in other fields, from the collection that this one copies."""
         if self._like is None:
             return {}
         names = [

@@ -15,12 +15,12 @@ NOTE: Final = "embedding_gateway"
 
 
 def note_to_json(note: SpaceNote) -> dict[str, Json]:
-    """Return a note as a JSON object, with the names of `SpaceNote`."""
+    """Return a note as a JSON object with the field names of `SpaceNote`."""
     return asdict(note)
 
 
 def note_from_json(value: object, where: str) -> SpaceNote:
-    """Read a note, ignoring fields that a newer version may have added.
+    """Parse a note, ignoring fields that a newer version may have added.
 
     Raises:
         BulkError: it is not a note.
@@ -36,25 +36,27 @@ def note_from_json(value: object, where: str) -> SpaceNote:
             "has_sparse": bool() as has_sparse,
         }:
             return SpaceNote(space, model, task, dimensions, is_normalized, token_width, has_sparse)
-    raise BulkError(f"the note {NOTE!r} in the metadata of {where} cannot be read; a person or program has changed it")
+    raise BulkError(
+        f"the note {NOTE!r} in the metadata of {where} cannot be read, because a person or another program changed it"
+    )
 
 
 def check_note(held: SpaceNote | None, note: SpaceNote, where: str, num_items: int, *, adopts: bool = False) -> None:
-    """Check that a store holds nothing, or vectors that can be compared with those of a job.
+    """Check that a store is empty, or that its vectors can be compared with those of a job.
 
     Args:
         held: the store's note, if it has one.
         where: the collection, for messages.
-        adopts: the user says that vectors without a note are of the same space.
+        adopts: trust the user that vectors without a note are of the same space.
 
     Raises:
-        BulkError: it holds others, or vectors of an unknown model.
+        BulkError: the store has vectors of another space or an unknown model.
     """
     if held is None:
         if num_items and not adopts:
             raise BulkError(
-                f"{where} has {count(num_items, 'item')} and no note of their space: their vectors may be of another model. "
-                f"Embed into a new one, or add --adopt if you know that they are vectors of {note.space}"
+                f"{where} has {count(num_items, 'item')} and no note of their space, so their vectors may be of "
+                f"another model. Embed into a new one, or add --adopt if you know that the vectors are of {note.space}"
             )
         return
     if problem := _difference(held, note):
@@ -65,20 +67,20 @@ def check_note(held: SpaceNote | None, note: SpaceNote, where: str, num_items: i
 
 def _difference(held: SpaceNote, note: SpaceNote) -> str:
     if not is_same_space(held.space, note.space):
-        return f"holds vectors of {held.space}, which cannot be compared with those of {note.space}"
+        return f"has vectors of {held.space}, which cannot be compared with those of {note.space}"
     if held.task != note.task:
-        return f"holds vectors {_for_task(held)}, and this job embeds {_for_task(note)}"
+        return f"has vectors {_for_task(held)}, but this job embeds {_for_task(note)}"
     if held.dimensions != note.dimensions:
-        return f"holds vectors of {held.dimensions} dimensions, and this job makes {note.dimensions}"
+        return f"has vectors of {held.dimensions} dimensions, but this job's have {note.dimensions}"
     if held.token_width != note.token_width:
-        return f"holds {_outputs(held)}, and this job makes {_outputs(note)}"
+        return f"has {_outputs(held)}, but this job has {_outputs(note)}"
     if held.has_sparse != note.has_sparse:
-        return f"holds {_outputs(held)}, and this job makes {_outputs(note)}"
+        return f"has {_outputs(held)}, but this job has {_outputs(note)}"
     return ""
 
 
 def _for_task(note: SpaceNote) -> str:
-    return f"for the task {note.task!r}" if note.task else "for no task"
+    return f"for the task {note.task!r}" if note.task else "without a task"
 
 
 def _outputs(note: SpaceNote) -> str:
@@ -91,7 +93,7 @@ def _outputs(note: SpaceNote) -> str:
 
 
 def read_notes(metadata: Mapping[str, object] | None, where: str) -> dict[str, SpaceNote]:
-    """Return the notes in a collection's metadata, by the names of its vectors.
+    """Return the notes in a collection's metadata, by the names of the vectors.
 
     Raises:
         BulkError: they cannot be read.
@@ -101,11 +103,12 @@ def read_notes(metadata: Mapping[str, object] | None, where: str) -> dict[str, S
         return {}
     if not isinstance(value, Mapping):
         raise BulkError(
-            f"the note {NOTE!r} in the metadata of {where} cannot be read; a person or program has changed it"
+            f"the note {NOTE!r} in the metadata of {where} cannot be read, because a person or another program "
+            "changed it"
         )
     return {str(name): note_from_json(note, where) for name, note in value.items()}
 
 
 def write_notes(notes: Mapping[str, SpaceNote]) -> dict[str, Json]:
-    """Return notes by the names of their vectors, as the metadata that `read_notes` reads."""
+    """Return notes, by the names of their vectors, in the form that `read_notes` reads."""
     return {NOTE: {name: note_to_json(note) for name, note in notes.items()}}

@@ -1,4 +1,4 @@
-"""Wait for a store that is away for a moment."""
+"""Wait for a store that is briefly unavailable."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Final, TypeVar
 Result = TypeVar("Result")
 
 PATIENCE_S: Final = 60.0
-"""How long a store may be away: a restart, or a failover to another replica."""
+"""How long a store may be unavailable: enough for a restart, or a failover to another replica."""
 
-GOES_ON: Final = "start the same command again when it is back, and it goes on where it was"
+GOES_ON: Final = "run the same command again when the store is back, and it continues where it stopped"
 
 _FIRST_PAUSE_S: Final = 0.25
 _MAX_PAUSE_S: Final = 8.0
@@ -20,18 +20,18 @@ _MAX_PAUSE_S: Final = 8.0
 def insist(
     call: Callable[[], Result], pause_after: Callable[[Exception], float | None], patience_s: float = PATIENCE_S
 ) -> Result:
-    """Return the result of a call, which is made again while it fails for a passing reason.
+    """Return the result of a call, repeating it while its errors are temporary.
 
     Args:
-        pause_after: returns the shortest pause in seconds after an error that may pass, and ``None`` after others.
-        patience_s: for all calls together.
+        pause_after: returns the shortest pause in seconds after a temporary error, and ``None`` after other errors.
+        patience_s: the limit for all calls together, in seconds.
     """
     end = time.monotonic() + patience_s
     pause = _FIRST_PAUSE_S
     while True:
         try:
             return call()
-        except Exception as error:  # each client has its own; `pause_after` knows them
+        except Exception as error:  # each client library has its own errors, which `pause_after` knows
             shortest = pause_after(error)
             if shortest is None:
                 raise

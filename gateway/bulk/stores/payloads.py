@@ -14,10 +14,10 @@ from gateway.config.wording import quote
 
 
 def with_field(payload: Mapping[str, Json], path: str, value: Json) -> dict[str, Json]:
-    """Return a payload with a field set, and with the fields around it: ``metadata.body`` is a field inside another.
+    """Return a payload with a field set, creating the objects around it: ``metadata.body`` is a nested field.
 
     Raises:
-        BulkError: a field around it is not an object.
+        BulkError: a field on the path is not an object.
     """
     name, dot, rest = path.partition(".")
     copy = dict(payload)
@@ -26,7 +26,7 @@ def with_field(payload: Mapping[str, Json], path: str, value: Json) -> dict[str,
         return copy
     inner = copy.get(name, {})
     if not isinstance(inner, Mapping):
-        raise BulkError(f"the text cannot be kept as {quote(path)}: {quote(name)} of the item is not an object")
+        raise BulkError(f"the text cannot be stored as {quote(path)}: the item's {quote(name)} is not an object")
     copy[name] = with_field(inner, rest, value)
     return copy
 
@@ -38,9 +38,9 @@ def digest(payload: Mapping[str, Json]) -> bytes:
 
 
 def to_json(value: object) -> Json:
-    """Return a value of a store as JSON has it: dates by ISO 8601, bytes in base64, others as their text.
+    """Convert a store's value to JSON: dates to ISO 8601, bytes to base64, other types to text.
 
-    A number that is not finite becomes ``None``, since JSON has none.
+    Numbers that are not finite become ``None``, because JSON does not have them.
     """
     converted: Json
     match value:

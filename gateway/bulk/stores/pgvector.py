@@ -1,7 +1,7 @@
 """PostgreSQL with pgvector, as a source, a sink, and a store whose tables can move to another model.
 
-The note of the space is a line in the comment of the column with the vectors, so that it survives a dump, and a new name
-of the table. Names that applications use can move as views: ``CREATE VIEW docs AS SELECT * FROM docs_v1``.
+The note of the space is a line in the comment of the vectors' column, so that it survives a dump and a renamed table.
+Applications can use views, which `gateway move` can redirect: ``CREATE VIEW docs AS SELECT * FROM docs_v1``.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ JOIN pg_class t ON t.oid = d.refobjid AND t.oid <> v.oid JOIN pg_namespace tn ON
 WHERE v.relkind = 'v' AND t.relkind IN ('r', 'p')
 GROUP BY 1, 2, 3, 4, 5, 6, 7, 8
 """
-# A sequence that the defaults of a copy use belongs to the first table, and would be deleted with it.
+# A sequence that a copy's defaults use belongs to the original table, and would be deleted with it.
 _SHARED_SEQUENCES: Final = """
 SELECT s.objid::regclass::text
 FROM pg_depend s JOIN pg_class c ON c.oid = s.objid AND c.relkind = 'S'
@@ -64,7 +64,7 @@ def open_store(place: Place) -> PgvectorStore:
     """Open the database of a place.
 
     Raises:
-        BulkError: it cannot be reached.
+        BulkError: the database cannot be reached.
     """
     return PgvectorStore(place)
 
@@ -92,7 +92,7 @@ class PgvectorStore:
             "dbname": unquote(place.path),
             "sslmode": place.options.get("sslmode") or ("verify-full" if place.is_secure else ""),
         }
-        if place.key not in {None, "PGPASSWORD"}:  # which libpq reads itself, after that ~/.pgpass
+        if place.key not in {None, "PGPASSWORD"}:  # libpq reads this variable itself, and then ~/.pgpass
             parts["password"] = os.environ.get(str(place.key), "")
         with refusals(self.name):
             connection = psycopg.connect(
@@ -113,10 +113,10 @@ class PgvectorStore:
         return rows.PgvectorSink(self._connect, read_name(collection), self.name, keeping, self._id)
 
     def _table(self, collection: str) -> Table:
-        """Return a table by its name or that of a view.
+        """Return a table by its name or by the name of a view.
 
         Raises:
-            BulkError: there is no such table.
+            BulkError: the table does not exist.
         """
         name = read_name(self.aliases().get(collection, collection))
 
@@ -130,7 +130,7 @@ class PgvectorStore:
         return found
 
     def collections(self) -> Sequence[str]:
-        """Return the tables that have vectors; with their schema if they are not found without."""
+        """Return the tables that have vectors, with their schema unless they are on the search path."""
         with refusals(self.name):
             found = self._connection.execute(_TABLES).fetchall()
         return [_shown(*row) for row in found]
@@ -158,7 +158,7 @@ class PgvectorStore:
             yield fields.row(payload, f"id {row_id} of {table.place}", row_id, row_id)
 
     def digests(self, collection: str) -> Iterator[tuple[RowId, bytes]]:
-        """Yield ids and hashes of payloads, by ascending id."""
+        """Yield ids and hashes of payloads, in ascending order of the ids."""
         table = self._table(collection)
         last: RowId | None = None
         while page := self._session.call(partial(rows.read_page, table=table, after=last, limit=_DIGEST_PAGE)):
@@ -183,7 +183,7 @@ class PgvectorStore:
         return order.changes(self._connection, table, since)
 
     def sort_key(self, row_id: RowId) -> tuple[int, int | str]:
-        """Return the place of an id: integers by their value, texts by their code points."""
+        """Return an id's sort key: integers sort by value, strings by code points."""
         return (0, row_id) if isinstance(row_id, int) else (1, row_id)
 
     def filled(self, collection: str, vector: str) -> Iterator[RowId]:
@@ -257,12 +257,12 @@ class PgvectorStore:
         return {row_id: np.array(numbers, np.float32) for row_id, numbers in found}
 
     def aliases(self) -> Mapping[str, str]:
-        """Return the views that are a table under another name."""
+        """Return the views that only give a table another name, and their tables."""
         found = self._views()
         return {name: table for name, (table, _oid) in found.items() if table}
 
     def _views(self) -> dict[str, tuple[str, int]]:
-        """Return the views of tables; with the table, if a view has all rows and columns of only one."""
+        """Return all views of tables, each with its table if it shows all rows and columns of exactly one table."""
 
         def read(connection: Connection) -> list[tuple[Any, ...]]:
             with refusals(self.name):
@@ -277,12 +277,12 @@ class PgvectorStore:
         return found
 
     def why_not_flip(self, name: str) -> str:
-        """Return why a name cannot become a view of another table; empty if it can."""
+        """Return why a name cannot be redirected to another table as a view; empty if it can."""
         name = str(read_name(name))
         if name in self.aliases():
             return ""
         if name in self._views():
-            return f"{quote(name)} is a view that is more than a table under another name: change it yourself"
+            return f"{quote(name)} is a view that does more than give a table another name: change it yourself"
         with refusals(self.name):
             found = self._connection.execute(
                 "SELECT relkind FROM pg_class WHERE oid = to_regclass(%s)",
@@ -291,18 +291,18 @@ class PgvectorStore:
         if found is None:
             return ""
         return (
-            f"{quote(name)} is itself a table: rename it, for example to {quote(f'{name}_1')}, and make a view of the old "
-            "name with all its rows and columns, which can mean one table and then another"
+            f"{quote(name)} is itself a table: rename it, for example to {quote(f'{name}_1')}, and create a view with "
+            "the old name and all rows and columns, which can then be redirected to another table"
         )
 
     def flip(self, name: str, collection: str) -> None:
-        """Make a view mean another table: in one transaction, which waits for the queries that run."""
+        """Redirect a view to another table, in one transaction that waits for running queries."""
         if reason := self.why_not_flip(name):
             raise BulkError(reason)
         view, table = read_name(name), self._table(collection)
         _table, old = self._views().get(str(view), ("", None))
         with refusals(self.name), self._connection.transaction():
-            # A long query would otherwise block all later ones behind this change.
+            # Otherwise, while this change waits for a long query, it blocks all later queries.
             self._connection.execute(sql.SQL("SET LOCAL lock_timeout = {}").format(sql.Literal(f"{_LOCK_S}s")))
             if old is not None:
                 spare = Name(f"{view.table}_{old}", view.schema)
@@ -322,7 +322,7 @@ class PgvectorStore:
             self._connection.execute(sql.SQL("DROP VIEW {}").format(read_name(name).sql))
 
     def delete_collection(self, collection: str) -> None:
-        """Delete a table; a sequence that its copy uses stays."""
+        """Delete a table, but keep a sequence that its copy uses."""
         table = self._table(collection)
         if views := [name for name, means in self.aliases().items() if means == str(table.name)]:
             raise BulkError(f"{table.place} is still in use by the view {quote(views[0])}")

@@ -1,4 +1,4 @@
-"""The rows of a table with vectors: read in the order of their ids, and written by them."""
+"""The rows of a table with vectors: reading them in the order of their ids, and writing them."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from gateway.config.wording import quote
 from gateway.types import Vectors
 
 PAGE: Final = 1_000
-"""Rows that are read at once."""
+"""Rows per read request."""
 _DEFAULT_VECTOR: Final = "embedding"
 
 
 def read_page(connection: Connection, table: Table, after: RowId | None, limit: int = PAGE) -> list[Item]:
-    """Return the ids and payloads of the next rows, by ascending id."""
+    """Return the ids and payloads of the next rows, in ascending order of the ids."""
     condition: sql.Composable = sql.SQL("")
     values: list[object] = []
     if after is not None:
@@ -44,7 +44,7 @@ def read_page(connection: Connection, table: Table, after: RowId | None, limit: 
 
 
 def read_some(connection: Connection, table: Table, ids: Sequence[RowId]) -> list[Item]:
-    """Return the ids and payloads of those of these rows that exist."""
+    """Return the ids and payloads of the existing rows among these."""
     query = sql.SQL("SELECT {}, {} FROM {} t WHERE {} = ANY({})").format(
         id_of(table), _payload(table), table.name.sql, sql.Identifier(table.id.name), _cast_all(table)
     )
@@ -53,12 +53,12 @@ def read_some(connection: Connection, table: Table, ids: Sequence[RowId]) -> lis
 
 
 def known_ids(table: Table, ids: Sequence[RowId]) -> list[Any]:
-    """Return the ids that can be in a table: the others are of another type."""
+    """Return the ids that have the type of a table's ids; the table cannot contain others."""
     return [id_ for id_ in ids if isinstance(id_, int) == table.is_counted]
 
 
 def order_of(table: Table) -> sql.Composable:
-    """Return the order of the ids: for texts by code points, as Python compares them."""
+    """Return the sort order of the ids; text sorts by code points, as in Python."""
     name = sql.Identifier(table.id.name)
     return name if table.is_counted or table.id.kind == "uuid" else sql.SQL('{} COLLATE "C"').format(name)
 
@@ -70,7 +70,7 @@ def id_of(table: Table) -> sql.Composable:
 
 
 def _cast(table: Table) -> sql.SQL:
-    return sql.SQL("%s::" + table.id.kind)  # a type from the catalog
+    return sql.SQL("%s::" + table.id.kind)  # a type name from the catalog
 
 
 def _cast_all(table: Table) -> sql.SQL:
@@ -78,13 +78,13 @@ def _cast_all(table: Table) -> sql.SQL:
 
 
 def _payload(table: Table) -> sql.Composable:
-    """Return the payload as PostgreSQL makes it: the one column of JSON, or all columns as an object."""
+    """Return the SQL expression of the payload: the only JSON column, or all columns as an object."""
     if table.is_document:
         return sql.Identifier(table.others[0].name)
     if not table.others:
         return sql.SQL("'{}'::jsonb")
     columns = sql.SQL(", ").join(sql.Identifier("t", column.name) for column in table.others)
-    # Not jsonb_build_object, which takes at most 50 columns.
+    # jsonb_build_object accepts at most 50 columns.
     return sql.SQL("(SELECT to_jsonb(r) FROM (SELECT {}) r)").format(columns)
 
 
@@ -119,10 +119,10 @@ def _count_rows(connection: Connection, table: Table) -> int:
 
 
 class PgvectorSink:
-    """Writes vectors into a table, which it makes if it does not exist.
+    """Writes vectors into a table, which it creates if necessary.
 
     Args:
-        id_column: of the ids in a table that exists; by default its primary key.
+        id_column: the column with the ids of an existing table; by default its primary key.
     """
 
     def __init__(self, connect: Connect, name: Name, store: str, keeping: Keeping, id_column: str | None) -> None:
@@ -137,7 +137,7 @@ class PgvectorSink:
         return self._session.connection
 
     def is_empty(self) -> bool:
-        """Return whether the table has no rows, or does not exist."""
+        """Return whether the table is empty or does not exist."""
         with refusals(self.name):
             table = find_table(self._connection, self._name, self._store, self._id_column)
             if table is None:
@@ -146,14 +146,14 @@ class PgvectorSink:
             return self._connection.execute(query).fetchone() == (True,)
 
     def open(self, note: SpaceNote) -> None:
-        """Check that the table may take vectors of this space; the first write makes it if it does not exist.
+        """Check that the table can take vectors of this space. If it does not exist, the first write creates it.
 
         Raises:
-            BulkError: it holds others, or pgvector cannot keep them.
+            BulkError: the table has vectors of another space, or pgvector cannot store these.
         """
         if note.has_sparse or note.token_width or not note.dimensions:
             raise BulkError(
-                f"{self.name}: pgvector keeps one dense vector per row, without sparse weights or multi-vectors"
+                f"{self.name}: pgvector can store one dense vector per row, but no sparse weights or multi-vectors"
             )
         self._note = note
         tables.vector_type(note.dimensions, self.name)
@@ -183,12 +183,12 @@ class PgvectorSink:
                 self._connection.execute("CREATE EXTENSION vector")
             except Exception as error:
                 raise BulkError(
-                    f"{self._store} has no pgvector: install it, and let the owner of the database run "
+                    f"{self._store} has no pgvector: install it, and have the owner of the database run "
                     "CREATE EXTENSION vector"
                 ) from error
 
     def _check(self, table: Table, note: SpaceNote) -> None:
-        """Check a table that exists, and write the note if it has none."""
+        """Check an existing table, and write the note if it is missing."""
         wanted = self._keeping.vector
         if self._keeping.updates and wanted is not None and not any(one.name == wanted for one in table.vectors):
             tables.add_vector(self._connection, table, wanted, note)
@@ -202,8 +202,8 @@ class PgvectorSink:
         check_note(held, note, self.name, number, adopts=self._keeping.adopts)
         if column.size not in (-1, note.dimensions):
             raise BulkError(
-                f"the column {quote(column.name)} of {self.name} takes vectors of {column.size} dimensions; those of "
-                f"{note.model} have {note.dimensions}: name another table"
+                f"the column {quote(column.name)} of {self.name} requires vectors of {column.size} dimensions, but "
+                f"those of {note.model} have {note.dimensions}: choose another table"
             )
         if held is None:
             tables.write_comment(self._connection, table.name, column.name, note, column.comment)
@@ -240,14 +240,14 @@ class PgvectorSink:
         tables.create_table(self._connection, self._name, self._store, self._note, id_type, vector)
         table = find_table(self._connection, self._name, self._store)
         if table is None:
-            raise BulkError(f"{self.name} was deleted while it was made")
+            raise BulkError(f"{self.name} was deleted while it was being created")
         return table
 
     def _payload(self, row: Row) -> Mapping[str, Json]:
         return row.payload if self._keeping.text is None else with_field(row.payload, self._keeping.text, row.text)
 
     def _statement(self, table: Table, column: Column, rows: Sequence[Row]) -> sql.Composed:
-        """Return the statement for a row: its parameters are the id, the payload and the vector."""
+        """Return the statement that writes a row. Its parameters are the id, the payload and the vector."""
         id_name, vector_name = sql.Identifier(table.id.name), sql.Identifier(column.name)
         given = sql.SQL("WITH given AS (SELECT {} AS id, %s::jsonb AS payload, {} AS vector)").format(
             _cast(table),
@@ -267,7 +267,7 @@ class PgvectorSink:
             names = self._columns(table, rows)
             values = [sql.Identifier("r", name) for name in names]
             source = sql.SQL("given, jsonb_populate_record(NULL::{}, given.payload) r").format(table.name.sql)
-        fixed = {other.name for other in table.others if other.is_identity}  # PostgreSQL lets no value replace another
+        fixed = {other.name for other in table.others if other.is_identity}  # these cannot be updated
         changed = [name for name in [*names, column.name] if name not in fixed]
         changes = [sql.SQL("{0} = EXCLUDED.{0}").format(sql.Identifier(name)) for name in changed]
         return sql.SQL(
@@ -283,18 +283,18 @@ class PgvectorSink:
         )
 
     def _columns(self, table: Table, rows: Sequence[Row]) -> list[str]:
-        """Return the columns that the payloads fill, all of them for each row, so that none keeps an older value.
+        """Return all columns that any payload fills. Every row sets all of them, so that no old values remain.
 
         Raises:
-            BulkError: a field has no column.
+            BulkError: the table has no column for a field.
         """
         known = {column.name for column in table.others}
         for row in rows:
             for name in self._payload(row):
                 if name not in known:
                     raise BulkError(
-                        f"{self.name} has no column {quote(name)}, which {row.place} has: add the column, or keep fewer "
-                        "fields with --payload"
+                        f"{self.name} has no column {quote(name)} for the field of {row.place}: add the column, or "
+                        "keep fewer fields with --payload"
                     )
         filled = {name for row in rows for name in self._payload(row)}
         return [column.name for column in table.others if column.name in filled and not column.is_generated]
@@ -305,21 +305,21 @@ class PgvectorSink:
 
 
 def check_ids(table: Table, rows: Sequence[Row]) -> None:
-    """Check that the ids are of the type of the table's.
+    """Check that the ids have the type of the table's ids.
 
     Raises:
-        BulkError: one is not.
+        BulkError: an id has another type.
     """
     for row in rows:
         if isinstance(row.id, int) != table.is_counted:
             kind = "text" if isinstance(row.id, str) else "an integer"
             raise BulkError(
-                f"{row.place}: its id is {kind}, and the ids of {table.place} are of the type {table.id.kind}"
+                f"{row.place}: its id is {kind}, but the ids of {table.place} have the type {table.id.kind}"
             )
 
 
 def follow_identity(connection: Connection, table: Table) -> None:
-    """Let the sequence of an identity column go on after the ids that were written."""
+    """Advance the sequence of an identity column past the written ids."""
     if table.id.is_identity:
         query = sql.SQL(
             "SELECT setval(s, m) FROM (SELECT pg_get_serial_sequence({}, {}) AS s, max({}) AS m FROM {}) r WHERE m > 0"
@@ -337,7 +337,7 @@ def _json(payload: Mapping[str, Json]) -> str:
 
 
 class _Packed(bytes):
-    """A vector as pgvector receives it."""
+    """A vector in the format that pgvector receives."""
 
 
 class _PackedDumper(Dumper):
@@ -348,14 +348,14 @@ class _PackedDumper(Dumper):
 
 
 def send_vectors(connection: Connection) -> None:
-    """Let a connection send the values of `pack`."""
+    """Enable a connection to send the values of `pack`."""
     connection.adapters.register_dumper(_Packed, _PackedDumper)
 
 
 def pack(vector: Vectors, kind: str) -> bytes:
     """Return a vector in pgvector's binary format: its size, two bytes of zero, then its numbers, all big-endian.
 
-    https://github.com/pgvector/pgvector/blob/master/src/vector.c (vector_recv); of ``halfvec`` in the same way.
+    https://github.com/pgvector/pgvector/blob/master/src/vector.c (vector_recv); ``halfvec`` works in the same way.
     """
     numbers = vector.astype(">f2" if kind == "halfvec" else ">f4").tobytes()
     return _Packed(struct.pack(">HH", len(vector), 0) + numbers)

@@ -1,4 +1,4 @@
-"""Tables of PostgreSQL with vectors: their columns from the catalog, and their creation."""
+"""PostgreSQL tables with vectors: reading their columns from the catalog, and creating them."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from gateway.config.wording import enumerate_names, quote
 Connection: TypeAlias = psycopg.Connection[tuple[Any, ...]]
 
 MAX_WIDTH: Final = 16_000
-"""The most dimensions of a `vector`."""
+"""The largest number of dimensions of a `vector`."""
 _MAX_INDEXED: Final = {"vector": 2_000, "halfvec": 4_000}
-"""The most dimensions that an index of pgvector takes, by type."""
+"""The largest number of dimensions that an index of pgvector supports, by type."""
 _INTEGERS: Final = ("smallint", "integer", "bigint")
 _TEXTS: Final = ("uuid", "text", "character varying")
 _METRICS: Final = {"cosine": "<=>", "ip": "<#>", "l2": "<->"}
@@ -50,7 +50,7 @@ WHERE i.indrelid = %s AND a.attname = %s AND m.amname IN ('hnsw', 'ivfflat')
 
 @dataclass(frozen=True, slots=True)
 class Name:
-    """A table, and its schema if it is not found without one."""
+    """The name of a table, with its schema unless the table is on the search path."""
 
     table: str
     schema: str | None = None
@@ -65,10 +65,10 @@ class Name:
 
 
 def read_name(text: str) -> Name:
-    """Return the table of a name: ``docs``, ``schema.docs``, or with any characters in double quotes, as in SQL.
+    """Parse the name of a table: ``docs``, ``schema.docs``, or any characters in double quotes, as in SQL.
 
     Raises:
-        BulkError: it is not a name.
+        BulkError: the text is not a name.
     """
     if (found := _NAME.fullmatch(text)) is None:
         raise BulkError(f'{quote(text)} is not the name of a table: write it like docs, sales.docs or "my.docs"')
@@ -86,8 +86,8 @@ class Column:
 
     Attributes:
         kind: its type, without its size.
-        size: of its type; -1 without one.
-        is_generated: PostgreSQL computes it from the others.
+        size: the size of its type; -1 for a type without a size.
+        is_generated: PostgreSQL computes the column from others.
     """
 
     name: str
@@ -103,9 +103,9 @@ class Table:
     """A table with vectors.
 
     Attributes:
-        place: its name in messages.
+        place: the table's name in messages.
         others: the columns that are neither the id nor vectors.
-        metric: of the index of the vectors; cosine without one.
+        metric: the metric of the vectors' index; cosine without an index.
     """
 
     oid: int
@@ -117,7 +117,7 @@ class Table:
 
     @property
     def is_document(self) -> bool:
-        """All other fields are in one column of JSON, as in Mem0's tables."""
+        """All other fields are in one JSON column, as in Mem0's tables."""
         return len(self.others) == 1 and self.others[0].kind == "jsonb"
 
     @property
@@ -129,7 +129,7 @@ class Table:
         """Return the column of the dense vectors.
 
         Raises:
-            BulkError: there is no such column, or several and no name.
+            BulkError: there is no such column, or there are several and no name was given.
         """
         for column in self.vectors:
             if column.name == name or (name is None and len(self.vectors) == 1):
@@ -159,17 +159,17 @@ class Table:
 
 @contextmanager
 def refusals(place: str) -> Iterator[None]:
-    """Turn the errors of PostgreSQL into those of a job.
+    """Turn PostgreSQL's errors within the context into a `BulkError`.
 
     Raises:
-        BulkError: PostgreSQL refuses, or has gone away.
+        BulkError: PostgreSQL rejects the request, or has gone away.
     """
     try:
         yield
     except psycopg.OperationalError as error:
         raise away(place, error) from error
     except psycopg.Error as error:
-        raise BulkError(f"{place}: PostgreSQL refuses: {_message(error)}") from error
+        raise BulkError(f"{place}: PostgreSQL rejects the request: {_message(error)}") from error
 
 
 def away(place: str, error: psycopg.OperationalError) -> BulkError:
@@ -182,13 +182,13 @@ def _message(error: psycopg.Error) -> str:
 
 
 def find_table(connection: Connection, name: Name, store: str, id_column: str | None = None) -> Table | None:
-    """Return a table, or a view of one; ``None`` if it does not exist.
+    """Return a table or a view of a table; ``None`` if it does not exist.
 
     Args:
         id_column: the column with the ids; by default the primary key.
 
     Raises:
-        BulkError: it has no column that can be the id.
+        BulkError: no column can be the id.
     """
     place = f"{store}/{name}"
     [oid] = connection.execute("SELECT to_regclass(%s)::oid", [name.sql.as_string(connection)]).fetchone() or (None,)
@@ -199,10 +199,10 @@ def find_table(connection: Connection, name: Name, store: str, id_column: str | 
     wanted = id_column or next(iter(unique), "id")
     found = next((column for column in columns if column.name == wanted), None)
     if found is None:
-        hint = "; name the column of the ids with ?id=NAME" if id_column is None else ""
+        hint = "; name the id column with ?id=NAME" if id_column is None else ""
         raise BulkError(f"{place} has no column {quote(wanted)}, and no primary key of one column{hint}")
     if found.kind not in (*_INTEGERS, *_TEXTS):
-        raise BulkError(f"{place}: the ids are of the type {found.kind}; they must be integers, uuid or text")
+        raise BulkError(f"{place}: the ids have the type {found.kind}, but must be integers, uuid or text")
     others = [column for column in columns if column is not found]
     return Table(
         oid=oid,
@@ -215,7 +215,7 @@ def find_table(connection: Connection, name: Name, store: str, id_column: str | 
 
 
 def operator_of(connection: Connection, table: Table, column: Column) -> str:
-    """Return the operator by which a search orders: that of the index, by default the cosine's."""
+    """Return the operator by which a search sorts: the index's, or cosine distance without an index."""
     for _index, operators in connection.execute(_VECTOR_INDEXES, [table.oid, column.name]):
         for metric, operator in _METRICS.items():
             if f"_{metric}_" in operators:
@@ -224,18 +224,18 @@ def operator_of(connection: Connection, table: Table, column: Column) -> str:
 
 
 def vector_type(width: int, place: str) -> str:
-    """Return the type for vectors of a width: `halfvec` where only that can be indexed.
+    """Return the type for vectors of a width: `halfvec` if only that type can be indexed.
 
     Raises:
-        BulkError: pgvector has no such vectors.
+        BulkError: pgvector does not support this width.
     """
     if not 0 < width <= MAX_WIDTH:
-        raise BulkError(f"{place}: pgvector takes dense vectors of at most {MAX_WIDTH:,} dimensions, not {width:,}")
+        raise BulkError(f"{place}: pgvector accepts dense vectors of at most {MAX_WIDTH:,} dimensions, got {width:,}")
     return "halfvec" if _MAX_INDEXED["vector"] < width <= _MAX_INDEXED["halfvec"] else "vector"
 
 
 def create_table(connection: Connection, name: Name, store: str, note: SpaceNote, id_type: str, vector: str) -> None:
-    """Create a table with an id, a vector, and a payload of JSON, within the transaction that is open."""
+    """Create a table with an id, a vector, and a JSON payload, within the open transaction."""
     kind = vector_type(note.dimensions, f"{store}/{name}")
     connection.execute(
         sql.SQL("CREATE TABLE {} (id {} PRIMARY KEY, {} {}({}), payload jsonb)").format(
@@ -246,9 +246,9 @@ def create_table(connection: Connection, name: Name, store: str, note: SpaceNote
 
 
 def create_like(connection: Connection, name: Name, other: Table, note: SpaceNote, vector: Column) -> None:
-    """Create a table with the columns, indexes and grants of another one, within the transaction that is open.
+    """Create a table with the columns, indexes and grants of another table, within the open transaction.
 
-    Foreign keys, triggers and policies stay with the other table: they may forbid to write copies.
+    Foreign keys, triggers and policies are not copied, because they may prevent writing copies of rows.
     """
     kind = vector_type(note.dimensions, other.place)
     metric = next(key for key, operator in _METRICS.items() if operator == operator_of(connection, other, vector))
@@ -266,7 +266,7 @@ def create_like(connection: Connection, name: Name, other: Table, note: SpaceNot
 
 
 def copy_grants(connection: Connection, oid: int, name: Name) -> None:
-    """Grant on a table or view what is granted on another one."""
+    """Copy the grants of a table or view to another."""
     grants = """
         SELECT CASE WHEN grantee = 0 THEN NULL ELSE pg_get_userbyid(grantee) END, privilege_type, is_grantable
         FROM pg_class, aclexplode(relacl) WHERE oid = %s AND grantee <> relowner
@@ -283,7 +283,7 @@ def copy_grants(connection: Connection, oid: int, name: Name) -> None:
 
 
 def add_vector(connection: Connection, table: Table, vector: str, note: SpaceNote) -> None:
-    """Add a column of vectors to a table, within the transaction that is open."""
+    """Add a column of vectors to a table, within the open transaction."""
     kind = vector_type(note.dimensions, table.place)
     connection.execute(
         sql.SQL("ALTER TABLE {} ADD COLUMN {} {}({})").format(
@@ -296,7 +296,7 @@ def add_vector(connection: Connection, table: Table, vector: str, note: SpaceNot
 def _finish(
     connection: Connection, name: Name, vector: str, kind: str, note: SpaceNote, metric: str, comment: str | None = None
 ) -> None:
-    """Write the note of a column, and make its index if pgvector can."""
+    """Write the note of a column, and create its index if pgvector supports one."""
     write_comment(connection, name, vector, note, comment)
     if note.dimensions <= _MAX_INDEXED[kind]:
         connection.execute(

@@ -1,4 +1,4 @@
-"""What every store offers `gateway embed`, and what `gateway move` needs beyond that."""
+"""The protocols of stores: of every store for `gateway embed`, and of those that `gateway move` supports."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from gateway.bulk.rows import BadRow, Row, RowId, Sink, Source, SpaceNote
 from gateway.types import SparseVector
 
 Moment: TypeAlias = datetime | int | float
-"""A point of time, as an item's field has it: a date with its time, or seconds or milliseconds since 1970."""
+"""A point in time in an item's field: a date with its time, or seconds or milliseconds since 1970."""
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """A store and a collection, or table, in it: the parts of ``qdrant://localhost:6333/docs``.
+    """A store and a collection or table in it: the parts of ``qdrant://localhost:6333/docs``.
 
     Attributes:
-        kind: of the store, such as ``qdrant``.
+        kind: the kind of store, such as ``qdrant``.
         location: the folder, file or URI of a store without a server; empty for a server.
-        is_secure: talk to the server by TLS.
+        is_secure: connect to the server with TLS.
         path: the part of a server's URL between the host and the collection: a prefix, or a database.
-        key: names the environment variable with the key or password; ``None`` for the variable that the store's own
-            tools read. The secret itself is in no URL.
-        options: further settings of the store, from the URL's query.
+        key: the name of the environment variable with the key or password; ``None`` for the variable that the store's
+        own tools read. URLs never contain the secret itself. options: further settings of the store, from the URL's
+        query.
     """
 
     kind: str
@@ -45,7 +45,7 @@ class Place:
 
     @property
     def store(self) -> str:
-        """The store without the collection, for messages and to recognize it again: ``qdrant://localhost:6333``."""
+        """The store without the collection, for messages and as an identity: ``qdrant://localhost:6333``."""
         if self.location:
             return f"{self.kind}:{self.location}"
         scheme = f"{self.kind}+https" if self.is_secure else self.kind
@@ -64,7 +64,7 @@ Mark: TypeAlias = str
 
 @dataclass(frozen=True, slots=True)
 class Since:
-    """Only items whose field is later than a point of time."""
+    """A filter for items whose field is later than a point in time."""
 
     field: str
     moment: Moment
@@ -72,16 +72,16 @@ class Since:
 
 @dataclass(frozen=True, slots=True)
 class Keeping:
-    """How a sink keeps rows.
+    """The options of a sink.
 
     Attributes:
-        text: the field of the payload that the text goes into, a path as in `FieldNames`; ``None`` keeps no text.
-        vector: name of the dense vector, where a store has several; ``None`` for the only one.
-        adopts: takes a collection with vectors and without a note of their space, on the user's word that they are of
-            the same space.
-        updates: the items exist: only add the named vector to them, and leave their payload and other vectors.
-        like: a collection of the same store; a collection that does not exist yet is made with its settings, fields and
-            indexes, and the width of the job. An item with the same id there gives its other vectors to a row.
+        text: the payload field for the text, a path as in `FieldNames`; ``None`` to leave out the text.
+        vector: the name of the dense vector, if a store has several; ``None`` for the only one.
+        adopts: accept a collection that has vectors but no note, because the user vouches that they are of the same
+        space. updates: only add the named vector to existing items, and leave their payload and other vectors
+        unchanged. like: a collection of the same store that serves as a template: a new collection gets its settings,
+        fields and indexes, with the job's width, and each row gets the other vectors of the template's item with the
+        same id.
     """
 
     text: str | None = "text"
@@ -96,10 +96,10 @@ class CollectionInfo:
     """A collection, as its store describes it.
 
     Attributes:
-        name: its real name, also when it was asked for by an alias.
-        count: of its items.
-        widths: of its dense vectors, by name; the only one is named ``""`` where it has no name.
-        notes: the spaces that the gateway wrote into them, by the same names.
+        name: the real name, even if the collection was looked up by an alias.
+        count: the number of items.
+        widths: the widths of its dense vectors by name; a single unnamed vector has the name ``""``.
+        notes: the gateway's notes of their spaces, by the same names.
     """
 
     name: str
@@ -110,7 +110,7 @@ class CollectionInfo:
 
 @dataclass(frozen=True, slots=True)
 class Hit:
-    """An item that a search found; higher scores are nearer, whichever distance the store has."""
+    """An item that a search found. A higher score is nearer, whichever distance the store uses."""
 
     id: RowId
     score: float
@@ -121,22 +121,22 @@ class Store(Protocol):
 
     @property
     def name(self) -> str:
-        """The store in messages and manifests, without passwords."""
+        """The name of the store in messages and manifests, without passwords."""
 
     def source(self, collection: str, names: FieldNames, since: Since | None = None) -> Source:
-        """Return the items of a collection as rows; closed on its own, and usable after the store is closed.
+        """Return a source for a collection. It is closed separately, and can be used after the store is closed.
 
-        Their ids are the store's, unless ``names.id`` is a field of the payload.
+        The rows have the store's ids, unless ``names.id`` is a field of the payload.
 
         Raises:
-            BulkError: the store cannot be read by the gateway, or has no such order or field.
+            BulkError: the gateway cannot read the store, or the store lacks a field or cannot filter by time.
         """
 
     def sink(self, collection: str, keeping: Keeping) -> Sink:
-        """Return a sink for a collection, which its `open` makes; closed on its own, like a source.
+        """Return a sink for a collection, whose `open` creates it if necessary. It is closed separately, like a source.
 
         Raises:
-            BulkError: the store cannot be written by the gateway.
+            BulkError: the gateway cannot write to the store.
         """
 
     def close(self) -> None:
@@ -146,7 +146,7 @@ class Store(Protocol):
 class MovableStore(Store, Protocol):
     """A store whose collections can move to another model while applications use them.
 
-    Every method raises `BulkError` if the store has gone away or refuses, and for a collection that does not exist.
+    Every method raises `BulkError` if the store has gone away or rejects a request, or a collection does not exist.
     """
 
     def collections(self) -> Sequence[str]:
@@ -156,20 +156,20 @@ class MovableStore(Store, Protocol):
         """Return a collection's info, by its name or an alias."""
 
     def read_ids(self, collection: str, ids: Sequence[RowId], names: FieldNames) -> Iterator[Row | BadRow]:
-        """Yield the items with these ids that still exist, in any order."""
+        """Yield the existing items among these ids, in any order."""
 
     def digests(self, collection: str) -> Iterator[tuple[RowId, bytes]]:
         """Yield the id of each item and a 16-byte hash of its payload, text included, in ascending order of `sort_key`.
 
-        Equal items of two collections of this store have equal hashes, so two passes side by side find what was added,
-        changed and deleted, with flat memory.
+        Equal items in two collections of this store have equal hashes, so reading both in parallel finds added, changed
+        and deleted items in constant memory.
         """
 
     def digests_of(self, collection: str, ids: Sequence[RowId]) -> Mapping[RowId, bytes]:
         """Return the hashes of those of these items that exist."""
 
     def sort_key(self, row_id: RowId) -> tuple[int, int | str]:
-        """Return the place of an id in the order of `digests`, the same for all collections of the store."""
+        """Return an id's sort key in the order of `digests`, which all collections of the store share."""
 
     def mark(self, collection: str, changed_at: str | None) -> Mark | None:
         """Return the present moment for `changes`; ``None`` if the store could not tell what has changed since.
@@ -197,7 +197,7 @@ class MovableStore(Store, Protocol):
         """
 
     def delete_ids(self, collection: str, ids: Sequence[RowId]) -> None:
-        """Delete these items, durably; ids without an item are ignored."""
+        """Delete these items durably, ignoring ids without an item."""
 
     def search(
         self, collection: str, query: npt.NDArray[np.float32] | SparseVector, limit: int, vector: str | None = None
@@ -206,39 +206,39 @@ class MovableStore(Store, Protocol):
 
         Args:
             query: ``(dimensions,)``, or sparse weights.
-            vector: name of the vector to search, where items have several.
+            vector: the name of the vector to search, if items have several.
         """
 
     def vectors(
         self, collection: str, ids: Sequence[RowId], vector: str | None = None
     ) -> Mapping[RowId, npt.NDArray[np.float32]]:
-        """Return the dense vectors, ``(dimensions,)``, of those of these items that exist and have one.
+        """Return the dense vectors, ``(dimensions,)``, of these items. Items that lack one are left out.
 
-        A store that keeps only the direction of vectors returns them with L2 norm 1.
+        A store that normalizes vectors returns them with L2 norm 1.
 
         Args:
-            vector: name of the vector, where items have several.
+            vector: the name of the vector, if items have several.
         """
 
     def aliases(self) -> Mapping[str, str]:
-        """Return the collection that each alias, or view, means."""
+        """Return the collection that each alias or view points to."""
 
     def why_not_flip(self, name: str) -> str:
-        """Return why a name that applications use cannot mean another collection from now on; empty if it can."""
+        """Return why a name that applications use cannot be pointed to another collection; empty if it can."""
 
     def flip(self, name: str, collection: str) -> None:
-        """Make a name mean another collection, in one step: each request sees the one or the other. Reversible by itself.
+        """Point a name to another collection atomically: each request sees either the old or the new one. Reversible.
 
         Raises:
             BulkError: `why_not_flip` has the reason.
         """
 
     def delete_alias(self, name: str) -> None:
-        """Delete an alias, not its collection."""
+        """Delete an alias, but not its collection."""
 
     def delete_collection(self, collection: str) -> None:
         """Delete a collection and its items, by its real name.
 
         Raises:
-            BulkError: an alias still means it.
+            BulkError: an alias still points to the collection.
         """

@@ -1,4 +1,4 @@
-"""Qdrant, a server or a folder: a source, a sink, and a store to move in."""
+"""Qdrant, as a server or a folder: a source, a sink, and a store that `gateway move` supports."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ _PAGE: Final = 256
 
 
 def open_store(place: Place) -> QdrantStore:
-    """Return a server or a folder, which is opened when it is used."""
+    """Return a server or a folder, which is opened on first use."""
     return QdrantStore(Connection.to(place))
 
 
 class QdrantStore:
-    """Qdrant as a store with collections. Names of collections may be aliases, except where a real name is asked for."""
+    """Qdrant as a store with collections. Names may be aliases, except where a method requires the real name."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
@@ -47,7 +47,7 @@ class QdrantStore:
         """Return the points of a collection as rows.
 
         Raises:
-            BulkError: the folder holds no store.
+            BulkError: the folder does not contain a store.
         """
         self._connection.check_source()
         return QdrantSource(self._connection.again(), collection, names, since)
@@ -57,7 +57,7 @@ class QdrantStore:
         return QdrantSink(self._connection.again(), collection, self._with_vector(keeping))
 
     def close(self) -> None:
-        """Close the connection, if no source or sink uses it."""
+        """Close the connection, unless a source or sink still uses it."""
         self._connection.close()
 
     def collections(self) -> Sequence[str]:
@@ -117,7 +117,7 @@ class QdrantStore:
             source.close()
 
     def sort_key(self, row_id: RowId) -> tuple[int, int | str]:
-        """Return the place of a row in the order of `digests`."""
+        """Return a row's sort key in the order of `digests`."""
         return sort_key(point_id(row_id))
 
     def filled(self, collection: str, vector: str) -> Iterator[RowId]:
@@ -142,7 +142,7 @@ class QdrantStore:
         self._connection.call(lambda client: client.update_collection(collection, metadata=kept), collection)
 
     def delete_ids(self, collection: str, ids: Sequence[RowId]) -> None:
-        """Delete the points of these rows, and return when that is on disk."""
+        """Delete the points of these rows, and wait until the deletion is on disk."""
         points: list[models.ExtendedPointId] = [point_id(row_id) for row_id in ids]
         if points:
             self._connection.call(
@@ -165,7 +165,7 @@ class QdrantStore:
         if name is None:
             if len(known) != 1:
                 raise BulkError(
-                    f"{self._connection.place.named(collection)} has {len(known)} vectors to search; name one"
+                    f"{self._connection.place.named(collection)} has {len(known)} vectors to search: name one"
                 )
             name = known[0]
         found = self._connection.call(
@@ -186,7 +186,7 @@ class QdrantStore:
     def vectors(
         self, collection: str, ids: Sequence[RowId], vector: str | None = None
     ) -> Mapping[RowId, npt.NDArray[np.float32]]:
-        """Return the dense vectors of the points of these rows that exist and have one."""
+        """Return the dense vectors of these rows' points, leaving out points without a vector."""
         name = self._vector_to_read(list(Vectors.of(self._connection.read_info(collection)).single), collection, vector)
         found: dict[RowId, npt.NDArray[np.float32]] = {}
         for start in range(0, len(ids), _PAGE):
@@ -199,21 +199,21 @@ class QdrantStore:
         return found
 
     def aliases(self) -> Mapping[str, str]:
-        """Return the collection that each alias means."""
+        """Return the collection that each alias points to."""
         found = self._connection.call(lambda client: client.get_aliases(), "")
         return {alias.alias_name: alias.collection_name for alias in found.aliases}
 
     def why_not_flip(self, name: str) -> str:
-        """Return why a name cannot become an alias; empty if it can, or is one already."""
+        """Return why a name cannot become an alias; empty if it can, or already is one."""
         if name in self.collections():
             return (
-                f"{name!r} is the name of a collection itself, and an alias cannot have the name of one that exists. "
-                "Let applications use an alias: choose its name, and set it in their settings once"
+                f"{name!r} is the name of an existing collection, which an alias cannot have. Let applications use an "
+                "alias: choose a name for it, and set it once in their configuration"
             )
         return ""
 
     def flip(self, name: str, collection: str) -> None:
-        """Make an alias mean a collection, in one step; the alias is made if it does not exist."""
+        """Point an alias to a collection, in one step; create the alias if it does not exist."""
         if reason := self.why_not_flip(name):
             raise BulkError(reason)
         create = models.CreateAliasOperation(
@@ -223,14 +223,15 @@ class QdrantStore:
         self._connection.read_info(collection)
 
         def change(client: QdrantClient) -> None:
-            # Both in one request, which Qdrant applies as a whole. Read again, since the request may be repeated.
+            # One request, which Qdrant applies as a whole, does both. The aliases are read again, because it may be
+            # repeated.
             exists = any(alias.alias_name == name for alias in client.get_aliases().aliases)
             client.update_collection_aliases([delete, create] if exists else [create])
 
         self._connection.call(change, collection)
 
     def delete_alias(self, name: str) -> None:
-        """Delete an alias, not its collection."""
+        """Delete an alias, but not its collection."""
         delete = models.DeleteAliasOperation(delete_alias=models.DeleteAlias(alias_name=name))
         self._connection.call(lambda client: client.update_collection_aliases([delete]), name)
 
@@ -241,7 +242,7 @@ class QdrantStore:
             raise BulkError(f"{collection!r} is an alias of {aliases[collection]!r}, not a collection")
         if meaning := sorted(name for name, real in aliases.items() if real == collection):
             raise BulkError(
-                f"the alias {meaning[0]!r} still means the collection {collection!r}; let it mean another one first"
+                f"the alias {meaning[0]!r} still points to the collection {collection!r}; point it to another one first"
             )
         self._connection.call(lambda client: client.delete_collection(collection), collection)
 

@@ -1,4 +1,4 @@
-"""Connections to Qdrant, a server or a folder, and its errors in plain words."""
+"""Connections to Qdrant, a server or a folder, and plain messages for its errors."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ Result = TypeVar("Result")
 
 _TIMEOUT_S: Final = 60
 _MARKER: Final = "meta.json"
-"""A file in every folder of Qdrant's client."""
+"""A file that Qdrant's client writes into every folder."""
 
 
 class Connection:
-    """A client of Qdrant that all users of one place share, since a folder can be opened only once.
+    """A Qdrant client that all users of a place share, because a folder can be opened only once.
 
     Used from one thread at a time.
     """
@@ -41,14 +41,14 @@ class Connection:
     def __init__(self, place: Place) -> None:
         self.place = place
         self._num_users = 1
-        # A server that has never responded is more likely a wrong URL than a server that restarts.
+        # If the server has never responded, the URL is more likely wrong than the server restarting.
         self._has_responded = False
         self._key = os.environ.get(place.key or "") or None
         self._client: QdrantClient | None = None
 
     @classmethod
     def to(cls, place: Place) -> Connection:
-        """Return the connection to a place, the one that is open or a new one, which connects when it is used."""
+        """Return the open connection to a place, or a new one, which connects on first use."""
         with cls._lock:
             connection = cls._open.get((place.store, place.key))
             if connection is None:
@@ -58,7 +58,7 @@ class Connection:
             return connection
 
     def again(self) -> Connection:
-        """Return this connection for one more user, who closes it too."""
+        """Return this connection for another user, who must close it too."""
         with self._lock:
             self._num_users += 1
         return self
@@ -85,10 +85,10 @@ class Connection:
             return self._client
 
     def check_source(self) -> None:
-        """Check that a folder holds a store, rather than make one.
+        """Check that a folder contains a store, rather than creating one.
 
         Raises:
-            BulkError: it does not.
+            BulkError: the folder does not contain a store.
         """
         if self.place.location:
             check_folder(self.place, _MARKER, must_exist=True)
@@ -96,7 +96,7 @@ class Connection:
     def _connect(self) -> QdrantClient:
         place = self.place
         with warnings.catch_warnings():
-            # A key without TLS is the user's decision, inside a cluster for example.
+            # The user may decide to send a key without TLS, for example inside a cluster.
             warnings.simplefilter("ignore")
             if not place.location:
                 return QdrantClient(
@@ -110,21 +110,21 @@ class Connection:
                 )
             check_folder(place, _MARKER, must_exist=False)
             try:
-                # Sources and sinks are used by threads in turn.
+                # Several threads use sources and sinks in turn.
                 return QdrantClient(path=place.location, force_disable_check_same_thread=True)
             except (RuntimeError, OSError, ValueError, KeyError, TypeError) as error:
                 reason = "another process uses it" if "already accessed" in str(error) else str(error)
                 raise BulkError(f"the folder {place.location} cannot be opened as a Qdrant store: {reason}") from error
 
     def call(self, ask: Callable[[QdrantClient], Result], collection: str) -> Result:
-        """Return the result of a request, which is repeated while the server is away for a moment.
+        """Return the result of a request, repeating it while the server is briefly unavailable.
 
         Args:
-            ask: makes the request; may be called again, so it must not matter how often.
-            collection: that the request is about, for messages.
+            ask: sends the request; must be idempotent, because it may be called again.
+            collection: the collection of the request, for messages.
 
         Raises:
-            BulkError: the server refuses it, or stays away.
+            BulkError: the server rejects the request, or stays unavailable.
         """
         try:
             result = insist(lambda: ask(self.client), pause_after, PATIENCE_S if self._has_responded else 0.0)
@@ -133,16 +133,16 @@ class Connection:
                 explain(error, self.place, collection, self._key is not None, self._has_responded)
             ) from error
         except (ValueError, RuntimeError, OSError) as error:
-            # A folder's errors, or values that cannot be sent.
+            # Errors of a folder, or values that cannot be serialized.
             raise BulkError(f"{self.place.named(collection)}: {error}") from error
         self._has_responded = True
         return result
 
     def read_info(self, collection: str) -> CollectionInfo:
-        """Return a collection's settings, also by an alias.
+        """Return a collection's settings, by its name or an alias.
 
         Raises:
-            BulkError: it does not exist, or the server fails.
+            BulkError: the collection does not exist, or the server fails.
         """
         if not self.call(lambda client: client.collection_exists(collection), collection):
             names = self.call(lambda client: [found.name for found in client.get_collections().collections], collection)

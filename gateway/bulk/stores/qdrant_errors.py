@@ -1,4 +1,4 @@
-"""The errors of Qdrant's client in plain words, and which of them pass."""
+"""Plain messages for the errors of Qdrant's client, and which errors are temporary."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def pause_after(error: Exception) -> float | None:
 
 
 def explain(error: Exception, place: Place, collection: str, has_key: bool, has_responded: bool) -> str:
-    """Return the reason of a failure, and the way out of it.
+    """Return the reason of a failure, and its remedy.
 
     Args:
         has_key: a key was sent.
@@ -38,7 +38,7 @@ def explain(error: Exception, place: Place, collection: str, has_key: bool, has_
         case UnexpectedResponse():
             return _explain_response(error, place, place.named(collection), has_key)
         case ResourceExhaustedResponse():
-            return f"{place.store} has limited the rate of requests for more than {PATIENCE_S:.0f} s; {GOES_ON}"
+            return f"{place.store} has rate-limited requests for more than {PATIENCE_S:.0f} s; {GOES_ON}"
         case ResponseHandlingException(source=httpx.HTTPError() as source):
             return _explain_transport(source, place, has_responded)
         case ResponseHandlingException():
@@ -49,9 +49,9 @@ def explain(error: Exception, place: Place, collection: str, has_key: bool, has_
 def _explain_transport(error: httpx.HTTPError, place: Place, has_responded: bool) -> str:
     reason = str(error) or type(error).__name__
     if "SSL" in reason:
-        return f"{place.store} has no usable TLS: {reason}. Without TLS, write qdrant:// instead of qdrant+https://"
+        return f"{place.store} failed to set up TLS: {reason}. Without TLS, write qdrant:// instead of qdrant+https://"
     if not has_responded:
-        return f"{place.store} cannot be reached: {reason}. Is it running, and is {place.port} its port for HTTP?"
+        return f"{place.store} cannot be reached: {reason}. Is it running, and is {place.port} its HTTP port?"
     return f"{place.store} has gone away: {reason}; {GOES_ON}"
 
 
@@ -59,21 +59,21 @@ def _explain_response(error: UnexpectedResponse, place: Place, where: str, has_k
     message, status = _message_of(error), error.status_code
     match status:
         case 401 | 403 if has_key:
-            return f"{where} refuses the key in the environment variable {place.key}: {message}"
+            return f"{where} rejects the key in the environment variable {place.key}: {message}"
         case 401 | 403:
             return f"{where} needs a key: set the environment variable {place.key}, or name another with ?key_env=NAME"
         case 413:
             return (
-                f"{where} refuses a request because of its size: {message}. Raise `service.max_request_size_mb` of Qdrant; "
-                "the multi-vectors of one long text can be larger than its 32 MB"
+                f"{where} rejects a request because of its size: {message}. Raise Qdrant's "
+                "`service.max_request_size_mb`; the multi-vectors of a single long text can exceed the default of 32 MB"
             )
         case int() if status in _PASSING:
             return f"{where} fails with status {status}: {message}; {GOES_ON}"
-    return f"{where} refuses a request with status {status}: {message}"
+    return f"{where} rejects a request with status {status}: {message}"
 
 
 def _message_of(error: UnexpectedResponse) -> str:
-    """Return the text in the response to a failed request."""
+    """Return the message in the response to a failed request."""
     try:
         body = error.structured()
     except ValueError:

@@ -1,4 +1,4 @@
-"""Which vectors of a Qdrant collection a job fills, and whether they fit."""
+"""Determine which vectors of a Qdrant collection a job fills, and whether they fit."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ UNNAMED: Final = ""
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """The names of the vectors that a job fills; ``None`` for an output that it does not have."""
+    """The names of the vectors that a job fills; ``None`` for an output that the job does not have."""
 
     dense: str | None
     sparse: str | None
@@ -25,7 +25,7 @@ class Layout:
 
     @property
     def noted(self) -> str:
-        """The vector that the note of the space is kept for."""
+        """The name of the vector that has the note of the space."""
         return next(name for name in (self.dense, self.multivector, self.sparse) if name is not None)
 
     @property
@@ -57,12 +57,12 @@ class Vectors:
 
     @property
     def single(self) -> dict[str, models.VectorParams]:
-        """Those with one vector per point."""
+        """The fields with one vector per point."""
         return {name: params for name, params in self.dense.items() if params.multivector_config is None}
 
     @property
     def multiple(self) -> dict[str, models.VectorParams]:
-        """Those with several vectors per point."""
+        """The fields with several vectors per point."""
         return {name: params for name, params in self.dense.items() if params.multivector_config is not None}
 
 
@@ -81,10 +81,10 @@ def new_layout(note: SpaceNote, vector: str | None) -> Layout:
 
 
 def layout_in(vectors: Vectors, note: SpaceNote, vector: str | None, where: str) -> Layout:
-    """Return the layout in a collection that exists.
+    """Return the layout in an existing collection.
 
     Raises:
-        BulkError: the collection has no vectors of a kind, another width or distance, or several that could be meant.
+        BulkError: the collection lacks a kind of vectors, has another width or distance, or several vectors match.
     """
     layout = Layout(
         dense=_choose("dense vector", vectors.single, vector, ("dense",), where) if note.dimensions else None,
@@ -101,8 +101,8 @@ def layout_in(vectors: Vectors, note: SpaceNote, vector: str | None, where: str)
         params = vectors.dense[layout.multivector]
         if params.size != note.token_width:
             raise BulkError(
-                f"{_describe(layout.multivector, where)} has multi-vectors of width {params.size}, "
-                f"and this job makes them of {note.token_width}"
+                f"{_describe(layout.multivector, where)} has multi-vectors of width {params.size}, but this job's "
+                f"have {note.token_width}"
             )
     return layout
 
@@ -117,7 +117,8 @@ def _choose(kind: str, known: Mapping[str, object], asked: str | None, usual: tu
         return names[0]
     if not names:
         raise BulkError(
-            f"{where} has no {kind}, and this job makes one per item. Embed into a new collection, or leave that output out"
+            f"{where} has no {kind}, but this job has one per item. Embed into a new collection, or leave that output "
+            "out"
         )
     for name in usual:
         if name in known:
@@ -127,7 +128,7 @@ def _choose(kind: str, known: Mapping[str, object], asked: str | None, usual: tu
 
 
 def _list(names: list[str]) -> str:
-    return enumerate_names(name or "(unnamed)" for name in names) or "nothing of that kind"
+    return enumerate_names(name or "(unnamed)" for name in names) or "no vectors of that kind"
 
 
 def _describe(vector: str, where: str) -> str:
@@ -137,23 +138,23 @@ def _describe(vector: str, where: str) -> str:
 def _check_dense(params: models.VectorParams, note: SpaceNote, where: str) -> None:
     if params.size != note.dimensions:
         raise BulkError(
-            f"{where} has vectors of width {params.size}, and this job makes them of {note.dimensions}: "
-            f"embed into a new collection, or ask for {params.size} dimensions if the model has them"
+            f"{where} has vectors of width {params.size}, but this job's have {note.dimensions}: embed into a new "
+            f"collection, or request {params.size} dimensions if the model supports that"
         )
     allowed = [models.Distance.DOT]
     if note.is_normalized:
         # The order of neighbors is the same for these three if all vectors have norm 1.
         allowed += [models.Distance.COSINE, models.Distance.EUCLID]
     if params.distance not in allowed:
-        why = "" if note.is_normalized else ", since its vectors are not normalized"
+        why = "" if note.is_normalized else ", because its vectors are not normalized"
         raise BulkError(
-            f"{where} has the distance {params.distance.value}, and {note.model} needs "
+            f"{where} uses the distance {params.distance.value}, but {note.model} needs "
             f"{' or '.join(distance.value for distance in allowed)}{why}: embed into a new collection"
         )
 
 
 def dense_params(note: SpaceNote) -> models.VectorParams:
-    """Return the settings of a dense vector of a space: cosine, or the dot product if its vectors are not normalized."""
+    """Return the settings of a dense vector: cosine, or the dot product if the space's vectors are not normalized."""
     distance = models.Distance.COSINE if note.is_normalized else models.Distance.DOT
     return models.VectorParams(size=note.dimensions, distance=distance)
 
@@ -161,8 +162,8 @@ def dense_params(note: SpaceNote) -> models.VectorParams:
 def params_of(layout: Layout, note: SpaceNote) -> Vectors:
     """Return the settings of a new collection's vectors.
 
-    The sparse weights are complete, so Qdrant's own factor for rare tokens stays off. Multi-vectors next to dense vectors
-    are for ranking again what those find, which needs no index; alone they get one.
+    The sparse weights are final, so Qdrant's own factor for rare tokens stays off. Multi-vectors next to dense vectors
+    rerank the results of those, which needs no index; without dense vectors they get an index.
     """
     dense: dict[str, models.VectorParams] = {}
     if layout.dense is not None:

@@ -1,7 +1,7 @@
 """Qdrant's ids and payloads. Pure.
 
-Qdrant's ids are unsigned 64-bit integers and UUIDs. Such ids of rows stay as they are. All others are mapped to UUIDs
-that depend only on the id, and the payload keeps the original one in the field ``gateway_id``.
+Qdrant's ids are unsigned 64-bit integers and UUIDs. Rows with such ids keep them. All other ids are mapped to UUIDs
+that depend only on the id, and the payload keeps the original id in the field ``gateway_id``.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ PointId: TypeAlias = int | str
 """An unsigned integer, or a UUID in its usual spelling."""
 
 ORIGINAL_ID: Final = "gateway_id"
-"""The field of the payload with the id of a row that Qdrant does not allow."""
+"""The payload field for a row's original id, if Qdrant does not allow it."""
 
 _NAMESPACE: Final = uuid.UUID("5b0e6f0c-9d0b-5f3c-8c2e-3d1f6a7b9e42")
 _UUID: Final = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}", re.IGNORECASE)
@@ -26,15 +26,15 @@ _MAX_INTEGER: Final = 2**64 - 1
 
 
 def point_id(row_id: RowId) -> PointId:
-    """Return the id of the point of a row; different rows have different ones."""
+    """Return the id of a row's point; different rows have different ids."""
     if isinstance(row_id, int):
-        # 5 and "5" are two ids.
+        # 5 and "5" are different ids.
         return row_id if 0 <= row_id <= _MAX_INTEGER else str(uuid.uuid5(_NAMESPACE, f"int:{row_id}"))
     return row_id.lower() if _UUID.fullmatch(row_id) else str(uuid.uuid5(_NAMESPACE, f"str:{row_id}"))
 
 
 def row_id_of(point: PointId, payload: Mapping[str, Json]) -> tuple[RowId, dict[str, Json]]:
-    """Return the id that a row had before it became this point, and the payload without that."""
+    """Return the original id of a point's row, and the payload without it."""
     rest = dict(payload)
     original = rest.get(ORIGINAL_ID)
     if isinstance(original, str | int) and not isinstance(original, bool) and point_id(original) == point:
@@ -47,10 +47,10 @@ def payload_of(row: Row, text_field: str | None) -> dict[str, Json]:
     """Return the payload of a row's point.
 
     Args:
-        text_field: that the text goes into; ``None`` keeps no text.
+        text_field: the field for the text; ``None`` to leave out the text.
 
     Raises:
-        BulkError: the row's own payload leaves no room for the text or the id.
+        BulkError: the row's own payload has a field with the name reserved for the text or the id.
     """
     payload = dict(row.payload)
     if text_field is not None:
@@ -58,13 +58,13 @@ def payload_of(row: Row, text_field: str | None) -> dict[str, Json]:
     if point_id(row.id) != row.id:
         if ORIGINAL_ID in payload:
             raise BulkError(
-                f"{row.place} has a field `{ORIGINAL_ID}`, which keeps the id of a row that Qdrant does not allow, "
-                f"such as {row.id!r}: rename the field"
+                f"{row.place} has a field `{ORIGINAL_ID}`, a name reserved for ids that Qdrant does not allow, such "
+                f"as {row.id!r}: rename the field"
             )
         payload[ORIGINAL_ID] = row.id
     return payload
 
 
 def sort_key(point: PointId) -> tuple[int, int | str]:
-    """Return the place of a point in the order in which Qdrant lists them: integers, then UUIDs."""
+    """Return a point's sort key in the order in which Qdrant lists points: integers, then UUIDs."""
     return (0, point) if isinstance(point, int) else (1, uuid.UUID(point).int)

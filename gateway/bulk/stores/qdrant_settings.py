@@ -1,4 +1,4 @@
-"""Make a Qdrant collection: with the server's usual settings, or with those of another collection."""
+"""Create a Qdrant collection, with the server's default settings or with those of another collection."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gateway.bulk.stores.qdrant_layout import UNNAMED, Layout, Vectors, new_layo
 
 
 def layout_like(other: Vectors, note: SpaceNote, vector: str | None) -> Layout:
-    """Return the layout of a new collection that replaces another one: its only dense vector keeps its name.
+    """Return the layout of a new collection that replaces another; its only dense vector keeps its name.
 
     Args:
         vector: the user's name for the dense vector.
@@ -23,7 +23,7 @@ def layout_like(other: Vectors, note: SpaceNote, vector: str | None) -> Layout:
 
 
 def create(client: QdrantClient, collection: str, layout: Layout, note: SpaceNote) -> None:
-    """Make a collection with a note of its space."""
+    """Create a collection with a note of its space."""
     vectors = params_of(layout, note)
     client.create_collection(
         collection,
@@ -36,7 +36,7 @@ def create(client: QdrantClient, collection: str, layout: Layout, note: SpaceNot
 def create_like(
     client: QdrantClient, collection: str, layout: Layout, note: SpaceNote, like: models.CollectionInfo
 ) -> None:
-    """Make a collection with the settings, other vectors, metadata and payload indexes of another one."""
+    """Create a collection with the settings, other vectors, metadata and payload indexes of another collection."""
     config, params, theirs = like.config, like.config.params, Vectors.of(like)
     wanted = params_of(layout, note)
     dense = {**theirs.dense}
@@ -66,5 +66,5 @@ def _config(dense: Mapping[str, models.VectorParams]) -> Mapping[str, models.Vec
 
 
 def _metadata(theirs: Mapping[str, Json] | None, notes: Mapping[str, SpaceNote], where: str) -> dict[str, Json]:
-    """Return the metadata of the other collection, with the notes of the vectors that are computed again."""
+    """Return the metadata of the other collection, with new notes for the recomputed vectors."""
     return {**(theirs or {}), **write_notes({**read_notes(theirs, where), **notes})}

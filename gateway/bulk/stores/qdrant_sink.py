@@ -1,4 +1,4 @@
-"""A Qdrant collection that keeps the vectors of a job."""
+"""A Qdrant collection that stores the vectors of a job."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from gateway.bulk.stores.qdrant_settings import create, create_like, layout_like
 Result = TypeVar("Result")
 
 _Named: TypeAlias = dict[str, Any]
-"""Vectors by name, of the types that Qdrant's client declares."""
+"""Vectors by name, with the types that Qdrant's client declares."""
 
 _MAX_NUMBERS: Final = 400_000
-"""Numbers per request: about 8 MB of JSON, where a server accepts 32 MB."""
+"""Numbers per request: about 8 MB of JSON, while a server accepts 32 MB."""
 
 _MAX_POINTS: Final = 256
 
 
 class QdrantSink:
-    """Writes rows as points. A point is replaced as a whole, so a shard may be written any number of times."""
+    """Writes rows as points. Writing replaces the whole point, so a shard may be written any number of times."""
 
     def __init__(self, connection: Connection, collection: str, keeping: Keeping) -> None:
         self._connection = connection
@@ -49,10 +49,10 @@ class QdrantSink:
         return self._call(lambda client: client.count(self._collection, exact=True)).count == 0
 
     def open(self, note: SpaceNote) -> None:
-        """Make the collection if it does not exist, and check that it may take vectors of this space.
+        """Create the collection if it does not exist, and check that it can take vectors of this space.
 
         Raises:
-            BulkError: it holds another space, vectors of an unknown model, or vectors of another width or distance.
+            BulkError: the collection has vectors of another space, an unknown model, another width or another distance.
         """
         like = None if self._keeping.like is None else self._connection.read_info(self._keeping.like)
         if not self._call(lambda client: client.collection_exists(self._collection)):
@@ -65,7 +65,7 @@ class QdrantSink:
             self._others = sorted((theirs.names & ours.names) - self._layout.names)
 
     def _check(self, note: SpaceNote) -> None:
-        """Check a collection that exists, and note the space of an empty one."""
+        """Check an existing collection, and write the note into an empty one."""
         info = self._connection.read_info(self._collection)
         if self._keeping.updates and self._keeping.vector not in Vectors.of(info).dense:
             info = self._add_vector(note)
@@ -79,10 +79,10 @@ class QdrantSink:
         self._layout = layout
 
     def write(self, shard: int, batch: EmbeddedRows) -> None:
-        """Keep a shard's points, and return when the server has them on disk.
+        """Store a shard's points, and wait until they are on the server's disk.
 
         Raises:
-            BulkError: the server refuses them, or stays away.
+            BulkError: the server rejects them, or stays unavailable.
         """
         if self._layout is None:
             raise RuntimeError("a sink must be opened before the first write")
@@ -90,12 +90,12 @@ class QdrantSink:
             self._call(partial(self._update if self._keeping.updates else self._upsert, points))
 
     def close(self) -> None:
-        """Close the connection, if no other user of it is left."""
+        """Close the connection, if it has no other users."""
         self._connection.close()
 
     def _create(self, note: SpaceNote, like: models.CollectionInfo | None) -> None:
         def make(client: QdrantClient) -> None:
-            # The request before may have succeeded without an answer.
+            # The previous attempt may have succeeded without a response.
             if client.collection_exists(self._collection):
                 return
             if like is None:
@@ -109,7 +109,8 @@ class QdrantSink:
         if not read_notes(info.config.metadata, self.name):
             self._call(lambda client: client.delete_collection(self._collection))
             raise BulkError(
-                f"{self._connection.place.store} keeps no metadata of collections; Qdrant 1.16 and later do"
+                f"{self._connection.place.store} does not store metadata of collections; this needs Qdrant 1.16 or "
+                "later"
             )
 
     def _add_vector(self, note: SpaceNote) -> models.CollectionInfo:
@@ -125,7 +126,7 @@ class QdrantSink:
         return self._connection.read_info(self._collection)
 
     def _count(self, vector: str) -> int:
-        """Return how many points have a vector of this name."""
+        """Return the number of points with a vector of this name."""
         having = models.Filter(must=[models.HasVectorCondition(has_vector=vector)]) if vector else None
         return self._call(lambda client: client.count(self._collection, count_filter=having, exact=True)).count
 
@@ -134,7 +135,8 @@ class QdrantSink:
         self._call(lambda client: client.update_collection(self._collection, metadata=metadata))
         if read_notes(self._connection.read_info(self._collection).config.metadata, self.name) != notes:
             raise BulkError(
-                f"{self._connection.place.store} keeps no metadata of collections; Qdrant 1.16 and later do"
+                f"{self._connection.place.store} does not store metadata of collections; this needs Qdrant 1.16 or "
+                "later"
             )
 
     def _upsert(self, points: list[models.PointStruct], client: QdrantClient) -> None:
@@ -145,7 +147,7 @@ class QdrantSink:
     def _with_others(
         self, points: list[models.PointStruct], like: str, client: QdrantClient
     ) -> list[models.PointStruct]:
-        """Return points with those vectors that this job does not compute, from the collection that this one is like."""
+        """Return points with the vectors that this job does not compute, from the collection that this one copies."""
         found = client.retrieve(like, [point.id for point in points], with_payload=False, with_vectors=self._others)
         others = {point.id: _named(point.vector) for point in found}
         return [
@@ -154,7 +156,7 @@ class QdrantSink:
         ]
 
     def _update(self, points: list[models.PointStruct], client: QdrantClient) -> None:
-        """Add vectors to the points that exist, and leave out those that were deleted since they were read."""
+        """Add vectors to existing points, skipping points that were deleted since they were read."""
         found = client.retrieve(self._collection, [point.id for point in points], with_payload=False)
         exist = {point.id for point in found}
         vectors = [models.PointVectors(id=point.id, vector=point.vector) for point in points if point.id in exist]
@@ -189,7 +191,7 @@ def _named(vector: object) -> dict[str, object]:
 
 
 def _vectors(batch: EmbeddedRows, index: int, layout: Layout) -> tuple[_Named, int]:
-    """Return the vectors of a row by their names, and how many numbers they are."""
+    """Return the vectors of a row by name, and how many numbers they contain."""
     named: _Named = {}
     size = 0
     if layout.dense is not None and batch.dense is not None:

@@ -25,8 +25,8 @@ _IDS_PAGE: Final = 5_000
 class QdrantSource:
     """Reads the points of a collection, without their vectors.
 
-    A position is the id of a point. Points that are added behind it while a job reads are read too; points before it
-    are not, and `gateway move` finds them in its second pass. Deleted points are left out.
+    A position is the id of a point. Points that are added after it while a job reads are read too. Points that are
+    added before it are not; `gateway move` finds them in its second pass. Deleted points are left out.
     """
 
     def __init__(self, connection: Connection, collection: str, names: FieldNames, since: Since | None) -> None:
@@ -42,7 +42,7 @@ class QdrantSource:
 
     @property
     def has_unique_ids(self) -> bool:
-        """The ids are those of points, unless a field of the payload is the id."""
+        """The ids are those of the points, unless a field of the payload is the id."""
         return self._names.id is None
 
     @property
@@ -50,7 +50,7 @@ class QdrantSource:
         """The field of the payload with the text.
 
         Raises:
-            BulkError: the first points do not have it.
+            BulkError: the first points lack the field.
         """
         return self.fields.text
 
@@ -59,7 +59,7 @@ class QdrantSource:
         """The fields that make a row.
 
         Raises:
-            BulkError: the first points do not have them.
+            BulkError: the first points lack the fields.
         """
         self._connection.read_info(self._collection)
         points, _ = self._scroll(None, SAMPLE)
@@ -76,14 +76,14 @@ class QdrantSource:
         return f"{self.name} {self.fields}{since}"
 
     def count(self) -> int | None:
-        """Return how many points there are, as Qdrant estimates it."""
+        """Return Qdrant's estimate of the number of points."""
         answer = self._connection.call(
             lambda client: client.count(self._collection, count_filter=self._filter, exact=False), self._collection
         )
         return answer.count
 
     def read(self, after: Position | None = None) -> Iterator[Row | BadRow]:
-        """Yield the points after a position, or all of them, page by page.
+        """Yield the points after a position, or all points, page by page.
 
         Raises:
             BulkError: the collection does not exist or cannot be read.
@@ -96,7 +96,7 @@ class QdrantSource:
     def read_payloads(
         self, after: PointId | None = None, fields: list[str] | None = None, vector: str | None = None
     ) -> Iterator[tuple[PointId, dict[str, Json]]]:
-        """Yield the points after an id, or all of them, with their payloads.
+        """Yield the points after an id, or all points, with their payloads.
 
         Args:
             fields: of the payloads that are needed; ``None`` for all.
@@ -118,7 +118,7 @@ class QdrantSource:
             offset = following
 
     def read_ids(self, ids: Sequence[RowId]) -> Iterator[Row | BadRow]:
-        """Yield the points of these rows that exist.
+        """Yield the existing points of these rows.
 
         Raises:
             BulkError: the collection does not exist or cannot be read.
@@ -129,7 +129,7 @@ class QdrantSource:
                 yield self._row(*_parts(point))
 
     def close(self) -> None:
-        """Close the connection, if no other user of it is left."""
+        """Close the connection, if it has no other users."""
         self._connection.close()
 
     @property

@@ -1,4 +1,4 @@
-"""What the sources of several stores share: the fields of items, those changed after a point of time, reading by id."""
+"""Shared code of several stores' sources: the fields of items, filtering by time, and reading in the order of ids."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gateway.bulk.rows import BadRow, Json, Position, Row, RowId
 from gateway.bulk.stores.protocol import Mark, Moment, Since
 
 SAMPLE: Final = 64
-"""Items that are looked at for their fields."""
+"""How many items are inspected to find the fields."""
 _CLOCK_MARGIN: Final = timedelta(hours=1)
 
 Item: TypeAlias = tuple[RowId, dict[str, Json]]
@@ -23,18 +23,18 @@ Item: TypeAlias = tuple[RowId, dict[str, Json]]
 
 
 class ReadPage(Protocol):
-    """Returns the next items after an id, by ascending id."""
+    """Returns the next items after an id, in ascending order of the ids."""
 
     def __call__(self, after: RowId | None, limit: int = ..., /) -> list[Item]: ...
 
 
 class KeysetSource:
-    """The items of a store that returns them by ascending id. A position is the id of the last item.
+    """The items of a store that returns them in ascending order of their ids. A position is the id of the last item.
 
     Args:
-        name: of the collection, in messages.
-        identity: of the collection, which another one of the same name does not have.
-        count: returns how many items there are.
+        name: the name of the collection in messages.
+        identity: an identity of the collection that another collection of the same name does not share.
+        count: returns the number of items.
         close: closes the connection.
     """
 
@@ -62,7 +62,7 @@ class KeysetSource:
         """The fields that make a row.
 
         Raises:
-            BulkError: the first items do not have them.
+            BulkError: the first items lack the fields.
         """
         return fields_of(self._names, [payload for _id, payload in self._read_page(None, SAMPLE)], self.name)
 
@@ -73,10 +73,10 @@ class KeysetSource:
 
     @property
     def text_field(self) -> str:
-        """The field of the payload that has the text.
+        """The payload field with the text.
 
         Raises:
-            BulkError: the first items do not have it.
+            BulkError: the first items lack the field.
         """
         return self.fields.text
 
@@ -97,7 +97,7 @@ class KeysetSource:
 
 
 def is_later(payload: Mapping[str, Json], since: Since) -> bool:
-    """Return whether a field is later than a moment; one that cannot be compared counts as later, so nothing is missed."""
+    """Return whether a field is later than a moment; values that cannot be compared count as later, to miss nothing."""
     value = get(payload, since.field)
     moment: Moment | None = None
     if isinstance(value, int | float):
@@ -126,16 +126,16 @@ def since_mark(mark: Mark) -> Since:
 
 
 def fields_of(names: FieldNames, payloads: Sequence[Mapping[str, Json]], place: str) -> Fields:
-    """Return the fields that make a row of items that have ids of their store.
+    """Return the fields that make a row from items that have ids in their store.
 
     Args:
-        payloads: of the first items.
+        payloads: the payloads of the first items.
 
     Raises:
-        BulkError: the payloads do not have them.
+        BulkError: the payloads lack the fields.
     """
     if not payloads:
         return Fields(names.id, names.text or TEXT_FIELDS[0], names.title, names.payload)
     fields = resolve_fields(names, payloads, place)
-    # A field of this name is payload, unless the user wants it as the id.
+    # A field with this name is part of the payload, unless the user chose it as the id.
     return fields if names.id is not None else replace(fields, id=None)

@@ -75,7 +75,7 @@ def test_ids_are_texts_and_the_same_shard_again_replaces_itself(url: str) -> Non
 
 
 @pytest.mark.parametrize(("rows", "message"), [
-    ([row(5, "a"), row("5", "b")], "id 5: the ids before are numbers, and '5' is not"),
+    ([row(5, "a"), row("5", "b")], "id 5: earlier ids are numbers, but '5' is not"),
     ([row("", "a")], "id  has an empty id, which Chroma does not allow"),
     ([row(1, "a", {"gateway_id": 2})], "has a field `gateway_id`"),
 ])  # fmt: skip
@@ -90,12 +90,12 @@ def test_ids_that_would_be_one_item_are_refused(url: str, rows: list[Row], messa
     [
         (
             {"space": "other@ba9876543210"},
-            "holds vectors of tiny@0123456789ab, which cannot be compared with those of",
+            "has vectors of tiny@0123456789ab, which cannot be compared with those of",
         ),
-        ({"task": "query"}, "holds vectors for the task 'passage', and this job embeds for the task 'query'"),
-        ({"dimensions": 8}, "holds vectors of 4 dimensions, and this job makes 8"),
-        ({"has_sparse": True}, "keeps dense vectors only"),
-        ({"token_width": 3}, "keeps dense vectors only"),
+        ({"task": "query"}, "has vectors for the task 'passage', but this job embeds for the task 'query'"),
+        ({"dimensions": 8}, "has vectors of 4 dimensions, but this job's have 8"),
+        ({"has_sparse": True}, "can store only dense vectors"),
+        ({"token_width": 3}, "can store only dense vectors"),
     ],
 )
 def test_another_space_is_refused_before_the_first_write(url: str, change: dict[str, object], message: str) -> None:
@@ -109,11 +109,13 @@ def test_another_space_is_refused_before_the_first_write(url: str, change: dict[
 def test_vectors_without_a_note_are_refused_unless_the_user_knows_them(url: str, client: ClientAPI) -> None:
     collection = client.create_collection(collection_in(url), metadata={"mine": 1}, embedding_function=None)
     collection.add(ids=["a"], embeddings=[[1.0, 0, 0, 0]], documents=["x"])
-    with pytest.raises(BulkError, match=r"has 1 item and no note of their space: .* or add --adopt if"):
+    with pytest.raises(BulkError, match=r"has 1 item and no note of their space.* or add --adopt if"):
         write(url, [row("b", "y")])
-    with pytest.raises(BulkError, match="has vectors of width 4, and this job makes them of 8"):
+    with pytest.raises(BulkError, match="has vectors of width 4, but this job's have 8"):
         write(url, [], replace(NOTE, dimensions=8), Keeping(adopts=True))
-    with pytest.raises(BulkError, match="has the distance l2, and tiny needs ip, since its vectors are not normalized"):
+    with pytest.raises(
+        BulkError, match="uses the distance l2, but tiny needs ip, because its vectors are not normalized"
+    ):
         write(url, [], replace(NOTE, is_normalized=False), Keeping(adopts=True))
     write(url, [row("b", "y")], keeping=Keeping(adopts=True))
     write(url, [row("c", "z")])
@@ -167,7 +169,7 @@ def test_the_text_is_the_document_or_a_field(url: str, client: ClientAPI) -> Non
     good, bad = read(url)
     assert isinstance(good, Row)
     assert (good.id, good.text, good.payload) == ("a", "doc", {"text": "title", "id": 7})
-    assert bad == BadRow(f"id b of {url}", "the text, in field `document`, must be text, and is nothing", [1, "b"], "b")
+    assert bad == BadRow(f"id b of {url}", "the text in field `document` must be text, got nothing", [1, "b"], "b")
     assert [item.text for item in read(url, FieldNames(text="text")) if isinstance(item, Row)] == ["title", "only"]
 
 
@@ -185,9 +187,9 @@ def test_a_folder_that_is_not_chroma_is_an_error(tmp_path: Path) -> None:
 
 def test_what_chroma_cannot_do_is_refused(url: str) -> None:
     for keeping in (Keeping(vector="a"), Keeping(updates=True), Keeping(like="b")):
-        with pytest.raises(BulkError, match="one vector per item, without a name"):
+        with pytest.raises(BulkError, match="stores one unnamed vector per item"):
             write(url, [], keeping=keeping)
-    with pytest.raises(BulkError, match="keeps dense vectors only"):
+    with pytest.raises(BulkError, match="can store only dense vectors"):
         write(url, [], HYBRID)
 
 
@@ -214,7 +216,7 @@ def test_a_server_is_a_source_and_a_sink(tmp_path: Path) -> None:
             server.wait()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("gateway.bulk.stores.chroma_connection.PATIENCE_S", 0.4)
-        with pytest.raises(BulkError, match=r"has gone away: .*; start the same command again when it is back"):
+        with pytest.raises(BulkError, match=r"has gone away: .*; run the same command again when the store is back"):
             sink.write(1, embedded([row(9, "late")]))
     sink.close()
 

@@ -63,8 +63,8 @@ def test_a_sink_that_was_emptied_since_is_not_taken_for_complete(kind: str) -> N
     shutil.rmtree("store")
     emptied = embed("docs.jsonl", "--to", sink)
     assert emptied.exit_code == 1
-    assert f"{sink} is empty, and " in emptied.stderr
-    assert "says that 5 rows of this job are in it: embed all of them again with --restart" in emptied.stderr
+    assert f"{sink} is empty, but " in emptied.stderr
+    assert "it has 5 rows of this job: embed all of them again with --restart" in emptied.stderr
     assert embed("docs.jsonl", "--to", sink, "--restart").exit_code == 0
     assert len(by_id(sink)) == 5
 
@@ -82,9 +82,10 @@ def test_a_folder_with_other_files_is_neither_source_nor_sink(kind: str, tmp_pat
     assert embed("docs.jsonl", "--to", "lancedb:./l#docs").exit_code == 0
     before = sorted((tmp_path / "l").rglob("*"))
     result = embed(f"{kind}:./l#docs", "--to", "out")
-    assert result.stderr == f"the folder ./l holds no store of {kind}\n"
+    assert result.stderr == f"the folder ./l does not contain a {kind} store\n"
     result = embed("docs.jsonl", "--to", f"{kind}:./l#docs")
     assert (
-        f"the folder ./l has other files, such as docs.lance, and no store of {kind}: name a new one" in result.stderr
+        f"the folder ./l contains other files, such as docs.lance, and no {kind} store: choose a new folder"
+        in result.stderr
     )
     assert sorted((tmp_path / "l").rglob("*")) == before

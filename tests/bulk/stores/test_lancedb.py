@@ -66,11 +66,11 @@ def test_all_outputs_are_columns(url: str) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"space": "other@ba9876543210"}, "holds vectors of tiny@0123456789ab, which cannot be compared with those of"),
-        ({"task": "query"}, "holds vectors for the task 'passage', and this job embeds for the task 'query'"),
-        ({"dimensions": 8}, "holds vectors of 4 dimensions, and this job makes 8"),
-        ({"has_sparse": True}, "holds dense vectors of 4, and this job makes dense vectors of 4 and sparse vectors"),
-        ({"token_width": 3}, "holds dense vectors of 4, and this job makes dense vectors of 4 and multi-vectors of 3"),
+        ({"space": "other@ba9876543210"}, "has vectors of tiny@0123456789ab, which cannot be compared with those of"),
+        ({"task": "query"}, "has vectors for the task 'passage', but this job embeds for the task 'query'"),
+        ({"dimensions": 8}, "has vectors of 4 dimensions, but this job's have 8"),
+        ({"has_sparse": True}, "has dense vectors of 4, but this job has dense vectors of 4 and sparse vectors"),
+        ({"token_width": 3}, "has dense vectors of 4, but this job has dense vectors of 4 and multi-vectors of 3"),
     ],
 )
 def test_another_space_is_refused_before_the_first_write(url: str, change: dict[str, object], message: str) -> None:
@@ -90,7 +90,7 @@ def test_a_table_of_another_program_is_refused(url: str) -> None:
 
 @pytest.mark.parametrize(("rows", "message"), [
     ([row(1, "a"), row(1, "b")], "two rows of a shard have the same id"),
-    ([row(1, "a")], "the id 'x' does not fit into the column of ids"),
+    ([row(1, "a")], "the id 'x' does not fit into the id column"),
 ])  # fmt: skip
 def test_ids_that_do_not_fit_are_refused(url: str, rows: list[Row], message: str) -> None:
     with pytest.raises(BulkError) as caught:  # noqa: PT012  the second write fails if the first does not
@@ -136,9 +136,9 @@ def test_columns_of_every_kind_become_json(url: str) -> None:
         }
     )
     lancedb.connect(folder).create_table("docs", data)
-    with pytest.raises(BulkError, match="name that of the text with --text"):
+    with pytest.raises(BulkError, match="name the text field with --text"):
         read(url)
-    with pytest.raises(BulkError, match="no column is called `id`: name that of the ids with --id COLUMN"):
+    with pytest.raises(BulkError, match="no column is called `id`: name the id column with --id COLUMN"):
         read(url, FieldNames(text="body"))
     assert by_id(url, FieldNames(id="key", text="body")) == {
         "a": ("hello", {
@@ -156,5 +156,5 @@ def test_a_table_that_does_not_exist_names_those_that_do(url: str) -> None:
 
 def test_what_lancedb_cannot_do_is_refused(url: str) -> None:
     for keeping in (Keeping(vector="a"), Keeping(updates=True), Keeping(like="b"), Keeping(adopts=True)):
-        with pytest.raises(BulkError, match="in a table that the job makes"):
+        with pytest.raises(BulkError, match="in a table that the job creates"):
             write(url, [], keeping=keeping)

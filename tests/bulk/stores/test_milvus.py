@@ -1,4 +1,4 @@
-"""Milvus as a source, a sink and a store to move in: Milvus Lite, which speaks the protocol of a server."""
+"""Milvus as a source, a sink and a store that can be moved: Milvus Lite, which speaks the protocol of a server."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_a_shard_again_replaces_its_rows(url: str) -> None:
 
 def test_an_id_of_another_type_is_refused(url: str) -> None:
     write(url, [row(1, "a")])
-    with pytest.raises(BulkError, match=r"id x: its id is text, and those of .* are INT64"):
+    with pytest.raises(BulkError, match=r"id x: its id is text, but the ids of .* are INT64"):
         write(url, [row("x", "b")])
 
 
@@ -128,27 +128,27 @@ def test_sparse_weights_are_kept_and_found(url: str, milvus: MilvusClient) -> No
     store = store_of(url)
     assert store.search(name_of(url), expected[4], 1)[0].id == 4
     store.close()
-    with pytest.raises(BulkError, match="without multi-vectors"):
+    with pytest.raises(BulkError, match="but no multi-vectors"):
         write(url, [], HYBRID)
 
 
 def test_a_collection_of_another_space_or_width_or_without_a_note_is_refused(url: str, milvus: MilvusClient) -> None:
     write(url, [row(1, "a")])
-    with pytest.raises(
-        BulkError, match="holds vectors of tiny@0123456789ab, which cannot be compared with those of oth"
-    ):
+    with pytest.raises(BulkError, match="has vectors of tiny@0123456789ab, which cannot be compared with those of oth"):
         write(url, [], replace(NOTE, space="other@aaaaaaaaaaaa"))
     milvus.create_collection("mine", dimension=4)
     milvus.insert("mine", [{"id": 1, "vector": [1, 2, 3, 4], "text": "x"}])
     mine = url.replace(name_of(url), "mine")
     with pytest.raises(BulkError, match="has 1 item and no note of their space"):
         write(mine, [])
-    with pytest.raises(BulkError, match=r"`vector` of .*mine takes vectors of 4 dimensions; those of wide have 6"):
+    with pytest.raises(
+        BulkError, match=r"`vector` of .*mine requires vectors of 4 dimensions, but those of wide have 6"
+    ):
         write(mine, [], WIDE, Keeping(adopts=True))
     write(mine, [row(2, "y")], NOTE, Keeping(adopts=True))
     assert by_id(mine) == {1: ("x", {}), 2: ("y", {})}
     milvus.alter_collection_properties("mine", {"embedding_gateway": "nonsense"})
-    with pytest.raises(BulkError, match="cannot be read; a person or program has changed it"):
+    with pytest.raises(BulkError, match="cannot be read, because a person or another program changed it"):
         write(mine, [])
 
 
@@ -232,8 +232,8 @@ def test_rows_without_a_text_are_reported(url: str, milvus: MilvusClient) -> Non
     milvus.insert(name_of(url), [{"id": 2, "vector": [1, 2, 3, 4], "text": ""}, {"id": 3, "vector": [1, 2, 3, 4]}])
     bad = [found for found in read(url) if isinstance(found, BadRow)]
     assert [(found.id, found.problem) for found in bad] == [
-        (2, "the text, in field `text`, is empty"),
-        (3, "the text, in field `text`, is missing"),
+        (2, "the text in field `text` is empty"),
+        (3, "the text in field `text` is missing"),
     ]
 
 
@@ -263,9 +263,9 @@ def test_an_alias_flips_and_what_it_means_is_not_deleted(url: str) -> None:
     assert store.aliases()[alias] == new
     assert store.describe(alias).name == new
     assert store.search(alias, vector_of("new", 6), 5)[0].score == pytest.approx(1, abs=1e-5)
-    with pytest.raises(BulkError, match="is the name of a collection itself"):
+    with pytest.raises(BulkError, match="is the name of an existing collection"):
         store.flip(old, new)
-    with pytest.raises(BulkError, match="still means the collection"):
+    with pytest.raises(BulkError, match="still points to the collection"):
         store.delete_collection(new)
     with pytest.raises(BulkError, match="is an alias of"):
         store.delete_collection(alias)
@@ -282,7 +282,7 @@ def test_a_server_or_file_that_cannot_be_used_is_an_error_of_the_job(
     monkeypatch.setattr("gateway.bulk.stores.milvus.TIMEOUT_S", 0.2)
     with pytest.raises(BulkError, match=r"milvus://127.0.0.1:1 cannot be reached, or has gone away"):
         open_url("milvus://127.0.0.1:1/docs")
-    with pytest.raises(BulkError, match=r"has a name that ends in \.db"):
+    with pytest.raises(BulkError, match=r"must end in \.db"):
         open_url(f"milvus:{tmp_path}/m#docs")
     with pytest.raises(BulkError, match="there is no collection `gone`"):
         read(url.replace(name_of(url), "gone"))

@@ -1,4 +1,4 @@
-"""Qdrant as a source, a sink and a store to move in: a real one, in a folder."""
+"""Qdrant as a source, a sink and a store that can be moved: a real one, in a folder."""
 
 from __future__ import annotations
 
@@ -158,14 +158,17 @@ def test_vectors_that_are_not_normalized_get_the_dot_product(url: str) -> None:
     [
         (
             {"space": "other@ba9876543210"},
-            "holds vectors of tiny@0123456789ab, which cannot be compared with those of other@",
+            "has vectors of tiny@0123456789ab, which cannot be compared with those of other@",
         ),
-        ({"task": "query"}, "holds vectors for the task 'passage', and this job embeds for the task 'query'"),
-        ({"task": None}, "for the task 'passage', and this job embeds for no task"),
-        ({"dimensions": 8}, "has vectors of width 4, and this job makes them of 8"),
-        ({"has_sparse": True}, "has no sparse vector, and this job makes one per item"),
-        ({"token_width": 3}, "has no multi-vector, and this job makes one per item"),
-        ({"is_normalized": False}, "has the distance Cosine, and tiny needs Dot, since its vectors are not normalized"),
+        ({"task": "query"}, "has vectors for the task 'passage', but this job embeds for the task 'query'"),
+        ({"task": None}, "for the task 'passage', but this job embeds without a task"),
+        ({"dimensions": 8}, "has vectors of width 4, but this job's have 8"),
+        ({"has_sparse": True}, "has no sparse vector, but this job has one per item"),
+        ({"token_width": 3}, "has no multi-vector, but this job has one per item"),
+        (
+            {"is_normalized": False},
+            "uses the distance Cosine, but tiny needs Dot, because its vectors are not normalized",
+        ),
     ],
 )
 def test_another_space_is_refused_before_the_first_write(url: str, change: dict[str, object], message: str) -> None:
@@ -187,7 +190,7 @@ def test_vectors_without_a_note_are_refused_unless_the_user_knows_them(url: str)
     qdrant.create_collection("docs", models.VectorParams(size=4, distance=models.Distance.COSINE), metadata={"mine": 1})
     qdrant.upsert("docs", [models.PointStruct(id=1, vector=[1, 0, 0, 0], payload={"text": "a"})])
     qdrant.close()
-    with pytest.raises(BulkError, match=r"#docs has 1 item and no note of their space: .* or add --adopt if"):
+    with pytest.raises(BulkError, match=r"#docs has 1 item and no note of their space.* or add --adopt if"):
         write(url, [row(2, "b")])
     write(url, [row(2, "b")], keeping=Keeping(adopts=True))
     write(url, [row(3, "c")])
@@ -215,7 +218,7 @@ def test_an_empty_collection_of_the_right_width_is_fine(url: str) -> None:
     [
         ({"a": ("Cosine", 4), "b": ("Cosine", 4)}, "has several dense vectors, `a`, `b`: name one with ?vector="),
         ({"a": ("Cosine", 5)}, "the vector `a` of "),
-        ({"a": ("Manhattan", 4)}, "has the distance Manhattan, and tiny needs Dot or Cosine or Euclid"),
+        ({"a": ("Manhattan", 4)}, "uses the distance Manhattan, but tiny needs Dot or Cosine or Euclid"),
     ],
 )
 def test_an_empty_collection_that_does_not_fit_is_refused(url: str, vectors: dict, message: str) -> None:
@@ -283,10 +286,10 @@ def fill(url: str, *payloads: dict[str, Json]) -> None:
 @pytest.mark.parametrize(
     ("payload", "problem"),
     [
-        ({"body": {"txt": "x"}, "n": 1}, "the text, in field `body.text`, is missing"),
-        ({}, "the text, in field `body.text`, is missing"),
-        ({"body": {"text": 5}}, "the text, in field `body.text`, must be text, and is the number `5`"),
-        ({"body": {"text": " \n"}}, "the text, in field `body.text`, has only spaces"),
+        ({"body": {"txt": "x"}, "n": 1}, "the text in field `body.text` is missing"),
+        ({}, "the text in field `body.text` is missing"),
+        ({"body": {"text": 5}}, "the text in field `body.text` must be text, got the number `5`"),
+        ({"body": {"text": " \n"}}, "the text in field `body.text` is blank"),
     ],
 )
 def test_an_item_without_a_text_is_named_by_its_id(url: str, payload: dict[str, Json], problem: str) -> None:
@@ -299,7 +302,7 @@ def test_an_item_without_a_text_is_named_by_its_id(url: str, payload: dict[str, 
 def test_the_fields_that_exist_are_listed_for_one_that_does_not(url: str) -> None:
     fill(url, {"body": {"txt": "x"}, "n": 1})
     with pytest.raises(
-        BulkError, match=r"--text body.text: there is no such field; did you mean `body.txt`\?.*body, body.txt, n"
+        BulkError, match=r"--text body.text: no such field; did you mean `body.txt`\?.*body, body.txt, n"
     ):
         read(url, FieldNames(text="body.text"))
 
@@ -346,7 +349,7 @@ def test_the_text_is_found_by_its_usual_name(url: str, payload: dict[str, Json],
 
 def test_a_text_without_a_usual_name_must_be_named(url: str) -> None:
     fill(url, {"summary": "a"})
-    with pytest.raises(BulkError, match="name that of the text with --text FIELD; the fields are: summary"):
+    with pytest.raises(BulkError, match="name the text field with --text FIELD; the fields are: summary"):
         read(url)
 
 
@@ -401,8 +404,8 @@ def test_an_alias_flips_and_flips_back(url: str) -> None:
     write(url, [row(1, "old")])
     write(url.replace("#docs", "#docs-2"), [row(1, "new")], replace(NOTE, space="other@ba9876543210"))
     store = store_of(url)
-    assert "the name of a collection itself" in store.why_not_flip("docs")
-    with pytest.raises(BulkError, match="the name of a collection itself"):
+    assert "the name of an existing collection" in store.why_not_flip("docs")
+    with pytest.raises(BulkError, match="the name of an existing collection"):
         store.flip("docs", "docs-2")
     assert store.why_not_flip("live") == ""
     for collection, text in (("docs", "old"), ("docs-2", "new"), ("docs", "old"), ("docs-2", "new")):
@@ -410,7 +413,7 @@ def test_an_alias_flips_and_flips_back(url: str) -> None:
         assert store.aliases() == {"live": collection}
         assert store.describe("live").name == collection
         assert by_id(url.replace("#docs", "#live"))[1][0] == text
-    with pytest.raises(BulkError, match="the alias 'live' still means the collection 'docs-2'"):
+    with pytest.raises(BulkError, match="the alias 'live' still points to the collection 'docs-2'"):
         store.delete_collection("docs-2")
     with pytest.raises(BulkError, match="has no collection `gone`"):
         store.flip("live", "gone")
