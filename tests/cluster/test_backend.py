@@ -174,7 +174,7 @@ def test_without_a_cluster_the_start_says_how_to_make_one(monkeypatch: pytest.Mo
         in named
     )
     assert "ray start --head" in named
-    assert "GATEWAY_CLUSTER=auto: this machine is part of no Ray cluster" in found
+    assert "GATEWAY_CLUSTER=auto: this machine does not belong to a Ray cluster" in found
 
 
 def test_other_versions_of_ray_and_python_are_named() -> None:

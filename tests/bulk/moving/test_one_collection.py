@@ -119,7 +119,7 @@ async def test_the_way_back_needs_the_right_old_model(
 ) -> None:
     move = await begun(one, tmp_path, console)
     move = await flip(move, tmp_path, console, forces=True)
-    with pytest.raises(BulkError, match="do not have the vectors that twin makes of their texts"):
+    with pytest.raises(BulkError, match="have vectors that differ from those of twin"):
         await back(move, tmp_path, console, "twin")
     check_vectors(one, "embedding", "old")
 
