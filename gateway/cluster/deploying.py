@@ -222,7 +222,7 @@ def _unreachable(address: str, error: Exception) -> str:
         said = " ".join(str(error).split())[:_LONGEST_REASON]
         return f"GATEWAY_CLUSTER={address}: {said}. Ray and Python must be of the same version on all machines"
     named = os.environ.get("RAY_ADDRESS") if address == "auto" else address
-    where = f"no Ray cluster is at {named}" if named else "this machine does not belong to a Ray cluster"
+    where = f"no Ray cluster was found at {named}" if named else "this machine does not belong to a Ray cluster"
     return (
         f"GATEWAY_CLUSTER={address}: {where}, or it cannot be reached ({_first_line(error)}). Start Ray here: `ray "
         "start --head` on the first machine, `ray start --address=HOST:6379` on the others"
