@@ -129,7 +129,7 @@ async def test_what_does_not_fit_is_refused(one: Shop, models: Models, tmp_path:
         await start(request_for(one, into_vector="second", into="other"), tmp_path, console)
     with pytest.raises(BulkError, match=r"is the old vector itself|which vector of .* is the old one"):
         await start(request_for(one, into_vector="embedding"), tmp_path, console)
-    with pytest.raises(BulkError, match=r"holds vectors of old@.* already: there is nothing to move"):
+    with pytest.raises(BulkError, match=r"already has vectors of old@.*: there is nothing to move"):
         await start(request_for(one, into_vector="second", model="old"), tmp_path, console)
     assert list(one.store.describe(one.collection).widths) == ["embedding"]
 
