@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import torch
+
+from gateway.engine.devices import card_uuid, slice_uuid
 
 # Why a card runs below its highest clock, by NVML's bits; being idle is not of interest.
 _REASONS = {
@@ -32,9 +35,10 @@ def describe_card(device: torch.device) -> str:
     ]
     nvml, handle = _open(device)
     if nvml is not None:
-        limit = nvml.nvmlDeviceGetPowerManagementLimit(handle) / 1000
-        highest = nvml.nvmlDeviceGetMaxClockInfo(handle, nvml.NVML_CLOCK_SM)
-        parts += [f"driver {nvml.nvmlSystemGetDriverVersion()}", f"{limit:.0f} W limit", f"up to {highest} MHz"]
+        parts.append(f"driver {nvml.nvmlSystemGetDriverVersion()}")
+        with suppress(nvml.NVMLError):  # a slice of a card (MIG) and some boards have neither
+            parts.append(f"{nvml.nvmlDeviceGetPowerManagementLimit(handle) / 1000:.0f} W limit")
+            parts.append(f"up to {nvml.nvmlDeviceGetMaxClockInfo(handle, nvml.NVML_CLOCK_SM)} MHz")
     return ", ".join(parts)
 
 
@@ -60,9 +64,9 @@ def _open(device: torch.device) -> tuple[Any, Any]:
         return None, None
     import pynvml
 
-    try:
-        pynvml.nvmlInit()
-        uuid = torch.cuda.get_device_properties(device).uuid
-        return pynvml, pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
-    except pynvml.NVMLError:
-        return None, None
+    name = card_uuid(torch.device(device).index or 0)
+    for one in (name, slice_uuid(name)):
+        with suppress(pynvml.NVMLError):
+            pynvml.nvmlInit()
+            return pynvml, pynvml.nvmlDeviceGetHandleByUUID(one)
+    return None, None

@@ -24,6 +24,7 @@ from gateway.engine.model.items import Item, Tokens
 from gateway.engine.model.runtimes.base import Runtime
 from gateway.engine.model.runtimes.packed import PackedRuntime
 from gateway.engine.model.runtimes.padded import PaddedRuntime
+from gateway.engine.model.runtimes.tuning import tune
 from gateway.engine.model.states import TokenStates
 
 NUM_TASKS = 5
@@ -219,6 +220,8 @@ def gateway_encoder(
         runtime = packed = PackedRuntime(model, mask)
         if merges:
             packed.merge()
+        if model.device.type == "cuda":
+            tune(packed, captures=True)
     width = int(model.config.hidden_size)
     with tempfile.TemporaryDirectory() as folder:
         for name, num_out in (("sparse", 1), ("multivector", width)):

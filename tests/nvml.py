@@ -72,7 +72,8 @@ class FakeDriver:
         return self.cards[index]
 
     def nvmlDeviceGetHandleByUUID(self, uuid: str) -> FakeCard:
-        found = [card for card in self.cards if card.uuid == uuid]
+        every = [*self.cards, *(part for card in self.cards for part in card.slices)]
+        found = [card for card in every if card.uuid == uuid]
         _raise(0 if found else pynvml.NVML_ERROR_NOT_FOUND)
         return found[0]
 
@@ -97,6 +98,26 @@ class FakeDriver:
     def nvmlDeviceGetUtilizationRates(self, card: FakeCard) -> Any:
         _raise(pynvml.NVML_ERROR_NOT_SUPPORTED if card.slices else 0)
         return SimpleNamespace(gpu=42)
+
+    def nvmlDeviceGetPowerManagementLimit(self, card: FakeCard) -> int:
+        _raise(pynvml.NVML_ERROR_NOT_SUPPORTED if card.uuid.startswith("MIG-") else 0)
+        return 350_000
+
+    def nvmlDeviceGetMaxClockInfo(self, card: FakeCard, clock: int) -> int:
+        return 2100
+
+    def nvmlDeviceGetClockInfo(self, card: FakeCard, clock: int) -> int:
+        _raise(pynvml.NVML_ERROR_NOT_SUPPORTED if card.uuid.startswith("MIG-") else 0)
+        return 1695
+
+    def nvmlDeviceGetTemperature(self, card: FakeCard, sensor: int) -> int:
+        return 61
+
+    def nvmlDeviceGetPowerUsage(self, card: FakeCard) -> int:
+        return 348_000
+
+    def nvmlDeviceGetCurrentClocksEventReasons(self, card: FakeCard) -> int:
+        return int(pynvml.nvmlClocksEventReasonSwPowerCap)
 
     def nvmlDeviceGetUUID(self, card: FakeCard) -> str:
         return card.uuid
@@ -136,7 +157,7 @@ def install_cuda(monkeypatch: pytest.MonkeyPatch, cards: list[FakeCard], error: 
     """Have torch find these cards with CUDA, or say that CUDA does not start."""
 
     def properties(device: int | str) -> Any:
-        card = cards[int(str(device).removeprefix("cuda:"))]
+        card = cards[int(str(device).removeprefix("cuda").removeprefix(":") or 0)]
         major, minor = card.capability
         uuid = card.uuid.removeprefix("GPU-")
         return SimpleNamespace(uuid=uuid, name=card.name, major=major, minor=minor, total_memory=card.total)

@@ -13,12 +13,16 @@ from contextlib import asynccontextmanager, suppress
 from importlib.util import find_spec
 
 import orjson
+import pynvml
 import pytest
+import torch
 
+from bench.gpu_card import describe_card, describe_state
 from bench.load import Group, Load, make_load
 from bench.report import Goal, goals_table, number, update_page
 from bench.stats import median_ratio, percentile
 from bench.texts import MAX_WORDS, MIN_WORDS, Sentences, docstring_sentences
+from tests.nvml import GIB, FakeCard, FakeDriver, install, install_cuda
 
 
 def test_sentences_are_the_same_for_the_same_seed():
@@ -241,3 +245,43 @@ def test_what_a_forward_costs_a_card_is_counted_without_one(monkeypatch, capsys)
     ):
         assert re.search(row, printed), row
     assert "n/a" not in printed
+
+
+PART = FakeCard("NVIDIA H100 MIG 1g.10gb", (0, 0), 10 * GIB, 9 * GIB, "MIG-1")
+
+
+@pytest.mark.parametrize(
+    ("cards", "shown", "card", "state"),
+    [
+        (
+            [FakeCard()],
+            FakeCard(),
+            "NVIDIA GeForce RTX 3090, 24 GiB, capability 8.6, .*driver 580.95.05, 350 W limit, up to 2100 MHz",
+            "1695 MHz, 61 °C, 348 W, held down by: power limit",
+        ),
+        (
+            [FakeCard("NVIDIA H100", (9, 0), slices=[PART])],
+            FakeCard(PART.name, (9, 0), 10 * GIB, uuid="GPU-1"),
+            "NVIDIA H100 MIG 1g.10gb, 10 GiB, capability 9.0, .*driver 580.95.05",
+            r"n/a \(Not Supported\)",
+        ),
+    ],
+    ids=["a card", "a slice"],
+)
+def test_a_card_is_described_as_far_as_its_driver_does(monkeypatch, cards, shown, card, state):
+    install(monkeypatch, FakeDriver(cards))
+    install_cuda(monkeypatch, [shown])
+    device = torch.device("cuda:0")
+
+    assert re.fullmatch(card, describe_card(device))
+    assert re.fullmatch(state, describe_state(device))
+    assert describe_card(torch.device("cpu")) == "cpu"
+    assert describe_state(torch.device("cpu")) == "n/a"
+
+
+def test_a_card_without_a_driver_s_library_is_described_by_torch(monkeypatch):
+    install(monkeypatch, FakeDriver([], error=pynvml.NVML_ERROR_LIBRARY_NOT_FOUND))
+    install_cuda(monkeypatch, [FakeCard()])
+
+    assert describe_card(torch.device("cuda")).startswith("NVIDIA GeForce RTX 3090, 24 GiB, capability 8.6")
+    assert describe_state(torch.device("cuda")) == "n/a"

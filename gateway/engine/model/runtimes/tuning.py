@@ -138,5 +138,5 @@ def _seconds(work: Callable[[], object], device: torch.device) -> float:
 
 
 def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    if device.type == "cuda":  # not the whole card: that is an error while another model's thread captures a graph
+        torch.cuda.current_stream(device).synchronize()
