@@ -66,8 +66,8 @@ test: test-plan install-clients ## Run the tests (ARGS="-m 'not slow'": without 
 	  $(patsubst %,--ignore=%,$(ON_RAY)) $(ARGS)
 
 # They start a cluster of three nodes, which takes all of two cores: not at the same time as other tests.
-ON_RAY := tests/cluster/test_on_ray.py $(wildcard tests/cluster/test_*_on_replicas.py)
-test-cluster: install-dev ## Run the tests on a simulated Ray cluster, for some minutes
+ON_RAY := tests/cluster/test_on_ray.py
+test-cluster: install-dev ## Run the tests on a simulated Ray cluster, for two minutes
 	PYTHONDONTWRITEBYTECODE= $(DEV_BIN)/pytest $(ON_RAY) $(ARGS)
 
 test-plan:
@@ -105,7 +105,7 @@ loadtest: install-dev ## Load a new gateway with locust, or another: HOST=URL MO
 	$(DEV_BIN)/python -m loadtest.run $(if $(HOST),--host $(HOST)) $(if $(MODELS),--models $(MODELS)) \
 	  $(if $(PROFILE),--load-profile $(PROFILE)) $(ARGS)
 
-soak: install-dev ## Ten minutes of load and batches while one thing after another fails (ARGS="--seconds 3600 --update")
+soak: install-dev ## Ten minutes of load and batches while one thing after another fails (ARGS="--cluster --seconds 3600 --update")
 	$(DEV_BIN)/python -m loadtest.soak $(ARGS)
 
 bench: install ## Measure the start, then compare with Infinity's server (ARGS=--quick)

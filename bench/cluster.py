@@ -31,13 +31,14 @@ from bench.processes import RESULTS, ROOT
 from bench.report import Goal, goals_table, note, number, table, update_page
 from bench.rounds import Shape
 from bench.servers import Server, clean_environ, free_port, start_gateway_with
-from bench.simulated_cluster import Simulated, simulated_cluster
+from bench.simulated_cluster import Simulated, num_usable, simulated_cluster
 from bench.stats import median, percentile
 from bench.texts import Sentences
 
 SHAPES = (Shape(1, 1), Shape(16, 1), Shape(64, 1), Shape(8, 32))
 _ROUNDS, _SECONDS = 5, 2.0
 _NUM_CLIENTS = 8
+_LONGEST_WAIT_S = 180.0
 _REGISTRY = """\
 version: 1
 models:
@@ -200,14 +201,18 @@ def measure_faults(simulated: Simulated, fronts: Sequence[Server], registry: Pat
         found[name] = asyncio.run(watch(on_ports, seconds, do))
         note(f"{name}: {found[name].num_answered} answered, lost {found[name].lost[:3]}, gap {found[name].gap_s:.2f} s")
 
+    def is_whole() -> bool:
+        return all(num_usable(port, MODEL) == 2 for port in ports)
+
+    _until(is_whole)
     run("nothing", 3, lambda: None)
     run("a replica is killed", 4, lambda: _kill(simulated, "ray::ServeReplica"))
-    _until(lambda: len(simulated.processes("ray::ServeReplica")) == 2, settle_s=15)
+    _until(is_whole)
     run("the Serve controller is killed", 4, lambda: _kill(simulated, "ray::ServeController"))
-    _until(lambda: bool(simulated.processes("ray::ServeController")), settle_s=8)
+    _until(lambda: bool(simulated.processes("ray::ServeController")), settle_s=5)
     run("a machine is killed", 4, simulated.kill_machine)
     simulated.replace_machine()
-    _until(lambda: len(simulated.processes("ray::ServeReplica")) == 2, settle_s=15)
+    _until(is_whole)
     write_registry(registry.stem.removeprefix("cluster-"), replicas=2, gpus=1, max_tokens=200)
     run("a changed model is reloaded", 25, lambda: os.kill(fronts[0].pid, signal.SIGHUP), ports[:1])
     run("a front is killed", 4, lambda: os.kill(fronts[1].pid, signal.SIGKILL))
@@ -218,10 +223,16 @@ def _kill(simulated: Simulated, name: str) -> None:
     simulated.processes(name)[0].kill()
 
 
-def _until(condition: Callable[[], bool], *, settle_s: float) -> None:
-    """Wait until a process is there, and then for its model."""
-    deadline = time.monotonic() + 60
-    while not condition() and time.monotonic() < deadline:
+def _until(condition: Callable[[], bool], *, settle_s: float = 1.0) -> None:
+    """Wait until something is there, and then a moment longer.
+
+    Raises:
+        TimeoutError: it does not come.
+    """
+    deadline = time.monotonic() + _LONGEST_WAIT_S
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"the cluster is not whole again after {_LONGEST_WAIT_S:.0f} s")
         time.sleep(0.2)
     time.sleep(settle_s)
 

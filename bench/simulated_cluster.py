@@ -9,8 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psutil
 
+from bench.load import HOST
 from gateway.cluster.environment import prepare
 
 _ROOT = Path(__file__).parents[1]
@@ -63,6 +65,15 @@ class Simulated:
         return found
 
 
+def num_usable(port: int, model: str) -> int:
+    """Return to how many replicas of a model a gateway has a connection, as it says itself; 0 if it does not answer."""
+    with contextlib.suppress(httpx.HTTPError, ValueError, KeyError):
+        cards = httpx.get(f"http://{HOST}:{port}/v1/models", timeout=10).json()["data"]
+        [card] = [card for card in cards if card["id"] == model]
+        return sum(replica["state"] == "ready" for replica in card["replicas"])
+    return 0
+
+
 @contextlib.contextmanager
 def simulated_cluster(
     num_machines: int, *, num_gpus: int, environ: dict[str, str] | None = None
@@ -79,6 +90,8 @@ def simulated_cluster(
         "PYTHONPATH": str(_ROOT),
         "RAY_health_check_initial_delay_ms": "1000",
         "RAY_health_check_period_ms": "500",
+        # No Python processes for work that never comes.
+        "RAY_prestart_worker_first_driver": "0",
         **(environ or {}),
     }
     prepare("auto")

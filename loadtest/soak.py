@@ -2,6 +2,7 @@
 
 python -m loadtest.soak                    ten minutes
 python -m loadtest.soak --seconds 3600     an hour
+python -m loadtest.soak --cluster          the model has two replicas on a simulated Ray cluster, which loses its parts
 python -m loadtest.soak --update           also writes the table into docs/reliability.md
 """
 
@@ -19,7 +20,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,6 +38,7 @@ from loadtest.run import locust_command
 
 PAGE = ROOT / "docs" / "reliability.md"
 _FORWARD_TIMEOUT_S = 5
+_SETTINGS = {"GATEWAY_LOG_LEVEL": "error", "GATEWAY_BODY_TIMEOUT_S": "2", "GATEWAY_HEADER_TIMEOUT_S": "2"}
 _START_S = 120.0
 _NUM_TEXTS = 100
 _BURN_S = 5.0
@@ -111,26 +113,38 @@ class Soak:
 def soak(seconds: float, peak: int) -> Soak:
     """Run a gateway under load for about ``seconds``, and do everything to it, again and again."""
     with tempfile.TemporaryDirectory() as folder:
-        # A short run does not take the processor for half of it.
-        victim = _start(Path(folder), burn_s=min(_BURN_S, seconds / 10))
+        victim = _start(Path(folder), _burn_s(seconds))
         try:
-            return _run(victim, Path(folder), seconds, peak)
+            return _run(victim, Path(folder), seconds, peak, FAULTS)
         finally:
             victim.process.kill()
             victim.process.communicate()
+
+
+def soak_cluster(seconds: float, peak: int) -> Soak:
+    """Do the same to a gateway whose model is on a simulated cluster, and to the cluster."""
+    from loadtest import cluster_faults
+
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        cluster_faults.gateways_on_a_cluster(Path(folder), _SETTINGS, _burn_s(seconds)) as victim,
+    ):
+        return _run(victim, Path(folder), seconds, peak, cluster_faults.FAULTS)
+
+
+def _burn_s(seconds: float) -> float:
+    return min(_BURN_S, seconds / 10)  # a short run does not take the processor for half of it
 
 
 def _start(folder: Path, burn_s: float) -> Victim:
     port = free_port()
     environ = {
         **clean_environ(),
+        **_SETTINGS,
         "GATEWAY_PORT": str(port),
         "GATEWAY_MODELS": str(folder / "models.yaml"),
-        "GATEWAY_LOG_LEVEL": "error",
         "GATEWAY_BATCH_DIR": str(folder / "batches"),
         "GATEWAY_FORWARD_TIMEOUT_S": str(_FORWARD_TIMEOUT_S),
-        "GATEWAY_BODY_TIMEOUT_S": "2",
-        "GATEWAY_HEADER_TIMEOUT_S": "2",
     }
     write_registry(folder / "models.yaml", 2048)
     with (folder / "gateway.log").open("wb") as log:
@@ -150,14 +164,13 @@ def _start(folder: Path, burn_s: float) -> Victim:
     return victim
 
 
-def _run(victim: Victim, folder: Path, seconds: float, peak: int) -> Soak:
-    load = subprocess.Popen(
-        _load_command(victim.url, folder, seconds, peak),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        # A command in a shell's background ignores SIGINT, and so would the load, which that signal ends.
-        preexec_fn=_take_sigint,  # noqa: PLW1509  no thread has been started yet
-    )
+def _run(victim: Victim, folder: Path, seconds: float, peak: int, faults: Sequence[Callable[[Victim], None]]) -> Soak:
+    # A command in a shell's background ignores SIGINT, and so would the load, which that signal ends: it gets this handler's
+    # default instead.
+    ignored = signal.signal(signal.SIGINT, signal.default_int_handler)
+    command = _load_command(victim.url, folder, seconds, peak)
+    load = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    signal.signal(signal.SIGINT, ignored)
     samples: list[Sample] = []
     is_over = threading.Event()
     watch = threading.Thread(target=_watch, args=(victim.process.pid, samples, is_over))
@@ -168,12 +181,12 @@ def _run(victim: Victim, folder: Path, seconds: float, peak: int) -> Soak:
     batches: list[BatchOutcome] = []
     first_round_ended = math.inf
     batch = RunningBatch(victim.url, _BATCH_LINES)
-    for fault in itertools.cycle(FAULTS):
+    for fault in itertools.cycle(faults):
         outcomes.append(inflict(victim, fault))
-        first_round_ended = time.monotonic() if len(outcomes) == len(FAULTS) else first_round_ended
+        first_round_ended = time.monotonic() if len(outcomes) == len(faults) else first_round_ended
         print(f"{outcomes[-1].name}: well after {outcomes[-1].recovered_s:.1f} s", flush=True)
-        is_last = time.monotonic() - started > seconds - 10 and len(outcomes) >= len(FAULTS)
-        if is_last or len(outcomes) % len(FAULTS) == 0:
+        is_last = time.monotonic() - started > seconds - 10 and len(outcomes) >= len(faults)
+        if is_last or len(outcomes) % len(faults) == 0:
             batches.append(batch.finish(_BATCH_PATIENCE_S))
             batch = batch if is_last else RunningBatch(victim.url, _BATCH_LINES)
         if is_last:
@@ -193,10 +206,6 @@ def _run(victim: Victim, folder: Path, seconds: float, peak: int) -> Soak:
     return Soak(
         elapsed_s, target["answered"], failures, outcomes, samples, exit_code, first_round_ended, tuple(batches)
     )
-
-
-def _take_sigint() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _wait_for_load(victim: Victim) -> None:
@@ -260,7 +269,7 @@ def as_table(soak: Soak) -> str:
         f"| batches; their lines answered with vectors, and with an error | {len(soak.batches)}; "
         f"{sum(batch.answered for batch in soak.batches):,}, {sum(batch.failures.total() for batch in soak.batches)} |",
         f"| resident memory, MiB: first, most, last | {memory[0]:.0f}, {max(memory):.0f}, {memory[-1]:.0f} |",
-        f"| memory after everything had happened once: last half / first half | {soak.growth:.2f} |",
+        f"| memory after everything had happened once: last half / first half | {_growth(soak)} |",
         f"| open files: first, most, last | {files[0]}, {max(files)}, {files[-1]} |",
         f"| exit code after SIGTERM | {soak.exit_code} |",
         "",
@@ -274,6 +283,10 @@ def as_table(soak: Soak) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _growth(soak: Soak) -> str:
+    return "the run was too short" if math.isnan(soak.growth) else f"{soak.growth:.2f}"
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a soak; return 1 if anything was lost, wrong, or not well again."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -281,17 +294,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--seconds", type=float, default=600, help="how long, at least until everything has happened once"
     )
     parser.add_argument("--peak", type=int, default=12, help="turns a second at the top of the waves")
+    parser.add_argument("--cluster", action="store_true", help="the model has replicas on a simulated Ray cluster")
     parser.add_argument("--update", action="store_true", help="write the table into docs/reliability.md")
     options = parser.parse_args(arguments)
     # A shell that runs this in the background has it ignored, here and in what is started from here.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    result = soak(options.seconds, options.peak)
+    result = (soak_cluster if options.cluster else soak)(options.seconds, options.peak)
     table = as_table(result)
     print(f"\n{table}")
     for problem in result.problems:
         print(f"FAILED  {problem}")
     if options.update:
-        update_page("loadtest.soak", table, PAGE)
+        update_page("loadtest.soak --cluster" if options.cluster else "loadtest.soak", table, PAGE)
     return 1 if result.problems else 0
 
 

