@@ -119,10 +119,10 @@ def metrics_page() -> str:
     """Return ``metrics.md``: every metric of ours, with its type and labels."""
     rows = [
         [
-            f"`{metric._name}{'_total' if metric._type == 'counter' else ''}`",
-            str(metric._type),
-            ", ".join(f"`{label}`" for label in metric._labelnames) or "none",
-            metric._documentation,
+            f"`{metric.name}{'_total' if metric.kind == 'counter' else ''}`",
+            str(metric.kind),
+            ", ".join(f"`{label}`" for label in metric.labels) or "none",
+            metric.help,
         ]
         for metric in metrics.declared()
     ]

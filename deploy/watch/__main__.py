@@ -32,9 +32,9 @@ spec:
 def files() -> dict[Path, str]:
     """Return the text of every generated file."""
     distributions = {
-        datadog_metric(metric._name): datadog.tags_of(tuple(metric._labelnames))
+        datadog_metric(metric.name): datadog.tags_of(metric.labels)
         for metric in metrics.declared()
-        if metric._type == "histogram"
+        if metric.kind == "histogram"
     }
     content: dict[Path, Any] = {
         GRAFANA_DASHBOARD: grafana.dashboard(),

@@ -286,8 +286,8 @@ def _free_memory(holders: Sequence[ReferenceType[object]] | None = None) -> None
 
     Args:
         holders: the objects that held its weights. If reference cycles keep some of them alive, as after the first load
-        of a process, all garbage is collected, which stops every request for some tenths of a second. ``None``: always
-        collect.
+            of a process, all garbage is collected, which stops every request for some tenths of a second. ``None``: always
+            collect.
     """
     from gateway.engine.devices import trim_host_memory
     from gateway.engine.faults import release_memory

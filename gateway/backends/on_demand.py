@@ -141,7 +141,8 @@ class OnDemandBackend:
         Raises:
             Overloaded: too many jobs already wait for the load.
             ModelNotReady: the load takes longer than the job's time limit or failed, or the job does not wait for
-            loads. RequestError: the job was rejected or failed.
+                loads.
+            RequestError: the job was rejected or failed.
         """
         asked_at = self._clock.now()
         with nullcontext() if self._is_loaded else self._admission.admit(job):

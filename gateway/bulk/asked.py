@@ -30,7 +30,8 @@ class Asked:
         dimensions: the size of the dense vectors; ``None`` for the model's full width.
         truncate: the treatment of texts that are too long.
         prefers_passages: without a task in the name, use the model's task for documents if it has one; otherwise its
-        default task. chunking: the rules for cutting long texts into chunks first; ``None`` to embed whole texts.
+            default task.
+        chunking: the rules for cutting long texts into chunks first; ``None`` to embed whole texts.
     """
 
     name: str

@@ -108,7 +108,7 @@ class Chunk(Row):
     Attributes:
         document: the id of the row.
         window: chunks of a document with the same number are embedded together; ``None`` for a chunk that is embedded
-        alone.
+            alone.
     """
 
     document: RowId = ""

@@ -87,7 +87,7 @@ class Progress:
         part: the number of the next shard in the sink.
         position: where reading continues; ``None`` for the beginning.
         planned_items: how many items the next shard must have, because a killed process may have written it; 0
-        otherwise.
+            otherwise.
     """
 
     number: int

@@ -18,7 +18,8 @@ class MemoryStore:
 
     Args:
         max_bytes: the limit of all entries, including Python's overhead. An entry larger than an eighth of it is not
-        stored. on_change: called with the change in bytes, and the number of dropped entries.
+            stored.
+        on_change: called with the change in bytes, and the number of dropped entries.
     """
 
     def __init__(

@@ -135,7 +135,7 @@ class Pool:
 
         Args:
             tried: lines that already had the job. Other nodes are preferred, because a lost node loses all of its
-            replicas.
+                replicas.
 
         Raises:
             DeadlineExceeded: the deadline has passed.

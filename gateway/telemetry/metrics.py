@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache, partial
+from typing import NamedTuple
 
 import prometheus_client
 from prometheus_client import CollectorRegistry, disable_created_metrics, generate_latest
@@ -287,9 +288,20 @@ def at_scrape(reader: Callable[[], None]) -> None:
         _scrape_readers.append(reader)
 
 
-def declared() -> list[MetricWrapperBase]:
+class Declared(NamedTuple):
+    """A metric as declared here; the name of a counter is without ``_total``."""
+
+    metric: MetricWrapperBase
+    name: str
+    kind: str | None
+    labels: tuple[str, ...]
+    help: str
+
+
+def declared() -> list[Declared]:
     """Return every metric declared here, in order."""
-    return [metric for metric in globals().values() if isinstance(metric, MetricWrapperBase)]
+    found = [value for value in globals().values() if isinstance(value, MetricWrapperBase)]
+    return [Declared(each, each._name, each._type, tuple(each._labelnames), each._documentation) for each in found]
 
 
 def values(metric: MetricWrapperBase) -> dict[tuple[str, ...], float]:
@@ -344,8 +356,8 @@ def forget_capture(name: str) -> None:
 
 def _forget(**labels: str) -> None:
     target_metrics.cache_clear()
-    for metric in declared():
-        if set(labels) <= set(metric._labelnames):
+    for metric, _, _, names, _ in declared():
+        if set(labels) <= set(names):
             metric.remove_by_labels(labels)
 
 

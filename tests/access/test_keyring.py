@@ -130,7 +130,7 @@ async def test_a_change_is_noticed_within_about_a_second(tmp_path: Path) -> None
 
 
 def reloads(outcome: str) -> float:
-    return metrics.KEY_RELOADS.labels(outcome)._value.get()
+    return metrics.values(metrics.KEY_RELOADS).get((outcome,), 0)
 
 
 @pytest.mark.usefixtures("checks_often")

@@ -215,12 +215,12 @@ async def test_without_an_answer_from_the_storage_requests_pass(connect: Callabl
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     quotas, one = connect(f"redis://127.0.0.1:{port}/0"), client(requests_per_minute=1, tokens_per_minute=1)
-    before = metrics.QUOTA_ERRORS._value.get()
+    before = metrics.values(metrics.QUOTA_ERRORS)[()]
 
     for _ in range(3):
         assert (await use(quotas, one, 5))["x-ratelimit-remaining-requests"] == "1"
 
-    assert metrics.QUOTA_ERRORS._value.get() > before
+    assert metrics.values(metrics.QUOTA_ERRORS)[()] > before
 
 
 async def test_a_storage_that_hangs_holds_up_one_request_and_no_other(connect: Callable[[str], Quotas]) -> None:

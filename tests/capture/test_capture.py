@@ -284,7 +284,7 @@ def test_a_hook_may_drop_a_text_and_one_that_fails_keeps_nothing(
 
 
 def count(name: str, outcome: str) -> float:
-    return metrics.CAPTURED_TEXTS.labels(name, outcome)._value.get()
+    return metrics.values(metrics.CAPTURED_TEXTS).get((name, outcome), 0)
 
 
 def test_old_files_are_deleted_and_nothing_else(tmp_path: Path) -> None:

@@ -59,9 +59,9 @@ def known_metrics() -> dict[str, Metric]:
     }
     found[f"{NAMESPACE}.process_cpu_seconds.count"] = Metric("count", AGENT_TAGS)
     for declared in metrics.declared():
-        name = f"{NAMESPACE}.{declared._name.removeprefix('gateway_')}"
-        tags = AGENT_TAGS | {datadog_tag(label) for label in declared._labelnames}
-        match declared._type:
+        name = f"{NAMESPACE}.{declared.name.removeprefix('gateway_')}"
+        tags = AGENT_TAGS | {datadog_tag(label) for label in declared.labels}
+        match declared.kind:
             case "counter":
                 found[f"{name}.count"] = Metric("count", tags)
             case "gauge":

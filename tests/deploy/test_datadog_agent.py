@@ -28,19 +28,17 @@ BROKEN = {
 
 def exported() -> str:
     """Return a scrape with several series of every metric: more than the 2,000 that an Agent takes by default."""
-    for metric in metrics.declared():
-        for i in range(_NUM_SERIES if metric._labelnames else 1):
-            series = (
-                metric.labels(*[f"some-{name}-{i}" for name in metric._labelnames]) if metric._labelnames else metric
-            )
-            if metric._type == "histogram":
+    for metric, _, kind, labels, _ in metrics.declared():
+        for i in range(_NUM_SERIES if labels else 1):
+            series = metric.labels(*[f"some-{name}-{i}" for name in labels]) if labels else metric
+            if kind == "histogram":
                 series.observe(0.3)  # type: ignore[attr-defined]
             else:
                 series.inc()  # type: ignore[attr-defined]
     text = metrics.render().decode()
-    for metric in metrics.declared():
-        for i in range(_NUM_SERIES if metric._labelnames else 0):
-            metric.remove(*[f"some-{name}-{i}" for name in metric._labelnames])
+    for metric, _, _, labels, _ in metrics.declared():
+        for i in range(_NUM_SERIES if labels else 0):
+            metric.remove(*[f"some-{name}-{i}" for name in labels])
     return text
 
 

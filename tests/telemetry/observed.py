@@ -43,9 +43,9 @@ def series() -> dict[str, set[str]]:
     """Return every series that a query can use, with its labels."""
     known = dict.fromkeys(_PROCESS, _LABELS)
     for metric in metrics.declared():
-        for suffix in _SUFFIXES[metric._type]:
+        for suffix in _SUFFIXES[metric.kind]:
             bucket = {"le"} if suffix == "_bucket" else set()
-            known[metric._name + suffix] = {*metric._labelnames, *bucket, *_LABELS}
+            known[metric.name + suffix] = {*metric.labels, *bucket, *_LABELS}
     for rule in rules():
         if "record" in rule:
             known[rule["record"]] = {"job"}

@@ -129,10 +129,10 @@ async def test_no_label_is_made_of_what_a_client_sends(deployment: Deployment) -
 
 def test_every_metric_has_a_unit_or_a_plain_count_in_its_name_and_a_help_that_is_a_sentence() -> None:
     for metric in metrics.declared():
-        name = metric._name
+        name = metric.name
         assert re.fullmatch(r"gateway_[a-z_]+", name), name
-        assert metric._documentation.endswith("."), name
-        if metric._type == "histogram":
+        assert metric.help.endswith("."), name
+        if metric.kind == "histogram":
             assert name.endswith(("_seconds", "_texts", "_tokens", "_ratio")), name
 
 
@@ -140,9 +140,9 @@ def test_every_metric_is_documented() -> None:
     page = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
 
     for metric in metrics.declared():
-        name = metric._name + ("_total" if metric._type == "counter" else "")
+        name = metric.name + ("_total" if metric.kind == "counter" else "")
         assert f"| `{name}` |" in page
-        for label in metric._labelnames:
+        for label in metric.labels:
             assert f"`{label}`" in page
 
 

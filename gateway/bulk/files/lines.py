@@ -54,7 +54,7 @@ def read_lines(file: BinaryIO, start: Mark, max_bytes: int = MAX_LINE_BYTES) -> 
 
     Args:
         file: an open file at any position; it is moved to the mark. A compressed file is decompressed up to there
-        again.
+            again.
     """
     file.seek(start.offset)
     offset, number = start.offset, start.number

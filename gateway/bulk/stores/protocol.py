@@ -28,8 +28,8 @@ class Place:
         is_secure: connect to the server with TLS.
         path: the part of a server's URL between the host and the collection: a prefix, or a database.
         key: the name of the environment variable with the key or password; ``None`` for the variable that the store's
-        own tools read. URLs never contain the secret itself. options: further settings of the store, from the URL's
-        query.
+            own tools read. URLs never contain the secret itself.
+        options: further settings of the store, from the URL's query.
     """
 
     kind: str
@@ -78,10 +78,10 @@ class Keeping:
         text: the payload field for the text, a path as in `FieldNames`; ``None`` to leave out the text.
         vector: the name of the dense vector, if a store has several; ``None`` for the only one.
         adopts: accept a collection that has vectors but no note, because the user vouches that they are of the same
-        space. updates: only add the named vector to existing items, and leave their payload and other vectors
-        unchanged. like: a collection of the same store that serves as a template: a new collection gets its settings,
-        fields and indexes, with the job's width, and each row gets the other vectors of the template's item with the
-        same id.
+            space.
+        updates: only add the named vector to existing items, and leave their payload and other vectors unchanged.
+        like: a collection of the same store that serves as a template: a new collection gets its settings, fields and
+            indexes, with the job's width, and each row gets the other vectors of the template's item with the same id.
     """
 
     text: str | None = "text"
