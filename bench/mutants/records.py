@@ -46,6 +46,7 @@ _TESTS_OF = {
     "gateway/api/openai_schema.py": ("api/test_contract", "api/test_lax_bodies", "api/test_documentation"),
     "gateway/api/token_ids.py": ("api/test_contract", "api/test_lax_bodies", "api/test_bounds"),
     "gateway/cache/entries.py": ("cache/test_stores", "cache/test_files", "cache/test_model_cache"),
+    "gateway/engine/admission.py": ("engine/test_admission", "engine/test_low_priority"),
     "gateway/engine/model/adapters.py": ("models/test_jina", "models/test_jina_v5_layout"),
     "gateway/engine/model/heads.py": ("engine/model/test_heads", "models/test_m3", "models/test_modules"),
     "gateway/engine/model/tokenizer.py": ("engine/model/test_tokenizer", "models/test_late_chunking"),
@@ -173,12 +174,18 @@ class Records:
         """Return tests that run a changed line, as many as fit; first those that are most about its module.
 
         A test is about a module if it runs lines of it that few others run: each line counts ``1 / (tests that run it)``.
+        The files of tests take turns: many tests of one file look at the same thing.
         """
         found = [candidate for file in files for candidate in self._candidates_in(file, mutant)]
         weights = self._weights(mutant.module)
         chosen: list[Candidate] = []
         left_s = budget_s
+        turns: Counter[str] = Counter()
+        ordered: list[tuple[int, Candidate]] = []
         for candidate in sorted(found, key=lambda one: -weights.get(one.test, 0.0)):
+            ordered.append((turns[candidate.file], candidate))
+            turns[candidate.file] += 1
+        for _turn, candidate in sorted(ordered, key=lambda one: one[0]):
             if candidate.cost_s <= left_s or not chosen:
                 left_s -= candidate.cost_s
                 chosen.append(candidate)

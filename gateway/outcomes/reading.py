@@ -54,7 +54,7 @@ def _check_chances(of: float) -> float:
 class PostedOutcome(BaseModel):
     """What happened to a unit."""
 
-    model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
+    model_config = ConfigDict(extra="ignore")  # numbers have limits, which NaN is not within
 
     unit: str | int = Field(
         description="The unit, as requests for embeddings send it. It is kept as a salted hash alone."

@@ -9,6 +9,8 @@ import httpx
 import pytest
 from structlog.testing import capture_logs
 
+from gateway.telemetry import metrics
+
 Connect = Callable[..., Awaitable[httpx.AsyncClient]]
 Line = MutableMapping[str, Any]
 
@@ -82,3 +84,16 @@ async def test_an_answered_request_has_no_reason(connect: Connect) -> None:
 
     assert line["model"] == "mini"
     assert not {"reason", "param", "error_code"} & line.keys()
+    assert {name for name in line if name.endswith("_ms")} == {
+        *("queue_ms", "tokenize_ms", "inference_ms", "serialize_ms")
+    }
+
+
+async def test_only_what_failed_is_counted_as_an_error(connect: Connect) -> None:
+    def counted() -> set[str]:
+        [errors] = [one for one in metrics.REGISTRY.collect() if one.name == "gateway_errors"]
+        return {sample.labels["code"] for sample in errors.samples}
+
+    await logged(await connect(), "/v1/embeddings", {"input": "a"})
+
+    assert "None" not in counted()

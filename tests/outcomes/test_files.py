@@ -178,6 +178,9 @@ def test_other_columns_are_read(experiment: Experiment, tmp_path: Path) -> None:
         (["unit,value,time", "ada,1,yesterday"], ":2: Invalid isoformat string: 'yesterday'"),
         (["unit,value,before", "ada,1,perhaps"], ":2: `before` must be true or false, got the string 'perhaps'"),
         (["unit,value,name", "ada,1,a b"], ":2: `name` must have 1 to 64 letters"),
+        (["unit,value,of", "ada,1,-1"], ":2: `of` must be a number of chances: 0, or .*, got the string '-1'"),
+        (["unit,value,of", "ada,1,inf"], ":2: `of` must be a number of chances"),
+        (["unit,value,id", f"ada,1,{'person' * 40}"], ":2: `id` must be a text of 1 to 200 characters, .* sent again$"),
     ],
 )
 def test_a_wrong_file_is_one_line(experiment: Experiment, tmp_path: Path, lines: list[str], said: str) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from gateway.access.keyring import Client
-from gateway.config.registry import Registry
+from gateway.config.registry import Experiment, Registry
 from gateway.errors import BadInput, ModelDisabled, ModelNotFound, ModelNotReady, ModelUnavailable, RequestError
 from gateway.experiments.split import no_unit_source
 from gateway.fleet import Fleet, Model
@@ -352,3 +352,46 @@ def test_a_model_made_to_rerank_comes_before_one_that_reranks_with_its_vectors(
     assert chosen(embeds, ranker) == chosen(ranker, embeds) == "ranker"
     with pytest.raises(BadInput, match=r"several models rerank: .*embeds.*other"):
         chosen(embeds, make_model("other", rerank={"dense": 1.0}))
+
+
+def test_a_name_in_another_case_means_the_model_whose_whole_name_it_is(
+    make_model: MakeModel, make_fleet: MakeFleet
+) -> None:
+    router = Router(*make_fleet(make_model("here/small"), make_model("there/small"), aliases={}))
+
+    for name in ("here/small", "there/small"):
+        with pytest.raises(ModelNotFound, match=f"did you mean '{name}'"):
+            router.choose(name.upper(), GATEWAY)
+
+
+def split_by(make_model: MakeModel, make_fleet: MakeFleet, unit: str) -> Router:
+    arms = ({"model": "one", "weight": 1}, {"model": "other", "weight": 1})
+    experiment = Experiment.model_validate({"id": "exp", "kind": "cross_space", "unit": (unit,), "arms": arms})
+    return Router(*make_fleet(make_model("one"), make_model("other"), aliases={}, experiments=[experiment]))
+
+
+@pytest.mark.parametrize(("name", "unit"), [("ann", "ann"), ("ann:query", "ann"), ("a%3Ab", "a:b")])
+def test_a_unit_in_a_name_decides_the_arm(make_model: MakeModel, make_fleet: MakeFleet, name: str, unit: str) -> None:
+    router = split_by(make_model, make_fleet, "model")
+
+    found = router.choose(f"exp/{name}", GATEWAY, no_unit_source)
+    same = router.choose("exp", GATEWAY, lambda _source: unit)
+
+    assert found.assignment is not None
+    assert found.assignment == same.assignment
+
+
+@pytest.mark.parametrize(
+    ("unit", "name", "problem"),
+    [
+        ("model", "exp/ann:lee", "the text after the colon in `model` is not a task"),
+        ("body:user", "exp/ann", "takes its unit from body:user, not from the name: send `model` = 'exp'"),
+    ],
+)
+def test_a_unit_in_a_name_that_is_not_clear_is_refused(
+    make_model: MakeModel, make_fleet: MakeFleet, unit: str, name: str, problem: str
+) -> None:
+    router = split_by(make_model, make_fleet, unit)
+
+    with pytest.raises(BadInput, match=problem):
+        router.choose(name, GATEWAY)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import re
 
+import numpy as np
 import pytest
 
 from gateway.backends.fake import fake_info
-from gateway.routing.spaces import is_same_space, why_not_interchangeable
+from gateway.ranges import between
+from gateway.routing.spaces import is_same_space, why_not_interchangeable, why_other_ranges
 from gateway.types import ModelInfo, Output
 
 TASKS = {"retrieval.query": "query: ", "retrieval.passage": "passage: ", "text-matching": "match: ", "separation": ""}
@@ -180,3 +182,18 @@ def test_a_model_that_returns_less_cannot_be_a_fallback() -> None:
 
     assert why_not_interchangeable(info, changed(outputs=outputs[:1])) == "other does not return sparse, multivector"
     assert why_not_interchangeable(changed(outputs=outputs[:1]), info) == ""
+
+
+def test_int8_vectors_are_in_one_space_where_the_sizes_that_both_have_were_measured_alike() -> None:
+    def with_ranges(model_id: str, **highs: float) -> ModelInfo:
+        sizes = {int(name.removeprefix("d")): high for name, high in highs.items()}
+        ranges = {n: between(np.zeros(n, np.float32), np.full(n, high, np.float32)) for n, high in sizes.items()}
+        return dataclasses.replace(JINA, id=model_id, dimensions=tuple(sizes), ranges=ranges)
+
+    one = with_ranges("one", d32=1.0, d16=2.0)
+
+    assert why_other_ranges(one, with_ranges("other", d32=1.0, d16=2.0)) == ""
+    assert why_other_ranges(one, with_ranges("other", d32=1.0, d8=5.0)) == ""
+    other = with_ranges("other", d32=1.0, d16=3.0)
+    assert why_other_ranges(one, other) == "one and other have other `ranges` for int8 vectors"
+    assert why_not_interchangeable(one, other) == "one and other have other `ranges` for int8 vectors"

@@ -294,6 +294,23 @@ def test_only_events_of_the_level_are_logged_each_once_and_the_details_of_librar
 
 
 @pytest.mark.usefixtures("restored_logging")
+@pytest.mark.parametrize(
+    "library",
+    ["infinity_emb", "transformers", "sentence_transformers", "huggingface_hub", "httpx", "httpx2", "torch"],
+)
+def test_libraries_that_tell_of_their_internals_log_warnings_only(
+    library: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stderr", output := io.StringIO())
+    configure_logs("info", "json")
+
+    logging.getLogger(f"{library}.inside").info("a detail")
+    logging.getLogger(f"{library}.inside").warning("a warning")
+
+    assert [json.loads(line)["event"] for line in output.getvalue().splitlines()] == ["a warning"]
+
+
+@pytest.mark.usefixtures("restored_logging")
 def test_the_gateway_logs_even_if_a_library_clears_the_root_loggers_handlers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stderr", output := io.StringIO())
     configure_logs("info", "json")
