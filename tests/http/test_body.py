@@ -196,3 +196,34 @@ async def test_a_body_that_is_sent_on_request_alone_is_not_waited_for() -> None:
     await upload.body.receive()
     await upload.body.drain()
     assert upload.left == [GONE]
+
+
+@pytest.mark.parametrize("is_declared", [False, True])
+async def test_a_path_may_lower_the_limit_and_not_raise_it(is_declared: bool) -> None:
+    def upload(num_bytes: int) -> Upload:
+        headers = {"content_length": str(num_bytes)} if is_declared else {}
+        return Upload([b"x" * num_bytes], max_bytes=100, **headers)
+
+    async def read(num_bytes: int, limit: int) -> int:
+        body = upload(num_bytes)
+        body.body.limit(limit)
+        return len(await body.read())
+
+    assert await read(40, limit=40) == 40
+    assert await read(100, limit=1000) == 100
+    for num_bytes, limit in ((41, 40), (101, 1000)):
+        with pytest.raises(BodyTooLarge, match=f"the limit is {min(limit, 100)}"):
+            await read(num_bytes, limit)
+
+
+async def test_a_file_may_take_as_long_as_a_slow_line_needs_for_it_and_holds_little() -> None:
+    slow = Upload([], timeout_s=0.05)
+    slow.left = []
+    slow.body.stream(25 * KIB)  # a tenth of a second, at 256 KiB per second
+
+    with pytest.raises(BodyTooSlow, match=r"arrived in 0.147656 s, which is the limit: upload several files"):
+        await slow.read()
+    large = Upload([b"x" * MIB] * 5, max_bytes=10)
+    large.body.stream(5 * MIB)
+    assert len(await large.read()) == 5 * MIB
+    assert large.memory.num_bytes == 2 * MIB
