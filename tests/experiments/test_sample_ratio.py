@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from scipy.special import gammaln
 from scipy.stats import chisquare
 
-from gateway.experiments.sample_ratio import ArmCount, RatioProcess, SampleRatio, check_sample_ratio
+from gateway.experiments.sample_ratio import ArmCount, RatioProcess, SampleRatio, check_sample_ratio, largest_log_e
 
 
 def check(nums: Sequence[int], shares: Sequence[float], **fields: object) -> SampleRatio:
@@ -190,3 +190,31 @@ def test_counts_as_the_weights_ask_are_no_mismatch(arms: list[tuple[int, float]]
 
     assert not ratio.mismatch
     assert ratio.p is None or 0 <= ratio.p <= 1
+
+
+@pytest.mark.parametrize("shares", [(0.5, 0.5), (0.9, 0.1), (0.5, 0.3, 0.2)])
+@pytest.mark.parametrize("number", [0, 1, 50, 3000])
+def test_the_evidence_of_all_units_at_once_is_that_of_one_after_the_other(
+    shares: tuple[float, ...], number: int
+) -> None:
+    """And not that of the last unit: it was larger before."""
+    arms = np.random.default_rng(7).choice(len(shares), size=number, p=[shares[-1], *shares[:-1]][::-1])
+    process = RatioProcess()
+    assert process.largest_log_e == 0.0
+    for arm in arms:
+        process.add(str(arm), shares[arm])
+
+    found = largest_log_e([arms == arm for arm in range(len(shares))], np.array(shares))
+
+    assert found == pytest.approx(process.largest_log_e)
+    assert found >= process.log_e
+
+
+@pytest.mark.parametrize(
+    "nums", [(60, 40), (60, 60, 30), (70, 50, 50, 30), (60, 40, 50, 60, 40), (50, 60, 40, 50, 50, 50), (30,) * 7]
+)
+def test_pearson_s_statistic_has_scipy_s_p_value_for_any_number_of_arms(nums: tuple[int, ...]) -> None:
+    checked = check_sample_ratio([ArmCount(str(i), num, 1 / len(nums)) for i, num in enumerate(nums)])
+
+    assert (checked.chi2, checked.chi2_p) == pytest.approx(tuple(chisquare(nums)))
+    assert checked.degrees == len(nums) - 1
