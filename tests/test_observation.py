@@ -9,12 +9,14 @@ from contextlib import nullcontext
 import pytest
 
 from gateway.backends.fake import FakeBackend, fake_info
-from gateway.config.registry import Registry
+from gateway.config.registry import Experiment, Registry
 from gateway.config.settings import Settings
 from gateway.deployment import Deployment
-from gateway.errors import ModelNotReady, Overloaded, RequestError
+from gateway.errors import BadInput, DeadlineExceeded, ModelNotReady, Overloaded, RequestError
+from gateway.experiments.arms import RequestRecord
 from gateway.experiments.stats import ExperimentStats
 from gateway.fleet import Fleet, Model
+from gateway.observation import observe_tokenizer
 from gateway.requests import EmbedRequest
 from gateway.routing.names import GATEWAY
 from gateway.service import EmbeddingService
@@ -119,3 +121,100 @@ async def test_requests_that_are_canceled_or_crash_are_counted_too(
         await (await service(make_model, make_fleet, on_embed=crash)).embed(request())
 
     assert outcomes() == {("text-matching", "client_disconnected"): 1, ("text-matching", "internal_error"): 1}
+
+
+class Noted(ExperimentStats):
+    """Remembers what was recorded."""
+
+    def __init__(self) -> None:
+        super().__init__(None)
+        self.records: list[RequestRecord] = []
+
+    def record(self, request: RequestRecord) -> None:
+        self.records.append(request)
+
+
+FULL, LATE, WRONG = Overloaded("full"), DeadlineExceeded("late"), BadInput("wrong", param="input")
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "is_server_error", "is_cut"),
+    [
+        (None, None, False, False),
+        (FULL, "overloaded", True, False),
+        (LATE, "deadline_exceeded", True, True),
+        (WRONG, "invalid_input", False, False),
+        (ZeroDivisionError(), "internal_error", True, False),
+        (asyncio.CancelledError(), "client_disconnected", True, True),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
+)
+async def test_an_arm_has_what_became_of_each_of_its_requests(
+    make_model: MakeModel,
+    make_fleet: MakeFleet,
+    error: BaseException | None,
+    code: str | None,
+    is_server_error: bool,
+    is_cut: bool,
+) -> None:
+    def fail(_job: EmbedJob) -> None:
+        if error is not None:
+            raise error
+
+    model = make_model("observed", backend=FakeBackend(INFO, on_embed=fail), tasks=TASKS, default_task="text-matching")
+    await model.backend.start(model.report)
+    arms = ({"model": "observed", "weight": 1}, {"model": "other", "weight": 0})
+    split = Experiment.model_validate({"id": "exp", "kind": "cross_space", "unit": ("body:user",), "arms": arms})
+    registry, fleet = make_fleet(model, make_model("other"), experiments=[split])
+    stats = Noted()
+    embedding = EmbeddingService(Deployment(registry, Settings(), fleet), stats)
+
+    with nullcontext() if error is None else pytest.raises(type(error)):
+        await embedding.embed(request("exp"))
+
+    [record] = stats.records
+    assert (record.experiment, record.arm, record.model) == ("exp", "observed", "observed")
+    assert (record.error_code, record.is_server_error, record.is_cut) == (code, is_server_error, is_cut)
+    assert record.num_characters == 3
+    known = (1, 2, INFO.space("text-matching")) if error is None else (0, 0, None)
+    assert (record.num_texts, record.num_tokens, record.space) == known
+
+
+async def test_each_stage_of_a_request_is_measured_once(make_model: MakeModel, make_fleet: MakeFleet) -> None:
+    def measured() -> dict[str, float]:
+        return {
+            sample.labels["stage"]: sample.value
+            for family in metrics.REGISTRY.collect()
+            for sample in family.samples
+            if sample.name == "gateway_stage_duration_seconds_count" and sample.labels["model"] == "observed"
+        }
+
+    embedding = await service(make_model, make_fleet)
+    before = measured()
+
+    await embedding.embed(request())
+
+    grown = {stage for stage, number in measured().items() if number == before.get(stage, 0) + 1}
+    assert {"tokenize", "queue", "inference"} <= grown
+
+
+@pytest.mark.parametrize(
+    ("error", "outcome"),
+    [
+        (None, "ok"),
+        (Overloaded("full"), "overloaded"),
+        (ZeroDivisionError(), "internal_error"),
+        (asyncio.CancelledError(), "client_disconnected"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
+)
+def test_a_use_of_a_tokenizer_is_counted_by_its_outcome(error: BaseException | None, outcome: str) -> None:
+    labels = {"model": "observed", "operation": "split", "outcome": outcome}
+    name = "gateway_tokenizer_requests_total"
+    before = metrics.REGISTRY.get_sample_value(name, labels) or 0
+
+    with nullcontext() if error is None else pytest.raises(type(error)), observe_tokenizer("observed", "split"):
+        if error is not None:
+            raise error
+
+    assert metrics.REGISTRY.get_sample_value(name, labels) == before + 1
