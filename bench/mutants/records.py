@@ -64,7 +64,7 @@ _TESTS_OF = {
         "telemetry/test_tracing",
     ),
     "gateway/http/protocol.py": ("api/test_connections", "api/test_limits", "test_drain"),
-    "gateway/requests.py": ("test_service", "api/test_rerank"),
+    "gateway/requests.py": ("test_requests", "test_service", "api/test_rerank"),
     "gateway/observation.py": ("test_service", "test_observation"),
     "gateway/routing/router.py": (
         "routing/test_router",
