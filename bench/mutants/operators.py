@@ -37,7 +37,7 @@ _OPPOSITES = {"min": "max", "max": "min", "any": "all", "all": "any"}
 _LOG_METHODS = {"debug", "info", "warning", "error", "exception"}
 _LOGS = {"log", "_log", "logger", "_logger"}
 _COMMUTATIVE = {"max", "min", "suppress"}
-_ENCODINGS = {"utf-8", "ascii"}  # Python takes nearly any spelling
+_ENCODINGS = {"utf-8", "utf-8-sig", "ascii"}  # Python takes nearly any spelling
 # Tests need not notice that a number above this limit changes by one, nor that a tuned figure, which means a constant of
 # a module, changes a little.
 _MAX_STEPPED = 100

@@ -51,6 +51,7 @@ _TESTS_OF = {
     "gateway/engine/model/heads.py": ("engine/model/test_heads", "models/test_m3", "models/test_modules"),
     "gateway/engine/model/tokenizer.py": ("engine/model/test_tokenizer", "models/test_late_chunking"),
     "gateway/engine/worker.py": ("engine/test_worker", "engine/test_batcher"),
+    "gateway/experiments/split.py": ("experiments/test_split", "test_observation"),
     "gateway/fleet.py": ("test_fleet", "cache/test_served"),
     "gateway/http/head.py": ("http/test_head", "api/test_connections", "api/test_limits"),
     "gateway/http/middleware.py": (

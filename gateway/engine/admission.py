@@ -48,7 +48,7 @@ class Admission:
         self._model = model
         self._longest_text = longest_text
         self._tokens_per_s: float | None = None
-        low = _Lane(max(1, max_texts // _LOW_PART), max(1, max_tokens // _LOW_PART), "work of low priority: ")
+        low = _Lane(max_texts // _LOW_PART, max_tokens // _LOW_PART, "work of low priority: ")
         self._lanes = {Priority.NORMAL: _Lane(max_texts, max_tokens), Priority.LOW: low}
 
     @property
@@ -69,7 +69,7 @@ class Admission:
     @property
     def is_empty(self) -> bool:
         """Whether nothing is counted."""
-        return not any(lane.num_texts or lane.num_tokens for lane in self._lanes.values())
+        return not any(lane.num_texts for lane in self._lanes.values())
 
     @contextmanager
     def admit(self, job: EmbedJob) -> Iterator[None]:

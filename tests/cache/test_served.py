@@ -102,6 +102,15 @@ async def test_a_model_that_is_reloaded_after_a_fault_forgets(served: Served) ->
     await served.deployment.stop()
 
 
+async def test_a_model_that_is_unloaded_and_loaded_again_forgets_nothing(served: Served) -> None:
+    await served.start(CACHE)
+    assert [await served.num_cached() for _ in range(2)] == [0, 1]
+    for state in (ModelState.UNLOADED, ModelState.LOADING, ModelState.READY):
+        served.model().report(state, "")
+    assert await served.num_cached() == 1
+    await served.deployment.stop()
+
+
 async def test_a_shadow_neither_reads_nor_fills_a_cache(served: Served) -> None:
     deployment = await served.start(shadows="shadows:\n  - {of: one, to: two, sample: 1}\n")
     choice = deployment.router.choose("one", GATEWAY)
