@@ -61,7 +61,9 @@ _TESTS_OF = {
         "api/test_experiment_requests",
         "api/test_limits",
         "api/test_models_and_health",
+        "api/test_priority",
         "api/test_request_log",
+        "batches/test_uploads",
         "telemetry/test_tracing",
     ),
     "gateway/http/protocol.py": ("api/test_connections", "api/test_limits", "test_drain"),
@@ -75,7 +77,13 @@ _TESTS_OF = {
         "test_fallbacks",
     ),
     "gateway/routing/names.py": ("routing/test_router", "routing/test_rules", "routing/test_changes"),
-    "gateway/service.py": ("test_service", "api/test_contract", "api/test_rerank", "api/test_tei"),
+    "gateway/service.py": (
+        "test_service",
+        "api/test_contract",
+        "api/test_quantized",
+        "api/test_rerank",
+        "api/test_tei",
+    ),
 }
 
 

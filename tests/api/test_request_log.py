@@ -97,3 +97,12 @@ async def test_only_what_failed_is_counted_as_an_error(connect: Connect) -> None
     await logged(await connect(), "/v1/embeddings", {"input": "a"})
 
     assert "None" not in counted()
+
+
+@pytest.mark.parametrize("path", ["/health", "/health/live", "/health/ready", "/metrics"])
+async def test_probes_and_scrapes_are_not_among_the_lines_of_requests(connect: Connect, path: str) -> None:
+    client = await connect()
+    with capture_logs() as lines:
+        await client.get(path)
+
+    assert [line["log_level"] for line in lines if line["event"] == "request"] == ["debug"]
