@@ -41,8 +41,11 @@ class Outcomes:
     def __init__(self, project: Path, folder: Path, module: str) -> None:
         self._project = project
         self._path = folder / "outcomes" / f"{module.replace('/', '+')}.json"
+        self._outcomes = self._read()
+
+    def _read(self) -> dict[str, Outcome]:
         rows = orjson.loads(self._path.read_bytes()) if self._path.exists() else {}
-        self._outcomes = {key: Outcome(**row) for key, row in rows.items()}
+        return {key: Outcome(**row) for key, row in rows.items()}
 
     def of(self, mutant: Mutant) -> Outcome | None:
         """Return the outcome of a change; ``None`` if it was not tried, or if all that was said of it is out of date."""
@@ -66,7 +69,8 @@ class Outcomes:
         self._save(mutant, Outcome("", {**({} if before.killed_by else before.tests), **hashes}))
 
     def _save(self, mutant: Mutant, outcome: Outcome) -> None:
-        self._outcomes[mutant.key] = outcome
+        # Another run may have written meanwhile.
+        self._outcomes = {**self._read(), mutant.key: outcome}
         self._path.parent.mkdir(parents=True, exist_ok=True)
         beside = self._path.with_suffix(".new")
         beside.write_bytes(orjson.dumps({key: asdict(one) for key, one in self._outcomes.items()}))

@@ -114,7 +114,10 @@ def result_of(
     mutants = mutants_of(module, (project / module).read_text(encoding="utf-8"))
     of_module = [entry for entry in equivalents if entry.module == module]
     result = ModuleResult(module, len(mutants), stale=unmatched(mutants, of_module))
-    for mutant in _sample(mutants, options):
+    sample = _sample(mutants, options)
+    while sample and outcomes.of(sample[-1]) is None:  # a run that was stopped has not come so far
+        sample.pop()
+    for mutant in sample:
         if (reason := reason_for(mutant, of_module)) is not None:
             result.equivalent.append((mutant, reason))
         elif (outcome := outcomes.of(mutant)) is None:
