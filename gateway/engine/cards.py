@@ -7,6 +7,7 @@ Imports no torch: commands that load no model ask here too. :func:`read_machine`
 from __future__ import annotations
 
 import os
+import platform
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -28,6 +29,7 @@ _LEAST_DRIVER = {13: 580, 12: 525}
 # https://github.com/pytorch/pytorch/blob/main/RELEASE.md#pytorch-cuda-support-matrix: the capabilities that the builds for
 # a version of CUDA, and for those up to the next, have kernels for: the least, and the first beyond the greatest.
 _KERNELS = {(12, 0): ((5, 0), (10, 0)), (12, 8): ((7, 5), (99, 0)), (13, 0): ((7, 5), (99, 0))}
+_LEAST_ON_ARM = (8, 0)
 
 _VENDORS = {"0x10de": "NVIDIA", "0x1002": "AMD"}
 _PCI = Path("/sys/bus/pci/devices")
@@ -220,8 +222,10 @@ def find_obstacle(card: Card, torch: TorchBuild | None) -> Obstacle | None:
     what = (
         f"torch for CUDA {_dots(cuda)} has no kernels for {_a(card.name)} (compute capability {_dots(card.capability)})"
     )
+    older = _KERNELS[12, 0][0]
+    if platform.machine() == "aarch64":
+        least = older = _LEAST_ON_ARM
     if card.capability < least:
-        older = _KERNELS[12, 0][0]
         mend = f"install the build for CUDA 12.6, {_install(CUDA_12_INDEX)}" if older <= card.capability else ""
         return Obstacle(Reason.CARD_TOO_OLD, what, mend)
     if card.capability >= beyond:

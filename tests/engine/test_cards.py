@@ -279,6 +279,17 @@ def test_an_old_second_card_is_left_out(look: Look) -> None:
         assert (obstacle.reason, str(obstacle)) == (Reason.CARD_TOO_OLD, sentence)
 
 
+def test_builds_for_arm_have_no_kernels_for_older_cards(look: Look, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("platform.machine", lambda: "aarch64")
+
+    obstacle = look(FakeCard("NVIDIA T4G", (7, 5))).obstacle_to("cuda:0")
+
+    assert obstacle is not None
+    assert (obstacle.reason, obstacle.mend) == (Reason.CARD_TOO_OLD, "")
+    assert str(obstacle) == "torch for CUDA 13.0 has no kernels for an NVIDIA T4G (compute capability 7.5)"
+    assert look(FakeCard("NVIDIA GB10", (12, 1))).obstacle_to("cuda:0") is None
+
+
 def test_a_card_that_texts_cannot_be_packed_on_is_used_only_when_asked_for(look: Look) -> None:
     machine = look(RTX_2080)
 

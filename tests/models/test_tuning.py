@@ -14,6 +14,7 @@ import torch
 from structlog.testing import capture_logs
 
 from bench.emulated_card import kernel_on_the_cpu
+from gateway import golden
 from gateway.config.registry import ModelEntry
 from gateway.engine.devices import CpuThreads
 from gateway.engine.loading import plan_load
@@ -31,6 +32,7 @@ from gateway.engine.model.runtimes.own_kernels import (
 )
 from gateway.engine.model.runtimes.packed import PackedRuntime
 from gateway.engine.model.runtimes.tuning import tune, untune
+from gateway.errors import LoadError
 from tests.models.checkpoints import TEXTS
 from tests.models.conftest import Loaded
 from tests.models.host_kernels import COMPILER, HostCapturer, compile_on_host
@@ -180,6 +182,24 @@ def test_a_tuned_model_gives_the_vectors_of_the_reference(jina: Path, load: Load
         for _ in range(3):  # as usual, as a graph is made, and as a graph
             assert cosines(loaded.vectors(TEXTS, tasks), expected).min() > 0.9999
     assert len(runtime.graphs) == 3  # mixed, none, and one task
+
+
+@needs_compiler
+@pytest.mark.usefixtures("on_a_card")
+@pytest.mark.parametrize("checkpoint", ["jina", "m3"])
+def test_golden_vectors_that_a_cpu_has_recorded_are_valid_on_a_card(
+    request: pytest.FixtureRequest, load: Load, checkpoint: str
+) -> None:
+    folder = request.getfixturevalue(checkpoint)
+    reference, loaded = load(folder, "reference").encoder, tuned(folder, load).encoder
+    recorded = golden.record(reference.embed, [None, "separation"] if checkpoint == "jina" else [None])
+    check = golden.GoldenCheck("tiny", recorded, golden.MIN_COSINE["float16"])
+
+    for _ in range(3):  # as usual, as graphs are made, and as graphs
+        check.check(loaded.embed)
+    wrong = [golden.GoldenVector(one.text, one.task, np.roll(one.vector, 1)) for one in recorded]
+    with pytest.raises(LoadError, match="this machine does not compute the model correctly"):
+        golden.GoldenCheck("tiny", wrong, golden.MIN_COSINE["float16"]).check(loaded.embed)
 
 
 @needs_compiler
