@@ -101,7 +101,8 @@ class LineRequests:
         if len(written) > limit:
             raise WrongLine("line_too_long", f"`body` has {len(written)} bytes, the limit is {limit}.", "body")
         name = model if isinstance(model, str) and model not in NO_MODEL else None
-        return Line(custom_id, name, written, _weight(body))
+        task = body.get("task")
+        return Line(custom_id, name, written, _weight(body), task if isinstance(task, str) else "")
 
     def refusal(self, batch: Batch) -> LineError | None:
         client = self._client(batch)
@@ -138,11 +139,14 @@ class LineRequests:
             return _failed(problem, request_id, context.error_form)
         finally:
             context.memory.release()
-        return Answered(sent.status, request_id, bytes(sent.body), context.num_tokens or 0)
+        return Answered(
+            sent.status, request_id, bytes(sent.body), context.num_tokens or 0, space=_space_of(sent.headers)
+        )
 
     def _request(self, batch: Batch, line: Line, client: Client, request_id: str) -> tuple[RequestContext, Request]:
         """Build a request in the form that the layers around the handlers give to HTTP requests."""
-        headers = Headers({**_HEADERS, "content-length": str(len(line.body))})
+        known = {"x-gateway-expect-space": space} if (space := batch.spaces.get(line.task)) is not None else {}
+        headers = Headers({**_HEADERS, **known, "content-length": str(len(line.body))})
         memory = self._memory.open(client.name)
         messages: list[Message] = [{"type": "http.request", "body": line.body, "more_body": False}]
 
@@ -187,11 +191,18 @@ class _Sent:
 
     def __init__(self) -> None:
         self.status = 0
+        self.headers = Headers()
         self.body = bytearray()
 
     async def send(self, message: Message) -> None:
         self.status = message.get("status", self.status)
+        self.headers = Headers(raw=message["headers"]) if "headers" in message else self.headers
         self.body += message.get("body", b"")
+
+
+def _space_of(headers: Headers) -> str | None:
+    """Return the space of an answer's vectors; those of an experiment's arms may be in several."""
+    return None if "x-gateway-experiment" in headers else headers.get("x-gateway-space")
 
 
 def _weight(body: dict[str, Json]) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, Protocol
@@ -40,6 +40,7 @@ class Line:
     Attributes:
         body: the body as JSON.
         weight: an estimate of the answer's size, in vectors of one text.
+        task: the task that the body names, or an empty string.
         answered: the answer of a request that need not be sent, such as an error.
     """
 
@@ -47,6 +48,7 @@ class Line:
     model: str | None
     body: bytes
     weight: int = 1
+    task: str = ""
     answered: Answered | None = None
 
 
@@ -58,6 +60,7 @@ class Answered:
         body: the body as JSON, exactly as ``POST`` to the endpoint returns it.
         is_passing: another attempt may succeed, and the request did not cause the failure.
         retry_after_s: how long to wait before another attempt, if known, in seconds.
+        space: the space of its vectors; ``None`` if the batch may have vectors of several.
     """
 
     status: int
@@ -66,6 +69,7 @@ class Answered:
     num_tokens: int = 0
     is_passing: bool = False
     retry_after_s: int | None = None
+    space: str | None = None
 
 
 class Requests(Protocol):
@@ -205,6 +209,27 @@ def output_line(number: int, batch: Batch, line: Line, answered: Answered) -> by
         answered.body,
     )
     return _output(number, batch, line.custom_id, response, b"null")
+
+
+def in_one_space(spaces: Mapping[str, str], line: Line, answered: Answered) -> tuple[Answered, Mapping[str, str]]:
+    """Return an answer, and the spaces of the batch with its own.
+
+    If the model was changed since the batch began, by a reload, the answer is an error: a file with vectors of two spaces
+    would look as if they could be compared.
+    """
+    if answered.space is None:
+        return answered, spaces
+    held = spaces.get(line.task)
+    if held is None:
+        return answered, {**spaces, line.task: answered.space}
+    if held == answered.space:
+        return answered, spaces
+    message = (
+        f"The vectors of this batch are in {held}, and this one would be in {answered.space}: the model was changed "
+        "meanwhile. Make a new batch of all requests."
+    )
+    problem = {"message": message, "type": "invalid_request_error", "param": "model", "code": "space_mismatch"}
+    return Answered(412, answered.request_id, orjson.dumps({"error": problem})), spaces
 
 
 def expired_line(number: int, batch: Batch, custom_id: str) -> bytes:

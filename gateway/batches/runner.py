@@ -47,10 +47,6 @@ _MAX_TRIES = 3
 _SWEEP_EVERY_S = 600.0
 
 
-def _unchanged(batch: Batch) -> Batch:
-    return batch
-
-
 @dataclass(eq=False, slots=True)
 class _Run:
     """A batch that has not ended. ``batch`` is replaced only on the event loop."""
@@ -212,7 +208,7 @@ class Runner:
             case _:
                 await self._finish(run, run.batch.end)
 
-    async def _become(self, run: _Run, status: Status, change: Change = _unchanged, files: Files = ()) -> None:
+    async def _become(self, run: _Run, status: Status, change: Change = lambda batch: batch, files: Files = ()) -> None:
         """Change the state of a batch in memory and on disk, and add files, all or nothing."""
         before = run.batch
         times = {**before.times, status.value: int(self._now())}
@@ -332,12 +328,13 @@ class Runner:
         outputs: list[bytes] = []
         errors: list[bytes] = []
         num_tokens = 0
+        spaces = batch.spaces
         for number, one in enumerate(done, start=batch.num_answered + 1):
-            answered = one.task.result()
+            answered, spaces = of_lines.in_one_space(spaces, one.line, one.task.result())
             num_tokens += answered.num_tokens
-            (outputs if answered.status == 200 else errors).append(
-                of_lines.output_line(number, batch, one.line, answered)
-            )
+            row = of_lines.output_line(number, batch, one.line, answered)
+            (outputs if answered.status == 200 else errors).append(row)
+        run.batch = replace(run.batch, spaces=spaces)
         await self._append(run, outputs, errors, done[-1].raw.end, num_tokens)
         metrics.BATCH_LINES.labels("completed").inc(len(outputs))
         metrics.BATCH_LINES.labels("failed").inc(len(errors))

@@ -24,7 +24,7 @@ from gateway.bulk.files.folder import FolderSink
 from gateway.bulk.files.source import FileSource
 from gateway.bulk.job import SHARD_ROWS, Job, Options, Outcome
 from gateway.bulk.manifest import Manifest
-from gateway.bulk.opening import open_sink, open_source
+from gateway.bulk.opening import check_apart, open_sink, open_source
 from gateway.bulk.progress import show_progress
 from gateway.bulk.report import Report
 from gateway.bulk.rows import BulkError, Json, Sink, Source, SpaceNote
@@ -92,6 +92,7 @@ def run_embed(request: EmbedRequest, models: RunningGateway | OwnModels, *, as_j
         BulkError: the job cannot start or cannot finish. The shards written before the error are complete, and count.
     """
     console = make_console(is_error=True)
+    check_apart(request.sources, request.sink)
     with ExitStack() as stack:
         written = [str(place) for place in (request.sink, request.manifest, request.errors) if place is not None]
         source = stack.enter_context(closing(open_source(request.sources, request.names, written)))

@@ -8,6 +8,7 @@ process works on the job.
 from __future__ import annotations
 
 import hashlib
+import os
 import sqlite3
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -149,8 +150,10 @@ class Manifest:
         except sqlite3.DatabaseError as error:
             if "locked" in str(error):
                 raise BulkError(f"{self.path}: another process works on this job; wait for it, or end it") from None
-            full = "; make room, and run the same command again" if "full" in str(error) else ""
-            raise BulkError(f"{self.path}: the manifest cannot be used: {error}{full}") from error
+            hint = "; make room, and run the same command again" if "full" in str(error) else ""
+            if not hint and self.path.parent.exists() and not os.access(self.path.parent, os.W_OK):
+                hint = "; its folder cannot be written"
+            raise BulkError(f"{self.path}: the manifest cannot be used: {error}{hint}") from error
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:

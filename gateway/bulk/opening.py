@@ -34,6 +34,22 @@ def open_source(places: Sequence[str], names: FieldNames, without: Sequence[str]
         store.close()
 
 
+def check_apart(places: Sequence[str], sink: str) -> None:
+    """Check that a job does not write into the collection that it reads.
+
+    Raises:
+        BulkError: it would replace each item, with all of its vectors.
+    """
+    into = read_place(sink)
+    for url in places:
+        place = read_place(url)
+        if place is not None and into is not None and place.is_same_collection(into):
+            raise BulkError(
+                f"--to {sink}: is the collection that is read, whose items would be replaced with all of their vectors. "
+                "`gateway move` changes the model of a collection, and with --into-vector NAME it adds a vector to its items"
+            )
+
+
 def open_sink(url: str, text_field: str | None, *, adopts: bool = False) -> Sink:
     """Return the sink at a URL or path, which need not exist.
 

@@ -23,6 +23,7 @@ Result = TypeVar("Result")
 
 
 _TIMEOUT_S: Final = 60.0
+_FULL: Final = "disk is full"
 
 
 class Connection:
@@ -128,12 +129,15 @@ class Connection:
         if not has_responded:
             problem = "cannot be opened as a Chroma store" if self.place.location else "cannot be reached"
             return f"{where} {problem}: {message}"
-        return f"{where} rejects a request: {message}"
+        room = "; make room, and start the same command again" if _FULL in message else ""
+        return f"{where} rejects a request: {message}{room}"
 
 
 def _pause_after(error: Exception) -> float | None:
     """Return how long to wait before the same request may succeed; ``None`` if it never will."""
     match error:
+        case _ if _FULL in str(error):  # it will not have more room soon
+            return None
         case httpx.HTTPStatusError() if error.response.status_code in (429, 500, 502, 503, 504):
             return 0.0
         case httpx.TransportError() if "SSL" not in str(error):

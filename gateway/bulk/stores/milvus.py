@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -70,9 +71,10 @@ class MilvusStore:
         except BulkError as error:
             if not place.location:
                 raise
-            raise BulkError(
-                f"{self.name} cannot be opened; only one process at a time can use a Milvus Lite file: {error}"
-            ) from error
+            why = "only one process at a time can use a Milvus Lite file"
+            if not os.access(Path(place.location).resolve().parent, os.W_OK):
+                why = "its folder does not exist, or cannot be written"
+            raise BulkError(f"{self.name} cannot be opened; {why}: {error}") from error
 
     def source(self, collection: str, names: FieldNames, since: Since | None = None) -> KeysetSource:
         """Return the items of a collection."""

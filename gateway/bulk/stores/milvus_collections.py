@@ -19,7 +19,7 @@ from gateway.bulk.stores.payloads import to_json
 from gateway.config.wording import enumerate_names, quote
 
 # Errors are also raised as exceptions, with instructions. Milvus Lite's server also logs that it lacks a method.
-for _name in ("pymilvus", "grpc._server"):
+for _name in ("pymilvus", "milvus_lite", "grpc._server"):
     logging.getLogger(_name).setLevel(logging.CRITICAL)
 
 TIMEOUT_S: Final = 60.0

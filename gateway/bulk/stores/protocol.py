@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from pathlib import Path
 from typing import Protocol, TypeAlias
 
 import numpy as np
@@ -52,6 +53,15 @@ class Place:
         user = f"{self.user}@" if self.user else ""
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"{scheme}://{user}{host}:{self.port}" + (f"/{self.path}" if self.path else "")
+
+    def is_same_collection(self, other: Place) -> bool:
+        """Return whether both are one collection, whatever their options are."""
+        same = (self.kind, self.collection, self.host, self.port, self.path)
+        if same != (other.kind, other.collection, other.host, other.port, other.path):
+            return False
+        if "://" in self.location + other.location or not self.location:
+            return self.location == other.location
+        return Path(self.location).resolve() == Path(other.location).resolve()
 
     def named(self, collection: str) -> str:
         """Return the URL of a collection of this store, without secrets."""

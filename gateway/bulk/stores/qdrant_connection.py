@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import sqlite3
 import threading
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Final, TypeVar
 
 from qdrant_client import QdrantClient
@@ -32,7 +34,7 @@ _MARKER: Final = "meta.json"
 class Connection:
     """A Qdrant client that all users of a place share, because a folder can be opened only once.
 
-    Used from one thread at a time.
+    Sources and sinks may use it from several threads.
     """
 
     _open: Final[dict[tuple[str, str | None], Connection]] = {}
@@ -41,6 +43,8 @@ class Connection:
     def __init__(self, place: Place) -> None:
         self.place = place
         self._num_users = 1
+        # For a folder, whose client is not a server: a move reads in one thread while it writes in another.
+        self._in_turn = threading.RLock() if place.location else nullcontext()
         # If the server has never responded, the URL is more likely wrong than the server restarting.
         self._has_responded = False
         self._key = os.environ.get(place.key or "") or None
@@ -112,7 +116,7 @@ class Connection:
             try:
                 # Several threads use sources and sinks in turn.
                 return QdrantClient(path=place.location, force_disable_check_same_thread=True)
-            except (RuntimeError, OSError, ValueError, KeyError, TypeError) as error:
+            except (RuntimeError, OSError, ValueError, KeyError, TypeError, sqlite3.Error) as error:
                 reason = "another process uses it" if "already accessed" in str(error) else str(error)
                 raise BulkError(f"the folder {place.location} cannot be opened as a Qdrant store: {reason}") from error
 
@@ -127,14 +131,16 @@ class Connection:
             BulkError: the server rejects the request, or stays unavailable.
         """
         try:
-            result = insist(lambda: ask(self.client), pause_after, PATIENCE_S if self._has_responded else 0.0)
+            with self._in_turn:
+                result = insist(lambda: ask(self.client), pause_after, PATIENCE_S if self._has_responded else 0.0)
         except (ApiException, QdrantException) as error:
             raise BulkError(
                 explain(error, self.place, collection, self._key is not None, self._has_responded)
             ) from error
-        except (ValueError, RuntimeError, OSError) as error:
+        except (ValueError, RuntimeError, OSError, sqlite3.Error) as error:
             # Errors of a folder, or values that cannot be serialized.
-            raise BulkError(f"{self.place.named(collection)}: {error}") from error
+            room = "; make room, and start the same command again" if "full" in str(error) else ""
+            raise BulkError(f"{self.place.named(collection)}: {error}{room}") from error
         self._has_responded = True
         return result
 

@@ -53,6 +53,17 @@ def test_a_file_goes_through_all_stores() -> None:
         assert by_id(sink) == EXPECTED
 
 
+@pytest.mark.parametrize("sink", ["qdrant:./q#docs?vector=second", "qdrant:q#docs"])
+def test_a_collection_is_not_written_into_itself(sink: str) -> None:
+    """Each of its items would lose its other vectors."""
+    assert embed("docs.jsonl", "--to", "qdrant:./q#docs").exit_code == 0
+    refused = embed("qdrant:./q#docs", "--to", sink, "--restart")
+    assert refused.exit_code == 1
+    assert "is the collection that is read" in " ".join(refused.output.split())
+    assert "--into-vector NAME" in " ".join(refused.output.split())
+    assert by_id("qdrant:./q#docs") == EXPECTED
+
+
 @pytest.mark.parametrize("kind", ["qdrant", "lancedb", "chroma"])
 def test_a_sink_that_was_emptied_since_is_not_taken_for_complete(kind: str) -> None:
     sink = f"{kind}:./store#docs"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import resource
 import uuid
+from contextlib import closing
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -229,6 +231,22 @@ def test_an_empty_collection_that_does_not_fit_is_refused(url: str, vectors: dic
     with pytest.raises(BulkError) as caught:
         write(url, [row(1, "a")])
     assert message in str(caught.value)
+
+
+def test_a_full_disk_is_an_error_of_the_job_and_the_same_rows_can_be_written_later(url: str) -> None:
+    store, collection = open_url(url)
+    rows = [row(n, f"text {n} " * 500) for n in range(200)]
+    with closing(store), closing(store.sink(collection, Keeping())) as sink:
+        sink.open(NOTE)
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+        try:
+            with pytest.raises(BulkError, match=r"#docs: (disk I/O error|database or disk is full)"):
+                sink.write(0, embedded(rows))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    write(url, rows)
+    assert len(by_id(url)) == 200
 
 
 def test_a_second_vector_is_added_to_items_that_stay_as_they_are(url: str) -> None:
