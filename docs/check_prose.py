@@ -1,8 +1,8 @@
-"""Check the words of docs/style.md in everything that people read: docstrings, comments, messages, names, pages.
+"""Check everything that people read for the words of docs/style.md: docstrings, comments, messages, names and pages.
 
 ::
 
-    python docs/check_prose.py              print every bad word outside the folders that are not checked yet; exit 1
+    python docs/check_prose.py              print every bad word, except in folders that are not checked yet; exit 1
     python docs/check_prose.py --all        the same for all files
     python docs/check_prose.py gateway/api  the same for one folder or file
     python docs/check_prose.py --count      how many are left, by file
@@ -28,7 +28,7 @@ from typing import Final
 
 ROOT: Final = Path(__file__).resolve().parents[1]
 
-# Each a pattern, and what to write instead. Matched without regard to case, in names with blanks for underscores.
+# Patterns, and replacements for them. Case is ignored, and underscores in names are read as blanks.
 WORDS: Final = {
     # Translated idioms.
     r"anew": "again; re-read, reload",
@@ -46,6 +46,8 @@ WORDS: Final = {
         "is not a ..."
     ),
     r"held against": "compared with, checked against",
+    r"the same command goes on": "the same command continues",
+    r"point of time": "point in time",
     # British spelling.
     r"\w*(?:normal|token|util|serial|initial|organ|optim|recogn|summar|minim|maxim|real|general|special|synchron|final"
     r"|parallel|prior|standard|categor|quant|vector|emphas|apolog|author|capital|character|critic|custom|memor|stabil"
@@ -71,12 +73,12 @@ _QUOTED: Final = re.compile(r"^```.*?^```|``[^`]*``|`[^`\n]*`|\]\([^)]*\)|https?
 _TEXT_SUFFIXES: Final = {".md", ".yaml", ".yml", ".toml", ".sh", ".j2", ".mjs"}
 _TEXT_NAMES: Final = {"Makefile", "Dockerfile", "run"}
 _UNREAD: Final = {"docs/check_prose.py", "docs/style.md", "docs/prose.toml", "tests/test_docs.py"}
-"""They name the words to say that they are bad."""
+"""Files that quote the bad words to warn of them."""
 
 
 @dataclass(frozen=True, slots=True)
 class Passage:
-    """Something that is read: a comment, a string, a name, a page."""
+    """A text that people read: a comment, a string, a name or a page."""
 
     line: int
     text: str
@@ -85,7 +87,7 @@ class Passage:
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """A bad word, and what to write instead."""
+    """A bad word, and a replacement for it."""
 
     path: str
     line: int
@@ -97,7 +99,7 @@ class Finding:
 
 
 def passages(path: Path) -> Iterator[Passage]:
-    """Yield what a file says to people."""
+    """Yield the passages of a file that people read."""
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".py":
         yield from _python(text)
@@ -128,7 +130,7 @@ def _python(text: str) -> Iterator[Passage]:
 
 
 def _blocks(comments: Sequence[tokenize.TokenInfo]) -> Iterator[Passage]:
-    """Yield comments on consecutive lines as one, for a phrase may run from one line to the next."""
+    """Join comments on consecutive lines into one passage, because a phrase may span lines."""
     lines: list[str] = []
     for index, comment in enumerate(comments):
         lines.append(comment.string.lstrip("#: "))
@@ -139,11 +141,11 @@ def _blocks(comments: Sequence[tokenize.TokenInfo]) -> Iterator[Passage]:
 
 
 def findings(path: Path, allowed: Sequence[str]) -> Iterator[Finding]:
-    """Yield the bad words of a file, but for lines that hold an allowed fragment."""
+    """Yield the bad words of a file, except on lines that contain an allowed fragment."""
     name = path.relative_to(ROOT).as_posix()
     lines = path.read_text(encoding="utf-8").splitlines()
     for passage in passages(path):
-        # What is quoted is code; blanks of the same length keep the places of the rest.
+        # Quoted parts are code; marks of the same length keep the positions of the rest.
         prose = _QUOTED.sub(lambda quoted: re.sub(r"[^\n]", "`", quoted.group()), passage.text)
         matches = [(match, advice) for pattern, advice in _WORDS for match in pattern.finditer(prose)]
         if passage.is_docstring:
@@ -155,7 +157,7 @@ def findings(path: Path, allowed: Sequence[str]) -> Iterator[Finding]:
 
 
 def readable() -> list[Path]:
-    """Return the files of the repository that hold prose, by name."""
+    """Return the files of the repository that contain prose."""
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
     paths = [ROOT / name for name in listed.splitlines() if name not in _UNREAD]
     return [
@@ -166,7 +168,7 @@ def readable() -> list[Path]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print what is to change; return the exit status."""
+    """Print the bad words; return the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("folders", nargs="*", help="only these folders and files")
     parser.add_argument("--all", action="store_true", help="the folders that are still to do as well")

@@ -88,7 +88,7 @@ def _fetch(console: Console, entry: ModelEntry, repository: Repository) -> bool:
         return False
     except KeyboardInterrupt:
         raise StartError(
-            f"{entry.id}: stopped. What has arrived is kept; the same command goes on from there"
+            f"{entry.id}: stopped. What has arrived is kept; the same command continues from there"
         ) from None
     return True
 

@@ -145,7 +145,7 @@ def test_a_stop_keeps_what_has_arrived(hub: Hub, models: Path, monkeypatch: pyte
     monkeypatch.setattr(fetching, "fetch", fetch)
     hub.requests.clear()
 
-    assert (status, errors) == (1, "one: stopped. What has arrived is kept; the same command goes on from there\n")
+    assert (status, errors) == (1, "one: stopped. What has arrived is kept; the same command continues from there\n")
     status, said, _ = run(models, "one")
     assert status == 0
     assert said.startswith("one: 1")

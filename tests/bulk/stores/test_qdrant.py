@@ -387,7 +387,7 @@ def test_a_folder_that_another_process_uses_is_an_error(url: str) -> None:
     write(url, [row(1, "a")])
 
 
-def test_items_since_a_point_of_time(url: str) -> None:
+def test_items_since_a_point_in_time(url: str) -> None:
     write(url, [row(n, "x", {"at": f"2026-11-2{n}T00:00:00Z", "n": n, "s": {"t": n * 1.5}}) for n in range(1, 6)])
     store, collection = open_url(url)
     for since in (Since("at", datetime(2026, 11, 23, tzinfo=UTC)), Since("n", 3), Since("s.t", 4.5)):
