@@ -138,8 +138,8 @@ def embed(  # noqa: PLR0913, PLR0917  an argument for each option
 ) -> None:
     """Embed a corpus, each row exactly once.
 
-    Reads and writes files or a store. If it is interrupted, the same command continues where it stopped. The task of documents
-    (retrieval.passage) is used where the model has it and --model names no other.
+    Reads and writes files or a store. If it is interrupted, the same command continues where it stopped. The task of
+    documents (retrieval.passage) is used where the model has it and --model names no other.
     """
     from gateway.bulk.asked import ask
     from gateway.bulk.command import EmbedRequest, OwnModels, RunningGateway, run_embed

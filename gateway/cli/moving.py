@@ -85,7 +85,7 @@ def start(  # noqa: PLR0913, PLR0917  an argument for each option
     """Copy a collection into the space of another model.
 
     Reads the items of the collection, embeds their texts, and writes a second collection in the same store. Applications
-    go on meanwhile. If it is interrupted, the same command continues where it stopped.
+    keep running. If it is interrupted, the same command continues where it stopped.
     """
     from gateway.bulk.moving.command import show
     from gateway.bulk.moving.planning import StartRequest
