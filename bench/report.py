@@ -89,6 +89,12 @@ def note(message: str) -> None:
     print(f"{time.strftime('%H:%M:%S')}  {message}", file=sys.stderr)
 
 
+def read_section(section: str, page: Path = PAGE) -> str:
+    """Return the text that :func:`update_page` replaces."""
+    begin, end = f"<!-- {section} -->", f"<!-- end of {section} -->"
+    return page.read_text(encoding="utf-8").partition(begin)[2].partition(end)[0].strip()
+
+
 def update_page(section: str, markdown: str, page: Path = PAGE) -> None:
     """Replace the text between ``<!-- section -->`` and ``<!-- end of section -->``.
 

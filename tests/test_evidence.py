@@ -98,3 +98,20 @@ def test_the_command_prints_and_tells_by_its_status(
     monkeypatch.setattr(evidence, "simulations", lambda: [simulation_of(0.02), simulation_of(0.2)])
     assert evidence.main(["--quick", "--workers", "1"]) == 1
     assert capsys.readouterr().out.count("| Coins | heads | <= 5.0 % |") == 2
+
+
+def test_the_figures_of_one_simulation_are_replaced_on_the_page() -> None:
+    def measured(count: int) -> list[tuple[Simulation, list[Rate]]]:
+        case = Case("a row", "a column", partial(happens, 0.0), 100, 10)
+        others = [
+            Simulation(name, title, "heads", "<=", 0.05, [case])
+            for name, title in (("a", "Coins"), ("b", "Coins of gold"))
+        ]
+        return [(one, [Rate(case, count, 100), Rate(replace(case, column="another"), 0, 100)]) for one in others]
+
+    page = evidence.markdown(measured(1))
+
+    assert evidence.merged(page, measured(3)) == evidence.markdown(measured(3))
+    assert evidence.merged(page, measured(3)[:1]).count("3.0 %") == 2
+    with pytest.raises(ValueError, match="0 times: Coins"):
+        evidence.merged("nothing", measured(1))

@@ -3,7 +3,7 @@
 python -m bench.evidence                 all simulations, in minutes
 python -m bench.evidence --quick         a look in under a minute
 python -m bench.evidence --only verdict  one of them
-python -m bench.evidence --update        write the tables into docs/testing.md
+python -m bench.evidence --update        write the tables into docs/testing.md; with --only, those of one
 """
 
 from __future__ import annotations
@@ -11,16 +11,18 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
 
 from bench.evidence.registry import Rate, Simulation, measure
 from bench.processes import ROOT
-from bench.report import note, table, update_page
+from bench.report import note, read_section, table, update_page
 
 MODULES = ("comparing", "costs", "experimenting", "judges", "duels")
 """The modules of this package with a tuple ``SIMULATIONS``."""
 
+_HEADER = ("", "how often", "promised", "worst", "kept")
 PAGE = ROOT / "docs" / "testing.md"
 SECTION = "bench.evidence"
 _QUICK = (
@@ -37,24 +39,43 @@ def simulations() -> Iterator[Simulation]:
 
 def markdown(found: Sequence[tuple[Simulation, Sequence[Rate]]], *, is_quick: bool = False) -> str:
     """Return a summary, and a table for each simulation."""
-    rows = []
-    for simulation, rates in found:
-        worst = (max if simulation.sense == "<=" else min)(rates, key=lambda rate: rate.value)
-        where = f"{worst.case.row}, {worst.case.column}"
-        is_kept = all(rate.is_kept(simulation) for rate in rates)
-        rows.append(
-            (
-                simulation.title,
-                simulation.counted,
-                f"{simulation.sense} {_percent(simulation.promised)}",
-                f"{_percent(worst.value)} ({where})",
-                "yes" if is_kept else "**no**",
-            )
-        )
+    rows = [_summary(simulation, rates) for simulation, rates in found]
     parts = [_QUICK] if is_quick else []
-    parts += [table(("", "how often", "promised", "worst", "kept"), rows)]
+    parts += [table(_HEADER, rows)]
     parts += [_details(simulation, rates) for simulation, rates in found if len(rates) > 1]
     return "\n\n".join(parts)
+
+
+def merged(section: str, found: Sequence[tuple[Simulation, Sequence[Rate]]]) -> str:
+    """Return the text of the page with the figures of some simulations replaced.
+
+    Raises:
+        ValueError: the text has none of a simulation.
+    """
+    for simulation, rates in found:
+        title = re.escape(simulation.title)
+        pieces = [(rf"^\| {title} \|[^\n]*", table(_HEADER, [_summary(simulation, rates)]).splitlines()[-1])]
+        if len(rates) > 1:
+            pieces.append((rf"^\*\*{title}: .*?(?=\n\n\*\*|\Z)", _details(simulation, rates)))
+        for pattern, piece in pieces:
+            section, count = re.subn(
+                pattern, lambda _match, piece=piece: piece, section, flags=re.MULTILINE | re.DOTALL
+            )
+            if count != 1:
+                raise ValueError(f"the page has {count} times: {simulation.title}")
+    return section
+
+
+def _summary(simulation: Simulation, rates: Sequence[Rate]) -> tuple[str, ...]:
+    worst = (max if simulation.sense == "<=" else min)(rates, key=lambda rate: rate.value)
+    is_kept = all(rate.is_kept(simulation) for rate in rates)
+    return (
+        simulation.title,
+        simulation.counted,
+        f"{simulation.sense} {_percent(simulation.promised)}",
+        f"{_percent(worst.value)} ({worst.case.row}, {worst.case.column})",
+        "yes" if is_kept else "**no**",
+    )
 
 
 def _details(simulation: Simulation, rates: Sequence[Rate]) -> str:
@@ -98,7 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     text = markdown(found, is_quick=options.quick)
     print(text)
     if options.update:
-        update_page(SECTION, text, PAGE)
+        update_page(SECTION, merged(read_section(SECTION, PAGE), found) if options.only else text, PAGE)
     return 0 if all(rate.is_kept(simulation) for simulation, rates in found for rate in rates) else 1
 
 

@@ -53,6 +53,15 @@ def says_as_good(queries: int, worse_by: float, dice: np.random.Generator) -> bo
     return found.verdict in {Verdict.AS_GOOD, Verdict.NOT_WORSE}
 
 
+def says_as_good_with_rare_losses(queries: int, worse_by: float, dice: np.random.Generator) -> bool:
+    """Return the same of an arm that gains 0.2 in a tenth of the queries, and loses 0.8 in a few."""
+    kinds = dice.random(queries)
+    losing = (0.1 * 0.2 + worse_by) / 0.8
+    after = np.where(kinds < 0.1, 1.0, np.where(kinds > 1 - losing, 0.0, 0.8))
+    (found,) = conclusions(np.array([np.full(queries, 0.8), after]), margin=worse_by)
+    return found.verdict in {Verdict.AS_GOOD, Verdict.NOT_WORSE}
+
+
 def says_a_difference_of_groups(queries: int, topics: int, likeness: float, dice: np.random.Generator) -> bool:
     """Return whether equal arms are called different when their differences go with the topic of a query.
 
@@ -175,6 +184,16 @@ SIMULATIONS = (
             Case(f"{queries:,} queries", f"worse by {worse_by:g}", partial(says_as_good, queries, worse_by), 1_000, 150)
             for queries in (100, 300, 1_000)
             for worse_by in (0.02, 0.05)
+        ]
+        + [
+            Case(
+                f"{queries:,} queries",
+                "worse by 0.02, in rare large losses",
+                partial(says_as_good_with_rare_losses, queries, 0.02),
+                1_000,
+                150,
+            )
+            for queries in (100, 300, 1_000)
         ],
     ),
     Simulation(

@@ -31,6 +31,7 @@ SMALL_DIFFERENCE = 0.02
 """The number of queries that would show such a difference is reported; a larger margin takes its place."""
 
 _POWER = 0.8
+_PRECISE = 1e-6  # of the ends of intervals
 _BITS = 8  # signs are drawn by the byte
 _ROUNDING = 1e-12  # relative: sums of the same numbers in another order are equal
 
@@ -163,6 +164,34 @@ def likelihood_p(sums: Sequence[float] | Floats) -> float:
     return float(stats.chi2.sf(2 * np.sum(np.log1p(tilt * differences)), 1))
 
 
+def likelihood_interval(sums: Sequence[float] | Floats, sizes: Sequence[float] | Floats) -> tuple[float, float]:
+    """Return the means that the empirical likelihood ratio test does not reject: a 95 % interval.
+
+    It reaches further to the side of the rare, large differences than the t interval, which takes both sides for alike.
+
+    Args:
+        sums: differences of independent queries, or their sums by group.
+        sizes: number of queries of each.
+    """
+    totals, counts = np.asarray(sums, dtype=np.float64), np.asarray(sizes, dtype=np.float64)
+    mean = float(totals.sum() / counts.sum())
+
+    def excess(other: float) -> float:
+        return likelihood_p(totals - other * counts) - ALPHA
+
+    # Beyond the least and the largest mean of a group, no weights have the mean, and p is 0.
+    ends = (float(np.min(totals / counts)), float(np.max(totals / counts)))
+    low, high = (mean if abs(end - mean) <= TIE else optimize.brentq(excess, mean, end, xtol=_PRECISE) for end in ends)
+    return float(low), float(high)
+
+
+def _both(one: Estimate, other: tuple[float, float]) -> Estimate:
+    """Return the interval that holds both: a mean outside of it is rejected by either test."""
+    if one.low is None or one.high is None:
+        return one
+    return Estimate(one.mean, min(one.low, other[0]), max(one.high, other[1]))
+
+
 def _signed_sums(sizes: Floats) -> Floats:
     """Return the sum of up to eight numbers for each of the 256 choices of their signs."""
     bits = np.unpackbits(np.arange(2**_BITS, dtype=np.uint8)[:, None], axis=1, count=sizes.size)
@@ -211,7 +240,7 @@ def contrast(
     p, p_error = randomization_p(sample.sums, design.num_resamples, design.seed)
     p, p_error = max((p, p_error), (likelihood_p(sample.sums), 0.0))
     num_untied = int(np.count_nonzero(np.abs(sample.sums) > TIE))
-    interval = sample.interval(1 - ALPHA, -1.0, 1.0)
+    interval = _both(sample.interval(1 - ALPHA, -1.0, 1.0), likelihood_interval(sample.sums, sample.sizes))
     if num_untied < MIN_UNTIED and 2 * num_untied < sample.sums.size:
         interval = Estimate(sample.mean, None, None)  # what differs is too rare for this sample to show it
     return Contrast(
@@ -274,8 +303,11 @@ def num_queries(one: Contrast) -> int:
 
 def _simultaneous(one: Contrast, num_arms: int) -> tuple[float, float]:
     """Return an interval that holds for all arms at once in 95 % of comparisons (Bonferroni)."""
-    margin = float(stats.t.ppf(1 - ALPHA / 2 / num_arms, one.num_independent - 1)) * one.standard_error
-    return one.difference.mean - margin, one.difference.mean + margin
+    mean, low, high = one.difference.mean, one.difference.low, one.difference.high
+    alone, together = (float(stats.t.ppf(1 - ALPHA / 2 / num, one.num_independent - 1)) for num in (1, num_arms))
+    if low is None or high is None:
+        return mean - together * one.standard_error, mean + together * one.standard_error
+    return mean - (mean - low) * together / alone, mean + (high - mean) * together / alone
 
 
 def _most_untied(one: Contrast, num_arms: int) -> float:
