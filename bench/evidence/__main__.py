@@ -58,9 +58,8 @@ def merged(section: str, found: Sequence[tuple[Simulation, Sequence[Rate]]]) -> 
         if len(rates) > 1:
             pieces.append((rf"^\*\*{title}: .*?(?=\n\n\*\*|\Z)", _details(simulation, rates)))
         for pattern, piece in pieces:
-            section, count = re.subn(
-                pattern, lambda _match, piece=piece: piece, section, flags=re.MULTILINE | re.DOTALL
-            )
+            escaped = piece.replace("\\", "\\\\")
+            section, count = re.subn(pattern, escaped, section, flags=re.MULTILINE | re.DOTALL)
             if count != 1:
                 raise ValueError(f"the page has {count} times: {simulation.title}")
     return section
