@@ -103,7 +103,7 @@ class Candidate:
 
 
 def own_tests(project: Path, module: str) -> list[str]:
-    """Return the test files that are named after a module, or else all tests of the folder named after the module's."""
+    """Return the tests of a module: those of its folder that have its name, or else all of its folder's, or its name's."""
     if module in _TESTS_OF:
         return [f"tests/{name}.py" for name in _TESTS_OF[module] if (project / f"tests/{name}.py").is_file()]
     path = Path(module)
@@ -112,9 +112,8 @@ def own_tests(project: Path, module: str) -> list[str]:
     named = [file for file in all_tests(project) if Path(file).stem.removeprefix("test_").startswith(stem)]
     if same_folder := [file for file in named if Path(file).parent == folder]:
         return same_folder
-    return named or [
-        file for file in all_tests(project) if Path(file).is_relative_to(folder) and folder.name != "tests"
-    ]
+    of_folder = [file for file in all_tests(project) if Path(file).is_relative_to(folder) and folder.name != "tests"]
+    return of_folder or named
 
 
 def all_tests(project: Path) -> list[str]:
