@@ -46,7 +46,7 @@ def write_page(results: Sequence[ModuleResult], commit: str, page: Path = PAGE) 
     tried = [result for result in results if result.num_tried]
     parts = [
         f"At commit {commit}. Of a module's mutants, those that were tried were drawn at random. The score is the share of "
-        "them that a test noticed, without the equivalent ones.",
+        f"them that a test noticed, without the equivalent ones. {len(tried)} of {len(results)} modules have been tried.",
         table_of(tried),
     ]
     if survivors := [
