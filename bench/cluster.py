@@ -271,8 +271,7 @@ def report(costs: dict[Shape, Cost], faults: dict[str, Seen], start_s: float) ->
         "load", "p50, ms: embedded", "cluster", "added, ms", "requests/s: embedded", "cluster", "per s of the front's core"
     )  # fmt: skip
     fault_rows = [
-        [name, number(seen.num_answered), number(len(seen.lost)), f"{seen.gap_s:.2f} s"]
-        for name, seen in faults.items()
+        [name, number(seen.num_answered), str(len(seen.lost)), f"{seen.gap_s:.2f} s"] for name, seen in faults.items()
     ]
     fault_header = (f"{_NUM_CLIENTS} clients, while", "answered", "lost", "longest gap")
     parts = [describe_machine(), goals_table(goals), table(cost_header, cost_rows), table(fault_header, fault_rows)]
