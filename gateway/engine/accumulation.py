@@ -1,8 +1,8 @@
-"""Let the matrix products of some forwards add up in float16, and of no others.
+"""Let some forwards, and no others, accumulate their matrix products in float16.
 
-torch has one switch for the whole process (``allow_fp16_accumulation``), which each product reads when it is launched. So a
-forward turns it on only while no forward runs that must not have it: next to one of those it adds up in float32 as well,
-which is slower and more exact.
+torch has one switch for the whole process (``allow_fp16_accumulation``), which each product reads when it is launched. The
+switch is therefore on only while every running forward allows it. Next to a forward that does not, all products accumulate
+in float32, which is slower and more exact.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 
 
 class Accumulation:
-    """Counts the forwards of both kinds that run now, and sets torch's switch by them."""
+    """Counts the running forwards of both kinds, and sets torch's switch accordingly."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -23,10 +23,10 @@ class Accumulation:
 
     @contextmanager
     def forward(self, *, in_float16: bool) -> Iterator[None]:
-        """Run a forward on a card, by threads of any number.
+        """Run a forward on a card. Any number of threads may call this.
 
         Args:
-            in_float16: its products may add up in float16.
+            in_float16: the products of the forward may accumulate in float16.
         """
         self._count(in_float16, 1)
         try:
@@ -42,4 +42,4 @@ class Accumulation:
 
 
 ACCUMULATION = Accumulation()
-"""That of this process."""
+"""The counter of this process."""

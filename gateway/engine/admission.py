@@ -1,4 +1,4 @@
-"""Decide whether a model takes a request: by the texts and the (estimated) tokens that wait for it already."""
+"""Decide whether a model accepts a request, by the number of texts and (estimated) tokens that already wait for it."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from gateway.types import EmbedJob, Priority
 # How much the newest batch counts in the measured rate.
 _RATE_WEIGHT = 0.1
 _CHARS_PER_TOKEN = 4
-# So many texts of a caller get in although others have filled the queue.
+# A caller without other requests may queue this many texts even if others have filled the queue.
 _NEWCOMER_TEXTS = 32
 _NEWCOMERS_SHARE = 1.5
-# Work of low priority has a queue of one of this many parts of the limits, in addition to the queue of the others.
+# Work of low priority has its own queue, whose limits are those of the main queue divided by this number.
 _LOW_PART = 4
 
 
@@ -35,13 +35,13 @@ class _Lane:
 
 
 class Admission:
-    """Counts the texts and tokens of the requests that have no answer yet, and refuses more than the limits.
+    """Counts the texts and tokens of the unanswered requests, and refuses requests beyond the limits.
 
-    Tokens are estimated, as a request is admitted before it is tokenized. Work of low priority is counted apart, so that it
-    takes no room from the other.
+    Tokens are estimated, because a request is admitted before it is tokenized. Work of low priority is counted separately,
+    so that it takes no room from work of normal priority.
 
     Args:
-        longest_text: the tokens of the longest text that the model reads.
+        longest_text: the number of tokens of the longest text that the model reads.
     """
 
     def __init__(self, model: str, max_texts: int, max_tokens: int, longest_text: int) -> None:
@@ -98,7 +98,7 @@ class Admission:
 
     def _require_room(self, lane: _Lane, caller: str, num_texts: int, num_tokens: int) -> None:
         is_full = lane.num_texts + num_texts > lane.max_texts or lane.num_tokens + num_tokens > lane.max_tokens
-        # An idle model takes any request: no request may be impossible forever.
+        # An idle model accepts any request: otherwise a large request could never be served.
         if is_full and lane.num_texts and not self._is_newcomer(lane, caller, num_texts):
             raise Overloaded(
                 f"model {self._model!r} is full: {lane.name}{lane.num_texts} texts (about {lane.num_tokens} tokens) are "
@@ -109,7 +109,7 @@ class Admission:
 
     @staticmethod
     def _is_newcomer(lane: _Lane, caller: str, num_texts: int) -> bool:
-        """Return whether this is a small request of a caller with no other: one caller must not fill the queue for all."""
+        """Return whether this is a small request of a caller without others: one caller must not block all others."""
         return (
             num_texts <= _NEWCOMER_TEXTS
             and lane.num_texts + num_texts <= _NEWCOMERS_SHARE * lane.max_texts

@@ -1,10 +1,10 @@
 """Bring requests and computing threads together: admission, tokenizing, waiting, and an answer for each request.
 
-Replaces Infinity's ``BatchHandler``. That one passes a batch through five queues and four threads that poll and sleep
-(5 ms per step, so a single short text takes three times as long as its forward), tokenizes every text twice, and never
-recovers from an exception in one of its threads: the futures of that batch, and of every later one, are never resolved
-(michaelfeil/infinity #242, #483, #544). Here a thread that is free takes what is queued, without a timer, and whatever a
-forward does, every request in its batch gets an answer.
+Replaces Infinity's ``BatchHandler``. ``BatchHandler`` passes a batch through five queues and four threads that poll and
+sleep (5 ms per step, so a single short text takes three times as long as its forward), tokenizes every text twice, and
+never recovers from an exception in one of its threads: the futures of that batch, and of every later one, are never
+resolved (michaelfeil/infinity #242, #483, #544). Here a free thread takes the queued texts, without a timer. Every request
+in a batch gets an answer, even if the forward fails.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from gateway.types import Embeddings, EmbedJob, Priority, Truncate
 
 log = structlog.get_logger(__name__)
 
-# How long a stop waits for the batch in hand.
+# How long a stop waits for the running batch.
 _STOP_S = 10.0
 # When clients may try again after a card was lost: the process ends, is started again, and loads its models.
 _RESTART_S = 20
@@ -54,14 +54,14 @@ class Limits:
 class Batcher:
     """Batches the texts of all requests for one model.
 
-    Everything but the threads' own work happens on the event loop in which it is made.
+    Everything except the work of the threads happens on the event loop in which the batcher is created.
 
     Args:
         encoders: the replicas of the model, one for each device; they share one queue.
         warm_ups: batches that the thread of each replica computes before its first request.
 
     Attributes:
-        lost: the replicas whose cards can compute nothing more, with the reason.
+        lost: the replicas whose cards can no longer compute, with the reason.
     """
 
     def __init__(
@@ -92,16 +92,16 @@ class Batcher:
     # ---------------------------------------------------------------------------------------------- one request
 
     async def submit(self, job: EmbedJob, replica: int | None = None) -> Embeddings:
-        """Embed the texts of a job; return when the last vector is there.
+        """Embed the texts of a job, and return when the last vector is done.
 
-        Canceling the caller drops what is still queued.
+        If the caller is canceled, its queued texts are dropped.
 
         Args:
-            replica: the replica that must compute it, before anything else; ``None`` for the first that is free.
+            replica: the replica that must compute the job, before anything else; ``None`` for the first free replica.
 
         Raises:
             Overloaded: too much is waiting already.
-            ContextLengthExceeded: a text is too long, and the job says to refuse.
+            ContextLengthExceeded: a text is too long, and the job asks to refuse such texts.
             BadInput: the texts have more tokens together than the job allows.
             DeadlineExceeded: the job's deadline passed first.
             InternalError: the forward failed on one of the texts, or gave vectors that cannot be used.
@@ -141,7 +141,7 @@ class Batcher:
         return pending
 
     def _forget(self, handle: RequestHandle, pending: PendingRequest) -> None:
-        """Drop what is left of a request that has ended."""
+        """Drop the remaining data of a request that has ended."""
         handle.is_live = False
         del self._pending[handle]
         for sequence in pending.sequences:  # empty unless the request ended early
@@ -173,12 +173,12 @@ class Batcher:
                 if not sequence.is_taken:
                     waiters.append(waiter)
             is_last = first + len(texts) == len(job.texts)
-            if is_last or job.truncate is not Truncate.REFUSE:  # what may yet be refused is not begun
+            if is_last or job.truncate is not Truncate.REFUSE:  # a request that may still be refused is not started
                 self._batches.add(waiters, replica)
                 waiters = []
 
     async def _read(self, handle: RequestHandle, pending: PendingRequest, steps: Steps[Any]) -> Any:
-        """Run steps in their turn, and return their result; an empty list if the request has ended."""
+        """Run steps when it is their turn, and return their result; an empty list if the request has ended."""
         if pending.done.done():
             return []
         begun = time.monotonic()
@@ -215,7 +215,7 @@ class Batcher:
         self._end_requests(lost, lambda: InferenceFailed(message))
 
     def _end_requests(self, lost: Sequence[TokenSequence], error: Callable[[], RequestError]) -> None:
-        """Answer the requests that wait for sequences which will never be computed."""
+        """Answer the requests that wait for sequences that will never be computed."""
         for sequence in lost:
             self._sequences.pop(_key(sequence), None)
             for waiter in sequence.waiters:
@@ -227,7 +227,7 @@ class Batcher:
         self._call_soon(lambda: self.lose(replica, reason))
 
     def lose(self, replica: int, reason: str) -> None:
-        """Give a replica up whose card can compute nothing more: its batch gets an error, and others take what is queued.
+        """Give up a replica whose card can no longer compute: its batch gets an error, and others take the queued texts.
 
         Without another replica, all requests get the error, now and later.
         """
@@ -245,7 +245,7 @@ class Batcher:
             self._end_requests(worker.in_hand, error)
 
     def _call_soon(self, callback: Callable[[], None]) -> None:
-        with suppress(RuntimeError):  # at the end of the process the loop may be closed before a thread has ended
+        with suppress(RuntimeError):  # when the process ends, the loop may close before a thread does
             self._loop.call_soon_threadsafe(callback)
 
     def _deliver(self, batch: FinishedBatch) -> None:
@@ -262,7 +262,7 @@ class Batcher:
             self._sequences.pop(_key(sequence), None)
             for waiter in sequence.waiters:
                 pending = self._pending.get(waiter.handle)
-                if pending is None:  # its caller has gone meanwhile
+                if pending is None:  # its caller has gone in the meantime
                     continue
                 pending.sequences.discard(sequence)
                 if waiter.handle not in served:  # the first of a request's texts in a batch has waited longest
@@ -299,35 +299,35 @@ class Batcher:
 
     @property
     def num_requests(self) -> int:
-        """How many requests are pending."""
+        """The number of pending requests."""
         return len(self._pending)
 
     @property
     def num_texts(self) -> int:
-        """How many texts the pending requests of normal priority have."""
+        """The number of texts in the pending requests of normal priority."""
         return self._admission.num_texts
 
     @property
     def num_queued(self) -> int:
-        """How many texts wait for a computing thread, including those no longer needed."""
+        """The number of texts that wait for a computing thread, including texts that are no longer needed."""
         return self._batches.num_waiting
 
     @property
     def is_idle(self) -> bool:
-        """Whether nothing is left of any request, queued, counted or in hand."""
+        """Whether no part of any request is left: queued, counted or being computed."""
         is_counted = self._pending or self._sequences or not self._admission.is_empty
         return not is_counted and self._batches.is_empty and self._tokenizers.is_empty
 
     def busy_since(self, replica: int) -> float | None:
-        """Return when a replica's forward in hand began (``time.monotonic()``), or ``None``."""
+        """Return when a replica's running forward began (``time.monotonic()``); ``None`` without a running forward."""
         return self._workers[replica].busy_since
 
     def num_failed_in_a_row(self, replica: int) -> int:
-        """Return how many batches in a row have given nothing but errors on a replica."""
+        """Return how many consecutive batches on a replica have given only errors."""
         return self._workers[replica].num_failed_in_a_row
 
     def give_up(self, error: Callable[[], RequestError]) -> None:
-        """Answer all requests, now and later, with an error, and let go of the threads: one of them may hang forever."""
+        """Answer all current and future requests with an error, and abandon the threads: one may hang forever."""
         self._refusal = error
         self._batches.close()
         self._tokenizers.close()
@@ -336,7 +336,7 @@ class Batcher:
     # ------------------------------------------------------------------------------------------- start and stop
 
     async def spawn(self) -> None:
-        # The gauge stays, and must not keep the weights of a model that was stopped in memory.
+        # The gauge outlives the batcher, and must not keep the weights of a stopped model in memory.
         this = weakref.ref(self)
         gauges = {Priority.NORMAL: metrics.QUEUE_OLDEST_SECONDS, Priority.LOW: metrics.LOW_QUEUE_OLDEST_SECONDS}
         for priority, gauge in gauges.items():
@@ -346,21 +346,21 @@ class Batcher:
             worker.start()
 
     async def shutdown(self) -> None:
-        """Stop after the batch in hand; requests that still wait get :class:`ShuttingDown`."""
-        if len(self.lost) == len(self._workers):  # given up: a thread may hang
+        """Stop after the running batch; requests that still wait get :class:`ShuttingDown`."""
+        if len(self.lost) == len(self._workers):  # already given up: a thread may hang
             return
         self._refusal = _shutting_down
         self._batches.close()
         self._tokenizers.close()
         for worker in self._workers:
-            # A thread of asyncio's keeps its last call for a moment: with the worker, that would be the weights.
+            # A thread of asyncio keeps its last call for a moment. A call with the worker would keep the weights alive.
             await asyncio.to_thread(worker.thread.join, _STOP_S)
             if worker.thread.is_alive():
                 log.error("batch_hangs", model=self._model, seconds=_STOP_S)
         self._end_all(_shutting_down)
         if not await asyncio.to_thread(self._tokenizers.join, _STOP_S):
             log.error("tokenizer_hangs", model=self._model, seconds=_STOP_S)
-        # They refer back to this object: without the cycle, the weights go when nothing else holds them.
+        # The workers refer back to this object. Without the cycle, the weights are freed when nothing else holds them.
         self._workers.clear()
 
 
@@ -374,7 +374,7 @@ def _shutting_down() -> ShuttingDown:
 
 
 def _key(sequence: TokenSequence) -> Hashable:
-    """Return a key that two sequences share exactly when they are the same."""
+    """Return a key that is equal for two sequences exactly when the sequences are equal."""
     item = sequence.item
     tokens = item.tokens
     places = (tokens.spans, tokens.second, tokens.num_attended)

@@ -16,10 +16,10 @@ log = structlog.get_logger(__name__)
 
 
 def read_cards() -> None:
-    """Set the metrics of every card that this process may use.
+    """Set the metrics of all cards that this process may use.
 
-    They come from the driver's own library (NVML), which also answers when a card hangs; a call to CUDA would wait then,
-    and with it the whole gateway.
+    The values come from the driver's own library (NVML), which answers even when a card hangs. A call to CUDA would then
+    block the whole gateway.
     """
     import pynvml
 

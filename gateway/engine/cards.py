@@ -1,7 +1,8 @@
 """Find the graphics cards, decide whether each can be used, and say what to do about one that cannot.
 
-Imports no torch: commands that load no model ask here too. :func:`read_machine` looks at the machine,
-:meth:`Machine.obstacle_to` says why a setting gets no card, and :func:`find_obstacle` alone decides about a single card.
+This module does not import torch, because commands that load no model use it too. :func:`read_machine` looks at the
+machine, :meth:`Machine.obstacle_to` says why a setting gets no card, and :func:`find_obstacle` alone decides about a single
+card.
 """
 
 from __future__ import annotations
@@ -19,15 +20,15 @@ from pathlib import Path
 from gateway.engine.nvml import Card, Driver, Failure, read_driver, visible_cards
 
 PACKING_CAPABILITY = (8, 0)
-"""The least compute capability of the kernel that attends to packed texts (FlashAttention-2)."""
+"""The minimum compute capability of the attention kernel for packed texts (FlashAttention-2)."""
 
 CUDA_12_INDEX = "https://download.pytorch.org/whl/cu126"
 """The package index with the build of torch for drivers that run CUDA 12 and not 13."""
 
 # https://docs.nvidia.com/deploy/cuda-compatibility/minor-version-compatibility.html
 _LEAST_DRIVER = {13: 580, 12: 525}
-# https://github.com/pytorch/pytorch/blob/main/RELEASE.md#pytorch-cuda-support-matrix: the capabilities that the builds for
-# a version of CUDA, and for those up to the next, have kernels for: the least, and the first beyond the greatest.
+# https://github.com/pytorch/pytorch/blob/main/RELEASE.md#pytorch-cuda-support-matrix: for each version of CUDA, and those
+# up to the next, the compute capabilities for which the builds have kernels: the lowest, and the first that is too high.
 _KERNELS = {(12, 0): ((5, 0), (10, 0)), (12, 8): ((7, 5), (99, 0)), (13, 0): ((7, 5), (99, 0))}
 _LEAST_ON_ARM = (8, 0)
 
@@ -88,10 +89,10 @@ class TorchBuild:
 
 @dataclass(frozen=True, slots=True)
 class Surroundings:
-    """Where the process runs, as far as it matters for the advice.
+    """The environment of the process, as far as it matters for the advice.
 
     Attributes:
-        is_image: in the gateway's own image, or another one without the files that ``make`` needs.
+        is_image: the process runs in the gateway's own image, or in another image without the files that ``make`` needs.
         vendors: makers of the graphics cards on the PCI bus, which a container sees even if it may not use them.
     """
 
@@ -104,12 +105,12 @@ class Surroundings:
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """The cards of this machine, and all that decides whether they can be used.
+    """The cards of this machine, and the facts that decide whether they can be used.
 
     Attributes:
         visible: the cards that CUDA shows this process: ``cuda:0`` is the first.
         visible_devices: the value of ``CUDA_VISIBLE_DEVICES``, if it is set.
-        cuda_error: what CUDA said when torch started it, empty if it works; ``None`` if torch has not been asked.
+        cuda_error: CUDA's error when torch started it; empty if it works; ``None`` if torch has not been asked.
     """
 
     torch: TorchBuild | None
@@ -126,7 +127,7 @@ class Machine:
 
     @property
     def obstacle(self) -> Obstacle | None:
-        """Why no card can be used at all; ``None`` if one can."""
+        """The reason why no card can be used; ``None`` if at least one can."""
         if self.cuda_error != "" and (problem := self._common_obstacle()) is not None:
             return problem
         return _shared([find_obstacle(card, self.torch) for card in self.visible])
@@ -152,12 +153,12 @@ class Machine:
 
     @property
     def is_unsure(self) -> bool:
-        """Whether torch has to be asked: the driver's library does not answer, and this torch could use a card."""
+        """Whether torch must be asked, because the driver's library does not answer and this torch could use a card."""
         has_cuda = self.torch is not None and self.torch.cuda is not None
         return has_cuda and isinstance(self.driver, Failure) and self.cuda_error is None
 
     def obstacle_to(self, setting: str) -> Obstacle | None:
-        """Return why a setting of ``device`` gets no card; ``None`` if it gets one.
+        """Return why a value of ``device`` gets no card; ``None`` if it gets a card.
 
         Args:
             setting: ``auto``, ``cuda`` or ``cuda:N``.
@@ -173,7 +174,7 @@ class Machine:
         return find_obstacle(self.visible[index], self.torch)
 
     def left_out(self, index: int) -> Obstacle | None:
-        """Return why ``device: auto`` leaves a visible card out; ``None`` if it uses it."""
+        """Return why ``device: auto`` leaves out a visible card; ``None`` if it uses the card."""
         card = self.visible[index]
         if (obstacle := find_obstacle(card, self.torch)) is not None or card.capability >= PACKING_CAPABILITY:
             return obstacle
@@ -186,7 +187,7 @@ class Machine:
 
 
 def read_machine(environ: Mapping[str, str] = os.environ) -> Machine:
-    """Look at the driver, its cards, torch's build and the surroundings, as they are now. Takes some milliseconds."""
+    """Read the current state of the driver, its cards, torch's build and the surroundings. Takes a few milliseconds."""
     driver = read_driver()
     visible_devices = environ.get("CUDA_VISIBLE_DEVICES")
     cards = () if isinstance(driver, Failure) else driver.cards
@@ -194,7 +195,7 @@ def read_machine(environ: Mapping[str, str] = os.environ) -> Machine:
 
 
 def read_torch() -> TorchBuild | None:
-    """Read what the installed torch is built for, without importing it; ``None`` without torch."""
+    """Read the build target of the installed torch, without importing it; ``None`` without torch."""
     spec = find_spec("torch")
     if spec is None or spec.origin is None:
         return None
@@ -210,7 +211,7 @@ def read_torch() -> TorchBuild | None:
 
 
 def find_obstacle(card: Card, torch: TorchBuild | None) -> Obstacle | None:
-    """Return why a card cannot be used with a torch that is built for CUDA, whatever a model's entry says."""
+    """Return why a card cannot be used with a torch that is built for CUDA, regardless of a model's entry."""
     if card.error:
         return Obstacle(
             Reason.CARD_FAILED,
@@ -245,7 +246,7 @@ def describe_others(card: Card) -> str:
 
 
 def torch_index(driver: Driver) -> str | None:
-    """Return the package index of the torch that a driver can run: empty for PyPI; ``None`` if the driver is too old."""
+    """Return the package index of a torch that the driver can run: empty for PyPI; ``None`` if the driver is too old."""
     major = 0 if driver.cuda is None else driver.cuda[0]
     return "" if major >= 13 else CUDA_12_INDEX if major == 12 else None
 
@@ -254,7 +255,7 @@ def torch_index(driver: Driver) -> str | None:
 
 
 def _shared(obstacles: Sequence[Obstacle | None]) -> Obstacle | None:
-    """Return the obstacle of several cards: that of the first card, or ``None`` if a card has no obstacle."""
+    """Return the first card's obstacle if all cards have one; ``None`` if a card has no obstacle."""
     return None if None in obstacles else obstacles[0]
 
 
@@ -301,7 +302,7 @@ def _install(index: str, *, is_image: bool = False) -> str:
 
 
 def _absent(where: Surroundings) -> Obstacle:
-    """Return why there is no card for a driver that works, or for none."""
+    """Return why no card is present, with a working driver or without a driver."""
     if where.is_mac:
         return Obstacle(Reason.NOT_NVIDIA, "no accelerator is present that is supported; Apple's GPU (MPS) is not")
     if "NVIDIA" not in where.vendors and "AMD" in where.vendors:
@@ -309,7 +310,7 @@ def _absent(where: Surroundings) -> Obstacle:
     return Obstacle(Reason.NO_CARD, "no accelerator is present")
 
 
-# NVML's codes, which are part of its interface: https://docs.nvidia.com/deploy/nvml-api/group__nvmlDeviceEnumvs.html
+# Error codes of NVML, which are part of its interface: https://docs.nvidia.com/deploy/nvml-api/group__nvmlDeviceEnumvs.html
 _NO_PERMISSION, _NOT_LOADED, _NO_LIBRARY, _LOST, _MISMATCH, _UNKNOWN = 4, 9, 12, 15, 18, 999
 _MENDS = {
     _NO_PERMISSION: "let this user read and write /dev/nvidia* (groups `video` and `render`)",

@@ -16,8 +16,8 @@ class Cores:
     """Physical cores: a second thread on a core does not make matrices faster.
 
     Attributes:
-        per_node: how many on each NUMA node that has any, the most first.
-        quota: how many cores' time the control group grants (``docker run --cpus``); ``None`` for no limit.
+        per_node: number of cores on each NUMA node that has any, in descending order.
+        quota: number of cores whose time the control group grants (``docker run --cpus``); ``None`` for no limit.
     """
 
     per_node: tuple[int, ...]
@@ -30,7 +30,7 @@ class Cores:
 
 
 def read_cores(allowed: Collection[int] | None = None, system: Path = _SYSTEM) -> Cores:
-    """Read which cores there are.
+    """Read the usable cores.
 
     Args:
         allowed: numbers of the logical processors that may be used; ``None`` for those of this process's affinity.
@@ -46,7 +46,7 @@ def read_cores(allowed: Collection[int] | None = None, system: Path = _SYSTEM) -
 
 
 def _nodes(system: Path) -> dict[int, int]:
-    """Return the NUMA node of each logical processor; empty where the kernel knows of none."""
+    """Return the NUMA node of each logical processor; empty if the kernel reports none."""
     folders = (system / "devices/system/node").glob("node[0-9]*")
     return {
         processor: int(folder.name.removeprefix("node"))
@@ -62,7 +62,7 @@ def _numbers(ranges: str) -> list[int]:
 
 
 def _quota(folder: Path) -> float | None:
-    """Return how many cores' time a control group grants, in version 2 or 1 of its files."""
+    """Return the number of cores whose time a control group grants, from the files of version 2 or 1."""
     quota, _, period = _read(folder / "cpu.max").partition(" ")
     if not quota:
         quota, period = (_read(folder / f"cpu/cpu.cfs_{name}_us") for name in ("quota", "period"))

@@ -1,4 +1,4 @@
-"""Choose the device, the number format and the threads a model runs with."""
+"""Choose the device, the number format and the threads of a model."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from gateway.engine.memory import available_host_bytes, format_bytes
 from gateway.engine.nvml import Card
 from gateway.errors import LoadError
 
-# Memory of other processes on a card that is worth a word; a desktop takes less.
+# Memory of other processes on a card from which they are reported; a desktop takes less.
 _NOTED_BYTES = 2**30
 _MIN_STREAMS = 2
 _MAX_THREADS_A_STREAM = 4
 
 
 def choose_devices(setting: str) -> tuple[str, ...]:
-    """Resolve ``auto``, ``cpu``, ``cuda`` or ``cuda:N`` to the devices that get a replica of the model each.
+    """Resolve ``auto``, ``cpu``, ``cuda`` or ``cuda:N`` to devices; each gets a replica of the model.
 
-    ``auto`` uses every card that texts can be packed on, and the CPU if this machine has none. ``cuda`` uses the same, or
-    the older cards where there are only those, and never the CPU.
+    ``auto`` uses every card that can pack texts, or the CPU if this machine has no such card. ``cuda`` uses the same cards,
+    or older cards if it finds no others, but never the CPU.
 
     Raises:
         LoadError: the device is not present, or cannot be used; the message says what to do.
@@ -43,15 +43,15 @@ def choose_devices(setting: str) -> tuple[str, ...]:
         return (setting,)
     if setting != "auto":
         raise LoadError(f"device {setting} cannot be used: {obstacle}")
-    if obstacle.reason is Reason.CUDA_FAILED:  # the card is good and would be idle, unnoticed
+    if obstacle.reason is Reason.CUDA_FAILED:  # otherwise a good card would silently stay idle
         raise LoadError(f"{obstacle}; `device: cpu` in models.yaml runs it on the CPU")
     return ("cpu",)
 
 
 def leave_out_full(setting: str, devices: Sequence[str], needed_bytes: int) -> tuple[str, ...]:
-    """Leave the cards out that have too little free memory for a model, if ``device: auto`` has others that have enough.
+    """Leave out the cards with too little free memory for a model, if ``device: auto`` has others with enough.
 
-    If none has, the model may be refused, or wait for another one to leave the memory: all stay.
+    If no card has enough, all stay: the model may be refused, or wait until another model frees memory.
     """
     if setting != "auto" or len(devices) < 2:
         return tuple(devices)
@@ -63,7 +63,7 @@ def leave_out_full(setting: str, devices: Sequence[str], needed_bytes: int) -> t
 
 
 def _card_of(device: str, cards: Sequence[Card]) -> Card:
-    """Return the card of a CUDA device; one that nothing is known of, if it is not among the cards."""
+    """Return the card of a CUDA device; an unknown card if the device is not among the cards."""
     index = int(device.partition(":")[2])
     return cards[index] if index < len(cards) else Card(index)
 
@@ -72,7 +72,7 @@ def device_notes(setting: str, devices: Sequence[str]) -> tuple[str, ...]:
     """Return remarks for an operator about the choice of a model's devices: cards that are not used, or shared.
 
     Args:
-        setting: the one that led to the devices.
+        setting: the setting that led to the devices.
     """
     if setting == "cpu":
         return ()
@@ -95,17 +95,17 @@ def device_notes(setting: str, devices: Sequence[str]) -> tuple[str, ...]:
 
 
 def others_on(device: str) -> str:
-    """Describe the other processes on a device; empty without any, and for the CPU."""
+    """Describe the other processes on a device; empty without other processes, and for the CPU."""
     return "" if device == "cpu" else describe_others(_card_of(device, see_cards().visible))
 
 
 def see_cards() -> Machine:
-    """Return the machine with the cards as CUDA itself shows them. Takes as long as it takes to start CUDA.
+    """Return the machine with the cards as CUDA itself shows them. Takes as long as starting CUDA.
 
-    Where the driver's library does not answer, or does not know a card, CUDA's own description of it counts.
+    If the driver's library does not answer, or does not know a card, CUDA's own description of the card counts.
     """
     machine = read_machine()
-    if machine.torch is None or machine.torch.cuda is None:  # without CUDA, or ROCm, which also calls itself so
+    if machine.torch is None or machine.torch.cuda is None:  # without CUDA, or with ROCm, which also calls itself CUDA
         return machine
     if not torch.cuda.is_available():
         return replace(machine, cuda_error=_why_cuda_fails())
@@ -144,7 +144,7 @@ def card_uuid(index: int) -> str:
 
 
 def slice_uuid(name: str) -> str:
-    """Return the name by which the driver knows a CUDA device that is a slice of a card: torch names no kind."""
+    """Return the name by which the driver knows a CUDA device that is a slice of a card: torch omits the prefix."""
     return f"MIG-{name.removeprefix('GPU-')}"
 
 
@@ -187,7 +187,7 @@ def available_bytes(device: str) -> int:
 
 @dataclass(frozen=True, slots=True)
 class CpuThreads:
-    """The cores of a model: forwards that run side by side, and the threads of each.
+    """The cores of a model: the number of parallel forwards, and the threads of each.
 
     Attributes:
         are_bound: each stream stays on the cores of one NUMA node, near its memory.
@@ -199,17 +199,17 @@ class CpuThreads:
 
 
 def choose_cpu_threads(setting: int, runtime: str) -> CpuThreads:
-    """Share out the cores that this process may use; see :func:`share_cores`."""
+    """Distribute the cores that this process may use; see :func:`share_cores`."""
     return share_cores(read_cores(), setting, runtime)
 
 
 def share_cores(cores: Cores, setting: int, runtime: str) -> CpuThreads:
-    """Share cores out to the forwards of a model; ``setting`` is the number of threads to use, 0 lets the gateway choose.
+    """Distribute cores to the forwards of a model; ``setting`` is the number of threads, 0 lets the gateway choose.
 
-    The threads of one forward wait for each other after every operation: as soon as one of them shares its core with the
-    event loop, all are late. Forwards side by side do not wait for each other, so OpenVINO runs several streams of few
-    threads, and no stream has threads on two NUMA nodes. torch has one pool of threads, which spin while they wait: it
-    leaves one core to the event loop. Measured in docs/performance.md.
+    The threads of one forward wait for each other after every operation: if one of them shares its core with the event
+    loop, all are late. Parallel forwards do not wait for each other, so OpenVINO runs several streams with few threads
+    each, and no stream has threads on two NUMA nodes. torch has one pool of threads, which spin while they wait, so one
+    core is left to the event loop. Measured in docs/performance.md.
     """
     num_threads = setting or cores.num_usable
     if runtime != "openvino":
@@ -217,16 +217,16 @@ def share_cores(cores: Cores, setting: int, runtime: str) -> CpuThreads:
     if num_threads <= cores.per_node[0]:  # one node has room for all
         num_streams = min(num_threads, max(_MIN_STREAMS, num_threads // _MAX_THREADS_A_STREAM))
         return CpuThreads(num_streams, num_threads // num_streams)
-    if num_threads > sum(cores.per_node) or len(cores.per_node) == 1:  # more than there are, as the setting says
+    if num_threads > sum(cores.per_node) or len(cores.per_node) == 1:  # the setting asks for more than there are
         return share_cores(Cores((num_threads,)), setting, runtime)
     used = _first(cores.per_node, num_threads)
     per_stream = used[0] // max(1, used[0] // _MAX_THREADS_A_STREAM)
-    # A container with a quota shares its cores with others, which would bind theirs to the same ones.
+    # A container with a quota shares its cores with others, which would bind their threads to the same cores.
     return CpuThreads(sum(node // per_stream for node in used), per_stream, are_bound=cores.quota is None)
 
 
 def _first(per_node: Sequence[int], num_cores: int) -> list[int]:
-    """Return how many cores of each node are used when ``num_cores`` are, node by node."""
+    """Return the number of cores used on each node if ``num_cores`` are taken node by node."""
     used: list[int] = []
     for node in per_node:
         used.append(min(node, num_cores - sum(used)))
@@ -234,6 +234,6 @@ def _first(per_node: Sequence[int], num_cores: int) -> list[int]:
 
 
 def trim_host_memory() -> None:
-    """Give freed host memory back to the system, where the C library can: glibc keeps what lies between live blocks."""
+    """Return freed host memory to the system, if the C library can: glibc keeps free memory between live blocks."""
     with suppress(AttributeError):  # musl has none
         ctypes.CDLL(None).malloc_trim(0)

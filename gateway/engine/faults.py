@@ -1,4 +1,4 @@
-"""The meaning of an error of a forward pass: too little memory, a lost card, or a fault of its batch alone."""
+"""Classify an error of a forward pass: too little memory, a lost card, or a fault of only this batch."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _MEMORY_SIGNS = (
     "cublas_status_not_initialized",
     "cudnn_status_alloc_failed",
     "device_allocation_failed",  # cuDNN 9's name for it
-    "nvml_success ==",  # what torch raises when NVML cannot say who holds the memory: on a slice, and on small boards
+    "nvml_success ==",  # torch's error when NVML cannot say which process holds the memory: on a slice, and on small boards
 )
 # Messages of the errors after which "the process must be terminated and relaunched":
 # https://docs.nvidia.com/cuda/cuda-runtime-api/group__CUDART__TYPES.html
@@ -42,19 +42,19 @@ _FINAL_SIGNS = (
     "context is destroyed",
     "busy or unavailable",
 )
-# Any call to CUDA or to its libraries that fails may be the first to notice.
+# Any failing call to CUDA or its libraries may be the first to notice.
 _CUDA_SIGNS = ("cuda error", "cublas_status_", "cudnn_status_", "cuda driver error")
-# How long cached memory may take to be given back: freeing it waits for the kernels of its card, and one may hang.
+# The time limit for releasing cached memory: freeing it waits for the kernels of its card, and a kernel may hang.
 _RELEASE_S = 5.0
-# How long a card may take to answer whether it still computes: behind the kernels that have been launched before.
+# The time limit for a card to show that it still computes; earlier kernels run first.
 _ANSWER_S = 60.0
 
 
 class CardLost(Exception):
-    """A card computes nothing more in this process; the message has the device and the reason.
+    """A card can no longer compute in this process; the message has the device and the reason.
 
     Attributes:
-        device: the card's, where it is known.
+        device: the card's torch device, if known.
     """
 
     device: str | None = None
@@ -69,10 +69,10 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def is_card_lost(error: BaseException, device: str) -> bool:
-    """Return whether a card can compute nothing more in this process, after an error on it.
+    """Return whether a card can no longer compute in this process, after an error on it.
 
     CUDA's errors are of two kinds. After some, such as an illegal access to memory, every call fails with the same error
-    until the process ends. Others, such as a shape that a kernel cannot take, are over with the call. Where the message does
+    until the process ends. Others, such as a shape that a kernel cannot take, affect only that call. If the message does
     not tell, the card is asked to compute something.
 
     Args:
@@ -80,7 +80,7 @@ def is_card_lost(error: BaseException, device: str) -> bool:
     """
     if device == "cpu":
         return False
-    # Each error in the chain: code around the call may have raised one that says less, or have failed while it tidied up.
+    # Check each error in the chain: the surrounding code may have raised a less specific error, or failed during cleanup.
     errors = [
         one for one in _chain(error) if isinstance(one, RuntimeError) and not isinstance(one, torch.OutOfMemoryError)
     ]
@@ -90,12 +90,12 @@ def is_card_lost(error: BaseException, device: str) -> bool:
 
 
 def find_lost_card(error: BaseException, devices: Sequence[str]) -> str | None:
-    """Return which of some devices was lost, by an error of work that used them all; ``None`` if none was."""
+    """Return the device that was lost, after an error of work that used all of them; ``None`` if no device was lost."""
     for one in _chain(error):
         if isinstance(one, CardLost):
             return one.device or devices[0]
     suspects = [device for device in devices if is_card_lost(error, device)]
-    # An error does not say on which card it was: another one may be well.
+    # An error does not name its card, so another card may be well.
     broken = [device for device in suspects if len(suspects) > 1 and not still_computes(device)]
     return next(iter(broken or suspects), None)
 
@@ -107,7 +107,7 @@ def _is_from_cuda(error: RuntimeError) -> bool:
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
-    """Yield an error, and those that it was raised from or while they were handled."""
+    """Yield an error, then its causes and contexts."""
     seen: set[int] = set()
     following: BaseException | None = error
     while following is not None and id(following) not in seen:
@@ -117,19 +117,19 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def still_computes(device: str) -> bool:
-    """Return whether a card computes, and soon; too little memory does not count as a failure."""
+    """Return whether a card computes within the time limit; too little memory does not count as a failure."""
     try:
         return on_card(device, _ANSWER_S, lambda: float(torch.ones(8, device=device).sum()) == 8)
-    except Exception as error:  # of any class: that is the question
+    except Exception as error:  # any error means that the card does not compute
         return is_out_of_memory(error)
 
 
 def on_card(device: str, limit_s: float, work: Callable[[], T]) -> T:
-    """Do some work of a load on a device, and do not wait forever for a card that hangs.
+    """Do part of a load on a device, without waiting forever for a card that hangs.
 
     Raises:
-        CardLost: it has not ended within the limit; its thread is left behind.
-        Exception: what the work raises.
+        CardLost: the work has not ended within the limit; its thread is abandoned.
+        Exception: any error of the work.
     """
     if device == "cpu":
         return work()
@@ -155,7 +155,7 @@ def on_card(device: str, limit_s: float, work: Callable[[], T]) -> T:
 
 
 def release_memory() -> None:
-    """Give cached blocks of device memory back, so that others find room; wait a few seconds at most."""
+    """Release cached blocks of device memory for other models; wait a few seconds at most."""
     if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         return
     thread = threading.Thread(target=_empty_cache, name="release-memory", daemon=True)
@@ -168,5 +168,5 @@ def release_memory() -> None:
 def _empty_cache() -> None:
     try:
         torch.cuda.empty_cache()
-    except Exception as error:  # a lost card raises it from every call
+    except Exception as error:  # on a lost card, every call fails
         log.warning("memory_not_released", reason=str(error))

@@ -28,18 +28,18 @@ _HUB_TIMEOUT_S = 5.0
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """How a model would run, as far as that is known.
+    """A forecast of how a model would run, as far as it is known.
 
     Attributes:
         info: the model's info; ``None`` before its checkpoint has been downloaded.
         runtime: the runtime that would compute the forward.
-        memory: needed on each of its devices; ``None`` where only the download tells.
-        download_bytes: size of the download, 0 for none; ``None`` where the hub does not say. A download that was cut off
-            counts with its rest.
+        memory: the memory needed on each device; ``None`` if it is known only after the download.
+        download_bytes: size of the download, 0 for none; ``None`` if the hub does not say. Of an interrupted download, only
+            the rest counts.
         download_note: why the size is not from the hub, if it is not.
-        is_refused: the hub has answered, and does not give out the repository.
-        license: of the weights; empty if it is not known.
-        notes: what an operator should know about its devices.
+        is_refused: the hub has answered, but refuses access to the repository.
+        license: the license of the weights; empty if unknown.
+        notes: remarks for an operator about the devices.
     """
 
     devices: tuple[str, ...]
@@ -64,7 +64,7 @@ class _Known:
     download_bytes: int
 
 
-# The two of `models.yaml` that come from the hub.
+# The two models in `models.yaml` that come from the hub.
 _KNOWN = {
     "jinaai/jina-embeddings-v3-hf": _Known(
         Shape(572_000_000, 1024, 4096, Attention(16, 1024)),
@@ -77,9 +77,9 @@ _KNOWN = {
 
 
 class Forecaster:
-    """Forecasts one model after the other, each with the memory that those before it leave.
+    """Forecasts models one after the other; each gets the memory that the earlier ones leave.
 
-    Models that are loaded on demand come last: each may have all of the memory that those loaded at the start leave.
+    Models that are loaded on demand come last. Each may use all of the memory that the models loaded at the start leave.
     """
 
     def __init__(self) -> None:
@@ -90,8 +90,8 @@ class Forecaster:
         """Return how a model of this process would run here.
 
         Raises:
-            LoadError: its checkpoint cannot be served, or does not fit.
-            LicenseNotAccepted: its license forbids commercial use, and the entry does not accept that.
+            LoadError: the checkpoint cannot be served, or does not fit.
+            LicenseNotAccepted: the license forbids commercial use, and the entry does not accept that.
         """
         require_readable(entry)
         found = _planned(entry) if is_cached(entry) or entry.parsed_source.kind != "hub" else _not_downloaded(entry)
@@ -110,7 +110,7 @@ class Forecaster:
     def excesses(self) -> dict[str, tuple[int, int]]:
         """Return the devices on which the models that are loaded on demand do not fit together.
 
-        With the bytes that they need together, and those that they may share.
+        The values are the bytes that these models need together, and the bytes that they may share.
         """
         free = {device: self.free_bytes(device) for device in self._on_demand}
         return {device: (need, free[device]) for device, need in self._on_demand.items() if need > free[device]}

@@ -1,10 +1,10 @@
 """Infinity's ``AsyncEmbeddingEngine`` with our encoder and our batcher in it. The only import of ``infinity_emb``.
 
-Of the library, only the modules that are used are imported. Its package's ``__init__`` imports a web server, and
+Only the required modules of the library are imported. Its package's ``__init__`` imports a web server, and
 ``infinity_emb.inference`` imports all of Infinity's embedders with sentence-transformers: 1.8 s of CPU time and
-143 MiB at each start. So both packages are entered into ``sys.modules`` without being run, with the paths and specs that
-the import system finds for them; their modules are then imported as usual, and are the library's own, unchanged. A
-release that needs more of the two packages fails at this import.
+143 MiB at each start. So both packages are added to ``sys.modules`` without being executed, with the paths and specs that
+the import system finds. Their modules are then imported as usual, and are the library's own, unchanged. A release that
+needs more of the two packages fails at this import.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ _add_package("infinity_emb")
 _inference = _add_package("infinity_emb.inference")
 _inference.BatchHandler = _inference.select_model = None  # type: ignore[attr-defined]  # replaced: see `Engine`
 
-# The library reads its environment when it is imported, makes a cache folder in its home, or else in the working
-# directory, and clears the root logger's handlers. `gateway.engine` turns off its usage reports to PostHog.
+# At import, the library reads its environment, creates a cache folder in its home or in the working directory, and clears
+# the root logger's handlers. `gateway.engine` turns off its usage reports to PostHog.
 _root = logging.getLogger()
 _handlers, _level = list(_root.handlers), _root.level
 _home = os.environ.get("INFINITY_HOME")
@@ -99,7 +99,7 @@ class Engine(AsyncEmbeddingEngine):
     - ``astart`` and ``astop``: Infinity's ``BatchHandler`` is replaced with :class:`~gateway.engine.batcher.Batcher`,
       which says why.
 
-    What Infinity's own methods need of the two is at the end of this file.
+    The parts that Infinity's own methods need are at the end of this file.
     """
 
     def __init__(
@@ -120,7 +120,7 @@ class Engine(AsyncEmbeddingEngine):
         self._batcher: Batcher | None = None
 
     async def astart(self) -> None:
-        """Start the engine. It may be stopped and started again."""
+        """Start the engine; it may be stopped and started again."""
         if not self.running:
             self._batcher = Batcher(self.engine_args.served_model_name, self.encoders, self._limits, self._warm_ups)
             self._batch_handler = _BatchHandler(self._batcher, self._limits)  # type: ignore[assignment]  # Infinity's name
@@ -128,7 +128,7 @@ class Engine(AsyncEmbeddingEngine):
             self.running = True
 
     async def astop(self) -> None:
-        """Stop the engine after the batch in hand; requests that still wait get an error."""
+        """Stop the engine after the running batch; requests that still wait get an error."""
         if self.running and self._batcher is not None:
             self.running = False
             await self._batcher.shutdown()
@@ -138,7 +138,7 @@ class Engine(AsyncEmbeddingEngine):
         return {"embed"}
 
     async def submit(self, job: EmbedJob, replica: int | None = None) -> Embeddings:
-        """Embed a job: :meth:`Batcher.submit`, which says what it raises.
+        """Embed a job with :meth:`Batcher.submit`, which lists the other errors.
 
         Raises:
             ModelNotReady: the engine was never started.
@@ -146,10 +146,10 @@ class Engine(AsyncEmbeddingEngine):
         return await self._started().submit(job, replica)
 
     async def recheck(self, timeout_s: float, replica: int) -> str:
-        """Compare a replica with the golden vectors again; return what is wrong, or nothing.
+        """Compare a replica with the golden vectors again; return the problem, or an empty string.
 
         Raises:
-            RequestError: the replica did not answer; one of those of :meth:`Batcher.submit`.
+            RequestError: the replica did not answer; one of the errors of :meth:`Batcher.submit`.
         """
         if self._golden is None:
             return ""
@@ -161,24 +161,24 @@ class Engine(AsyncEmbeddingEngine):
 
     @property
     def num_queued(self) -> int:
-        """How many texts wait for a computing thread."""
+        """The number of texts that wait for a computing thread."""
         return 0 if self._batcher is None else self._batcher.num_queued
 
     def busy_since(self, replica: int) -> float | None:
-        """Return when a replica's forward in hand began (``time.monotonic()``), or ``None``."""
+        """Return when a replica's running forward began (``time.monotonic()``); ``None`` without a running forward."""
         return None if self._batcher is None else self._batcher.busy_since(replica)
 
     def num_failed_in_a_row(self, replica: int) -> int:
-        """Return how many batches in a row have given nothing but errors on a replica."""
+        """Return how many consecutive batches on a replica have given only errors."""
         return 0 if self._batcher is None else self._batcher.num_failed_in_a_row(replica)
 
     @property
     def lost(self) -> Mapping[int, str]:
-        """The replicas whose cards can compute nothing more in this process, with the reason."""
+        """The replicas whose cards can no longer compute in this process, with the reason."""
         return {} if self._batcher is None else self._batcher.lost
 
     def lose(self, replica: int, reason: str) -> None:
-        """Give a replica up whose card hangs; see :meth:`Batcher.lose`."""
+        """Give up a replica whose card hangs; see :meth:`Batcher.lose`."""
         if self._batcher is not None:
             self._batcher.lose(replica, reason)
 
@@ -187,7 +187,7 @@ class Engine(AsyncEmbeddingEngine):
         return self.encoders[replica].device
 
     def holders(self) -> list[weakref.ref[object]]:
-        """Return weak references to what holds the weights, by which to see whether they have gone."""
+        """Return weak references to the holders of the weights, to check later whether they are gone."""
         holders: list[object] = []
         for encoder in self.encoders:
             holders += [encoder, encoder.runtime]
@@ -202,14 +202,14 @@ class Engine(AsyncEmbeddingEngine):
         return self._batcher
 
     def give_up(self, error: Callable[[], RequestError]) -> None:
-        """Answer all requests, now and later, with an error, and let go of the threads: one of them may hang forever."""
+        """Answer all current and future requests with an error, and abandon the threads: one may hang forever."""
         self.running = False
         if self._batcher is not None:
             self._batcher.give_up(error)
 
 
 class _BatchHandler:
-    """A batcher, as the methods of Infinity's engine call it."""
+    """A batcher with the interface that the methods of Infinity's engine expect."""
 
     def __init__(self, batcher: Batcher, limits: Limits) -> None:
         self._batcher = batcher

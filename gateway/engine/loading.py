@@ -44,7 +44,7 @@ _BUILD_LIMIT_S = 1800.0
 
 @dataclass(frozen=True, slots=True)
 class LoadPlan:
-    """Everything that is known about a model before its weights are read: its wishes and its placement, in one."""
+    """All facts about a model before its weights are read: its wishes and its placement."""
 
     entry: ModelEntry
     checkpoint: Checkpoint
@@ -63,7 +63,7 @@ class LoadPlan:
 
     @property
     def device(self) -> str:
-        """The first of the devices: they are of one kind."""
+        """The first of the devices, which are all of one kind."""
         return self.devices[0]
 
     @property
@@ -75,7 +75,7 @@ class LoadPlan:
 
     @property
     def has_states(self) -> bool:
-        """Whether a text's tokens have states, which its vector is made of."""
+        """Whether a text's tokens have states, from which its vector is made."""
         return self.kind is ModelKind.EMBED and self.checkpoint.static is None and self.checkpoint.width > 0
 
     @property
@@ -116,7 +116,7 @@ class LoadPlan:
         )
 
     def as_loaded(self, engine: Engine) -> LoadPlan:
-        """Return the plan with the runtime that the model has got: torch may have replaced OpenVINO or packing."""
+        """Return the plan with the model's actual runtime: torch may have replaced OpenVINO or packing."""
         runtime = engine.encoders[0].runtime
         memory = plan_memory(
             self.checkpoint, self.dtype, runtime.name, self.max_tokens, self.max_batch_tokens, self.device
@@ -183,7 +183,7 @@ def require_room(plan: LoadPlan) -> None:
     """Refuse a model that does not fit into the memory that is free now.
 
     Raises:
-        TooLittleMemory: one of its devices has too little.
+        TooLittleMemory: a device has too little memory.
     """
     require_room_on(plan.devices, plan.memory)
 
@@ -220,7 +220,8 @@ def load_engine(plan: LoadPlan, settings: Settings, *, checks_golden: bool = Tru
             warm_ups.append(() if device == "cpu" else _card_batches(encoder, plan))
     limits = Limits(plan.max_batch_tokens, settings.max_queue_texts, settings.max_queue_tokens)
     if plan.device != "cpu":
-        # Products of few rows would otherwise be split and added up in 16 bits, and a text's vector depend on its company.
+        # Otherwise, products of few rows would be split and accumulated in 16 bits, and a text's vector would depend on its
+        # batch.
         torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
         metrics.at_scrape(read_cards)
@@ -247,7 +248,7 @@ def load_reference(plan: LoadPlan) -> Encoder:
 
 
 def _require_golden(plan: LoadPlan) -> None:
-    """Refuse float16 accumulation where it has no meaning, or where nothing watches over it."""
+    """Refuse float16 accumulation for other dtypes, or without golden vectors that check it."""
     if plan.entry.fp16_accumulation and (plan.dtype != "float16" or plan.entry.golden is None):
         raise LoadError(
             f"fp16_accumulation needs dtype float16 (this is {plan.dtype}) and golden vectors to watch over it (golden: "
@@ -256,7 +257,7 @@ def _require_golden(plan: LoadPlan) -> None:
 
 
 def _warm_up(encoder: Encoder, plan: LoadPlan) -> None:
-    """Run the shortest batch and a large one once, so that no request pays for first-time allocations.
+    """Run a minimal and a large batch once, so that no request pays for first-time allocations.
 
     A text of 32,768 tokens would take a large model minutes on a CPU.
     """
@@ -267,7 +268,7 @@ def _warm_up(encoder: Encoder, plan: LoadPlan) -> None:
         if plan.checkpoint.static is None:
             rows = encoder.tokenize(texts, task, Truncate.END)
             tokens = [row if len(row.ids) <= longest else replace(row, ids=row.ids[:longest]) for row in rows]
-        else:  # whose tokenizer may know none of the words above
+        else:  # its tokenizer may not know the words above
             tokens = [Tokens(list(range(plan.checkpoint.vocab_size)))] * 2
         for batch in (tokens[:1], tokens[1:]):
             try:
@@ -282,8 +283,8 @@ def _warm_up(encoder: Encoder, plan: LoadPlan) -> None:
 def _card_batches(encoder: Encoder, plan: LoadPlan) -> list[list[Item]]:
     """Return batches of several sizes, for the computing thread to run before its first request.
 
-    cuBLAS keeps its handle and its workspace for a thread, chooses a kernel by the number of rows, and loads each when it is
-    first used: tens of milliseconds that a request would wait.
+    cuBLAS keeps its handle and its workspace per thread, chooses a kernel by the number of rows, and loads each kernel on
+    first use. Without a warm-up, a request would wait tens of milliseconds for that.
     """
     [long] = encoder.tokenize(["warm up " * _WARM_UP_TOKENS], plan.info.default_task, Truncate.END)
     outputs = frozenset(plan.outputs)

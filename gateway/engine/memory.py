@@ -1,4 +1,4 @@
-"""Estimate the memory of a model before it is loaded, and compare it with what the device has."""
+"""Estimate the memory of a model before it is loaded, and compare it with the device's free memory."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class MemoryPlan:
     """Memory of a model on its device, in bytes: its weights, and the activations of its largest batch.
 
     Attributes:
-        card_bytes: what any model needs on a graphics card: CUDA's context, the workspaces of its libraries, rounding.
+        card_bytes: fixed memory of any model on a graphics card: CUDA's context, its libraries' workspaces, rounding.
     """
 
     weights_bytes: int
@@ -42,14 +42,14 @@ _CARD_BYTES = 512 * 2**20
 
 
 # Measured with torch 2.13 and transformers 5.23; `tests/engine/test_memory_of_texts.py` measures them again.
-# Bytes for each head and pair of tokens, in models whose attention is not computed in one kernel: scores, their copies
-# in float32, and what is added to them.
+# Bytes for each head and pair of tokens, in models whose attention is not computed in one kernel: scores, their copies in
+# float32, and the terms that are added to them.
 _SCORE_BYTES = {"mpnet": 13, "t5": 13, "gemma2": 12, "deberta-v2": 28}
 # The same in OpenVINO 2026.4.
 _COMPILED_SCORE_BYTES = {"mpnet": 16, "t5": 13, "gemma2": 4, "deberta-v2": 52}
-# Bytes for each pair of tokens of a text: masks of windows, and the numbers that they are made from.
+# Bytes for each pair of tokens of a text: window masks, and the numbers from which they are made.
 _WINDOW_BYTES = 22
-# A mask of 0 and 1 for each pair of tokens; the kernel makes numbers of it.
+# A mask of 0 and 1 for each pair of tokens, which the kernel converts to numbers.
 _MASK_BYTES = 1
 _COMPILED_MASK_BYTES = 3
 
@@ -95,8 +95,8 @@ def estimate_memory(
 
     A forward of T tokens holds, at its widest point, about the layer's input and residual, the query, key, value and
     context, and the feed-forward's input before and after its activation: T * (2 * width + 4 * attention + 2 *
-    intermediate) numbers, and three times the width in float32, in which norms are computed. What grows with the square
-    of a text's length is in :func:`_bytes_per_pair`. A document whose chunks are embedded together is one text.
+    intermediate) numbers, and three times the width in float32, in which norms are computed. :func:`_bytes_per_pair` has
+    the part that grows with the square of a text's length. A document whose chunks are embedded together is one text.
     """
     size = DTYPE_BYTES[dtype]
     tokens = max(max_batch_tokens, max_tokens)
@@ -107,7 +107,7 @@ def estimate_memory(
     scores, mask, window = _bytes_per_pair(shape, size, runtime)
     pairs = scores * max(alone, together) + mask * together + window * alone
     return MemoryPlan(
-        # OpenVINO packs a copy from torch's float32 weights, which are there until it is done.
+        # OpenVINO packs a copy of torch's float32 weights, which stay in memory until it is done.
         weights_bytes=shape.num_weights * (size + DTYPE_BYTES["float32"] if runtime == "openvino" else size),
         batch_bytes=activations + pairs,
         card_bytes=0 if device == "cpu" else _CARD_BYTES,
@@ -117,10 +117,10 @@ def estimate_memory(
 def _bytes_per_pair(shape: Shape, size: int, runtime: str) -> tuple[int, int, int]:
     """Return the bytes that a forward holds for each pair of tokens of a text.
 
-    Attention in one kernel writes no scores out, and a text that is computed alone needs no mask, unless there are windows.
+    Attention in one kernel does not store scores, and a single text needs no mask, except for windows.
 
     Returns:
-        Those of the scores, of the mask of a batch of several lengths, and of the masks of a text alone.
+        The bytes of the scores, of the mask of a batch of several lengths, and of the masks of a single text.
     """
     if runtime == "torch-packed":
         return 0, 0, 0
@@ -157,7 +157,7 @@ def available_host_bytes() -> int:
     """Return the memory that this process may still use, in bytes: the machine's, or less inside a container."""
     available = psutil.virtual_memory().available
     try:
-        # Inside a container the limit of its control group (version 2) is what counts; "max" means none.
+        # Inside a container, the limit of its control group (version 2) counts; "max" means no limit.
         limit = int(_CGROUP_LIMIT.read_text()) - int(_CGROUP_USED.read_text()) + _evictable_bytes()
     except (OSError, ValueError):
         return available
@@ -165,9 +165,9 @@ def available_host_bytes() -> int:
 
 
 def _evictable_bytes() -> int:
-    """Return the bytes of files that the control group holds in memory and gives up when it needs the room.
+    """Return the bytes of files that the control group caches in memory and can evict.
 
-    They count as used: after a few checkpoints have been read, little else would seem to be free.
+    The kernel counts them as used, so after reading a few checkpoints, hardly any memory would seem free.
     """
     with suppress(OSError):
         for line in _CGROUP_STAT.read_text().splitlines():
@@ -184,7 +184,7 @@ def format_bytes(num_bytes: int) -> str:
 
 
 def _num_weights(path: Path) -> int:
-    """Return how many numbers a weights file holds, from its header alone where it has one."""
+    """Return the count of numbers in a weights file, from its header if it has one."""
     if path.suffix != ".safetensors":
         return path.stat().st_size // 4  # a pickled state dict has no header; the usual ones hold float32
     return sum(prod(shape) for shape in read_shapes([path]).values())

@@ -1,6 +1,6 @@
 """Ask the driver about the graphics cards, through its own library (NVML).
 
-NVML works without CUDA, with any torch, and answers while a card hangs, when a call to CUDA would wait.
+NVML works without CUDA and with any torch. It answers even while a card hangs, when a call to CUDA would block.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class Process:
     """Another process that uses a card.
 
     Attributes:
-        memory_bytes: its memory on the card; ``None`` where the driver does not say (WSL2, some containers).
+        memory_bytes: its memory on the card; ``None`` if the driver does not say (WSL2, some containers).
     """
 
     pid: int
@@ -32,13 +32,13 @@ class Card:
     """A card, or a slice of one (MIG).
 
     Attributes:
-        index: its number in ``nvidia-smi``, which is in the order of the PCI bus.
+        index: its number in ``nvidia-smi``, in the order of the PCI bus.
         uuid: ``GPU-…`` or ``MIG-…``, as ``nvidia-smi -L`` shows it.
         capability: CUDA compute capability, such as (8, 6).
-        total_bytes: 0 where the driver does not say: a card that shares the memory of the CPU.
-        free_bytes: memory that no process uses; 0 where the driver does not say.
-        others: the other processes on it.
-        error: why the driver cannot read it, such as ``GPU is lost``; the other attributes are then empty.
+        total_bytes: its memory; 0 if the driver does not say, as for a card that shares the CPU's memory.
+        free_bytes: memory that no process uses; 0 if the driver does not say.
+        others: the other processes on the card.
+        error: why the driver cannot read the card, such as ``GPU is lost``; the other attributes are then empty.
     """
 
     index: int
@@ -56,9 +56,9 @@ class Driver:
     """The driver and its cards.
 
     Attributes:
-        version: such as ``550.54.14``.
-        cuda: the newest CUDA version that it runs; ``None`` if its CUDA library is not here.
-        cards: in the order of the PCI bus, whatever ``CUDA_VISIBLE_DEVICES`` says.
+        version: the version of the driver, such as ``550.54.14``.
+        cuda: the newest CUDA version that it supports; ``None`` if its CUDA library is not installed.
+        cards: the cards in the order of the PCI bus, regardless of ``CUDA_VISIBLE_DEVICES``.
     """
 
     version: str
@@ -79,7 +79,7 @@ class Failure:
 
 
 def read_driver() -> Driver | Failure:
-    """Return the driver with the present state of its cards, or why it does not answer. Takes some milliseconds."""
+    """Return the driver with the current state of its cards, or why it does not answer. Takes a few milliseconds."""
     import pynvml
 
     try:
@@ -94,11 +94,11 @@ def read_driver() -> Driver | Failure:
 
 
 def visible_cards(cards: tuple[Card, ...], setting: str | None) -> tuple[Card, ...]:
-    """Return the cards that CUDA shows: those listed, up to the first entry that is not a card, as CUDA reads it.
+    """Return the cards that CUDA shows: the listed cards, up to the first entry that is not a card, as in CUDA.
 
-    The list has numbers, of which only the leading digits count, or beginnings of UUIDs, each of one card alone. A card that
-    is listed twice hides all of them. CUDA numbers them in the order of the list, or of the PCI bus, which
-    ``gateway.engine`` asks it to use.
+    The list contains numbers, of which only the leading digits count, or unique prefixes of UUIDs. A card that is listed
+    twice hides all cards. CUDA numbers the cards in the order of the list, or of the PCI bus, as ``gateway.engine``
+    requests.
     """
     if setting is None:
         return cards
@@ -119,10 +119,10 @@ def visible_cards(cards: tuple[Card, ...], setting: str | None) -> tuple[Card, .
 
 @cache
 def load() -> Any:
-    """Return pynvml, initialized; a failure is not remembered.
+    """Return pynvml, initialized; a failure is not cached.
 
     Raises:
-        pynvml.NVMLError: there is no driver, or it does not answer.
+        pynvml.NVMLError: the driver is missing, or does not answer.
     """
     import pynvml
 
@@ -131,7 +131,7 @@ def load() -> Any:
 
 
 def _read_cards(nvml: Any, index: int) -> Iterator[Card]:
-    """Yield the card of a number, or its slices if it is divided."""
+    """Yield the card with an index, or its slices if it is divided."""
     try:
         handle = nvml.nvmlDeviceGetHandleByIndex(index)
         capability = tuple(nvml.nvmlDeviceGetCudaComputeCapability(handle))
@@ -162,7 +162,7 @@ def _slices(nvml: Any, handle: Any) -> Iterator[Any]:
 
 
 def _others(nvml: Any, handle: Any) -> Iterator[Process]:
-    """Yield the other processes on a card; one that computes and draws is listed twice by NVML."""
+    """Yield the other processes on a card; NVML lists a process that computes and draws twice."""
     seen = {os.getpid()}
     for ask in (nvml.nvmlDeviceGetComputeRunningProcesses, nvml.nvmlDeviceGetGraphicsRunningProcesses):
         for process in _or((), ask, handle):
@@ -174,7 +174,7 @@ def _others(nvml: Any, handle: Any) -> Iterator[Process]:
 
 
 def _or(default: Any, ask: Callable[..., Any], *args: Any) -> Any:
-    """Return an answer of NVML, or the default where this card or driver has none.
+    """Return NVML's answer, or the default if this card or driver does not support the call.
 
     Raises:
         pynvml.NVMLError_GpuIsLost: the card has fallen off the bus.
@@ -185,5 +185,5 @@ def _or(default: Any, ask: Callable[..., Any], *args: Any) -> Any:
         return ask(*args)
     except pynvml.NVMLError_GpuIsLost:
         raise
-    except (pynvml.NVMLError, UnicodeDecodeError):  # another process may have any bytes for a name
+    except (pynvml.NVMLError, UnicodeDecodeError):  # the name of another process may have any bytes
         return default

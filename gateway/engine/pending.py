@@ -18,13 +18,13 @@ from gateway.types import Embeddings, Output
 
 @dataclass(eq=False, slots=True)
 class PendingRequest:
-    """A request in flight: filled batch by batch, then done.
+    """A request in flight, which is filled batch by batch.
 
     Attributes:
-        text_name: name of its texts in an error.
-        tokenizing: the step of tokenizing that it waits for.
-        encoded: results of its items so far.
-        sequences: the sequences that it waits for.
+        text_name: name of the texts in an error message.
+        tokenizing: the tokenizing task that the request waits for.
+        encoded: the results so far, by index.
+        sequences: the sequences that the request waits for.
     """
 
     done: asyncio.Future[None]

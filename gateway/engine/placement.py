@@ -1,4 +1,4 @@
-"""Place a model: its devices, how it is computed there, and the memory that it needs on each."""
+"""Choose a model's devices, dtype and runtime, and estimate the memory that it needs on each device."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from gateway.engine.memory import MemoryPlan, plan_memory, require_memory
 from gateway.engine.model.choose import choose_runtime_of
 from gateway.engine.model.static import place_table
 
-# On a CPU a batch beyond some thousand tokens is no faster, only later; a GPU needs more to be busy.
+# On a CPU, a batch of more than some thousand tokens is not faster, only later; a GPU needs more tokens to be busy.
 MAX_BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
 
 
@@ -28,8 +28,8 @@ class Placement:
     """Where and how a model runs.
 
     Attributes:
-        devices: each gets a replica; they are of one kind.
-        memory: needed on each of them.
+        devices: the devices, all of one kind; each gets a replica.
+        memory: the memory that the model needs on each device.
         notes: remarks for an operator about the choice of the devices.
     """
 
@@ -45,7 +45,7 @@ def place(entry: ModelEntry, checkpoint: Checkpoint, max_tokens: int) -> Placeme
     """Place a model on the devices of this machine.
 
     Raises:
-        LoadError: the device that its entry asks for is missing or cannot run it.
+        LoadError: the device in the model's entry is missing, or cannot run the model.
     """
     if checkpoint.static is not None:  # a table of vectors is always on the CPU
         devices, dtype, runtime, max_batch_tokens = place_table(entry)
@@ -64,7 +64,7 @@ def require_room_on(devices: Sequence[str], memory: MemoryPlan) -> None:
     """Refuse a model that does not fit into the memory that is free now.
 
     Raises:
-        TooLittleMemory: one of the devices has too little.
+        TooLittleMemory: one of the devices has too little memory.
     """
     for device in devices:
         free = available_bytes(device)

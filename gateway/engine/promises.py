@@ -1,4 +1,4 @@
-"""Compare what a model that has just been loaded gives with its description."""
+"""Compare the outputs of a newly loaded model with its description."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def require_promised(
         found[Output.SPARSE] = encoded.sparse.values
     if encoded.multivector is not None:
         found[Output.MULTIVECTOR] = vectors = encoded.multivector
-        # BGE-M3's rule leaves out the first token; ColBERT's those of some words.
+        # BGE-M3's rule leaves out the first token, ColBERT's the tokens of some words.
         is_right = len(vectors) <= num_tokens if checkpoint.colbert else len(vectors) == num_tokens - 1
         if not is_right or vectors.shape[1] != checkpoint.token_width:
             raise LoadError(

@@ -1,4 +1,4 @@
-"""Jina's published numbers for Jina v3: the states that the real checkpoint must give in float32, in any implementation.
+"""Jina's published numbers for Jina v3: the states that any float32 implementation must give for the real checkpoint.
 
 From transformers' integration test (``tests/models/jina_embeddings_v3/test_modeling_jina_embeddings_v3.py``): numbers 1
 to 4 of the second token's state, without an adapter and with each.
@@ -14,9 +14,10 @@ SOURCE = "jinaai/jina-embeddings-v3-hf"
 TEXT = "Jina Embeddings V3 is great for semantic search."
 NUM_TOKENS = 17
 TOLERANCE = 1e-4
-"""Of the reference, in float32 with torch."""
+"""The tolerance of the reference, in float32 with torch."""
 SERVED_TOLERANCES = {"float32": 1e-3, "float16": 0.02, "bfloat16": 0.15}
-"""Of what serves, by its number format. The states are up to 3: rounding them once changes them by 0.001 or 0.008."""
+"""The tolerance of a serving runtime, by its number format. The states are up to 3: rounding them once changes them by
+0.001 or 0.008."""
 STATES: dict[str | None, tuple[float, float, float, float]] = {
     None: (-3.1011, 0.8560, -0.2491, 0.9427),
     "retrieval.query": (-1.9765, 0.7356, -0.4414, 0.5823),
@@ -28,7 +29,7 @@ STATES: dict[str | None, tuple[float, float, float, float]] = {
 
 
 def largest_deviation(runtime: Runtime, ids: list[int], adapters: dict[str | None, int]) -> dict[str | None, float]:
-    """Return the largest deviation of the states from the published ones, by task; the text has no instruction.
+    """Return the largest deviation from the published states, by task; the text has no instruction.
 
     Args:
         ids: tokens of :data:`TEXT`.

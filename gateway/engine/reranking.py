@@ -1,4 +1,4 @@
-"""Choose the outputs by which a model that embeds scores texts against a query."""
+"""Choose the outputs by which an embedding model scores texts against a query."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from gateway.types import Output
 
 
 def choose_weights(entry: ModelEntry, outputs: Sequence[Output]) -> Mapping[Output, float]:
-    """Return the outputs to score by, with their weights: the registry's, or all where they are more than ``dense``.
+    """Return the outputs for scoring, with their weights: the registry's, or all if they are more than ``dense``.
 
     Args:
-        outputs: those that are served.
+        outputs: the outputs that are served.
 
     Raises:
-        LoadError: the registry names another one.
+        LoadError: the registry names an output that is not served.
     """
     if missing := [output.value for output in entry.rerank if output not in outputs]:
         raise LoadError(f"rerank names {', '.join(missing)}, but the model's outputs are: {', '.join(outputs)}")

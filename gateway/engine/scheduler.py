@@ -1,18 +1,18 @@
-"""Decide what is computed next: a fair queue and a pure :func:`take`, with no clock, no lock and no waiting inside.
+"""Decide which texts to compute next: a fair queue and a pure :func:`take`, without a clock, a lock or waiting.
 
 Work is shared by *tokens*, first between callers and then between the requests of one caller, by fair queueing: each
-caller has a virtual time, which grows with the tokens it is served, and the caller with the lowest is served next. A
-newcomer starts at the present virtual time, so it neither waits for a backlog nor catches up on time in which it was
-idle: one text that arrives behind a request of 2,048 is in the next batch. The present virtual time is that of a caller
-with an even share so far (Demers, Keshav, Shenker: "Analysis and Simulation of a Fair Queueing Algorithm", SIGCOMM
-1989), and at least that of the caller being served (Goyal, Vin, Cheng: "Start-time Fair Queueing", SIGCOMM 1996). It
-advances with all work, so a stream of newcomers that would fill the device by itself does not starve a large request.
+caller has a virtual time, which grows with the tokens that it is served, and the caller with the lowest virtual time is
+served next. A newcomer starts at the current virtual time, so it neither waits for a backlog nor gets credit for idle time:
+one text that arrives after a request of 2,048 texts is in the next batch. The current virtual time is that of a caller with
+an even share so far (Demers, Keshav, Shenker: "Analysis and Simulation of a Fair Queueing Algorithm", SIGCOMM 1989), and at
+least that of the caller being served (Goyal, Vin, Cheng: "Start-time Fair Queueing", SIGCOMM 1996). It advances with all
+work, so a stream of newcomers that would fill the device by itself does not starve a large request.
 
-Work of low priority has a fair queue to itself (:class:`Lanes`), which is served only while the other one is empty. It can
-starve, until its deadline: that is what low priority means.
+Work of low priority has a separate fair queue (:class:`Lanes`), which is served only while the other is empty. It can
+starve until its deadline, by design.
 
-Infinity's ``CustomFIFOQueue`` sorts everything by length and cuts by the number of items: a long text waits as long as
-shorter ones arrive, and 32 long ones are one batch, whatever their size.
+Infinity's ``CustomFIFOQueue`` sorts everything by length and limits a batch by its number of items: a long text waits as
+long as shorter texts arrive, and 32 long texts are one batch, regardless of their size.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class RequestHandle:
 
     Attributes:
         caller: the client that sent the request.
-        deadline: point in time after which its waiters are no longer computed.
+        deadline: the time after which its waiters are no longer computed.
         is_live: set to ``False`` once the answer is no longer needed; its waiters are then dropped, not computed.
     """
 
@@ -78,15 +78,15 @@ class Waiter:
 
 
 class Waiting(Protocol):
-    """What can wait in a :class:`FairQueue`."""
+    """An entry that can wait in a :class:`FairQueue`."""
 
     @property
     def handle(self) -> RequestHandle:
-        """The request that it belongs to."""
+        """The request to which the entry belongs."""
 
     @property
     def num_tokens(self) -> int:
-        """Its amount of work, in tokens or any other unit that the queue shares out."""
+        """The amount of work, in tokens or another unit that the queue distributes."""
 
 
 T = TypeVar("T")
@@ -105,7 +105,7 @@ class _FairHeap(Generic[T]):
 
     def __init__(self) -> None:
         self._heap: list[_Share[T]] = []
-        self._now = 0.0  # the present virtual time; never goes back
+        self._now = 0.0  # the current virtual time; never decreases
         self._arrivals = 0
 
     def __bool__(self) -> bool:
@@ -119,13 +119,13 @@ class _FairHeap(Generic[T]):
         return self._heap[0].holder
 
     def charge(self, num_tokens: int, num_sharing: int) -> None:
-        """Charge the first of ``num_sharing`` holders for the work it was given, which may make another the first."""
+        """Charge the first of ``num_sharing`` holders for its work, after which another holder may be first."""
         share = self._heap[0]
         self._now = max(self._now + num_tokens / num_sharing, share.virtual_time)
         heapq.heapreplace(self._heap, _Share(share.virtual_time + num_tokens, share.arrival, share.holder))
 
     def leave(self) -> None:
-        """Remove the first holder. The virtual time advances to its own, so it gains nothing by coming back at once."""
+        """Remove the first holder. The virtual time advances to the holder's, so returning at once gains nothing."""
         self._now = max(self._now, heapq.heappop(self._heap).virtual_time)
 
 
@@ -140,12 +140,12 @@ class _Request(Generic[W]):
 @dataclass(eq=False, slots=True)
 class _Caller(Generic[W]):
     name: str
-    num_waiting: int = 0  # requests with waiters; one without is kept for its virtual time until that is reached
+    num_waiting: int = 0  # requests with waiters; a request without waiters is kept until its virtual time is reached
     requests: _FairHeap[_Request[W]] = field(default_factory=_FairHeap)
 
 
 class QueueStats(NamedTuple):
-    """What a :class:`FairQueue` remembers; all zero when its last waiter has gone."""
+    """The size of a :class:`FairQueue`; all counts are zero when its last waiter has gone."""
 
     num_callers: int
     num_requests: int
@@ -161,9 +161,9 @@ class FairQueue(Generic[W]):
         self._requests: dict[RequestHandle, _Request[W]] = {}
         self._num_waiting = 0  # callers with waiters
         self.num_tokens = 0
-        """Tokens of everything that waits, including what is no longer needed."""
+        """The number of waiting tokens, including tokens that are no longer needed."""
         self.num_small = 0
-        """Small requests of which :func:`take` has taken the first waiter, so far."""
+        """The number of small requests whose first waiter :func:`take` has taken so far."""
 
     @property
     def num_waiters(self) -> int:
@@ -179,7 +179,7 @@ class FairQueue(Generic[W]):
         return bool(self._order)
 
     def add(self, waiters: Iterable[W]) -> None:
-        """Queue waiters; those of one handle are served in the order in which they were added."""
+        """Queue waiters; the waiters of one handle are served in the order of their addition."""
         for waiter in waiters:
             request = self._requests.get(waiter.handle) or self._join(waiter.handle)
             if not request.waiters:
@@ -201,7 +201,7 @@ class FairQueue(Generic[W]):
         return request
 
     def peek(self, now: float) -> W | None:
-        """Return the waiter that is served next, and drop those before it that are no longer needed."""
+        """Return the waiter to serve next, and drop earlier waiters that are no longer needed."""
         while self._order:
             caller = self._order.first()
             while caller.requests:
@@ -218,7 +218,7 @@ class FairQueue(Generic[W]):
         return None
 
     def is_small(self, max_tokens: int) -> bool:
-        """Return whether the request that is served next is new, and has at most ``max_tokens`` tokens waiting."""
+        """Return whether the next request is new, and has at most ``max_tokens`` tokens waiting."""
         request = self._order.first().requests.first()
         return not request.is_begun and request.num_tokens <= max_tokens
 
@@ -242,7 +242,7 @@ class FairQueue(Generic[W]):
 
 
 class Lanes(Generic[W]):
-    """Two fair queues, of which that of low priority is served only while nothing waits in the other.
+    """Two fair queues; the queue of low priority is served only while the other is empty.
 
     Not safe across threads: guard it.
     """
@@ -267,7 +267,7 @@ class Lanes(Generic[W]):
             lane.add((waiter,))
 
     def pop(self, now: float) -> W | None:
-        """Remove and return the waiter that is served next, at the price of its tokens; ``None`` if nothing is needed."""
+        """Remove and return the next waiter, at the price of its tokens; ``None`` if no waiter is needed."""
         for lane in (self.normal, self.low):
             if (waiter := lane.peek(now)) is not None:
                 return lane.pop(waiter.num_tokens)
@@ -281,16 +281,16 @@ def take(
     max_shared_tokens: int | None = None,
     is_shared: bool = False,
 ) -> list[TokenSequence]:
-    """Remove and return the next batch: what to compute in fair order, up to ``max_batch_tokens`` tokens together.
+    """Remove and return the next batch: sequences in fair order, up to ``max_batch_tokens`` tokens together.
 
-    A waiter that is larger than the budget on its own is a batch by itself. Waiters whose handle has gone or is past
-    its deadline are dropped, and so are those that have meanwhile been computed for another request. The result is empty
-    exactly when nothing is left to compute.
+    A waiter that exceeds the budget alone is a batch by itself. Waiters are dropped if their handle has gone or is past its
+    deadline, or if they have been computed for another request in the meantime. The result is empty exactly when nothing is
+    left to compute.
 
     Args:
-        max_shared_tokens: a request of at most this many tokens is small. A batch with a small request in it takes at
-            most this many tokens of larger ones, as the small one waits until the whole batch is done.
-        is_shared: apply that limit to any batch, as a small request may come at any moment.
+        max_shared_tokens: a request of at most this many tokens is small. A batch with a small request takes at most this
+            many tokens of larger requests, because the small request waits until the whole batch is done.
+        is_shared: apply that limit to every batch, because a small request may come at any moment.
     """
     batch: list[TokenSequence] = []
     small: set[RequestHandle] = set()

@@ -14,24 +14,23 @@ Span: TypeAlias = tuple[float, float]
 
 
 class Stage(IntEnum):
-    """What a request is doing. Several stages may overlap; the first of them in this order counts."""
+    """A stage of a request. Stages may overlap; the first in this order counts."""
 
     INFERENCE = 0
-    """A batch that holds one of its texts is being computed."""
+    """A batch with one of the request's texts is being computed."""
     QUEUE = 1
-    """A text of it waits for a batch."""
+    """A text of the request waits for a batch."""
     TOKENIZE = 2
-    """A text of it is being tokenized."""
+    """A text of the request is being tokenized."""
     TURN = 3
-    """It waits for its turn to be tokenized."""
+    """The request waits for its turn to be tokenized."""
 
 
 class Timeline:
     """The stages of a request in time.
 
-    Its stages overlap: while the first texts are computed, others wait, and the rest is still being tokenized. Each
-    moment is counted once, so that the parts add up to no more than the time that has passed, however many batches ran
-    side by side.
+    Its stages overlap: while the first texts are computed, others wait, and the rest is still being tokenized. Each moment
+    is counted once, so that the parts never add up to more than the elapsed time, even with parallel batches.
     """
 
     def __init__(self) -> None:
@@ -53,7 +52,7 @@ class Timeline:
 
 
 def covered_s(spans: Iterable[Span]) -> float:
-    """Return how many seconds lie in at least one of the spans."""
+    """Return the number of seconds that at least one of the spans covers."""
     seconds, until = 0.0, float("-inf")
     for start, end in sorted(spans):
         seconds += max(0.0, end - max(start, until))

@@ -1,10 +1,10 @@
 """The threads that tokenize for one model, and the fair queues in front of them.
 
-Work is shared out as the scheduler shares out the device, only by characters in place of tokens: between callers first,
-then between the requests of one caller. A text is read in steps (:mod:`gateway.engine.model.tokenizer`), and a request that
-has another step to go waits for its turn again, one of low priority until nothing else waits. So a short text waits for the
-step in hand and not for the work of others, however many long texts they have sent. Steps of many characters have a separate
-thread, as they cannot be interrupted.
+Work is distributed as the scheduler distributes the device, but by characters instead of tokens: first between callers,
+then between the requests of one caller. A text is read in steps (:mod:`gateway.engine.model.tokenizer`). After each step a
+request waits for its turn again, and a request of low priority waits until nothing else waits. So a short text waits only
+for the current step, no matter how many long texts others have sent. Steps of many characters have a separate thread,
+because they cannot be interrupted.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from gateway.engine.scheduler import Lanes, RequestHandle
 
 T = TypeVar("T")
 
-# From so many characters on, a step goes to the thread for long ones; up to here it takes some 20 ms.
+# A step of more characters than this goes to the thread for long steps. A step of this size takes about 20 ms.
 LONG_STEP_CHARS = 20_000
 
 
@@ -31,9 +31,9 @@ class TokenizeTask:
     """One text, or a few short ones, on their way through the tokenizer.
 
     Attributes:
-        done: gets the result of the steps, or their error.
-        num_tokens: characters of the next step (the queue's word for how much work it is).
-        spans: when its steps were run, as (start, end) on ``time.monotonic()``.
+        done: receives the result of the steps, or their error.
+        num_tokens: number of characters of the next step (the queue's name for an amount of work).
+        spans: when the steps ran, as (start, end) on ``time.monotonic()``.
     """
 
     handle: RequestHandle
@@ -78,7 +78,7 @@ class _TokenizerThread:
     def _run(self) -> None:
         while (task := self._next()) is not None:
             self._read(task)
-            del task  # or its texts would stay until the next one comes
+            del task  # otherwise its texts would stay in memory until the next task
 
     def _next(self) -> TokenizeTask | None:
         with self._changed:
@@ -90,7 +90,7 @@ class _TokenizerThread:
 
 
 class TokenizerPool:
-    """Runs the steps of readings in two threads, in fair order.
+    """Runs the steps of tokenizing in two threads, in fair order.
 
     Args:
         loop: the event loop that waits for the results.
@@ -106,16 +106,16 @@ class TokenizerPool:
             desk.start()
 
     def begin(self, handle: RequestHandle, steps: Steps[Any]) -> TokenizeTask:
-        """Run steps when their turn comes. Call it on the event loop.
+        """Run steps when it is their turn. Call this on the event loop.
 
-        What is still in the queue when its handle ends is dropped, and ``done`` is then never set.
+        A task that is still queued when its handle ends is dropped, and its ``done`` is never set.
         """
         task = TokenizeTask(handle, steps, self._loop.create_future())
         self._go_on(task, started=None)
         return task
 
     def close(self) -> None:
-        """Let the threads end after the step in hand; what still waits is dropped."""
+        """End the threads after their current step; waiting tasks are dropped."""
         for desk in (self._short, self._long):
             desk.close()
 
@@ -126,20 +126,20 @@ class TokenizerPool:
 
     @property
     def is_empty(self) -> bool:
-        """Whether nothing waits for its turn, even if no longer needed."""
+        """Whether no task waits for its turn, even one that is no longer needed."""
         return self._short.is_empty and self._long.is_empty
 
     def _read(self, task: TokenizeTask) -> None:
         self._go_on(task, started=time.monotonic())
 
     def _go_on(self, task: TokenizeTask, started: float | None) -> None:
-        """Run the next step, up to the point where the size of the one after it is known."""
+        """Run the next step, up to the point where the size of the following step is known."""
         result, error = None, None
         try:
             task.num_tokens = next(task.steps)
         except StopIteration as end:
             result = end.value
-        except BaseException as raised:  # a tokenizer may raise anything, and its caller must get an answer
+        except BaseException as raised:  # a tokenizer may raise any error, and its caller must get an answer
             error = raised
         else:
             if started is not None:
@@ -148,7 +148,7 @@ class TokenizerPool:
             return
         if started is not None:
             task.spans.append((started, time.monotonic()))
-        with suppress(RuntimeError):  # at the end of the process the loop may be closed before a thread has ended
+        with suppress(RuntimeError):  # when the process ends, the loop may close before a thread does
             self._loop.call_soon_threadsafe(_finish, task.done, result, error)
 
 

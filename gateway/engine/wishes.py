@@ -1,4 +1,4 @@
-"""What an entry of the registry asks of its checkpoint, where the checkpoint has it."""
+"""Read the features that a registry entry requests from its checkpoint, and check that the checkpoint has them."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from gateway.types import Output
 
 @dataclass(frozen=True, slots=True)
 class Wishes:
-    """What a model serves: the entry's wishes, and the checkpoint's own where it has none.
+    """The served features of a model: the entry's wishes, or the checkpoint's own values.
 
     Attributes:
         outputs: the outputs that are served.
-        dimensions: accepted sizes of a dense vector, largest first; none for a model without one.
+        dimensions: accepted sizes of a dense vector, largest first; empty for a model without dense vectors.
         tasks: instruction of each task, by canonical name.
-        instruction: put before a text that has no task.
-        ranges: of the dimensions, by size, if the registry names a file.
+        instruction: the instruction for a text without a task.
+        ranges: ranges of the dimensions, by size, if the registry names a file.
     """
 
     outputs: tuple[Output, ...]
@@ -41,7 +41,7 @@ def read_wishes(entry: ModelEntry, checkpoint: Checkpoint) -> Wishes:
     """Read an entry and its checkpoint together.
 
     Raises:
-        LoadError: the checkpoint cannot do what the entry asks of it.
+        LoadError: the checkpoint lacks a feature that the entry requests.
     """
     if checkpoint.classifier is not None:
         _require_no_vectors(entry)
@@ -55,10 +55,10 @@ def read_wishes(entry: ModelEntry, checkpoint: Checkpoint) -> Wishes:
 
 
 def _require_no_vectors(entry: ModelEntry) -> None:
-    """Refuse keys of the registry that only a model that embeds may have.
+    """Refuse registry keys that only an embedding model may have.
 
     Raises:
-        LoadError: names the keys.
+        LoadError: the entry has such keys; the message names them.
     """
     asked = [
         key for key in ("default_task", "prompts", "dimensions", "golden", "ranges", "rerank") if getattr(entry, key)
@@ -69,7 +69,7 @@ def _require_no_vectors(entry: ModelEntry) -> None:
 
 
 def _outputs(entry: ModelEntry, checkpoint: Checkpoint) -> tuple[Output, ...]:
-    """Return the outputs to serve: those of the registry; a model without a dense output has its own by default."""
+    """Return the outputs to serve: the registry's; by default, a model without a dense output serves its own."""
     if Output.DENSE not in checkpoint.outputs:
         if named := [key for key in ("dimensions", "golden", "ranges") if getattr(entry, key)]:
             raise LoadError(
@@ -101,7 +101,7 @@ def _dimensions(entry: ModelEntry, checkpoint: Checkpoint) -> tuple[int, ...]:
 
 
 def _tasks(entry: ModelEntry, checkpoint: Checkpoint) -> dict[str, str]:
-    """Return the instruction of each task: the registry's ``prompts`` over the checkpoint's own."""
+    """Return the instruction of each task; the registry's ``prompts`` override the checkpoint's own."""
     tasks = tasks_of(checkpoint.prompts, entry.prompts, checkpoint.adapters)
     if checkpoint.has_sides:
         tasks = {**dict.fromkeys(RETRIEVAL, ""), **tasks}
@@ -109,7 +109,7 @@ def _tasks(entry: ModelEntry, checkpoint: Checkpoint) -> dict[str, str]:
             raise LoadError(f"the task {others[0]!r} cannot be: this model has queries and documents only")
     if checkpoint.adapters:
         bare = [task for task in tasks if task not in checkpoint.adapters]
-        if bare:  # its texts would be embedded without an adapter, in a space that no task was trained for
+        if bare:  # without an adapter, its texts would be in a space for which no task was trained
             raise LoadError(f"the task {bare[0]!r} has no adapter; there are: {', '.join(checkpoint.adapters)}")
     default = entry.default_task
     if default is None and checkpoint.layout is Layout.JINA_V5:
@@ -123,6 +123,6 @@ def _tasks(entry: ModelEntry, checkpoint: Checkpoint) -> dict[str, str]:
 
 
 def _instruction(checkpoint: Checkpoint, tasks: Mapping[str, str]) -> str:
-    """Return the instruction of a text without a task: the default prompt, as the registry may have changed it."""
+    """Return the instruction of a text without a task: the default prompt, which the registry may override."""
     name = checkpoint.default_prompt
     return "" if name is None else tasks.get(canonical_task(name), "")

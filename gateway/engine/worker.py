@@ -22,21 +22,21 @@ from gateway.types import Output
 
 log = structlog.get_logger(__name__)
 
-# Fewer tokens than this are not split between idle threads: the fixed cost of a forward is about as high.
+# Do not split fewer tokens than this between idle threads: the fixed cost of a forward is about as high.
 _LEAST_SHARE_TOKENS = 64
-# A batch should take no longer than this, as requests that arrive meanwhile wait for it.
+# A batch should take no longer than this, because requests that arrive in the meantime wait for it.
 _LONGEST_BATCH_S = 0.5
 # No batch is made smaller than this: forwards of fewer tokens are clearly slower per token.
 _FULL_FORWARD_TOKENS = 512
-# Large requests get one of this many parts of a batch while a small request waits, and for some seconds after the last
-# small one: the next small request has to wait for the batch that is running when it arrives. Work of low priority never
-# gets more: requests wait for it however rarely they come.
+# While a small request waits, and for some time after the last one, large requests get only this fraction of a batch (one
+# of so many parts), because the next small request must wait for the batch that runs when it arrives. Work of low priority
+# never gets more, because requests wait for it no matter how rarely they come.
 _SHARED_PART = 4
 _SHARED_S = 1.0
-# That part takes no longer than this either, where the rate is known. On two cores, MiniLM computes 640 tokens in 50 ms, at
+# That part also takes no longer than this, if the rate is known. On two cores, MiniLM computes 640 tokens in 50 ms, at
 # 95 % of its rate with full batches, and 1,600 in 125.
 _LONGEST_SHARED_S = 0.05
-# The pause after a fault in the code around the model: it may recur at once and fill the log.
+# The pause after a fault in the code around the model, which may recur at once and fill the log.
 _FAULT_PAUSE_S = 0.05
 # How much the newest batch counts in the measured rate.
 _RATE_WEIGHT = 0.1
@@ -94,19 +94,19 @@ class BatchQueue:
         return batch or take(lane, min(self._budget(lane), max(_FULL_FORWARD_TOKENS, part)), now)
 
     def _most_shared(self, part: int) -> int:
-        """Return how many tokens of large requests a batch has at most while small ones come."""
+        """Return the maximum number of large requests' tokens in a batch while small requests come."""
         if self._tokens_per_s is None:
             return part
         least = _FULL_FORWARD_TOKENS // _SHARED_PART
         return min(part, max(least, round(self._tokens_per_s * _LONGEST_SHARED_S)))
 
     def _budget(self, lane: FairQueue[Waiter]) -> int:
-        """Return how many tokens one thread may take: no more than its share when others are idle as well."""
+        """Return how many tokens one thread may take: no more than its share if other threads are idle."""
         share = max(_LEAST_SHARE_TOKENS, ceil(lane.num_tokens / self._num_idle))
         return min(self._largest_batch(), share)
 
     def _largest_batch(self) -> int:
-        """Return the token limit: lower than configured where a full batch would make newcomers wait too long."""
+        """Return the token limit of a batch, which is lower than configured if newcomers would wait too long."""
         if self._tokens_per_s is None:
             return self._max_batch_tokens
         return min(self._max_batch_tokens, max(_FULL_FORWARD_TOKENS, round(self._tokens_per_s * _LONGEST_BATCH_S)))
@@ -120,13 +120,13 @@ class BatchQueue:
 
     @property
     def num_waiting(self) -> int:
-        """How many texts wait for a thread, including those no longer needed."""
+        """The number of texts that wait for a thread, including texts that are no longer needed."""
         with self._changed:
             return self._lanes.num_waiters + sum(queue.num_waiters for queue in self._pinned.values())
 
     @property
     def is_empty(self) -> bool:
-        """Whether nothing is left of anything that was queued."""
+        """Whether the queue holds nothing any more."""
         with self._changed:
             return not self._lanes and not any(self._pinned.values())
 
@@ -144,10 +144,10 @@ class BatchQueue:
 
 @dataclass(frozen=True, slots=True)
 class FinishedBatch:
-    """A batch with a result for each of its sequences, and when it ran (``time.monotonic()``).
+    """A batch with a result for each of its sequences, and its times on ``time.monotonic()``.
 
     Attributes:
-        num_padding: tokens of padding that were computed with its own.
+        num_padding: number of padding tokens that were computed in addition.
     """
 
     sequences: Sequence[TokenSequence]
@@ -162,16 +162,16 @@ class Worker:
 
     Args:
         deliver: called in the thread with each finished batch.
-        on_fault: called in the thread when its own code, not the model, has failed, with the batch in hand, which is
-            lost. Without a batch, the queue has failed, and its content may be lost.
-        on_card_lost: called in the thread when its card can compute nothing more, with the replica and the reason; the
-            batch in hand is lost, and the thread ends.
+        on_fault: called in the thread when its own code, not the model, has failed, with the running batch, which is lost.
+            Without a batch, the queue has failed, and its content may be lost.
+        on_card_lost: called in the thread when its card can no longer compute, with the replica and the reason; the running
+            batch is lost, and the thread ends.
         replica: index of the model's replica.
         warm_up: batches to compute first, in the thread.
 
     Attributes:
-        thread: computes, from ``start`` until the queue is closed or the card is lost.
-        is_retired: it takes no more batches.
+        thread: the computing thread, which runs from ``start`` until the queue is closed or the card is lost.
+        is_retired: whether the worker takes no more batches.
     """
 
     def __init__(
@@ -204,7 +204,7 @@ class Worker:
 
     @property
     def busy_since(self) -> float | None:
-        """When the current forward began, or last finished a part of its batch; ``None`` without one."""
+        """When the current forward began, or last finished a part of its batch; ``None`` without a running forward."""
         started = self._forward_started  # the thread may clear it at any time
         return None if started is None else max(started, self._encoder.progressed_at)
 
@@ -230,7 +230,7 @@ class Worker:
                 return
 
     def _compute_warm_up(self) -> None:
-        """Compute the batches of the warm-up, once; one that fails does not matter, unless the card is lost."""
+        """Compute the warm-up batches once; a failing batch does not matter, unless the card is lost."""
         batches, self._warm_up = self._warm_up, ()
         try:
             for batch in batches:
@@ -247,7 +247,7 @@ class Worker:
         """Compute a batch now, in the calling thread.
 
         Raises:
-            CardLost: the card can compute nothing more.
+            CardLost: the card can no longer compute.
         """
         padding_before = self._encoder.num_padding
         started = time.monotonic()
@@ -263,7 +263,7 @@ class Worker:
                 continue
             indices = [waiter.index for waiter in sequence.waiters]
             log.warning("text_failed", model=self._model, index=indices[:1], error=result.message)
-            for waiter in sequence.waiters:  # now: the next batch is taken before the event loop hears of this
+            for waiter in sequence.waiters:  # now: the next batch is taken before the event loop learns of this
                 waiter.handle.is_live = False
         if has_result:
             self._batches.note_rate(sum(one.item.num_tokens for one in batch), ended - started)
@@ -273,7 +273,7 @@ class Worker:
         return finished
 
     def _encode(self, items: Sequence[Item]) -> list[Encoded | RequestError]:
-        """Encode items. When that fails, halve the batch and try again, until only the text at fault fails.
+        """Encode items. After a failure, halve the batch and try again, until only the faulty text fails.
 
         Raises:
             CardLost: every further attempt would fail.
@@ -285,7 +285,7 @@ class Worker:
                 raise ValueError(f"{len(encoded)} results for {len(items)} texts")
         except (
             BaseException
-        ) as error:  # the model's code may raise anything, and each of these callers must get an answer
+        ) as error:  # the model's code may raise any error, and each of these callers must get an answer
             is_lost = is_card_lost(error, self._encoder.device)
             is_memory = not is_lost and is_out_of_memory(error)
             reason = str(error).partition("\n")[0]
@@ -295,7 +295,7 @@ class Worker:
             return [self._checked(item, one) for item, one in zip(items, encoded, strict=True)]
         if is_lost:
             raise CardLost(reason)
-        if is_memory:  # only now: the error's traceback held what the forward had allocated
+        if is_memory:  # only now, because the error's traceback held the forward's memory
             release_memory()
         if len(items) == 1:
             return [self._failure(items[0], is_memory=is_memory)]
@@ -303,7 +303,7 @@ class Worker:
         return [*self._encode(items[:half]), *self._encode(items[half:])]
 
     def _compute(self, items: Sequence[Item]) -> list[Encoded]:
-        """Encode items; what is not finite for lack of range once more, with products that add up in float32."""
+        """Encode items; repeat those that overflow float16 with products that accumulate in float32."""
         encoded = self._encoder.encode(items)
         if not self._encoder.accumulates_in_float16:
             return encoded

@@ -1,7 +1,7 @@
-"""Tell from a checkpoint's class whether it embeds, is a reranker that is served, or is neither.
+"""Determine from a checkpoint's class whether it is an embedder, a supported reranker, or neither.
 
-sentence-transformers would pool the token states of any of them, as its callers ask for with ``SentenceTransformer(…)``.
-Here only the checkpoint can say which it is.
+sentence-transformers pools the token states of any of them, because its caller has chosen ``SentenceTransformer(…)``. Here
+only the checkpoint can say which kind it is.
 """
 
 from __future__ import annotations
@@ -38,24 +38,24 @@ MODEL_TYPES = {
     "t5": "T5EncoderModel",
     "jina_embeddings_v3": "JinaEmbeddingsV3Model",
 }
-"""``model_type`` of the architectures that are served, those whose forward gives one state per token, and the class of
-transformers that is the model without a head."""
+"""For each supported ``model_type``, whose forward gives one state per token: transformers' class of the model without a
+head."""
 
 _DECODERS = {"qwen3", "qwen2", "mistral", "llama", "gemma2", "gemma3_text", "lfm2"}
 
-# Same mathematics under another name, so that transformers' own class gives the same numbers: `model_type`, and the
-# class in the checkpoint's code. Others are read by `gateway.engine.checkpoint.layouts`.
+# Models with the same mathematics under another name, for which transformers' own class gives the same numbers:
+# `model_type`, and the class in the checkpoint's code. `gateway.engine.checkpoint.layouts` reads others.
 _SAME_MATHEMATICS = {
     ("nomic_bert", "NomicBertModel"),
     ("gte", "GteModel"),
     ("gte", "NewModel"),
     ("eurobert", "EuroBertModel"),
 }
-# gte-Qwen2 and its kin: Qwen2 whose attention looks both ways, as transformers' does where the configuration says
-# `is_causal: false`. The code of their tokenizer puts the end token behind each text where `add_eos_token` says so.
+# gte-Qwen2 and its relatives are Qwen2 with bidirectional attention, which transformers computes if the configuration says
+# `is_causal: false`. The code of their tokenizer appends the end token to each text if `add_eos_token` is true.
 _TWO_WAY_CLASSES = {("qwen2", "Qwen2Model")}
 _SAME_TOKENIZERS = {("qwen2", "Qwen2Tokenizer")}
-# facebook/contriever: BERT whose class takes the mean, as is done here without one.
+# facebook/contriever is BERT whose class takes the mean. The gateway takes the mean without that class.
 _SAME_CLASSES = {("bert", "Contriever"), ("gte", "NewModel")}
 
 _REASONS = {
@@ -83,7 +83,7 @@ def require_model_type(config: Mapping[str, Json], folder: Path) -> str:
     """Return the ``model_type`` of a checkpoint.
 
     Raises:
-        LoadError: it is not supported.
+        LoadError: the type is not supported.
     """
     model_type = require_string(config, "model_type", folder / "config.json")
     if model_type not in MODEL_TYPES:
@@ -119,13 +119,13 @@ def require_model_type(config: Mapping[str, Json], folder: Path) -> str:
 
 
 def require_known_code(folder: Path, config: Mapping[str, Json], model_type: str, *, trust_remote_code: bool) -> bool:
-    """Refuse a checkpoint whose code would compute something other than transformers' class of its ``model_type``.
+    """Refuse a checkpoint whose code computes something other than transformers' class for its ``model_type``.
 
     Returns:
         Whether the checkpoint's own class of the model runs.
 
     Raises:
-        LoadError: there is such code, and it is not trusted.
+        LoadError: the checkpoint has such code, and it is not trusted.
     """
     name = own_class(config, "AutoModel")
     if name is not None:
@@ -147,13 +147,13 @@ def require_known_code(folder: Path, config: Mapping[str, Json], model_type: str
 
 
 def must_end_texts(folder: Path, model_type: str) -> bool:
-    """Return whether the code of a tokenizer, which is not run, would put the end token behind each text."""
+    """Return whether the tokenizer's own code, which does not run here, would append the end token to each text."""
     config = read_object(folder / "tokenizer_config.json", optional=True)
     return _own_tokenizer(folder, config, model_type)[1] and config["add_eos_token"] is True
 
 
 def _own_tokenizer(folder: Path, config: Mapping[str, Json], model_type: str) -> tuple[str | None, bool]:
-    """Return the checkpoint's own class of the tokenizer, and whether the same can be done without its code."""
+    """Return the checkpoint's own tokenizer class, and whether its effect can be reproduced without its code."""
     tokenizer_config = read_object(folder / "tokenizer_config.json", optional=True)
     name = own_class(config, "AutoTokenizer") or own_class(tokenizer_config, "AutoTokenizer")
     is_known = (model_type, name) in _SAME_TOKENIZERS
@@ -161,10 +161,10 @@ def _own_tokenizer(folder: Path, config: Mapping[str, Json], model_type: str) ->
 
 
 def require_embedder(folder: Path, config: Mapping[str, Json], model_type: str, *, has_own_code: bool) -> None:
-    """Refuse a checkpoint without a pooling module whose class is not a model without a head.
+    """Refuse a checkpoint that has no pooling module, and whose class has a head.
 
     Raises:
-        LoadError: names the class and its kind of model.
+        LoadError: the class has a head; the message names the class and its kind of model.
     """
     name = architecture(config)
     if name is None or name == MODEL_TYPES[model_type] or (model_type, name) in _SAME_CLASSES:

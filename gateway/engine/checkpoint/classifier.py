@@ -12,7 +12,7 @@ from gateway.engine.checkpoint.modules import Pooling
 from gateway.errors import LoadError
 from gateway.types import LabelFunction
 
-# transformers' number of labels where a configuration says nothing.
+# transformers' number of labels if a configuration does not state it.
 _DEFAULT_LABELS = 2
 _DEFAULT_NORM_EPS = 1e-5
 
@@ -48,10 +48,10 @@ class Activation:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogit:
-    """The logit of one token as the next one, less that of another, by sentence-transformers' ``LogitScore``.
+    """The logit of one token as the next token, minus that of another token, as in sentence-transformers' ``LogitScore``.
 
     Attributes:
-        table: which matrix has a row for each token: ``lm_head``, or ``embed_tokens`` where the two are one.
+        table: the matrix with a row for each token: ``lm_head``, or ``embed_tokens`` if the two share their weights.
         negative: ``None`` for the logit alone.
     """
 
@@ -69,12 +69,12 @@ class Classifier:
 
     Attributes:
         architecture: transformers' class of the whole model.
-        pooling: what the first layer reads off the token states.
-        layers: in order; the last linear one gives a number for each label.
-        labels: names of the labels; a model with one label reranks.
+        pooling: how the token states become the input of the first layer.
+        layers: the layers in order; the last linear layer gives a number for each label.
+        labels: names of the labels; a model with one label is a reranker.
         function: how the numbers become scores.
         has_segments: whether the model takes segment ids, which mark the tokens of the pair's second text.
-        is_late: apply the layers to each token's state, and pool what they give.
+        is_late: apply the layers to each token's state, and pool their outputs.
     """
 
     architecture: str
@@ -121,8 +121,8 @@ def _dense(dense: str, activation: str, output: str) -> tuple[Layer, ...]:
     return Linear(dense), Activation(activation), Linear(output)
 
 
-# Those with BERT's pooler; those with RoBERTa's classification head; the others, each with
-# the rules of its class for sequence classification; transformers' generic one of the decoders.
+# Classes with BERT's pooler, then classes with RoBERTa's classification head, then the others, each by the rules of its
+# class for sequence classification. The decoders below have transformers' generic head.
 _ENCODER_HEADS = {
     "Bert": _Head(_dense("bert.pooler.dense", "tanh", "classifier")),
     "Albert": _Head(_dense("albert.pooler", "tanh", "classifier")),
@@ -138,7 +138,7 @@ _ENCODER_HEADS = {
     "ModernBert": _Head((Linear("head.dense"), Activation("gelu"), Norm("head.norm"), Linear("classifier"))),
     "EuroBert": _Head(_dense("dense", "gelu", "classifier")),
 }
-# Kinds of segments where the configuration does not say, of the models that take any.
+# The number of segment types if the configuration does not state it, for the models that take segments.
 _SEGMENTS = {
     "bert": 2,
     "albert": 2,
@@ -155,7 +155,7 @@ _CLASS = "ForSequenceClassification"
 HEADS = {name + _CLASS: head for name, head in _ENCODER_HEADS.items()} | {
     name + _CLASS: _Head((Linear("score"),), pooling=Pooling.LAST) for name in _DECODERS
 }
-"""The heads that are known, by transformers' class; some differ with the configuration."""
+"""The known heads, by transformers' class; some depend on the configuration."""
 
 # Code of a checkpoint that computes the same as transformers' class.
 _SAME_CODE = {"NewForSequenceClassification", "GteForSequenceClassification"}
@@ -197,14 +197,14 @@ def read_classifier(
 
 
 def takes_segments(config: Mapping[str, Json]) -> bool:
-    """Return whether a model tells the texts of a pair apart by segment ids."""
+    """Return whether a model distinguishes the texts of a pair by segment ids."""
     return config.get("type_vocab_size", _SEGMENTS.get(str(config.get("model_type")), 0)) not in (0, 1) and (
         config.get("model_type") in _SEGMENTS
     )
 
 
 def architecture(config: Mapping[str, Json]) -> str | None:
-    """Return transformers' class of the whole model; ``None`` where the configuration names none."""
+    """Return transformers' class of the whole model; ``None`` if the configuration names no class."""
     names = config.get("architectures")
     name = names[0] if isinstance(names, list) and names else names
     return name if isinstance(name, str) and name else None
@@ -214,13 +214,13 @@ def own_class(config: Mapping[str, Json], auto_class: str) -> str | None:
     """Return the name of the checkpoint's own class for one of transformers' ``Auto`` classes."""
     classes = config.get("auto_map")
     value = classes.get(auto_class) if isinstance(classes, dict) else None
-    if isinstance(value, list):  # a tokenizer's, slow and fast
+    if isinstance(value, list):  # a tokenizer has two: slow and fast
         value = next((name for name in value if name), None)
     return value.rpartition(".")[2] if isinstance(value, str) else None
 
 
 def _configured(classifier: Classifier, config: Mapping[str, Json], path: Path) -> Classifier:
-    """Return the head with the settings that some classes have for it.
+    """Return the head with the settings that some classes define for it.
 
     Raises:
         LoadError: a setting is not supported.
@@ -249,10 +249,10 @@ def _configured(classifier: Classifier, config: Mapping[str, Json], path: Path) 
 
 
 def read_labels(config: Mapping[str, Json], path: Path) -> tuple[str, ...]:
-    """Return the names of the labels, in the order of the numbers; transformers' own names if it has no names.
+    """Return the names of the labels, in order of their numbers; transformers' default names if the file has no names.
 
     Raises:
-        LoadError: they are not numbered from 0, or there are several counts of them.
+        LoadError: the labels are not numbered from 0, or their counts contradict each other.
     """
     names, count = config.get("id2label"), config.get("num_labels")
     if names is None or names == {}:
@@ -270,15 +270,15 @@ def read_labels(config: Mapping[str, Json], path: Path) -> tuple[str, ...]:
 def read_function(
     config: Mapping[str, Json], sentence_config: Mapping[str, Json], num_labels: int, folder: Path
 ) -> LabelFunction:
-    """Return how the head's numbers become scores, as transformers and sentence-transformers' ``CrossEncoder`` do it.
+    """Return how the head's numbers become scores, as in transformers and sentence-transformers' ``CrossEncoder``.
 
     Raises:
-        LoadError: by a function that is not supported.
+        LoadError: the function is not supported.
     """
     own = config.get("sentence_transformers")
     path = sentence_config.get("activation_fn") or (own.get("activation_fn") if isinstance(own, dict) else None)
     path = path or config.get("sbert_ce_default_activation_function")
-    if isinstance(path, str) and path.startswith("torch."):  # any other is code, which CrossEncoder passes over
+    if isinstance(path, str) and path.startswith("torch."):  # any other value is code, which CrossEncoder ignores
         name = path.rpartition(".")[2]
         if name not in ("Identity", *_FUNCTIONS) or (name == "Softmax" and num_labels == 1):
             raise LoadError(

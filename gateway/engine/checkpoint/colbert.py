@@ -1,8 +1,8 @@
-"""Recognize a multi-vector model (ColBERT), and describe how queries and documents become a vector for each token.
+"""Recognize a multi-vector model (ColBERT), and describe how it makes a vector for each token of a text.
 
-Three layouts, which sentence-transformers' ``MultiVectorEncoder`` reads as one (``multi_vector_encoder/model.py``):
-its own; PyLate's, whose settings are in ``config_sentence_transformers.json``; and Stanford's ``HF_ColBERT``, whose
-settings are in ``artifact.metadata`` and whose projection is among the transformer's weights.
+sentence-transformers' ``MultiVectorEncoder`` reads three layouts (``multi_vector_encoder/model.py``). The first is its own.
+PyLate's has its settings in ``config_sentence_transformers.json``. Stanford's ``HF_ColBERT`` has its settings in
+``artifact.metadata``, and its projection among the transformer's weights.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from gateway.errors import LoadError
 _CONFIG = "config_sentence_transformers.json"
 _SUPPORTED = "supported: Transformer, then Dense layers over tokens, then optionally MultiVectorMask and Normalize"
 _QUERY, _DOCUMENT = "query", "document"
-# Keys of PyLate's configuration; each of them alone says that it is one.
+# Keys of PyLate's configuration. Any one of them identifies the layout.
 _PYLATE_KEYS = {"query_prefix", "document_prefix", "attend_to_expansion_tokens", "skiplist_words", "do_query_expansion"}
 _EXPANSION_KEYS = {"strategy", "attend", "token", "length"}
 _MASK_KEYS = ("skiplist_words", "skiplist_tasks", "keep_only_token_ids")
-# ColBERT's lengths and markers where a file does not say (sentence-transformers and PyLate have the same).
+# ColBERT's default lengths and markers (sentence-transformers and PyLate have the same).
 _QUERY_LENGTH = 32
 _MARKERS = {_QUERY: "[unused0]", _DOCUMENT: "[unused1]"}
 STANFORD_CLASS = "HF_ColBERT"
@@ -43,13 +43,14 @@ STANFORD_PROJECTION = "linear"
 
 @dataclass(frozen=True, slots=True)
 class Expansion:
-    """The mask tokens behind a query, each of which gets a vector.
+    """The mask tokens that are appended to a query; each gets a vector.
 
     Attributes:
-        length: tokens of a query with them.
-        is_exact: a query has exactly so many, and a longer one is cut; otherwise a longer one has none.
-        is_attended: other tokens attend to them.
-        token: the token, if it is not the tokenizer's mask token, or else the end of a text.
+        length: number of tokens of a query, mask tokens included.
+        is_exact: a query always has exactly this length, and a longer one is cut; otherwise a longer query gets no mask
+            tokens.
+        is_attended: other tokens attend to the mask tokens.
+        token: the token to append, if it is neither the tokenizer's mask token nor its replacement, the end of a text.
     """
 
     length: int
@@ -67,13 +68,13 @@ class Colbert:
         width: dimensions of a token's vector.
         layers: the linear layers over each token's state, in order, by their folder.
         has_projection: the only layer is among the transformer's weights (:data:`STANFORD_PROJECTION`).
-        is_normalized: each vector has L2 norm 1.
+        is_normalized: whether each vector has L2 norm 1.
         prompts: the text before a query and a document; it begins with the marker.
         markers: tokens that must stay whole where a prompt has them.
-        query_length, document_length: longest query and document that are named, if any are.
-        expansion: the mask tokens behind a query, if there are any.
+        query_length, document_length: the longest query and document, if the files name them.
+        expansion: the mask tokens that are appended to a query, if there are any.
         skipped: words whose tokens get no vector.
-        skips: whether that is so in queries, in documents, or in both.
+        skips: the texts to which ``skipped`` applies: queries, documents, or both.
         is_mean: the score of a pair is the mean over the query's vectors; otherwise their sum.
     """
 
@@ -93,7 +94,7 @@ class Colbert:
 
     @property
     def settings(self) -> str:
-        """The settings that determine vectors, and are in no weights file and no prompt."""
+        """The settings that determine vectors, and are not in a weights file or a prompt."""
         expansion = None if self.expansion is None else asdict(self.expansion)
         lengths = self.query_length, self.document_length
         return str((self.is_normalized, self.markers, lengths, expansion, self.skipped, self.skips))
@@ -114,10 +115,10 @@ class Colbert:
 
 
 def read_colbert(folder: Path) -> Colbert | None:
-    """Return how the checkpoint in ``folder`` makes a vector for each token; ``None`` if it is of another kind.
+    """Return how the checkpoint in ``folder`` makes token vectors; ``None`` for another kind of model.
 
     Raises:
-        LoadError: it is a multi-vector model of a form that is not supported.
+        LoadError: the checkpoint is a multi-vector model of a form that is not supported.
     """
     path = folder / "modules.json"
     config = read_object(folder / _CONFIG, optional=True)
@@ -152,7 +153,7 @@ def _is_mean(config: Mapping[str, Json]) -> bool:
 
 
 def _own_prompts(config: Mapping[str, Json], path: Path) -> dict[str, str]:
-    """Return the prompts that are named; sentence-transformers takes the first of three names for documents."""
+    """Return the named prompts; for documents, the first of three names counts, as in sentence-transformers."""
     prompts = config.get("prompts") or {}
     if not isinstance(prompts, dict) or not all(text is None or isinstance(text, str) for text in prompts.values()):
         raise LoadError(f"{path}: prompts must be an object of texts by name, got {prompts!r}")
@@ -197,7 +198,7 @@ def _read_native(
 
 
 def _read_mask(path: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return the words whose tokens get no vector, and in which texts that is so."""
+    """Return the words whose tokens get no vector, and the texts to which that applies."""
     config = read_object(path)
     require_known(config, _MASK_KEYS, path)
     if config.get("keep_only_token_ids"):

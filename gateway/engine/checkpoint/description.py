@@ -1,4 +1,4 @@
-"""Read the kind of model that sentence-transformers' files describe, or Stanford's: an embedder, SPLADE or ColBERT."""
+"""Read the kind of model that the files of sentence-transformers or Stanford describe: an embedder, SPLADE or ColBERT."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from gateway.engine.checkpoint.transformer import as_length
 
 @dataclass(frozen=True, slots=True)
 class Description:
-    """One of three kinds of model; nothing for a plain transformers checkpoint.
+    """One of three kinds of model; empty for a plain transformers checkpoint.
 
     Attributes:
-        scores: what the modules say that end in scores.
+        scores: the description of a list of modules that ends in scores.
     """
 
     modules: Modules | None = None
@@ -34,10 +34,10 @@ class Description:
         """Read the files in ``folder``.
 
         Args:
-            is_sparse: the registry says that the model gives sparse vectors alone.
+            is_sparse: the registry says that the model gives only sparse vectors.
 
         Raises:
-            LoadError: they describe a model of a form that is not supported.
+            LoadError: the files describe a model of a form that is not supported.
         """
         if splade := read_splade(folder, is_asked_for=is_sparse):
             return cls(splade=splade)
@@ -53,7 +53,7 @@ class Description:
 
     @property
     def is_by_token(self) -> bool:
-        """Whether no vector of a whole text is made."""
+        """Whether the model makes no vector of a whole text."""
         return self.splade is not None or self.colbert is not None
 
     @property
@@ -73,7 +73,7 @@ class Description:
         return () if self.colbert is None else self.colbert.layers
 
     def pooling(self, folder: Path, classifier: Classifier | None) -> Pooling:
-        """Return how the states of a text's tokens become one vector, or what a classifier reads.
+        """Return how the states of a text's tokens become one vector, or the input of a classifier.
 
         Raises:
             LoadError: the checkpoint pools in a way that is not supported.
@@ -85,10 +85,10 @@ class Description:
         return read_pooling(folder / self.modules.pooling)
 
     def width(self, folder: Path, state_width: int, truncated_width: int | None, classifier: Classifier | None) -> int:
-        """Return the dimensions of a dense vector: 0 without that output; for a classifier the number of its labels.
+        """Return the dimensions of a dense vector: 0 without that output; for a classifier, its number of labels.
 
         Args:
-            truncated_width: dimensions that vectors are cut to.
+            truncated_width: dimensions to which vectors are cut.
 
         Raises:
             LoadError: a linear layer is of a form that is not supported.
@@ -109,11 +109,11 @@ class Description:
         return "feature-extraction" if ranking.is_pooled else "sequence-classification"
 
     def lengths(self, folder: Path, named: int | None, position_limit: int) -> tuple[int, int]:
-        """Return the lengths at which documents, or all texts, and queries are cut.
+        """Return the length at which documents (or all texts) are cut, and the length at which queries are cut.
 
         Args:
-            folder: of the transformer.
-            named: what the sentence-transformers file says, if anything.
+            folder: the folder of the transformer.
+            named: the length in the sentence-transformers file, if it states one.
         """
         longest = _max_tokens(folder, named, position_limit)
         if self.colbert is not None:
@@ -125,6 +125,6 @@ class Description:
 
 
 def _max_tokens(folder: Path, named: int | None, position_limit: int) -> int:
-    """Return the length that the sentence-transformers file names, else the tokenizer's; at most the positions."""
+    """Return the length in the sentence-transformers file, or else the tokenizer's; at most ``position_limit``."""
     tokenizer = read_object(folder / "tokenizer_config.json", optional=True)
     return min(named or as_length(tokenizer.get("model_max_length")) or position_limit, position_limit)

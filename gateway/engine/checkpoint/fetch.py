@@ -1,9 +1,9 @@
-"""Download what is missing of a repository of the hub, and go on where an earlier attempt has ended.
+"""Download the missing files of a hub repository, and resume interrupted downloads.
 
-Large files are fetched here, and the others by ``snapshot_download``. That function gives each download a new temporary
-file and deletes it when the process ends (huggingface_hub 2.4), so gigabytes that were cut
-off would begin at zero. Here a file that was cut off stays next to the blobs of the cache, the next attempt asks for the
-rest, and the whole is compared with the SHA-256 that the hub announced.
+Large files are fetched here, the others by ``snapshot_download``. That function gives each download a new temporary file
+and deletes it when the process ends (huggingface_hub 2.4), so an interrupted download of gigabytes would start again from
+zero. Here a partial file stays next to the blobs of the cache. The next attempt asks for the rest, and the complete file is
+compared with the SHA-256 that the hub announced.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ from gateway.engine.checkpoint.hub import (
 from gateway.errors import LoadError
 
 Progress: TypeAlias = Callable[[int, int], None]
-"""Takes the bytes of a repository that are on this machine, and those that are needed."""
+"""A callback that receives the number of bytes of a repository that are on this machine, and the number needed."""
 
 
 def fetch(repository: Repository, report: Progress = lambda _done, _total: None) -> Path:
-    """Download what is missing of a repository, and return its folder.
+    """Download the missing files of a repository, and return its folder.
 
     Args:
         report: called from this thread, after each piece.
 
     Raises:
-        LoadError: the disk has too little room, or the download failed; with the reason, and a way out. The part of a large
-            file that has arrived is kept for the next attempt.
+        LoadError: the disk has too little space, or the download failed; the message gives the reason and a remedy. The
+            part of a large file that has arrived is kept for the next attempt.
     """
     from huggingface_hub import snapshot_download
 
@@ -71,7 +71,7 @@ def require_disk_space(repositories: Sequence[Repository]) -> None:
     """Refuse downloads that the disk has no room for.
 
     Raises:
-        LoadError: with the sizes and a way out.
+        LoadError: too little space is free; the message gives the sizes and a remedy.
     """
     missing, free = sum(one.missing_bytes for one in repositories), free_bytes(cache_folder())
     if missing > free:
@@ -82,7 +82,7 @@ def require_disk_space(repositories: Sequence[Repository]) -> None:
 
 
 def free_bytes(folder: Path) -> int:
-    """Return the free bytes of the disk on which a folder is, or would be made."""
+    """Return the free bytes of the disk that holds a folder, or would hold it."""
     for path in (folder, *folder.parents):
         if path.exists():
             return shutil.disk_usage(path).free
@@ -90,7 +90,7 @@ def free_bytes(folder: Path) -> int:
 
 
 def _fetch_large(repository: Repository, file: HubFile, report: Progress) -> None:
-    """Download a large file into the cache's blobs, beginning where the last attempt has ended."""
+    """Download a large file into the cache's blobs, starting where the last attempt ended."""
     from huggingface_hub import hf_hub_url
     from huggingface_hub.file_download import http_get
     from huggingface_hub.utils._fixes import WeakFileLock
@@ -103,14 +103,14 @@ def _fetch_large(repository: Repository, file: HubFile, report: Progress) -> Non
     for folder in (blob.parent, lock.parent):
         folder.mkdir(parents=True, exist_ok=True)
     with WeakFileLock(lock):
-        if blob.exists():  # another process has fetched it meanwhile
+        if blob.exists():  # another process has fetched it in the meantime
             return
         if size(partial) > file.num_bytes:
             partial.unlink()
         with partial.open("ab") as target:
 
             def update() -> None:
-                if target.tell() > file.num_bytes:  # without an end, it would fill the disk
+                if target.tell() > file.num_bytes:  # an endless stream would fill the disk
                     target.truncate(0)
                     raise LoadError(
                         f"{file.name}: the hub announced {file.num_bytes:,} bytes and sends more: something on the way "
@@ -133,7 +133,7 @@ def _fetch_large(repository: Repository, file: HubFile, report: Progress) -> Non
 
 @cache
 def _no_bars() -> Any:
-    """Return a class of progress bars that are not shown, whatever the environment says: the caller shows the progress."""
+    """Return a class of progress bars that are never shown, because the caller shows the progress."""
     from huggingface_hub.utils.tqdm import tqdm
 
     class NoBar(tqdm):
@@ -144,7 +144,7 @@ def _no_bars() -> Any:
 
 
 class _Bar:
-    """Replaces the class of a progress bar, and the bar, for huggingface_hub."""
+    """Replaces both the class of a progress bar and the bar itself, for huggingface_hub."""
 
     def __init__(self, on_update: Callable[[], None]) -> None:
         self._on_update = on_update

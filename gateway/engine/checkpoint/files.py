@@ -1,4 +1,4 @@
-"""Find the files of a checkpoint, and say what a folder holds instead of them."""
+"""Find the files of a checkpoint, and describe the content of a folder that has no such files."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from gateway.engine.checkpoint.json_files import is_lfs_pointer, read_object
 from gateway.errors import LoadError
 
 _LFS = "a Git LFS pointer in place of the file: run `git lfs pull` in its repository"
-# Forms of weights that are not read here.
+# Formats of weights that the gateway does not read.
 _OTHER_FORMS = {
     "*.gguf": "GGUF, llama.cpp's form of a model",
     "*.onnx": "ONNX",
@@ -18,16 +18,16 @@ _OTHER_FORMS = {
     "flax_model.msgpack": "Flax' form of a model",
 }
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-"""What transformers looks for, in its order; each also in parts, which ``NAME.index.json`` lists."""
+"""The files that transformers looks for, in its order; each may be split into parts, which ``NAME.index.json`` lists."""
 ADAPTER_WEIGHTS = ("adapter_model.safetensors",)
 """Where PEFT puts an adapter."""
 
 
 def weights_files(folder: Path, names: Sequence[str] = _WEIGHTS) -> tuple[Path, ...]:
-    """Return the files from which transformers reads a model's weights: safetensors if there are any, else pickled.
+    """Return the files from which transformers reads a model's weights: safetensors if present, otherwise pickled.
 
     Args:
-        names: names to look for; the first that exists is taken.
+        names: names to look for; the first existing file counts.
 
     Raises:
         LoadError: no such file exists, a part is missing, or a file is a Git LFS pointer.
@@ -49,7 +49,7 @@ def weights_files(folder: Path, names: Sequence[str] = _WEIGHTS) -> tuple[Path, 
 
 
 def tokenizer_files(folder: Path) -> tuple[Path, ...]:
-    """Return the files with the vocabulary; without one, transformers makes an empty tokenizer and says nothing.
+    """Return the files with the vocabulary; without such a file, transformers silently makes an empty tokenizer.
 
     Raises:
         LoadError: no such file exists, or a file is a Git LFS pointer.
@@ -62,10 +62,10 @@ def tokenizer_files(folder: Path) -> tuple[Path, ...]:
 
 
 def require_model(folder: Path) -> None:
-    """Refuse a folder that holds no ``config.json`` of a model, or an adapter of one.
+    """Refuse a folder that holds no ``config.json`` of a model, or that holds an adapter.
 
     Raises:
-        LoadError: says what the folder holds instead.
+        LoadError: the folder holds something else, which the message names.
     """
     adapter = folder / "adapter_config.json"
     if adapter.exists():
@@ -80,7 +80,7 @@ def require_model(folder: Path) -> None:
 
 
 def what_is_there(folder: Path) -> str:
-    """Return a hint at what a folder holds instead of a model; empty if nothing is recognized."""
+    """Return a hint at the content of a folder that holds no model; empty if nothing is recognized."""
     for pattern, form in _OTHER_FORMS.items():
         if found := _first([*folder.glob(pattern), *folder.glob(f"*/{pattern}")]):
             return (
@@ -101,7 +101,7 @@ def require_content(path: Path) -> None:
     """Refuse a file that was checked out without Git LFS.
 
     Raises:
-        LoadError: it is a Git LFS pointer.
+        LoadError: the file is a Git LFS pointer.
     """
     if is_lfs_pointer(path):
         raise LoadError(f"{path}: {_LFS}")

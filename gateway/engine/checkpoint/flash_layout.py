@@ -1,8 +1,8 @@
-"""Jina's layout of XLM-RoBERTa, "flash implementation", read as transformers' own XLM-RoBERTa. No torch.
+"""Jina's layout of XLM-RoBERTa ("flash implementation"), read as transformers' own XLM-RoBERTa. Does not import torch.
 
 `jinaai/jina-reranker-v2-base-multilingual` is published with its own code, which names the tensors as the flash-attn
-package does and keeps query, key and value in one. With absolute positions the mathematics is XLM-RoBERTa's: under
-transformers' names the weights give the same numbers, and no code of the checkpoint has to run.
+package does, and keeps query, key and value in one tensor. With absolute positions, the mathematics is that of XLM-RoBERTa.
+Under transformers' names, the weights give the same numbers, and no code of the checkpoint has to run.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from gateway.engine.checkpoint.json_files import Json
 from gateway.errors import LoadError
 
 _CONFIG_CLASS = "XLMRobertaFlashConfig"
-# Settings that would make it another model, with the values that they must have.
+# Settings that would make it a different model, with their required values.
 _EXPECTED = {"position_embedding_type": "absolute", "hidden_act": "gelu"}
 _LAYER = re.compile(r"encoder\.layers\.(\d+)\.(.+)\.(weight|bias)")
 _PARTS = {
@@ -36,7 +36,7 @@ T = TypeVar("T", bound=_Splittable)
 
 
 def is_flash_layout(config: Mapping[str, Json]) -> bool:
-    """Return whether a ``config.json`` has this layout: it names Jina's class and no ``model_type``."""
+    """Return whether a ``config.json`` has this layout: Jina's class, and no ``model_type``."""
     classes = config.get("auto_map")
     name = classes.get("AutoConfig") if isinstance(classes, dict) else None
     return "model_type" not in config and isinstance(name, str) and name.endswith(f".{_CONFIG_CLASS}")
@@ -65,7 +65,7 @@ def rename_tensors(tensors: Mapping[str, T]) -> dict[str, T]:
     """Return the transformer's tensors under transformers' names; those of heads, and unknown ones, keep theirs.
 
     Args:
-        tensors: the attention's is query, key and value along the first dimension.
+        tensors: tensors by name; the attention tensor holds query, key and value along the first dimension.
     """
     return {
         new: tensor for name, given in tensors.items() for new, tensor in _rename(name.removeprefix("roberta."), given)

@@ -1,9 +1,9 @@
-"""GTE as it was published, `model_type: new`, read as transformers' own `gte`. No torch.
+"""GTE as it was published (`model_type: new`), read as transformers' own `gte`. Does not import torch.
 
 `Alibaba-NLP/gte-multilingual-base`, `gte-large-en-v1.5`, `gte-base-en-v1.5` and their descendants, such as
 `NovaSearch/stella_en_400M_v5`, were published with their own code (`Alibaba-NLP/new-impl`: `NewConfig`, `NewModel`).
-transformers' `GteModel` is the same model, and takes the published tensors under their names. What it does not know is
-the scaling of the rotary positions; here that becomes one that it knows.
+transformers' `GteModel` is the same model, and takes the published tensors under their names. It does not know the scaling
+of the rotary positions, which this module translates to a scaling that it knows.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from gateway.engine.checkpoint.json_files import Json
 from gateway.errors import LoadError
 
 _CLASS = "NewModel"
-# NewConfig's own values of the keys that a file leaves out; those of transformers are others.
+# NewConfig's defaults for the keys that a file omits; transformers has other defaults.
 _DEFAULTS: Mapping[str, Json] = {
     "vocab_size": 30528,
     "hidden_size": 768,
@@ -31,8 +31,8 @@ _DEFAULTS: Mapping[str, Json] = {
     "rope_theta": 10000.0,
     "rope_scaling": None,
 }
-# The values with which transformers' model computes; an absent key agrees. The other keys of NewConfig say how it is
-# computed, not what: `unpad_inputs`, `use_memory_efficient_attention`, and `logn_attention_clip1` without the scale.
+# The values that transformers' model assumes; a missing key is fine. The other keys of NewConfig change how the model is
+# computed, not its result: `unpad_inputs`, `use_memory_efficient_attention`, and `logn_attention_clip1` without the scale.
 _EXPECTED: Mapping[str, Json] = {
     "layer_norm_type": "layer_norm",
     "logn_attention_scale": False,
@@ -71,11 +71,11 @@ def _rope_parameters(config: Mapping[str, Json], path: Path) -> dict[str, Json]:
 
     The published scaling ``ntk`` multiplies theta by the factor ``f``, and divides every frequency by ``f ** (2 / d)``
     (``NTKScalingRotaryEmbedding`` in the published code, after Su, https://kexue.fm/archives/9706). It is fixed, the same
-    for texts of every length. transformers' ``linear`` divides every frequency by its own factor, so that the two together
-    are a ``linear`` scaling of the larger theta.
+    for texts of every length. transformers' ``linear`` divides every frequency by its own factor, so the two together are a
+    ``linear`` scaling with the larger theta.
 
     Raises:
-        LoadError: it is another scaling, or makes no sense.
+        LoadError: the scaling is of another kind, or makes no sense.
     """
     theta, scaling = config["rope_theta"], config["rope_scaling"]
     if not _is_number(theta):

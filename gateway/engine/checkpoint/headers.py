@@ -12,15 +12,15 @@ from gateway.errors import LoadError
 Shapes: TypeAlias = Mapping[str, tuple[int, ...]]
 
 _MIN_BYTES = 2
-# safetensors' names of what is at least that wide.
+# safetensors' names of the types that are at least that wide.
 _WIDE = frozenset({"F64", "F32", "F16", "BF16", "I64", "I32", "I16", "U64", "U32", "U16", "C64"})
 
 
 def read_shapes(files: Iterable[Path]) -> dict[str, tuple[int, ...]]:
-    """Return the shape of each tensor by its name.
+    """Return the shape of each tensor, by name.
 
     Raises:
-        LoadError: a file is corrupt or cut short, or holds more than weights, or weights in fewer than 16 bits.
+        LoadError: a file is corrupt or truncated, or holds more than weights, or holds weights in fewer than 16 bits.
     """
     shapes: dict[str, tuple[int, ...]] = {}
     for path in files:
@@ -43,7 +43,7 @@ def _read_safetensors(path: Path) -> dict[str, tuple[int, ...]]:
 
 
 def _read_pickle(path: Path) -> dict[str, tuple[int, ...]]:
-    """Unpickle on a device that has no memory: the storages are passed over."""
+    """Unpickle on a device without memory, so that the storages are skipped."""
     import torch  # slow to import
 
     try:
@@ -60,7 +60,7 @@ def _read_pickle(path: Path) -> dict[str, tuple[int, ...]]:
 
 
 def _require_wide(path: Path, narrow: Mapping[str, str]) -> None:
-    """Refuse quantized weights: read as they stand, without their scales, they are other numbers.
+    """Refuse quantized weights: without their scales, they would be read as wrong numbers.
 
     Args:
         narrow: the type of each tensor of fewer than 16 bits.

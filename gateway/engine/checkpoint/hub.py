@@ -1,4 +1,4 @@
-"""The model hub: the files of a repository, those that are in the cache, and the reasons of the hub's errors."""
+"""The model hub: the files of a repository, the files in the cache, and the reasons for the hub's errors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 WEIGHTS_PATTERNS = ("*.safetensors", "*.bin", "*.pt")
 
-# The files of a checkpoint but for the weights: those are safetensors, or `.bin` in a repository without any.
+# The files of a checkpoint except the weights, which are safetensors, or `.bin` in a repository without safetensors.
 _FILES = (
     "*.json",
     "*.txt",
@@ -31,10 +31,10 @@ _FILES = (
 IGNORED = ("onnx/*", "openvino/*", "*.onnx", "*.msgpack", "*.h5", "imgs/*")
 _COMPLETE = ".gateway-complete"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-# The folder of the cache may not be written to, or a part of its path is a file.
+# The cache folder is not writable, or a part of its path is a file.
 _NO_FOLDER = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR}
 TIMEOUT_S = 20.0
-"""For a question about a repository."""
+"""The time limit of a request for the description of a repository."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,8 @@ class HubFile:
     """A file of a repository.
 
     Attributes:
-        sha256: of a large file (in Git LFS), which is also the name of its blob in the cache; empty for a small one.
+        sha256: the hash of a large file (in Git LFS), which is also the name of its blob in the cache; empty for a small
+            file.
     """
 
     name: str
@@ -55,7 +56,7 @@ class Repository:
     """The files of one commit of a hub repository that the gateway reads.
 
     Attributes:
-        license: as on the model card, such as MIT; empty if it names none.
+        license: the license on the model card, such as MIT; empty if the card names none.
     """
 
     name: str
@@ -69,11 +70,11 @@ class Repository:
 
     @property
     def missing_bytes(self) -> int:
-        """The bytes that are not in the cache yet; a file that was cut off counts with its rest."""
+        """The bytes that are not in the cache yet; of a partial file, only the rest counts."""
         return self.num_bytes - sum(map(self.present_bytes, self.files))
 
     def present_bytes(self, file: HubFile) -> int:
-        """Return how much of a file is in the cache."""
+        """Return the number of bytes of a file that are in the cache."""
         if (snapshot_folder(self.name, self.revision) / file.name).exists():
             return file.num_bytes
         if not file.sha256:
@@ -81,21 +82,21 @@ class Repository:
         return file.num_bytes if self.blob(file).exists() else min(size(self.partial(file)), file.num_bytes)
 
     def blob(self, file: HubFile) -> Path:
-        """Return the place of a large file in the cache."""
+        """Return the path of a large file in the cache."""
         return _repository_folder(self.name) / "blobs" / file.sha256
 
     def partial(self, file: HubFile) -> Path:
-        """Return the place of a large file until all of it has arrived."""
+        """Return the path of a large file while it is incomplete."""
         return self.blob(file).with_name(f"{file.sha256}.gateway-partial")
 
 
 class HubRefusal(LoadError):
-    """The hub has answered, and does not give out the repository: it does not exist, or not to this user."""
+    """The hub refuses access: the repository does not exist, or is not visible to this user."""
 
 
 def cache_folder() -> Path:
     """Return the folder of downloaded repositories, which HF_HOME or HF_HUB_CACHE sets."""
-    from huggingface_hub import constants  # slow to import, and only needed where there is a hub
+    from huggingface_hub import constants  # slow to import, and needed only with a hub
 
     return Path(constants.HF_HUB_CACHE).expanduser()
 
@@ -111,13 +112,13 @@ def describe(name: str, revision: str, timeout_s: float = TIMEOUT_S) -> Reposito
     """Ask the hub for the files and the license of a repository; downloads nothing.
 
     Raises:
-        LoadError: the hub does not say; with the reason, and a way out.
+        LoadError: the hub does not answer, or refuses; the message gives the reason and a remedy.
     """
     from huggingface_hub import HfApi
 
     try:
         found = HfApi().model_info(name, revision=revision, timeout=timeout_s, files_metadata=True)
-    except Exception as error:  # of the hub's HTTP library, whose classes its releases have changed, or the hub's own
+    except Exception as error:  # from the hub's HTTP library, whose classes differ between releases, or the hub's own
         raise explain(error, name, revision) from error
     files = tuple(_wanted(found.siblings or ()))
     for file in files:
@@ -135,10 +136,10 @@ def _wanted(files: Iterable[RepoSibling]) -> Iterator[HubFile]:
 
 
 def _require_safe(file: HubFile, where: str) -> None:
-    """Refuse a file that would be written outside the cache: HF_ENDPOINT may be any mirror.
+    """Refuse a file that would be written outside the cache, because HF_ENDPOINT may be any mirror.
 
     Raises:
-        LoadError: its name or its hash is not one.
+        LoadError: the file's name, hash or size is invalid.
     """
     is_path = all(part not in {"", ".", ".."} for part in file.name.split("/")) and "\0" not in file.name
     if not is_path or (file.sha256 and not _SHA256.fullmatch(file.sha256)) or file.num_bytes < 0:
@@ -155,7 +156,7 @@ def _license(found: ModelInfo) -> str:
 
 
 def patterns(names: Iterable[str]) -> list[str]:
-    """Return patterns of the files to download: weights as safetensors, or as ``.bin`` in a repository without any."""
+    """Return patterns of the files to download: safetensors, or ``.bin`` in a repository without safetensors."""
     has_safetensors = any(name.endswith(".safetensors") and "/" not in name for name in names)
     return [*_FILES, "*.safetensors" if has_safetensors else "*.bin"]
 
@@ -166,26 +167,26 @@ def patterns(names: Iterable[str]) -> list[str]:
 def cached_snapshot(name: str, revision: str) -> Path | None:
     """Return the cached snapshot of a commit if it has a configuration and weights, else ``None``.
 
-    Smaller files may be missing from it when a download was cut off: only one that :func:`is_complete` is taken without
-    asking the hub. A pinned commit never changes, so that one stays right, and works offline.
+    Smaller files may be missing after an interrupted download. So only a snapshot that :func:`is_complete` is used without
+    asking the hub. A pinned commit never changes, so such a snapshot stays correct, and works offline.
     """
-    # Not with `snapshot_download(local_files_only=True)`: it wants every file of the repository, also those in other forms
-    # of the weights that are not fetched.
+    # Not with `snapshot_download(local_files_only=True)`: it requires every file of the repository, including other formats
+    # of the weights, which are not fetched.
     folder = snapshot_folder(name, revision)
-    # In the layout of sentence-transformers before release 2 the transformer has a folder.
+    # Before release 2 of sentence-transformers, the transformer had a separate folder.
     root = folder if (folder / "config.json").exists() else folder / "0_Transformer"
     has_weights = any(any(root.glob(pattern)) for pattern in WEIGHTS_PATTERNS)
-    is_sharded = any(root.glob("*.index.json")) and not is_complete(folder)  # then some may be missing: let the hub say
+    is_sharded = any(root.glob("*.index.json")) and not is_complete(folder)  # parts may be missing: ask the hub
     return folder if has_weights and not is_sharded and (root / "config.json").exists() else None
 
 
 def is_complete(snapshot: Path) -> bool:
-    """Return whether the download of a snapshot has ended."""
+    """Return whether the download of a snapshot is complete."""
     return (snapshot / _COMPLETE).exists()
 
 
 def mark_complete(snapshot: Path) -> None:
-    """Note in a snapshot that its download has ended."""
+    """Mark the download of a snapshot as complete."""
     (snapshot / _COMPLETE).touch()
 
 
@@ -196,7 +197,7 @@ def _repository_folder(name: str) -> Path:
 
 
 def snapshot_folder(name: str, revision: str) -> Path:
-    """Return the folder of a commit's files in the cache, which need not exist."""
+    """Return the folder of a commit's files in the cache; the folder may not exist."""
     return _repository_folder(name) / "snapshots" / revision
 
 
@@ -212,7 +213,7 @@ def size(path: Path) -> int:
 
 
 def explain(error: Exception, name: str, revision: str) -> LoadError:
-    """Return the error of huggingface_hub, or of the system, in our terms, with a way out."""
+    """Translate an error of huggingface_hub or of the system to ours, with a remedy."""
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
     where = f"{name} at {revision}"
@@ -235,7 +236,7 @@ def explain(error: Exception, name: str, revision: str) -> LoadError:
 
 
 def _reason(chain: list[Exception]) -> str:
-    """Return the reason for which the hub was not reached, or the file not written, with a way out."""
+    """Return why the hub was not reached or the file was not written, with a remedy."""
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
     for error in chain:

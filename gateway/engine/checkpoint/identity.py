@@ -1,8 +1,9 @@
-"""Read the settings of a transformer and its tokenizer that change vectors and are in no file of weights or vocabulary.
+"""Read the settings that change vectors and are neither in the weights nor in the vocabulary.
 
 Two checkpoints with the same tensors give different vectors if, for example, their ``rope_theta``, activation, attention
-window or ``add_eos_token`` differ, so these belong to the identity of the vectors. A key that is not known to leave vectors
-as they are counts: to take two equal spaces for different ones costs a request, the opposite mixes vectors.
+window or ``add_eos_token`` differ, so these belong to the identity of the vectors. A key counts unless it is known not to
+change vectors. If two equal spaces are taken for different ones, a request is refused. The opposite error would mix
+vectors.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ from pathlib import Path
 
 from gateway.engine.checkpoint.json_files import Json, read_object
 
-# Who wrote the file, with what, and from where.
+# The origin of the file: its author, tool and source.
 _ORIGIN = {"_name_or_path", "name_or_path", "transformers_version", "auto_map", "_commit_hash", "model_type_version"}
-# How it is computed: the gateway chooses this.
+# How the model is computed, which the gateway chooses.
 _COMPUTATION = {
     "_attn_implementation",
     "_attn_implementation_autoset",
@@ -42,7 +43,7 @@ _COMPUTATION = {
     "use_memory_efficient_attention",
     "use_xformers",
 }
-# What only training, generation or another head reads.
+# Keys that only training, generation or another head reads.
 _OTHER_USES = {
     "attention_dropout",
     "attention_probs_dropout_prob",
@@ -84,7 +85,7 @@ _OTHER_USES = {
     "summary_use_proj",
     "task_specific_params",
 }
-# Of a tokenizer: what batches are padded to, lengths, which are read elsewhere, and what decodes or chats.
+# Keys of a tokenizer for padding, for lengths (which are read elsewhere), for decoding and for chats.
 _TOKENIZER = {
     "chat_template",
     "clean_up_tokenization_spaces",
@@ -109,7 +110,7 @@ _TOKENIZER = {
 
 
 def settings(transformer: Path) -> dict[str, str]:
-    """Return the settings in ``config.json`` and the tokenizer's files that vectors may depend on, by file, as sorted JSON.
+    """Return, by file, the settings of the model and its tokenizer that may change vectors, as sorted JSON.
 
     Args:
         transformer: the folder of the transformer and its tokenizer.

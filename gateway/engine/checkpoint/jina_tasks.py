@@ -1,4 +1,4 @@
-"""Jina's models with an adapter for each task, v3 and v5: where the adapters are, and how a text's vector is made."""
+"""Jina's models v3 and v5, which have an adapter for each task: the folders of the adapters, and the pooling."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class JinaTasks:
     """The tasks of a checkpoint that have adapters.
 
     Attributes:
-        is_jina: whether it is one of Jina's models, which say in their code that vectors are normalized.
+        is_jina: whether the model is one of Jina's, whose code normalizes the vectors.
         adapters: folder of each task's adapter; tasks may share one.
-        pooling: how a text's vector is made, where the model's code says so.
+        pooling: how a text's vector is made, if the model's code determines it.
     """
 
     is_jina: bool
@@ -38,7 +38,7 @@ class JinaTasks:
     pooling: Pooling | None = None
 
     def prompts(self, own: Mapping[str, str]) -> Mapping[str, str]:
-        """Return the instruction of each task; ``own`` are those of the checkpoint's files."""
+        """Return the instruction of each task; ``own`` holds the instructions in the checkpoint's files."""
         if not self.is_jina:
             return own
         return jina_prompts(self.adapters, own) if self.pooling is None else jina_v5_prompts(self.adapters, own)
@@ -47,10 +47,10 @@ class JinaTasks:
 def read_jina_tasks(
     folder: Path, config: Mapping[str, Json], layout: Layout | None, modules: Modules | None
 ) -> JinaTasks:
-    """Find the adapters of a checkpoint; most checkpoints have no adapters.
+    """Find the adapters of a checkpoint; most checkpoints have none.
 
     Raises:
-        LoadError: an adapter is missing, or further modules follow a model whose code makes the vectors.
+        LoadError: an adapter is missing, or more modules follow a model whose code already makes the vectors.
     """
     if layout is Layout.JINA_V5:
         if modules is not None and (modules.pooling is not None or modules.dense or modules.is_normalized):

@@ -1,10 +1,9 @@
-"""Jina v5 as it was published: a transformer of transformers', and a LoRA adapter for each task. No torch.
+"""Jina v5 as it was published: a model of transformers, and a LoRA adapter for each task. Does not import torch.
 
 The repositories `jinaai/jina-embeddings-v5-text-small` and `-nano` have the type `jina_embeddings_v5`, whose code
 (`JinaEmbeddingsV5Model`) puts PEFT's adapters over Qwen3 (small) or EuroBERT (nano). The vector of a text is the state of
-its last token, normalized, and one of two instructions stands before every text (in the code's `encode`, and in
-`custom_st.py` for sentence-transformers). Without a task it computes nothing. vLLM reads the same files, for one task at a
-time.
+its last token, normalized, and one of two instructions precedes every text (in the code's `encode`, and in `custom_st.py`
+for sentence-transformers). The model requires a task. vLLM reads the same files, for one task at a time.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from gateway.errors import LoadError
 
 _MODEL_TYPE = "jina_embeddings_v5"
 _CLASSES = {"qwen3": "Qwen3Model", "eurobert": "EuroBertModel"}
-# The tasks of an adapter, by the name of its folder; queries and passages differ in their instruction alone.
+# The tasks of an adapter, by the name of its folder; queries and passages differ only in their instruction.
 _TASKS = {"retrieval": ("retrieval.query", "retrieval.passage"), "clustering": ("separation",)}
 _INSTRUCTIONS = {"query": "Query: ", "document": "Document: "}
 
@@ -30,10 +29,10 @@ def is_jina_v5_layout(config: Mapping[str, Json]) -> bool:
 def as_jina_v5_base(config: Mapping[str, Json], folder: Path) -> dict[str, Json]:
     """Return the ``config.json`` of the model without adapters, in transformers' words.
 
-    EuroBERT's says that it is no decoder, Qwen3's does not; the weights must bear it out.
+    EuroBERT's configuration says that the model is not a decoder; Qwen3's does not. The weights must match.
 
     Raises:
-        LoadError: it names no tasks.
+        LoadError: the configuration names no tasks.
     """
     names = config.get("task_names")
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
@@ -59,10 +58,10 @@ def find_jina_v5_adapters(folder: Path, config: Mapping[str, Json]) -> dict[str,
 
 
 def jina_v5_prompts(adapters: Collection[str], prompts: Mapping[str, str]) -> dict[str, str]:
-    """Return the instruction of each task: a query's for queries, a document's for every other text.
+    """Return the instruction of each task: the query instruction for queries, the document instruction for all other texts.
 
     Args:
-        prompts: the checkpoint's own ``query`` and ``document``.
+        prompts: the checkpoint's own prompts ``query`` and ``document``.
     """
     texts = {name: prompts.get(name) or text for name, text in _INSTRUCTIONS.items()}
     return {task: texts["query" if task == "retrieval.query" else "document"] for task in adapters}

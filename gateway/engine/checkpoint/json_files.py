@@ -1,4 +1,4 @@
-"""Read the JSON files of a checkpoint; what is wrong with one is a :class:`LoadError` that names it."""
+"""Read the JSON files of a checkpoint; a file with an error raises a :class:`LoadError` that names it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gateway.errors import LoadError
 
 Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
 
-_MAX_BYTES = 256 * 2**20  # the index of the shards of a large model has some megabytes
+_MAX_BYTES = 256 * 2**20  # the index of a large model's shards takes a few megabytes
 _LFS_START = b"version https://git-lfs.github.com/spec/"
 
 
@@ -44,7 +44,7 @@ def require_string(config: Mapping[str, Json], key: str, where: Path) -> str:
 
 
 def is_lfs_pointer(path: Path) -> bool:
-    """Return whether a file was checked out without Git LFS: it then holds only a few lines that refer to the content."""
+    """Return whether a file was checked out without Git LFS, and so holds only a reference to the content."""
     try:
         with open_regular(path) as file:
             return file.read(len(_LFS_START)) == _LFS_START

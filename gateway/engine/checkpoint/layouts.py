@@ -1,6 +1,6 @@
-"""Layouts of publishers that brought their own code: told apart by `config.json`, and translated to transformers' words.
+"""Layouts of publishers with their own code, recognized by `config.json` and translated to transformers' terms.
 
-A checkpoint in one of them is served without its code, by transformers' class of the same mathematics.
+The gateway serves such a checkpoint without its code, with transformers' class of the same mathematics.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ class Layout(StrEnum):
     FLASH = "flash"
     """XLM-RoBERTa with Jina's names: :mod:`gateway.engine.checkpoint.flash_layout`."""
     NOMIC_MIXTURE = "nomic mixture"
-    """The same with a mixture of experts, which is :mod:`gateway.engine.model.nomic_moe`."""
+    """Nomic's names, with a mixture of experts: :mod:`gateway.engine.model.nomic_moe`."""
     NOMIC = "nomic"
-    """Nomic's names for the sizes: :mod:`gateway.engine.checkpoint.nomic_layout`. Its code runs if it is trusted."""
+    """Nomic's names for the sizes: :mod:`gateway.engine.checkpoint.nomic_layout`. The code runs if it is trusted."""
     GTE = "gte"
     """GTE as ``model_type: new``: :mod:`gateway.engine.checkpoint.gte_layout`."""
     VOYAGE = "voyage"
-    """Qwen3 that reads both ways, and is projected: :mod:`gateway.engine.checkpoint.voyage_layout`."""
+    """Bidirectional Qwen3 with a projection: :mod:`gateway.engine.checkpoint.voyage_layout`."""
 
     JINA_V5 = "jina v5"
     """Qwen3 or EuroBERT with an adapter for each task: :mod:`gateway.engine.checkpoint.jina_v5_layout`."""
@@ -62,7 +62,7 @@ def translated(config: Mapping[str, Json], folder: Path) -> dict[str, Json]:
     """Return the content of a ``config.json`` in transformers' words.
 
     Raises:
-        LoadError: it is of a layout whose model is not supported.
+        LoadError: the layout's model is not supported.
     """
     layout = layout_of(config)
     if layout is None:
@@ -70,6 +70,6 @@ def translated(config: Mapping[str, Json], folder: Path) -> dict[str, Json]:
     words = _LAYOUTS[layout][1](config, folder)
     if layout is not Layout.NOMIC:
         classes = words.pop("auto_map", None)
-        if isinstance(classes, dict) and "AutoTokenizer" in classes:  # refused for what it may do to texts
+        if isinstance(classes, dict) and "AutoTokenizer" in classes:  # refused later, because it may change texts
             words["auto_map"] = {"AutoTokenizer": classes["AutoTokenizer"]}
     return words

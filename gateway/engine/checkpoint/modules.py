@@ -1,7 +1,7 @@
 """Read sentence-transformers' files: the modules that make a vector, their settings, and how long a text may be.
 
-What changes a vector is read or refused; what does not is passed over. The lists below name every key that
-sentence-transformers 6.2 knows, so that a key of a later release is refused until it has been checked.
+A setting that changes a vector is read or refused; a setting that does not is ignored. The lists below name every key that
+sentence-transformers 6.2 knows, so a key of a later release is refused until it has been checked.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ MULTI_VECTOR = "a multi-vector model (ColBERT): a vector for each token, of a fo
 SPARSE = "a sparse encoder (SPLADE) of a form that is not supported"
 RERANKER = "a reranker of a kind that is not supported"
 
-# What a module says about the model that it is part of.
+# The kind of model that a module implies.
 _KINDS = {
     "MultiVectorMask": MULTI_VECTOR,
     "TokenPooling": MULTI_VECTOR,
@@ -91,7 +91,7 @@ class ModuleRow:
 
     @property
     def kind(self) -> str:
-        """Name of the class without its module: classes moved between releases, and kept their names."""
+        """Name of the class without its module: classes have moved between releases, but kept their names."""
         return self.type.rpartition(".")[2]
 
 
@@ -100,7 +100,7 @@ class Modules:
     """The folder of each of sentence-transformers' modules, relative to the checkpoint.
 
     Attributes:
-        pooling: ``None`` without a pooling: the transformer's output is then not the vector of a text.
+        pooling: the folder of the pooling; ``None`` without one: the transformer's output is then not the vector of a text.
         own_code: the checkpoint's own classes, named instead of sentence-transformers'.
     """
 
@@ -113,11 +113,11 @@ class Modules:
 
 @dataclass(frozen=True, slots=True)
 class DenseLayer:
-    """A linear layer behind the pooling or over each token, as its configuration describes it.
+    """A linear layer after the pooling or over each token, as its configuration describes it.
 
     Attributes:
-        activation: torch's class of the activation behind it, without its module.
-        has_residual: its input is added to its output: as it is, or through a layer without a bias if the widths differ.
+        activation: torch's class of the activation after the layer, without its module.
+        has_residual: the input is added to the output: directly, or through a layer without a bias if the widths differ.
     """
 
     width: int
@@ -130,7 +130,7 @@ def read_modules(folder: Path) -> Modules | None:
     """Return the modules that ``modules.json`` lists; ``None`` for a plain transformers checkpoint.
 
     Raises:
-        LoadError: it cannot be read, or lists modules that are not supported; names the kind of model that they make.
+        LoadError: the file cannot be read, or lists modules that are not supported; the message names their kind of model.
     """
     path = folder / "modules.json"
     rows = list_rows(folder)
@@ -141,7 +141,7 @@ def read_modules(folder: Path) -> Modules | None:
     for kind, at in zip(kinds, folders, strict=True):
         if kind == "Normalize":
             _require_sentences(folder / at / "config.json")
-    # One transformer, one pooling, any linear layers, at the end perhaps a normalization.
+    # One transformer, one pooling, any number of linear layers, and optionally a normalization.
     expected = ["Transformer", "Pooling", *["Dense"] * len(dense), *["Normalize"] * kinds.count("Normalize")]
     if not kinds or kinds != expected[: len(kinds)] or kinds.count("Normalize") > 1:
         what = _what_modules_make(kinds, types, [folder / at / "config.json" for at in dense])
@@ -189,7 +189,7 @@ def list_rows(folder: Path) -> list[ModuleRow] | None:
 
 
 def inside(place: str, path: Path) -> str:
-    """Return the folder of a module, which must be part of the checkpoint."""
+    """Return the folder of a module, which must be inside the checkpoint."""
     parts = PurePosixPath(place)
     if parts.is_absolute() or ".." in parts.parts:
         raise LoadError(f"{path}: the path {place!r} leads out of the checkpoint's folder")
@@ -197,7 +197,7 @@ def inside(place: str, path: Path) -> str:
 
 
 def _what_modules_make(kinds: Sequence[str], types: Sequence[str], dense: Iterable[Path]) -> str:
-    """Return the kind of model that a list of unsupported modules makes; empty if it is not known."""
+    """Return the kind of model that a list of unsupported modules describes; empty if unknown."""
     known = [_KINDS[kind] for kind in kinds if kind in _KINDS]
     if known:
         return known[0]
@@ -227,7 +227,7 @@ def read_pooling(folder: Path) -> Pooling:
     """Read the configuration of a ``Pooling`` module.
 
     Raises:
-        LoadError: it pools in a way that is not supported.
+        LoadError: the pooling is not supported.
     """
     path = folder / "config.json"
     config = read_object(path)
@@ -238,7 +238,7 @@ def read_pooling(folder: Path) -> Pooling:
     if odd := [key for key in flags if not isinstance(config.get(key, False), bool)]:
         raise LoadError(f"{path}: {odd[0]} must be true or false, got {config[odd[0]]!r}")
     mode = config.get("pooling_mode")
-    if mode is None:  # the form until sentence-transformers 5: one flag per mode
+    if mode is None:  # the format until sentence-transformers 5: one flag per mode
         active = [name for name, flag in _POOLING_FLAGS.items() if config.get(f"pooling_mode_{flag}") is True]
         mode = [*active] or "mean"
     if isinstance(mode, list) and len(mode) == 1:
@@ -252,10 +252,10 @@ def read_dense(folder: Path, *, gives_scores: bool = False) -> DenseLayer:
     """Read the configuration of a ``Dense`` module.
 
     Args:
-        gives_scores: it is the last one of a cross-encoder.
+        gives_scores: the module is the last one of a cross-encoder.
 
     Raises:
-        LoadError: it is more than a linear layer over the pooled vector.
+        LoadError: the module is more than a linear layer over the pooled vector.
     """
     path = folder / "config.json"
     config = read_object(path)
@@ -272,7 +272,7 @@ def read_token_dense(folder: Path) -> DenseLayer:
     """Read the configuration of a ``Dense`` module over each token of a multi-vector model, also PyLate's.
 
     Raises:
-        LoadError: it is not one.
+        LoadError: the module does not read and write token vectors.
     """
     path = folder / "config.json"
     config = read_object(path)
@@ -296,7 +296,7 @@ def _dense_layer(config: Mapping[str, Json], path: Path) -> DenseLayer:
 
 
 def require_known(config: Mapping[str, Json], known: Iterable[str], path: Path) -> None:
-    """Refuse keys of a configuration that are not known.
+    """Refuse unknown keys of a configuration.
 
     Raises:
         LoadError: names them.
@@ -326,7 +326,7 @@ def read_truncated_width(config: Mapping[str, Json], path: Path) -> int | None:
     """Return the dimensions to which ``config_sentence_transformers.json`` cuts every vector, if it does.
 
     Raises:
-        LoadError: it does not give a number of dimensions.
+        LoadError: the value is not a number of dimensions.
     """
     width = config.get("truncate_dim")
     if width is not None and (not isinstance(width, int) or isinstance(width, bool) or width < 1):

@@ -1,8 +1,8 @@
-"""Nomic's published configuration in transformers' words. No torch.
+"""Nomic's published configuration in transformers' terms. Does not import torch.
 
-`nomic-ai/nomic-embed-text-v1` and its kin were published with their own code, and with its names for the sizes.
-transformers has the same model, but ignores names that it does not know and takes its defaults instead. The mixture of
-experts, `nomic-ai/nomic-embed-text-v2-moe`, has the same names; its layers are in `gateway.engine.model.nomic_moe`.
+`nomic-ai/nomic-embed-text-v1` and related models were published with their own code, and with its names for the sizes.
+transformers has the same model, but silently replaces unknown names with its defaults. The mixture of experts,
+`nomic-ai/nomic-embed-text-v2-moe`, has the same names. Its layers are in `gateway.engine.model.nomic_moe`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _NAMES = {
     "n_positions": "max_position_embeddings",
     "layer_norm_epsilon": "layer_norm_eps",
 }
-# The values with which the model computes, whatever the configuration says; an absent key agrees. A `rotary_scaling_factor`
+# The values that the model assumes regardless of the configuration; a missing key is fine. A `rotary_scaling_factor`
 # would make positions depend on the longest text of a batch (dynamic NTK).
 _EXPECTED: Mapping[str, tuple[Json, ...]] = {
     "causal": (False, None),
@@ -69,8 +69,8 @@ def is_nomic_mixture(config: Mapping[str, Json]) -> bool:
 def as_nomic_bert(config: Mapping[str, Json], folder: Path) -> dict[str, Json]:
     """Return the ``config.json`` of the same model in transformers' words.
 
-    Positions are rotary: ``n_positions``, 8,192 as published, is a promise of the publisher's and not the size of a
-    table. Up to there they are computed as the published code does without its ``rotary_scaling_factor``.
+    Positions are rotary: ``n_positions`` (8,192 as published) is the publisher's promise, not the size of a table. Up to
+    that limit, positions are computed as in the published code without its ``rotary_scaling_factor``.
 
     Raises:
         LoadError: the model differs from transformers'.

@@ -1,8 +1,8 @@
-"""Read how an LLM that reranks is asked: the texts before, between and behind a query and a document.
+"""Read the prompt template of an LLM reranker: the texts before, between and after a query and a document.
 
-A chat template with the roles ``query`` and ``document`` says so, as sentence-transformers 6 writes and reads it
-(its file base/modality.py). The models that Qwen published before have a chat template of ordinary
-roles; their template is that of the code on their model cards.
+A chat template with the roles ``query`` and ``document`` defines them, as sentence-transformers 6 writes and reads it (its
+file base/modality.py). Qwen's earlier models have a chat template with ordinary roles. Their template for pairs is in the
+code on their model cards.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from gateway.engine.checkpoint.json_files import Json, read_object
 from gateway.errors import LoadError
 
 QWEN3_INSTRUCTION = "Given a web search query, retrieve relevant passages that answer the query"
-# Repositories whose model cards have Qwen's template.
+# Repositories whose model cards show Qwen's template.
 _QWEN3_RERANKER = re.compile(r"(?:Qwen/Qwen3-Reranker-[\w.]+|tomaarsen/Qwen3-Reranker-[\w.]+-seq-cls)")
 _QWEN3_BEFORE = (
     "<|im_start|>system\nJudge whether the Document meets the requirements based on the Query and the Instruct provided. "
     'Note that the answer can only be "yes" or "no".<|im_end|>\n<|im_start|>user\n<Instruct>: {}\n<Query>: '
 )
 _QWEN3_AFTER = "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
-# Contents that occur in no template.
+# Placeholders that occur in no template.
 _QUERY, _DOCUMENT = "qUeRy-4711", "dOcUmEnT-0815"
-# A template that changes what it is given would give other tokens: white space at the ends, marks of HTML.
+# Probes for a template that changes its inputs (white space at the ends, HTML characters), and so the tokens.
 _PROBES = ((" a  query\n", "\n<a> document "), ("", ""))
 
 
@@ -40,12 +40,12 @@ class PairTemplate:
 
 
 def qwen3_template(instruction: str | None) -> PairTemplate:
-    """Return Qwen3-Reranker's template, as its model card has it."""
+    """Return Qwen3-Reranker's template, as on its model card."""
     return PairTemplate(_QWEN3_BEFORE.format(instruction or QWEN3_INSTRUCTION), "\n<Document>: ", _QWEN3_AFTER)
 
 
 def is_qwen3_reranker(source: str) -> bool:
-    """Return whether a source is a repository whose model card has Qwen's template."""
+    """Return whether a source is a repository whose model card shows Qwen's template."""
     return _QWEN3_RERANKER.fullmatch(source) is not None
 
 
@@ -58,11 +58,12 @@ def read_pair_template(folder: Path, instruction: str | None, *, is_declared: bo
     """Return the template for pairs of the checkpoint in ``folder``; ``None`` if it has no template for pairs.
 
     Args:
-        instruction: the content of a message of the role ``system``; ``None`` for no such message.
-        is_declared: the checkpoint says that the model reranks; otherwise a template that writes any role does not count.
+        instruction: the content of a message with the role ``system``; ``None`` for no such message.
+        is_declared: the checkpoint says that the model is a reranker; otherwise a template that accepts any role does not
+            count.
 
     Raises:
-        LoadError: the template is for pairs, and of a form that is not supported.
+        LoadError: the template is for pairs, but its form is not supported.
     """
     config = read_object(folder / "tokenizer_config.json", optional=True)
     template = _chat_template(folder)
@@ -78,7 +79,7 @@ def read_pair_template(folder: Path, instruction: str | None, *, is_declared: bo
         return None
     other = render(_messages(instruction, _QUERY, _DOCUMENT, roles=("one-role", "other-role")))
     if not is_declared and other is not None and _QUERY in other and _DOCUMENT in other:
-        return None  # it writes what any role says: an ordinary LLM's
+        return None  # it accepts any role: the template of an ordinary LLM
     where = f"{folder}: its chat template for pairs"
     before, _, rest = whole.partition(_QUERY)
     between, _, after = rest.partition(_DOCUMENT)
@@ -120,7 +121,7 @@ def _template_options(sentence: Mapping[str, Json], folder: Path) -> dict[str, J
 
 
 def _is_structured(sentence: Mapping[str, Json], template: str) -> bool:
-    """Return whether a message's content is a list of parts, as sentence-transformers decides it."""
+    """Return whether a message's content is a list of parts, by sentence-transformers' rule."""
     match sentence.get("modality_config"):
         case {"message": {"format": "structured"}}:
             return True
@@ -130,7 +131,7 @@ def _is_structured(sentence: Mapping[str, Json], template: str) -> bool:
 
 
 class _Renderer:
-    """Renders messages with a chat template, as transformers' tokenizers do it."""
+    """Renders messages with a chat template, as transformers' tokenizers do."""
 
     def __init__(
         self, template: str, config: Mapping[str, Json], options: Mapping[str, Json], *, is_structured: bool
@@ -145,13 +146,13 @@ class _Renderer:
         """Return the text of messages, each a role and its content; ``None`` if the template refuses them."""
         from transformers.utils.chat_template_utils import render_jinja_template  # slow to import
 
-        render: Any = render_jinja_template  # which is declared to return something else
+        render: Any = render_jinja_template  # its declared return type is wrong
         content = [
             {"role": role, "content": [{"type": "text", "text": text}] if self._is_structured else text}
             for role, text in messages
         ]
         try:
             texts, _masks = render([content], chat_template=self._template, **self._variables)
-        except Exception:  # a template may raise anything for roles that it does not know
+        except Exception:  # a template may raise any error for unknown roles
             return None
         return str(texts[0])

@@ -19,7 +19,7 @@ _JINA_PROMPTS = {
 
 @dataclass(frozen=True, slots=True)
 class Prompts:
-    """The prompts of a checkpoint, as it names them.
+    """The prompts of a checkpoint, by the checkpoint's own names.
 
     Attributes:
         default: name of the prompt for texts without a task, if the checkpoint names one.
@@ -55,28 +55,28 @@ def read_prompts(config: Mapping[str, Json], path: Path) -> Prompts:
 
 
 def jina_prompts(adapters: Collection[str], prompts: Mapping[str, str]) -> dict[str, str]:
-    """Return the instructions of Jina's tasks: the checkpoint's own where it names a task that has an adapter.
+    """Return the instructions of Jina's tasks; the checkpoint's own prompt wins for a task that has an adapter.
 
-    sentence-transformers writes an empty ``query`` and ``document`` into every checkpoint that names no prompts: they
-    say nothing.
+    sentence-transformers writes an empty ``query`` and ``document`` into every checkpoint that names no prompts. Such empty
+    prompts are ignored.
     """
     own = {task: _JINA_PROMPTS.get(task, "") for task in adapters}
     named = {name: text for name, text in prompts.items() if canonical_task(name) in own}
-    # By its canonical name a task's prompt may be empty on purpose. The others go first: two texts are then a conflict.
+    # A prompt under a task's canonical name may be empty on purpose. An empty prompt under another name is dropped.
     named = {name: text for name, text in named.items() if text or name in own}
     return {**{task: text for task, text in own.items() if task not in map(canonical_task, named)}, **named}
 
 
 def tasks_of(prompts: Mapping[str, str], given: Mapping[str, str], adapters: Collection[str]) -> dict[str, str]:
-    """Return the instruction of each task by its canonical name: the registry's over the checkpoint's own.
+    """Return the instruction of each task by its canonical name; the registry overrides the checkpoint.
 
     A model with a prompt for any task takes queries and passages too, as sentence-transformers' ``encode_query`` and
-    ``encode_document`` do: without a prompt of its name, nothing is put before the text. If all prompts are empty, the
-    model has no tasks: sentence-transformers writes empty ones into every checkpoint.
+    ``encode_document`` do: without a prompt for one of them, the text gets no instruction. If all prompts are empty, the
+    model has no tasks, because sentence-transformers writes empty prompts into every checkpoint.
 
     Args:
-        prompts: the checkpoint's own, by any name of a task.
-        given: the registry's.
+        prompts: the checkpoint's own prompts, by any name of a task.
+        given: the registry's prompts.
 
     Raises:
         LoadError: two names of one task have different texts.
@@ -92,7 +92,7 @@ def tasks_of(prompts: Mapping[str, str], given: Mapping[str, str], adapters: Col
 
 
 def _by_task(prompts: Mapping[str, str], whose: str) -> dict[str, str]:
-    """Return the text of each task; an empty one says nothing where another name of the task has a text."""
+    """Return the text of each task; an empty text is ignored if another name of the task has a text."""
     names: dict[str, str] = {}
     for name, text in prompts.items():
         task = canonical_task(name)

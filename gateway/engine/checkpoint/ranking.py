@@ -27,7 +27,7 @@ class Ranking:
 
     Attributes:
         template: the texts around the query and the text of a pair, if the model reads them as one text.
-        is_llm: whether the model predicts words, and its score is the logit of one.
+        is_llm: whether the model predicts words, and its score is the logit of one word.
         is_pooled: whether sentence-transformers' modules read the states of the transformer's tokens.
     """
 
@@ -51,14 +51,14 @@ def read_ranking(
     """Return how a checkpoint scores.
 
     Args:
-        root: folder of the transformer.
+        root: the folder of the transformer.
         config: the content of its ``config.json``, in transformers' words.
-        is_embedder: its modules say that it embeds.
-        is_plain: it has no modules.
+        is_embedder: the checkpoint's modules describe an embedder.
+        is_plain: the checkpoint has no modules.
         source, instruction: see :func:`gateway.engine.checkpoint.read.read_checkpoint`.
 
     Raises:
-        LoadError: it scores in a way that is not supported.
+        LoadError: the way of scoring is not supported.
     """
     if is_embedder:
         ranking = Ranking()
@@ -119,14 +119,14 @@ def _read(
 
 
 def read_sentence_config(folder: Path, *, scores: bool, is_by_token: bool = False) -> tuple[Prompts, int | None]:
-    """Return the prompts, and the number of dimensions that vectors are cut to.
+    """Return the prompts, and the number of dimensions to which vectors are cut.
 
     Args:
-        scores: the model scores, and has neither.
-        is_by_token: the model has no vector of a whole text that could be cut.
+        scores: the model scores, and so has neither.
+        is_by_token: the model makes no vector of a whole text that could be cut.
 
     Raises:
-        LoadError: ``config_sentence_transformers.json`` says that the model is of another kind.
+        LoadError: ``config_sentence_transformers.json`` describes another kind of model.
     """
     if scores:
         return Prompts(), None

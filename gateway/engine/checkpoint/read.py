@@ -47,13 +47,13 @@ class Checkpoint:
 
     Attributes:
         transformer: folder of the transformer and its tokenizer: as a rule ``folder`` itself.
-        width: dimensions of a dense vector, 0 without that output; where there is a classifier, the number of its labels.
+        width: dimensions of a dense vector, 0 without that output; for a classifier, its number of labels.
         hidden_width: dimensions of a token's state.
-        vocab_size: rows of the table of words; every token id is below it.
-        max_tokens: longest text, special tokens included: what sentence-transformers cuts at.
+        vocab_size: number of rows of the word table; every token id is smaller.
+        max_tokens: longest text, special tokens included: the length at which sentence-transformers cuts.
         max_query_tokens: longest query, where queries and documents are treated differently; else ``max_tokens``.
         position_limit: longest text that the architecture can take at all.
-        dense_layers: folders of the linear layers behind the pooling, in order.
+        dense_layers: folders of the linear layers after the pooling, in order.
         prompts: instruction of each task, as named by the checkpoint.
         default_prompt: name of the prompt for texts without a task, if the checkpoint names one.
         adapters: folder of each task's adapter; tasks may share one.
@@ -61,9 +61,9 @@ class Checkpoint:
         multivector_head: weights of the layer that gives each token its vector, if there is one.
         classifier: the head that scores or classifies, if the model has one.
         pair_template: the texts around the query and the text of a pair, if the model reads them as one text.
-        layout: a publisher's layout, in which its files are written; ``None`` for transformers'.
+        layout: the publisher's layout of the files; ``None`` for transformers' layout.
         has_own_code: whether the model's class is trusted code of the checkpoint rather than transformers'.
-        has_pooling_module: whether sentence-transformers' files say how a text's vector is made.
+        has_pooling_module: whether sentence-transformers' files define how a text's vector is made.
         is_named: whether ``config.json`` names the class of the model.
         weights: files that hold the transformer's weights.
         fingerprint: hex sha256 over all weights files, the tokenizer, the pooling and lower-casing, the scaling of the
@@ -119,7 +119,7 @@ class Checkpoint:
 
     @property
     def adapter_folders(self) -> tuple[Path, ...]:
-        """The folder of each adapter, once: an adapter's index in the runtime is its place here."""
+        """The folders of the adapters, without duplicates: an adapter's index in the runtime is its position here."""
         return tuple(dict.fromkeys(self.adapters.values()))
 
     @property
@@ -129,7 +129,7 @@ class Checkpoint:
 
     @property
     def max_weights(self) -> int:
-        """The most weights of a text in the sparse output, whatever its length; 0 for one per token."""
+        """The maximum number of weights of a text in the sparse output, at any length; 0 for one weight per token."""
         return 0 if self.splade is None else self.splade.max_active or self.vocab_size
 
     @property
@@ -139,7 +139,7 @@ class Checkpoint:
 
     @property
     def default_task(self) -> str | None:
-        """The task of a text that names none, where the checkpoint has one: a ColBERT's texts are documents."""
+        """The task of a text without a task, if the checkpoint defines one: a ColBERT model's texts are documents."""
         if self.colbert is not None:
             return "retrieval.passage"
         return None if self.splade is None else self.splade.default_task
@@ -176,7 +176,7 @@ def read_checkpoint(
         trust_remote_code: the checkpoint's own code may run in place of transformers' class.
         source: the registry's name of the checkpoint.
         instruction: the registry's instruction for a model that reranks.
-        is_sparse: the registry says that the model gives sparse vectors alone, as a folder without modules cannot.
+        is_sparse: the registry says that the model gives only sparse vectors, which a folder without modules cannot say.
 
     Raises:
         LoadError: a file is missing or malformed, or the model is of a kind that is not served.
@@ -286,7 +286,7 @@ def _read_static(folder: Path, table: StaticTable) -> Checkpoint:
 def _require_embedder(
     folder: Path, config: Mapping[str, Json], files: Description, model_type: str, *, has_own_code: bool
 ) -> None:
-    """Refuse a checkpoint that does not say how its token states become the vector of a text."""
+    """Refuse a checkpoint that does not define how its token states become the vector of a text."""
     modules = files.modules
     if files.is_by_token:
         return
@@ -306,7 +306,7 @@ def _require_embedder(
 
 
 def _read_prompts(folder: Path, files: Description, *, scores: bool) -> tuple[Prompts, int | None]:
-    """Return the prompts, and the number of dimensions that vectors are cut to."""
+    """Return the prompts, and the number of dimensions to which vectors are cut."""
     prompts, truncated_width = read_sentence_config(folder, scores=scores, is_by_token=files.is_by_token)
     return prompts if files.colbert is None else Prompts(files.colbert.prompts), truncated_width
 
@@ -335,7 +335,7 @@ def _with_fingerprint(checkpoint: Checkpoint, truncated_width: int | None) -> Ch
         parts["colbert"] = checkpoint.colbert.settings
     if checkpoint.pair_template is not None:
         parts["pair template"] = str(checkpoint.pair_template)
-    for layer in checkpoint.dense_layers:  # what the weights do not say
+    for layer in checkpoint.dense_layers:  # settings that are not in the weights
         parts[f"activation of {layer.name}"] = str(read_object(layer / "config.json").get("activation_function"))
     for task, adapter in checkpoint.adapters.items():
         config = read_object(adapter / "adapter_config.json")

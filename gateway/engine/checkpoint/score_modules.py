@@ -1,7 +1,8 @@
 """Read the heads of cross-encoders that sentence-transformers 6 saves as modules, and of LLMs that answer yes or no.
 
-Three lists of modules end in scores: a transformer alone, which is read by its class; a transformer with a pooling and
-layers (Ettin); and a language model with ``LogitScore``, the logit of one token less that of another (Qwen3-Reranker).
+Three lists of modules end in scores. The first is a transformer alone, which is read by its class. The second is a
+transformer with a pooling and layers (Ettin). The third is a language model with ``LogitScore``: the logit of one token
+minus that of another (Qwen3-Reranker).
 """
 
 from __future__ import annotations
@@ -27,13 +28,13 @@ from gateway.engine.checkpoint.modules import Modules, Pooling, list_modules, re
 from gateway.errors import LoadError
 
 CAUSAL = "ForCausalLM"
-# torch's classes of activations, and transformers' names of the same functions.
+# torch's activation classes, and transformers' names of the same functions.
 _ACTIVATIONS = {"Identity": "linear", "Tanh": "tanh", "GELU": "gelu", "ReLU": "relu", "SiLU": "silu"}
 
 
 @dataclass(frozen=True, slots=True)
 class ScoreModules:
-    """What a ``modules.json`` says that ends in scores.
+    """The description of a ``modules.json`` that ends in scores.
 
     Attributes:
         transformer: folder of the transformer, relative to the checkpoint.
@@ -68,7 +69,7 @@ def yes_no_head(folder: Path, config: Mapping[str, Json]) -> Classifier:
     """Return the head of an LLM that answers ``yes`` or ``no``, as ``CrossEncoder`` reads one without modules.
 
     Raises:
-        LoadError: its vocabulary has no such tokens.
+        LoadError: the vocabulary has no such tokens.
     """
     from tokenizers import Tokenizer  # slow to import
 
@@ -137,10 +138,10 @@ def _read_layers(folder: Path, rows: list[tuple[str, str]], config: Mapping[str,
 
 
 def read_all_modules(folder: Path) -> tuple[Modules | None, ScoreModules | None]:
-    """Return the modules that ``modules.json`` lists, as far as they make token states and vectors, and those with scores.
+    """Return the modules that ``modules.json`` lists: those that make token states and vectors, and those with scores.
 
     Raises:
-        LoadError: it cannot be read, or lists modules that are not supported.
+        LoadError: the file cannot be read, or lists modules that are not supported.
     """
     scores = read_score_modules(folder)
     return (read_modules(folder), None) if scores is None else (Modules(scores.transformer), scores)

@@ -15,22 +15,22 @@ from gateway.errors import LoadError
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig  # slow to import
 
-# RoBERTa and its kin count positions from behind the padding id; MPNet and Jina v3 leave two out, whatever that is.
+# RoBERTa and related models start positions after the padding id; MPNet and Jina v3 always skip two.
 OFFSET_BY_PADDING = frozenset({"roberta", "xlm-roberta", "camembert"})
 _UNUSED_POSITIONS = {"mpnet": 2, "jina_embeddings_v3": 2}
 
-# T5's positions are relative, without a table: its files name the length, and this bounds what the registry may set.
+# T5's positions are relative, without a table. Its files name the length; this constant limits the registry's setting.
 _RELATIVE_POSITIONS = 32_768
 
 _LAYER_TYPES = {"full_attention", "sliding_attention", "conv"}
 _NUM_LAYERS = ("num_hidden_layers", "n_layers", "n_layer")
-# A layer of T5 is a "block", and its "layers" are the parts of one. Of a whole T5 only the encoder counts.
+# A layer of T5 is a "block", and its "layers" are the parts of one. Of a complete T5 model, only the encoder counts.
 _LAYER = re.compile(r"(?:^|\.)(?:block|layers?)\.(\d+)\.")
 _OTHER_PARTS = ("decoder.",)
 WORDS = re.compile(r"(?:^|\.)(?:word_embeddings|tok_embeddings|embed_tokens|shared)\.weight")
 _POSITIONS = re.compile(r"(?:^|\.)position_embeddings\.weight")
 _SEGMENTS = re.compile(r"(?:^|\.)token_type_embeddings\.weight")
-# The last layer of a feed-forward, by the names of all architectures that are served.
+# The last layer of a feed-forward, by its names in all supported architectures.
 _FEED_FORWARD = re.compile(
     r"(?:^|\.)(?:layers?\.0\.(?:output\.dense|ffn\.lin2|mlp\.(?:Wo|fc2|down_proj)|feed_forward\.w2)"
     r"|albert_layers\.0\.ffn_output|encoder\.block\.0\.layer\.1\.DenseReluDense\.wo)\.weight"
@@ -42,9 +42,9 @@ class Attention:
     """The sizes of a layer's attention.
 
     Attributes:
-        num_heads: of the queries.
-        width: of the queries of all heads together; not always the width of the layer.
-        has_windows: whether some layers see only what is near.
+        num_heads: number of heads of the queries.
+        width: total width of the queries of all heads; not always the width of the layer.
+        has_windows: whether some layers attend only to nearby tokens.
     """
 
     num_heads: int
@@ -78,8 +78,8 @@ class Sizes:
 
     Attributes:
         state_width: dimensions of a token's state: ``width``, unless a layer follows the last one of the transformer.
-        num_positions: positions that a text's tokens can have: what the table or the configuration has, less those
-            that the architecture leaves out.
+        num_positions: number of positions for a text's tokens: the size in the table or the configuration, minus the
+            positions that the architecture skips.
     """
 
     width: int
@@ -95,8 +95,7 @@ class Sizes:
         """Read the sizes of the checkpoint in ``folder``.
 
         Args:
-            shapes: of its weights, which must bear the sizes out; ``None`` where the checkpoint's own code knows
-                them.
+            shapes: shapes of the weights, which must match the sizes; ``None`` if the checkpoint's own code runs.
 
         Raises:
             LoadError: the configuration makes no sense, or does not match the weights.
@@ -104,7 +103,7 @@ class Sizes:
         where = folder / "config.json"
         if shapes is not None:
             given = read_object(where)
-            # First of all: a configuration of a million layers takes transformers minutes.
+            # Check this first: a configuration of a million layers takes transformers minutes.
             for name in ("num_layers",) if given.get("model_type") == "t5" else _NUM_LAYERS:
                 _require_layers(name, given.get(name), shapes, where)
         try:
@@ -165,7 +164,7 @@ def _require_layers(name: str, given: object, shapes: Shapes, where: Path) -> No
 
 
 def _require_tables(config: PreTrainedConfig, sizes: Sizes, shapes: Shapes, where: Path) -> None:
-    """Compare the sizes with the tensors that have them; transformers compares the others."""
+    """Compare the sizes with the shapes of the tensors; transformers checks the other sizes."""
     columns = ("embedding_size", int(config.embedding_size)) if hasattr(config, "embedding_size") else None
     width = ("hidden_size", sizes.width)
     positions = int(getattr(config, "max_position_embeddings", 0))
@@ -191,7 +190,7 @@ def read_config(folder: Path) -> dict[str, Json]:
     """Return the content of ``config.json``, in transformers' words.
 
     Raises:
-        LoadError: it cannot be read, or is of a layout whose model is not supported.
+        LoadError: the file cannot be read, or its layout's model is not supported.
     """
     return translated(read_object(folder / "config.json"), folder)
 
@@ -201,7 +200,7 @@ def load_config(folder: Path) -> PreTrainedConfig:
 
     Raises:
         LoadError: as :func:`read_config`.
-        Exception: of any class, raised by transformers for one that makes no sense.
+        Exception: of any class, raised by transformers for a configuration that makes no sense.
     """
     from transformers import CONFIG_MAPPING, AutoConfig  # slow to import
 
@@ -212,7 +211,8 @@ def load_config(folder: Path) -> PreTrainedConfig:
     else:
         words = translated(config, folder)
         own = CONFIG_MAPPING[str(words["model_type"])].from_dict(words)
-    # How its trainer ran the model, which no number of a vector depends on: the package for that may not be here.
+    # These record how the trainer ran the model. Vectors do not depend on them, and the required package may not be
+    # installed.
     own._attn_implementation = None
     own.chunk_size_feed_forward = 0
     own.return_dict = True

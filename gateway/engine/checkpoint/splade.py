@@ -1,8 +1,8 @@
 """Recognize a SPLADE model: a masked language model whose logits become a weight for each token of the vocabulary.
 
-The layouts are those of sentence-transformers: ``Transformer`` and ``SpladePooling``; the same as the
-documents' side of a ``Router``, where queries get fixed weights from a table (``SparseStaticEmbedding``); and a folder
-without ``modules.json``, which looks like any masked language model, so that the registry has to say what it is.
+sentence-transformers has three layouts. The first is ``Transformer`` and ``SpladePooling``. The second has these two on the
+document side of a ``Router``, and gives queries fixed weights from a table (``SparseStaticEmbedding``). The third is a
+folder without ``modules.json``. It looks like any masked language model, so the registry must declare it.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ _IDF = "idf.json"
 class MaskedLmHead:
     """The layers over a token's state that give its logits: ``decoder(norm(activation(dense(state))))``.
 
-    The rules are transformers', in the file ``modeling_….py`` of each architecture: the class of its head for masked words.
-    Without tensors, the decoder's weights are the table of words.
+    The rules are those of transformers' class for masked words, in the file ``modeling_….py`` of each architecture. If the
+    decoder has no tensors, its weights are the word table.
 
     Attributes:
         dense: name of the first layer's tensors, without ``.weight``.
-        norm: the same of the layer normalization.
-        decoder: the same of the last layer.
-        bias: name of the last layer's bias where it lies outside of that layer.
+        norm: name of the layer normalization's tensors.
+        decoder: name of the last layer's tensors.
+        bias: name of the last layer's bias, if it is not part of that layer.
         activation_key: key of the activation in the configuration; ``None`` for GELU.
         eps_key: key of the normalization's epsilon; ``None`` for 1e-12.
     """
@@ -67,7 +67,7 @@ MASKED_LM_HEADS = {
     ),
     "modernbert": MaskedLmHead("head.dense", "head.norm", "decoder", None, "classifier_activation", "norm_eps"),
 }
-"""The heads that are known, by ``model_type``."""
+"""The known heads, by ``model_type``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,11 +80,11 @@ class Splade:
         transformer: folder of the transformer and its tokenizer, relative to the checkpoint.
         is_sum: the activations of a text's tokens are added up; otherwise the largest counts.
         is_log_twice: the activation is ``log1p(log1p(relu(x)))``; otherwise ``log1p(relu(x))``.
-        max_active: keep only so many of the largest weights.
-        queries: folder with the tokenizer of queries, and the table with a fixed weight for each token of the
-            vocabulary: queries then need no transformer. ``None`` if they are treated as documents are.
+        max_active: the number of largest weights to keep.
+        queries: folder with the tokenizer of queries, and the table with a fixed weight for each token of the vocabulary,
+            so queries need no transformer. ``None`` if queries are treated like documents.
         table: file with those weights: safetensors or a pickle of ``weight``, or JSON of weights by token.
-        default_task: what a text is that does not say, where queries and documents differ.
+        default_task: the task of a text without a task, if queries and documents differ.
     """
 
     transformer: str = ""
@@ -102,13 +102,13 @@ class Splade:
 
 
 def read_splade(folder: Path, *, is_asked_for: bool) -> Splade | None:
-    """Return how the checkpoint in ``folder`` makes sparse vectors; ``None`` if it is of another kind.
+    """Return how the checkpoint in ``folder`` makes sparse vectors; ``None`` for another kind of model.
 
     Args:
-        is_asked_for: the registry says that the model gives sparse vectors alone.
+        is_asked_for: the registry says that the model gives only sparse vectors.
 
     Raises:
-        LoadError: it is a sparse encoder of a form that is not supported.
+        LoadError: the checkpoint is a sparse encoder of a form that is not supported.
     """
     path = folder / "modules.json"
     max_active = _max_active(folder)
@@ -129,7 +129,7 @@ def require_masked_lm(folder: Path, model_type: str) -> None:
     """Refuse a sparse encoder of an architecture whose head is not known.
 
     Raises:
-        LoadError: names those that are.
+        LoadError: the architecture is not supported; the message names the supported ones.
     """
     if model_type not in MASKED_LM_HEADS:
         raise LoadError(
@@ -197,7 +197,7 @@ def _of(
 
 
 def _read_router(folder: Path, place: str, max_active: int | None) -> Splade | None:
-    """Read a router; ``None`` if no route has to do with sparse vectors."""
+    """Read a router; ``None`` if no route makes sparse vectors."""
     path = folder / place / _ROUTER
     config = read_object(path)
     types, structure, parameters = config.get("types"), config.get("structure"), config.get("parameters", {})

@@ -4,9 +4,9 @@ The vector of a text is the mean over its tokens, without special tokens. Two li
 treat texts differently:
 
 - sentence-transformers (``StaticEmbedding`` in ``sentence_transformer/modules/static_embedding.py``): all tokens count.
-- model2vec 0.10 (its ``model2vec/model.py``): a text is cut at 512 tokens, and before that at 512 times the
-  median length of a token, in characters; then unknown tokens are left out. Its checkpoints (potion, for example) can be
-  read by sentence-transformers too, but their own library decides here.
+- model2vec 0.10 (its ``model2vec/model.py``): a text is first cut at 512 times the median length of a token, in characters,
+  then at 512 tokens. Unknown tokens are left out. sentence-transformers can read model2vec's checkpoints (potion, for
+  example) too, but here their own library's rules apply.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from gateway.engine.checkpoint.transformer import as_length
 from gateway.errors import LoadError
 
 _MODEL2VEC_LENGTH = 512
-# sentence-transformers reads texts of any length; a limit keeps the cost of a text bounded.
+# sentence-transformers reads texts of any length. This limit bounds the cost of a text.
 _LONGEST = 32_768
 
 
@@ -40,10 +40,10 @@ class StaticTable:
     """A table of token vectors, as its files describe it.
 
     Attributes:
-        folder: where its weights and its tokenizer are.
-        vocab_size: token ids that have a vector; larger than the table if ``mapping`` lets tokens share vectors.
-        max_tokens: the length that texts are cut at.
-        position_limit: the largest length that ``max_tokens`` of the registry may set.
+        folder: the folder of the weights and the tokenizer.
+        vocab_size: number of token ids that have a vector; larger than the table if ``mapping`` lets tokens share vectors.
+        max_tokens: the length at which texts are cut.
+        position_limit: the largest value of ``max_tokens`` in the registry.
     """
 
     rule: StaticRule

@@ -1,6 +1,6 @@
 """Read how sentence-transformers calls the tokenizer and the transformer: ``sentence_bert_config.json``.
 
-What changes a vector is read or refused; what does not is passed over, see :mod:`gateway.engine.checkpoint.modules`.
+A setting that changes a vector is read or refused; others are ignored. See :mod:`gateway.engine.checkpoint.modules`.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from gateway.engine.checkpoint.json_files import Json, read_object
 from gateway.engine.checkpoint.modules import require_known
 from gateway.errors import LoadError
 
-# The arguments that sentence-transformers puts into calls of transformers, by their names before release 5.4.
+# The arguments that sentence-transformers passes to transformers, by their names before release 5.4.
 _OLD_NAMES = {"model_args": "model_kwargs", "tokenizer_args": "processor_kwargs", "config_args": "config_kwargs"}
-# Those of them that leave vectors as they are; and the length, which is read. What code may run is the registry's to say.
+# The arguments that do not change vectors, and the length, which is read. The registry decides which code may run.
 _HARMLESS_ANYWHERE = {"trust_remote_code", "revision", "code_revision"}
 _HARMLESS_MEMORY = {"torch_dtype", "dtype", "attn_implementation", "use_memory_efficient_attention", "unpad_inputs"}
 _HARMLESS_ARGUMENTS = {
@@ -23,14 +23,14 @@ _HARMLESS_ARGUMENTS = {
     "processor_kwargs": {"model_max_length", "use_fast", "padding_side", *_HARMLESS_ANYWHERE},
     "config_kwargs": {"use_cache", *_HARMLESS_MEMORY, *_HARMLESS_ANYWHERE},
 }
-# What sentence-transformers calls a transformer's output in each of its tasks, and transformers' name of it.
+# sentence-transformers' name of a transformer's output in each of its tasks, and transformers' name of it.
 _TASKS = {
     "feature-extraction": ("token_embeddings", "last_hidden_state"),
     "sequence-classification": ("scores", "logits"),
     "text-generation": ("causal_logits", "logits"),
     "fill-mask": ("token_embeddings", "logits"),
 }
-# Settings of queries and documents, in a multi-vector model.
+# Settings for queries and documents in a multi-vector model.
 _SIDES = ("query_length", "document_length", "query_expansion")
 _HARMLESS_KEYS = {"max_seq_length", "do_lower_case", "modality_config", "unpad_inputs", "backend", "cache_dir"}
 
@@ -40,7 +40,7 @@ class TransformerSettings:
     """How sentence-transformers calls the tokenizer.
 
     Attributes:
-        max_tokens: longest text that the file names, if it names one.
+        max_tokens: the longest text according to the file, if it states a length.
     """
 
     max_tokens: int | None
@@ -48,14 +48,14 @@ class TransformerSettings:
 
 
 def read_transformer(folder: Path, task: str, *, has_sides: bool = False) -> TransformerSettings:
-    """Read the length and lower-casing; the first releases of sentence-transformers named the file for the model.
+    """Read the length and lower-casing. Early releases of sentence-transformers named the file after the model.
 
     Args:
         task: transformers' name for the use of the model: one of :data:`_TASKS`.
         has_sides: queries and documents have separate lengths, which are read elsewhere.
 
     Raises:
-        LoadError: the file asks for another treatment of texts.
+        LoadError: the file asks for a treatment of texts that is not supported.
     """
     for name in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet"):
         path = folder / f"sentence_{name}_config.json"
@@ -80,7 +80,7 @@ def as_length(value: Json) -> int | None:
 
 
 def _require_plain(config: Mapping[str, Json], path: Path, task: str) -> None:
-    """Refuse settings with which sentence-transformers would call the tokenizer or the model differently.
+    """Refuse settings that change how sentence-transformers calls the tokenizer or the model.
 
     Raises:
         LoadError: names the setting.
@@ -100,7 +100,7 @@ def _require_plain(config: Mapping[str, Json], path: Path, task: str) -> None:
         if strange:
             raise LoadError(f"{path}: {key}: {', '.join(strange)} is not supported")
     known = {*_HARMLESS_KEYS, *_HARMLESS_ARGUMENTS, "transformer_task", "module_output_name"}
-    known |= {"query_length", "document_length"}  # looked at with the length
+    known |= {"query_length", "document_length"}  # checked together with the length
     require_known({key: value for key, value in config.items() if value not in (None, {}, [])}, known, path)
 
 

@@ -1,8 +1,8 @@
-"""voyage-4-nano as it was published, read as transformers' own Qwen3 with a layer behind it. No torch.
+"""voyage-4-nano as it was published, read as transformers' own Qwen3 followed by a layer. Does not import torch.
 
-`voyageai/voyage-4-nano` says `model_type: qwen3`, and brings code (`Qwen3BidirectionalModel`) that changes two things: each
-token reads those behind it too, and a linear layer without bias widens every token's state from `hidden_size` to
-`num_labels`, before the pooling. transformers does the first for `is_causal: false`; the second is
+`voyageai/voyage-4-nano` says `model_type: qwen3`, and has code (`Qwen3BidirectionalModel`) that changes two things. Each
+token also attends to the tokens after it, and a linear layer without bias widens every token's state from `hidden_size` to
+`num_labels` before the pooling. transformers does the first for `is_causal: false`. The second is in
 `gateway.engine.model.projection`. vLLM's `VoyageQwen3BidirectionalEmbedModel` describes the same model.
 """
 

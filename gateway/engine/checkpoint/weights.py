@@ -17,11 +17,11 @@ from gateway.engine.checkpoint.voyage_layout import PROJECTION
 
 
 def read_tensors(files: Sequence[Path], names: Container[str] | None = None) -> dict[str, torch.Tensor]:
-    """Read tensors from any of the weights files, and nothing else from the files.
+    """Read tensors from the weights files, and nothing else.
 
     Args:
         files: safetensors, or pickled state dicts.
-        names: names of the tensors to read, as far as they exist; ``None`` for all.
+        names: names of the tensors to read, if they exist; ``None`` for all.
 
     Raises:
         OSError, RuntimeError, SafetensorError, UnpicklingError: a file cannot be read, or holds more than weights.
@@ -43,10 +43,10 @@ def read_rows(files: Sequence[Path], matrix: str, rows: Sequence[int]) -> torch.
     """Read some rows of a matrix, and nothing else if the files are safetensors: ``(rows, width)``.
 
     Args:
-        matrix: the end of its name, without ``.weight``; a model without a head has it without a prefix.
+        matrix: the end of the matrix's name, without ``.weight``; in a model without a head, the name has no prefix.
 
     Raises:
-        KeyError: no file holds it, or it has fewer rows.
+        KeyError: no file holds the matrix, or the matrix has fewer rows.
         OSError, RuntimeError, SafetensorError, UnpicklingError: as :func:`read_tensors`.
     """
     for path in files:
@@ -70,20 +70,21 @@ def _is_called(name: str, matrix: str) -> bool:
 # Tensors that no embedding needs: the pooler over the first token, and tables of constants that older releases of
 # transformers wrote.
 _UNUSED = re.compile(r"(?:^|\.)pooler\.|(?:^|\.)(?:position_ids|token_type_ids|inv_freq|masked_bias)$")
-# The heads of pretraining. Where nothing says what the model is, they do: it predicts words.
+# The heads of pretraining. If nothing else describes the model, these heads do: it predicts words.
 _PRETRAINING = re.compile(
     r"(?:^|\.)(?:lm_head|mlm_head|cls|generator_predictions|generator_lm_head|discriminator_predictions"
     r"|vocab_transform|vocab_layer_norm|vocab_projector)\."
 )
 _MODERNBERT_UNUSED = re.compile(r"^(?:head|decoder)\.")
-# Heads of transformers' classes. Where sentence-transformers' modules pool the states, they are left out.
+# Heads of transformers' classes, which are left out if sentence-transformers' modules pool the states.
 _TASK_HEADS = re.compile(r"^(?:classifier|score|qa_outputs|pre_classifier)\.")
 
 
 def unknown_tensors(unexpected: Iterable[str], checkpoint: Checkpoint) -> list[str]:
-    """Return the names of tensors that transformers does not know what to do with, less those that change nothing.
+    """Return the names of the tensors that transformers does not use, except harmless ones.
 
-    What is left changes vectors: a projection behind the transformer, for example, or layers that the configuration denies.
+    The remaining tensors change vectors: for example, a projection after the transformer, or layers that the configuration
+        does not mention.
     """
     classifier = checkpoint.classifier
     known = frozenset() if classifier is None else classifier.tensors

@@ -1,5 +1,5 @@
-"""Models: what turns text into tokens, and tokens into vectors.
+"""Models: tokenizers, transformers and heads, which turn text into tokens, and tokens into vectors.
 
-``build`` puts an ``encoder`` together from a checkpoint: a ``tokenizer`` (``pairs`` for a reranker), one of the
+``build`` assembles an ``encoder`` from a checkpoint: a ``tokenizer`` (``pairs`` for a reranker), one of the
 ``runtimes``, and ``heads`` that read the token ``states``.
 """

@@ -6,8 +6,8 @@ A mask (tokens, k r) keeps the r columns of each token's task between the two pr
 
     y = x W' + ((x A') * mask) B'
 
-so that a batch of any mix of tasks is one forward, at the cost of 2 k r more columns (20 next to 1,024 in Jina v3). A
-mask of zeros is the model without an adapter. PEFT computes the same with a loop over the tasks of a batch.
+So a batch with any mix of tasks is one forward, at the cost of 2 k r more columns (20 in addition to 1,024 in Jina v3). A
+mask of zeros gives the model without an adapter. PEFT computes the same with a loop over the tasks of a batch.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ _UNSUPPORTED = (
     "exclude_modules",
     "layers_to_transform",
 )
-# Ways to begin the training that also change the base weights, which are then not the checkpoint's.
+# Initializations that also change the base weights, which then differ from the checkpoint's.
 _CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 class AdapterMask(nn.Module):
-    """The mask of the forward that is running, shared by all adapted layers: one forward at a time.
+    """The mask of the running forward, shared by all adapted layers; only one forward may run at a time.
 
     The packed forward (:mod:`.runtimes.network`) takes its adapters as an argument instead.
 
@@ -65,17 +65,17 @@ class AdapterMask(nn.Module):
         super().__init__()
         self.ranks = tuple(ranks)
         self.value = torch.empty(0)
-        table = torch.zeros(len(ranks) + 1, sum(ranks))  # the last row, which -1 selects, is no adapter
+        table = torch.zeros(len(ranks) + 1, sum(ranks))  # the last row, which -1 selects, means no adapter
         for index, part in enumerate(self.parts()):
             table[index, part] = 1
         self.table = nn.Buffer(table, persistent=False)
 
     def rows(self, adapters: Sequence[int]) -> torch.Tensor:
-        """Return the mask of each adapter index, ``(b, sum of ranks)``; -1 is no adapter."""
+        """Return the mask of each adapter index, ``(b, sum of ranks)``; -1 means no adapter."""
         return self.table[torch.tensor(adapters, device=self.table.device)]
 
     def parts(self) -> list[slice]:
-        """Return the place of each adapter among the stacked ranks."""
+        """Return the position of each adapter among the stacked ranks."""
         ends = list(accumulate(self.ranks))
         return [slice(end - rank, end) for end, rank in zip(ends, self.ranks, strict=True)]
 
@@ -118,10 +118,10 @@ class _Adapter:
 
 
 def install_adapters(model: nn.Module, folders: Sequence[Path]) -> AdapterMask:
-    """Replace the adapted layers of ``model`` by ones that hold the adapters of all ``folders``.
+    """Replace the adapted layers of ``model`` with layers that hold the adapters of all ``folders``.
 
     Returns:
-        The mask to set before each forward; an adapter's index is its folder's place.
+        The mask to set before each forward; an adapter's index is the position of its folder.
 
     Raises:
         LoadError: a folder holds no LoRA adapter of this model.
@@ -178,7 +178,7 @@ def _read(folder: Path) -> _Adapter:
 
 
 def _is_target(layer: str, targets: object) -> bool:
-    """Return whether PEFT adapts a layer: by the end of its name, or a pattern for all of it."""
+    """Return whether PEFT adapts a layer: by the end of its name, or by a pattern for the whole name."""
     if isinstance(targets, str):
         return targets == "all-linear" or re.fullmatch(targets, layer) is not None
     return isinstance(targets, list) and any(layer == one or layer.endswith(f".{one}") for one in targets)

@@ -1,4 +1,4 @@
-"""Compare what serves a model with transformers' own code on padded texts, before a request is answered with it."""
+"""Compare a model's runtime with transformers' own code on padded texts, before it serves any request."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from gateway.engine.model.runtimes.base import Runtime
 from gateway.engine.model.tokenizer import Tokenizer
 
 MIN_COSINE = {"float32": 0.99999, "float16": 0.9995, "bfloat16": 0.999}
-"""Least cosine to the reference that every sample must keep, by the precision that is computed in."""
+"""The minimum cosine between each sample and the reference, by the precision of the computation."""
 
-# Tokens of the texts, forward by forward: in one row if they can share it, in two, and a text alone.
+# Tokens of the texts of each forward: texts that can share one row, texts that need two rows, and a single text.
 _LENGTHS = ((60, 24, 7, 2), (300, 40, 30, 20), (17,))
 _SHORT = (60, 24)
-# Long enough for another shape of the attention kernel, and for positions far from the first.
+# Long enough to use another variant of the attention kernel, and positions far from the first.
 _LONG = (2000,)
-# More texts than attention takes at a time, and texts of a single token.
+# More texts than attention computes at a time, and texts of a single token.
 _MANY = tuple(1 + i % 7 for i in range(70))
 
 
 @dataclass(frozen=True, slots=True)
 class _Batch:
-    """A forward: the tokens of each text, its adapter, and how many of its tokens are attended to (all, if ``None``)."""
+    """A forward: for each text its tokens, its adapter, and the number of attended tokens (``None`` for all)."""
 
     lengths: Sequence[int]
     adapters: Sequence[int]
@@ -39,15 +39,15 @@ class _Batch:
 def least_cosine(
     runtime: Runtime, reference: Runtime, checkpoint: Checkpoint, tokenizer: Tokenizer, *, is_packed: bool = False
 ) -> float:
-    """Return the smallest cosine between two runtimes, over texts of several lengths in several forwards; NaN is possible.
+    """Return the smallest cosine between two runtimes, over texts of several lengths in several forwards; may be NaN.
 
-    One text reaches beyond the window of attention that some architectures have: what is traced with a short text may
-    go wrong there.
+    One text is longer than the attention window of some architectures, because a model traced with a short text may fail
+    there.
 
     Args:
-        is_packed: also compare a long text, and many short ones; each adapter in a batch of its texts alone, which is
-            computed in another way than one among others; texts whose last tokens are not attended to; and the means over
-            all tokens.
+        is_packed: also compare a long text and many short ones; each adapter in a batch of only its texts, which takes
+            another code path than a mixed batch; texts whose last tokens are not attended to; and the means over all
+            tokens.
     """
     num_adapters = len(checkpoint.adapter_folders)
     ids = tokenizer.sample_ids()

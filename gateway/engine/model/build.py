@@ -36,12 +36,12 @@ if TYPE_CHECKING:
 
     from gateway.engine.model.runtimes.packed import PackedRuntime
 
-# The plan of a model asks for its runtime by the same function that builds it.
+# The plan of a model and its construction choose the runtime with the same function.
 __all__ = ["BuildOptions", "build_encoders", "choose_runtime_of"]
 
 log = structlog.get_logger(__name__)
 
-# The weights that are made for each of a model's adapters may take this share of a card's free memory.
+# The merged weights of a model's adapters may take this share of a card's free memory.
 _MERGED_SHARE = 0.25
 
 
@@ -54,13 +54,13 @@ class BuildOptions:
         dtype: name of the torch dtype to compute in.
         runtime: ``auto``, ``torch``, ``openvino``; or, whatever the device, ``reference`` (torch, padded) or ``packed``.
         max_tokens: the longest text; at most the checkpoint's own limit.
-        merges_adapters: make weights for each adapter where texts are packed; ``None``: if the memory allows it.
-        may_capture: small batches on a card may be computed as graphs, whose products always add up in float32.
-        max_query_tokens: the longest query, where queries and documents are treated differently.
+        merges_adapters: merge weights for each adapter if texts are packed; ``None``: if the memory allows it.
+        may_capture: small batches on a card may be computed as graphs, whose products always accumulate in float32.
+        max_query_tokens: the longest query, if queries and documents are treated differently.
         threads: how a model on the CPU uses its cores.
         tasks: instruction of each task.
-        instruction: put before a text that has no task.
-        trust_remote_code: let the checkpoint bring Python code that then runs in this process.
+        instruction: the instruction for a text without a task.
+        trust_remote_code: let Python code of the checkpoint run in this process.
         compiled_folder: where compiled models are kept for a later start; ``None`` keeps none.
     """
 
@@ -79,7 +79,7 @@ class BuildOptions:
 
 
 def build_encoders(checkpoint: Checkpoint, options: BuildOptions) -> list[Encoder]:
-    """Load a checkpoint once, and return an encoder for each stream that the runtime has; they share all weights.
+    """Load a checkpoint once, and return an encoder for each stream of the runtime; the encoders share all weights.
 
     Raises:
         LoadError: the checkpoint is corrupt, incomplete, or not what its configuration says.
@@ -133,11 +133,11 @@ def _try_packed(
     model: PreTrainedModel,
     mask: AdapterMask | None,
 ) -> Runtime | None:
-    """Return the runtime that packs, if it agrees with transformers' own code on the same weights; ``None`` otherwise."""
+    """Return the packing runtime if it agrees with transformers' own code on the same weights; ``None`` otherwise."""
     from gateway.engine.model.runtimes.packed import PackedRuntime  # slow to import
 
     def problem() -> str:
-        with ACCUMULATION.forward(in_float16=False):  # whatever other models do meanwhile
+        with ACCUMULATION.forward(in_float16=False):  # regardless of other models
             cosine = least_cosine(packed, PaddedRuntime(model, mask), checkpoint, tokenizer, is_packed=True)
         limit = MIN_COSINE[options.dtype]
         if cosine >= limit:  # it may be NaN
@@ -162,16 +162,16 @@ def _try_packed(
 
 
 def _tune(packed: PackedRuntime, options: BuildOptions, problem: Callable[[], str]) -> None:
-    """Let a packed runtime use what is faster on its card, if it still agrees with transformers' own code.
+    """Enable faster kernels and graphs for a packed runtime, if it still agrees with transformers' own code.
 
     Args:
-        problem: compares again, and returns what is wrong, or nothing.
+        problem: compares again, and returns the problem, or an empty string.
     """
     from gateway.engine.model.runtimes.tuning import tune, untune
 
     tune(packed, captures=options.may_capture)
     try:
-        # A graph computes a shape from the second time on.
+        # A graph computes a shape only from the second time on.
         message = problem() or problem()
     except Exception as error:
         message = _why_not_computed(error, options.device)
@@ -184,7 +184,7 @@ def _why_not_computed(error: Exception, device: str) -> str:
     """Return why the packed forward cannot be computed.
 
     Raises:
-        Exception: the error itself, if padded texts would fail as well.
+        Exception: the given error, if padded texts would fail as well.
     """
     if is_out_of_memory(error) or is_card_lost(error, device):
         raise error
@@ -206,9 +206,10 @@ def _load_model(
 
 
 def _try_openvino(checkpoint: Checkpoint, options: BuildOptions, tokenizer: Tokenizer) -> Sequence[Runtime]:
-    """Compile the model, and keep the result only if it agrees with torch; nothing otherwise.
+    """Compile the model, and return the result if it agrees with torch; empty otherwise.
 
-    A model that has agreed is kept on disk, and is not compared again: nothing that the comparison depends on may differ.
+    A model that has agreed is kept on disk and not compared again, because its key covers everything that the comparison
+        depends on.
     """
     from gateway.engine.model.runtimes.openvino import OpenVinoRuntime, TracedModel  # slow to import, only for a CPU
 
@@ -245,7 +246,7 @@ def _try_openvino(checkpoint: Checkpoint, options: BuildOptions, tokenizer: Toke
 
 
 def _compiled_key(checkpoint: Checkpoint, options: BuildOptions, tokenizer: Tokenizer) -> str:
-    """Return the key of a compiled model: a hash over all that its numbers, and their agreement with torch, depend on."""
+    """Return the key of a compiled model: a hash over everything that affects its numbers or their agreement with torch."""
     from gateway.engine.model.runtimes.openvino import describe_processor
 
     sources = sorted(Path(__file__).parents[1].rglob("*.py"))

@@ -1,4 +1,4 @@
-"""Build the heads of a checkpoint: the outputs that are read off its token states."""
+"""Build the heads of a checkpoint, which compute its outputs from the token states."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def build_heads(checkpoint: Checkpoint, device_name: str, dtype: str, tokenizers
 
     Args:
         device_name: torch device, such as ``cpu`` or ``cuda:0``.
-        dtype: name of the torch dtype for products with the whole vocabulary; all else is in float32.
+        dtype: name of the torch dtype for products with the whole vocabulary; everything else is in float32.
 
     Raises:
         LoadError: the checkpoint is corrupt, incomplete, or not what its configuration says.
@@ -42,11 +42,11 @@ def build_heads(checkpoint: Checkpoint, device_name: str, dtype: str, tokenizers
 
 
 def _unread_id(checkpoint: Checkpoint) -> int | None:
-    """Return the token id that a decoder's head passes over at the end of a text.
+    """Return the token id that a decoder's head skips at the end of a text.
 
-    It reads the state of the last token that is not padding, and knows padding by its id alone
-    (``transformers.modeling_layers.GenericForSequenceClassification``). Many decoders pad with the token that ends a text:
-    the state read is then that of the token before it.
+    The head reads the state of the last token that is not padding, and recognizes padding only by its id
+    (``transformers.modeling_layers.GenericForSequenceClassification``). Many decoders pad with the token that ends a text.
+    The head then reads the state of the token before it.
     """
     classifier = checkpoint.classifier
     if classifier is None or checkpoint.pooling is not Pooling.LAST or classifier.architecture not in HEADS:
@@ -62,7 +62,7 @@ def build_query_table(checkpoint: Checkpoint, max_tokens: int) -> QueryTable | N
         max_tokens: the longest query.
 
     Raises:
-        LoadError: it cannot be read, or does not belong to the model.
+        LoadError: the table cannot be read, or does not belong to the model.
     """
     splade = checkpoint.splade
     if splade is None or splade.queries is None or splade.table is None:

@@ -1,4 +1,4 @@
-"""Turn pairs of a query and a text into token ids, as an LLM that reranks reads them: one text, by a template."""
+"""Turn pairs of a query and a text into token ids for an LLM reranker, which reads them as one text, by a template."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from gateway.types import Truncate
 
 
 class ChatPairTokenizer(Tokenizer):
-    """The tokenizer of an LLM that reranks.
+    """The tokenizer of an LLM reranker.
 
-    What is too long loses tokens in front of the template's end, as sentence-transformers and the code on Qwen's model
-    cards do it: the end asks the question whose answer is the score.
+    A pair that is too long loses the tokens before the template's end, as in sentence-transformers and the code on Qwen's
+    model cards. The end asks the question whose answer is the score.
 
     Raises:
         ValueError: the template's end does not begin with a special token, or leaves no room for a text.
@@ -28,7 +28,7 @@ class ChatPairTokenizer(Tokenizer):
         self._template = template
         self._tail = self._encode(template.after, has_special=False)
         self._num_fixed = len(self._encode(template.before + template.between, has_special=False)) + len(self._tail)
-        for text in ("a", "a\n", "a <", ""):  # else the end of a text would be part of the template's first token
+        for text in ("a", "a\n", "a <", ""):  # otherwise the end of a text could join the template's first token
             start = self._encode(template.before + text, has_special=False)
             if start + self._tail != self._encode(template.before + text + template.after, has_special=False):
                 raise ValueError("the template's end does not begin with a special token")
@@ -36,7 +36,7 @@ class ChatPairTokenizer(Tokenizer):
             raise ValueError(f"the template alone takes the {max_tokens} tokens of the limit, without any text")
 
     def read_query(self, query: str) -> Steps[str]:
-        """Return the query: it is tokenized with each text, as the two may share a token with the template."""
+        """Return the query unchanged: it is tokenized with each text, because both may share a token with the template."""
         yield 0
         return query
 
@@ -52,11 +52,11 @@ class ChatPairTokenizer(Tokenizer):
         """Tokenize each text with the query and the template around them.
 
         Args:
-            first_index: place of the first text in its request, for the error message.
-            max_text_tokens: limit of each text, however much room there is.
+            first_index: index of the first text in its request, for the error message.
+            max_text_tokens: limit of each text, even if there is more room.
 
         Raises:
-            ContextLengthExceeded: a pair is too long, and ``truncate`` says to refuse.
+            ContextLengthExceeded: a pair is too long, and ``truncate`` asks to refuse such pairs.
         """
         prefixed = [Prefixed(self._template.before + query + self._template.between, text) for text in texts]
         rows = yield from self._rows(prefixed, truncate, has_special=False)

@@ -1,4 +1,4 @@
-"""Choose what computes a model: before its weights are read for the memory plan, and by the same function when they are."""
+"""Choose the runtime of a model: with the same function for the memory plan and when its weights are loaded."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from gateway.errors import LoadError
 def choose_runtime(setting: str, device: str, dtype: str, model_type: str) -> str:
     """Return the runtime of a setting of ``models.yaml``: ``openvino``, ``torch`` or ``torch-packed``.
 
-    ``auto`` is OpenVINO on a CPU, where it is installed, and elsewhere torch: packed where the architecture allows it and
-    the card has the attention kernel for the dtype. ``torch`` is never packed.
+    ``auto`` means OpenVINO on a CPU if it is installed, and torch otherwise. torch is packed if the architecture allows it
+    and the card has the attention kernel for the dtype. ``torch`` is never packed.
 
     Args:
-        setting: also ``reference`` (padded) and ``packed``, whatever the device.
+        setting: also ``reference`` (padded) and ``packed``, on any device.
         dtype: name of a torch dtype.
 
     Raises:
-        LoadError: OpenVINO is asked for and is not installed, or not on a CPU.
+        LoadError: the setting asks for OpenVINO, which is not installed, or the device is not a CPU.
     """
     if setting in ("reference", "packed"):
         return "torch" if setting == "reference" else "torch-packed"
@@ -40,10 +40,10 @@ def choose_runtime(setting: str, device: str, dtype: str, model_type: str) -> st
 
 
 def choose_runtime_of(checkpoint: Checkpoint, setting: str, device: str, dtype: str) -> str:
-    """Return the runtime of a checkpoint: :func:`choose_runtime`, and what only its files say.
+    """Return the runtime of a checkpoint: :func:`choose_runtime`, with a check of its files.
 
     Raises:
-        LoadError: as there; or ``packed`` is asked for, and the model cannot be packed.
+        LoadError: as in :func:`choose_runtime`; or the setting is ``packed``, and the model cannot be packed.
     """
     runtime = choose_runtime(setting, device, dtype, checkpoint.model_type)
     if runtime != "torch-packed":
@@ -63,7 +63,7 @@ def _why_not_packed(checkpoint: Checkpoint) -> str:
     """Return the obstacle to computing texts in one packed row; empty without one."""
     if checkpoint.model_type not in PACKED_MODEL_TYPES:
         return f"model_type {checkpoint.model_type!r}"
-    if checkpoint.has_own_code:  # its attention may not be the one that keeps to a text
+    if checkpoint.has_own_code:  # its attention may cross the boundaries of texts
         return "a model with the checkpoint's own code"
     if getattr(load_config(checkpoint.transformer), "is_decoder", False):
         return "one-way attention (is_decoder: true)"

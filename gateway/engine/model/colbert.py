@@ -1,4 +1,4 @@
-"""ColBERT: a vector for each token of a text, with mask tokens behind a query and none for a document's punctuation."""
+"""ColBERT: a vector for each token, with mask tokens after a query and no vectors for a document's punctuation."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ _QUERY = "retrieval.query"
 
 
 def keep_markers_whole(tokenizer: Any, colbert: Colbert) -> None:
-    """Make the markers of queries and documents tokens that the tokenizer does not take apart.
+    """Keep the tokenizer from splitting the markers of queries and documents.
 
-    The rule is sentence-transformers' (``multi_vector_encoder/model.py``): a marker, or its first word, that
-    the vocabulary has becomes a special token.
+    The rule is sentence-transformers' (``multi_vector_encoder/model.py``): a marker, or its first word, becomes a special
+    token if the vocabulary has it.
 
     Args:
         tokenizer: transformers' tokenizer of the checkpoint, which is changed.
@@ -44,7 +44,7 @@ def keep_markers_whole(tokenizer: Any, colbert: Colbert) -> None:
 
 
 class QueryTokenizer(Tokenizer):
-    """A tokenizer of queries, which puts mask tokens behind each.
+    """A tokenizer of queries, which appends mask tokens to each query.
 
     Args:
         mask_id: id of the mask token.
@@ -83,7 +83,7 @@ def query_tokenizer(tokenizer: Any, colbert: Colbert, max_tokens: int) -> Tokeni
         tokenizer: transformers' tokenizer of the checkpoint.
 
     Raises:
-        LoadError: there is no token to put behind a query.
+        LoadError: no token exists to append to a query.
     """
     expansion, fast = colbert.expansion, tokenizer.backend_tokenizer
     if expansion is None:
@@ -97,7 +97,7 @@ def query_tokenizer(tokenizer: Any, colbert: Colbert, max_tokens: int) -> Tokeni
 
 
 def find_skipped_ids(tokenizer: Any, colbert: Colbert) -> frozenset[int]:
-    """Return the ids of the tokens that get no vector; a word that is not a token is passed over.
+    """Return the ids of the tokens that get no vector; a word that is not a token is ignored.
 
     Args:
         tokenizer: transformers' tokenizer of the checkpoint.
@@ -117,7 +117,7 @@ class TokenVectorHead(nn.Module):
         skipped: ids of the tokens that get no vector.
 
     Raises:
-        LoadError: the checkpoint's weights are not those that it describes.
+        LoadError: the checkpoint's weights do not match its description.
     """
 
     def __init__(self, checkpoint: Checkpoint, colbert: Colbert, skipped: frozenset[int]) -> None:

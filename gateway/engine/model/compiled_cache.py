@@ -1,8 +1,8 @@
-"""Keep compiled models on disk: a later start needs neither the torch model nor the trace of it.
+"""Keep compiled models on disk, so that a later start needs neither the torch model nor its trace.
 
-An entry is a folder whose name is a key: a hash over everything that the result depends on. It is written next to its
-final place and renamed, so that it is whole or absent; and its files are hashed, so that a damaged entry is noticed and
-made again.
+An entry is a folder whose name is a key: a hash over everything that the result depends on. An entry is written next to its
+final path and then renamed, so it is either complete or absent. Its files are hashed, so a damaged entry is noticed and
+rebuilt.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ log = structlog.get_logger(__name__)
 
 _ENTRY = "entry.json"
 _NEW = ".new-"
-# The folder is the operator's choice, and may hold other things, which are not ours to delete.
+# The operator chooses the folder, which may hold other files that must not be deleted.
 _OURS = re.compile(rf"[0-9a-f]{{32}}|{re.escape(_NEW)}.*")
 _UNUSED_S = 30 * 24 * 3600.0
-# Left free on the disk, and room for an entry that two processes write at once.
+# The space to leave free on the disk, which also covers an entry that two processes write at once.
 _MIN_FREE_BYTES = 1 << 30
 
 
@@ -40,17 +40,17 @@ def key_of(parts: Mapping[str, object]) -> str:
 
 
 class CompiledCache:
-    """A folder of compiled models. No fault of the disk ends a start: the model is then compiled again.
+    """A folder of compiled models. A fault of the disk never ends a start: the model is compiled again.
 
     Args:
-        folder: made when the first entry is stored; ``None`` keeps nothing.
+        folder: the folder, created with the first entry; ``None`` keeps nothing.
     """
 
     def __init__(self, folder: Path | None) -> None:
         self._folder = folder
 
     def find(self, key: str) -> Path | None:
-        """Return the folder of an entry; ``None`` if there is no such entry, or if its files are not what was written."""
+        """Return the folder of an entry; ``None`` if it does not exist, or if its files have changed."""
         if self._folder is None:
             return None
         entry = self._folder / key
@@ -59,7 +59,7 @@ class CompiledCache:
                 return None
             files = json.loads((entry / _ENTRY).read_bytes())
             if all(file_sha256(entry / name) == digest for name, digest in files.items()):
-                with suppress(OSError):  # another user's, or on a disk that cannot be written
+                with suppress(OSError):  # of another user, or on a read-only disk
                     os.utime(entry)  # the time of its last use
                 return entry
             reason = "its files are not what was written"
@@ -72,11 +72,11 @@ class CompiledCache:
         return None
 
     def store(self, key: str, num_bytes: int, write: Callable[[Path], None]) -> None:
-        """Store an entry, unless the disk is too full or cannot be written; and drop entries unused for 30 days.
+        """Store an entry, unless the disk is too full or read-only, and drop entries unused for 30 days.
 
         Args:
             num_bytes: the approximate size of the entry.
-            write: puts the files of the entry into the folder that it is given.
+            write: writes the files of the entry into a given folder.
         """
         if self._folder is None:
             return
@@ -94,7 +94,7 @@ class CompiledCache:
                 digests = {path.name: file_sha256(path) for path in sorted(new.iterdir())}
                 (new / _ENTRY).write_text(json.dumps(digests), encoding="utf-8")
                 new.rename(self._folder / key)
-        except Exception as error:  # OpenVINO raises more than OSError where it cannot write
+        except Exception as error:  # OpenVINO also raises other errors than OSError if it cannot write
             if not os.path.exists(self._folder / key):  # noqa: PTH110  Path.exists raises where a name is too long
                 # Otherwise another process was faster.
                 log.info("compiled_cache_off", folder=str(self._folder), error=str(error))

@@ -1,4 +1,4 @@
-"""The encoder of every model here: a tokenizer, a runtime for the transformer, and heads that read its states."""
+"""The encoder of a model: a tokenizer, a runtime for the transformer, and heads that read its states."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from gateway.types import EmbedJob, MultiVector, Output, SparseVector, Truncate
 
 @dataclass(frozen=True, slots=True)
 class Heads:
-    """What a model can be asked for; the one number of a cross-encoder takes the place of a vector.
+    """The heads of a model, one for each output; a cross-encoder's score takes the place of a vector.
 
-    The next two take the states of all texts, their items, and the places of those that are wanted.
+    ``sparse`` and ``multivector`` take the states of all texts, their items, and the indices of the requested texts.
 
     Attributes:
-        unread_id: a token id whose states are not read where it ends a text.
+        unread_id: a token id whose states are skipped at the end of a text.
     """
 
     dense: DenseHead | ScoreHead | None
@@ -52,8 +52,8 @@ class Group:
     """Texts that go into one forward.
 
     Attributes:
-        rows: position of each text in the batch that was asked for.
-        features: what the runtime made of them.
+        rows: position of each text in the requested batch.
+        features: the texts in the form that the runtime's forward takes.
     """
 
     rows: Sequence[int]
@@ -62,20 +62,21 @@ class Group:
 
 
 class Encoder:
-    """Encodes texts with one transformer, whatever computes it.
+    """Encodes texts with one transformer, on any runtime.
 
     Args:
         tasks: instruction of each task.
-        adapters: index of each task's adapter in the runtime; tasks without one use none.
-        instruction: put before a text that has no task.
-        width: dimensions of a dense vector; 0 for a model without one.
-        query_tokenizer: reads the texts of ``retrieval.query`` where they are not read as others are.
+        adapters: index of each task's adapter in the runtime; tasks may have no adapter.
+        instruction: the instruction for a text without a task.
+        width: dimensions of a dense vector; 0 for a model without dense vectors.
+        query_tokenizer: the tokenizer for texts of ``retrieval.query``, if they need a separate one.
 
     Attributes:
-        num_padding: tokens of padding that have been computed so far.
-        progressed_at: when a part of the batch in hand was last done, on ``time.monotonic()``: it is not hung then.
-        device: torch device that it computes on.
-        accumulates_in_float16: its matrix products may add up in float16, on a card.
+        num_padding: number of padding tokens computed so far.
+        progressed_at: when a part of the running batch was last done, on ``time.monotonic()``, as proof that it does not
+            hang.
+        device: torch device of the computation.
+        accumulates_in_float16: matrix products on a card may accumulate in float16.
     """
 
     num_padding = 0
@@ -107,14 +108,14 @@ class Encoder:
     # ------------------------------------------------------------------------------------------- texts to tokens
 
     def instruction(self, task: str | None) -> str:
-        """Return the instruction that is put before a text of the task; it may be empty."""
+        """Return the instruction for a text of the task, which may be empty."""
         return self._instruction if task is None else self._tasks[task]
 
     def tokenize(self, texts: Sequence[str], task: str | None, truncate: Truncate) -> list[Tokens]:
         """Tokenize texts for a task, its instruction included.
 
         Raises:
-            ContextLengthExceeded: a text is too long, and ``truncate`` says to refuse.
+            ContextLengthExceeded: a text is too long, and ``truncate`` asks to refuse such texts.
         """
         return self._reader(task).tokenize(texts, self.instruction(task), truncate)
 
@@ -135,11 +136,11 @@ class Encoder:
         """Tokenize some of the texts of a job, step by step; see :mod:`gateway.engine.model.tokenizer`.
 
         Args:
-            first: place of the first of the texts in the job.
-            query: what :meth:`read_query` made of the job's query, if it has one.
+            first: index of the first text in the job.
+            query: the result of :meth:`read_query` for the job's query, if it has one.
 
         Raises:
-            BadInput: a text is too long, and the job says to refuse, or a chunk has no tokens.
+            BadInput: a text is too long, and the job asks to refuse such texts, or a chunk has no tokens.
             TypeError: the job has pairs, and the model scores no pairs.
         """
         if job.firsts is not None:
@@ -162,7 +163,7 @@ class Encoder:
     def _read_firsts(
         self, firsts: Sequence[str | None], texts: Sequence[str], truncate: Truncate, first_index: int
     ) -> Steps[list[Tokens]]:
-        """Tokenize pairs of texts; a text without a first one stays alone."""
+        """Tokenize pairs of texts; a text without a first text is tokenized alone."""
         rows: list[Tokens] = []
         for has_first, group in groupby(range(len(texts)), key=lambda i: firsts[i] is not None):
             places = list(group)
@@ -195,7 +196,7 @@ class Encoder:
 
     @torch.inference_mode()
     def encode_exactly(self, items: Sequence[Item]) -> list[Encoded]:
-        """Encode tokenized texts with products that add up in float32, whatever the model's entry says."""
+        """Encode tokenized texts with products that accumulate in float32, regardless of the model's entry."""
         return self._encode(items, in_float16=False)
 
     def _encode(self, items: Sequence[Item], *, in_float16: bool) -> list[Encoded]:
@@ -205,12 +206,12 @@ class Encoder:
             return self.outputs(self.forward(self.prepare(items)))
 
     def embed(self, texts: Sequence[tuple[str, str | None]]) -> list[npt.NDArray[np.float32]]:
-        """Return the vector of each text for its task, ``(width,)``, cut at the longest that the model reads."""
+        """Return the vector of each text for its task, ``(width,)``; longer texts are cut at the model's limit."""
         items = [Item(self.tokenize([text], task, Truncate.END)[0], task) for text, task in texts]
         return [encoded.dense[0] for encoded in self.encode(items)]
 
     def prepare(self, items: Sequence[Item]) -> list[Group]:
-        """Group the texts as the runtime needs them, and put them where it reads them."""
+        """Group the texts for the runtime, and prepare its inputs."""
         groups = self.runtime.groups([item.num_tokens for item in items], [self._adapter(item) for item in items])
         return [self._prepare(rows, [items[row] for row in rows]) for rows in groups]
 
@@ -238,7 +239,7 @@ class Encoder:
 
     @torch.inference_mode()
     def outputs(self, computed: Sequence[tuple[Group, TokenStates]]) -> list[Encoded]:
-        """Read the outputs of each text off its states, in the order of the items."""
+        """Compute the outputs of each text from its states, in the order of the items."""
         encoded = {
             row: result
             for group, states in computed

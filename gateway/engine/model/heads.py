@@ -1,4 +1,4 @@
-"""Heads: they read outputs off the token states of a text: dense, sparse, one vector per token, the score of a pair."""
+"""Heads, which compute outputs from a text's token states: dense, sparse, one vector per token, the score of a pair."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {"Identity": nn.Identity, "Tanh": nn.T
 class DenseHead(nn.Module):
     """Pooling, then the checkpoint's linear layers, if it has any, then a cut to its width; all in float32.
 
-    The cut is sentence-transformers' ``truncate_dim``: all but the first dimensions go.
+    The cut is sentence-transformers' ``truncate_dim``: only the first dimensions stay.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
@@ -61,7 +61,7 @@ class DenseHead(nn.Module):
 
 
 class SparseHead(nn.Module):
-    """BGE-M3's token weights: ``relu(linear(state))``, the largest of equal tokens, special tokens left out.
+    """BGE-M3's token weights: ``relu(linear(state))``, the maximum over equal tokens, without special tokens.
 
     The rule is FlagEmbedding's (``inference/embedder/encoder_only/m3.py``, ``_process_token_weights``).
     """
@@ -91,10 +91,10 @@ def token_ids(items: Sequence[Item], rows: Sequence[int]) -> npt.NDArray[np.int6
 def _largest_by_token(
     owners: npt.NDArray[np.int64], ids: npt.NDArray[np.int64], weights: npt.NDArray[np.float32], num_texts: int
 ) -> list[SparseVector]:
-    """Return the largest weight of each token of each text, if it is above 0.
+    """Return the largest weight of each token in each text, if it is above 0.
 
     Args:
-        owners: the text of each token, in order; so are ``ids`` and ``weights``.
+        owners: the index of each token's text, in the same order as ``ids`` and ``weights``.
     """
     order = np.lexsort((ids, owners))
     owners, ids = owners[order], ids[order]
@@ -106,12 +106,12 @@ def _largest_by_token(
     firsts, largest = firsts[is_positive], largest[is_positive]
     ends = np.searchsorted(owners[firsts], np.arange(num_texts + 1))
     parts = [slice(start, end) for start, end in pairwise(ends)]
-    # Copies: a view would keep those of the whole batch.
+    # Copies, because a view would keep the weights of the whole batch.
     return [SparseVector(ids[firsts[part]], largest[part].copy()) for part in parts]
 
 
 class MultiVectorHead(nn.Module):
-    """BGE-M3's vector for each token but the first: ``linear(state)``, L2-normalized."""
+    """BGE-M3's vector for each token except the first: ``linear(state)``, L2-normalized."""
 
     def __init__(self, weights: Path, hidden_width: int) -> None:
         super().__init__()
@@ -152,9 +152,9 @@ class ScoreHead(nn.Module):
         """Return a number for each label, before any function of it, ``(n, labels)`` float32.
 
         Args:
-            spans: for each text the one token that is read; ``None`` where the pooling says which.
+            spans: for each text the one token that is read; ``None`` if the pooling determines it.
         """
-        if any(text_spans is not None for text_spans in spans):  # and the pooling is that of the last token
+        if any(text_spans is not None for text_spans in spans):  # then the pooling takes the last token
             ends = [[(n - 1, n)] if one is None else one for one, n in zip(spans, states.lengths, strict=True)]
             read: torch.Tensor = self.layers(states.pool_spans(ends))
             return read
@@ -172,7 +172,7 @@ def _layer_of(layer: Layer, own: Mapping[str, torch.Tensor], weights: Sequence[P
         weights: files with them.
 
     Raises:
-        Exception: of any class, for tensors that make no such layer.
+        Exception: of any class, if the tensors do not form such a layer.
     """
     if isinstance(layer, Activation):
         from transformers.activations import ACT2FN  # slow to import
@@ -212,7 +212,7 @@ def _load_linear(path: Path, num_in: int) -> nn.Linear:
 
 @contextmanager
 def reading(where: Path, what: str) -> Iterator[None]:
-    """Raise :class:`LoadError` for whatever a broken file, or one that is something else, makes the readers raise."""
+    """Convert any error that a broken or unrelated file causes in the readers to :class:`LoadError`."""
     try:
         yield
     except LoadError:
@@ -230,10 +230,10 @@ def require_inputs(where: Path, layer: nn.Linear, num_in: int) -> None:
 
 
 class Dense(nn.Module):
-    """One of sentence-transformers' ``Dense`` modules: ``activation(linear(x))``, perhaps plus ``x`` or a layer over it.
+    """A ``Dense`` module of sentence-transformers: ``activation(linear(x))``, optionally plus ``x`` or a layer over ``x``.
 
     Raises:
-        LoadError: its weights are not those that its configuration describes.
+        LoadError: the weights do not match the configuration.
     """
 
     def __init__(self, folder: Path, config: DenseLayer, num_in: int) -> None:

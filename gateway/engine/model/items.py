@@ -1,4 +1,4 @@
-"""What an encoder takes and gives, for one text. No torch."""
+"""The input and output of an encoder for one text. Does not import torch."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from gateway.types import MultiVector, Output, SparseVector, States, Vectors
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """The token ids of one text, special tokens included, never longer than the model takes.
+    """The token ids of one text, special tokens included, never longer than the model's limit.
 
     Attributes:
-        spans: where the chunks of a late-chunked document are, as (first, end) positions; ``None`` for a plain text.
-        second: where the second text of a pair begins, for a model that tells the two apart; else ``None``.
-        num_attended: how many of the first tokens are attended to, if the others are not; else ``None``.
+        spans: the (first, end) positions of the chunks of a late-chunked document; ``None`` for a plain text.
+        second: the position where the second text of a pair begins, for a model with segments; else ``None``.
+        num_attended: the number of first tokens that are attended to, if the others are not; else ``None``.
     """
 
     ids: list[int]
@@ -31,10 +31,10 @@ class Tokens:
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One text as an encoder takes it.
+    """One text as input of an encoder.
 
     Attributes:
-        scorer: see :class:`gateway.types.EmbedJob`; applied to what the encoder returns.
+        scorer: see :class:`gateway.types.EmbedJob`; applied to the encoder's result.
     """
 
     tokens: Tokens
@@ -49,7 +49,7 @@ class Item:
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """What an encoder returns for an :class:`Item`.
+    """The result of an encoder for an :class:`Item`.
 
     Attributes:
         dense: ``(k, width)`` float32, not normalized: one row for the text, or one for each span of its tokens.

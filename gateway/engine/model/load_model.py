@@ -1,4 +1,4 @@
-"""Load a checkpoint's model into torch, in transformers' class, with its adapters. Slow to import."""
+"""Load a checkpoint's model into transformers' class, with its adapters. Slow to import."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from gateway.errors import LoadError
 def load_model(
     checkpoint: Checkpoint, device: str, dtype: str, *, trust_remote_code: bool
 ) -> tuple[PreTrainedModel, AdapterMask | None]:
-    """Return the model in evaluation mode, and the mask that chooses among its adapters, if it has any.
+    """Return the model in evaluation mode, and the mask that selects its adapters, if it has any.
 
     Args:
         device: torch device.
@@ -43,7 +43,7 @@ def load_model(
     except Exception as error:  # a configuration that makes no sense can make transformers raise anything
         reason = f"{type(error).__name__}: {error}"
         raise LoadError(f"{checkpoint.folder}: the weights cannot be loaded: {reason}") from error
-    # transformers fills what is missing with random numbers and only warns. The pooler is not used here.
+    # transformers fills missing tensors with random numbers and only warns. The pooler is not used here.
     missing = sorted(key for key in report["missing_keys"] if not key.startswith("pooler."))
     if missing or report["mismatched_keys"]:
         raise LoadError(
@@ -62,7 +62,7 @@ def load_model(
         )
     model.config.use_cache = False
     if getattr(model, "pooler", None) is not None:
-        model.pooler = None  # BERT's is a layer over the first token that no embedding uses
+        model.pooler = None  # BERT's pooler is a layer over the first token, which embeddings do not use
     if checkpoint.layout is Layout.VOYAGE:
         install_projection(model, checkpoint)
     mask = install_adapters(model, checkpoint.adapter_folders) if checkpoint.adapters else None
@@ -75,7 +75,7 @@ def load_model(
 
 
 def _read_model(checkpoint: Checkpoint, dtype: torch.dtype, *, trust_remote_code: bool) -> tuple[Any, dict[str, Any]]:
-    """Return the transformer, and what transformers reports of the weights that it found."""
+    """Return the transformer, and transformers' report about the loaded weights."""
     if checkpoint.layout is Layout.FLASH:
         flash: Any = XLMRobertaModel.from_pretrained(
             None,
@@ -104,5 +104,5 @@ def _read_model(checkpoint: Checkpoint, dtype: torch.dtype, *, trust_remote_code
 def _has_growing_rope(config: PreTrainedConfig) -> bool:
     """Return whether rotary positions depend on the longest text of a batch."""
     parameters = getattr(config, "rope_parameters", None) or {}
-    rows = [parameters, *(row for row in parameters.values() if isinstance(row, dict))]  # some have a row a layer type
+    rows = [parameters, *(row for row in parameters.values() if isinstance(row, dict))]  # or one per layer type
     return any(row.get("rope_type") in ("dynamic", "longrope") for row in rows)

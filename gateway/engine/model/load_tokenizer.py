@@ -1,4 +1,4 @@
-"""Load a checkpoint's tokenizer, and let it treat texts as sentence-transformers or the publisher's code would."""
+"""Load a checkpoint's tokenizer, and make it treat texts like sentence-transformers or the publisher's code."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class Tokenizers:
     """The tokenizers of a model, and the ids of tokens that a head treats differently.
 
     Attributes:
-        texts: reads every text, or, if there is one for queries, documents.
-        special_ids: cls, eos, pad, unk: BGE-M3's sparse rule leaves them out.
+        texts: the tokenizer for all texts, or only for documents if ``queries`` exists.
+        special_ids: ids of cls, eos, pad and unk, which BGE-M3's sparse rule leaves out.
         skipped_ids: tokens that get no vector in a multi-vector model.
     """
 
@@ -38,10 +38,10 @@ class Tokenizers:
 def load_tokenizers(
     checkpoint: Checkpoint, max_tokens: int, max_query_tokens: int, *, trust_remote_code: bool
 ) -> Tokenizers:
-    """Return the tokenizer of a checkpoint, and in a multi-vector model that of its queries.
+    """Return the tokenizer of a checkpoint, and for a multi-vector model also its query tokenizer.
 
     Raises:
-        LoadError: it cannot be read, does not belong to the model, or treats texts in a way that is not supported.
+        LoadError: the tokenizer cannot be read, does not belong to the model, or treats texts in an unsupported way.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(
@@ -61,7 +61,7 @@ def load_tokenizers(
         fast = tokenizer.backend_tokenizer
         if must_end_texts(checkpoint.transformer, checkpoint.model_type) and not trust_remote_code:
             _end_texts(fast, tokenizer.eos_token)
-        if checkpoint.is_lower_cased:  # as sentence-transformers does it: before the tokenizer's own normalizer
+        if checkpoint.is_lower_cased:  # as in sentence-transformers: before the tokenizer's own normalizer
             own = [] if fast.normalizer is None else [fast.normalizer]
             fast.normalizer = normalizers.Sequence([normalizers.Lowercase(), *own])
         special = (tokenizer.cls_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id)
@@ -91,13 +91,13 @@ def _reader(checkpoint: Checkpoint, fast: FastTokenizer, max_tokens: int, input_
         return ChatPairTokenizer(fast, max_tokens, checkpoint.pair_template)
     if checkpoint.classifier is None:
         return Tokenizer(fast, max_tokens)
-    # A tokenizer's template may mark segments that transformers does not hand to the model.
+    # A tokenizer's template may mark segments that transformers does not pass to the model.
     has_segments = checkpoint.classifier.has_segments and "token_type_ids" in input_names
     return PairTokenizer(fast, max_tokens, has_segments=has_segments)
 
 
 def _end_texts(tokenizer: FastTokenizer, end: str) -> None:
-    """Let a tokenizer put its end token behind each text, unless it does so already."""
+    """Make a tokenizer append its end token to each text, unless it already does."""
     end_id = tokenizer.token_to_id(end)
     if tokenizer.encode("").ids[-1:] == [end_id]:
         return

@@ -1,11 +1,12 @@
-"""Shorten what a tokenizer makes little of: megabytes of blanks, of one letter, of characters that it drops.
+"""Shorten runs that give few tokens: megabytes of blanks, of one letter, or of characters that the tokenizer drops.
 
 WordPiece turns a word of more than 100 characters into one unknown token, Unigram turns neighboring unknown characters
-into one, and both take a run of blanks for one. Reading eight megabytes of them costs the tokenizer seconds for three
-tokens. Here such runs are cut to the length from which they no longer change the tokens, at some 20 ns per character.
+into one, and both treat a run of blanks as one blank. Reading eight megabytes of such characters takes the tokenizer
+seconds and gives three tokens. Here such runs are cut to the length from which they no longer change the tokens, at about
+20 ns per character.
 
-Each character is classified by asking the tokenizer's own normalizer and pre-tokenizer about it. A tokenizer of another
-kind, such as byte-level BPE, makes a token of every few characters, so there is nothing to shorten.
+The tokenizer's own normalizer and pre-tokenizer classify each character. Other tokenizers, such as byte-level BPE, make a
+token of every few characters, so there is nothing to shorten.
 """
 
 from __future__ import annotations
@@ -20,32 +21,32 @@ import numpy.typing as npt
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import models
 
-# How much is looked at in one go: some milliseconds.
+# The number of characters that are read at once: a few milliseconds.
 CHUNK_CHARS = 1 << 18
-# A short run is kept whole: below this length nothing is gained.
+# A run below this length is kept, because cutting it gains nothing.
 _SHORT_RUN = 8
 _LONG_MARKS = 64
-# How many characters that it has not met before may be classified in one go; the rest counts as OTHER for once.
+# The number of new characters that may be classified at once; the rest temporarily counts as OTHER.
 _MAX_NEW_CHARS = 2000
 
 Codes = npt.NDArray[np.uint32]
 
 
 class _Kind(IntEnum):
-    """What a character is to a tokenizer."""
+    """How a tokenizer treats a character."""
 
     UNKNOWN = 0
-    """Not looked at yet."""
+    """Not classified yet."""
     OTHER = 1
-    """Never cut: a token by itself, or part of a known word."""
+    """Never cut, because it is a token by itself or part of a known word."""
     BLANK = 2
-    """Separates words; many do no more than one."""
+    """Separates words; a run of them acts as one."""
     DROPPED = 3
-    """Vanishes."""
+    """Dropped by the tokenizer."""
     FUSED = 4
     """A long run of these is one unknown token."""
     MARK = 5
-    """Changes the letter before it, or else is as FUSED."""
+    """Changes the letter before it, or else acts like FUSED."""
 
 
 class LongRuns:
@@ -56,14 +57,14 @@ class LongRuns:
         self._pre_tokenizer = tokenizer.pre_tokenizer
         self._strips_accents = False
         self._alphabet: Collection[str] | None = None
-        # Where a token that was added to the vocabulary may begin: it would be found inside a run.
+        # Characters with which an added token may begin, because it would be recognized inside a run.
         added = tokenizer.get_added_tokens_decoder().values()
         self._firsts = {first for token in added for first in self._normalize(token.content[:1]) + token.content[:1]}
         self._longest_fused = self._read_kind(tokenizer)
         self._kinds: npt.NDArray[np.uint8] | None = None  # of every code point; made when it is first needed
 
     def _read_kind(self, tokenizer: FastTokenizer) -> int | None:
-        """Return the longest run of FUSED characters that may still be something else; ``None``: nothing is known."""
+        """Return the longest run of FUSED characters that may still give other tokens; ``None`` for an unknown tokenizer."""
         splitters = _types(self._pre_tokenizer, "pretokenizers")
         model = tokenizer.model
         if isinstance(model, models.WordPiece) and splitters == ["BertPreTokenizer"]:
@@ -85,7 +86,7 @@ class LongRuns:
             return text
         codes: Codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
         kinds = self._classify(codes)
-        # After the first cut at most every second character is dropped by the tokenizer; the others allow for that.
+        # After the first cut, the tokenizer drops at most every second character, which the other cuts allow for.
         codes, kinds = _cut(codes, kinds, {_Kind.DROPPED}, 1)
         codes, kinds = _cut(codes, kinds, {_Kind.BLANK, _Kind.DROPPED}, _SHORT_RUN)
         codes, kinds = _cut(codes, kinds, {_Kind.FUSED, _Kind.DROPPED}, 2 * self._longest_fused + 3)
@@ -108,7 +109,7 @@ class LongRuns:
         if self._firsts.intersection(char + normal) or "\ud800" <= char <= "\udfff":
             return _Kind.OTHER
         if "\u1160" <= char <= "\u11ff" and self._alphabet is not None:
-            return _Kind.OTHER  # part of a Korean syllable, which together may be known
+            return _Kind.OTHER  # part of a Korean syllable that may be known as a whole
         is_mark = unicodedata.category(char)[0] == "M"
         once, often = self._words(f"a{char}b"), self._words(f"a{char * 40}b")
         if once == often == self._words("ab") and (not is_mark or self._strips_accents):
@@ -129,14 +130,14 @@ class LongRuns:
 
 
 def chunks(length: int, *, is_from_end: bool) -> Iterator[tuple[int, int]]:
-    """Yield the places of the chunks of a text, from its start or from its end."""
+    """Yield the (start, end) of each chunk of a text, from its start or from its end."""
     starts = range(0, length, CHUNK_CHARS)
     for start in reversed(starts) if is_from_end else starts:
         yield start, min(length, start + CHUNK_CHARS)
 
 
 def _types(component: object, parts: str) -> list[str]:
-    """Return the types of a component of a tokenizer; of a sequence, those of its parts."""
+    """Return the types of a tokenizer's component, or of its parts if it is a sequence."""
     if component is None:
         return []
     state = json.loads(component.__getstate__())  # type: ignore[arg-type]
@@ -146,7 +147,7 @@ def _types(component: object, parts: str) -> list[str]:
 def _cut(
     codes: Codes, kinds: npt.NDArray[np.uint8], wanted: Collection[_Kind], longest: int
 ) -> tuple[Codes, npt.NDArray[np.uint8]]:
-    """Keep the first ``longest`` characters of each run of characters that are of the wanted kinds."""
+    """Keep the first ``longest`` characters of each run of characters of the given kinds."""
     is_wanted = np.array([kind in wanted for kind in _Kind])[kinds]
     starts, ends = _runs(is_wanted)
     is_long = ends - starts > longest
@@ -160,7 +161,7 @@ def _cut(
 
 
 def _thin_out(codes: Codes, is_mark: npt.NDArray[np.bool_]) -> Codes:
-    """Keep the first marks of each long run of them, and the first two of each kind: those that a letter may join with."""
+    """Keep the first marks of each long run, and the first two of each mark, because a letter may join with them."""
     starts, ends = _runs(is_mark)
     is_kept = np.ones(len(codes), bool)
     for start, end in zip(starts, ends, strict=True):

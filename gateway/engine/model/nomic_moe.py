@@ -1,10 +1,10 @@
-"""Nomic's mixture of experts, which transformers does not have: its NomicBERT with other feed-forward layers.
+"""Nomic's mixture of experts, which transformers lacks: NomicBERT with other feed-forward layers.
 
 The rules are those of the published code of `nomic-ai/nomic-embed-text-v2-moe`, as vLLM's `bert_with_rope.py` and a port by
-Tenstorrent describe them. Every n-th layer, the second one first, has experts: a router gives each token a softmax over
-all of them, the token goes through the few with the largest shares, and their results are added up by these shares, which
-are not scaled to a sum of one. A bias that the experts share is added once. The other layers are two linear ones with GELU
-between them. Attention has biases.
+Tenstorrent describe them. Every n-th layer, starting with the second, has experts. A router gives each token a softmax over
+all experts. The token goes through the few with the largest shares, and their results are summed with these shares as
+weights, which are not rescaled to a sum of one. A bias that the experts share is added once. The other layers are two
+linear layers with GELU between them. Attention has biases.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from transformers.conversion_mapping import (
 
 
 class NomicMoeModel(NomicBertModel):  # type: ignore[no-untyped-call]
-    """transformers' NomicBERT with Nomic's experts; the names of tensors are the published ones where transformers has none.
+    """transformers' NomicBERT with Nomic's experts; tensors without a name in transformers have their published names.
 
     Args:
-        config: with ``num_experts``, ``moe_top_k`` and ``moe_every_n_layers``.
+        config: a configuration with ``num_experts``, ``moe_top_k`` and ``moe_every_n_layers``.
     """
 
     def __init__(self, config: NomicBertConfig) -> None:
@@ -76,7 +76,7 @@ class _Experts(nn.Module):
 
 
 class _Mixture(nn.Module):
-    """A router and its experts: each computes the tokens that are sent to it, and no others."""
+    """A router and its experts; each expert computes only the tokens that are sent to it."""
 
     def __init__(self, config: NomicBertConfig) -> None:
         super().__init__()
@@ -100,6 +100,6 @@ class _Mixture(nn.Module):
         return total.view_as(x) + self.experts.bias
 
 
-# transformers renames published tensors for its own classes alone.
+# transformers renames published tensors only for its own classes.
 _NAMES = get_checkpoint_conversion_mapping("nomic_bert")  # type: ignore[no-untyped-call]
 register_checkpoint_conversion_mapping(NomicMoeModel.__name__, _NAMES, overwrite=True)

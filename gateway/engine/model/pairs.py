@@ -1,4 +1,4 @@
-"""Turn pairs of a query and a text into token ids, as a cross-encoder reads them."""
+"""Turn pairs of a query and a text into token ids for a cross-encoder."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class PairTokenizer(Tokenizer):
     """A cross-encoder's tokenizer: ``[CLS] query [SEP] text [SEP]``, or another form, by the checkpoint's template.
 
     Args:
-        has_segments: the model takes segment ids, as BERT does, if the template marks the tokens of the text.
+        has_segments: the model takes segment ids, like BERT; they apply if the template marks the tokens of the text.
 
     Raises:
         ValueError: the template for pairs has a form that is not supported.
@@ -38,7 +38,7 @@ class PairTokenizer(Tokenizer):
         self._room = max_tokens - len(self._before) - len(self._between) - len(self._after)
         if self._room < 1:
             raise ValueError(f"a pair alone takes the {max_tokens} tokens of the limit, without any text")
-        # How far behind the query the second segment begins: behind the tokens between, or before one of them.
+        # The offset of the second segment from the end of the query: after the tokens between, or before one of them.
         self._segment_offset: int | None = None
         if has_segments and any(types):
             if types != sorted(types) or set(types) != {0, 1} or not first_end <= types.index(1) <= second:
@@ -47,7 +47,7 @@ class PairTokenizer(Tokenizer):
         self.has_segments = self._segment_offset is not None
 
     def read_query(self, query: str) -> Steps[Row]:
-        """Tokenize the query of pairs, which is the same for all of them."""
+        """Tokenize the query, which all pairs share."""
         [row] = yield from self._rows([Prefixed("", query)], Truncate.END, has_special=False)
         return row
 
@@ -60,15 +60,15 @@ class PairTokenizer(Tokenizer):
         first_index: int = 0,
         max_text_tokens: int | None = None,
     ) -> Steps[list[Tokens]]:
-        """Tokenize each text behind the query.
+        """Tokenize each text after the query.
 
-        A pair that is too long is cut "longest first", as tokenizers does it for sentence-transformers'
-        ``CrossEncoder``: the longer of the two loses its end until both are of one length, and then both do. The text
-        loses its start instead, if ``truncate`` says so.
+        A pair that is too long is cut "longest first", as tokenizers does for sentence-transformers' ``CrossEncoder``: the
+        longer of the two loses its end until both have the same length, and then both do. If ``truncate`` asks for it, the
+        text loses its start instead.
 
         Args:
-            first_index: place of the first text in its request, for the error message.
-            max_text_tokens: limit of each text, however much room there is.
+            first_index: index of the first text in its request, for the error message.
+            max_text_tokens: limit of each text, even if there is more room.
 
         Raises:
             ContextLengthExceeded: a pair is too long, and ``truncate`` says to refuse.
@@ -82,7 +82,7 @@ class PairTokenizer(Tokenizer):
     def read_each(
         self, firsts: Sequence[str], texts: Sequence[str], truncate: Truncate, *, first_index: int = 0
     ) -> Steps[list[Tokens]]:
-        """Tokenize each text behind the first one of its pair; see :meth:`read_pairs`.
+        """Tokenize each text after the first text of its pair; see :meth:`read_pairs`.
 
         Raises:
             ContextLengthExceeded: a pair is too long, and ``truncate`` says to refuse.
@@ -112,7 +112,7 @@ class PairTokenizer(Tokenizer):
 
     def _too_long(self, query: Row, text: Row, num_text_tokens: int, what: str) -> ContextLengthExceeded:
         num_tokens = self.max_tokens - self._room + len(query.ids) + num_text_tokens
-        # A text that is cut in any case counts with what is left of it.
+        # Of a text that is cut in any case, only the remaining tokens count.
         is_exact = query.is_whole and (text.is_whole or num_text_tokens < len(text.ids))
         return ContextLengthExceeded(
             f"This model's maximum context length is {self.max_tokens} tokens, however {what} have "
@@ -122,9 +122,9 @@ class PairTokenizer(Tokenizer):
 
 
 def _longest_first(num_query: int, num_text: int, room: int) -> tuple[int, int]:
-    """Return how many tokens of a query and of a text are kept, if together they have more than ``room``.
+    """Return how many tokens of a query and of a text to keep, if together they exceed ``room``.
 
-    The rule is that of tokenizers (truncate_encodings in its file truncation.rs).
+    The rule comes from tokenizers (truncate_encodings in its file truncation.rs).
     """
     shorter = min(num_query, num_text)
     if 2 * shorter > room:

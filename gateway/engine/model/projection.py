@@ -1,4 +1,4 @@
-"""A linear layer over every token's state, as voyage-4-nano has it, as a part of the model that every runtime computes."""
+"""The linear layer over every token's state in voyage-4-nano, as a part of the model that every runtime computes."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from gateway.errors import LoadError
 
 
 def install_projection(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
-    """Let the layer follow the last normalization of ``model``, so that it is part of its token states.
+    """Append the layer to the last normalization of ``model``, so that the token states include it.
 
     Raises:
-        LoadError: the weights hold no such layer, or one of another shape.
+        LoadError: the weights hold no such layer, or its shape is wrong.
     """
     weight = read_tensors(checkpoint.weights, {PROJECTION}).get(PROJECTION)
     shape = (checkpoint.hidden_width, model.config.hidden_size)

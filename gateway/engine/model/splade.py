@@ -1,4 +1,4 @@
-"""SPLADE: a weight for each token of the vocabulary, read off a masked language model's logits, or looked up in a table."""
+"""SPLADE: a weight for each token of the vocabulary, from a masked language model's logits or from a table."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ from gateway.errors import LoadError
 from gateway.types import SparseVector
 
 QUERY = "retrieval.query"
-# So many logits are computed at once, 32 MiB in float32: a batch has tokens x vocabulary of them, which may be gigabytes.
+# The number of logits that are computed at once, 32 MiB in float32. A batch has tokens x vocabulary of them, up to
+# gigabytes.
 LOGITS_AT_ONCE = 2**23
 
 
@@ -35,7 +36,7 @@ class SpladeHead(nn.Module):
     """The head of transformers' ``…ForMaskedLM``, and sentence-transformers' ``SpladePooling`` over its logits.
 
     Args:
-        dtype: of the product with the table of words, which takes nearly all of the time; the rest is in float32.
+        dtype: dtype of the product with the word table, which takes nearly all of the time; the rest is in float32.
 
     Attributes:
         step: tokens whose logits are computed at once.
@@ -63,7 +64,7 @@ class SpladeHead(nn.Module):
             self.norm = norm_of(tensors, names.norm, eps)
             self.activation = ACT2FN["gelu" if names.activation_key is None else getattr(config, names.activation_key)]
             bias = tensors.get(f"{names.decoder}.bias", tensors.get(str(names.bias)))
-            # As transformers ties them: what the file has for the decoder counts, whatever the configuration says.
+            # As in transformers: the decoder's tensor in the file counts, regardless of the configuration.
             table = tensors.get(f"{names.decoder}.weight")
             if table is None and getattr(config, "tie_word_embeddings", True):
                 table = tensors[words]
@@ -81,7 +82,7 @@ class SpladeHead(nn.Module):
         return [self._sparse(weights) for weights in self._pooled([texts[row] for row in rows])]
 
     def _pooled(self, texts: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
-        """Yield each text's weights, ``(vocabulary,)`` float32; no more than one text's are held at a time."""
+        """Yield each text's weights, ``(vocabulary,)`` float32; only one text's weights are held at a time."""
         pooled: torch.Tensor | None = None
         for chunk in _chunks([len(text) for text in texts], self.step):
             logits = self.logits(torch.cat([texts[i][first:end] for i, first, end in chunk]))
@@ -100,7 +101,7 @@ class SpladeHead(nn.Module):
         return functional.linear(hidden.to(self.table.dtype), self.table, self.bias)
 
     def _reduced(self, logits: torch.Tensor) -> torch.Tensor:
-        """Pool ``(t, vocabulary)`` logits over the tokens. The largest of them can be activated later: the order stays."""
+        """Pool ``(t, vocabulary)`` logits over the tokens. A maximum is activated later: the order stays."""
         return self._activated(logits).sum(dim=0) if self._splade.is_sum else logits.amax(dim=0)
 
     def _activated(self, logits: torch.Tensor) -> torch.Tensor:
@@ -108,7 +109,7 @@ class SpladeHead(nn.Module):
         return activated.log1p() if self._splade.is_log_twice else activated
 
     def _sparse(self, weights: torch.Tensor) -> SparseVector:
-        """Keep what is above 0, and of that the largest if there is a limit."""
+        """Keep the weights above 0, and only the largest of them if there is a limit."""
         limit = self._splade.max_active
         if limit is not None and limit < len(weights):
             largest = weights.topk(limit)
@@ -118,7 +119,7 @@ class SpladeHead(nn.Module):
 
 
 def _chunks(lengths: Sequence[int], step: int) -> Iterator[list[tuple[int, int, int]]]:
-    """Cut texts into runs of at most ``step`` tokens: each a list of a text's place and its first and end token there."""
+    """Cut texts into runs of at most ``step`` tokens; each run lists a text's index with its first and end token."""
     chunk: list[tuple[int, int, int]] = []
     room = step
     for i, length in enumerate(lengths):
@@ -139,12 +140,12 @@ def _chunks(lengths: Sequence[int], step: int) -> Iterator[list[tuple[int, int, 
 
 
 class QueryTable:
-    """Fixed weights for queries: each token of a query has the weight of its kind, however often it occurs.
+    """Fixed weights for queries: each token id has one weight, no matter how often it occurs in the query.
 
     The rule is sentence-transformers' (``sparse_encoder/modules/sparse_static_embedding.py``).
 
     Args:
-        folder: has the tokenizer of queries.
+        folder: folder of the query tokenizer.
         table: file with the weights.
 
     Raises:

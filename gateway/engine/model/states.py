@@ -31,7 +31,7 @@ class TokenStates:
     Attributes:
         flat: ``(total, width)``, in the dtype that the model computes in.
         lengths: tokens of each text; their sum is ``total``.
-        num_padding: tokens of padding that were computed with them.
+        num_padding: number of padding tokens that were computed in addition.
     """
 
     flat: torch.Tensor
@@ -44,7 +44,7 @@ class TokenStates:
         flat = states.flatten(0, 1)
         if min(lengths) == states.shape[1]:
             return cls(flat, lengths)
-        # Counted here: of a mask on a card, the host would have to wait for the number of its tokens.
+        # Counted on the host, which would otherwise wait for the card to count the mask's tokens.
         is_token = np.arange(states.shape[1]) < np.array(lengths)[:, None]
         places = torch.from_numpy(np.flatnonzero(is_token))
         return cls(flat.index_select(0, places.to(states.device)), lengths, is_token.size - sum(lengths))
@@ -59,7 +59,7 @@ class TokenStates:
         return torch.split(self.flat, list(self.lengths))
 
     def select(self, rows: Sequence[int]) -> TokenStates:
-        """Return the states of some of the texts, in the order of ``rows``; without a copy if those are all of them."""
+        """Return the states of some texts, in the order of ``rows``; without a copy if ``rows`` covers all texts."""
         if list(rows) == list(range(len(self.lengths))):
             return self
         texts = self.texts()
@@ -84,7 +84,7 @@ class TokenStates:
         """Average each span of each text: ``(number of spans, width)`` float32, in order.
 
         Args:
-            spans: for each text its spans as (first, end) token positions; they may not overlap.
+            spans: for each text its spans as (first, end) token positions, which must not overlap.
         """
         pieces = [
             states[first:end]

@@ -25,7 +25,7 @@ from gateway.errors import BadInput, ContextLengthExceeded, LoadError
 from gateway.types import Truncate
 
 _RUNTIME = "table"
-# Tokens of a batch: they are only summed, so what a batch costs is mostly its overhead.
+# Tokens of a batch. They are only summed, so the cost of a batch is mostly its overhead.
 _MAX_BATCH_TOKENS = 65_536
 
 
@@ -33,7 +33,7 @@ def place_table(entry: ModelEntry) -> tuple[tuple[str, ...], str, str, int]:
     """Return where and how static embeddings run: devices, dtype, runtime, and the tokens of a batch.
 
     Raises:
-        LoadError: names the setting of the registry that they cannot follow.
+        LoadError: a setting of the registry does not apply to static embeddings; the message names it.
     """
     for key, value, allowed in (
         ("device", entry.device, ("auto", "cpu")),
@@ -74,7 +74,7 @@ def load_table(checkpoint: Checkpoint, max_tokens: int) -> tuple[Tokenizer, Stat
 def _folded(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
     """Return the vector of each token id, ``(vocabulary, width)`` float32.
 
-    model2vec looks a token's vector up in two steps, and weighs it: ``embeddings[mapping[id]] * weights[id]``.
+    model2vec looks up a token's vector in two steps, and weights it: ``embeddings[mapping[id]] * weights[id]``.
     """
     table = tensors["embedding.weight"] if "embedding.weight" in tensors else tensors["embeddings"]
     if "mapping" in tensors:
@@ -85,7 +85,7 @@ def _folded(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 class StaticTokenizer(Tokenizer):
-    """The tokenizer of static embeddings: no special tokens, and by model2vec's rule no unknown ones.
+    """The tokenizer of static embeddings: no special tokens, and by model2vec's rule no unknown tokens.
 
     Args:
         is_model2vec: follow model2vec's rules; see :mod:`gateway.engine.checkpoint.static`.
@@ -109,10 +109,10 @@ class StaticTokenizer(Tokenizer):
         name: str = "input",
         max_text_tokens: int | None = None,
     ) -> Steps[list[Tokens]]:
-        """Tokenize texts; as :meth:`Tokenizer.read`, which says what it raises.
+        """Tokenize texts, like :meth:`Tokenizer.read`, which lists the other errors.
 
         Raises:
-            BadInput: a text has no token with a vector, so there is nothing to take the mean of.
+            BadInput: a text has no token with a vector, so it has no mean.
         """
         cut = [self._cut_characters(text, instruction, truncate, first_index + i) for i, text in enumerate(texts)]
         rows = yield from super().read(cut, instruction, truncate, first_index, name, max_text_tokens)
@@ -129,7 +129,7 @@ class StaticTokenizer(Tokenizer):
         return tokens
 
     def _cut_characters(self, text: str, instruction: str, truncate: Truncate, index: int) -> str:
-        """Cut a text as model2vec does before it tokenizes, at its end or, if the request says so, at its start."""
+        """Cut a text as model2vec does before tokenizing: at its end, or at its start if the request asks for it."""
         if self._max_chars is None or len(instruction) + len(text) <= self._max_chars:
             return text
         room = max(0, self._max_chars - len(instruction))
@@ -156,7 +156,7 @@ def _unknown_id(tokenizer: FastTokenizer) -> int | None:
 
 @dataclass(frozen=True, slots=True)
 class Bags:
-    """Texts as the table is asked for them: the ids of all, ``(total,)`` int64, and where each text's begin."""
+    """Texts as inputs of the table lookup: the ids of all texts, ``(total,)`` int64, and where each text begins."""
 
     ids: torch.Tensor
     starts: torch.Tensor
@@ -165,8 +165,8 @@ class Bags:
 class StaticRuntime:
     """The :class:`~gateway.engine.model.runtimes.base.Runtime` of static embeddings.
 
-    Its states are one per text, the mean over the text's tokens, so the mean that the dense head takes changes nothing.
-    The rows of a batch are summed without being copied out of the table first.
+    It returns one state per text, the mean over the text's tokens, so the dense head's mean changes nothing. The rows of a
+    batch are summed without first being copied out of the table.
     """
 
     name = _RUNTIME

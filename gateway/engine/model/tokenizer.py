@@ -1,7 +1,7 @@
 """Turn texts into token ids: instruction, true counts, truncation.
 
 Reading is done in steps, so that texts of several callers can take turns: each method named ``read_…`` is a generator
-that yields how many characters it will read next, and returns its result. :func:`at_once` runs one to its end.
+that yields the number of characters of its next step, and returns its result. :func:`at_once` runs all steps.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ Steps: TypeAlias = Generator[int, None, T]
 
 # A window of this many characters for each token of the limit holds enough tokens of almost any text.
 _WINDOW_CHARS_PER_TOKEN = 16
-# Half of it is longer than the longest word that WordPiece takes apart (100 letters; longer ones are one unknown token).
+# Half of it exceeds the longest word that WordPiece splits (100 letters; a longer word is one unknown token).
 _MIN_WINDOW_CHARS = 1024
-# How many texts, with how many characters together, are read in one step: some 20 ms at most.
+# Limits of one step: the number of texts, and of their characters together. A step takes about 20 ms at most.
 _STEP_TEXTS = 64
 _STEP_CHARS = 16_000
 
@@ -42,7 +42,7 @@ def at_once(steps: Steps[T]) -> T:
 
 
 def slices(texts: Sequence[S]) -> Iterator[tuple[int, Sequence[S]]]:
-    """Cut texts into runs that are read in one step, each with the index of its first; a long text is one by itself."""
+    """Cut texts into runs for one step each, with the index of the first text; a long text is a run by itself."""
     first = num_chars = 0
     for i, text in enumerate(texts):
         num_chars += len(text)
@@ -55,7 +55,7 @@ def slices(texts: Sequence[S]) -> Iterator[tuple[int, Sequence[S]]]:
 
 @dataclass(frozen=True, slots=True)
 class Prefixed:
-    """An instruction and a text as one text; they are not joined, as the text may have megabytes."""
+    """An instruction and a text as one text; they are not concatenated, because the text may have megabytes."""
 
     instruction: str
     text: str
@@ -81,12 +81,12 @@ class Tokenizer:
     """A model's tokenizer with its length limit. Safe to use from several threads.
 
     Args:
-        tokenizer: the checkpoint's tokenizer; its own truncation and padding are switched off.
+        tokenizer: the checkpoint's tokenizer; its own truncation and padding are turned off.
         max_tokens: the longest result, special tokens included.
         has_template: the model's template puts special tokens around each text; if not, a text may have no tokens.
 
     Attributes:
-        has_segments: the model needs the place where the second text of a pair begins.
+        has_segments: the model needs the position where the second text of a pair begins.
         largest_id: the largest id of a token.
     """
 
@@ -106,16 +106,16 @@ class Tokenizer:
         num_content = template.special_tokens_mask.count(0)
         self._head = template.ids[:content]
         self._tail = template.ids[content + num_content :]
-        # A template has its own ids, whatever the vocabulary says of its tokens.
+        # A template has its own ids, which may differ from the vocabulary's.
         self.largest_id = max([*tokenizer.get_vocab(with_added_tokens=True).values(), *template.ids], default=-1)
 
     def sample_ids(self) -> list[int]:
-        """Return the token ids of a sentence, special tokens included: something real to try a model on."""
+        """Return the token ids of a sentence, special tokens included, as realistic test input."""
         ids: list[int] = self._tokenizer.encode("The quick brown fox jumps over the lazy dog, again and again.").ids
         return ids
 
     def split(self, texts: Sequence[str], *, add_special_tokens: bool) -> list[list[Token]]:
-        """Return all tokens of each text, with their places; see :class:`gateway.types.Vocabulary`."""
+        """Return all tokens of each text, with their positions; see :class:`gateway.types.Vocabulary`."""
         encodings = self._tokenizer.encode_batch(list(texts), add_special_tokens=add_special_tokens)
         return [
             [
@@ -139,7 +139,7 @@ class Tokenizer:
     def tokenize(
         self, texts: Sequence[str], instruction: str, truncate: Truncate, first_index: int = 0
     ) -> list[Tokens]:
-        """Tokenize texts in one go: :meth:`read`, which says what it raises."""
+        """Tokenize texts at once, like :meth:`read`, which lists the errors."""
         return at_once(self.read(texts, instruction, truncate, first_index))
 
     def read(
@@ -154,13 +154,13 @@ class Tokenizer:
         """Tokenize texts with ``instruction`` put before each.
 
         Args:
-            first_index: place of the first text in its request, for the error message.
-            name: of the texts, for the error message.
-            max_text_tokens: limit of each text, special tokens and the instruction not counted, which cuts in any case.
+            first_index: index of the first text in its request, for the error message.
+            name: name of the texts, for the error message.
+            max_text_tokens: limit of each text, without special tokens and the instruction; longer texts are always cut.
 
         Raises:
-            ContextLengthExceeded: a text is too long, and ``truncate`` says to refuse.
-            BadInput: a text has no tokens, so there is nothing to make a vector of; special tokens of the model count.
+            ContextLengthExceeded: a text is too long, and ``truncate`` asks to refuse such texts.
+            BadInput: a text has no tokens, special tokens included, so it has no vector.
         """
         prefixed = [Prefixed(instruction, text) for text in texts]
         rows = yield from self._rows(prefixed, truncate)
@@ -175,7 +175,7 @@ class Tokenizer:
         if max_text_tokens is not None:
             num_others = len(self._head_ids(Prefixed(instruction, ""))) + len(self._tail)
             limit = min(limit, num_others + max_text_tokens)
-        if truncate is Truncate.REFUSE and limit < self.max_tokens:  # what is cut in any case is not too long
+        if truncate is Truncate.REFUSE and limit < self.max_tokens:  # a text that is always cut is never too long
             truncate = Truncate.END
         return [
             Tokens(row.ids)
@@ -187,13 +187,13 @@ class Tokenizer:
     def read_chunks(self, chunks: Sequence[str], instruction: str) -> Steps[Tokens]:
         """Tokenize the chunks of one document for late chunking (Günther et al., arXiv:2409.04701).
 
-        The chunks' own tokens stand one behind the other between the model's special tokens, after the instruction. The
-        first chunk's span takes in what stands before it, the last one's what stands behind it: pooled over all
-        chunks, the document's own vector comes out. Nothing is read beyond the chunk that makes them too many.
+        The tokens of the chunks follow the instruction, between the model's special tokens. The first chunk's span includes
+        the tokens before it, and the last chunk's span those after it, so pooling over all chunks gives the document's own
+        vector. Reading stops at the chunk that exceeds the limit.
 
         Raises:
-            ContextLengthExceeded: together they are longer than the model takes; a chunk cannot be cut away.
-            BadInput: a chunk has no tokens, so there is nothing to take the mean of.
+            ContextLengthExceeded: together the chunks exceed the model's limit, and no chunk may be cut.
+            BadInput: a chunk has no tokens, so it has no mean.
         """
         ids = list(self._head)
         spans = []
@@ -205,7 +205,7 @@ class Tokenizer:
                 if not row.ids:
                     raise BadInput(f"input[{i}] has no tokens; late_chunking needs some in each chunk", param="input")
                 own = row
-                if i == 0 and instruction:  # as before a text that is no chunk: the two may share a token
+                if i == 0 and instruction:  # as for a plain text: the instruction and the chunk may share a token
                     prefixed = [Prefixed(instruction, chunks[0])]
                     [own] = yield from self._rows(prefixed, Truncate.END, has_special=False)
                 ids += own.ids
@@ -227,7 +227,7 @@ class Tokenizer:
     def _rows(
         self, texts: Sequence[Prefixed], truncate: Truncate, *, has_special: bool | None = None
     ) -> Steps[list[Row]]:
-        """Return the token ids of each text, of a long one only so many that what is kept can be cut from them.
+        """Return the token ids of each text; of a long text, only enough to cut the result from them.
 
         Args:
             has_special: put the model's special tokens around each text; ``None`` to do so if it has a template.
@@ -246,12 +246,12 @@ class Tokenizer:
         return rows
 
     def _read_enough(self, text: Prefixed, truncate: Truncate, has_special: bool) -> Steps[Row]:
-        """Tokenize so much of a text that the tokens that will be kept are those of the whole text.
+        """Tokenize enough of a text that the kept tokens equal those of the whole text.
 
-        The cost of a text that is far too long stays that of what is kept. A window ends at white space where there is
-        any, as no usual tokenizer joins across it, and holds at least twice the limit of tokens, so that what the cut does
-        to those next to it does not reach the ones that are kept. Where the first window holds too few, what makes few
-        tokens is cut out of the text, chunk by chunk, until a longer window holds enough.
+        So a text that is far too long costs no more than its kept part. A window ends at white space if there is any,
+        because no usual tokenizer joins tokens across it. It holds at least twice the limit of tokens, so the cut affects
+        only tokens that are dropped. If the first window holds too few tokens, runs that make few tokens are shortened,
+        chunk by chunk, until a longer window holds enough.
         """
         is_from_end = truncate is Truncate.START
         window = self._window_chars
@@ -275,7 +275,7 @@ class Tokenizer:
         return Row(self._encode("".join(reversed(kept) if is_from_end else kept), has_special))
 
     def _encode(self, text: str, has_special: bool) -> list[int]:
-        # `encode` holds the interpreter lock, and the event loop with it, for as long as it takes; the batch does not.
+        # `encode` holds the interpreter lock, and so blocks the event loop; `encode_batch_fast` does not.
         ids: list[int] = self._tokenizer.encode_batch_fast([text], add_special_tokens=has_special)[0].ids
         return ids
 
@@ -293,7 +293,7 @@ class Tokenizer:
         )
 
     def _head_ids(self, text: Prefixed) -> list[int]:
-        """Return the tokens that stay when the text loses its first ones: the instruction belongs to the task."""
+        """Return the leading tokens that stay when a text loses its start: the instruction belongs to the task."""
         before = len(text.instruction)
         if not before:
             return self._head
@@ -305,7 +305,7 @@ class Tokenizer:
 
 
 def _window(text: Prefixed, size: int, is_from_end: bool) -> str:
-    """Return the first or last ``size`` characters of a longer text, cut at white space if there is any in a half of it."""
+    """Return the first or last ``size`` characters of a text, cut at white space if the half next to the cut has any."""
     if is_from_end:
         part = text.part(len(text) - size, len(text))
         start = part.find(" ", 0, size - size // 2)

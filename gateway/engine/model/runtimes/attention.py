@@ -1,12 +1,12 @@
-"""What tells the texts of a row apart, by family: the masks and the positions that transformers' forward is given.
+"""Separate the texts of a row, by family: the masks and positions that transformers' forward receives.
 
-A forward that takes masks as inputs computes several texts in one row, and masks made here are right where those that a
-model makes itself go wrong in a compiled copy (padding that sees nothing within its window gives NaN).
+A forward that takes masks as inputs can compute several texts in one row. The masks from here also avoid a fault of a
+model's own masks in a compiled copy: padding that sees nothing within its window gives NaN.
 
-**A family is added here** by an entry in ``_RULES``. It may be added if its forward takes ``position_ids``, hands a
-four-dimensional ``attention_mask`` on to its attention as it is (all that is built on ``transformers.masking_utils`` does),
-and mixes the tokens of a row in its attention alone. Relative positions need nothing: within a text they do not depend on
-where the text is in its row. Without an entry, each text has a row to itself, and the model makes its masks.
+**A family is added here** by an entry in ``_RULES``. It may be added if its forward takes ``position_ids``, passes a
+four-dimensional ``attention_mask`` unchanged to its attention (as everything built on ``transformers.masking_utils`` does),
+and mixes the tokens of a row only in its attention. Relative positions need nothing, because within a text they do not
+depend on the text's place in the row. Without an entry, each text has a separate row, and the model makes its masks.
 """
 
 from __future__ import annotations
@@ -23,20 +23,19 @@ from gateway.engine.checkpoint.sizes import OFFSET_BY_PADDING
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-# MPNet's is a constant in its code (``transformers.models.mpnet.modeling_mpnet.MPNetEmbeddings``).
+# A constant in MPNet's code (``transformers.models.mpnet.modeling_mpnet.MPNetEmbeddings``).
 _MPNET_PADDING_ID = 1
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionRule:
-    """What a token of a text sees, by family: never more than the text that it is in.
+    """The tokens that a token sees, by family; never beyond its own text.
 
     Attributes:
-        is_causal: nothing that comes after it.
-        window: in layers of the type ``sliding_attention``, nothing that is more than this many tokens away.
-        layer_types: names under which the forward takes a mask for each type of its layers; empty if it takes one mask
-            for all.
+        is_causal: a token does not see later tokens.
+        window: in layers of the type ``sliding_attention``, a token sees only tokens within this distance.
+        layer_types: the types of layers for which the forward takes separate masks, by name; empty if it takes one mask.
         every_layer: the type of all layers, if the forward takes one mask.
     """
 
@@ -61,7 +60,7 @@ def _two_way_with_windows(config: PreTrainedConfig) -> AttentionRule:
 
 
 def _decoder(config: PreTrainedConfig) -> AttentionRule:
-    """Return the rule of a decoder whose layers take a mask by their type."""
+    """Return the rule of a decoder whose layers take masks by their type."""
     layer_types = _layer_types(config)
     return AttentionRule(_is_causal(config), _window(config) if SLIDING in layer_types else None, layer_types)
 
@@ -72,22 +71,22 @@ def _gemma3(config: PreTrainedConfig) -> AttentionRule:
 
 
 def _llama(config: PreTrainedConfig) -> AttentionRule:
-    # A ``sliding_window`` in its configuration, as one made out of a Mistral has it, is not looked at.
+    # Ignore a ``sliding_window``, which a configuration that was converted from Mistral may have.
     return AttentionRule(_is_causal(config))
 
 
 def _mistral(config: PreTrainedConfig) -> AttentionRule:
-    """Return the rule of a decoder whose layers take one mask, with a window if there is one."""
+    """Return the rule of a decoder whose layers take one mask, with a window if the configuration has one."""
     if config.sliding_window is None:
         return AttentionRule(_is_causal(config))
     return AttentionRule(_is_causal(config), _window(config), every_layer=SLIDING)
 
 
 def _window(config: PreTrainedConfig) -> int:
-    """Return how far away a token is seen.
+    """Return the largest distance at which a token is seen.
 
     A decoder's window counts the token itself (``transformers.masking_utils.sliding_window_overlay``, and Gemma 3's own
-    for both ways), unless ``is_causal: false`` makes it look both ways
+    bidirectional one), unless ``is_causal: false`` makes it bidirectional
     (``transformers.masking_utils.sliding_window_bidirectional_overlay``).
     """
     window: int = config.sliding_window
@@ -126,7 +125,7 @@ _RULES: Mapping[str, Callable[[PreTrainedConfig], AttentionRule]] = {
 
 
 def attention_rule(config: PreTrainedConfig) -> AttentionRule | None:
-    """Return the rule of a model; ``None`` for one whose texts cannot share a row."""
+    """Return the rule of a model; ``None`` if its texts cannot share a row."""
     rule = _RULES.get(config.model_type)
     if rule is None or getattr(config, "is_decoder", False):  # a BERT that was made a decoder
         return None
@@ -134,7 +133,7 @@ def attention_rule(config: PreTrainedConfig) -> AttentionRule | None:
 
 
 def uncounted_id(config: PreTrainedConfig) -> int | None:
-    """Return the token id that positions do not count, and behind which they begin; ``None``: they begin with 0."""
+    """Return the token id that positions do not count, and after which they begin; ``None`` if they begin with 0."""
     if config.model_type in OFFSET_BY_PADDING:
         return int(config.pad_token_id)
     return _MPNET_PADDING_ID if config.model_type == "mpnet" else None
@@ -143,7 +142,7 @@ def uncounted_id(config: PreTrainedConfig) -> int | None:
 def positions(ids: Sequence[int], uncounted: int | None) -> npt.NDArray[np.int64]:
     """Return the position of each token of a text, ``(t,)``.
 
-    RoBERTa's kind counts from behind the padding id, and does not count a padding token that a text contains
+    RoBERTa and related models count from the padding id, and skip padding tokens that a text contains
     (``transformers.models.mpnet.modeling_mpnet.create_position_ids_from_input_ids``).
     """
     if uncounted is None:
@@ -156,7 +155,7 @@ def positions(ids: Sequence[int], uncounted: int | None) -> npt.NDArray[np.int64
 def packed_positions(
     ids: npt.NDArray[np.int32], lengths: npt.NDArray[np.int_], uncounted: int | None
 ) -> npt.NDArray[np.int32]:
-    """Return :func:`positions` of the tokens of texts one after the other, ``(total,)``.
+    """Return :func:`positions` of all tokens of consecutive texts, ``(total,)``.
 
     Args:
         lengths: ``(b,)`` tokens of each text, at least 1.
@@ -177,7 +176,7 @@ def packed_positions(
 def make_masks(
     owners: npt.NDArray[np.intp], is_key: npt.NDArray[np.bool_] | None, rule: AttentionRule
 ) -> dict[str, npt.NDArray[np.bool_]]:
-    """Return which token of a row sees which, by mask: ``(b, 1, t, t)``, or ``(b, 1, 1, t)`` if it is the same for all.
+    """Return, by mask, which token of a row sees which: ``(b, 1, t, t)``, or ``(b, 1, 1, t)`` if all see the same.
 
     Args:
         owners: ``(b, t)``: the text of each token, -1 for padding.
@@ -194,14 +193,14 @@ def make_masks(
         full &= (is_key | is_padding)[:, None, None, :]
     masks = {FULL: full}
     if is_relative:
-        # Compared, not subtracted: of a text of 32,768 tokens the distances would take 8 GiB.
+        # Compare positions instead of subtracting them: for a text of 32,768 tokens, the distances would take 8 GiB.
         place, other = np.arange(owners.shape[1])[:, None], np.arange(owners.shape[1])[None, :]
         if rule.is_causal:
             full &= other <= place
         if rule.window is not None:
             masks[SLIDING] = full & (other >= place - rule.window)
             masks[SLIDING] &= other <= place + rule.window
-            if is_key is not None:  # a token that is not seen may have nothing else within its window
+            if is_key is not None:  # an unseen token may see nothing else within its window
                 sees_nothing = ~masks[SLIDING].any(axis=-1, keepdims=True)
                 masks[SLIDING] |= sees_nothing & (other == place)
     return {name: masks[name] for name in rule.mask_names}

@@ -1,4 +1,4 @@
-"""The protocol between an encoder and what computes its transformer."""
+"""The protocol between an encoder and the runtime of its transformer."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ class Runtime(Protocol):
     """Computes a transformer's forward.
 
     Attributes:
-        name: what ``ModelInfo.engine`` says.
-        extra_bytes: memory of weights that the checkpoint does not have.
+        name: the name that ``ModelInfo.engine`` shows.
+        extra_bytes: memory of additional weights that are not in the checkpoint.
     """
 
     name: str
@@ -40,15 +40,15 @@ class Runtime(Protocol):
         seconds: Sequence[int | None] | None = None,
         attended: Sequence[int] | None = None,
     ) -> Any:
-        """Put token ids where the forward reads them.
+        """Prepare token ids as input of the forward.
 
         Args:
             rows: token ids of each text.
             adapters: for each text the index of its adapter, or -1 for none.
-            seconds: for each pair where its second text begins, or ``None``: only for a model that tells the two apart.
-            attended: for each text how many of its first tokens are attended to; ``None`` for all of every text. The
-                others get states, and change no state of another token: ColBERT's mask tokens behind a query.
+            seconds: for each pair the position where its second text begins, or ``None``; only for a model with segments.
+            attended: for each text the number of first tokens that are attended to; ``None`` for all tokens. The other
+                tokens get states but change no other token's state, like ColBERT's mask tokens after a query.
         """
 
     def forward(self, features: Any) -> TokenStates:
-        """Run the transformer on what :meth:`prepare` returned: the states in the order of its rows."""
+        """Run the transformer on the result of :meth:`prepare`, and return the states in the order of its rows."""

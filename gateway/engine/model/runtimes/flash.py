@@ -1,9 +1,9 @@
-"""Attention within the texts of a packed row: FlashAttention on a card, and the same text by text elsewhere.
+"""Attention within the texts of a packed row: FlashAttention on a card, and text by text elsewhere.
 
-torch has the kernel built in (CUDA): no flash-attn package is needed, which would have to be compiled. It is called as it
-is: torch's function for texts of varying length launches a second kernel and passes through Python for each layer. On a CPU,
-where the kernel does not exist, each text is attended to by itself: slow, but the same function, so that everything around
-it can be tested without a card.
+The kernel is built into torch (CUDA), so the flash-attn package, which would have to be compiled, is not needed. The kernel
+is called directly, because torch's function for texts of varying length launches a second kernel and passes through Python
+for each layer. The kernel does not exist on a CPU, where each text is computed separately. That is slow but equivalent, so
+the surrounding code can be tested without a card.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
-# What the kernel takes: the checks in pytorch's flash_api.cpp.
+# The limits of the kernel, from the checks in pytorch's flash_api.cpp.
 DTYPES = ("float16", "bfloat16")
 MIN_CAPABILITY = (8, 0)
 HEAD_WIDTH_STEP, MAX_HEAD_WIDTH = 8, 256
@@ -22,7 +22,7 @@ HEAD_WIDTH_STEP, MAX_HEAD_WIDTH = 8, 256
 
 @dataclass(frozen=True, slots=True)
 class Texts:
-    """Where the texts of a packed row are.
+    """The places of the texts in a packed row.
 
     Attributes:
         boundaries: ``(b + 1,)`` int32, on the device: where each text begins, and the end of the last.
@@ -49,9 +49,9 @@ def attend(
 
     Args:
         query: ``(total, heads, d)``, the last dimension contiguous.
-        key: ``(k, heads, d)``: the tokens that are attended to; so is ``value``.
-        texts: where the texts are in ``query``.
-        keys: where they are in ``key`` and ``value``.
+        key: ``(k, heads, d)``: the tokens that are attended to; ``value`` has the same shape.
+        texts: the places of the texts in ``query``.
+        keys: the places of the texts in ``key`` and ``value``.
 
     Returns:
         ``(total, heads, d)``.

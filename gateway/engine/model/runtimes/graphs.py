@@ -1,10 +1,10 @@
-"""Small forwards as CUDA graphs: a few hundred kernels are launched with one call.
+"""Small forwards as CUDA graphs, which launch a few hundred kernels with one call.
 
-A short text is computed in less time than it takes to launch its kernels one by one, and each launch lets go of the
-interpreter's lock and has to get it back from a busy event loop. A graph is fixed: so a row is filled up to one of a few
-sizes, its last texts are empty, and the longest text counts as as long as the row.
+Computing a short text takes less time than launching its kernels one by one, and each launch releases the interpreter's
+lock and must get it back from a busy event loop. A graph has a fixed shape. So a row is padded to one of a few sizes, its
+last texts are empty, and its longest text counts as long as the row.
 
-A shape is computed as usual when it is first seen, and as a graph from the second time on.
+A new shape is computed as usual the first time, and as a graph from the second time on.
 """
 
 from __future__ import annotations
@@ -23,27 +23,27 @@ import torch
 log = structlog.get_logger(__name__)
 
 _TOKENS = (16, 32, 64, 96, 128, 192, 256, 384, 512)
-# Places for texts; the tokens behind the last one are a text too.
+# Places for texts; the padding after the last text counts as a text.
 _TEXTS = (2, 9, 33)
-# Of a model: each holds some hundred nodes in the card's memory, a few MiB.
+# The limit for one model; each graph holds some hundred nodes in the card's memory, a few MiB.
 _MOST_GRAPHS = 64
 
 Choice: TypeAlias = int | None
 Indices: TypeAlias = npt.NDArray[np.int32]
 
 MIXED = -1
-"""The choice of adapters of a row whose texts differ in it."""
+"""The adapter choice of a row whose texts have different adapters."""
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """All that a graph fixes.
+    """The properties that a graph fixes.
 
     Attributes:
         texts: places for texts.
-        longest: no text may have more tokens.
-        parts: names of the arrays of the row, in their order.
-        choice: adapter of all texts; ``MIXED``, or ``None`` without any.
+        longest: the maximum number of tokens of a text.
+        parts: names of the row's arrays, in order.
+        choice: the adapter of all texts, or ``MIXED``; ``None`` without adapters.
     """
 
     tokens: int
@@ -58,7 +58,7 @@ class Shape:
         return [self.texts + 1 if name == "boundaries" else self.tokens for name in self.parts]
 
     def fill(self, parts: Mapping[str, Indices], lengths: Sequence[int]) -> dict[str, Indices]:
-        """Fill the arrays of a row up: tokens of id 0 in one more text, and empty texts behind it."""
+        """Pad the arrays of a row with tokens of id 0 in one more text, and with empty texts after it."""
         filled = {}
         for name, size in zip(self.parts, self.sizes, strict=True):
             filled[name] = np.full(size, self.tokens if name == "boundaries" else 0, np.int32)
@@ -71,7 +71,7 @@ def find_shape(lengths: Sequence[int], parts: Sequence[str], choice: Choice, lon
     """Return the shape that a row fits into; ``None`` if it is too large for a graph.
 
     Args:
-        longest_short: tokens of a text up to which attention has another kernel; ``None`` if it has none.
+        longest_short: the longest text for the attention kernel for short texts; ``None`` without that kernel.
     """
     tokens = next((size for size in _TOKENS if size >= sum(lengths)), None)
     texts = next((size for size in _TEXTS if size > len(lengths)), None)
@@ -89,10 +89,10 @@ class _Graph:
 
 
 class Graphs:
-    """The graphs of a model on one card; one forward at a time.
+    """The graphs of a model on one card; only one forward may run at a time.
 
     Args:
-        compute: the forward of a row, which is given as its arrays in one tensor.
+        compute: the forward of a row, which takes the row's arrays in one tensor.
     """
 
     def __init__(self, device: torch.device, compute: Callable[[Shape, torch.Tensor], torch.Tensor]) -> None:
@@ -121,12 +121,12 @@ class Graphs:
         return graph.states
 
     def _capture(self, shape: Shape, together: torch.Tensor) -> _Graph | None:
-        """Return the graph of a shape; ``None`` if that fails, and then no other is tried."""
+        """Return the graph of a shape; ``None`` after a failure, which turns graphs off."""
         inputs = together.clone()
         try:
             self._capturer = self._capturer or Capturer(self._device)
             states, replay = self._capturer.capture(lambda: self._compute(shape, inputs))
-        except Exception as error:  # the card and its libraries may raise anything; without graphs all is only slower
+        except Exception as error:  # of any class; without graphs, forwards are only slower
             self.is_on = False
             log.warning("graphs_refused", device=str(self._device), error=repr(error))
             return None
@@ -135,7 +135,7 @@ class Graphs:
 
 
 class Capturer:
-    """Captures graphs on a card, all on one stream and in one pool of memory: no two run at the same time."""
+    """Captures graphs on a card, all on one stream and in one memory pool, because no two run at the same time."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -143,9 +143,10 @@ class Capturer:
         self._pool = torch.cuda.graph_pool_handle()
 
     def capture(self, work: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, Callable[[], None]]:
-        """Return the result of some work, and a function that computes it again in the same place.
+        """Return the result of some work, and a function that computes it again in the same memory.
 
-        Other threads may use the card meanwhile. (``torch.cuda.graph`` would also collect all garbage, which stops them.)
+        Other threads may use the card in the meantime. (``torch.cuda.graph`` would also run the garbage collector, which
+        stops them.)
         """
         current = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(current)
@@ -156,7 +157,7 @@ class Capturer:
             try:
                 made = work()
             except BaseException:
-                with suppress(Exception):  # it says that the capture was cut off
+                with suppress(Exception):  # its error only says that the capture was interrupted
                     graph.capture_end()
                 raise
             graph.capture_end()

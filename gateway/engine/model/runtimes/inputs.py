@@ -23,20 +23,20 @@ if TYPE_CHECKING:
 AdapterTable: TypeAlias = npt.NDArray[np.float32]
 Inputs: TypeAlias = dict[str, npt.NDArray[np.generic]]
 
-# The first batch of a new shape takes 5 to 10 ms longer, as much as a hundred tokens and more: where each text has a row to
-# itself, several are padded to a multiple of this, so that shapes recur. Computing the padding costs less.
+# The first batch of a new shape takes 5 to 10 ms longer, as much as a hundred tokens or more. If each text has a separate
+# row, several texts are padded to a multiple of this, so that shapes recur. Computing the padding costs less.
 _LENGTH_STEP = 8
-# In a mask that is added to the attention's scores: closed. Smaller numbers may overflow once others are added.
+# The value of a closed place in a mask that is added to the attention's scores. A smaller number may overflow in sums.
 _CLOSED = np.float32(-1e9)
 _FIELDS, _TABLE = "inputs.json", "adapters.npy"
 
 
 @dataclass(frozen=True, slots=True)
 class CompiledFeatures:
-    """The inputs of the compiled model by name, and where the tokens of the texts are.
+    """The inputs of the compiled model by name, and the positions of the texts' tokens.
 
     Attributes:
-        places: of each text's tokens, one text after the other, among the tokens of all rows.
+        places: positions of each text's tokens among the tokens of all rows, one text after the other.
         lengths: tokens of each text.
     """
 
@@ -52,12 +52,13 @@ class InputMaker:
     Attributes:
         model_type: transformers' name of the architecture.
         pad_id: token id of padding.
-        width: of the model's states.
-        rule: what tells texts in one row apart; ``None``: each has a row to itself, and the model makes its masks.
+        width: dimensions of the model's states.
+        rule: the rule that separates texts in a row; ``None`` if each text has a separate row, and the model makes its
+            masks.
         uncounted_id: see :func:`~gateway.engine.model.runtimes.attention.uncounted_id`.
-        adds_mask: whether the attention adds its mask to the scores; torch's own takes one of booleans.
+        adds_mask: whether the attention adds its mask to the scores; torch's own attention takes a boolean mask.
         has_segments: whether the model takes segment ids, which mark the tokens of a pair's second text.
-        adapter_table: the row of each adapter, and last the row of none; ``None`` for a model without adapters.
+        adapter_table: a row for each adapter, and a last row for no adapter; ``None`` for a model without adapters.
     """
 
     model_type: str

@@ -1,7 +1,7 @@
-"""The stacked adapters of all tasks, laid out for the packed forward: those of a task lie next to each other.
+"""The stacked adapters of all tasks, laid out for the packed forward: each task's adapters are contiguous.
 
-:mod:`gateway.engine.model.adapters` has the formula. Here the adapters of several products that read the same input are one,
-each task's part is a slice, and a batch of one task computes that slice alone, without a mask.
+:mod:`gateway.engine.model.adapters` has the formula. Here the adapters of several products that read the same input are
+combined, each task's part is a slice, and a batch of one task computes only that slice, without a mask.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from gateway.engine.model.adapters import AdaptedEmbedding, AdaptedLinear, Adapt
 _STEP = 8
 
 Choice: TypeAlias = int | torch.Tensor | None
-"""The adapter of all texts of a row, or, where they differ, ``(total, adapters, 1)``: 1 for each token's adapter, else 0.
+"""The adapter of all texts of a row, or, if they differ, ``(total, adapters, 1)``: 1 for each token's adapter, else 0.
 
-``None``: no text has one.
+``None`` if no text has an adapter.
 """
 
 
@@ -31,10 +31,11 @@ class LowRank:
 
     Attributes:
         down: ``(adapters * block, in)``: the ranks of an adapter, padded with zeros to a block.
-        up: ``(adapters * block, out)``, with the scaling in it.
+        up: ``(adapters * block, out)``, with the scaling included.
         shift: ``(adapters * block,)``: added to the product with ``down``, or ``None`` for nothing.
-        block: numbers of an adapter.
-        parts: the three, of each adapter by itself: views, which take a forward as long to make as a small product.
+        block: the padded rank of an adapter.
+        parts: ``down``, ``up`` and ``shift`` of each adapter as views, kept because making a view takes as long as a small
+            product.
     """
 
     down: torch.Tensor
@@ -49,7 +50,7 @@ class LowRank:
         object.__setattr__(self, "parts", list(zip(downs, ups, shifts, strict=True)))
 
     def add(self, y: torch.Tensor, x: torch.Tensor, choice: int | torch.Tensor) -> None:
-        """Add to ``y``, ``(total, out)``, what the chosen adapters make of ``x``, ``(total, in)``."""
+        """Add to ``y``, ``(total, out)``, the output of the chosen adapters for ``x``, ``(total, in)``."""
         if isinstance(choice, int):
             down, up, shift = self.parts[choice]
             y.addmm_(functional.linear(x, down, shift), up)
@@ -59,7 +60,7 @@ class LowRank:
         y.addmm_(low, self.up)
 
     def merged(self, weight: torch.Tensor, adapter: int) -> torch.Tensor:
-        """Return ``weight``, ``(out, in)``, with an adapter in it; added up in float32."""
+        """Return ``weight``, ``(out, in)``, with an adapter merged into it; the sum is in float32."""
         down, up, _shift = self.parts[adapter]
         change = up.float().t() @ down.float()
         return (weight.float() + change).to(weight.dtype)
@@ -95,9 +96,9 @@ class TableAdapters:
 
 
 def stack_layers(layers: Sequence[torch.nn.Module], mask: AdapterMask | None) -> LowRank | None:
-    """Return the adapters of layers that read the same input, as of one layer with all their outputs.
+    """Return the adapters of layers that read the same input, as one layer with all their outputs.
 
-    ``None`` without any.
+    ``None`` without adapters.
     """
     adapted = [layer if isinstance(layer, AdaptedLinear) else None for layer in layers]
     first = next((layer for layer in adapted if layer is not None), None)
@@ -119,7 +120,7 @@ def stack_layers(layers: Sequence[torch.nn.Module], mask: AdapterMask | None) ->
 
 
 def stack_table(table: torch.nn.Module, mask: AdapterMask | None) -> TableAdapters | None:
-    """Return the adapters of an embedding table; ``None`` without any."""
+    """Return the adapters of an embedding table; ``None`` without adapters."""
     if mask is None or not isinstance(table, AdaptedEmbedding):
         return None
     block, vocabulary = _padded(max(mask.ranks)), len(table.weight)
@@ -133,7 +134,7 @@ def stack_table(table: torch.nn.Module, mask: AdapterMask | None) -> TableAdapte
 
 
 def expand_table(table: torch.nn.Module, mask: AdapterMask | None) -> torch.Tensor:
-    """Return a small embedding table without an adapter and with each: ``((adapters + 1) * rows, width)``."""
+    """Return a small embedding table without an adapter, then with each adapter: ``((adapters + 1) * rows, width)``."""
     weight = table.get_parameter("weight")
     if mask is None or not isinstance(table, AdaptedEmbedding):
         return weight

@@ -1,14 +1,14 @@
 """The forward of BERT's family and of Jina v3 on a packed row, in few calls of torch.
 
-A short text is computed in less time than it takes to launch its kernels, and each call holds the interpreter's lock for a
-while. So this is transformers' arithmetic with fewer kernels and without its modules:
+Computing a short text takes less time than launching its kernels, and each call holds the interpreter's lock for a while.
+So this is transformers' arithmetic with fewer kernels and without its modules:
 
 - query, key and value are one product, and all weights are shared with transformers' model, which stays as the reference
   that :mod:`.agreement` compares with;
 - the sum with the residual is part of the product before it: ``x += a W'``, in place. The bias of that product is folded
   into the bias of the layer norm that makes ``x``, and the bias of the other product that reads ``x`` takes it out again;
-- rotary positions turn query and key in one go, with tables in place of sines;
-- on a card they are one kernel, and so is attention within short texts, where :mod:`.tuning` has found that to be faster;
+- rotary positions rotate query and key in one step, with tables instead of sines;
+- on a card, rotary positions are one kernel, and so is attention within short texts, if :mod:`.tuning` finds them faster;
 - adapters are added in place (:mod:`.low_rank`), or are merged into weights for each task.
 """
 
@@ -45,10 +45,10 @@ class Row:
 
     Attributes:
         ids: ``(total,)``.
-        kinds: ``(total,)`` rows of the table of kinds; ``None``: row 0 for all tokens.
+        kinds: ``(total,)`` rows of the segment table; ``None`` for row 0 for all tokens.
         positions: ``(total,)``.
-        places: ``(total,)`` rows of the adapters of the table of words, or ``None``.
-        keys: what is attended to: ``(k,)`` places in the row, and where the texts are in it; ``None`` for every token.
+        places: ``(total,)`` rows of the word table's adapters, or ``None``.
+        keys: the attended tokens: ``(k,)`` positions in the row, and the places of the texts among them; ``None`` for all.
     """
 
     ids: torch.Tensor
@@ -62,7 +62,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Product:
-    """A linear layer: ``x W' + b``, and the adapters next to it."""
+    """A linear layer, ``x W' + b``, with its adapters."""
 
     weight: torch.Tensor
     bias: torch.Tensor | None
@@ -75,7 +75,7 @@ class Product:
         return y
 
     def add_to(self, y: torch.Tensor, x: torch.Tensor, choice: Choice) -> None:
-        """Add the product to ``y``, which has its bias already."""
+        """Add the product to ``y``, which already includes the bias."""
         y.addmm_(x, self.weight.t())
         if self.adapters is not None and choice is not None:
             self.adapters.add(y, x, choice)
@@ -120,7 +120,7 @@ class Norm:
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """A layer: attention and a feed-forward, with a norm behind each sum."""
+    """A layer: attention and a feed-forward, with a norm after each sum."""
 
     qkv: Product
     out: Product
@@ -137,7 +137,7 @@ class Layer:
 
 @dataclass(frozen=True, slots=True)
 class _Modules:
-    """The modules of a layer of transformers, by what they do; the first three make query, key and value."""
+    """The modules of a transformers layer, by function; the first three make query, key and value."""
 
     qkv: Sequence[nn.Module]
     out: nn.Module
@@ -148,7 +148,7 @@ class _Modules:
     last_norm: nn.Module
 
 
-# Where they are in a layer, by family: the layers, and the fields of _Modules.
+# The names of the modules by family: the layers, and the fields of _Modules within a layer.
 _JINA = (
     ("layers", [f"self_attn.{name}_proj" for name in "qkv"]),
     (
@@ -189,17 +189,17 @@ def _part(layer: nn.Module, name: str) -> Any:
 
 
 class Network:
-    """The forward; its weights are those of ``model``, which then holds views of them.
+    """The forward. It shares the weights of ``model``, which then holds views of them.
 
     Args:
         model: transformers' model of BERT's family or Jina v3, on its device.
-        mask: of its adapters, if it has any.
+        mask: the mask of the model's adapters, if it has any.
 
     Attributes:
-        num_words: rows of the table of words.
-        rotate: a kernel for rotary positions; ``None``: torch's functions.
-        attend_short: a kernel for texts of at most ``MOST_TOKENS`` tokens; ``None``: FlashAttention.
-        kinds_step: rows of the table of kinds from one adapter to the next; 0 if all read the same.
+        num_words: number of rows of the word table.
+        rotate: a kernel for rotary positions; ``None`` for torch's functions.
+        attend_short: an attention kernel for texts of at most ``MOST_TOKENS`` tokens; ``None`` for FlashAttention.
+        kinds_step: number of rows in the segment table from one adapter to the next; 0 if all adapters share them.
     """
 
     def __init__(self, model: PreTrainedModel, mask: AdapterMask | None) -> None:
@@ -224,7 +224,7 @@ class Network:
         self.heads = Heads(self.num_heads, int(qkv.shape[0]) // 3 // self.num_heads, qkv.dtype)
         self.scale = self.heads.scale
         self.num_words, num_kinds = len(self._words), int(kinds.get_parameter("weight").shape[0])
-        # A table that no adapter changes is not expanded: a row beyond it would be the end of a card's context.
+        # A table that no adapter changes is not expanded. Reading a row beyond its end would destroy the card's context.
         self.kinds_step = num_kinds if len(self._kinds) > num_kinds else 0
 
     @property
@@ -243,7 +243,7 @@ class Network:
         return sum(product.weight.nbytes for product in products if product.adapters is not None)
 
     def merge(self, adapters: Sequence[int]) -> None:
-        """Make weights for each of the adapters, with which a row of its texts alone is computed."""
+        """Merge weights for each of the adapters, for rows in which all texts use that adapter."""
         self._merged = {adapter: [one.merged(adapter) for one in self._layers] for adapter in adapters}
 
     def __call__(self, row: Row) -> torch.Tensor:
@@ -264,7 +264,7 @@ class Network:
         return x
 
     def _attend(self, qkv: torch.Tensor, row: Row, turns: Sequence[torch.Tensor] | None) -> torch.Tensor:
-        """Return the sum of values that each token reads, ``(total, width)``; ``qkv`` is ``(total, 3 * width)``."""
+        """Return the attention output of each token, ``(total, width)``; ``qkv`` is ``(total, 3 * width)``."""
         qkv = qkv.view(len(qkv), 3, self.num_heads, -1)
         if self.rotate is not None:
             self.rotate(qkv, row.positions)
@@ -288,7 +288,7 @@ class Network:
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turn ``(total, 2, heads, d)`` by their positions (Su et al., 2021): the halves of ``d`` are the pairs' parts.
+    """Rotate ``(total, 2, heads, d)`` by their positions (Su et al., 2021): the halves of ``d`` form the pairs.
 
     Args:
         cos: ``(total, 1, 1, d / 2)``.
@@ -312,7 +312,7 @@ def _rotary_table(model: PreTrainedModel) -> torch.Tensor:
 
 @torch.no_grad()
 def _build_layers(norm: Norm, layers: Sequence[_Modules], mask: AdapterMask | None) -> tuple[Norm, list[Layer]]:
-    """Return the norm of the embeddings and the layers behind it, with the biases of residual products in the norms."""
+    """Return the norm of the embeddings and the layers after it, with the biases of residual products in the norms."""
     built: list[Layer] = []
     for modules in layers:
         out, down = _product([modules.out], mask), _product([modules.down], mask)
@@ -336,7 +336,7 @@ def _build_layers(norm: Norm, layers: Sequence[_Modules], mask: AdapterMask | No
 
 
 def _product(layers: Sequence[nn.Module], mask: AdapterMask | None) -> Product:
-    """Return layers that read the same input as one product, and let them keep views of its weights."""
+    """Combine layers that read the same input into one product; the layers keep views of its weights."""
     weights: list[torch.Tensor] = [layer.get_parameter("weight") for layer in layers]
     biases = [layer.bias if isinstance(layer.bias, torch.Tensor) else None for layer in layers]
     adapters = stack_layers(layers, mask)

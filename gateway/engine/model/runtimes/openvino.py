@@ -1,8 +1,8 @@
-"""Run a compiled copy of the model with OpenVINO: on a CPU three to four times faster than torch.
+"""Run a compiled copy of the model with OpenVINO, which is three to four times faster than torch on a CPU.
 
-transformers' model is traced once with dynamic shapes. Where its family allows it (:mod:`.attention`), several texts share
-a row (:mod:`.rows`), and masks and positions are inputs. Its weights are shared with the compiled copy or packed into the
-processor's own layout, and the torch model can go. OpenVINO's threads sleep when idle, where torch's spin.
+transformers' model is traced once with dynamic shapes. If its family allows it (:mod:`.attention`), several texts share a
+row (:mod:`.rows`), and masks and positions are inputs. The compiled copy shares the weights or packs them into the
+processor's layout, and the torch model is then dropped. OpenVINO's threads sleep when idle, while torch's spin.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
 
 import openvino  # type: ignore[import-untyped]  # noqa: E402
 
-# OpenVINO compiles kernels for each shape of a forward and by default keeps those of thousands: memory grows by 100 MiB for
-# each thousand batches of mixed shapes. With 512 kernels it stays flat, at the same speed; without a cache, a short text
-# takes twice as long.
+# OpenVINO compiles kernels for each shape of a forward, and by default keeps the kernels of thousands of shapes: memory
+# grows by 100 MiB for each thousand batches of mixed shapes. With 512 kernels it stays flat, at the same speed; without a
+# cache, a short text takes twice as long.
 _CACHED_KERNELS = 512
-# The tracer's state is the process's: one model at a time.
+# The tracer's state is global to the process, so only one model is traced at a time.
 _TRACING = threading.Lock()
 _PRECISION = {"float32": "f32", "bfloat16": "bf16"}
-# OpenVINO fuses the gated feed-forward of these in bfloat16. With a single thread in a stream, compiling that ends the
-# process with SIGFPE, as of 2026.4 (openvinotoolkit/openvino#33300).
+# OpenVINO fuses the gated feed-forward of these models in bfloat16. With a single thread per stream, compiling it crashes
+# the process with SIGFPE, as of 2026.4 (openvinotoolkit/openvino#33300).
 _GATED_MODEL_TYPES = (
     *("gte", "nomic_bert", "eurobert", "t5"),
     *("qwen3", "qwen2", "mistral", "llama", "gemma2", "gemma3_text", "lfm2"),
@@ -51,7 +51,7 @@ _MODEL = "model.xml"
 
 
 class _Traced(nn.Module):
-    """The model as a function of tensors alone, which is what can be traced.
+    """The model as a function of tensors only, so that it can be traced.
 
     The arguments of ``forward`` have the names of the inputs, and the order in which :class:`InputMaker` makes them.
     """
@@ -88,7 +88,7 @@ class _Traced(nn.Module):
 
 @dataclass(frozen=True, slots=True)
 class TracedModel:
-    """A model in OpenVINO's form, with its weights in float32, and what makes its inputs."""
+    """A model in OpenVINO's form, with its weights in float32, and the maker of its inputs."""
 
     model: openvino.Model
     inputs: InputMaker
@@ -97,14 +97,14 @@ class TracedModel:
     def trace(
         cls, model: PreTrainedModel, mask: AdapterMask | None, rule: AttentionRule | None, *, has_segments: bool
     ) -> TracedModel:
-        """Trace a torch model in float32 on the CPU; it shares its weights.
+        """Trace a torch model in float32 on the CPU; the result shares its weights.
 
         Args:
-            rule: what tells texts in one row apart; ``None``: each has a row to itself.
+            rule: the rule that separates texts in a row; ``None`` if each text has a separate row.
             has_segments: the model takes segment ids, which mark the tokens of a pair's second text.
 
         Raises:
-            Exception: of any class: the architecture cannot be traced.
+            Exception: of any class, if the architecture cannot be traced.
         """
         inputs = InputMaker.of(model, mask, rule, has_segments=has_segments)
         return cls(_convert(_Traced(model, mask, rule), inputs, [0, -1] if mask is not None else [-1, -1]), inputs)
@@ -113,7 +113,7 @@ class TracedModel:
         """Write everything into files of a folder, for :meth:`read`.
 
         Raises:
-            OSError, RuntimeError: they cannot be written.
+            OSError, RuntimeError: the files cannot be written.
         """
         openvino.save_model(self.model, folder / _MODEL, compress_to_fp16=False)
         self.inputs.save(folder)
@@ -129,7 +129,7 @@ class TracedModel:
 
 
 def describe_processor() -> list[str]:
-    """Return OpenVINO's version and the processor, on which the computed numbers depend as on the model."""
+    """Return OpenVINO's version and the processor, on which the computed numbers depend."""
     core = openvino.Core()
     capabilities = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     return [openvino.__version__, core.get_property("CPU", "FULL_DEVICE_NAME"), *capabilities]
@@ -139,7 +139,7 @@ class OpenVinoRuntime:
     """The :class:`~gateway.engine.model.runtimes.base.Runtime` that runs a compiled copy of a torch model on the CPU.
 
     Attributes:
-        origin: the torch model that was traced, which nothing but the tracer's own cycles of references holds any more.
+        origin: the traced torch model, which only the tracer's own reference cycles still hold.
     """
 
     name = "openvino"
@@ -170,7 +170,7 @@ class OpenVinoRuntime:
                 "CPU_RUNTIME_CACHE_CAPACITY": _CACHED_KERNELS,
                 "NUM_STREAMS": threads.num_streams,
                 "INFERENCE_NUM_THREADS": threads.num_streams * threads.per_stream,
-                # Bound to cores, the streams of every model and process would take the same ones first.
+                # If bound, the streams of all models and processes would take the same cores first.
                 "ENABLE_CPU_PINNING": threads.are_bound,
             },
         )
@@ -189,7 +189,8 @@ class OpenVinoRuntime:
         return self._inputs.make(rows, adapters, seconds, attended)
 
     def forward(self, features: CompiledFeatures) -> TokenStates:
-        # The result is the request's own memory, which the next forward writes to: taking the texts' tokens copies them.
+        # The result is the request's own memory, which the next forward overwrites. Selecting the texts' tokens copies
+        # them.
         result = self._request.infer(features.inputs, share_inputs=True, share_outputs=True)
         states = torch.from_numpy(next(iter(result.values())))
         num_computed = states.shape[0] * states.shape[1]
@@ -198,10 +199,10 @@ class OpenVinoRuntime:
 
 
 def _wide_streams(threads: CpuThreads) -> CpuThreads:
-    """Share the same threads out so that each stream has two or more.
+    """Redistribute the threads so that each stream has two or more.
 
     Raises:
-        RuntimeError: there is only one.
+        RuntimeError: only one thread is available.
     """
     # OpenVINO starts no more threads than the process has cores.
     num_threads = min(threads.num_streams * threads.per_stream, len(os.sched_getaffinity(0)))
@@ -213,7 +214,7 @@ def _wide_streams(threads: CpuThreads) -> CpuThreads:
 
 def _convert(traced: _Traced, inputs: InputMaker, adapters: Sequence[int]) -> openvino.Model:
     """Trace the model with any number of rows of any length."""
-    texts = [[1] * 9, [1] * 7, [1] * 16]  # rows of 16 tokens, of which one has two texts where that is possible
+    texts = [[1] * 9, [1] * 7, [1] * 16]  # rows of 16 tokens; one has two texts, if possible
     example = inputs.make(texts, [*adapters, -1], [4] * 3).inputs
     shapes = {name: [-1] * array.ndim for name, array in example.items()}
     if "adapter_mask" in example:
@@ -221,7 +222,7 @@ def _convert(traced: _Traced, inputs: InputMaker, adapters: Sequence[int]) -> op
     for name in (FULL, SLIDING):
         if name in shapes:
             shapes[name][1] = 1
-    # The tracer warns of each Python branch on a shape; that the result holds for other shapes is checked on load.
+    # The tracer warns about each Python branch on a shape. A check on load covers other shapes.
     with _TRACING, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -235,10 +236,10 @@ def _convert(traced: _Traced, inputs: InputMaker, adapters: Sequence[int]) -> op
 
 
 def _forget_traces() -> None:
-    """Drop what torch's tracer keeps of each module for good.
+    """Drop the data that torch's tracer otherwise keeps forever for each module.
 
-    It makes a class of each and compiles it: 17 MiB each time that a model of six layers is loaded. The remedy is torch's
-    own, for its tests: ``clear_class_registry`` in ``torch/testing/_internal/jit_utils.py``.
+    The tracer makes a class of each module and compiles it, which takes 17 MiB each time a model of six layers is loaded.
+    torch's own tests use the same remedy: ``clear_class_registry`` in ``torch/testing/_internal/jit_utils.py``.
     """
     torch._C._jit_clear_class_registry()
     torch.jit._recursive.concrete_type_store = torch.jit._recursive.ConcreteTypeStore()

@@ -1,15 +1,16 @@
-"""Two kernels for packed rows in place of several of torch's: rotary positions, and attention within short texts.
+"""Two kernels for packed rows that replace several of torch's: rotary positions, and attention within short texts.
 
-They are compiled when a model is loaded, with the compiler that torch's build for CUDA brings (NVRTC): neither a toolkit nor
-its headers are needed. torch's own function for that, ``torch.cuda._compile_kernel``, needs both in torch 2.13.
+They are compiled when a model is loaded, with the compiler that comes with torch's build for CUDA (NVRTC). This needs
+neither a toolkit nor its headers; torch's own function, ``torch.cuda._compile_kernel``, needs both in torch 2.13.
 :mod:`.tuning` uses a kernel only where it computes the same as torch on this card, and is faster.
 
-- Rotary positions take torch four kernels per layer, which read and write query and key twice. Here it is one, in place.
-- FlashAttention computes tiles of 128 queries: for a text of 16 tokens, 63 of 64 numbers are thrown away. Here a block of
+- Rotary positions take torch four kernels per layer, which read and write query and key twice. Here one kernel does it in
+place. - FlashAttention computes tiles of 128 queries: for a text of 16 tokens, 63 of 64 numbers are discarded. Here a
+block of
   threads computes a text and a head, in float32, from shared memory.
 
-The source is written in phases: all threads of a block end a phase before one begins the next, and no variable outlives its
-phase but those that they share. So a compiler for a CPU can run it too, one thread after the other: the tests do that.
+The source is written in phases: all threads of a block end a phase before any begins the next, and only shared variables
+outlive a phase. So the source can also be compiled for a CPU, which runs one thread after the other, as the tests do.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from typing import TypeAlias
 import torch
 
 MOST_TOKENS = 32
-"""The longest text that the kernel for short ones takes."""
+"""The longest text that the kernel for short texts takes."""
 # Query, key and value of a text and a head, and the scores, are in 48 KiB of shared memory.
 _MOST_HEAD_WIDTH = 96
 _ROTATE_THREADS, _ATTEND_THREADS = 256, 128
@@ -32,7 +33,7 @@ _ROTATE_THREADS, _ATTEND_THREADS = 256, 128
 Launch: TypeAlias = Callable[[tuple[int, int, int], Sequence[torch.Tensor | int | float]], None]
 """Launches a kernel on the current stream: the blocks of its grid, and its arguments."""
 
-# A number in 16 bits is read and written as an unsigned short: the headers that have a type for it come with the toolkit.
+# A 16-bit number is read and written as an unsigned short, because the headers with its type come with the toolkit.
 _DEVICE = r"""
 #ifdef __CUDACC_RTC__
 #define KERNEL(name, threads) extern "C" __global__ void __launch_bounds__(threads) name
@@ -81,7 +82,7 @@ KERNEL(rotate, THREADS)(unsigned short* qkv, const unsigned short* turns, const 
 }
 """
 
-# A block for a text and a head. A text of more than MOST tokens is not computed: it may only fill a row up.
+# One block for each text and head. A text of more than MOST tokens is not computed, because it can only be padding.
 _ATTEND = r"""
 KERNEL(attend, THREADS)(const unsigned short* qkv, const int* boundaries, unsigned short* out, double scale) {
     SHARED float rows[3][MOST][WIDTH + 1];  // query, key and value; the odd stride keeps threads off each other's banks
@@ -125,7 +126,7 @@ KERNEL(attend, THREADS)(const unsigned short* qkv, const int* boundaries, unsign
 
 @dataclass(frozen=True, slots=True)
 class Heads:
-    """The attention of a model, which its kernels are compiled for."""
+    """The attention sizes of a model, for which its kernels are compiled."""
 
     number: int
     width: int
@@ -149,7 +150,7 @@ class Rotate:
         self._launch = launch
 
     def __call__(self, qkv: torch.Tensor, positions: torch.Tensor) -> None:
-        """Turn query and key.
+        """Rotate query and key.
 
         Args:
             qkv: ``(tokens, 3, heads, width)``, contiguous.
@@ -160,7 +161,7 @@ class Rotate:
 
 
 class Attend:
-    """Attention within texts of at most :data:`MOST_TOKENS` tokens; what it returns for longer ones is undefined."""
+    """Attention within texts of at most :data:`MOST_TOKENS` tokens; the result for longer texts is undefined."""
 
     def __init__(self, heads: Heads, launch: Launch) -> None:
         self._heads = heads
@@ -209,11 +210,11 @@ def _source(kernel: str, heads: Heads, threads: int) -> str:
 
 
 def compile_kernel(source: str, name: str, device: torch.device) -> Launch:
-    """Compile a kernel for a card, and return what launches it there.
+    """Compile a kernel for a card, and return its launcher.
 
     Raises:
-        OSError: the compiler's library is not here.
-        RuntimeError: it refuses the source, or the driver refuses the result.
+        OSError: the compiler's library is not installed.
+        RuntimeError: the compiler refuses the source, or the driver refuses the result.
     """
     from torch.cuda import _utils
 
@@ -233,7 +234,7 @@ def load_compiler() -> ctypes.CDLL:
     """Return NVRTC's library, which comes with torch.
 
     Raises:
-        OSError: it is not here.
+        OSError: the library is not installed.
     """
     major = (torch.version.cuda or "").partition(".")[0]
     spec = importlib.util.find_spec("nvidia")
@@ -246,9 +247,9 @@ def open_compiler(path: Path) -> ctypes.CDLL:
     """Return NVRTC's library from a file.
 
     Raises:
-        OSError: it cannot be loaded.
+        OSError: the library cannot be loaded.
     """
-    # It looks for this one by its name alone, and does not find it in the folder of a package unless it is loaded.
+    # NVRTC looks for its builtins only by name, and does not find them in a package's folder unless they are loaded.
     if path.is_absolute():
         for builtins in sorted(path.parent.glob("libnvrtc-builtins.so.*")):
             ctypes.CDLL(str(builtins))
@@ -256,10 +257,10 @@ def open_compiler(path: Path) -> ctypes.CDLL:
 
 
 def compile_source(compiler: ctypes.CDLL, source: str, capability: tuple[int, int]) -> bytes:
-    """Compile a source to machine code, which unlike PTX runs with each driver of its major version of CUDA.
+    """Compile a source to machine code, which, unlike PTX, runs with every driver of the same major version of CUDA.
 
     Raises:
-        RuntimeError: the compiler refuses it; with its first words.
+        RuntimeError: the compiler refuses the source; the message has the start of its log.
     """
     program = ctypes.c_void_p()
     _check(compiler.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"gateway.cu", 0, None, None))

@@ -1,4 +1,4 @@
-"""Compute texts of any length packed into one row: nothing is padded (CUDA). :mod:`.network` has the forward."""
+"""Compute texts of any length packed into one row, without padding (CUDA). :mod:`.network` has the forward."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from gateway.engine.model.states import TokenStates
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# A part of a batch that has one task and so many tokens is a separate forward: with the task's merged weights, it costs
-# less than the adapters of a mixed one do. Smaller parts would not keep a card busy.
+# A part of a batch with one task and at least this many tokens is a separate forward: with the task's merged weights, it
+# costs less than the adapters of a mixed forward. Smaller parts would not keep a card busy.
 _MIN_PART_TOKENS = 2048
 
 
 @dataclass(frozen=True, slots=True)
 class PackedFeatures:
-    """Texts one after the other, on the device.
+    """Packed texts on the device.
 
     Attributes:
-        row: ``None`` if a graph computes it.
+        row: the packed row; ``None`` if a graph computes it.
         together: the arrays of the row.
-        shape: of that graph.
+        shape: the shape of the graph.
     """
 
     row: Row | None
@@ -51,10 +51,10 @@ class PackedRuntime:
         model: transformers' model, which keeps views of the weights.
 
     Attributes:
-        extra_bytes: memory of the weights that :meth:`merge` has made.
-        device: of the model.
+        extra_bytes: memory of the weights that :meth:`merge` has added.
+        device: the device of the model.
         network: computes the forward.
-        graphs: compute small ones; ``None``: none do.
+        graphs: the graphs for small forwards; ``None`` without graphs.
     """
 
     name = "torch-packed"
@@ -67,21 +67,21 @@ class PackedRuntime:
         self.network = Network(model, mask)
         self.graphs: Graphs | None = None
         num_adapters = 0 if mask is None else len(mask.ranks)
-        # Row 0 is no adapter.
+        # Row 0 means no adapter.
         self._choices = torch.eye(num_adapters + 1, num_adapters, dtype=model.dtype).roll(1, 0).to(self.device)
 
     @property
     def merged_bytes(self) -> int:
-        """Memory that :meth:`merge` would take."""
+        """The memory that :meth:`merge` would take."""
         return self.network.merged_bytes * self._choices.shape[1]
 
     def merge(self) -> None:
-        """Make weights for each adapter, for batches that have one task."""
+        """Merge weights for each adapter, for batches with one task."""
         self.network.merge(range(self._choices.shape[1]))
         self.extra_bytes = self.merged_bytes
 
     def groups(self, lengths: Sequence[int], adapters: Sequence[int] | None = None) -> Sequence[Sequence[int]]:
-        """Return all texts as one forward, but for the tasks with merged weights and enough tokens to keep a card busy."""
+        """Return all texts as one forward, except tasks with merged weights and enough tokens to keep a card busy."""
         if not self.extra_bytes or adapters is None or len(set(adapters)) < 2:
             return [range(len(lengths))]
         texts: dict[int, list[int]] = {}
@@ -125,7 +125,7 @@ class PackedRuntime:
         adapters: Sequence[int],
         seconds: Sequence[int | None] | None,
     ) -> dict[str, Indices]:
-        """Return the arrays of a row by their names in :class:`Row`, and ``choices``: rows of the table of choices."""
+        """Return the arrays of a row by their names in :class:`Row`, and ``choices``: rows of the choice table."""
         counts = np.array(lengths)
         ids = np.fromiter(chain.from_iterable(rows), np.int32, int(counts.sum()))
         parts = {"ids": ids, "boundaries": boundaries_of(lengths)}
@@ -133,7 +133,7 @@ class PackedRuntime:
         is_adapted = self._is_adapted(adapters)
         owners = np.repeat(np.array(adapters, np.int32), counts)
         if is_adapted and self.network.has_word_adapters:
-            # A token without an adapter reads any row: its mask is 0.
+            # A token without an adapter may read any row, because its mask is 0.
             parts["places"] = np.maximum(owners, 0) * np.int32(self.network.num_words) + ids
         if is_adapted and len(set(adapters)) > 1:
             parts["choices"] = owners + np.int32(1)
@@ -184,7 +184,7 @@ class PackedRuntime:
         return self.network(self._row(tensors, shape.choice, [shape.longest], None))
 
     def _to_device(self, parts: Mapping[str, Indices]) -> torch.Tensor:
-        """Copy arrays in one transfer, from pinned memory: the host does not wait for it."""
+        """Copy arrays in one transfer from pinned memory, for which the host does not wait."""
         together = torch.from_numpy(np.concatenate([*parts.values()], dtype=np.int32))
         if self.device.type == "cuda":
             together = together.pin_memory()
@@ -192,14 +192,14 @@ class PackedRuntime:
 
 
 def _within(lengths: Sequence[int], counts: Sequence[int]) -> npt.NDArray[np.bool_]:
-    """Return whether a token is among the first of its text, ``(total,)``; ``counts`` says how many those are."""
+    """Return whether each token is among the first ``counts`` tokens of its text, ``(total,)``."""
     starts = np.array([0, *accumulate(lengths)][:-1])
     is_first: npt.NDArray[np.bool_] = np.arange(sum(lengths)) < np.repeat(starts + np.array(counts), lengths)
     return is_first
 
 
 def _segments(lengths: Sequence[int], seconds: Sequence[int | None] | None) -> Indices | None:
-    """Return 1 for each token of a pair's second text and 0 for all others, ``(total,)``; ``None`` without any."""
+    """Return 1 for each token of a pair's second text and 0 for all others, ``(total,)``; ``None`` without pairs."""
     if seconds is None or all(second is None for second in seconds):
         return None
     firsts = [n if second is None else second for n, second in zip(lengths, seconds, strict=True)]

@@ -1,4 +1,4 @@
-"""Run transformers' own model on texts that are padded to the longest: the reference, on any device."""
+"""Run transformers' own model on padded texts: the reference, on any device."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from gateway.engine.model.states import TokenStates
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-# A forward costs about as much as this many tokens before it has computed any: what splitting a batch must save.
+# The fixed cost of a forward, in tokens. Splitting a batch must save at least this much.
 _FORWARD_OVERHEAD_TOKENS = 64
 # At most this share of a padded batch may be padding once it is larger than the overhead.
 _MAX_PADDING_SHARE = 0.10
@@ -29,7 +29,7 @@ class PaddedFeatures:
         attention_mask: ``(b, t)`` int64, or ``None`` when every token of the batch is attended to: attention without a
             mask is faster.
         adapter_mask: ``(b, 1, sum of ranks)``, or ``None`` for a model without adapters.
-        segments: ``(b, t)`` int64, 1 for the tokens of a pair's second text, or ``None`` for a batch without any.
+        segments: ``(b, t)`` int64, 1 for the tokens of a pair's second text, or ``None`` for a batch without pairs.
     """
 
     input_ids: torch.Tensor
@@ -83,7 +83,7 @@ class PaddedRuntime:
 
 
 def padding_id(config: PreTrainedConfig) -> int:
-    """Return a token id to pad with; old files of Llama say -1, which is no row of the table of words."""
+    """Return a token id for padding; old Llama files say -1, which is not a row of the word table."""
     id_ = config.pad_token_id
     return id_ if id_ is not None and id_ > 0 else 0
 
@@ -94,7 +94,7 @@ def pad(
     """Pad token ids on the right: ids and mask, each ``(b, t)`` int64; ``t`` is a multiple of ``multiple``.
 
     Args:
-        attended: for each text how many of its first tokens are attended to; ``None`` for all.
+        attended: for each text the number of first tokens that are attended to; ``None`` for all.
     """
     longest = -(-max(len(row) for row in rows) // multiple) * multiple
     ids = torch.tensor([[*row, *[pad_id] * (longest - len(row))] for row in rows])
@@ -108,7 +108,7 @@ def pad_segments(
 ) -> torch.Tensor | None:
     """Return 1 for each token of a pair's second text and 0 for all others, ``(b, num_positions)`` int64.
 
-    ``None`` for a batch without any second text that the model must know of.
+    ``None`` for a batch without marked second texts.
     """
     if seconds is None or all(second is None for second in seconds):
         return None
@@ -119,10 +119,10 @@ def pad_segments(
 
 
 def group_by_length(lengths: Sequence[int]) -> list[list[int]]:
-    """Split texts into groups of similar length, longest first, so that little of what is computed is padding.
+    """Split texts into groups of similar length, longest first, so that little padding is computed.
 
-    A group ends where the next text would make padding more than 10 % of it, unless that padding still costs less
-    than another forward does.
+    A group ends where the next text would raise its padding above 10 %, unless that padding still costs less than another
+    forward.
 
     Returns:
         Positions in ``lengths``; each occurs once.

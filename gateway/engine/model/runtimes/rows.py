@@ -1,9 +1,9 @@
 """Plan the forwards of a batch on a CPU: several texts share a row, and the rows of a forward have one length.
 
 A forward is a matrix of ``b`` rows by ``t`` tokens. Every token of it costs the same in the linear layers, padding
-included, and in the attention a token costs ``t``, as it is compared with its whole row before the mask closes what is
-not its text. So rows are filled well, and are not much longer than the texts in them. A processor's kernels are compiled
-for a shape, which takes as long as a hundred tokens: lengths are rounded so that few shapes recur.
+included, and in the attention a token costs ``t``, because it is compared with its whole row before the mask hides other
+texts. So rows should be full, and not much longer than their texts. A processor's kernels are compiled for each shape,
+which takes as long as a hundred tokens. So lengths are rounded, and few shapes occur.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-# Lengths are multiples of 16: matrix kernels compute blocks of 16 tokens, so that 20 tokens take longer than 32.
+# Lengths are multiples of 16: matrix kernels compute blocks of 16 tokens, so 20 tokens take longer than 32.
 _STEP_BITS = 4
-# Lengths of the rows that short texts share. A longer text has a row to itself.
+# Lengths of the rows that short texts share. A longer text has a separate row.
 ROW_LENGTHS = (32, 64, 128, 256)
 LONGEST_SHARED = ROW_LENGTHS[-1]
-# More tokens in a forward are not faster, and this bounds the shapes.
+# More tokens in a forward are not faster, and this limits the number of shapes.
 MAX_FORWARD_TOKENS = 512
-# A forward costs about as much as this many tokens before it has computed any.
+# The fixed cost of a forward, in tokens.
 _OVERHEAD_TOKENS = 32
 # A token's attention over a row costs as much as its linear layers when the row is this many times the model's width.
 # Measured with all-MiniLM-L6-v2: 53, 58, 62, 76 and 91 us per token in rows of 32, 64, 128, 256 and 512.
@@ -31,7 +31,7 @@ class Layout:
     """The rows of one forward.
 
     Attributes:
-        rows: for each row the positions of its texts among those that were laid out, one after the other.
+        rows: for each row the indices of its texts, in order.
         length: tokens of a row, padding included.
     """
 
@@ -40,17 +40,17 @@ class Layout:
 
 
 def round_length(num_tokens: int) -> int:
-    """Round a length up so that lengths recur: to a multiple of 16, or of the sixteenth of the power of two below it."""
+    """Round a length up to a multiple of 16, or of a sixteenth of the power of two below it, so that lengths recur."""
     step = 1 << max(_STEP_BITS, num_tokens.bit_length() - 5)
     return -(-num_tokens // step) * step
 
 
 def plan_forwards(lengths: Sequence[int], width: int) -> list[list[int]]:
-    """Split the texts of a batch into forwards, so that together they cost least.
+    """Split the texts of a batch into forwards with the lowest total cost.
 
     Args:
         lengths: tokens of each text.
-        width: of the model's states.
+        width: dimensions of the model's states.
 
     Returns:
         Positions in ``lengths``, for each forward; each occurs once.
@@ -62,7 +62,7 @@ def plan_forwards(lengths: Sequence[int], width: int) -> list[list[int]]:
 
 
 def lay_out(lengths: Sequence[int], width: int) -> Layout:
-    """Lay the texts of one forward out in rows, so that it costs least."""
+    """Lay out the texts of one forward in rows, at the lowest cost."""
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     longest, total = lengths[order[0]], sum(lengths)
     row_lengths = {round_length(longest), *(length for length in ROW_LENGTHS if length >= longest)}
@@ -83,7 +83,7 @@ def _trimmed(rows: Sequence[Sequence[int]], lengths: Sequence[int]) -> Layout:
 
 
 def _fill(order: Sequence[int], lengths: Sequence[int], row_length: int) -> list[list[int]]:
-    """Put each text, the longest first, into the fullest row that has room for it."""
+    """Put each text, longest first, into the fullest row that has room for it."""
     rows: list[list[int]] = []
     free: list[tuple[int, int]] = []  # room and index of each row that has room, by room
     for i in order:

@@ -1,7 +1,7 @@
-"""Find out, when a model is loaded, which of our kernels and graphs pay off on this card, and use those.
+"""Find out which of our kernels and graphs pay off on this card when a model is loaded, and use those.
 
-Cards differ, so each kernel is compiled, compared with torch's own functions on random numbers, and timed next to them. One
-that is not faster, or not right, or not there, is left out; the model is then as fast as torch's functions are.
+Cards differ, so each kernel is compiled, compared with torch's own functions on random numbers, and timed against them. A
+kernel that is slower, wrong or unavailable is left out, and the model is then as fast as torch's functions.
 """
 
 from __future__ import annotations
@@ -33,26 +33,26 @@ log = structlog.get_logger(__name__)
 # Texts and their tokens in the comparison.
 _NUM_TEXTS, _LENGTH = 256, 16
 _ROUNDS = 7
-# Of a number up to about 3, after one rounding more or less in 16 bits.
+# The tolerance for numbers up to about 3, after one 16-bit rounding more or less.
 _TOLERANCE = {torch.float16: 0.01, torch.bfloat16: 0.06}
 
 
 @torch.inference_mode()
 def tune(packed: PackedRuntime, *, captures: bool) -> None:
-    """Let a model on a card use what is faster there.
+    """Enable the kernels and graphs that are faster on a model's card.
 
     Args:
-        captures: it may compute small rows as graphs.
+        captures: small rows may be computed as graphs.
 
     Raises:
-        Exception: the card was lost meanwhile.
+        Exception: the card was lost in the meantime.
     """
     network = packed.network
     device = packed.device
     for name, try_it in (("rotate", _try_rotate), ("attend_short", _try_attend)):
         try:
             ours, theirs = try_it(network, device)
-        except Exception as error:  # neither is needed, and what compiles them may raise anything
+        except Exception as error:  # neither kernel is required, and compiling may raise any error
             if is_card_lost(error, str(device)):
                 raise
             log.info("kernel_not_used", kernel=name, reason=f"{type(error).__name__}: {error}")
@@ -65,7 +65,7 @@ def tune(packed: PackedRuntime, *, captures: bool) -> None:
 
 
 def untune(packed: PackedRuntime) -> None:
-    """Compute with torch's functions alone."""
+    """Use only torch's functions."""
     packed.network.rotate = packed.network.attend_short = packed.graphs = None
 
 
@@ -73,7 +73,7 @@ def _try_rotate(network: Network, device: torch.device) -> tuple[float, float]:
     """Install the kernel for rotary positions; return its time and that of torch's functions, in seconds.
 
     Raises:
-        Exception: it cannot be compiled, or computes something else; it is not installed then.
+        Exception: the kernel cannot be compiled, or computes something else; it is then not installed.
     """
     table, heads = network.rotary_table, network.heads
     if table is None:
@@ -94,7 +94,7 @@ def _try_rotate(network: Network, device: torch.device) -> tuple[float, float]:
 
 
 def _try_attend(network: Network, device: torch.device) -> tuple[float, float]:
-    """Install the kernel for short texts; the rest as in :func:`_try_rotate`."""
+    """Install the kernel for short texts; see :func:`_try_rotate` for the result and the errors."""
     heads = network.heads
     ours = Attend(heads, compile_kernel(attend_source(heads), "attend", device))
     qkv = _random_qkv(network, device)
@@ -138,5 +138,5 @@ def _seconds(work: Callable[[], object], device: torch.device) -> float:
 
 
 def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":  # not the whole card: that is an error while another model's thread captures a graph
+    if device.type == "cuda":  # not the whole card, which is an error while another model's thread captures a graph
         torch.cuda.current_stream(device).synchronize()
