@@ -27,7 +27,7 @@ class ArmName:
     """An arm as written on the command line: ``MODEL``, ``MODEL@DIMENSIONS``, either with ``:PRECISION``, and ``+OUTPUT``.
 
     Attributes:
-        mix: the outputs that are named; ``None`` for the model's first one.
+        mix: the named outputs; ``None`` for the model's first output.
     """
 
     text: str
@@ -39,13 +39,13 @@ class ArmName:
 
 @dataclass(frozen=True, slots=True)
 class Side:
-    """How one side of the search, queries or documents, is embedded.
+    """The embedding of one side of the search, queries or documents.
 
     Attributes:
-        asked_task: the task that requests name; ``None`` to use that of the model's name.
+        asked_task: the task in requests; ``None`` to use the task of the model's name.
         task: the task of the vectors; ``None`` for a model without tasks.
-        native_space: of the vectors that the gateway is asked for.
-        space: of the vectors that are compared.
+        native_space: the space of the vectors that are requested from the gateway.
+        space: the space of the vectors that are compared.
     """
 
     asked_task: str | None
@@ -59,10 +59,11 @@ class PlannedArm:
     """An arm that can be embedded.
 
     Attributes:
-        width: dimensions of the vectors that the gateway is asked for.
-        dimensions: size of the compared vectors. They are embedded with native dimensions, and then cut; only int8 and
-            uint8 vectors are embedded as they are compared, since the gateway knows their ranges. 0 without dense vectors.
-        mix: the outputs that documents are ranked by.
+        width: dimensions of the vectors that are requested from the gateway.
+        dimensions: size of the compared vectors. They are embedded with native dimensions, and then cut. Only int8 and
+            uint8 vectors are requested in their final form, because the gateway knows their ranges. 0 without dense
+            vectors.
+        mix: the outputs by which documents are ranked.
     """
 
     name: ArmName
@@ -75,12 +76,12 @@ class PlannedArm:
 
     @property
     def is_dense(self) -> bool:
-        """Whether documents are ranked by dense vectors alone."""
+        """Whether documents are ranked only by dense vectors."""
         return self.mix.outputs == DENSE.outputs
 
     @property
     def asked_dimensions(self) -> int | None:
-        """The size that a user of the arm would ask the gateway for; ``None`` without dense vectors."""
+        """The size that a user of the arm would request from the gateway; ``None`` without dense vectors."""
         return self.dimensions if Output.DENSE in self.mix.outputs else None
 
     @property
@@ -90,7 +91,7 @@ class PlannedArm:
 
     @property
     def precision(self) -> Precision:
-        """The kind of numbers that are compared."""
+        """The number format of the compared vectors."""
         return self.name.precision
 
     @property
@@ -100,12 +101,12 @@ class PlannedArm:
 
     @property
     def asked_precision(self) -> Precision:
-        """The precision that the gateway is asked for: it knows the ranges of int8 and uint8 vectors."""
+        """The precision in requests to the gateway, which knows the ranges of int8 and uint8 vectors."""
         return self.precision if self.precision in CALIBRATED else Precision.FLOAT
 
     @property
     def bytes_per_vector(self) -> int:
-        """The size of a stored dense vector; 0 without one."""
+        """The size of a stored dense vector in bytes; 0 without dense vectors."""
         match self.precision:
             case Precision.FLOAT:
                 return 4 * self.dimensions
@@ -116,7 +117,7 @@ class PlannedArm:
 
     @property
     def is_normalized(self) -> bool:
-        """Whether the model's vectors have L2 norm 1, so that cut ones are normalized again."""
+        """Whether the model's vectors have L2 norm 1, so that cut vectors are normalized again."""
         return bool(self.card.normalized)
 
 
@@ -124,7 +125,7 @@ def parse_arms(names: Sequence[str]) -> list[ArmName]:
     """Read the names of the arms.
 
     Raises:
-        CompareError: there are fewer than two, one is written twice, or one has another form.
+        CompareError: fewer than two arms are named, an arm is named twice, or a name has another form.
     """
     arms = [_parse_arm(text) for text in names]
     if len(arms) < 2:
@@ -160,7 +161,7 @@ def _parse_arm(text: str) -> ArmName:
 
 
 async def plan_arm(client: GatewayClient, name: ArmName) -> PlannedArm:
-    """Find out how an arm is embedded, and wait while its model loads.
+    """Plan the embedding of an arm, and wait while its model loads.
 
     Raises:
         CompareError: the model is not ready, does not return that size, or would put queries and documents into two
@@ -171,7 +172,7 @@ async def plan_arm(client: GatewayClient, name: ArmName) -> PlannedArm:
     dimensions = _plan_dimensions(name, card) if Output.DENSE in mix.outputs else 0
     queries = await _plan_side(client, name, card, QUERY_TASK, mix, dimensions)
     passages = await _plan_side(client, name, card, PASSAGE_TASK, mix, dimensions)
-    # Many models have an instruction for queries but not for documents, which are then in a separate space.
+    # Many models have an instruction for queries but none for documents, which are then in a separate space.
     is_comparable = is_same_space(queries.space, passages.space) or passages.task is None
     if not is_comparable:
         raise CompareError(
@@ -183,7 +184,7 @@ async def plan_arm(client: GatewayClient, name: ArmName) -> PlannedArm:
 
 
 async def _plan_mix(client: GatewayClient, name: ArmName) -> tuple[Mix, ModelCard]:
-    """Wait while the model loads, and find out by which outputs the arm ranks."""
+    """Wait while the model loads, and determine the outputs by which the arm ranks."""
     try:
         await client.embed(name.model, [PROBE], outputs=name.mix.outputs if name.mix else DENSE.outputs)
         return name.mix or DENSE, await client.card(name.model)

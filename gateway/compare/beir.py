@@ -28,10 +28,10 @@ from gateway.errors import CompareError
 HEADER = "query-id\tcorpus-id\tscore"
 
 _MAX_SHOWN = 60
-# trec_eval has a counter for each possible score: its memory grows with the largest one, and it crashes far beyond.
+# trec_eval has a counter for each possible score: its memory grows with the largest score, until it crashes.
 _MAX_SCORE = 1_000_000
 _INTEGER = re.compile(r"[+-]?[0-9]{1,18}", re.ASCII)
-# How much of the longer text the shorter one must be, for a document to be its query with a few words more.
+# The minimum ratio of the shorter to the longer text for a document that is its query with a few more words.
 _NEARLY_ALL = 0.9
 
 Judgments = dict[str, dict[str, int]]
@@ -45,7 +45,7 @@ class Tabs(csv.excel_tab):
 
 
 def form_line(columns: Sequence[str]) -> bytes:
-    """Return a line of a form that people fill in with a spreadsheet.
+    """Return a line of a form that people fill in using a spreadsheet.
 
     Without quotes around it, a text that begins with ``"`` would swallow the lines after it.
     """
@@ -59,9 +59,9 @@ class Corpus:
     """The documents of a data set.
 
     Attributes:
-        texts: by id, with the title, if there is one, in front.
-        same_text: ids that a query has as well, with the same text.
-        other_text: ids that a query has as well, with another text.
+        texts: texts by id, with the title, if there is one, in front.
+        same_text: ids that also belong to a query with the same text.
+        other_text: ids that also belong to a query with another text.
     """
 
     texts: dict[str, str]
@@ -74,9 +74,9 @@ class Queries:
     """The queries of a data set.
 
     Attributes:
-        texts: by id, without the titles, as BEIR reads them.
-        groups: name of the group by query, of the queries that name one.
-        num_titles: how many have a title, which is not used.
+        texts: texts by id, without the titles, as in BEIR.
+        groups: name of the group by query, for the queries that name a group.
+        num_titles: number of queries with a title, which is not used.
     """
 
     texts: dict[str, str]
@@ -108,7 +108,7 @@ def read_corpus(path: Path, queries: Mapping[str, str]) -> Corpus:
     """Read ``corpus.jsonl``.
 
     Args:
-        queries: texts by id, to compare documents with that have the same id.
+        queries: query texts by id, for a comparison with the documents of the same id.
     """
     texts: dict[str, str] = {}
     same: set[str] = set()
@@ -146,7 +146,7 @@ def read_queries(path: Path) -> Queries:
 
 
 def _entries(path: Path) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
-    """Yield the place, the id and the keys of each line; ids are unique, and there is at least one."""
+    """Yield the place, the id and the keys of each line; ids are unique, and there is at least one line."""
     seen: set[str] = set()
     for place, line in read_lines(path):
         try:
@@ -218,10 +218,10 @@ def read_judgments(path: Path) -> Judgments:
 
 
 def add_judgments(judgments: Judgments, path: Path) -> tuple[int, int]:
-    """Add those of a filled-in ``to_judge.tsv``, whose lines may have more columns and may lack a score.
+    """Add the judgments of a filled-in ``to_judge.tsv``, whose lines may have more columns and may lack a score.
 
     Returns:
-        How many judgments were added, and how many lines have no score.
+        The number of added judgments, and the number of lines without a score.
 
     Raises:
         CompareError: a line is wrong, or contradicts an earlier judgment.
@@ -232,7 +232,7 @@ def add_judgments(judgments: Judgments, path: Path) -> tuple[int, int]:
 
 
 def _add(judgments: Judgments, path: Path, *, is_form: bool) -> int:
-    """Add the judgments of a file; return how many lines of a form have no score."""
+    """Add the judgments of a file, and return the number of form lines without a score."""
     is_first = True
     num_empty = 0
     for place, line in read_lines(path):
@@ -279,7 +279,7 @@ def _columns(place: str, line: bytes, *, is_form: bool) -> Sequence[str]:
 
 
 def _cells(text: str) -> list[str]:
-    """Return the columns of a line that a spreadsheet may have written; none if it cannot be read so."""
+    """Return the columns of a line that a spreadsheet may have written; empty if the line has another form."""
     try:
         return [column.strip() for column in next(csv.reader([text], Tabs))]
     except csv.Error:

@@ -1,4 +1,4 @@
-"""The bottom line of a comparison: switch, stay, or what is missing to decide."""
+"""The bottom line of a comparison: switch, stay, or the missing evidence for a decision."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def decide(
     """Return the recommendation that follows from the verdicts and the costs.
 
     Args:
-        contrasts: of all measures; only those of the primary one decide.
+        contrasts: the contrasts of all measures; only those of the primary measure decide.
     """
     primary = {one.arm: one for one in contrasts if one.measure == PRIMARY_MEASURE}
     if not primary:
@@ -44,7 +44,7 @@ def _better(primary: Mapping[str, Contrast], prices: Mapping[str, _Price]) -> Bo
 
 
 def _cheaper(primary: Mapping[str, Contrast], prices: Mapping[str, _Price], margin: float) -> BottomLine | None:
-    """Recommend the cheapest arm that is as good, or not worse: the one with the smallest vectors, then the fastest."""
+    """Recommend the cheapest arm that is as good, or not worse: first by the size of its vectors, then by its speed."""
     said = {
         Verdict.AS_GOOD: f"it is as good as {{}}, within {margin:g}",
         Verdict.NOT_WORSE: f"it is not worse than {{}} by more than {margin:g}",
@@ -82,7 +82,7 @@ def _price(arm: Arm, baseline: Arm, cost: CostContrast | None) -> _Price:
     ratios = [
         (size, "the bytes per document", 1.0),
         (time.ratio if time and time.is_shown else 1.0, "the time per query", 1.0),
-        # Slower is less throughput.
+        # Lower throughput is a higher price.
         (rate.ratio if rate and rate.is_shown else 1.0, "the throughput", -1.0),
     ]
     said = [(ratio**sign, f"{TIMES} {fixed(ratio, 2)} {what}") for ratio, what, sign in ratios]

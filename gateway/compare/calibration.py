@@ -31,14 +31,14 @@ _TIMEOUT_S = 3600.0
 def calibrate(registry: Registry, entry: ModelEntry, settings: Settings, texts: Path, max_texts: int) -> str:
     """Embed texts with a model as the gateway would, store the range of each dimension, and return a summary.
 
-    Documents fill a store, so texts are embedded as such: with the task ``retrieval.passage``, if the model has it.
+    A store holds documents, so texts are embedded with the task ``retrieval.passage``, if the model has it.
 
     Args:
-        texts: a file with a text per line, or JSON lines with ``text`` as in BEIR's ``corpus.jsonl``.
-        max_texts: how many of them to draw, if there are more.
+        texts: a file with one text per line, or JSON lines with ``text``, as in BEIR's ``corpus.jsonl``.
+        max_texts: the number of texts to draw, if there are more.
 
     Raises:
-        StartError: the model has no file for ranges, gives no vectors or cannot be loaded; the texts cannot be read, or
+        StartError: the model has no file for ranges, gives no vectors or cannot be loaded; the texts cannot be read or
             embedded; or the ranges cannot be written.
     """
     if entry.ranges is None:
@@ -46,10 +46,10 @@ def calibrate(registry: Registry, entry: ModelEntry, settings: Settings, texts: 
             f"{registry.path}: set `ranges: ranges/{entry.id}.json` for {entry.id} to say where to store them"
         )
     chosen = _choose(texts, max_texts)
-    ranges.make_folder(Path(entry.ranges))  # before an hour of work
+    ranges.make_folder(Path(entry.ranges))  # check this before an hour of work
     configure_logs("warning", "auto")  # a progress bar shows the steps
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    # Without the file, which may not exist yet, or belong to other weights.
+    # Ignore the file of ranges, which may not exist yet or belong to other weights.
     bare = [one.model_copy(update={"ranges": None}) if one.id == entry.id else one for one in registry.models]
     registry = registry.model_copy(update={"models": tuple(bare)})
     with progress_on(make_console(is_error=True)) as reporter:
@@ -57,7 +57,7 @@ def calibrate(registry: Registry, entry: ModelEntry, settings: Settings, texts: 
 
 
 def _choose(path: Path, max_texts: int) -> list[str]:
-    """Return the texts of a file without duplicates, sorted by length, for little padding."""
+    """Return the texts of a file without duplicates, sorted by length to limit padding."""
     found = read_texts(path).values() if path.suffix == ".jsonl" else _read_plain(path)
     texts = sorted({text for text in found if text.strip()})
     if len(texts) < 2:

@@ -1,6 +1,6 @@
-"""Drawings as SVG that fits any width: x is in percent of it, y in pixels, and text keeps its size.
+"""Drawings as SVG that fits any width: x is in percent of the width, y in pixels, and text keeps its size.
 
-Nothing has a theme. The page's styles color text and lines by their class, for a light, a dark and a printed page.
+Drawings have no theme. The page's styles color text and lines by their class, for a light, dark or printed page.
 """
 
 from __future__ import annotations
@@ -42,16 +42,16 @@ class Scale:
     is_log: bool = False
 
     def share(self, value: float) -> float:
-        """Return the place of a number: 0 for the low end, 1 for the high one."""
+        """Return the relative position of a number: 0 for the low end, 1 for the high end."""
         low, high, at = (math.log(one) if self.is_log else one for one in (self.low, self.high, value))
         return (at - low) / (high - low) if high > low else 0.5
 
     def percent(self, value: float) -> str:
-        """Return the place of a number on the x axis."""
+        """Return the position of a number on the x axis."""
         return f"{100 * self.share(value):.2f}%"
 
     def ticks(self, number: int) -> list[float]:
-        """Return about so many round numbers between the ends."""
+        """Return about ``number`` round numbers between the ends."""
         return self._log_ticks(number) if self.is_log else self._even_ticks(number)
 
     def _even_ticks(self, number: int) -> list[float]:
@@ -94,7 +94,7 @@ class Canvas:
         )
 
     def point(self, x: str, y: float, mark: Mark, title: str) -> None:
-        """Draw the mark of an arm; the title is shown when it is pointed at."""
+        """Draw the mark of an arm, with a title that appears on hover."""
         shape = _SHAPES[mark.symbol]
         self._parts.append(
             f'<svg class="point" x="{x}" y="{_px(y)}" overflow="visible" fill="{mark.color}">{_title(title)}{shape}</svg>'
@@ -110,7 +110,7 @@ class Canvas:
     def curve(
         self, points: Sequence[Sequence[tuple[float, float]]], color: str, dash: str = "", title: str = ""
     ) -> None:
-        """Draw a broken line through points with x as a share of the width; each part is drawn by itself."""
+        """Draw a line through points, with x as a share of the width; the parts are not connected."""
         path = "".join("M" + "L".join(f"{1000 * x:.1f} {_px(y)}" for x, y in part) for part in points if len(part) > 1)
         dashes = f' stroke-dasharray="{dash}"' if dash else ""
         self._parts.append(
@@ -144,7 +144,7 @@ class Canvas:
         """Return the drawing.
 
         Args:
-            label: what it shows, for those who do not see it.
+            label: a description of the drawing for screen readers.
         """
         return Markup(  # noqa: S704  every text in it is escaped
             f'<svg class="drawing" role="img" aria-label="{html.escape(label)}" width="100%" height="{self.height}">'

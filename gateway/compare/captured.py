@@ -13,7 +13,7 @@ from gateway.errors import CompareError
 def read_captured(path: Path, notes: list[str]) -> Queries:
     """Read queries from a file in the layout of ``queries.jsonl``, or from the files of ``capture.to``.
 
-    A text that was sent several times stays once: its results would count as often, and are not independent.
+    A text that was sent several times is kept once, because its results are not independent.
 
     Raises:
         CompareError: there is no such file, or a line is wrong.

@@ -34,7 +34,7 @@ from gateway.config.settings import Settings
 from gateway.errors import CompareError
 from gateway.telemetry.logs import configure_logs
 
-# Longer than the default time after which a gateway gives up on a request itself.
+# Longer than the gateway's own default time limit for a request.
 _TIMEOUT_S = 330.0
 _PATIENCE_S = 600.0
 
@@ -66,9 +66,9 @@ def run_comparison(
     """Compare, print the tables, and write the files.
 
     Args:
-        out: folder for the files; by default one named after the time.
+        out: folder for the files; by default a folder named after the time.
         judging: the judge of the arms, if there is one.
-        is_progress_json: whether the progress is for a program.
+        is_progress_json: whether the progress is written as JSON for a program.
 
     Raises:
         CompareError: the comparison cannot be made, or its results cannot be written.
@@ -78,7 +78,7 @@ def run_comparison(
         _check_folder(folder)
     except OSError as error:  # a name that is too long, or a folder that may not be entered
         raise CompareError(f"--out {folder}: {error.strerror}") from error
-    parse_arms(request.arms)  # before files are read
+    parse_arms(request.arms)  # check this before files are read
     console, progress = make_console(), make_console(is_error=True)
     dataset = read_dataset(
         request.data, request.split, request.max_documents, request.seed, request.judged, request.queries
@@ -131,7 +131,7 @@ async def _client(gateway: RunningGateway | OwnModels, names: Sequence[str]) -> 
 
 
 def _check_folder(folder: Path) -> None:
-    """Check, before anything is computed, that the results can be written and would replace no others.
+    """Check, before anything is computed, that the results can be written without replacing others.
 
     Raises:
         CompareError: the folder holds the results of another comparison, or cannot be written.

@@ -34,13 +34,13 @@ class CompareRequest:
     """The arms and the data of a comparison.
 
     Attributes:
-        arms: as written on the command line, such as ``MODEL@DIMENSIONS:PRECISION``; the first is the baseline.
-        split: of the judgments; ``None`` for the only one, or ``test``.
-        cache: folder of the vectors of earlier runs.
-        num_resamples: of the randomization test.
+        arms: names of the arms as on the command line, such as ``MODEL@DIMENSIONS:PRECISION``; the first is the baseline.
+        split: split of the judgments; ``None`` for the only split, or ``test``.
+        cache: folder with the vectors of earlier runs.
+        num_resamples: number of resamples of the randomization test.
         margin: a smaller difference does not matter.
         judged: more judgments, such as those of a filled-in ``to_judge.tsv``.
-        queries: a file of captured queries to take in place of the data's.
+        queries: a file of captured queries that replace the data's queries.
     """
 
     arms: Sequence[str]
@@ -59,10 +59,10 @@ class CompareRequest:
 async def compare(
     request: CompareRequest, dataset: Dataset, client: GatewayClient, reporter: Reporter
 ) -> tuple[Comparison, Mapping[str, Ranking]]:
-    """Compare the arms of a request; return the comparison, and the whole ranking of each query by arm.
+    """Compare the arms of a request, and return the comparison and the full ranking of each query by arm.
 
     Args:
-        dataset: of the request. The caller reads it, so that its errors appear before models load.
+        dataset: the data set of the request. The caller reads it, so that its errors appear before models load.
 
     Raises:
         CompareError: an arm cannot be compared.

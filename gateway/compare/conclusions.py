@@ -13,7 +13,7 @@ from gateway.compare.statistics import Design, contrast, with_verdicts
 from gateway.compare.unjudged import are_judged_alike, condense, lists_only_relevant, with_condensed
 
 Quality = Mapping[str, Mapping[str, float]]
-"""Value by measure and query."""
+"""Values by measure and query."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,9 +21,9 @@ class Conclusions:
     """The quality of all arms.
 
     Attributes:
-        qualities: by arm; empty mappings without judgments.
-        contrasts: for each arm but the baseline, every measure in order; empty without judgments.
-        unlike: the arms whose first ten documents are judged more or less often than the baseline's.
+        qualities: the quality of each arm; empty mappings without judgments.
+        contrasts: for each arm except the baseline, all measures in order; empty without judgments.
+        unlike: the arms whose first ten documents have more or fewer judgments than the baseline's.
     """
 
     qualities: Mapping[str, Quality]
@@ -32,7 +32,7 @@ class Conclusions:
 
 
 def conclude(rankings: Mapping[str, Ranking], dataset: Dataset, design: Design) -> Conclusions:
-    """Measure the rankings, and compare those of each arm with those of the first one."""
+    """Measure the rankings, and compare each arm with the first."""
     qualities = {name: _measure(ranking, dataset) for name, ranking in rankings.items()}
     baseline, *others = qualities
     if not dataset.judgments:
@@ -54,7 +54,7 @@ def conclude(rankings: Mapping[str, Ranking], dataset: Dataset, design: Design) 
 
 
 def _measure(ranking: Ranking, dataset: Dataset) -> Quality:
-    """Measure what says something on this data set: R@100 of 20 documents is always 1, for example."""
+    """Compute the measures that are informative on this data set: R@100 of 20 documents is always 1, for example."""
     found = measure(ranking, dataset.judgments)
     num_documents = len(dataset.documents)
     left_out = {name for name, depth in (("R@10", 10), ("R@100", 100)) if num_documents <= depth}

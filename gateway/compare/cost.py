@@ -1,13 +1,13 @@
 """The cost of the arms: single requests in turns, and the ratio of their times with an interval.
 
-A machine that does other work changes from one second to the next. Measured in blocks, one after the other, the same model
-looked up to 1.6 times as fast as itself. So every text is sent to all arms right after each other, and only the ratios of
-such requests are compared. Two more things were seen when a model was measured against itself on a busy machine:
+The speed of a machine that does other work changes from one second to the next. Measured in consecutive blocks, a model
+seemed up to 1.6 times as fast as itself. So every text is sent to all arms in succession, and only the ratios of such
+requests are compared. Measuring a model against itself on a busy machine showed two more effects:
 
-- Ratios in a row are alike. Requests alternate between the workers of a model, whose cores are not equally busy. Some
-  requests that do not count break the rhythm, and the interval is wider by what is left.
-- One process really ran one of two equal models 7 % faster, for as long as it lived; where the weights lie in memory may
-  matter. So a difference is only shown beyond 10 %.
+- Consecutive ratios are similar. Requests alternate between the workers of a model, whose cores are not equally busy. Some
+  uncounted requests break the rhythm, and the interval is widened for the remaining effect.
+- One process ran one of two equal models 7 % faster throughout its life, perhaps because of the weights' place in memory.
+  So only a difference beyond 10 % is shown.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from gateway.compare.statistics import ALPHA, Floats
 
 BATCH = 32
 MIN_FOR_P95 = 100
-"""With fewer requests, the 95th percentile is that of a handful of them."""
+"""With fewer requests, the 95th percentile depends on a handful of them."""
 
-_BALANCED = 2  # an order and its reverse
+_BALANCED = 2  # an order, and its reverse
 _CHECK_EVERY = 10
 _NARROW = math.log(1.1)
 _SAME = math.log(1.1)
@@ -43,13 +43,13 @@ _MOST_LAGS = 10
 
 @dataclass(frozen=True, slots=True)
 class Effort:
-    """How long one kind of request is measured.
+    """The amount of measuring for one kind of request.
 
     Attributes:
-        discarded: rounds before those that count; a round is a request of each arm.
-        least: rounds that are made in any case.
-        most: rounds after which measuring ends, even if the interval is still wide.
-        seconds: the time after which it ends, once ``least`` rounds are done.
+        discarded: number of rounds before the counted ones; a round is one request to each arm.
+        least: minimum number of rounds.
+        most: maximum number of rounds, even if the interval is still wide.
+        seconds: the time after which measuring ends, once ``least`` rounds are done.
     """
 
     discarded: int
@@ -67,8 +67,8 @@ class CostRun:
     """The costs of all arms.
 
     Attributes:
-        contrasts: for each arm but the baseline.
-        load: of the machine that asked, which is that of the models if they run in this process.
+        contrasts: the contrast of each arm except the baseline.
+        load: load of the client's machine, which also runs the models if they are in this process.
     """
 
     costs: Mapping[str, Cost]
@@ -78,7 +78,7 @@ class CostRun:
 
 @dataclass(slots=True)
 class _Series:
-    """The requests of one arm, in rounds that are the same for all arms.
+    """The requests of one arm, in the same rounds as those of all arms.
 
     Attributes:
         seconds: of each request.
@@ -100,10 +100,11 @@ async def measure_costs(
 ) -> CostRun:
     """Measure single queries and batches of documents on all arms in turns, until the ratios are known within 10 %.
 
-    Arms of the same model, device, tasks and outputs are measured once: they differ in the size of the vectors alone.
+    Arms with the same model, device, tasks and outputs are measured once, because they differ only in the size of the
+        vectors.
     """
     dice = random.Random(seed)  # noqa: S311  a sample, not a secret
-    # Without duplicates, since a gateway computes equal texts only once.
+    # Remove duplicates, because a gateway computes equal texts only once.
     queries, documents = list(dict.fromkeys(queries)), list(dict.fromkeys(documents))
     same_as: dict[str, str] = {}
     measured: dict[tuple[object, ...], PlannedArm] = {}
@@ -134,7 +135,8 @@ class _Turns:
     """Sends the same texts to all arms, one request at a time.
 
     Attributes:
-        alpha: of each ratio's interval, so that all of them hold at once in 95 % of comparisons (Bonferroni).
+        alpha: one minus the level of each ratio's interval, so that all intervals hold at once in 95 % of comparisons
+            (Bonferroni).
     """
 
     def __init__(
@@ -176,7 +178,7 @@ class _Turns:
         return series
 
     def _orders(self) -> Iterator[Sequence[PlannedArm]]:
-        """Yield orders of the arms: each is drawn, and then reversed, so that being first helps all of them alike."""
+        """Yield orders of the arms: each is drawn at random, then reversed, so that all arms are first equally often."""
         while True:
             order = self._dice.sample(self._arms, len(self._arms))
             yield order
@@ -207,8 +209,8 @@ class _Turns:
 def ratio_of(values: Sequence[float], references: Sequence[float], alpha: float) -> Ratio:
     """Return the median ratio of paired times, with the interval between two of the sorted ratios.
 
-    That interval holds for a median whatever the distribution is (David & Nagaraja 2003, Order Statistics, 7.1). If ratios
-    in a row are alike, they are as good as fewer independent ones.
+    That interval holds for the median of any distribution (David & Nagaraja 2003, Order Statistics, 7.1). Similar
+    consecutive ratios count as fewer independent ratios.
 
     Args:
         alpha: one minus the level of the interval.
@@ -224,7 +226,7 @@ def ratio_of(values: Sequence[float], references: Sequence[float], alpha: float)
 
 
 def _rank(logs: Floats, alpha: float) -> int:
-    """Return which of the sorted values is the lower end of the interval of their median, counted from 1."""
+    """Return the rank, from 1, of the sorted value that is the lower end of the median's interval."""
     rank = int(stats.binom.ppf(alpha / 2, logs.size, 0.5))
     lags = min(_MOST_LAGS, logs.size // 4)
     inflation = _inflation(np.sign(logs - np.median(logs)), lags)
@@ -235,7 +237,7 @@ def _rank(logs: Floats, alpha: float) -> int:
 
 
 def _inflation(signs: Floats, lags: int) -> float:
-    """Return how much larger the variance of a mean is than that of independent values (Newey & West 1987)."""
+    """Return the ratio of the variance of a mean to that of independent values (Newey & West 1987)."""
     total = float(signs @ signs)
     if not total:
         return 1.0
@@ -277,7 +279,7 @@ def _contrast(
 
 
 def _load() -> float | None:
-    """Return how many processes compute or wait to, on average over the last minute; ``None`` where that is unknown."""
+    """Return the average number of running or waiting processes over the last minute; ``None`` if unknown."""
     try:
         return os.getloadavg()[0]
     except OSError:

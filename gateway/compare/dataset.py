@@ -24,15 +24,15 @@ class Dataset:
     """The documents, queries and judgments of a comparison.
 
     Attributes:
-        documents: text by id, with the title before it, in descending order of the ids: of documents with equal scores,
-            search prefers the first one, and trec_eval the one with the greater id.
+        documents: text by id, with the title before it, in descending order of the ids, because among equal scores search
+            prefers the first document, and trec_eval the greater id.
         queries: text by id, in the order of the file.
         judgments: score by document by query, in the order of ``queries``; empty without judgments. A document with
             a score above 0 is relevant.
         num_unjudged_queries: queries that were left out because no judgment names them.
         notes: sentences on the parts that were left out.
-        groups: of the queries that depend on others, by query.
-        own_documents: ids of queries whose document of the same id is the query itself, and is left out of its ranking.
+        groups: the group of each query that depends on others.
+        own_documents: ids of queries whose document with the same id is the query itself, which is left out of the ranking.
     """
 
     folder: Path
@@ -60,7 +60,7 @@ class Dataset:
 
     def _sha256(self) -> str:
         hashed = hashlib.sha256()
-        # As JSON with the kind in front, so that no two data sets look the same.
+        # Hash JSON with the kind in front, so that different data sets never give the same bytes.
         for kind, texts in (("document", self.documents), ("query", self.queries), ("group", self.groups)):
             for id_ in sorted(texts):
                 hashed.update(orjson.dumps((kind, id_, texts[id_]), option=orjson.OPT_APPEND_NEWLINE))
@@ -81,11 +81,11 @@ def read_dataset(
     """Read a folder in BEIR's layout.
 
     Args:
-        split: which file of ``qrels/`` to take; ``None`` takes ``test``, or the only one.
-        max_documents: how many documents to keep: all that have a judgment, and a sample of the others.
-        seed: of that sample.
+        split: the file of ``qrels/`` to use; ``None`` for ``test``, or the only file.
+        max_documents: number of documents to keep: all with a judgment, and a sample of the others.
+        seed: seed of that sample.
         judged: more judgments, such as those of a filled-in ``to_judge.tsv``.
-        captured: queries to take in place of the folder's, see :func:`gateway.compare.captured.read_captured`. The folder's
+        captured: queries that replace the folder's, see :func:`gateway.compare.captured.read_captured`. The folder's
             judgments are about its own queries, so they count only if ``split`` names them.
 
     Raises:
@@ -129,7 +129,7 @@ def read_dataset(
 
 
 def _read_all(qrels: Path | None, judged: Path | None, notes: list[str]) -> Judgments:
-    """Read the judgments of the split, and those that were made later.
+    """Read the judgments of the split, and later ones.
 
     Raises:
         CompareError: no line has a score, or a line is wrong.
@@ -153,7 +153,7 @@ def _known(
     path: Path,
     notes: list[str],
 ) -> dict[str, dict[str, int]]:
-    """Drop judgments of unknown queries or documents, and note how many.
+    """Drop judgments of unknown queries or documents, and note their number.
 
     Raises:
         CompareError: no judgment is left.
@@ -200,10 +200,10 @@ def _note_empty(texts: Mapping[str, str], what: str, notes: list[str]) -> None:
 def _own_documents(
     corpus: Corpus, queries: Mapping[str, str], judgments: Mapping[str, Mapping[str, int]], notes: list[str]
 ) -> frozenset[str]:
-    """Return the queries whose document of the same id is the query itself, and note what an equal id means here.
+    """Return the queries whose document with the same id is the query itself, and note the treatment of equal ids.
 
-    BEIR leaves every document with the query's id out of its ranking, since in ArguAna and Quora these are the queries
-    themselves. Files that number both from 1 share ids by chance: there, it would remove answers.
+    BEIR leaves every document with the query's id out of the ranking, because in ArguAna and Quora these are the queries
+    themselves. Files that number both from 1 share ids by chance, so that rule would remove answers.
     """
     own = frozenset(id_ for id_ in corpus.same_text & queries.keys() if judgments.get(id_, {}).get(id_, 0) <= 0)
     if own:
@@ -227,7 +227,7 @@ def _sampled(
     seed: int,
     notes: list[str],
 ) -> dict[str, str]:
-    """Return all documents, or those with a judgment and a sample of the others.
+    """Return all documents, or the documents with a judgment and a sample of the others.
 
     Raises:
         CompareError: ``max_documents`` is below 1.

@@ -1,4 +1,4 @@
-"""The common parts of the plots: the color and shape of each arm, and what a page needs to show a plot."""
+"""The common parts of the plots: the color and shape of each arm, and the data of a plot on a page."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from markupsafe import Markup
 from gateway.compare.canvas import SYMBOLS, Mark
 from gateway.compare.results import Comparison, Estimate
 
-# Okabe and Ito's palette, the faint ones last; gray in place of its black, which a dark page would swallow.
+# Okabe and Ito's palette, faint colors last, with gray instead of black, which is invisible on a dark page.
 COLORS = ("#808080", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
 
@@ -19,7 +19,7 @@ class Plot:
     """A plot.
 
     Attributes:
-        caption: how to read it.
+        caption: an explanation of how to read the plot.
         arm: the arm that is drawn; empty if several are.
         legend: the arms that are drawn, if several are.
         is_wide: whether the plot takes the whole width.

@@ -1,4 +1,4 @@
-"""Embed the texts of a side with one arm: read the vectors in the cache, request the others, and store them."""
+"""Embed the texts of a side with one arm: read cached vectors, request the others, and store them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from gateway.types import Output, Vectors
 from gateway.vectors import finish
 
 _MAX_TEXTS = 64
-# A request of long texts has fewer of them, so that an interruption loses little work.
+# A request with long texts has fewer texts, so that an interruption loses little work.
 _MAX_CHARACTERS = 100_000
 _NUM_IN_FLIGHT = 3
 # The body is too large for the gateway, or computing it takes too long; fewer texts may work.
@@ -32,7 +32,7 @@ _TOO_MUCH = (413, 504)
 
 @dataclass(frozen=True, slots=True)
 class Embedded:
-    """The representations of texts, in their order, as far as they were asked for.
+    """The requested representations of texts, in order.
 
     Attributes:
         dense: ``(n, dimensions)`` float32, ready to be searched by dot product.
@@ -57,16 +57,17 @@ async def embed_side(
 ) -> Embedded:
     """Return the representations of texts.
 
-    The cache keeps native dense vectors, which are cut here, and reduced to their signs: one run over the texts gives all
-    sizes of a model, and its binary vectors. The dot product of signs, 1 and -1, orders documents by the Hamming distance.
-    int8 and uint8 vectors are requested as such, and their dot product is that of the integers.
+    The cache keeps native dense vectors, which are cut or reduced to their signs here. So one run over the texts gives all
+    sizes of a model, and its binary vectors. The dot product of signs, 1 and -1, orders documents by their Hamming
+    distance. int8 and uint8 vectors are requested as such, and their dot product uses the integers.
 
     Raises:
-        CompareError: the model has changed meanwhile.
+        CompareError: the model has changed in the meantime.
         StartError: the gateway does not answer.
     """
     stores = await _open_stores(client, arm, side, outputs, texts, cache)
-    # Texts by what they lack. By length, for little padding; then by text, so that every run sends the same batches.
+    # Group texts by their missing outputs. Sort them by length, to limit padding, then by text, so that every run sends the
+    # same batches.
     lacking_by_output = {output: stores[output].lacking(texts) for output in outputs}
     lacking = {text: tuple(output for output in outputs if text in lacking_by_output[output]) for text in texts}
     missing = sorted(
@@ -112,15 +113,15 @@ async def _open_stores(
 
 
 async def _token_width(client: GatewayClient, arm: PlannedArm, side: Side, texts: Sequence[str]) -> int:
-    """Return the dimensions of a token's vector, which no card tells."""
+    """Return the dimensions of a token's vector, which model cards do not state."""
     probe = [*sorted(text for text in texts if text.strip())[:1], PROBE]
     answer = await client.embed(arm.name.model, probe, side.asked_task, outputs=(Output.MULTIVECTOR,))
     return max(int(vectors.shape[1]) for vectors in answer.multivectors)
 
 
 def _ready(arm: PlannedArm, native: Vectors) -> Vectors:
-    """Cut native vectors, and reduce them to their signs, as the arm has them."""
-    if arm.dimensions not in {0, arm.width}:  # 0 if they only choose the documents whose token vectors are compared
+    """Cut native vectors to the arm's size, and reduce them to signs if the arm is binary."""
+    if arm.dimensions not in {0, arm.width}:  # 0 if they only select documents for a comparison of token vectors
         native = finish(native, (len(native), arm.width), arm.dimensions, normalize=arm.is_normalized)
     if arm.precision in (Precision.BINARY, Precision.UBINARY):
         return np.where(native > 0, np.float32(1), np.float32(-1))
@@ -201,7 +202,7 @@ def _rows(output: Output, embedded: EmbeddedTexts) -> Sequence[npt.NDArray[Any]]
 def _batches(texts: Sequence[str], *, has_multivectors: bool) -> Iterator[list[str]]:
     """Group texts, sorted by length, into requests of bounded size."""
     max_texts, max_characters = _MAX_TEXTS, _MAX_CHARACTERS
-    if has_multivectors:  # the answer is some hundred times as large
+    if has_multivectors:  # the answer is about a hundred times as large
         max_texts, max_characters = max_texts // 8, max_characters // 8
     batch: list[str] = []
     size = 0

@@ -1,7 +1,6 @@
 """Rank documents by several similarities: by their ranks in each, or by a weighted mean. Pure, on numpy arrays.
 
-For each query there is an array of candidates, places of documents, and for each similarity an array of the candidates'
-scores.
+Each query has an array of candidates (places of documents), and for each similarity an array of their scores.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import numpy.typing as npt
 from gateway.compare.search import FloatMatrix, IntMatrix
 
 CANDIDATES = 200
-"""How many documents each similarity contributes."""
+"""The number of documents that each similarity contributes."""
 
 _RANK_CONSTANT = 60
 
@@ -51,7 +50,7 @@ def fuse_scores(similarities: Sequence[Scores], weights: Sequence[float]) -> Sco
 
 
 def best(candidates: Sequence[Places], scores: Sequence[Scores], depth: int) -> tuple[IntMatrix, FloatMatrix]:
-    """Return the places with the highest scores, as ``search`` does: of equal scores, the first place wins.
+    """Return the places with the highest scores, as ``search`` does: among equal scores, the first place wins.
 
     Candidates with score -inf are left out.
     """

@@ -1,7 +1,7 @@
-"""Groups of queries that depend on each other, which tests and intervals must not count as so many independent ones.
+"""Groups of dependent queries, which tests and intervals must not count as independent.
 
 Several queries about one document, or of one user, succeed and fail together. In a simulation of 300 queries about 30
-topics (intraclass correlation 0.2), tests by query told a difference in 22 % of comparisons of equal models.
+topics (intraclass correlation 0.2), tests by query reported a difference in 22 % of comparisons of equal models.
 """
 
 from __future__ import annotations
@@ -10,18 +10,18 @@ from collections import Counter
 from collections.abc import Mapping
 
 _NOTEWORTHY = 0.1
-# One group of half the queries says as much as one query: then the queries are better counted one by one, with a note.
+# A group with half of the queries would count as one query, so the queries are counted one by one instead, with a note.
 _LARGEST_SHARE = 0.1
 
 
 def group_queries(
     named: Mapping[str, str], judgments: Mapping[str, Mapping[str, int]], notes: list[str]
 ) -> Mapping[str, str]:
-    """Return the group of each query that is in one with others, and note what was done.
+    """Return the group of each query that shares a group with others, and note the grouping.
 
     Args:
-        named: groups from ``queries.jsonl``. Without any, queries that share a relevant document form a group if more
-            than a tenth of them do.
+        named: groups from ``queries.jsonl``. Without them, queries that share a relevant document form groups, if more than
+            a tenth of the queries do.
     """
     if named:
         sizes = Counter(named.values())

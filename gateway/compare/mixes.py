@@ -1,4 +1,4 @@
-"""The outputs that an arm searches by: ``+sparse``, ``+multivector``, or several, as written after a model's name."""
+"""The outputs by which an arm searches: ``+sparse``, ``+multivector``, or several, as written after a model's name."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class Mix:
     """The outputs that rank the documents of an arm.
 
     Attributes:
-        outputs: at least one.
-        weights: of the similarities by these outputs; empty to combine their ranks.
+        outputs: the outputs, at least one.
+        weights: the weights of the outputs' similarities; empty to combine their ranks.
     """
 
     outputs: tuple[Output, ...]
@@ -35,9 +35,9 @@ DENSE = Mix((Output.DENSE,))
 
 
 def parse_mix(text: str, parts: Sequence[str]) -> Mix:
-    """Read the parts of an arm's name that follow the model's.
+    """Read the parts of an arm's name after the model's name.
 
-    ``hybrid`` is ``dense`` and ``sparse``.
+    ``hybrid`` means ``dense`` and ``sparse``.
 
     Args:
         text: the whole name, for the message.

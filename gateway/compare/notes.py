@@ -1,4 +1,4 @@
-"""Notes on a comparison: what a reader must know before relying on its figures."""
+"""Notes on a comparison, which a reader must know before relying on its figures."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def arm_notes(arms: Sequence[PlannedArm]) -> list[str]:
 
 
 def _of_mix(arm: PlannedArm) -> str:
-    """Return a note on how an arm ranks by other than dense vectors."""
+    """Return a note on the ranking of an arm that uses more than dense vectors."""
     name, outputs = arm.name.text, arm.mix.outputs
     has_first_stage = any(output in arm.card.outputs for output in (Output.DENSE, Output.SPARSE))
     reranked = ""
@@ -86,7 +86,7 @@ def _share_space(arm: PlannedArm, other: PlannedArm) -> bool:
 
 
 def _of_space(one: PlannedArm, other: PlannedArm) -> str:
-    """Return a note on two arms of one space: they may still differ in their tasks."""
+    """Return a note on two arms in one space, which may still differ in their tasks."""
     names = f"{one.name.text} and {other.name.text}"
     if (one.queries.task, one.passages.task) == (other.queries.task, other.passages.task):
         return f"{names} are of one space: any difference is one of rounding."

@@ -1,4 +1,4 @@
-"""A comparison as files for other programs: the figures as JSON, the rankings as trec_eval reads them."""
+"""A comparison as files for other programs: the figures as JSON, the rankings in trec_eval's format."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ def write_results(comparison: Comparison, rankings: Mapping[str, Ranking], folde
         queries.jsonl       one query per line: its first documents by arm, and their quality
         runs/<arm>.trec     the whole rankings, one document per line: query Q0 document rank score arm
 
-    A run separates its columns by spaces, so an id with a space has ``%20`` for it, and ``%25`` for ``%``. Equal scores
-    are one step of single precision apart, so that every tool sees the order that was measured.
+    A run separates its columns by spaces, so in an id with a space, the space is written as ``%20`` and ``%`` as ``%25``.
+    Equal scores are written one step of single precision apart, so that every tool sees the measured order.
 
     Args:
-        rankings: of every arm, by its name.
+        rankings: the rankings of every arm, by name.
 
     Returns:
         The files, in the order above.
@@ -68,7 +68,7 @@ def write_results(comparison: Comparison, rankings: Mapping[str, Ranking], folde
 def file_names(arms: Iterable[str]) -> dict[str, str]:
     """Return a distinct file name, without its ending, for each arm, safe on every system.
 
-    Characters other than ASCII letters, digits and ``@._-`` become ``_``. Names that are then equal, or differ only in
+    Characters other than ASCII letters, digits and ``@._-`` become ``_``. Resulting names that are equal, or differ only in
     case, get a number.
     """
     names: dict[str, str] = {}
@@ -94,7 +94,7 @@ def _run_lines(arm: str, ranking: Ranking) -> Iterable[bytes]:
 
 
 def _one_word(text: str) -> str:
-    """Return an id that no program splits; an id without a space stays as it is."""
+    """Return an id that no program splits; an id without a space is unchanged."""
     if not any(character.isspace() for character in text):
         return text
     return "".join(quote(character) if character.isspace() or character == "%" else character for character in text)

@@ -1,4 +1,4 @@
-"""The page of a comparison: one HTML file that loads nothing from elsewhere."""
+"""The page of a comparison: one HTML file without external resources."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from gateway.compare.results import PRIMARY_MEASURE, Comparison, Hit, QueryResul
 from gateway.compare.sentences import agreement_sentence, cost_sentence, fixed, signed, verdict_sentence
 
 NUM_EXAMPLES = 24
-"""How many queries are shown in all, so that the page stays small."""
+"""The total number of queries on the page, which keeps it small."""
 
 _LEAST_EXAMPLES, _MOST_EXAMPLES = 6, 20  # per arm: half of them losses, half of them gains
 
@@ -26,13 +26,13 @@ _TEXT_CHARS = 400  # of a document or a query: enough to see the topic
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """A document in one of two rankings that are shown side by side.
+    """A document in one of two rankings, which are shown side by side.
 
     Attributes:
-        anchor: its id in the page.
-        other_rank: its rank in the other ranking; ``None`` if that does not have it.
+        anchor: the document's id in the page.
+        other_rank: its rank in the other ranking; ``None`` if it is not there.
         other_anchor: its id in the other ranking.
-        judgment: in words; empty without judgments.
+        judgment: the judgment in words; empty without judgments.
     """
 
     rank: int
@@ -49,8 +49,8 @@ class Example:
     """A query with the rankings of the baseline and of an arm.
 
     Attributes:
-        change: the figure that it was chosen by.
-        values: the two figures behind that; may be empty.
+        change: the figure by which the query was chosen.
+        values: the two underlying figures; may be empty.
     """
 
     query: QueryResult

@@ -40,7 +40,7 @@ Groups = Sequence[tuple[str, Sequence[Row]]]
 
 
 def table_groups(comparison: Comparison) -> tuple[Groups, Groups]:
-    """Return the groups of rows that decide, and those that are folded; both tables have a column for each arm."""
+    """Return the main groups of rows, and the folded groups; both tables have a column for each arm."""
     agreement = [(f"Agreement with {comparison.baseline.name}", list(_agreement_rows(comparison)))]
     agreement = agreement if comparison.agreements else []
     others = [measure for measure in MEASURES if measure != PRIMARY_MEASURE]
@@ -111,7 +111,7 @@ def _p95(cost: Cost | None) -> str:
 
 
 def _ratio_rows(comparison: Comparison) -> Iterator[Row]:
-    """Yield the ratios to the baseline of the requests that followed each other."""
+    """Yield the ratios to the baseline of paired requests."""
     found = {one.arm: one for one in comparison.cost_contrasts}
     for label, ratios in (
         ("time of a query, ratio", {name: one.query_time for name, one in found.items()}),

@@ -20,7 +20,7 @@ _HEIGHT = 240
 
 
 def make_plots(comparison: Comparison) -> Sequence[Plot]:
-    """Make every plot that the comparison has values for, and that would show a difference."""
+    """Make all plots for which the comparison has values, and which would show a difference."""
     if not comparison.has_judgments:
         return list(make_histograms(comparison))
     return [
@@ -67,7 +67,7 @@ def _differences(comparison: Comparison) -> Plot:
 
 
 def _point_rows(comparison: Comparison, rows: Mapping[str, Mapping[str, Estimate]], *, are_differences: bool) -> Canvas:
-    """Draw one row per measure with one point per arm, at the same height in every plot."""
+    """Draw one row per measure, with one point per arm at the same height in every plot."""
     measures = list(comparison.baseline.quality)
     row_height = len(comparison.arms) * _ROW + _PADDING
     places = {arm.name: place for place, arm in enumerate(comparison.arms)}

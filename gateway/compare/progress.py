@@ -16,7 +16,7 @@ class Step(Protocol):
     """One part of a comparison, counted in texts."""
 
     def advance(self, number: int) -> None:
-        """Add to the number of texts that are done."""
+        """Add to the number of finished texts."""
 
 
 class Reporter(Protocol):
@@ -63,7 +63,7 @@ _LINE_EVERY_S: Final = 0.5
 
 
 class Lines:
-    """A line of JSON at the begin of each step, and a few per second on the way: for programs that show the progress."""
+    """A line of JSON at the beginning of each step, and a few per second during it, for programs that show the progress."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -96,7 +96,7 @@ def progress_on(console: Console, *, is_json: bool = False) -> Iterator[Reporter
     """Show the steps of a comparison while the context lasts.
 
     Args:
-        is_json: as lines of JSON.
+        is_json: show the steps as lines of JSON.
     """
     if is_json:
         yield Lines(console)

@@ -1,4 +1,4 @@
-"""The quality of rankings by judgments: every measure of every query, from ``ir-measures``."""
+"""The quality of rankings by judgments: all measures of all queries, from ``ir-measures``."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ def measure(
 ) -> Mapping[str, Mapping[str, float]]:
     """Return the value of each measure for every query that has a judgment, in the order of the judgments.
 
-    A query without a ranking or without relevant documents has 0. Documents without a judgment count as not relevant;
-    Judged@10 is the share of the first ten that have one.
+    A query without a ranking or without relevant documents counts as 0. Documents without a judgment count as irrelevant;
+    Judged@10 is the share of judged documents among the first ten.
     """
     judged = {query: dict(scores) for query, scores in judgments.items() if scores}
     if not judged:

@@ -1,4 +1,4 @@
-"""Plots of all queries: the difference in quality of each, or the likeness of its rankings."""
+"""Plots of all queries: the difference in quality of each query, or the similarity of its rankings."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from gateway.compare.results import PRIMARY_MEASURE, Comparison, QueryResult
 from gateway.compare.sentences import fixed, percent, signed
 from gateway.config.wording import cut
 
-_MAX_CHARACTERS = 100  # of a query that a bar shows
-_NUM_TITLED = 150  # the largest gains and losses, each, say which query they are
+_MAX_CHARACTERS = 100  # of the query text at a bar
+_NUM_TITLED = 150  # this many of the largest gains, and of the largest losses, name their query
 _BARS_HEIGHT, _HISTOGRAM_HEIGHT = 220, 180
 
 _Row = Sequence[tuple[float, QueryResult]]
@@ -51,7 +51,7 @@ def _sort(queries: Iterable[QueryResult], name: str, baseline: str) -> list[tupl
 
 
 def _query_bars(comparison: Comparison, name: str, row: _Row, largest: float) -> Canvas:
-    """Draw the bars; ties have no height, so they are left out of the drawing but not of its width."""
+    """Draw the bars. Ties have no height, so they are not drawn, but they take width."""
     canvas, scale = Canvas(_BARS_HEIGHT), Scale(-1.05 * largest, 1.05 * largest)
     canvas.y_axis(scale, [(tick, short(tick)) for tick in scale.ticks(5)], f"difference in {PRIMARY_MEASURE}")
     zero, color = canvas.y(scale, 0), marks(comparison)[name].color
@@ -72,7 +72,7 @@ def _title(query: QueryResult, name: str, baseline: str) -> str:
 
 
 def make_histograms(comparison: Comparison) -> Iterator[Plot]:
-    """Make two plots per arm, all with the same scale: how many queries have rankings how much like the baseline's."""
+    """Make two plots per arm, all with the same scale: the number of queries by the similarity to the baseline."""
     found: list[tuple[str, str, str, list[int], float]] = []
     for number, agreement in enumerate(comparison.agreements, start=1):
         name, queries = agreement.arm, comparison.queries

@@ -1,4 +1,4 @@
-"""Rank the documents of a data set for its queries with one arm: by dense, sparse or token vectors, or by several."""
+"""Rank the documents of a data set for its queries with one arm: by dense, sparse or token vectors, or a mix."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Ranked:
     """The rankings of an arm.
 
     Attributes:
-        bytes_per_document: of a stored document, on average.
+        bytes_per_document: average size of a stored document.
     """
 
     ranking: Ranking
@@ -40,9 +40,9 @@ async def rank(
 ) -> Ranked:
     """Embed both sides, and search.
 
-    Dense and sparse vectors are compared with every document. Token vectors are compared with the documents that are among
-    the first 200 by the model's dense or sparse vectors; with all of them if the model has neither. Several outputs are
-    combined on the documents that are among the first 200 by one of them.
+    Dense and sparse vectors are compared with every document. Token vectors are compared with the first 200 documents by
+    the model's dense or sparse vectors, or with all documents if the model has neither. Several outputs are combined on the
+    documents that are among the first 200 of at least one output.
     """
     texts = list(dataset.documents.values())
     places = {document: place for place, document in enumerate(dataset.documents)}
@@ -107,7 +107,7 @@ def _known(rows: Ragged | None) -> Ragged:
 
 
 def _bytes_per_document(arm: PlannedArm, documents: Embedded) -> int:
-    """Return the mean size of what the arm stores of a document: only of the outputs that it ranks by."""
+    """Return the mean stored size of a document, only with the outputs by which the arm ranks."""
     size = 0.0
     if documents.dense is not None and Output.DENSE in arm.mix.outputs:
         size += arm.bytes_per_vector

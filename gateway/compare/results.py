@@ -23,7 +23,7 @@ class Verdict(StrEnum):
     """The conclusion on an arm against the baseline.
 
     Attributes:
-        AS_GOOD: the difference, if there is one, is below the margin.
+        AS_GOOD: any difference is below the margin.
         NOT_WORSE: the arm is not worse by more than the margin; whether it is better is not shown.
         TOO_FEW_DIFFER: nearly all queries are tied.
         NOT_JUDGED_ALIKE: the conclusion depends on whether documents without judgment count as irrelevant.
@@ -40,7 +40,7 @@ class Verdict(StrEnum):
 
 
 class Advice(StrEnum):
-    """What to do about the baseline."""
+    """The recommended action for the baseline."""
 
     SWITCH = "switch"
     STAY = "stay"
@@ -56,7 +56,7 @@ class BottomLine:
     """The recommendation that follows from a comparison.
 
     Attributes:
-        arm: to use from now on; ``None`` if the comparison does not tell.
+        arm: the arm to use from now on; ``None`` if the comparison does not decide.
         text: the recommendation with its reason, as one or two sentences.
     """
 
@@ -70,7 +70,8 @@ class Estimate:
     """A mean over the queries, with the bounds of its 95 % interval.
 
     Attributes:
-        low: ``None``, like ``high``, where nothing varies: equal values, or a single one, say nothing of other queries.
+        low: ``None``, like ``high``, if the values do not vary: equal values, or a single value, say nothing about other
+            queries.
     """
 
     mean: float
@@ -84,11 +85,11 @@ class Cost:
 
     Attributes:
         texts_per_s: passages per second, in batches, one batch at a time; a median.
-        tokens_per_s: the same in the model's own tokens.
+        tokens_per_s: the same throughput in the model's own tokens.
         p50_s: median time of one query, sent alone.
-        p95_s: 95th percentile of it; ``None`` with too few requests.
-        num_queries: requests behind the times of one query.
-        num_batches: requests behind the throughput.
+        p95_s: 95th percentile of that time; ``None`` with too few requests.
+        num_queries: number of requests behind the times of one query.
+        num_batches: number of requests behind the throughput.
     """
 
     texts_per_s: float
@@ -101,12 +102,12 @@ class Cost:
 
 @dataclass(frozen=True, slots=True)
 class Ratio:
-    """A median ratio of requests that followed each other with the same texts.
+    """A median ratio of paired requests with the same texts.
 
     Attributes:
         low: bound of the interval; all intervals of a comparison hold at once in 95 % of comparisons. ``None``, like
             ``high``, with too few pairs.
-        is_shown: whether the interval leaves out everything within 10 % of 1. Otherwise no difference was found.
+        is_shown: whether the interval excludes all values within 10 % of 1. Otherwise no difference was found.
     """
 
     ratio: float
@@ -121,9 +122,9 @@ class CostContrast:
     """The speed of an arm against that of the baseline.
 
     Attributes:
-        is_same_model: both are one model on one device, which was measured once.
-        query_time: ratio of the times of one query; above 1 the arm is slower.
-        texts_per_s: ratio of the throughputs; above 1 the arm is faster.
+        is_same_model: both arms are one model on one device, which was measured once.
+        query_time: ratio of the times of one query; above 1, the arm is slower.
+        texts_per_s: ratio of the throughputs; above 1, the arm is faster.
     """
 
     arm: str
@@ -135,7 +136,7 @@ class CostContrast:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """Processes that compute or wait to, on average over a minute, before and after the cost was measured."""
+    """The average number of running or waiting processes over a minute, before and after the cost was measured."""
 
     before: float
     after: float
@@ -144,17 +145,17 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class Arm:
-    """One side of the comparison: a model, with a size of its vectors.
+    """One side of the comparison: a model with a vector size.
 
     Attributes:
-        name: as written on the command line: ``jina-embeddings-v3@256``.
+        name: the name on the command line, such as ``jina-embeddings-v3@256``.
         model: id of the model that answered.
-        space: id of the space that the vectors are in.
-        dimensions: of its dense vectors; 0 without any.
-        bytes_per_document: size of the vectors that are stored of a document, on average.
+        space: id of the vectors' space.
+        dimensions: dimensions of the dense vectors; 0 without dense vectors.
+        bytes_per_document: average size of a document's stored vectors.
         query_task: the task of the queries; ``None`` for a model without tasks.
         quality: mean of each measure over the queries; empty without judgments.
-        cost: ``None`` if it was not measured.
+        cost: the cost; ``None`` if it was not measured.
         source: where the model's weights come from; empty if the gateway does not say.
     """
 
@@ -177,20 +178,20 @@ class Contrast:
     """An arm against the baseline in one measure, query by query.
 
     Attributes:
-        difference: mean of (arm - baseline), with its interval, which is not corrected for the number of arms. Without
+        difference: mean of (arm - baseline), with its interval, which is not corrected for the number of arms; without
             bounds if too few queries differ.
-        standard_error: of that mean.
-        p: two-sided; the larger one of the paired randomization test and of the empirical likelihood ratio test.
-        p_error: the standard error of ``p`` that random draws leave; 0 without any.
-        p_holm: ``p`` after Holm's correction for the number of arms, not for that of the measures.
-        wins: queries where the arm is better than the baseline.
-        num_independent: queries, or groups of queries that depend on each other.
-        num_untied: those of them that are not tied.
+        standard_error: standard error of that mean.
+        p: two-sided p: the larger p of the paired randomization test and the empirical likelihood ratio test.
+        p_error: standard error of ``p`` from random draws; 0 without random draws.
+        p_holm: ``p`` after Holm's correction for the number of arms, not of measures.
+        wins: number of queries in which the arm is better than the baseline.
+        num_independent: number of queries, or of groups of dependent queries.
+        num_untied: number of these that are not tied.
         verdict: only for the primary measure; ``None`` for the others, as are the fields below.
-        detectable: the difference that queries like these would show in 80 % of comparisons; ``None`` if too few differ.
-        queries_needed: how many queries like these would show a small difference as often.
-        condensed: the difference with documents without judgment left out, if the arms are not judged alike.
-        condensed_verdict: the verdict on that.
+        detectable: the difference that such queries would show in 80 % of comparisons; ``None`` if too few differ.
+        queries_needed: the number of such queries that would show a small difference as often.
+        condensed: the difference without unjudged documents, if the arms are not judged alike.
+        condensed_verdict: the verdict on ``condensed``.
     """
 
     arm: str
@@ -215,10 +216,10 @@ class Contrast:
 
 @dataclass(frozen=True, slots=True)
 class Agreement:
-    """The likeness of the rankings of an arm and the baseline: a difference, not a quality.
+    """The similarity of the rankings of an arm and the baseline; it does not measure quality.
 
     Attributes:
-        overlap: mean share of documents that both have among their first ten.
+        overlap: mean share of documents that both rankings have among their first ten.
         rbo: mean rank-biased overlap with p = 0.9 (Webber et al. 2010, https://doi.org/10.1145/1852102.1852106).
         same_first: share of the queries with the same first document.
     """
@@ -251,8 +252,8 @@ class QueryResult:
 
     Attributes:
         quality: value of each measure by arm; empty without judgments.
-        overlap: overlap@10 with the baseline, by arm, the baseline left out.
-        rbo: rank-biased overlap with the baseline, by arm, the baseline left out.
+        overlap: overlap@10 with the baseline, by arm, without the baseline.
+        rbo: rank-biased overlap with the baseline, by arm, without the baseline.
     """
 
     id: str
@@ -268,10 +269,10 @@ class DatasetSummary:
     """The data set of a comparison.
 
     Attributes:
-        sha256: hex hash over the documents, queries and judgments that were used.
-        num_judgments: 0 without judgments.
-        num_unjudged_queries: queries of the file that no judgment names, and that were left out.
-        num_groups: of queries that depend on each other; a query that does not is a group by itself.
+        sha256: hex hash over the used documents, queries and judgments.
+        num_judgments: number of judgments; 0 without judgments.
+        num_unjudged_queries: number of queries that were left out because no judgment names them.
+        num_groups: number of groups of dependent queries; an independent query is a group by itself.
     """
 
     folder: str
@@ -289,16 +290,16 @@ class Comparison:
     """A whole comparison.
 
     Attributes:
-        created: when it ended, ISO 8601 in UTC.
+        created: when the comparison ended, ISO 8601 in UTC.
         source: the gateway of the vectors: a URL, or ``in process``.
-        num_resamples: of the randomization test.
+        num_resamples: number of resamples of the randomization test.
         margin: a smaller difference does not matter.
-        versions: of the gateway and of the libraries that the figures depend on, by name.
+        versions: versions of the gateway and of the libraries that affect the figures, by name.
         notes: caveats on the figures, such as arms with different shares of judged documents.
-        contrasts: for each arm but the baseline, every measure in order; empty without judgments.
-        cost_contrasts: for each arm but the baseline; empty if the cost was not measured.
-        load: of the machine that asked; ``None`` if the cost was not measured.
-        agreements: for each arm but the baseline.
+        contrasts: for each arm except the baseline, all measures in order; empty without judgments.
+        cost_contrasts: the cost contrast of each arm except the baseline; empty if the cost was not measured.
+        load: load of the client's machine; ``None`` if the cost was not measured.
+        agreements: the agreement of each arm except the baseline.
     """
 
     created: str
@@ -319,10 +320,10 @@ class Comparison:
 
     @property
     def baseline(self) -> Arm:
-        """The first arm, which the others are compared with."""
+        """The first arm, with which the others are compared."""
         return self.arms[0]
 
     @property
     def has_judgments(self) -> bool:
-        """Whether quality was measured, and not only a difference."""
+        """Whether quality was measured, not only a difference."""
         return self.dataset.num_judgments > 0

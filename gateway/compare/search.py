@@ -1,4 +1,4 @@
-"""Exact search: every query against every document, so that rankings differ only by the vectors."""
+"""Exact search of every query against every document, so that rankings differ only by the vectors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FloatMatrix: TypeAlias = npt.NDArray[np.float32]
 IntMatrix: TypeAlias = npt.NDArray[np.int64]
 
 _MAX_BYTES = 256 * 2**20
-_BYTES_PER_SCORE = 8  # the block before is still there
+_BYTES_PER_SCORE = 8  # the previous block is still in memory
 # Candidates beyond the depth. Scores in single precision can order near-equal documents wrongly; the exact scores decide.
 _SPARE = 32
 
@@ -28,19 +28,19 @@ def search(
 ) -> tuple[IntMatrix, FloatMatrix]:
     """Find the documents with the highest dot products.
 
-    Of documents with equal scores, the first one wins. Scores are summed in double precision and rounded: a matrix product
-    in single precision gives the same text different scores, depending on its place and the number of threads.
+    Among documents with equal scores, the first wins. Scores are summed in double precision and rounded, because a matrix
+    product in single precision gives the same text different scores, depending on its place and the number of threads.
 
     Args:
         query_vectors: (queries, width), float32.
         document_vectors: (documents, width), float32; may be a memory map.
-        depth: how many documents to find for each query.
+        depth: number of documents to find for each query.
         excluded: for each query, the place of a document to leave out, or ``None``: BEIR leaves out a document with the
             query's own id.
 
     Returns:
-        Places of the documents and their scores, each (queries, min(depth, documents)), best first. A row with fewer
-        documents, because one is excluded, ends with place -1 and score -inf.
+        Places of the documents and their scores, each (queries, min(depth, documents)), best first. A row that is short of
+        a document, because one is excluded, ends with place -1 and score -inf.
     """
     num_queries, num_documents = len(query_vectors), len(document_vectors)
     if depth < 1:
@@ -67,7 +67,7 @@ def search(
 
 
 def _highest(scores: npt.NDArray[np.float32], number: int) -> npt.NDArray[np.int64]:
-    """Return the places of the highest scores in ascending order; of equal scores the first places are taken."""
+    """Return the places of the highest scores in ascending order; among equal scores, the first places win."""
     if len(scores) <= number:
         return np.arange(len(scores))
     lowest = np.partition(scores, -number)[-number]
@@ -87,11 +87,11 @@ def make_ranking(
 
 
 def without_ties(ranking: Sequence[tuple[str, float]]) -> list[tuple[str, float]]:
-    """Lower equal scores of a ranking until each is below the one before, in single precision.
+    """Lower equal scores of a ranking until each is below the previous one, in single precision.
 
     Tools that measure a ranking sort it again, each in its own way: of two documents with equal scores, ir-measures puts
-    the greater id first in nDCG and recall, and the smaller one in RR@10 and Judged@10. Without equal scores, all of them
-    see the ranking that was made. Scores that differ from the one before stay as they are.
+    the greater id first in nDCG and recall, and the smaller id first in RR@10 and Judged@10. Without equal scores, all
+    tools see the original ranking. Scores below the previous one are unchanged.
     """
     lowered: list[tuple[str, float]] = []
     before = np.float32(np.inf)

@@ -11,13 +11,13 @@ from gateway.config.wording import count
 MINUS = "\N{MINUS SIGN}"
 TIMES = "\N{MULTIPLICATION SIGN}"
 EASY = 0.9
-"""Queries that the baseline answers as well as this on average leave little to be better at."""
+"""Above this mean quality of the baseline, the queries leave little room for improvement."""
 
 _ABOUT_THE_SAME = 0.15
 
 
 def fixed(value: float, digits: int = 3) -> str:
-    """Return a number with this many digits after the point; one that rounds to zero has no sign."""
+    """Return a number with this many digits after the point; a number that rounds to zero has no sign."""
     text = f"{value:,.{digits}f}"
     return text.replace("-", MINUS) if float(text.replace(",", "")) else text.removeprefix("-")
 
@@ -35,12 +35,12 @@ def significant(value: float) -> str:
 
 
 def interval(estimate: Estimate) -> str:
-    """Return the bounds of an interval; empty where nothing varies."""
+    """Return the bounds of an interval; empty without bounds."""
     return "" if estimate.low is None or estimate.high is None else f"{fixed(estimate.low)} to {fixed(estimate.high)}"
 
 
 def signed_interval(estimate: Estimate) -> str:
-    """Return the bounds of the interval of a difference; empty where nothing varies."""
+    """Return the bounds of the interval of a difference; empty without bounds."""
     return "" if estimate.low is None or estimate.high is None else f"{signed(estimate.low)} to {signed(estimate.high)}"
 
 
@@ -111,7 +111,7 @@ def _not_judged_alike(contrast: Contrast) -> str:
 
 
 def _power(comparison: Comparison, contrast: Contrast) -> str:
-    """Return which difference would have been found, and how many queries a small one needs."""
+    """Return the detectable difference, and the number of queries that a small difference needs."""
     if contrast.detectable is None or contrast.queries_needed is None:
         return ""
     number = len(comparison.queries)
@@ -138,7 +138,7 @@ def _beyond_interval(contrast: Contrast) -> str:
 
 def _p_holm(comparison: Comparison, contrast: Contrast) -> str:
     is_corrected = len(comparison.arms) > 2
-    # Other draws may then be on the other side of 0.05.
+    # Near 0.05, other random draws may give the opposite result.
     error = contrast.p_error * contrast.p_holm / contrast.p
     shown = f" ± {fixed(error)}" if abs(contrast.p_holm - ALPHA) < 3 * error else ""
     return f"p {p_value(contrast.p_holm)}{shown}{' after Holm' if is_corrected else ''}"
@@ -149,7 +149,7 @@ def _wins(contrast: Contrast) -> str:
 
 
 def agreement_sentence(agreement: Agreement) -> str:
-    """Return how alike the rankings are, without a judgment on which is better."""
+    """Return the similarity of the rankings, without saying which is better."""
     return (
         f"{agreement.arm} and {agreement.baseline} have {percent(agreement.overlap.mean)} of their first ten documents "
         f"in common{_percent_interval(agreement.overlap)}, and the same first document for "
@@ -169,7 +169,7 @@ def _in_brackets(text: str) -> str:
 
 
 def cost_sentence(comparison: Comparison, arm: Arm) -> str:
-    """Return the cost of an arm, and its ratio to the baseline's where they differ."""
+    """Return the cost of an arm, with its ratio to the baseline's cost if they differ."""
     baseline = comparison.baseline
     parts = []
     if arm.cost:
@@ -190,7 +190,7 @@ def cost_sentence(comparison: Comparison, arm: Arm) -> str:
 
 
 def ratio_words(ratio: Ratio) -> str:
-    """Return a ratio with its interval if it differs from 1, and otherwise how much it might."""
+    """Return a ratio with its interval if it differs from 1, otherwise the possible difference."""
     if ratio.low is None or ratio.high is None:
         return "too few requests to compare"
     if ratio.is_shown:

@@ -1,4 +1,4 @@
-"""The similarities of queries and documents by one output of a model: find the nearest documents, and score some of them."""
+"""The similarities of queries and documents by one output of a model: find the nearest documents, and score candidates."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from gateway.compare.fusion import Places, Scores, best
 from gateway.compare.search import FloatMatrix, IntMatrix, search
 
 _MAX_BYTES = 128 * 2**20
-_BYTES_PER_SCORE = 16  # the block before is still there
+_BYTES_PER_SCORE = 16  # the previous block is still in memory
 _TOKENS_AT_ONCE = 8_192
-# Scores in single precision can order near-equal documents wrongly; those of so many more are computed exactly.
+# Scores in single precision can order near-equal documents wrongly, so this many more are computed exactly.
 _SPARE = 32
 
 Found = tuple[IntMatrix, FloatMatrix]
@@ -28,10 +28,10 @@ class Similarity(Protocol):
     """The similarities by one output."""
 
     def nearest(self, depth: int) -> Found:
-        """Return the documents with the highest scores for each query; of equal scores, the first document wins."""
+        """Return the documents with the highest scores for each query; among equal scores, the first document wins."""
 
     def of(self, candidates: Sequence[Places]) -> list[Scores]:
-        """Return the score of each candidate of each query; -inf for one that has nothing in common with the query."""
+        """Return the score of each candidate of each query; -inf for one without anything in common."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,15 +105,15 @@ def _as_matrix(weights: Ragged, size: int) -> matrices.csr_array:
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """MaxSim: for each vector of the query, the best dot product with a vector of the document; the mean over them.
+    """MaxSim: the mean, over the vectors of the query, of the best dot product with a vector of the document.
 
-    A document without vectors has 0. (Khattab & Zaharia 2020, "ColBERT", https://arxiv.org/abs/2004.12832; there it is the
-    sum, which orders the documents of a query alike.)
+    A document without vectors scores 0. (Khattab & Zaharia 2020, "ColBERT", https://arxiv.org/abs/2004.12832, takes the
+    sum, which gives the same order of documents.)
 
     Attributes:
         queries: vectors of each query.
         documents: vectors of the documents in ``places``.
-        places: of all documents whose vectors are known, ascending.
+        places: places of all documents with known vectors, ascending.
         excluded: for each query, the place of a document to leave out, or ``None``.
     """
 

@@ -1,8 +1,8 @@
 """Conclusions from the values of all queries: intervals, tests, and the verdict.
 
-The queries are a sample of those that users will send. Differences between systems are tested by a paired randomization
-test, as recommended by Smucker, Allan & Carterette 2007 (https://doi.org/10.1145/1321440.1321528), and by one that does
-not assume symmetry. ``bench.evidence`` measures how often all this errs.
+The queries are a sample of the queries that users will send. Differences between systems are tested by a paired
+randomization test, as recommended by Smucker, Allan & Carterette 2007 (https://doi.org/10.1145/1321440.1321528), and by a
+test that does not assume symmetry. ``bench.evidence`` measures the error rates.
 """
 
 from __future__ import annotations
@@ -18,34 +18,34 @@ from scipy import optimize, stats
 from gateway.compare.results import PRIMARY_MEASURE, Contrast, Estimate, Verdict
 
 MIN_QUERIES = 50
-"""With fewer queries, their spread is so large that the verdict would depend on which of them were picked."""
+"""With fewer queries, the spread is so large that the verdict would depend on the choice of queries."""
 
 MIN_UNTIED = 15
-"""Only queries that differ say anything. With fewer, a rare and large loss is easily missed."""
+"""Only queries that differ are informative. With fewer of them, a rare and large loss is easily missed."""
 
 ALPHA = 0.05
 TIE = 1e-9
-"""Values of a query that differ by no more than this are equal."""
+"""Values of a query that differ by no more than this count as equal."""
 
 SMALL_DIFFERENCE = 0.02
-"""The number of queries that would show such a difference is reported; a larger margin takes its place."""
+"""The report states the number of queries that would show this difference, or the margin if that is larger."""
 
 _POWER = 0.8
 _PRECISE = 1e-6  # of the ends of intervals
 _BITS = 8  # signs are drawn by the byte
-_ROUNDING = 1e-12  # relative: sums of the same numbers in another order are equal
+_ROUNDING = 1e-12  # relative: sums of the same numbers in another order count as equal
 
 Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
 class Design:
-    """How conclusions are drawn, fixed before anything is computed.
+    """The rules for conclusions, fixed before anything is computed.
 
     Attributes:
-        num_resamples: of the randomization test.
-        seed: of its draws.
-        margin: a smaller difference does not matter; with 0, any does.
+        num_resamples: number of resamples of the randomization test.
+        seed: seed of its draws.
+        margin: a smaller difference does not matter; with 0, every difference matters.
         groups: of queries that depend on each other, by query.
     """
 
@@ -60,7 +60,7 @@ class _Sample:
     """Values of queries, summed by group.
 
     Attributes:
-        sums: of the values of each group.
+        sums: sum of the values of each group.
         sizes: number of queries of each group.
     """
 
@@ -70,7 +70,7 @@ class _Sample:
 
     @property
     def error(self) -> float:
-        """The standard error of the mean; that of independent groups, not of queries (linearized ratio estimator)."""
+        """The standard error of the mean for independent groups rather than queries (linearized ratio estimator)."""
         number = self.sums.size
         if number < 2:
             return 0.0
@@ -78,7 +78,7 @@ class _Sample:
         return math.sqrt(spread) / float(self.sizes.sum())
 
     def interval(self, level: float, lowest: float, highest: float) -> Estimate:
-        """Return the mean with its t interval, cut to the possible means."""
+        """Return the mean with its t interval, limited to the possible means."""
         if self.error <= TIE:
             return Estimate(self.mean, None, None)
         margin = float(stats.t.ppf(0.5 + level / 2, self.sums.size - 1)) * self.error
@@ -101,10 +101,10 @@ def _sample(values: Mapping[str, float], groups: Mapping[str, str]) -> _Sample:
     if not values:
         raise ValueError("there are no values to estimate a mean of")
     numbers = np.fromiter(values.values(), dtype=np.float64, count=len(values))
-    # A group never has the name of a query, which would be a text and not a tuple.
+    # A group name is a string and a query's key a tuple, so they never collide.
     names: dict[object, int] = {}
     places = [names.setdefault(groups.get(query, (query,)), len(names)) for query in values]
-    # fsum, so that the mean does not depend on the order of the queries.
+    # Use fsum, so that the mean does not depend on the order of the queries.
     mean = math.fsum(numbers) / numbers.size
     sums: Floats = np.bincount(places, numbers).astype(np.float64)
     return _Sample(mean, sums, np.bincount(places).astype(np.float64))
@@ -113,14 +113,15 @@ def _sample(values: Mapping[str, float], groups: Mapping[str, str]) -> _Sample:
 def randomization_p(sums: Sequence[float] | Floats, num_resamples: int, seed: int) -> tuple[float, float]:
     """Return the two-sided p of the paired randomization test, and its standard error from the random draws.
 
-    p is how often random signs make as large a total. With few differences (``2 ** number <= num_resamples``), every
-    choice of signs is tried, and p is exact. p depends neither on the order of the differences nor on which arm is first.
+    p is the frequency of random signs with at least as large a total. With few differences (``2 ** number <=
+    num_resamples``), every choice of signs is tried, and p is exact. p depends neither on the order of the differences nor
+    on which arm is first.
 
     Args:
         sums: differences of independent queries, or their sums by group.
     """
     differences = np.asarray(sums, dtype=np.float64)
-    # Which of two signs is drawn for a difference makes no difference, so only the sizes count; sorted, also no order.
+    # The original signs do not matter, so only the sizes count. They are sorted, so that the order does not matter either.
     sizes = np.sort(np.abs(differences[np.abs(differences) > TIE]))
     if not sizes.size:
         return 1.0, 0.0
@@ -128,7 +129,7 @@ def randomization_p(sums: Sequence[float] | Floats, num_resamples: int, seed: in
     least = abs(math.fsum(differences)) - _ROUNDING * total
     if 2**sizes.size <= num_resamples:
         totals = np.zeros(1)
-        for size in sizes[1:]:  # the first sign is free: the other one gives the same totals, negated
+        for size in sizes[1:]:  # the first sign is fixed: the other sign gives the same totals, negated
             totals = np.concatenate((totals - size, totals + size))
         return float(np.mean(np.abs(totals + sizes[0]) >= least)), 0.0
     dice = np.random.default_rng(seed)
@@ -143,8 +144,8 @@ def randomization_p(sums: Sequence[float] | Floats, num_resamples: int, seed: in
 def likelihood_p(sums: Sequence[float] | Floats) -> float:
     """Return the two-sided p of the empirical likelihood ratio test that the mean is 0 (Owen 1988).
 
-    Random signs assume that gains and losses are alike. Where many small gains make up for a few large losses, a sample
-    without enough of the losses looks clearly better; this test follows the skewness of the differences.
+    Random signs assume that gains and losses are symmetric. If many small gains offset a few large losses, a sample with
+    too few of the losses looks clearly better. This test accounts for the skewness of the differences.
 
     Args:
         sums: differences of independent queries, or their sums by group.
@@ -155,7 +156,7 @@ def likelihood_p(sums: Sequence[float] | Floats) -> float:
         return 1.0
     low, high = float(differences.min()), float(differences.max())
     if low >= 0 or high <= 0:
-        return 0.0  # no weights of these differences have the mean 0: only the random signs say something
+        return 0.0  # no weights give these differences the mean 0, so only the random signs count
     least, most = -1 / high, -1 / low
     inside = _ROUNDING * (most - least)
     tilt = optimize.brentq(
@@ -167,11 +168,11 @@ def likelihood_p(sums: Sequence[float] | Floats) -> float:
 def likelihood_interval(sums: Sequence[float] | Floats, sizes: Sequence[float] | Floats) -> tuple[float, float]:
     """Return the means that the empirical likelihood ratio test does not reject: a 95 % interval.
 
-    It reaches further to the side of the rare, large differences than the t interval, which takes both sides for alike.
+    It reaches further toward the rare, large differences than the t interval, which is symmetric.
 
     Args:
         sums: differences of independent queries, or their sums by group.
-        sizes: number of queries of each.
+        sizes: number of queries in each group.
     """
     totals, counts = np.asarray(sums, dtype=np.float64), np.asarray(sizes, dtype=np.float64)
     mean = float(totals.sum() / counts.sum())
@@ -179,14 +180,14 @@ def likelihood_interval(sums: Sequence[float] | Floats, sizes: Sequence[float] |
     def excess(other: float) -> float:
         return likelihood_p(totals - other * counts) - ALPHA
 
-    # Beyond the least and the largest mean of a group, no weights have the mean, and p is 0.
+    # Beyond the smallest and largest mean of a group, no weights give the mean, and p is 0.
     ends = (float(np.min(totals / counts)), float(np.max(totals / counts)))
     low, high = (mean if abs(end - mean) <= TIE else optimize.brentq(excess, mean, end, xtol=_PRECISE) for end in ends)
     return float(low), float(high)
 
 
 def _both(one: Estimate, other: tuple[float, float]) -> Estimate:
-    """Return the interval that holds both: a mean outside of it is rejected by either test."""
+    """Return the smallest interval that contains both: each test rejects a mean outside of it."""
     if one.low is None or one.high is None:
         return one
     return Estimate(one.mean, min(one.low, other[0]), max(one.high, other[1]))
@@ -200,9 +201,9 @@ def _signed_sums(sizes: Floats) -> Floats:
 
 
 def holm(ps: Sequence[float]) -> list[float]:
-    """Correct p values of several tests (Holm 1979): the smallest times their number, and so on up to the largest.
+    """Correct the p values of several tests (Holm 1979): multiply the smallest by their number, and so on.
 
-    The result is in the order of ``ps``. No value is above 1, or below that of a smaller p.
+    The result is in the order of ``ps``. No value is above 1, or below the corrected value of a smaller p.
     """
     corrected = [0.0] * len(ps)
     largest = 0.0
@@ -226,7 +227,7 @@ def contrast(
 
     Args:
         arm_values: value of the measure by query, from 0 to 1.
-        baseline_values: the same of the same queries.
+        baseline_values: the baseline's values for the same queries.
 
     Raises:
         ValueError: the queries are not the same.
@@ -242,7 +243,7 @@ def contrast(
     num_untied = int(np.count_nonzero(np.abs(sample.sums) > TIE))
     interval = _both(sample.interval(1 - ALPHA, -1.0, 1.0), likelihood_interval(sample.sums, sample.sizes))
     if num_untied < MIN_UNTIED and 2 * num_untied < sample.sums.size:
-        interval = Estimate(sample.mean, None, None)  # what differs is too rare for this sample to show it
+        interval = Estimate(sample.mean, None, None)  # differences are too rare for this sample
     return Contrast(
         arm=arm,
         baseline=baseline,
@@ -264,7 +265,7 @@ def with_verdicts(contrasts: Sequence[Contrast], margin: float) -> list[Contrast
     """Correct p for the number of arms, and add the verdict if the measure is the primary one.
 
     Args:
-        contrasts: of one measure, for every arm but the baseline.
+        contrasts: the contrasts of one measure, for every arm except the baseline.
 
     Raises:
         ValueError: the contrasts are of several measures.
@@ -291,13 +292,13 @@ def _verdict(one: Contrast, margin: float, num_arms: int) -> Verdict:
 
 
 def _is_shown(one: Contrast) -> bool:
-    """Return whether a difference is shown: the test and the interval can disagree in borderline cases, so by both."""
+    """Return whether a difference is shown by both the test and the interval, which may disagree in borderline cases."""
     low, high = one.difference.low, one.difference.high
     return one.p_holm < ALPHA and low is not None and high is not None and not low <= 0 <= high
 
 
 def num_queries(one: Contrast) -> int:
-    """Return how many queries a contrast is of."""
+    """Return the number of queries of a contrast."""
     return one.wins + one.ties + one.losses
 
 
@@ -313,7 +314,7 @@ def _simultaneous(one: Contrast, num_arms: int) -> tuple[float, float]:
 def _most_untied(one: Contrast, num_arms: int) -> float:
     """Return an upper bound of the share of queries that differ (Clopper & Pearson 1934).
 
-    No query differs by more than 1, so this is a bound of the mean difference as well, whatever the differences are.
+    No query differs by more than 1, so this is also a bound of the mean difference.
     """
     num_tied = one.num_independent - one.num_untied
     if not num_tied or one.num_independent < num_queries(one):  # a large group may differ
@@ -322,7 +323,7 @@ def _most_untied(one: Contrast, num_arms: int) -> float:
 
 
 def _with_power(one: Contrast, margin: float) -> Contrast:
-    """Add the difference that would have been found, and the number of queries for a small one."""
+    """Add the detectable difference, and the number of queries that a small difference needs."""
     if one.num_untied < MIN_UNTIED or one.standard_error <= 0:
         return one
     detectable = float(stats.norm.ppf(1 - ALPHA / 2) + stats.norm.ppf(_POWER)) * one.standard_error

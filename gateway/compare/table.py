@@ -128,7 +128,7 @@ def _agreement_table(comparison: Comparison) -> Table:
 
 
 def _sentences(comparison: Comparison) -> list[str]:
-    """Return a sentence for each arm but the baseline: its verdict, or its agreement without judgments, and its cost."""
+    """Return a sentence for each arm except the baseline: its verdict (its agreement without judgments) and its cost."""
     said = {one.arm: verdict_sentence(comparison, one) for one in _primary(comparison)}
     said = said or {one.arm: agreement_sentence(one) for one in comparison.agreements}
     return [
@@ -141,10 +141,10 @@ def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) ->
         title=Text(title), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
     )
     for column in columns:
-        # In a narrow terminal, names wrap, and numbers do not.
+        # In a narrow terminal, names wrap, but numbers do not.
         is_name = column in _NAMES
         justify: Literal["left", "right"] = "left" if is_name or column == "verdict" else "right"
         table.add_column(column, justify=justify, overflow="fold", no_wrap=not is_name)
     for row in rows:
-        table.add_row(*map(Text, row))  # whatever console it is printed on
+        table.add_row(*map(Text, row))  # plain text on any console
     return table

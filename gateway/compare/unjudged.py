@@ -1,9 +1,9 @@
-"""Documents without a judgment: whether they decide the verdict, and the list of those to judge.
+"""Documents without a judgment: their influence on the verdict, and the list of documents to judge.
 
-Judgments are often made by looking at what one system finds. A document that only the other one finds then counts as
-irrelevant, and the other one looks worse than it is; leaving such documents out favors it instead (Sakai 2007,
-https://doi.org/10.1145/1277741.1277756, calls the rest a condensed list). In simulations, either alone told clear
-differences of the wrong sign, so a verdict needs both.
+Judgments often cover only the documents that one system finds. A document that only the other system finds then counts as
+irrelevant, and the other system looks worse than it is. Leaving out such documents favors it instead (Sakai 2007,
+https://doi.org/10.1145/1277741.1277756, calls the rest a condensed list). In simulations, each method alone showed clear
+differences with the wrong sign, so a verdict needs both.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from gateway.errors import CompareError
 TO_JUDGE = "to_judge.tsv"
 
 _MAX_GAP = 0.05
-# Some sets have a few documents judged irrelevant by chance; judging what was found leaves them for most queries.
+# Some data sets have a few irrelevant judgments by chance. Judging search results gives them for most queries.
 _LEAST_WITH_IRRELEVANT = 0.1
 _MAX_CHARACTERS = 2_000
-_SENSITIVE = ("=", "+", "-", "@")  # spreadsheets compute what begins so
+_SENSITIVE = ("=", "+", "-", "@")  # spreadsheets treat such texts as formulas
 
 
 def lists_only_relevant(judgments: Mapping[str, Mapping[str, int]]) -> bool:
     """Return whether the judgments only list relevant documents, as in most of BEIR.
 
-    Then the share of judged documents is the precision, and says nothing of what was not looked at.
+    The share of judged documents then equals the precision, and says nothing about unjudged documents.
     """
     number = sum(min(scores.values(), default=1) <= 0 for scores in judgments.values())
     return number < _LEAST_WITH_IRRELEVANT * len(judgments)
@@ -58,16 +58,16 @@ def reconcile(whole: Contrast, condensed: Contrast) -> Contrast:
 
     Args:
         whole: documents without judgment count as irrelevant.
-        condensed: they are left out.
+        condensed: documents without judgment are left out.
     """
     verdict = whole.verdict if whole.verdict is condensed.verdict else Verdict.NOT_JUDGED_ALIKE
     return replace(whole, verdict=verdict, condensed=condensed.difference, condensed_verdict=condensed.verdict)
 
 
 def write_to_judge(comparison: Comparison, dataset: Dataset, folder: Path) -> Path | None:
-    """Write the documents that an arm has among its first ten, and that have no judgment, for a person to judge.
+    """Write the unjudged documents among the first ten of any arm, for a person to judge.
 
-    The lines do not say which arm found a document. Within a query they are shuffled. ``--judged`` reads the file.
+    The lines do not name the arm that found a document, and are shuffled within a query. ``--judged`` reads the file.
 
     Returns:
         The file; ``None`` if there is nothing to judge, or only relevant documents are listed.

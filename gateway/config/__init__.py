@@ -1,4 +1,5 @@
-"""What the operator decides: settings of the process (``GATEWAY_*``) and the registry of models (``models.yaml``).
+"""The operator's configuration: settings of the process (``GATEWAY_*``) and the registry of models (``models.yaml``).
 
-The only readers of files and of the environment. Both give frozen values, or one ``ConfigError`` with every problem.
+Only this package reads configuration files and the environment. It returns frozen values, or raises one ``ConfigError``
+with every problem.
 """

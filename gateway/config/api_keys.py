@@ -1,7 +1,7 @@
 """The file of API keys: the clients of the gateway, their models, and their quotas per minute.
 
-It holds only hashes: reading it gives no usable key. A plain SHA-256 is enough, as keys are 256 random bits (``gateway key``
-makes them), which cannot be guessed like passwords.
+It holds only hashes, so reading it gives no usable key. A plain SHA-256 is enough, because keys are 256 random bits
+(``gateway key`` makes them), which cannot be guessed like passwords.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from gateway.errors import ConfigError, Problem, StartError
 
 # Enough for a file of a megabyte: about 8,000 clients with their own limits and models.
 _KEY_FILE = FileKind("`version: 1` and `keys:`", "GATEWAY_API_KEYS_FILE or --file names it", max_values=100_000)
-_PLAIN_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")  # text in YAML even without quotes, except for a few words
+_PLAIN_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")  # text in YAML without quotes, except for a few words
 
 
 class KeyEntry(Frozen):
@@ -64,11 +64,11 @@ def load_key_file(path: Path, environ: Mapping[str, str], text: str | None = Non
     """Read and check a file of API keys.
 
     Args:
-        environ: the variables for ``${NAME}`` in its values.
-        text: new content of the file, to be checked before it is written.
+        environ: the variables for ``${NAME}`` in the file's values.
+        text: new content of the file, which is checked before it is written.
 
     Raises:
-        ConfigError: the file cannot be read or is wrong; lists every problem.
+        ConfigError: the file cannot be read or is wrong; the error lists every problem.
     """
     document = read_document(path, environ, _KEY_FILE, text)
     if not isinstance(document.root, dict):
@@ -90,7 +90,7 @@ def unknown_models(keys: KeyFile, names: Iterable[str]) -> list[str]:
     """List the keys that name unknown models.
 
     Args:
-        names: every id, alias and experiment of the registry.
+        names: all ids, aliases and experiments of the registry.
     """
     known = set(names)
     return [
@@ -121,7 +121,7 @@ def make_entry(**options: object) -> KeyEntry:
                 for field, message in problems
             ]
         ) from error
-    # In a file, it is valid: the entry of an expired key may stay there.
+    # In a file, an expired key is valid, because its entry may stay there.
     if entry.expires is not None and entry.expires <= datetime.now(UTC):
         raise ConfigError(
             [Problem("command line", 0, 0, "--expires", f"must be in the future, got {quote(str(options['expires']))}")]
@@ -136,7 +136,7 @@ def entry_lines(entry: KeyEntry, indent: str = "  ") -> str:
 
 
 def add_key(path: Path, entry: KeyEntry, environ: Mapping[str, str]) -> None:
-    """Add an entry to a file of API keys, or create the file; the rest of it stays as it is, comments included.
+    """Add an entry to a file of API keys, or create the file; the rest, comments included, does not change.
 
     Raises:
         ConfigError: the existing file cannot be read, or is wrong.
@@ -179,7 +179,7 @@ def _entry_yaml(entry: KeyEntry) -> dict[str, str]:
 
 
 def _extended(text: str, path: Path, entry: KeyEntry) -> str | None:
-    """Return the text of a file of keys with one more entry; ``None`` if its keys are an alias of an anchor, for example."""
+    """Return the text of a file of keys with one more entry; ``None`` if its keys have another form, such as an alias."""
     _yaml, root = compose(text, str(path), _KEY_FILE)
     keys = _value_of(root, "keys")
     if not isinstance(keys, SequenceNode):
@@ -200,7 +200,7 @@ def _value_of(root: Node, name: str) -> Node | None:
 
 
 def _end_of_block(text: str, keys: SequenceNode) -> int:
-    """Return where a block of keys ends: after its last line that is not a comment, line break included."""
+    """Return the end of a block of keys: after its last line that is not a comment, line break included."""
     lines = text[: keys.end_mark.index].splitlines(keepends=True)
     while lines and (not lines[-1].strip() or lines[-1].lstrip().startswith("#")):
         lines.pop()

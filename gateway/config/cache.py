@@ -30,7 +30,7 @@ def _read_size(value: object) -> object:
 
 
 def _read_redis(value: object) -> object:
-    if not isinstance(value, str) or not value.startswith(_REDIS_SCHEMES):  # not shown: it may hold a password
+    if not isinstance(value, str) or not value.startswith(_REDIS_SCHEMES):  # not shown, because it may hold a password
         raise ValueError("must begin with `redis://`, `rediss://` or `unix://`")
     if find_spec("redis") is None:
         raise ValueError("needs the package redis: pip install 'embedding-gateway[redis]'")

@@ -51,7 +51,7 @@ class Capture(Frozen):
         """Return the file without a date.
 
         Args:
-            folder: that of ``models.yaml``.
+            folder: the folder of ``models.yaml``.
         """
         return folder / Path(self.to).expanduser()
 
@@ -62,7 +62,7 @@ def dated(path: Path, day: date) -> Path:
 
 
 def dated_files(path: Path) -> dict[date, Path]:
-    """Return the files of all days that exist, the oldest first."""
+    """Return the existing files of all days, oldest first."""
     form = re.compile(rf"{re.escape(path.stem)}-(\d{{4}}-\d\d-\d\d){re.escape(path.suffix)}")
     files = {}
     for file in path.parent.iterdir() if path.parent.is_dir() else ():

@@ -1,4 +1,4 @@
-"""Conflicts between entries of ``models.yaml`` that are valid by themselves: names used twice, targets that do not exist."""
+"""Conflicts between valid entries of ``models.yaml``: names that are used twice, targets that do not exist."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Conflict(NamedTuple):
     """A problem at a place of the file.
 
     Attributes:
-        is_in_key: the problem is the key at ``path``, rather than its value.
+        is_in_key: whether the problem is the key at ``path`` rather than its value.
     """
 
     path: KeyPath
@@ -26,7 +26,7 @@ class Conflict(NamedTuple):
 
 
 class ConflictError(ValueError):
-    """Entries conflict; says the first conflict, and carries all."""
+    """Conflicting entries; the message states the first conflict, and ``conflicts`` holds all."""
 
     def __init__(self, conflicts: Sequence[Conflict]) -> None:
         super().__init__(conflicts[0].message)
@@ -89,7 +89,7 @@ class _Names:
         self.sources = _by_source(models)
 
     def wrong_target(self, target: str) -> str:
-        """Explain what a name that should be a model's id is instead."""
+        """Explain a name that should be a model's id, but is something else."""
         model_id, colon, task = target.partition(":")
         if colon and model_id in self.ids:
             return f"must be a model id alone, got {quote(target)}; write `{{model: {model_id}, task: {task}}}`"
@@ -112,7 +112,7 @@ def _by_source(models: Sequence[ModelEntry]) -> dict[str, str]:
 def _name_conflicts(
     models: Sequence[ModelEntry], aliases: Mapping[str, Alias], experiments: Sequence[Experiment]
 ) -> Iterator[Conflict]:
-    """Yield the names that are already taken. Two names that differ only in case are a trap for clients."""
+    """Yield the names that are already taken. Case is ignored, because names that differ only in case mislead clients."""
     ids: dict[str, str] = {}
     for index, model in enumerate(models):
         if first := ids.get(model.id.casefold()):
@@ -147,7 +147,7 @@ def _same_space_problem(model: ModelEntry, other: str, names: _Names) -> str | N
 def _on_demand_conflicts(
     models: Sequence[ModelEntry], experiments: Sequence[Experiment], shadows: Sequence[Shadow]
 ) -> Iterator[Conflict]:
-    """Yield the uses of a model that must be loaded, where the model is loaded on demand."""
+    """Yield the uses of on-demand models that require a loaded model."""
     on_demand = {model.id: model for model in models if model.is_on_demand}
     for index, experiment in enumerate(experiments):
         for arm_index, arm in enumerate(experiment.arms):
@@ -175,7 +175,7 @@ def _on_demand_conflicts(
 
 
 def _capture_conflicts(aliases: Mapping[str, Alias], experiments: Sequence[Experiment]) -> Iterator[Conflict]:
-    """Yield each capture to the file of another one: the days and the scrub of both would apply to neither."""
+    """Yield each capture that shares a file with another: neither one's days and scrub would hold for the file."""
     captures: list[tuple[str, KeyPath, Capture | None]] = [
         *((alias.name, ("aliases", name), alias.capture) for name, alias in aliases.items()),
         *((experiment.id, ("experiments", index), experiment.capture) for index, experiment in enumerate(experiments)),

@@ -1,4 +1,4 @@
-"""Change an experiment in ``models.yaml`` as a person would: a few characters, and the rest of the file as it was."""
+"""Change an experiment in ``models.yaml`` as a person would: only a few characters, without touching the rest."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Change:
     """A change of an experiment.
 
     Attributes:
-        weights: new weights by arm; arms that are left out keep theirs.
+        weights: new weights by arm; other arms keep their weights.
         end: when the experiment ends; ``None`` for no change.
     """
 
@@ -46,10 +46,10 @@ class Edit:
     after: str
 
     def undo(self) -> None:
-        """Put the old text back, unless the file was changed again since.
+        """Restore the old text, unless the file was changed again in the meantime.
 
         Raises:
-            OSError: it cannot be written.
+            OSError: the file cannot be written.
         """
         with one_writer(self.path):
             if read_text(self.path, MODELS_FILE) == self.after:
@@ -60,11 +60,11 @@ def edit_experiment(served: Registry, experiment_id: str, change: Change, enviro
     """Write a change of an experiment into the registry's file. Blocking: call it in a thread.
 
     Args:
-        served: the registry as it is served, whose file must say the same.
+        served: the registry as it is served; its file must have the same content.
 
     Raises:
         ConfigError: the file cannot be read, or would be wrong after the change.
-        StartError: it has changes that are not served yet, cannot be written, or is not plain enough to be changed.
+        StartError: the file has changes that are not served yet, cannot be written, or is not plain enough to edit.
     """
     path = served.path
     try:
@@ -90,7 +90,7 @@ def _changed(registry: Registry, experiment_id: str, change: Change) -> Registry
 
 
 def _edited(text: str, path: Path, experiment_id: str, change: Change) -> str | None:
-    """Return the text with a change; ``None`` if a value is not where it is expected."""
+    """Return the text with a change; ``None`` if a value is not in the expected place."""
     _yaml, root = compose(text, str(path), MODELS_FILE)
     found = _value(root, "experiments")
     experiments = found.value if isinstance(found, SequenceNode) else ()
@@ -107,7 +107,7 @@ def _edited(text: str, path: Path, experiment_id: str, change: Change) -> str | 
     if change.end is not None:
         place, end = _end_of(text, experiment, f"{change.end.astimezone(UTC):%Y-%m-%dT%H:%M:%SZ}")
         pieces[place] = end
-    # From the last: a piece of another length moves all that is behind it.
+    # Replace from the last piece to the first, because a new piece may move the text after it.
     for (start, stop), piece in sorted(pieces.items(), reverse=True):
         if "${" in text[start:stop]:
             return None
@@ -116,7 +116,7 @@ def _edited(text: str, path: Path, experiment_id: str, change: Change) -> str | 
 
 
 def _end_of(text: str, experiment: MappingNode, end: str) -> tuple[tuple[int, int], str]:
-    """Return where the end of an experiment is written, or is to be, and the text to write there."""
+    """Return the current or future place of an experiment's end, and the text to write there."""
     if (known := _value(experiment, "end")) is not None:
         return (known.start_mark.index, known.end_mark.index), end
     key, value = next(pair for pair in experiment.value if pair[0].value == "id")

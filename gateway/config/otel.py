@@ -1,8 +1,8 @@
 """The standard ``OTEL_*`` variables for traces: whether traces are on, and errors that the SDK would report too late.
 
-OpenTelemetry's SDK reads the variables itself and reports most wrong values at the start. Checked here are those with which
-it would start and then fail on every export, sample every trace, or log a secret. Headers and endpoints may hold secrets,
-so no message repeats them.
+OpenTelemetry's SDK reads the variables itself and reports most wrong values at the start. This module checks for values
+with which it would start and then fail on every export, sample every trace, or log a secret. Headers and endpoints may hold
+secrets, so no message repeats them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _SAMPLERS: Final = (
     "parentbased_always_on", "parentbased_always_off", "parentbased_traceidratio",
 )  # fmt: skip
 _FILES: Final = ("CERTIFICATE", "CLIENT_KEY", "CLIENT_CERTIFICATE")
-# As the SDK reads it: an HTTP header name, and a value that is percent-encoded or printable ASCII.
+# A header as the SDK reads it: an HTTP header name, and a value that is percent-encoded or printable ASCII.
 _HEADER: Final = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+\s*=[ !#-+\--:<-\[\]-~]*")
 
 _Problems: TypeAlias = Iterator[tuple[str, str]]
@@ -38,10 +38,10 @@ def read_trace_settings(environ: Mapping[str, str]) -> TraceSettings:
         environ: the environment; an empty variable counts as unset.
 
     Raises:
-        ConfigError: a variable has a value that cannot be used; lists all of them.
+        ConfigError: a variable has an unusable value; the error lists all such variables.
     """
     variables = {name: value.strip() for name, value in environ.items() if value.strip()}
-    problems = list(_propagator_problems(variables))  # the web framework reads this one, with or without traces
+    problems = list(_propagator_problems(variables))  # the web framework reads this variable, with or without traces
     exporters = _exporters(variables)
     problems += [
         ("OTEL_TRACES_EXPORTER", _one_of(_EXPORTERS, exporter)) for exporter in exporters if exporter not in _EXPORTERS

@@ -15,10 +15,10 @@ from gateway.errors import Problem
 def field_problems(
     error: ValidationError, document: Document, fields_at: Callable[[KeyPath], Mapping[str, FieldInfo]]
 ) -> Iterator[Problem]:
-    """Yield the problems of single fields; problems of the file as a whole have no path, and are left out.
+    """Yield the problems of single fields; problems of the whole file have no path, and are left out.
 
     Args:
-        fields_at: returns the fields of the model that the last key of a path belongs to.
+        fields_at: returns the fields of the model to which the last key of a path belongs.
     """
     for detail in error.errors(include_url=False):
         path: KeyPath = detail["loc"]

@@ -59,7 +59,7 @@ class Registry(Frozen):
         """Return the model with exactly this id.
 
         Raises:
-            KeyError: no model has it.
+            KeyError: no model has this id.
         """
         for entry in self.models:
             if entry.id == model_id:
@@ -83,9 +83,9 @@ class Registry(Frozen):
         return [alias.name for alias in self.aliases.values() if alias.model == model_id]
 
     def source_names(self) -> dict[str, str]:
-        """Return the model of each source that can name one, and of each other name that its weights are known by.
+        """Return the model of each source that names a model, and of each other well-known name of its weights.
 
-        A source that two models share names neither of them.
+        A source that two models share names neither.
         """
         count = Counter(entry.source for entry in self.models)
         names = {entry.source: entry.id for entry in self.models if count[entry.source] == 1}
@@ -95,7 +95,7 @@ class Registry(Frozen):
         return known_by | names
 
     def source_names_of(self, model_id: str) -> list[str]:
-        """Return the names of :meth:`source_names` that name one model."""
+        """Return the names of a model in :meth:`source_names`."""
         return [name for name, owner in self.source_names().items() if owner == model_id]
 
     def names(self) -> list[str]:
@@ -122,12 +122,12 @@ def load_registry(path: Path, environ: Mapping[str, str], text: str | None = Non
 
     Args:
         path: the file; folders in it are relative to its folder.
-        environ: the variables for ``${NAME}`` in its values.
-        text: new content of the file, to be checked before it is written.
+        environ: the variables for ``${NAME}`` in the file's values.
+        text: new content of the file, which is checked before it is written.
 
     Raises:
-        ConfigError: the file cannot be read or is wrong; lists every problem. Conflicts between entries are found once
-            every entry is valid.
+        ConfigError: the file cannot be read or is wrong; the error lists every problem. Conflicts between entries are found
+            once all entries are valid.
     """
     document = read_document(path, environ, MODELS_FILE, text)
     root = document.root
@@ -150,7 +150,7 @@ def load_registry(path: Path, environ: Mapping[str, str], text: str | None = Non
 
 
 def _without_loader_fields(root: Mapping[str, Value], document: Document) -> dict[str, object]:
-    """Return the file's entries with each alias as the mapping that ``Alias`` reads, and record those that cannot be one."""
+    """Return the file's entries with each alias as a mapping for ``Alias``, and record aliases of another form."""
     entries: dict[str, object] = dict(root)
     if "path" in entries:
         allowed = configurable(Registry.model_fields)
@@ -178,7 +178,7 @@ def _alias_entries(name: str, value: Value, document: Document) -> dict[str, Val
 
 
 def _fields_at(path: KeyPath) -> Mapping[str, FieldInfo]:
-    """Return the fields of the model that the last key of a path belongs to."""
+    """Return the fields of the model to which the last key of a path belongs."""
     match path:
         case ("models", int(), *rest):
             parts = {"upstream": Upstream.model_fields, "replicas": Replicas.model_fields}
@@ -196,7 +196,7 @@ def _fields_at(path: KeyPath) -> Mapping[str, FieldInfo]:
 
 
 def _conflict_problems(error: ValidationError, document: Document) -> Iterator[Problem]:
-    """Yield the conflicts between entries, with their places. They are known only if every entry is valid."""
+    """Yield the conflicts between entries, with their places; they are known only if all entries are valid."""
     for detail in error.errors(include_url=False):
         cause = detail.get("ctx", {}).get("error")
         for path, message, is_in_key in cause.conflicts if isinstance(cause, ConflictError) else ():

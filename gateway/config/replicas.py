@@ -27,7 +27,7 @@ class Replicas(Frozen):
 
     @property
     def most(self) -> int:
-        """The most replicas."""
+        """The maximum number of replicas."""
         return self.max or self.min
 
     @model_validator(mode="after")

@@ -1,4 +1,4 @@
-"""The values of settings that are lists, addresses, paths or secrets. Each function checks one, and says what is right."""
+"""Check settings that are lists, addresses, paths or secrets. Each error says which values are accepted."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _ADDRESS = re.compile(r"[A-Za-z0-9.-]+:\d{1,5}|\[[0-9a-fA-F:]+\]:\d{1,5}")
 
 
 def split_keys(value: object) -> object:
-    """Split comma-separated keys. No message may show one."""
+    """Split comma-separated keys; no message may show a key."""
     if not isinstance(value, str):
         return value
     keys = tuple(key.strip() for key in value.split(","))

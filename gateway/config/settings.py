@@ -36,7 +36,7 @@ from gateway.errors import ConfigError, Problem
 
 ENV_PREFIX: Final = "GATEWAY_"
 
-# Kubernetes sets these in every pod of a namespace that has a Service named `gateway`.
+# Kubernetes sets these variables in every pod of a namespace that has a Service named `gateway`.
 _SERVICE_LINK = re.compile(r"GATEWAY_(SERVICE_(HOST|PORT.*)|PORT_\d+_(TCP|UDP|SCTP).*)")
 _SERVICE_LINK_HINT = (
     "; Kubernetes sets it for a Service named `gateway`: rename it, or set `enableServiceLinks: false` in the pod"
@@ -46,8 +46,8 @@ _SERVICE_LINK_HINT = (
 class Settings(BaseSettings):
     """Settings of one gateway process.
 
-    Created by :func:`load_settings`. The constructor does not read the environment, so that a test, or a program that embeds
-    the gateway, gets exactly the values that it passes.
+    Created by :func:`load_settings`. The constructor does not read the environment, so a test, or a program that embeds the
+    gateway, gets exactly the values that it passes.
     """
 
     model_config = SettingsConfigDict(
@@ -314,11 +314,11 @@ def load_settings(environ: Mapping[str, str], **overrides: object) -> Settings:
 
     Args:
         environ: the environment; an empty variable counts as unset.
-        overrides: values by field name that win over the environment, such as command-line options; ``None`` is ignored.
+        overrides: values by field name that override the environment, such as command-line options; ``None`` is ignored.
 
     Raises:
-        ConfigError: a value is wrong, a ``GATEWAY_*`` variable is unknown, or the library of the model hub cannot read one;
-            lists every problem.
+        ConfigError: a value is wrong, a ``GATEWAY_*`` variable is unknown, or the library of the model hub cannot read a
+            variable; the error lists every problem.
         TypeError: an override is not a setting.
     """
     unknown = overrides.keys() - Settings.model_fields.keys()

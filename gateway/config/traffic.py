@@ -1,4 +1,4 @@
-"""How requests are distributed over the models of ``models.yaml``: aliases, experiments, shadows."""
+"""The distribution of requests over the models of ``models.yaml``: aliases, experiments, shadows."""
 
 from __future__ import annotations
 

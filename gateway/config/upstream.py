@@ -14,7 +14,7 @@ from gateway.config.fields import DistinctListed, Frozen, NonEmptyText, Positive
 from gateway.config.wording import describe, quote
 
 DNS: Final = "dns+"
-"""Begins a URL with a name that is looked up again and again: each of its addresses is a server."""
+"""The prefix of a URL whose name is looked up repeatedly; each of its addresses is a server."""
 
 
 def _check_url(text: str) -> str:
@@ -22,7 +22,7 @@ def _check_url(text: str) -> str:
     try:
         parts = urlsplit(text.removeprefix(DNS))
         port = parts.port
-    except ValueError:  # a port beyond 65535, brackets that do not close
+    except ValueError:  # a port above 65535, or an unclosed bracket
         raise wrong from None
     if parts.username or parts.password:
         raise ValueError("must not hold a user or a password; use `api_key`")
@@ -68,7 +68,7 @@ Extra: TypeAlias = Annotated[str | int | float | bool | None, BeforeValidator(_c
 # The gateway writes these itself.
 _OWN_FIELDS = ("model", "input", "inputs")
 _ENCODINGS = ("base64", "float", None)
-# Fields for the format of vectors, of Voyage, Jina, NVIDIA NIM and vLLM.
+# The fields of Voyage, Jina, NVIDIA NIM and vLLM that select the format of vectors.
 _AS_FLOAT32 = {
     "encoding_format": _ENCODINGS,
     "output_dtype": ("float", None),

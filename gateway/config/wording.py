@@ -1,4 +1,4 @@
-"""Words for messages: what is wrong with a value, and what would be right.
+"""Wording of messages about a wrong value and the accepted values.
 
 pydantic finds the problems, but its own wording ("Input should be a valid tuple") is for programmers, not for operators.
 """
@@ -24,7 +24,7 @@ def quote(text: str) -> str:
 
 
 def cut(text: str, max_characters: int = 100) -> str:
-    """Shorten a text for a message: one from a client can be as long as a request body."""
+    """Shorten a text for a message, because a client's text can be as long as a request body."""
     return text if len(text) <= max_characters else f"{text[:max_characters]}…"
 
 
@@ -66,7 +66,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def unknown_key(key: str, allowed: Iterable[str]) -> str:
-    """Return a message for an unknown key, with the closest key and all allowed ones."""
+    """Return a message for an unknown key, with the closest key and all allowed keys."""
     names = list(allowed)
     return f"is not a known key{did_you_mean(key, names) or ';'} allowed keys: {enumerate_names(names)}"
 
@@ -77,11 +77,11 @@ def first_sentence(description: str | None) -> str:
 
 
 def explain(error: ErrorDetails, fields: Mapping[str, FieldInfo]) -> str:
-    """Translate one pydantic error, for the reader of ``key: message``.
+    """Translate a pydantic error for readers of ``key: message``.
 
     Args:
         error: an error of pydantic.
-        fields: the fields of the model that has, or lacks, the key; excluded ones cannot be configured.
+        fields: the fields of the model that has, or lacks, the key; excluded fields cannot be configured.
     """
     key = str(error["loc"][-1]) if error["loc"] else ""
     if error["type"] == "missing":
@@ -89,12 +89,12 @@ def explain(error: ErrorDetails, fields: Mapping[str, FieldInfo]) -> str:
     if error["type"] == "extra_forbidden":
         return unknown_key(key, configurable(fields))
     expected = _EXPECTED.get(error["type"])
-    # No field can raise another type of error today. If one does, this is plainer than pydantic's text.
+    # No field raises another type of error today. If one ever does, this text is plainer than pydantic's.
     return expected(error) if expected else f"is not accepted, got {describe(error['input'])}"
 
 
 def configurable(fields: Mapping[str, FieldInfo]) -> list[str]:
-    """Return the names of the fields that are keys of the file; the loader sets the excluded ones."""
+    """Return the names of the fields that are keys of the file; the loader sets the excluded fields."""
     return [name for name, field in fields.items() if not field.exclude]
 
 
@@ -108,7 +108,7 @@ def _text(error: ErrorDetails) -> str:
 
 
 def _one_of(error: ErrorDetails) -> str:
-    # "'auto', True or False": pydantic shows the Python literals, the file has YAML's.
+    # "'auto', True or False": pydantic shows Python literals, but the file has YAML's.
     choices = re.findall(r"'([^']*)'|(True|False)", error["ctx"]["expected"])
     names = [text or literal.lower() for text, literal in choices]
     value = error["input"]

@@ -1,6 +1,6 @@
-"""Plain values of a YAML file, with their places.
+"""The plain values of a YAML file, with their places.
 
-Every problem of a file is reported at once, with its line and column, so the node tree is walked here rather than loaded:
+All problems of a file are reported at once, with line and column. So this module walks the node tree instead of loading it:
 a loader stops at the first duplicate key or wrong number, and does not say where a value came from.
 """
 
@@ -33,7 +33,7 @@ Value: TypeAlias = "bool | int | float | str | tuple[Value, ...] | dict[str, Val
 KeyPath: TypeAlias = tuple[str | int, ...]
 """Keys and list indices from the top of the file: ``("models", 1, "revision")``."""
 
-# What to do, by a part of the parser's message.
+# Advice by a part of the parser's message.
 _ADVICE = {
     r"'\t'": "this is a tab; indent with spaces",
     "<block end>": "indent this line like the others of its list or mapping",
@@ -64,7 +64,7 @@ class Document:
     Attributes:
         keys: place of each key of a mapping, by its path.
         values: place of each value, by its path.
-        unread: paths whose value could not be read, and which already have a problem.
+        unread: paths of values that could not be read, for which a problem is already recorded.
     """
 
     file: str
@@ -117,10 +117,10 @@ class FileKind:
 def read_document(path: Path, environ: Mapping[str, str], kind: FileKind, text: str | None = None) -> Document:
     """Read one YAML document and substitute ``${NAME}`` and ``${NAME:-default}`` in its values.
 
-    A plain (unquoted) value is typed after the substitution, so ``${X:-8192}`` is a number; a quoted one stays text.
+    A plain (unquoted) value is typed after the substitution, so ``${X:-8192}`` is a number; a quoted value stays text.
 
     Args:
-        text: new content of the file, to be checked before it is written.
+        text: new content of the file, which is checked before it is written.
 
     Raises:
         ConfigError: the file is missing, not a regular file, too large, not UTF-8, not YAML, or empty. Problems of single
@@ -134,16 +134,16 @@ def read_document(path: Path, environ: Mapping[str, str], kind: FileKind, text: 
 
 
 def compose(text: str, file: str, kind: FileKind) -> tuple[YAML, Node]:
-    """Parse one YAML document into nodes; return the parser as well.
+    """Parse one YAML document into nodes, and return the parser with them.
 
     Raises:
-        ConfigError: it is not YAML, has more values than the kind allows, or is empty.
+        ConfigError: the text is not YAML, has more values than the kind allows, or is empty.
     """
     yaml = YAML(typ="safe", pure=True)
     yaml.max_depth = MAX_DEPTH
     yaml.Composer = _CountingComposer
     yaml.composer.max_nodes = kind.max_values
-    # YAML allows an anchor to be redefined; by default that is a Python warning, which nothing shows.
+    # YAML allows an anchor to be redefined. The library's default is a Python warning, which is never shown.
     yaml.composer.warn_double_anchors = False
     root = _compose(yaml, text, file)
     if root is None or (isinstance(root, ScalarNode) and root.value == ""):
@@ -156,7 +156,7 @@ class _TooManyNodes(MarkedYAMLError):
 
 
 class _CountingComposer(Composer):
-    """The library's composer, with a maximum number of nodes: a megabyte of them would take seconds."""
+    """The library's composer with a maximum number of nodes, because a megabyte of nodes would take seconds."""
 
     max_nodes = MAX_VALUES
     num_nodes = 0
@@ -173,7 +173,7 @@ def read_text(path: Path, kind: FileKind) -> str:
     """Read a file of at most ``MAX_FILE_BYTES`` in UTF-8.
 
     Raises:
-        ConfigError: it cannot be read, is not a regular file, or is not UTF-8.
+        ConfigError: the file cannot be read, is not a regular file, or is not UTF-8.
     """
     file = str(path)
     try:
@@ -244,7 +244,7 @@ class _NodeReader:
             self.document.keys[*path, key] = _place(key_node)
             entries[key] = self.read(value_node, (*path, key))
             if entries[key] is None and not value_node.value:
-                # An empty value has no place: ruamel.yaml gives the place of the next token, which may be lines below.
+                # An empty value has no place: ruamel.yaml reports the place of the next token, which may be lines below.
                 self.document.values[*path, key] = _place(key_node)
         return entries
 
@@ -261,7 +261,7 @@ class _NodeReader:
         self.document.unread.add(path)
 
     def _pairs(self, node: Node, path: KeyPath, depth: int) -> dict[str, tuple[Node, Node]]:
-        """Return the nodes of a mapping by key: its own, and those of its merge keys (``<<``), which never override them."""
+        """Return the nodes of a mapping by key: its own, and those of merge keys (``<<``), which never override them."""
         self._count(node, depth)
         pairs: dict[str, tuple[Node, Node]] = {}
         merged: list[Node] = []
@@ -299,7 +299,7 @@ class _NodeReader:
             substituted = self._substitute(text, path)
             if substituted is None:
                 return None
-            # A quoted or block value is text, whatever it looks like.
+            # A quoted or block value is always text.
             is_plain = not node.style
             text, tag = substituted, str(self.yaml.resolver.resolve(ScalarNode, substituted, (is_plain, not is_plain)))
         if _unprintable(text):

@@ -1,1 +1,1 @@
-"""Pages for people: what answers, how models differ, which is better. Imported only where the console is switched on."""
+"""Pages for people: the state of the models, their differences and their quality. Imported only if the console is on."""

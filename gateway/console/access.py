@@ -1,4 +1,4 @@
-"""Who may see the console: a key is exchanged for a cookie, and only the console's own pages may change anything."""
+"""Access to the console: a key is exchanged for a cookie, and only the console's own pages may change anything."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from gateway.errors import Forbidden, Unauthorized
 from gateway.http.context import RequestContext
 
 _SESSION_S = 12 * 3600.0
-# Only a valid key makes one.
+# Only a valid key creates a session.
 _MAX_SESSIONS = 1000
-# One client that signs in again and again must not sign the operator out.
+# A client that signs in repeatedly must not sign the operator out.
 _MAX_SESSIONS_OF_KEY = 50
 _OPERATOR = "operator"
 
@@ -29,10 +29,10 @@ class Visitor:
     """The reader of a page.
 
     Attributes:
-        client: with the rights and the quotas of the key.
-        is_operator: may reload, load and unload.
-        sees_all: sees the errors of all clients.
-        is_signed_in: has a session to leave.
+        client: the client, with the rights and quotas of the key.
+        is_operator: whether the reader may reload, load and unload.
+        sees_all: whether the reader sees the errors of all clients.
+        is_signed_in: whether the reader has a session to end.
     """
 
     client: Client
@@ -51,8 +51,8 @@ class _Session:
 class Gate:
     """Decides who sees the console, and with which rights.
 
-    With ``GATEWAY_CONSOLE=public``, that is every client of the API, with its own rights. Otherwise it is the operator, who
-    needs the operator's key as soon as the gateway has any key; without one, the API is open as well.
+    With ``GATEWAY_CONSOLE=public``, every client of the API sees it, with its own rights. Otherwise only the operator does,
+    who needs the operator's key as soon as the gateway has any key; without any key, the API is open as well.
     """
 
     def __init__(self, settings: Settings, keyring: Keyring, port: int) -> None:
@@ -60,7 +60,7 @@ class Gate:
         self._keyring = keyring
         self._sessions: OrderedDict[str, _Session] = OrderedDict()
         self.is_public = settings.console == "public"
-        # Browsers send a cookie to all ports of a host: two gateways must not sign each other's readers out.
+        # Browsers send a cookie to all ports of a host, and two gateways must not sign out each other's readers.
         self.cookie = f"gateway_console_{port}"
 
     @property
@@ -80,7 +80,7 @@ class Gate:
 
     @property
     def clients_port(self) -> int | None:
-        """The port of the API, if the console is on another one."""
+        """The port of the API, if the console is on another port."""
         return None if self.is_public or self._settings.admin_port is None else self._settings.port
 
     @property
@@ -123,7 +123,7 @@ class Gate:
         self._sessions.pop(key_digest(request.cookies.get(self.cookie, "")), None)
 
     def leave_message(self, request: Request, message: str) -> None:
-        """Keep a message for the next page of a reader who has signed in."""
+        """Keep a message for the next page of a signed-in reader."""
         if (session := self._find(request.cookies.get(self.cookie, ""))) is not None:
             session.message = message
 
@@ -151,7 +151,7 @@ class Gate:
 
 
 def check_origin(request: Request) -> None:
-    """Refuse a form that another site had a browser send. Browsers name the site that a form comes from.
+    """Refuse a form that another site made a browser send; browsers name the site that a form comes from.
 
     Raises:
         Forbidden: the form comes from elsewhere, or from no page at all.
@@ -168,7 +168,7 @@ def check_origin(request: Request) -> None:
 
 
 def _site_of(origin: str) -> str | None:
-    """Return the host and port of an origin; ``None`` if it has none, or is not an address at all."""
+    """Return the host and port of an origin; ``None`` if it has no host, or is not an address."""
     try:
         return urlsplit(origin).netloc or None
     except ValueError:

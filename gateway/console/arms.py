@@ -1,4 +1,4 @@
-"""The arms of the playground: ``MODEL:task@dimensions:precision+output``, of which all but the model may be absent."""
+"""The arms of the playground: ``MODEL:task@dimensions:precision+output``; everything except the model is optional."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ _ARM = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class ArmText:
-    """An arm as it is written.
+    """An arm as the reader writes it.
 
     Attributes:
         name: the value of ``model`` in a request.
-        dimensions: ``None`` for the model's own.
+        dimensions: the vector size; ``None`` for the model's native size.
     """
 
     text: str
@@ -45,7 +45,7 @@ class PlannedArm:
 
     Attributes:
         query_name, passage_name: the value of ``model`` for each side.
-        query_task, passage_task: the task of each side; ``None`` for that of the name, or for a model without tasks.
+        query_task, passage_task: the task of each side; ``None`` for the task of the name, or for a model without tasks.
     """
 
     arm: ArmText
@@ -61,7 +61,7 @@ def read_arm(text: str) -> ArmText:
     """Read an arm.
 
     Raises:
-        BadInput: sparse weights or token vectors have neither a size nor a precision.
+        BadInput: a size or a precision is given for sparse weights or token vectors.
     """
     read = _ARM.fullmatch(text)
     assert read is not None  # noqa: S101  the text is not empty, and the pattern fits every other
@@ -74,10 +74,10 @@ def read_arm(text: str) -> ArmText:
 def plan_arm(arm: ArmText, router: Router, client: Client, *, has_query: bool) -> PlannedArm:
     """Find the model of an arm, and the task of each side.
 
-    A model with tasks for retrieval uses them for a query and its candidates, unless the name has another task.
+    A model with retrieval tasks uses them for a query and its candidates, unless the name has another task.
 
     Raises:
-        RequestError: nothing has the name, the reader may not use it, or its model does not answer or does not embed.
+        RequestError: the name does not exist, the reader may not use it, or its model does not answer or does not embed.
     """
     choice = router.choose(arm.name, client)
     if choice.experiment is not None:
@@ -92,7 +92,7 @@ def plan_arm(arm: ArmText, router: Router, client: Client, *, has_query: bool) -
     query_task = passage_task = None
     if has_query and pair and choice.task in (None, QUERY_TASK):
         query_task, passage_task = QUERY_TASK, PASSAGE_TASK
-        if choice.task is not None:  # the name is for queries alone; a reader with the model's id has its other task
+        if choice.task is not None:  # the name is only for queries; the model's id has the other task
             if router.names.allows(client, choice.model.id):
                 passage_name = choice.model.id
             else:

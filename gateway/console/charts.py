@@ -1,4 +1,4 @@
-"""The geometry of drawings. Pure: numbers in, lengths and classes out; a strict CSP allows no style attributes."""
+"""The geometry of drawings. Pure functions turn numbers into lengths and classes: a strict CSP allows no styles."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ def sparkline(values: Sequence[float]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """Maps numbers to percent of a width."""
+    """Maps numbers to percentages of a width."""
 
     low: float
     high: float
 
     def at(self, value: float) -> str:
-        """Return the place of a number, within the ends."""
+        """Return the position of a number, limited to the ends."""
         share = (value - self.low) / (self.high - self.low) if self.high > self.low else 0.5
         return f"{100 * min(1.0, max(0.0, share)):.2f}%"
 
     def length(self, low: float, high: float) -> str:
-        """Return the length between two numbers, both within the ends."""
+        """Return the length between two numbers, both limited to the ends."""
         return f"{float(self.at(high)[:-1]) - float(self.at(low)[:-1]):.2f}%"

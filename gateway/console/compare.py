@@ -1,4 +1,4 @@
-"""The comparisons: the verdict first, then the reasons, then the queries to look at; and the start of another one."""
+"""The comparison pages: the verdict first, then the reasons, then example queries; and the form for a new comparison."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _ORDERS = ("lost", "gained")
 
 @dataclass(frozen=True, slots=True)
 class Whisker:
-    """An interval to draw, in percent of the width; ``start`` is empty where there is no interval."""
+    """An interval to draw, in percent of the width; ``start`` is empty without an interval."""
 
     start: str
     width: str
@@ -39,7 +39,7 @@ class Forest:
     """Intervals on one axis.
 
     Attributes:
-        zero: the place of "no difference".
+        zero: the position of "no difference".
     """
 
     zero: str
@@ -54,7 +54,7 @@ class Compare:
         self._comparisons = comparisons
 
     async def first(self, request: Request) -> Response:
-        """Show the latest comparison, or how to make one."""
+        """Show the latest comparison, or explain how to make one."""
         runs = self.runs(request)
         known = [] if runs is None else await asyncio.to_thread(runs.latest)
         if not known:
@@ -96,7 +96,7 @@ class Compare:
         return self._parts.pages.redirect(request, f"/compare/{quote(wanted.name)}")
 
     async def stop(self, request: Request) -> Response:
-        """Stop a comparison that is running."""
+        """Stop a running comparison."""
         self.runs(request)
         name = request.path_params["run"]
         await self._jobs().stop(name)
@@ -124,7 +124,7 @@ class Compare:
         return self._comparisons.jobs
 
     def _unfinished(self, known: Sequence[Run]) -> list[Job]:
-        """Return the comparisons that were started here and have no results."""
+        """Return the comparisons that were started here and have no results yet."""
         names = {run.name for run in known}
         return (
             []
@@ -133,7 +133,7 @@ class Compare:
         )
 
     def runs(self, request: Request) -> Runs | None:
-        """Return the folder of the comparisons, which hold texts; ``None`` if none is set.
+        """Return the folder of the comparisons, which contain texts; ``None`` if no folder is set.
 
         Raises:
             Forbidden: the reader has a client's key.
@@ -176,7 +176,7 @@ def _wanted(form: Form) -> Wanted:
     """Return the comparison that a form asks for.
 
     Raises:
-        BadInput: a number is not one.
+        BadInput: a number is not valid.
     """
     number, margin = form.first("max_documents").strip().replace(",", ""), form.first("margin").strip()
     try:
@@ -190,7 +190,7 @@ def _wanted(form: Form) -> Wanted:
 
 
 def _written(form: Form) -> Wanted:
-    """Return the texts of a form, to be shown again."""
+    """Return the texts of a form, so that they can be shown again."""
     arms = [arm.strip() for arm in form.all("arm")]
     name, data = form.first("name").strip(), form.first("data")
     return Wanted(name, [arm for arm in arms if arm], data, measures_cost=bool(form.first("cost")))
@@ -207,7 +207,7 @@ def _quality(results: Results) -> Forest | None:
 
 
 def _costs(results: Results) -> Forest | None:
-    """Return the ratios of the times of one query; ``None`` if they were not measured."""
+    """Return the ratios of the times per query; ``None`` if they were not measured."""
     found = {one.arm: one.query_time for one in results.cost_contrasts if one.query_time}
     intervals = [_of_ratio(found.get(arm.name)) for arm in results.arms]
     return _forest(intervals, 1.0) if found else None

@@ -1,4 +1,4 @@
-"""The duel: two unnamed lists for a query, a vote, and what the votes say at any time."""
+"""The duel pages: two unnamed lists for a query, a vote, and the current standing."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from gateway.experiments.preference import Ballot
 _STEADY = 0.7
 _MANY_VOTERS = 15
 _MAX_SHOWN_DUELS = 10
-_MOST_SECONDS = 86_400.0  # a longer time says nothing about the vote
+_MOST_SECONDS = 86_400.0  # a longer time is not informative
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +42,8 @@ class Side:
     """One of the two lists.
 
     Attributes:
-        in_both: documents that the other list has as well.
-        first_key: the key that marks the first text.
+        in_both: documents that are in both lists.
+        first_key: the keyboard key that marks the first text.
     """
 
     shown: Sequence[Shown]
@@ -57,11 +57,11 @@ class DuelPages:
     def __init__(self, parts: Parts, compare: Compare) -> None:
         self._parts = parts
         self._compare = compare
-        # Votes are appended one after the other, so that two clicks are one vote.
+        # Votes are appended one after the other, so that two clicks count as one vote.
         self._writing = asyncio.Lock()
 
     async def begin_page(self, request: Request) -> Response:
-        """Show the duels, and the form for another one."""
+        """Show the duels, and the form for a new duel."""
         runs = self._compare.runs(request)
         known: list[Run] = []
         begun: list[Begun] = []
@@ -98,7 +98,7 @@ class DuelPages:
 
     def _pair(self, request: Request, duel: Duel, standing: Standing, turn: int) -> Response:
         preference, scale = standing.preference, Scale(0.0, 1.0)
-        # Which of the two leads stays hidden: the share is the leader's, whichever that is.
+        # Show the share of the leader without revealing which of the two leads.
         low, high = preference.low, preference.high
         if preference.share < 0.5:
             low, high = 1 - high, 1 - low
@@ -139,7 +139,7 @@ class DuelPages:
         )
 
     async def vote(self, request: Request) -> Response:
-        """Count a vote; the second of a voter for a turn changes nothing."""
+        """Count a vote; a second vote of the same voter for a turn is ignored."""
         form = await read_form(request)
         choice, marked = form.first("vote"), form.all("mark")
         voter = visitor_of(request).client.name
@@ -157,7 +157,7 @@ class DuelPages:
         return self._again(request)
 
     async def undo(self, request: Request) -> Response:
-        """Take the last vote of this voter back."""
+        """Take back the last vote of this voter."""
         return await self._note(request, undo=True)
 
     async def end(self, request: Request) -> Response:
@@ -208,7 +208,7 @@ class DuelPages:
                     return begun
                 try:
                     standing = stand(*folder.read(name), voter)
-                except BadInput:  # damaged files: its own page says so
+                except BadInput:  # its files are damaged, which its own page explains
                     begun.append(Begun(run.name, name, 0, is_over=False))
                     continue
                 begun.append(Begun(run.name, name, standing.num_votes, standing.next_turn is None))
@@ -259,7 +259,7 @@ def _vote(duel: Duel, turn: int, choice: str, marked: Sequence[str], voter: str,
 
 
 def _seconds_since(shown_at: str) -> float | None:
-    """Return how long a pair was shown; ``None`` if the form does not say when that began."""
+    """Return how long a pair was shown; ``None`` if the form does not state the start."""
     try:
         seconds = datetime.now(UTC).timestamp() - float(shown_at)
     except ValueError:

@@ -1,4 +1,4 @@
-"""Duels on disk: the pairs that were drawn, the votes as they were cast, and the result that follows from them."""
+"""Duels on disk: the drawn pairs, the votes in order, and the result that follows from them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from gateway.errors import BadInput, NotFound
 from gateway.experiments.preference import Ballot, Preference, judge
 
 TARGET: Final = 50
-"""How many votes are asked for: enough to find a preference of 70 %."""
+"""The requested number of votes: enough to find a preference of 70 %."""
 
 DEPTH: Final = 5
 MAX_PAIRS: Final = 200
@@ -45,7 +45,7 @@ class Shown(BaseModel):
 
 
 class Pair(BaseModel):
-    """A query with the first documents of both."""
+    """A query with the first documents of both arms."""
 
     query: str
     text: str
@@ -54,7 +54,7 @@ class Pair(BaseModel):
 
 
 class Turn(BaseModel):
-    """One showing of a pair: every tenth is an earlier one with the sides swapped."""
+    """One showing of a pair; every tenth turn repeats an earlier pair with the sides swapped."""
 
     pair: int
     is_swapped: bool
@@ -65,7 +65,7 @@ class Duel(BaseModel):
     """``duel.json``.
 
     Attributes:
-        num_queries, num_different: queries of the comparison, and those whose first five differ.
+        num_queries, num_different: number of queries in the comparison, and of those whose first five documents differ.
     """
 
     baseline: str
@@ -81,8 +81,8 @@ class Vote(BaseModel):
     """A line of ``votes.jsonl``.
 
     Attributes:
-        turn: which showing; ``None`` with ``undo`` or ``end``.
-        preferred: the name of the arm; ``None`` for a tie, "both bad" and a skip.
+        turn: index of the turn; ``None`` with ``undo`` or ``end``.
+        preferred: name of the preferred arm; ``None`` for a tie, "both bad" and a skip.
         marked: documents that answer the query.
     """
 
@@ -100,12 +100,12 @@ class Vote(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """What the votes say so far.
+    """The result of the votes so far.
 
     Attributes:
-        next_turn: the turn that a voter has not seen; ``None`` at the end.
-        consistent, repeated: repeated pairs, and those where the same list was preferred again.
-        left: votes for the left side, of the decided ones.
+        next_turn: the first turn that the voter has not seen; ``None`` at the end.
+        consistent, repeated: number of repeated pairs with the same preference again, and of all repeated pairs.
+        left: the preference for the left side among the decided votes.
     """
 
     preference: Preference
@@ -125,7 +125,7 @@ def draw(queries: Iterable[Query], baseline: str, arm: str, seed: int) -> Duel:
     """Return a duel over the queries whose first five documents differ, in random order, with random sides.
 
     Raises:
-        BadInput: there is no such query.
+        BadInput: no query has such lists.
     """
     rng = random.Random(seed)  # noqa: S311  an order, not a secret
     pairs: list[Pair] = []
@@ -172,7 +172,7 @@ def _turns(num_pairs: int, rng: random.Random) -> Iterator[Turn]:
 
 
 def stand(duel: Duel, votes: Sequence[Vote], voter: str) -> Standing:
-    """Return the standing by the votes of all voters, and the next turn of one of them."""
+    """Return the standing by the votes of all voters, with the next turn of one voter."""
     valid = _valid(votes)
     first = [vote for vote in valid if vote.turn is not None and not duel.turns[vote.turn].is_repeat]
     decided = [vote for vote in first if vote.preferred is not None]
@@ -201,8 +201,8 @@ def stand(duel: Duel, votes: Sequence[Vote], voter: str) -> Standing:
 
 
 def _valid(votes: Sequence[Vote]) -> list[Vote]:
-    """Return the votes that count: the first of a voter for a turn, unless it was taken back."""
-    # Each with its place: of many voters, a search through all votes for each of them would hold up all requests.
+    """Return the votes that count: the first vote of a voter for each turn, unless it was taken back."""
+    # Index the votes: with many voters, a search through all votes for each voter would delay all requests.
     kept: dict[tuple[str, int], Vote] = {}
     turns: defaultdict[str, list[int]] = defaultdict(list)
     for vote in votes:
@@ -217,10 +217,10 @@ def _valid(votes: Sequence[Vote]) -> list[Vote]:
 
 
 def qrels(duel: Duel, votes: Sequence[Vote]) -> str:
-    """Return judgments as BEIR's ``qrels``: 1 for a text that was marked as an answer, 0 for the others that were shown.
+    """Return judgments as BEIR's ``qrels``: 1 for a text that was marked as an answer, 0 for the other shown texts.
 
-    Only of queries where a text was marked, or both lists were bad: a preference alone says nothing about a text. A text
-    that any voter marked is an answer.
+    Only queries with a marked text or the vote "both bad" count, because a preference alone says nothing about a text. A
+    text that any voter marked is an answer.
     """
     judged: dict[tuple[str, str], int] = {}
     for vote in _valid(votes):
@@ -235,7 +235,7 @@ def qrels(duel: Duel, votes: Sequence[Vote]) -> str:
 
 
 def _append(path: Path, line: bytes) -> None:
-    """Append a line, all of it or nothing: half of one, from a full disk, would make the file unreadable."""
+    """Append a whole line or nothing, because half a line, after a full disk, would make the file unreadable."""
     with path.open("ab", buffering=0) as file:
         size = os.fstat(file.fileno()).st_size
         try:
@@ -247,13 +247,13 @@ def _append(path: Path, line: bytes) -> None:
 
 
 class DuelFolder:
-    """The duels of one comparison, in its folder. Blocking: call it in a thread."""
+    """The duels of one comparison, in its folder. The methods block: call them in a thread."""
 
     def __init__(self, run: Path) -> None:
         self._folder = run / "duels"
 
     def names(self) -> list[str]:
-        """Return the names of the duels, the latest first."""
+        """Return the names of the duels, latest first."""
         try:
             return sorted((path.name for path in self._folder.iterdir() if _NAME.fullmatch(path.name)), reverse=True)
         except OSError:
@@ -263,7 +263,7 @@ class DuelFolder:
         """Write a new duel, and return its name.
 
         Raises:
-            BadInput: the folder cannot be written, or has too many.
+            BadInput: the folder cannot be written, or has too many duels.
         """
         if len(self.names()) >= _MAX_DUELS:
             raise BadInput(f"this comparison has {_MAX_DUELS} duels: remove some from {self._folder}")
@@ -282,7 +282,7 @@ class DuelFolder:
 
         Raises:
             NotFound: there is no duel of this name.
-            BadInput: its files cannot be read.
+            BadInput: the files of the duel cannot be read.
         """
         if not _NAME.fullmatch(name) or not (self._folder / name / "duel.json").is_file():
             raise NotFound(f"no duel is called {cut(name)!r}")

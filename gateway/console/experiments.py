@@ -1,4 +1,4 @@
-"""The experiments: is the split right, which arm is slower or fails, who gets what; and new weights, or the end."""
+"""The experiment pages: the split, slow or failing arms, the arm of a unit, new weights, and the end."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Whisker:
     """An interval to draw, in percent of the width.
 
     Attributes:
-        zero: the place of "no difference".
+        zero: the position of "no difference".
     """
 
     guardrail: Guardrail
@@ -44,7 +44,7 @@ class Whisker:
 
 @dataclass(frozen=True, slots=True)
 class DiffLine:
-    """A line of a change of ``models.yaml``: with ``+``, ``-`` or a blank before it."""
+    """A line of a change to ``models.yaml``, with ``+``, ``-`` or a blank before it."""
 
     sign: str
     text: str
@@ -55,8 +55,8 @@ class Ramp:
     """New weights, and their consequences.
 
     Attributes:
-        weights: by arm, as they were written.
-        moves: the share of all units that move, by the two arms: ``jina -> bge``.
+        weights: the weights by arm, as they were written.
+        moves: the share of all units that move between two arms: ``jina -> bge``.
     """
 
     weights: Mapping[str, str]
@@ -65,7 +65,7 @@ class Ramp:
 
     @property
     def is_change(self) -> bool:
-        """Whether a weight is new."""
+        """Whether any weight changes."""
         return any(line.sign != " " for line in self.diff)
 
     @property
@@ -81,7 +81,7 @@ class Experiments:
         self._parts = parts
 
     async def first(self, request: Request) -> Response:
-        """Show the first experiment, or how to begin one."""
+        """Show the first experiment, or explain how to begin one."""
         usable = self._usable(request)
         if not usable:
             return self._parts.pages.render(request, "experiment_none.html.j2")
@@ -106,7 +106,7 @@ class Experiments:
         return await self._page(request, experiment, unit=unit, assignment=choice.assignment)
 
     async def ramp(self, request: Request) -> Response:
-        """Show what new weights change, as lines for ``models.yaml``, and ask whether to write them there."""
+        """Show the effect of new weights, as lines for ``models.yaml``, and ask whether to write them."""
         experiment = self._find(request)
         try:
             weights = _weights(experiment, await read_form(request))
@@ -168,7 +168,7 @@ class Experiments:
         return await self._page(request, experiment, problem=error)
 
     async def _report(self, experiment: Experiment) -> tuple[ExperimentReport, RequestError | None]:
-        """Return the report, and why its outcomes cannot be read: the rest is shown all the same."""
+        """Return the report, and the reason if its outcomes cannot be read; the rest is shown anyway."""
         try:
             return await self._parts.full_report(experiment), None
         except OutcomesUnavailable as error:
@@ -289,7 +289,7 @@ def _weights(experiment: Experiment, form: Form) -> dict[str, str]:
     """Return the weights of a form by arm, as they were written.
 
     Raises:
-        BadInput: one is missing, or is not a number.
+        BadInput: a weight is missing, or is not a number.
     """
     weights = dict(zip((arm.label for arm in experiment.arms), form.all("weight"), strict=False))
     for arm in experiment.arms:

@@ -1,4 +1,4 @@
-"""How alike texts are by the outputs of one arm, and the order that a query puts them in. Pure, on numpy arrays."""
+"""The similarity of texts by the outputs of one arm, and their order for a query. Pure, on numpy arrays."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ _BYTES_OF_FLOAT = 4
 def between(one: EmbedAnswer, other: EmbedAnswer, output: Output) -> Vectors:
     """Return the similarity of each text of one answer with each of another: ``(n, m)`` float32.
 
-    Dense vectors are compared by their cosine, in the precision of the answer; sparse weights by the sum over common tokens;
-    token vectors by the mean over those of the first text.
+    Dense vectors are compared by their cosine, in the precision of the answer; sparse weights by the sum over common
+    tokens; token vectors by the mean over the first text's vectors.
     """
     if output is Output.SPARSE:
         rows = [[sparse_similarity(a, b) for b in other.sparse or ()] for a in one.sparse or ()]
@@ -32,7 +32,7 @@ def between(one: EmbedAnswer, other: EmbedAnswer, output: Output) -> Vectors:
 
 
 def _directions(answer: EmbedAnswer) -> Vectors:
-    """Return the vectors as a store with this precision compares them, each of length 1."""
+    """Return the vectors as a store with this precision compares them, normalized to length 1."""
     vectors = answer.vectors
     match answer.precision:
         case Precision.BINARY | Precision.UBINARY:
@@ -46,12 +46,12 @@ def _directions(answer: EmbedAnswer) -> Vectors:
 
 
 def order(scores: Sequence[float]) -> list[int]:
-    """Return the indices of texts, the best first; equal ones in the order of the texts."""
+    """Return the indices of texts, best first; equal scores keep the order of the texts."""
     return sorted(range(len(scores)), key=lambda index: (-scores[index], index))
 
 
 def ranks(values: Sequence[float]) -> list[float]:
-    """Return the rank of each value, the highest first, from 1; equal ones share the mean of their ranks."""
+    """Return the rank of each value, highest first, from 1; equal values share the mean of their ranks."""
     numbers = np.asarray(values, np.float64)
     _levels, level, counts = np.unique(-numbers, return_inverse=True, return_counts=True)
     last = np.cumsum(counts)
@@ -59,7 +59,7 @@ def ranks(values: Sequence[float]) -> list[float]:
 
 
 def bytes_per_text(answer: EmbedAnswer, output: Output) -> int:
-    """Return the bytes that a store needs for a text; the median where they differ."""
+    """Return the bytes that a store needs for a text; the median if texts differ."""
     if output is Output.SPARSE:
         return int(np.median([_BYTES_OF_WEIGHT * len(weights.indices) for weights in answer.sparse or ()]))
     if output is Output.MULTIVECTOR:

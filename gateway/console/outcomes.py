@@ -1,4 +1,4 @@
-"""The outcomes of an experiment on its page: the verdict in words, then the figures that it comes from. Pure."""
+"""The outcomes of an experiment on its page: the verdict in words, then the underlying figures. Pure."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _MOST_DIGITS = 8
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """An arm against the control, with its interval to draw, in percent of the width.
+    """An arm against the control, with its interval in percent of the drawing's width.
 
     Attributes:
-        index: the place of the arm in the experiment.
+        index: the index of the arm in the experiment.
         margin: the drawn start and width of the differences that do not matter; ``None`` for an outcome without a margin.
     """
 
@@ -37,12 +37,12 @@ class Difference:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What is known about one arm, in words.
+    """The conclusion about one arm, in words.
 
     Attributes:
-        level: that of a chip.
-        word: ``better``, ``worse``, ``as good`` or ``not yet``; empty where none is given.
-        next: what it needs and when to look again; empty if it is decided.
+        level: the color level of the chip.
+        word: ``better``, ``worse``, ``as good`` or ``not yet``; empty without a verdict.
+        next: the missing evidence, and when to look again; empty if the arm is decided.
     """
 
     arm: str
@@ -70,8 +70,8 @@ class OutcomeView:
     """One outcome.
 
     Attributes:
-        is_doubtful: the split is not as asked for, so nothing is compared.
-        verdicts: of the primary outcome only.
+        is_doubtful: whether the split differs from the configured one, so that nothing is compared.
+        verdicts: the verdicts, only for the primary outcome.
     """
 
     outcome: OutcomeReport
@@ -84,11 +84,11 @@ class OutcomeView:
 
 
 def view_outcomes(report: ExperimentReport) -> list[OutcomeView]:
-    """Return the outcomes to show, the primary one first; none if the gateway keeps none."""
+    """Return the outcomes to show, primary first; empty if the gateway keeps no outcomes."""
     if report.outcomes is None:
         return []
     indices = {arm.arm: index for index, arm in enumerate(report.evidence)}
-    # A mismatch in an earlier generation is found only by the report of the outcomes: then it gives no verdict either.
+    # Only the report of the outcomes finds a mismatch in an earlier generation, and then gives no verdict.
     is_doubtful = report.mismatch or any(
         comparison.verdict is None for one in report.outcomes.outcomes if one.primary for comparison in one.comparisons
     )
@@ -96,7 +96,7 @@ def view_outcomes(report: ExperimentReport) -> list[OutcomeView]:
 
 
 def decided(views: Sequence[OutcomeView]) -> list[Verdict]:
-    """Return the verdicts that a look has reached, the worst first."""
+    """Return the decided verdicts, worst first."""
     order = ["worse", "better", "as good"]
     found = [verdict for view in views for verdict in view.verdicts if verdict.word in order]
     return sorted(found, key=lambda verdict: order.index(verdict.word))
@@ -141,7 +141,7 @@ def _verdict(outcome: OutcomeReport, one: OutcomeComparison, indices: Mapping[st
 
 
 def _next(one: OutcomeComparison) -> str:
-    """Return the needs of an undecided comparison."""
+    """Return the missing evidence of an undecided comparison."""
     parts = [f"{one.units:,} units so far"]
     if one.units_needed is not None:
         parts.append(f"about {one.units_needed:,} are needed")
@@ -159,7 +159,7 @@ def _differences(outcome: OutcomeReport, indices: Mapping[str, int], digits: int
     drawn = []
     margin = outcome.margin or 0.0
     known = [one for one in outcome.comparisons if one.low is not None and one.high is not None]
-    # One scale for all arms, so that they can be compared by eye.
+    # Use one scale for all arms, so that they can be compared by eye.
     reach = max([margin, *(max(abs(one.low or 0.0), abs(one.high or 0.0)) for one in known)]) * 1.15 or 1.0
     scale = Scale(-reach, reach)
     for one in known:
@@ -185,7 +185,7 @@ def _range(low: float, high: float, digits: int) -> str:
 
 
 def _digits(outcome: OutcomeReport) -> int:
-    """Return how many digits after the point show a tenth of the margin, or of the narrowest interval without one."""
+    """Return the number of decimals that show a tenth of the margin, or of the narrowest interval without a margin."""
     widths = [one.high - one.low for one in outcome.comparisons if one.low is not None and one.high is not None]
     scale = outcome.margin or min((width for width in widths if width), default=0.01)
     return min(_MOST_DIGITS, max(0, 1 - math.floor(math.log10(scale))))

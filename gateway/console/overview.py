@@ -1,4 +1,4 @@
-"""The overview: which models answer, what needs a person, the other names, and the last errors."""
+"""The overview page: the state of the models, the troubles, the aliases, and the last errors."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ class ModelRow:
     """A model in the table.
 
     Attributes:
-        trend: the points of a polyline, requests in each minute of the window.
-        is_on_demand: it can be loaded and unloaded.
+        trend: the points of a polyline with the requests in each minute of the window.
+        is_on_demand: whether the model can be loaded and unloaded.
     """
 
     card: ModelCard
@@ -102,7 +102,7 @@ class Overview:
         return await self._change(request, is_loading=False)
 
     async def verify(self, request: Request) -> Response:
-        """Compare a model with its golden vectors now."""
+        """Compare a model with its golden vectors."""
         self._parts.require_operator(request)
         found = await verify(self._parts.deployment, request.path_params["model"])
         text = f"{found.id}: the lowest cosine to a golden vector is {found.cosine:.5f}, the limit is {found.limit:g}"
@@ -156,7 +156,7 @@ class Overview:
         return rows
 
     def _aliases(self, client: Client) -> list[tuple[str, str]]:
-        """Return every alias that a client may use, with its model and task."""
+        """Return all aliases that a client may use, with their models and tasks."""
         deployment = self._parts.deployment
         found = []
         for alias in deployment.registry.aliases.values():
@@ -169,7 +169,7 @@ class Overview:
 
 
 async def _other_processes(cards: Sequence[LiveCard]) -> dict[str, str]:
-    """Return the other processes on each card that has any, by its device."""
+    """Return the other processes on each card that has any, by device."""
     found = await asyncio.to_thread(find_cards, {card.device: card for card in cards})
     return {card.device: _name_processes(card) for card in found.data if card.device is not None and card.others}
 

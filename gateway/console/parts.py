@@ -1,4 +1,4 @@
-"""What every view uses: the deployment, the API's own steps, and the pages."""
+"""The common parts of all views: the deployment, the API's own steps, and the pages."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from gateway.types import ModelKind, ModelState
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """The parts of the gateway that the views ask, in process, as the API does."""
+    """The parts of the gateway that the views use in process, as the API does."""
 
     deployment: Deployment
     endpoint: Endpoint
@@ -28,7 +28,7 @@ class Parts:
     pages: Pages
 
     def report(self, experiment: Experiment) -> ExperimentReport:
-        """Return the figures of an experiment, without its outcomes: those take a thread."""
+        """Return the figures of an experiment without its outcomes, which need a thread."""
         deployment = self.deployment
         generation = deployment.router.generation(experiment.id)
         return self.stats.report(experiment, generation, deployment.counting_since[experiment.id])
@@ -43,7 +43,7 @@ class Parts:
         return await self.reports.report(experiment)
 
     def arm_names(self, request: Request) -> list[str]:
-        """Return the arms that a reader may write, in the playground and in a comparison."""
+        """Return the arms that a reader may enter in the playground and in a comparison."""
         router, client = self.deployment.router, visitor_of(request).client
         names: list[str] = []
         for choice in router.listed(client):
@@ -80,6 +80,6 @@ class Parts:
             raise Forbidden(f"this needs the operator's key: {advice}")
 
     def done(self, request: Request, path: str, message: str) -> Response:
-        """Go back to a page, which shows a message."""
+        """Redirect to a page, which then shows a message."""
         self.pages.gate.leave_message(request, message)
         return self.pages.redirect(request, path)

@@ -27,7 +27,7 @@ _MAX_ARM = 200
 _TOP = 5
 _FAR = 3
 _MOVE_SHADES = 4
-_FULL_SHADE = 0.8  # cosines of different texts rarely exceed it
+_FULL_SHADE = 0.8  # cosines of different texts rarely exceed this
 _KINDS = ("query", "texts")
 _EXAMPLE = (
     "How does Ada like to travel?",
@@ -46,7 +46,7 @@ _EXAMPLE = (
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """The content of the form."""
+    """The submitted form."""
 
     kind: str
     query: str
@@ -61,7 +61,7 @@ class Asked:
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """A text's way from its rank in one arm to its rank in the next, in percent of the height."""
+    """A line from a text's rank in one arm to its rank in the next, in percent of the height."""
 
     text: int
     start: str
@@ -74,9 +74,9 @@ class Cell:
     """A cell of a heat map: a pair of texts.
 
     Attributes:
-        shade, own_shade: of its value, on the scale of all arms and on that of its arm alone.
-        moved: by how many ranks the pair is nearer than in the first arm, among all pairs; empty in that arm.
-        move_shade: from -4, much further, to 4, much nearer.
+        shade, own_shade: the shade of its value, on the common scale of all arms and on the scale of this arm.
+        moved: how many ranks the pair has moved up from the first arm, among all pairs; empty in that arm.
+        move_shade: from -4 (much less similar) to 4 (much more similar).
     """
 
     value: str
@@ -88,13 +88,13 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """An arm with what is drawn of it.
+    """An arm with its drawings.
 
     Attributes:
-        index: its place, which gives its shape and color.
-        lines: to the arm after it; empty if there is no such arm, or one of the two failed.
-        heat: the lower triangle, row by row.
-        bars: for each of the two requests: the widths of its stages in percent of the longest.
+        index: index of the arm, which determines its shape and color.
+        lines: the lines to the next arm; empty without a next arm, or if one of the two failed.
+        heat: the lower triangle of the heat map, row by row.
+        query_bars, texts_bars: name, start and width of each stage, in percent of the longest request.
     """
 
     index: int
@@ -113,14 +113,14 @@ class Playground:
         self._parts = parts
 
     async def show(self, request: Request) -> Response:
-        """Show the form, with the arms of the link, or the texts of an example."""
+        """Show the form, with the arms from the link, or the texts of an example."""
         arms = [arm[:_MAX_ARM] for arm in request.query_params.getlist("arm") if arm][:MAX_ARMS]
         query, candidates = _EXAMPLE if "example" in request.query_params else ("", ())
         return self._page(request, Asked("query", query, candidates, arms or self._parts.usual_arms(request)))
 
     async def run(self, request: Request) -> Response:
-        """Run the arms one after the other, so that none slows down another, and show the results."""
-        # In threads: a megabyte of texts is four of the page.
+        """Run the arms one after the other, so that they do not slow each other down, and show the results."""
+        # Work in threads, because a megabyte of texts makes a page of four megabytes.
         asked = await asyncio.to_thread(_read, await read_form(request))
         problem = _problem(asked)
         if problem is not None:
@@ -172,7 +172,7 @@ def _read(form: Form) -> Asked:
 
 
 def _problem(asked: Asked) -> BadInput | None:
-    """Return the error of a form, without any of its texts."""
+    """Return the error of a form, without the form's texts."""
     if asked.kind == "query" and not asked.query:
         return BadInput("the query is empty: write what a person would ask", param="query")
     least = 1 if asked.kind == "query" else 2
@@ -227,7 +227,7 @@ def _heat(result: ArmResult, first: Sequence[float]) -> Iterator[list[Cell]]:
     """Yield the rows of a heat map.
 
     Args:
-        first: the pairs of the first arm that has any.
+        first: the similarities of the pairs in the first arm that has any.
     """
     values = _pairs(result)
     if not values:
@@ -244,7 +244,7 @@ def _heat(result: ArmResult, first: Sequence[float]) -> Iterator[list[Cell]]:
 
 
 def _moved(move: float, num_pairs: int) -> tuple[str, int]:
-    """Return the change of a rank as text, and its shade: the darkest from a third of all pairs on."""
+    """Return the change of a rank as text, and its shade; from a third of all pairs on, the shade is darkest."""
     step = min(_MOVE_SHADES, math.ceil(_MOVE_SHADES * abs(move) / (num_pairs / 3)))
     return ("·", 0) if abs(move) < 1 else (signed(move, 0), step if move > 0 else -step)
 
@@ -254,7 +254,7 @@ def _shade(share: float) -> int:
 
 
 def _short(value: float) -> str:
-    """Return a similarity in two digits without the leading 0, and a dot for 0."""
+    """Return a similarity with two digits and without the leading 0; a dot for 0."""
     text = f"{value:.2f}"
     if text in ("0.00", "-0.00"):
         return "·"
@@ -276,7 +276,7 @@ def _bars(times: Timings | None, longest: float) -> list[tuple[str, str, str]]:
 
 
 def _summary(columns: Sequence[Column]) -> str:
-    """Return how alike the rankings of the first two arms are."""
+    """Return a sentence on the similarity of the first two arms' rankings."""
     if len(columns) < 2:
         return ""
     one, other = columns[0].result, columns[1].result

@@ -25,14 +25,14 @@ _THEME_S = 365 * 86_400
 
 
 class Site:
-    """The pages that are not a view: the way in, the theme, static files."""
+    """The pages that are not views: sign-in, the theme, static files."""
 
     def __init__(self, pages: Pages) -> None:
         self._pages = pages
         self._gate = pages.gate
 
     async def root(self, request: Request) -> Response:
-        """Lead a browser to the console; for an API client, the path does not exist."""
+        """Redirect a browser to the console; for an API client, the path does not exist."""
         if "text/html" not in request.headers.get("accept", ""):
             raise HTTPException(404)
         response = self._pages.redirect(request, "")
@@ -84,7 +84,7 @@ class Site:
 
 
 def _set_cookie(request: Request, response: Response, name: str, value: str, max_age: int | None = None) -> None:
-    """Set a cookie that no script and no other site gets; without ``max_age``, until the browser ends."""
+    """Set a cookie that no script and no other site can read; without ``max_age``, it lasts until the browser closes."""
     path = request.scope.get("root_path", "") + ROOT
     is_secure = request.url.scheme == "https"
     response.set_cookie(name, value, max_age, path=path, httponly=True, samesite="strict", secure=is_secure)
@@ -107,8 +107,8 @@ def console_router(
     """Return the paths of the console.
 
     Args:
-        reports, comparisons: the handlers of the API, which know the outcomes, and the comparisons that run.
-        port: the port that serves it.
+        reports, comparisons: the handlers of the API, which know the outcomes and the running comparisons.
+        port: the port that serves the console.
     """
     pages = Pages(Gate(endpoint.settings, keyring, port))
     parts = Parts(endpoint.deployment, endpoint, stats, reports, pages)

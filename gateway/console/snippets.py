@@ -1,4 +1,4 @@
-"""What to copy from the playground: a request with curl, with Python, and a configuration of Mem0."""
+"""Snippets to copy from the playground: a request with curl, a request with Python, and a configuration of Mem0."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Snippet:
     """A text to copy.
 
     Attributes:
-        note: what to know about it; may be empty.
+        note: a remark about the snippet; may be empty.
     """
 
     kind: str
@@ -32,8 +32,8 @@ def snippets(result: ArmResult, api: str, text: str, *, needs_key: bool) -> Sequ
     """Return the snippets of an arm.
 
     Args:
-        api: base URL with ``/v1``.
-        text: what to embed in the examples.
+        api: base URL of the API, with ``/v1``.
+        text: the text to embed in the examples.
     """
     return (
         Snippet("curl", _curl(result, api, text, needs_key=needs_key)),
@@ -66,7 +66,7 @@ def _python(result: ArmResult, api: str, text: str, *, needs_key: bool) -> str:
     body = _body(result, text)
     own = {name: body.pop(name) for name in ("task", "outputs") if name in body}
     arguments = [f"{name}={value!r}" for name, value in body.items()]
-    if own:  # which OpenAI's client does not know
+    if own:  # OpenAI's client does not know these fields
         arguments.append(f"extra_body={own!r}")
     key = _KEY if needs_key else "any"
     return (
@@ -83,7 +83,7 @@ def _mem0(result: ArmResult, api: str, *, needs_key: bool) -> Snippet:
     name, note = arm.name, "The collection is named after the space, so that two models never share one."
     space = info.space(result.plan.target.task, arm.dimensions)
     if result.plan.query_task == QUERY_TASK:
-        # Mem0 embeds queries and memories under one name: a task for queries alone would be wrong for what it stores.
+        # Mem0 embeds queries and memories under one name, so a task only for queries would be wrong for stored memories.
         symmetric = next((task for task in ("text-matching", info.default_task) if task in info.tasks), None)
         if symmetric is not None:
             name = f"{result.plan.target.model.id}:{symmetric}"

@@ -1,4 +1,4 @@
-"""Run one arm of the playground on its texts: the requests of the API, in process, under the reader's rights and quotas."""
+"""Run one arm of the playground on its texts, with the API's requests in process, under the reader's rights and quotas."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from gateway.http.context import RequestContext
 from gateway.requests import EmbedAnswer
 from gateway.types import Output, Timings, Token
 
-# The heat map of more texts could not be read; so could more tokens.
+# Heat maps of more texts, and lists of more tokens, would not be readable.
 MAX_COMPARED = 20
 _MAX_TOKENS = 60
 
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """A text that is longer than the model takes.
+    """A text that is longer than the model's limit.
 
     Attributes:
-        number: its place among the texts, from 1.
-        read, unread: the text around the cut; ``None`` where the place is not known.
+        number: the number of the text, from 1.
+        read, unread: the text before and after the cut.
     """
 
     number: int
@@ -41,12 +41,12 @@ class Cut:
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """The tokens that a model makes of the first text.
+    """The tokens of the first text.
 
     Attributes:
-        tokens: those of the instruction included, at most ``_MAX_TOKENS``.
-        num_tokens: of all of it.
-        num_instruction: how many of them are the instruction's.
+        tokens: the first tokens, instruction included, at most ``_MAX_TOKENS``.
+        num_tokens: number of all tokens.
+        num_instruction: number of the instruction's tokens.
     """
 
     tokens: Sequence[Token]
@@ -60,11 +60,11 @@ class ArmResult:
     """An arm that answered.
 
     Attributes:
-        scores: of each candidate for the query; empty without a query.
-        order: the candidates, the best first.
-        likeness: of each pair of the first texts, the query first; empty where it cannot be drawn.
-        query_s, texts_s: the stages of the two requests; ``None`` without a query.
-        reading: ``None`` where the model's vocabulary is not known here.
+        scores: score of each candidate for the query; empty without a query.
+        order: indices of the candidates, best first.
+        likeness: similarity of each pair of the first texts, query first; empty if it cannot be drawn.
+        query_times, texts_times: the stages of the two requests; ``None`` without a query.
+        reading: the tokens of the first text; ``None`` if the model's vocabulary is not known here.
     """
 
     plan: PlannedArm
@@ -97,10 +97,10 @@ class ArmFailure:
 async def run_arm(
     endpoint: Endpoint, request: Request, text: str, query: str, candidates: Sequence[str]
 ) -> ArmResult | ArmFailure:
-    """Have an arm embed the texts; what goes wrong is its own result, so that the other arms stay.
+    """Have an arm embed the texts; an error becomes the arm's result, so that it does not affect other arms.
 
     Args:
-        query: empty to compare the candidates with each other only.
+        query: the query; empty to compare the candidates only with each other.
     """
     try:
         arm = read_arm(text)
@@ -188,7 +188,7 @@ async def _read(
 
 
 def _cut(number: int, text: str, tokens: Sequence[Token], limit: int, num_before: int) -> Cut | None:
-    """Return where a text is cut, if it is too long."""
+    """Return the cut of a text that is too long; ``None`` for other texts."""
     place = place_of_cut(tokens, limit, num_before)
     if place is None:
         return None

@@ -1,4 +1,4 @@
-"""The troubles of a gateway, each with its next step. Pure: figures in, sentences out."""
+"""The troubles of a gateway, each with its next step, as pure functions from figures to sentences."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from gateway.console.words import percent, read_time, sentence, size
 from gateway.experiments.report import ExperimentReport
 
 _RECENT = timedelta(hours=1)
-# A few refusals are how a full queue is meant to work.
+# A few refusals are normal for a full queue.
 _MANY_REFUSALS = 20
 _FULL_CARD = 0.95
 _MANY_DROPPED = 0.1
@@ -22,16 +22,16 @@ _MANY_DROPPED = 0.1
 
 @dataclass(frozen=True, slots=True)
 class Trouble:
-    """Something that needs a person.
+    """A problem that needs a person.
 
     Attributes:
-        level: ``bad`` if requests are refused for it, else ``warn``.
-        subject: the name that the title begins with.
+        level: ``bad`` if it causes refused requests, else ``warn``.
+        subject: the name with which the title begins.
         text: the facts.
-        step: what to do next.
-        link: a page of the console with more, without its root.
-        line: a line to copy; empty for none.
-        can_reload: a reload of the registry may help.
+        step: the next step.
+        link: a console page with details, without the console's root.
+        line: a line to copy; may be empty.
+        can_reload: whether a reload of the registry may help.
     """
 
     level: Literal["bad", "warn"]
@@ -53,10 +53,10 @@ def find_troubles(
     processes: Mapping[str, str] = MappingProxyType({}),
     now: datetime | None = None,
 ) -> list[Trouble]:
-    """Return the troubles, those first for which requests are refused.
+    """Return the troubles; those that cause refused requests come first.
 
     Args:
-        processes: the other processes on each card, by its device, if the reader may see them.
+        processes: the other processes on each card, by device, if the reader may see them.
     """
     since = (now or datetime.now(UTC)) - _RECENT
     troubles = [
@@ -99,7 +99,7 @@ def _drifts(model: LiveModel) -> bool:
 
 
 def _of_error(error: ErrorCard, since: datetime) -> Trouble | None:
-    """Return a trouble for refusals that recur, and for faults of the gateway or its models."""
+    """Return a trouble for recurring refusals, and for faults of the gateway or its models."""
     is_fault, is_refusal = error.status >= 500, error.status == 429
     if read_time(error.last) < since or not (is_fault or (is_refusal and error.number >= _MANY_REFUSALS)):
         return None

@@ -40,9 +40,9 @@ _STATIC_HEADERS: Final = {**_HEADERS, "cache-control": "public, max-age=31536000
 _MEDIA_TYPES: Final = {".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 _MAX_FORM_BYTES: Final = 1024 * 1024
 _MAX_FIELDS: Final = 300
-_SMALL_FORM_BYTES: Final = 64 * 1024  # a larger one may take the event loop more than 10 ms
+_SMALL_FORM_BYTES: Final = 64 * 1024  # a larger form may block the event loop for more than 10 ms
 Handler = Callable[[Request], Awaitable[Response]]
-"""Answers a request for a page."""
+"""A function that answers a request for a page."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +71,7 @@ class Form:
 
 
 class Pages:
-    """Renders pages, and lets only those in who may see them."""
+    """Renders pages, and admits only readers who may see them."""
 
     def __init__(self, gate: Gate) -> None:
         self.gate = gate
@@ -90,10 +90,10 @@ class Pages:
         }
 
     def guard(self, handler: Handler, *, is_open: bool = False) -> Handler:
-        """Return a handler that only a visitor reaches, and that answers errors as pages.
+        """Return a handler that only a visitor can reach, and that answers errors with pages.
 
         Args:
-            is_open: readers reach it without a key.
+            is_open: whether readers can reach it without a key.
         """
 
         async def guarded(request: Request) -> Response:
@@ -139,7 +139,7 @@ class Pages:
     def api(self, request: Request) -> str:
         """Return the base URL of the API, as the reader's browser reaches it."""
         url = request.url
-        if self.gate.clients_port is not None:  # these pages are on the operator's port, and the API is not
+        if self.gate.clients_port is not None:  # these pages are on the operator's port, but the API is not
             url = url.replace(port=self.gate.clients_port)
         return f"{url.scheme}://{url.netloc}{request.scope.get('root_path', '')}/v1"
 
@@ -166,7 +166,7 @@ async def read_form(request: Request) -> Form:
 
     Raises:
         BodyTooLarge: the form has more than a megabyte.
-        BadInput: it has too many fields, or is of another kind.
+        BadInput: the form has too many fields, or another content type.
     """
     content_type = request.headers.get("content-type", "")
     if not content_type.startswith("application/x-www-form-urlencoded"):

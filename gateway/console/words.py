@@ -1,4 +1,4 @@
-"""Numbers and times as text for people: tabular, with thousands separated and a true minus."""
+"""Numbers and times as text for people, with thousands separators and a true minus sign."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _MIB = 1024**2
 
 
 def number(value: float | None, digits: int = 0) -> str:
-    """Return a number with this many digits after the point; a dash for none."""
+    """Return a number with this many digits after the point; a dash for ``None``."""
     return DASH if value is None else f"{value:,.{digits}f}".replace("-", MINUS)
 
 
@@ -52,7 +52,7 @@ def rate(per_s: float) -> str:
 
 
 def percent(share: float | None, digits: int = 0) -> str:
-    """Return a share in percent."""
+    """Return a share as a percentage."""
     return DASH if share is None else f"{number(100 * share, digits)} %"
 
 
@@ -62,23 +62,23 @@ def p_value(p: float) -> str:
 
 
 def moment(value: str | datetime) -> str:
-    """Return a time in UTC, for readers without a script; with one, it becomes the reader's own."""
+    """Return a time in UTC; a script in the browser converts it to the reader's time zone."""
     return f"{read_time(value):%d %b %H:%M} UTC"
 
 
 def read_time(value: str | datetime) -> datetime:
-    """Return a time that was written in ISO 8601, in UTC."""
+    """Return an ISO 8601 time in UTC."""
     time = value if isinstance(value, datetime) else datetime.fromisoformat(value)
     return time.astimezone(UTC) if time.tzinfo else time.replace(tzinfo=UTC)
 
 
 def iso(value: str | datetime) -> str:
-    """Return a time as the attribute of a `time` element."""
+    """Return a time for the attribute of a `time` element."""
     return read_time(value).isoformat()
 
 
 def bare_space(space: str | None) -> str:
-    """Return the hash of a space, which alone decides what is comparable."""
+    """Return the hash of a space, which alone decides whether vectors are comparable."""
     return DASH if space is None else space.rpartition("@")[2]
 
 
@@ -102,4 +102,4 @@ FILTERS: Mapping[str, Callable[..., object]] = {
     "count": count,
     "sentence": sentence,
 }
-"""By their names in templates."""
+"""The filters by their names in templates."""

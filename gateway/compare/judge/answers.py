@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from gateway.compare.judge.values import MAX_GRADE
 
-# The innermost braces: models without a schema like to write around the object, or to think before it.
+# Match the innermost braces, because models without a schema often write text around the object.
 _OBJECT = re.compile(r"\{[^{}]*\}")
 _MAX_MODEL_CHARACTERS = 200
 _MAX_TOKENS = 100_000_000
@@ -32,8 +32,8 @@ class Answer:
     """A response of the judge.
 
     Attributes:
-        grade: ``None`` unless it is ``GRADED``.
-        model: id of the model that answered, as it names itself; may be empty.
+        grade: the grade; ``None`` unless the outcome is ``GRADED``.
+        model: id of the model that answered, by its own account; may be empty.
         prompt_tokens, completion_tokens: 0 if the endpoint does not count them.
     """
 
@@ -65,9 +65,9 @@ class _Choice(BaseModel):
 
 
 class _ChatCompletion(BaseModel):
-    """The part of OpenAI's chat completion that is read.
+    """The part of OpenAI's chat completion that the judge uses.
 
-    The model and the usage are what they are: a grade that was paid for is not lost because of them.
+    The model and the usage may have any type, so that an odd value does not lose a grade that was paid for.
     """
 
     choices: list[_Choice]
@@ -76,7 +76,7 @@ class _ChatCompletion(BaseModel):
 
 
 def read_answer(content: bytes) -> Answer:
-    """Read a response; one that cannot be read is ``UNREADABLE``, whatever it is."""
+    """Read a response; any response that cannot be read is ``UNREADABLE``."""
     try:
         completion = _ChatCompletion.model_validate_json(content)
     except ValidationError:
@@ -100,13 +100,13 @@ def read_answer(content: bytes) -> Answer:
 
 
 def _count_of(usage: object, key: str) -> int:
-    """Return a number of tokens; 0 if no request can have it."""
+    """Return a number of tokens; 0 if the value is impossible."""
     number = usage.get(key) if isinstance(usage, dict) else None
     return number if isinstance(number, int) and 0 <= number <= _MAX_TOKENS else 0
 
 
 def read_grade(text: str) -> int | None:
-    """Return the grade in the text of an answer: of the JSON object that it is, or of the last one in it that has one."""
+    """Return the grade in an answer, which is a JSON object or contains some; the last object with a grade counts."""
     for candidate in _candidates(text):
         try:
             parsed = json.loads(candidate)

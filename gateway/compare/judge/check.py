@@ -1,6 +1,6 @@
 """The check by people: a file with pairs to grade, blind to the judge and the arms, written and read back.
 
-``judge_check.tsv`` has a line per pair, queries in random order and their documents as well::
+``judge_check.tsv`` has one line per pair, with queries and their documents in random order::
 
     query-id <tab> corpus-id <tab> score <tab> query <tab> document
 
@@ -30,8 +30,8 @@ def check_lines(dataset: Dataset, pool: Sequence[Pair], seed: int, people: Grade
     """Yield the lines of the file for people.
 
     Args:
-        pool: in random order.
-        people: grades that are known, to be filled in.
+        pool: the pairs in random order.
+        people: known grades, which are filled in.
     """
     yield form_line(_HEADER)
     by_query = _by_query(pool)
@@ -87,10 +87,10 @@ def _columns(place: str, line: bytes) -> tuple[str, str, str]:
 def complete_queries(
     people: Grades, dataset: Dataset, pool: Sequence[Pair], seed: int, path: Path
 ) -> tuple[dict[str, dict[str, int]], list[str]]:
-    """Return the grades of the queries whose pooled documents all have one, and notes on the others.
+    """Return the grades of the queries whose pooled documents all have a grade, and notes on the others.
 
     Raises:
-        CompareError: the file is of other data or another seed: its queries would not be a random sample of these.
+        CompareError: the file belongs to other data or another seed, so its queries are not a random sample of these.
     """
     drawn = draw_checked(list(dataset.queries), dataset.groups, seed)
     others = sorted(set(people) - set(drawn))
@@ -128,6 +128,6 @@ def _by_query(pool: Sequence[Pair]) -> Mapping[str, list[str]]:
 
 
 def _for_people(text: str) -> str:
-    """Return a text on one line; a spreadsheet would take one that begins with ``=`` for a formula."""
+    """Return a text on one line, protected from spreadsheets, which read a text that begins with ``=`` as a formula."""
     text = " ".join(text.split())
     return f" {text}" if text.startswith(("=", "+", "-", "@")) else text

@@ -1,4 +1,4 @@
-"""A judge at the command line: its price and the consent to it, then the grading."""
+"""A judge at the command line: its price, the user's consent, and the grading."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def make_judging(request: JudgeRequest, *, is_agreed: bool) -> Judging:
     """Return the judge of a request, checked before anything is embedded.
 
     Raises:
-        CompareError: the address or the file of the check is wrong.
+        CompareError: the address or the check file is wrong.
     """
     chat_url(request.url)
     if request.check is not None:
@@ -42,7 +42,7 @@ class Judging:
     """A judge, and whether its price is agreed to in advance.
 
     Attributes:
-        is_agreed: go on at any price, unless the request has a bound.
+        is_agreed: continue at any price, unless the request has a bound.
     """
 
     request: JudgeRequest

@@ -1,4 +1,4 @@
-"""A chat endpoint with OpenAI's API: ask for a grade, find out what it accepts, and repeat what may succeed later."""
+"""A chat endpoint with OpenAI's API: ask for a grade, find out which requests it accepts, and retry."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from gateway.errors import CompareError
 
 _PATH = "/chat/completions"
 _FORMATS = ("json_schema", "json_object", "text")
-# Enough for a model that thinks before it answers; the answer itself has some 40 tokens.
+# Enough for a model that thinks before it answers; the answer itself has about 40 tokens.
 _MAX_ANSWER_TOKENS = 2_048
 _MAX_ANSWER_BYTES = 2**20
 _ANSWER_TIMEOUT_S = 180.0
@@ -44,9 +44,9 @@ class Dialect:
 
     Attributes:
         answer_format: ``json_schema``, ``json_object``, or ``text`` if it accepts no ``response_format``.
-        has_temperature: accepts temperature 0; some models that think first do not.
+        has_temperature: whether it accepts temperature 0; some reasoning models do not.
         limit: the name of the field that bounds the length of the answer.
-        has_system: accepts a message of the system.
+        has_system: whether it accepts a system message.
     """
 
     answer_format: str = _FORMATS[0]
@@ -71,7 +71,7 @@ class Dialect:
         return json.dumps(fields).encode()
 
     def others(self, complaint: str) -> Iterator[Dialect]:
-        """Yield dialects to try next if a request is not accepted, the most likely first.
+        """Yield the dialects to try next after a rejected request, most likely first.
 
         Args:
             complaint: the error's text.
@@ -93,9 +93,9 @@ class ChatEndpoint:
 
     Args:
         http: a client with the key in its headers.
-        url: of the chat completions.
+        url: the URL of the chat completions.
         patience_s: how long to repeat a request that may succeed later.
-        secret: the key, which no message may show.
+        secret: the key, which must not appear in any message.
     """
 
     def __init__(
@@ -112,10 +112,10 @@ class ChatEndpoint:
         self.name = f"the judge ({_shown(url)})"
 
     async def find_dialect(self, messages: Sequence[Message]) -> Answer:
-        """Ask for a grade until the endpoint accepts the request and its answer has a grade, and keep to that dialect.
+        """Try dialects until the endpoint accepts a request and answers with a grade, then keep that dialect.
 
         Raises:
-            CompareError: it accepts no form of the request, gives no readable answer, or does not answer.
+            CompareError: the endpoint accepts no form of the request, gives no readable answer, or does not answer.
         """
         untried = [self.dialect]
         tried: set[Dialect] = set()
@@ -136,7 +136,7 @@ class ChatEndpoint:
         raise CompareError(f"{self.name} gives no grade, in whatever form it is asked; its last answer: {complaint}")
 
     async def ask(self, messages: Sequence[Message]) -> Answer:
-        """Ask for a grade. A request that is not accepted is ``REFUSED``: for example by a filter for content.
+        """Ask for a grade. A rejected request is ``REFUSED``, for example by a content filter.
 
         Raises:
             CompareError: the endpoint does not answer, or rejects the key or the model.
@@ -145,7 +145,7 @@ class ChatEndpoint:
         return Answer(Outcome.REFUSED) if status in _NOT_ACCEPTED else read_answer(content)
 
     async def _send(self, body: bytes) -> tuple[int, bytes]:
-        """Send a request, and repeat it where that can help and while the patience lasts; all requests pause together."""
+        """Send a request, and retry temporary failures until the time limit; all requests pause together."""
         deadline = time.monotonic() + self._patience_s
         pause_s = _FIRST_PAUSE_S
         while True:
@@ -157,7 +157,7 @@ class ChatEndpoint:
                 failure = f"{self.name} cannot be reached: {str(error) or 'it takes too long'}"
                 if not self._has_answered:
                     raise CompareError(failure) from error
-            # Without the message of the error, which can hold the key.
+            # Leave out the error's message, which may contain the key.
             except (httpx.TransportError, TimeoutError) as error:
                 failure = f"{self.name} broke off: {type(error).__name__}"
             except httpx.HTTPError as error:
@@ -170,7 +170,7 @@ class ChatEndpoint:
                 if status not in _LATER:
                     raise CompareError(f"{failure}{_HINTS.get(status, '')}")
                 asked_pause_s = _retry_after_s(response)
-            # Not all at once afterwards.
+            # Vary the pause, so that not all requests resume at once.
             pause_s = min(pause_s, _LONGEST_PAUSE_S)
             wait_s = asked_pause_s if asked_pause_s is not None else pause_s * random.uniform(0.75, 1.25)  # noqa: S311
             if time.monotonic() + wait_s > deadline:
@@ -181,7 +181,7 @@ class ChatEndpoint:
             pause_s *= 2
 
     async def _post(self, body: bytes) -> tuple[httpx.Response, bytes]:
-        """Send a request and read the response, up to a size and for a time: a broken server may send without an end."""
+        """Send a request and read the response, within limits of size and time: a broken server may never stop."""
         request = self._http.stream("POST", self._url, content=body, headers={"content-type": "application/json"})
         try:
             async with asyncio.timeout(_ANSWER_TIMEOUT_S), request as response:
@@ -191,13 +191,13 @@ class ChatEndpoint:
                     if len(content) > _MAX_ANSWER_BYTES:
                         break
                 return response, bytes(content)
-        except httpx.LocalProtocolError as error:  # no repetition helps
+        except httpx.LocalProtocolError as error:  # a retry does not help
             raise CompareError(
                 f"{self.name} cannot be asked: the request is not valid HTTP; has the key a character that no key has?"
             ) from error
 
     def _quote(self, content: bytes) -> str:
-        """Return the message in an error's body, cut, without the key."""
+        """Return the message in an error's body, shortened and without the key."""
         text = content[: 16 * _MAX_SHOWN_CHARACTERS].decode(errors="replace")
         try:
             error = json.loads(content)
@@ -226,7 +226,7 @@ async def connect_judge(
     key = api_key.strip() if api_key else None
     headers = {b"authorization": f"Bearer {key}".encode(errors="surrogateescape")} if key else None
     timeout = httpx.Timeout(_ANSWER_TIMEOUT_S, connect=10.0)
-    # A proxy of the environment would carry the texts off the machine.
+    # A proxy from the environment would send the texts off the machine.
     with client_errors(CompareError):
         client = httpx.AsyncClient(headers=headers, timeout=timeout, trust_env=not is_on_this_machine(address))
     async with client as http:
@@ -242,7 +242,7 @@ def chat_url(text: str) -> httpx.URL:
     try:
         url = httpx.URL(text)
         host = url.host
-    except (httpx.InvalidURL, UnicodeError) as error:  # also of a name that IDNA does not know
+    except (httpx.InvalidURL, UnicodeError) as error:  # also for a name that IDNA does not accept
         raise CompareError(f"--judge {text}: {error}") from error
     if url.userinfo:
         raise CompareError("--judge: the address holds a password; --judge-key-env names the variable with the key")
@@ -269,7 +269,7 @@ def _shown(url: httpx.URL) -> str:
 
 
 def _retry_after_s(response: httpx.Response) -> float | None:
-    """Return the pause that an answer asks for, in seconds or as a date."""
+    """Return the pause that a response asks for, in seconds or as a date."""
     text = response.headers.get("retry-after", "").strip()
     try:
         pause_s = float(text)

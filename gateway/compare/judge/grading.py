@@ -1,4 +1,4 @@
-"""Grade pairs: read the grades that are known, ask for the others, and keep each answer at once."""
+"""Grade pairs: read known grades, ask for the others, and store each answer at once."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from gateway.compare.progress import Step
 from gateway.errors import CompareError
 
 _NUM_IN_FLIGHT = 8
-# Beyond that, no verdict is possible, and the rest would be paid for nothing.
+# Beyond this limit no verdict is possible, and further requests would cost money for nothing.
 _MIN_UNJUDGED, _MAX_UNJUDGED_SHARE = 20, 0.1
-# Of an endpoint that does not count its tokens.
+# Estimates for an endpoint that does not count its tokens.
 _CHARACTERS_PER_TOKEN, _ANSWER_TOKENS = 4, 40
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A pair to grade, with the examples of the prompt in one of their orders."""
+    """A pair to grade, and the order of the prompt's examples."""
 
     pair: Pair
     order: int = 0
@@ -35,8 +35,8 @@ class Tally:
     """The answers of this run.
 
     Attributes:
-        num_calls: answered requests.
-        unjudged: the reason for each query and document without a grade; only with the first order.
+        num_calls: number of answered requests.
+        unjudged: the reason for each query and document without a grade; only for the first order.
         models: the ids of the models that answered.
     """
 
@@ -51,8 +51,8 @@ class Grader:
     """Asks one judge about the pairs of one data set.
 
     Args:
-        stores: by the order of the examples.
-        max_tokens: stop when the answers have used more; ``None`` for no bound.
+        stores: the stores by the order of the examples.
+        max_tokens: stop after this many tokens; ``None`` for no bound.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class Grader:
         return self._dataset.queries[pair.query], self._dataset.documents[pair.document]
 
     def missing(self, questions: Iterable[Question]) -> list[Question]:
-        """Return the questions to ask: those without a known grade, and one of those with equal texts."""
+        """Return the questions to ask: those without a known grade, without duplicates of equal texts."""
         unknown = (question for question in questions if self.known(question) is None)
         return list({(self.texts(question.pair), question.order): question for question in unknown}.values())
 
@@ -84,7 +84,7 @@ class Grader:
         return [self.tally.unjudged.get(one, Outcome.UNREADABLE) for one in texts]
 
     async def ask(self, questions: Sequence[Question], step: Step) -> None:
-        """Ask about pairs, some of them at once.
+        """Ask about pairs, several at a time.
 
         Raises:
             CompareError: the endpoint does not answer, leaves too many pairs ungraded, or the tokens are used up. All grades

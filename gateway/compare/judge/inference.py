@@ -1,8 +1,8 @@
-"""Conclusions from the grades of a judge and of people: agreement, and a difference that the judge's bias does not sway.
+"""Conclusions from the grades of a judge and of people: agreement, and a difference that the judge's bias does not affect.
 
-A judge may favor one arm, and its agreement with people does not show that: in simulations, a judge with kappa 0.6 and a
-taste for one arm in a tenth of the queries called that arm better in more than half of the comparisons of equals. So people
-grade some of the queries, drawn at random, and the estimate is corrected by them.
+A judge may favor one arm, and its agreement with people does not show that: in simulations, a judge with kappa 0.6 that
+preferred one arm in a tenth of the queries called that arm better in more than half of the comparisons of equal arms. So
+people grade some randomly drawn queries, and their grades correct the estimate.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Tested:
 
     Attributes:
         p: two-sided.
-        weight: from 0 to 1, how much the judge's grades count in an estimate from both.
+        weight: the weight, from 0 to 1, of the judge's grades in a combined estimate.
     """
 
     figure: Figure
@@ -37,7 +37,7 @@ class Tested:
 
 
 def mean_of(values: Sequence[float]) -> Tested:
-    """Return the mean of one value per query, from -1 to 1 each.
+    """Return the mean of one value per query; each is from -1 to 1.
 
     Raises:
         ValueError: there are no values.
@@ -61,16 +61,16 @@ def corrected_difference(people: Mapping[str, float], judged: Mapping[str, float
         var(w)   = s**2 * var_H(d_people - w * d_judge) / ((m - 1) * var_H(d_judge))
 
     (Angelopoulos, Duchi & Zrnic 2023, "PPI++", https://arxiv.org/abs/2311.01453.) A bias of the judge does not bias the
-    estimate, since the judge's error is measured on H and subtracted. ``w`` is estimated from the same queries, as the
-    slope of a regression: hence the last term of the variance, which the paper leaves out since it vanishes with m, and
-    m - 2 degrees of freedom for Student's t.
+    estimate, because the judge's error is measured on H and subtracted. ``w`` is estimated from the same queries, as the
+    slope of a regression. This adds the last term of the variance, which the paper omits because it vanishes with m, and
+    leaves m - 2 degrees of freedom for Student's t.
 
     Args:
         people: difference of (arm - baseline) by checked query; at least 3, drawn at random from ``judged``.
-        judged: the same by the judge's grades, of every query.
+        judged: the difference of every query by the judge's grades.
 
     Raises:
-        ValueError: fewer than 3 queries were checked, or one that was is not in ``judged``.
+        ValueError: fewer than 3 queries were checked, or a checked query is not in ``judged``.
     """
     if len(people) < 3:
         raise ValueError(f"at least 3 queries must be checked, and {len(people)} are")
@@ -114,10 +114,10 @@ def kappa(people: Grades, judged: Grades, num_resamples: int, seed: int) -> Figu
     """Return Cohen's kappa with quadratic weights, and its 95 % interval by bootstrap over the queries.
 
     0 means no more agreement than by chance, 1 equal grades. Whole queries are drawn, since the documents of a query are not
-    independent. If all grades are equal, kappa is not defined, and counts as 0: agreement that may be chance.
+    independent. If all grades are equal, kappa is undefined and counts as 0, because the agreement may be chance.
 
     Args:
-        people, judged: grade by query and document; only pairs that both have count.
+        people, judged: grades by query and document; only pairs in both count.
 
     Raises:
         ValueError: no pair has both grades.
@@ -154,7 +154,7 @@ def _kappas(tables: Floats) -> Floats:
 
 
 def self_agreement(gradings: Sequence[Sequence[int]]) -> float:
-    """Return the share of equal grades among all two gradings of one pair; each pair was graded several times."""
+    """Return the share of equal grades among any two gradings of the same pair; each pair was graded several times."""
     equal = total = 0
     for grades in gradings:
         for place, one in enumerate(grades):

@@ -1,4 +1,4 @@
-"""Judge the arms of a comparison: pool, tell the price, grade, check by people, conclude."""
+"""Judge the arms of a comparison: pool, estimate the price, grade, check by people, conclude."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ class JudgeRequest:
     """The judge of a comparison.
 
     Attributes:
-        url: of an API like OpenAI's.
-        cache: folder of the grades of earlier runs.
-        check: file with people's grades; ``None`` without.
-        max_tokens: how many may be used; ``None`` for no bound.
+        url: the URL of an API like OpenAI's.
+        cache: folder with the grades of earlier runs.
+        check: file with people's grades, if any.
+        max_tokens: the maximum number of tokens to use; ``None`` for no bound.
     """
 
     url: str
@@ -43,11 +43,11 @@ class JudgeRequest:
 
 @dataclass(frozen=True, slots=True)
 class Judged:
-    """A report, and what the files need in addition.
+    """A report, and additional data for the files.
 
     Attributes:
         pool: the pairs, in random order.
-        people: the grades of the check, also those of queries that are not complete.
+        people: the grades of the check, including those of incomplete queries.
     """
 
     report: JudgeReport
@@ -56,11 +56,11 @@ class Judged:
 
 
 Consent = Callable[[Price], None]
-"""Gets the price before the first request; raises ``CompareError`` without consent."""
+"""A callback that receives the price before the first request, and raises ``CompareError`` without consent."""
 
 
 async def judge(request: JudgeRequest, subject: Subject, consent: Consent, reporter: Reporter) -> Judged:
-    """Let a judge grade the first documents of every arm, and compare the arms by its grades.
+    """Have a judge grade the first documents of every arm, and compare the arms by its grades.
 
     Raises:
         CompareError: the address or the check is wrong, there is no consent, or the judge does not answer.
@@ -72,7 +72,7 @@ async def judge(request: JudgeRequest, subject: Subject, consent: Consent, repor
     people: Grades = {}
     checked: Grades | None = None
     notes: list[str] = []
-    if request.check is not None:  # before anything is paid for: the file may be of other data
+    if request.check is not None:  # before anything costs money: the file may belong to other data
         people = read_check(request.check)
         checked, notes = complete_queries(people, subject.dataset, pool, subject.seed, request.check)
     questions = [Question(pair) for pair in pool]

@@ -1,11 +1,11 @@
-"""Families of models: a judge prefers what its relatives find."""
+"""Families of models: a judge prefers the results of related models."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
 
-# Parts of names, by maker; a model that was made from another one has both.
+# Parts of names, by maker; a model derived from another has both makers.
 _PARTS: Mapping[str, tuple[str, ...]] = {
     "OpenAI": ("openai", "gpt", "o1", "o3", "o4", "text-embedding-3", "text-embedding-ada"),
     "Google": ("google", "gemini", "gemma", "embeddinggemma", "gecko", "gtr", "labse", "palm"),
@@ -33,7 +33,7 @@ _MADE_FROM = {
 
 
 def makers_of(name: str) -> set[str]:
-    """Return the makers that the name of a model names, and those of the model that it was made from."""
+    """Return the makers of a model by its name, including the makers of its base model."""
     text = name.lower()
     found = {
         maker
@@ -44,7 +44,7 @@ def makers_of(name: str) -> set[str]:
 
 
 def relatives(judge: str, sources: Mapping[str, str]) -> dict[str, str]:
-    """Return the arms that share a maker with the judge, and the maker.
+    """Return the arms that share a maker with the judge, with the maker.
 
     Args:
         sources: the sources of the arms' models, with their ids, by arm.

@@ -1,4 +1,4 @@
-"""The files of a judge, next to those of the comparison."""
+"""The files of a judge, in the folder of the comparison."""
 
 from __future__ import annotations
 

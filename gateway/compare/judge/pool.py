@@ -1,4 +1,4 @@
-"""The pairs that a judge grades: the first documents of every arm, without a trace of the arm."""
+"""The pairs that a judge grades: the first documents of every arm, without a hint of the arm."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gateway.compare.search import Ranking
 Item = TypeVar("Item")
 
 NUM_CHECKED = 60
-"""Queries for people to check."""
+"""The number of queries for people to check."""
 
 _REPEATED_SHARE = 0.1
 _MIN_REPEATED = 30
@@ -23,7 +23,7 @@ def make_pool(rankings: Mapping[str, Ranking], seed: int) -> list[Pair]:
     """Return the first ten documents of every arm for every query, each pair once, in random order.
 
     Args:
-        rankings: of every arm.
+        rankings: the rankings of every arm.
     """
     queries = next(iter(rankings.values()))
     pairs = {
@@ -37,18 +37,18 @@ def make_pool(rankings: Mapping[str, Ranking], seed: int) -> list[Pair]:
 
 
 def draw_repeated(pool: Sequence[Pair], seed: int) -> list[Pair]:
-    """Return the pairs to be graded again: a tenth, at least 30 if there are as many."""
+    """Return the pairs to grade again: a tenth of the pool, but at least 30 if it has that many."""
     number = max(_MIN_REPEATED, round(_REPEATED_SHARE * len(pool)))
     return _shuffled(pool, seed + 1)[:number]
 
 
 def draw_checked(queries: Sequence[str], groups: Mapping[str, str], seed: int) -> list[str]:
-    """Return the queries for people to check, in random order; they depend on nothing but the queries and the seed.
+    """Return the queries for people to check, in random order; they depend only on the queries and the seed.
 
-    Of queries that depend on each other, one is drawn, and more of them only if there are not enough others.
+    Of each group of dependent queries, one is drawn, and more only if there are not enough others.
 
     Args:
-        groups: of queries that depend on each other, by query.
+        groups: the group of each query that depends on others.
     """
     turns: dict[str, int] = {}
     rounds: dict[str, int] = {}
@@ -60,12 +60,12 @@ def draw_checked(queries: Sequence[str], groups: Mapping[str, str], seed: int) -
 
 
 def unit_of(query: str, groups: Mapping[str, str]) -> str:
-    """Return the group of a query, or the query itself, by a name that no other group or query has."""
+    """Return a unique name for the group of a query, or for the query itself."""
     return f"group {groups[query]}" if query in groups else f"query {query}"
 
 
 def first_documents(rankings: Ranking, grades: Grades) -> dict[str, list[tuple[str, float]]]:
-    """Return the first ten documents of each query that has grades, without those that have none.
+    """Return the first ten documents of each graded query, without the ungraded documents.
 
     An unjudged document counts neither for nor against an arm: the next one moves up (Sakai 2007, condensed lists).
     """

@@ -1,4 +1,4 @@
-"""The price of a judge, said before the first request, and the consent to it."""
+"""The price of a judge, which is shown before the first request."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from gateway.compare.judge.prompt import make_messages
 from gateway.config.wording import count
 
-# Of English. A text of other letters has more tokens per character, but also more bytes.
+# An estimate for English. Texts in other scripts have more tokens per character, but also more bytes.
 _BYTES_PER_TOKEN = 4
 _ANSWER_TOKENS = 40
 _TOKENS_PER_MESSAGE = 8
@@ -16,11 +16,11 @@ _TOKENS_PER_MESSAGE = 8
 
 @dataclass(frozen=True, slots=True)
 class Price:
-    """The requests that are needed, and about how many tokens they have.
+    """The number of required requests, and an estimate of their tokens.
 
     Attributes:
-        num_calls: requests to send.
-        num_known: grades that an earlier run had.
+        num_calls: number of requests to send.
+        num_known: number of grades from earlier runs.
         destination: the host that gets the texts; ``None`` if they stay on this machine.
     """
 
@@ -32,7 +32,7 @@ class Price:
 
     @property
     def num_tokens(self) -> int:
-        """All of them."""
+        """The total number of tokens."""
         return self.prompt_tokens + self.answer_tokens
 
     def __str__(self) -> str:
@@ -44,7 +44,7 @@ class Price:
 
     @property
     def privacy(self) -> str:
-        """A sentence on where the texts go."""
+        """A sentence that says where the texts are sent."""
         if self.destination is None:
             return "Queries and documents stay on this machine."
         return f"Queries and documents are sent to {self.destination}."
@@ -54,7 +54,7 @@ def estimate_price(texts: Sequence[tuple[str, str, int]], num_known: int, destin
     """Estimate the price of grading.
 
     Args:
-        texts: query, document, and the order of the examples, of each request.
+        texts: the query, the document and the order of the examples of each request.
     """
     size = sum(
         len(message["content"].encode(errors="replace"))

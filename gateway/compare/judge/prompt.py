@@ -1,7 +1,7 @@
 """The prompt of the judge: a rubric from 0 to 3, examples, and the text to grade as data.
 
 The scale is that of UMBRELA (Upadhyay et al. 2024, https://arxiv.org/abs/2406.06519): each document is graded by itself, so
-that no order of documents can sway the judge, and a document that several arms find has one grade.
+the order of documents cannot influence the judge, and a document that several arms find has one grade.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def template(order: int = 0) -> list[Message]:
 
 
 def prompt_hash(order: int = 0) -> str:
-    """Return the hex sha256 of everything but the texts."""
+    """Return the hex sha256 of everything except the texts."""
     parts = [template(order), ANSWER_SCHEMA, MAX_DOCUMENT_CHARACTERS, _MAX_QUERY_CHARACTERS]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
@@ -100,7 +100,7 @@ def make_messages(query: str, document: str, order: int = 0) -> list[Message]:
 
 
 def cut(query: str, document: str) -> tuple[str, str]:
-    """Return the part of both texts that the judge, and people who check it, see."""
+    """Return the parts of both texts that the judge, and people who check it, see."""
     return query[:_MAX_QUERY_CHARACTERS], document[:MAX_DOCUMENT_CHARACTERS]
 
 

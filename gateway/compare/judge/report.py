@@ -22,7 +22,7 @@ from gateway.config.wording import count
 from gateway.errors import CompareError
 
 MIN_SELF_AGREEMENT = 0.8
-"""Below it, a note says that the judge's grades depend on chance."""
+"""Below this agreement, a note says that the judge's grades depend on chance."""
 
 _NUM_RESAMPLES = 10_000  # for the interval of kappa
 
@@ -32,8 +32,8 @@ class Subject:
     """The comparison to judge.
 
     Attributes:
-        rankings: of every arm, the baseline first.
-        sources: by arm, the names that tell the maker of its model.
+        rankings: the rankings of every arm, baseline first.
+        sources: by arm, the names that identify the maker of its model.
     """
 
     dataset: Dataset
@@ -44,12 +44,12 @@ class Subject:
 
 @dataclass(frozen=True, slots=True)
 class Graded:
-    """The questions that were asked, and who has the answers.
+    """The questions that were asked, and the grader with the answers.
 
     Attributes:
-        questions: of each pair.
-        again: of the pairs that were graded again, with the examples in other orders.
-        num_known: how many of both an earlier run had asked.
+        questions: one question for each pair.
+        again: questions for the pairs that were graded again, with the examples in other orders.
+        num_known: how many of these questions earlier runs had asked.
     """
 
     grader: Grader
@@ -75,10 +75,10 @@ def make_report(subject: Subject, asked: Asked, graded: Graded, checked: Grades 
     """Conclude from the grades.
 
     Args:
-        checked: people's grades of the queries that they checked whole; ``None`` without a check.
+        checked: people's grades of the completely checked queries; ``None`` without a check.
 
     Raises:
-        CompareError: there is a check, and no query of it is whole.
+        CompareError: there is a check, but none of its queries is complete.
     """
     grades = _grades(graded, list(subject.dataset.queries))
     unjudged = graded.grader.unjudged(graded.questions)
@@ -107,7 +107,7 @@ def make_report(subject: Subject, asked: Asked, graded: Graded, checked: Grades 
 
 
 def _grades(graded: Graded, queries: Sequence[str]) -> dict[str, dict[str, int]]:
-    """Return the judge's grades in the order of the queries; a query without any is left out."""
+    """Return the judge's grades in the order of the queries, without ungraded queries."""
     found: dict[str, dict[str, int]] = {query: {} for query in queries}
     for question in graded.questions:
         if (grade := graded.grader.known(question)) is not None:

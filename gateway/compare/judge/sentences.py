@@ -43,7 +43,7 @@ _TEMPLATES = {
 
 
 def judge_sentences(report: JudgeReport) -> list[str]:
-    """Return the whole report in sentences: the judge, its check, a verdict for each arm, and the notes."""
+    """Return the report in sentences: the judge, its check, a verdict for each arm, and the notes."""
     check = report.check
     return [
         *_introduction(report),

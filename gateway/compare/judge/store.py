@@ -1,4 +1,4 @@
-"""Grades on disk: no pair is asked for twice, even after an interruption."""
+"""Grades on disk, so that no pair is graded twice, even after an interruption."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ class GradeStore:
     """The grades of one judge with one prompt, by a hash of the query and the document.
 
     The file has a JSON object per line, and only grows. A line that an interruption cut short is removed when the file is
-    opened again. Refusals and unreadable answers are not kept: another run asks again.
+    opened again. Refusals and unreadable answers are not kept, so another run asks again.
 
     Args:
-        folder: is created if missing.
+        folder: the folder, which is created if missing.
         identity: everything that a grade depends on, except the texts.
 
     Raises:
@@ -43,7 +43,7 @@ class GradeStore:
         self.path = folder / f"{name}.grades.jsonl"
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            # For people, since the file's name is a hash.
+            # For people, because the file's name is a hash.
             (folder / f"{name}.json").write_text(json.dumps(identity, indent=2) + "\n", encoding="utf-8")
             self._file: BinaryIO = self.path.open("ab+")
         except OSError as error:
@@ -74,7 +74,7 @@ class GradeStore:
         """Keep a grade, and write it to the disk.
 
         Raises:
-            CompareError: it cannot be written.
+            CompareError: the file cannot be written.
         """
         key = _key(query, document)
         line = json.dumps({"pair": key, "grade": grade.grade, "model": grade.model}) + "\n"

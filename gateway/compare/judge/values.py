@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 Grades = Mapping[str, Mapping[str, int]]
-"""Grade, 0 to 3, by query and document."""
+"""Grades, 0 to 3, by query and document."""
 
 MAX_GRADE = 3
 DEPTH = 10
-"""How many documents of each arm are graded for a query."""
+"""The number of documents of each arm that are graded for a query."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ class Pair:
 class JudgeVerdict(StrEnum):
     """The conclusion on an arm against the baseline by the judge's grades.
 
-    Only ``BETTER`` and ``WORSE`` are about quality, and need the check by people. The judge may share the taste of an arm.
+    Only ``BETTER`` and ``WORSE`` are about quality; they need the check by people, because the judge may favor an arm.
     """
 
     BETTER = "better"
@@ -55,12 +55,12 @@ class JudgeContrast:
 
     Attributes:
         judged: mean of (arm - baseline) by the judge's grades, over all queries.
-        judged_p: two-sided p of it, after Holm's correction for the number of arms.
+        judged_p: two-sided p of ``judged``, after Holm's correction for the number of arms.
         people: the same difference by people's grades, over the queries that they checked; ``None`` without a check.
-        corrected: the difference by both, see :func:`gateway.compare.judge.inference.corrected_difference`.
-        corrected_p: two-sided p of it, after Holm's correction.
-        weight: from 0 to 1, how much the judge's grades count in ``corrected``.
-        num_untied: queries whose grades tell the arm from the baseline: people's with a check, otherwise the judge's.
+        corrected: the combined difference, see :func:`gateway.compare.judge.inference.corrected_difference`.
+        corrected_p: two-sided p of ``corrected``, after Holm's correction.
+        weight: the weight, from 0 to 1, of the judge's grades in ``corrected``.
+        num_untied: queries in which arm and baseline differ: by people's grades with a check, otherwise by the judge's.
     """
 
     arm: str
@@ -77,12 +77,12 @@ class JudgeContrast:
 
 @dataclass(frozen=True, slots=True)
 class PeopleCheck:
-    """How well the judge agrees with people.
+    """The agreement of the judge with people.
 
     Attributes:
-        num_queries: queries whose pooled documents people have all graded.
-        num_pairs: their documents.
-        kappa: Cohen's, with quadratic weights, and its 95 % bootstrap interval over the queries.
+        num_queries: number of queries for which people graded all pooled documents.
+        num_pairs: number of documents of these queries.
+        kappa: Cohen's kappa with quadratic weights, and its 95 % bootstrap interval over the queries.
     """
 
     num_queries: int
@@ -92,11 +92,11 @@ class PeopleCheck:
 
 @dataclass(frozen=True, slots=True)
 class SelfAgreement:
-    """How often the judge repeats its grade if its prompt has the examples in another order.
+    """How often the judge repeats its grade when the examples in its prompt are in another order.
 
     Attributes:
-        num_pairs: pairs that were graded three times.
-        share: of two gradings of a pair, how often both are equal.
+        num_pairs: number of pairs that were graded three times.
+        share: how often two gradings of a pair are equal.
     """
 
     num_pairs: int
@@ -108,8 +108,8 @@ class Usage:
     """The requests of this run.
 
     Attributes:
-        num_calls: answered ones.
-        num_cached: grades that an earlier run had.
+        num_calls: number of answered requests.
+        num_cached: number of grades from earlier runs.
         prompt_tokens, completion_tokens: as the endpoint counts them; 0 if it does not.
     """
 
@@ -124,13 +124,13 @@ class Asked:
     """The judge and its prompt.
 
     Attributes:
-        url: of the endpoint, without a query.
-        model: as asked for.
+        url: the URL of the endpoint, without a query.
+        model: the requested model.
         answered_as: ids of the models that answered.
         prompt: the messages, with ``{query}``, ``{document}`` and ``{code}`` for the parts that change.
-        prompt_sha256: of them.
-        answer_format: how the form of the answer was asked for: ``json_schema``, ``json_object`` or ``text``.
-        temperature: ``None`` if the model does not accept 0.
+        prompt_sha256: the hex sha256 of the messages.
+        answer_format: the requested format of the answer: ``json_schema``, ``json_object`` or ``text``.
+        temperature: the temperature; ``None`` if the model does not accept 0.
     """
 
     url: str
@@ -150,9 +150,9 @@ class JudgeReport:
         num_refused: pairs that the judge, or a filter in front of it, refused to grade.
         num_unreadable: pairs whose answer has no grade.
         levels: mean nDCG@10 of each arm by the judge's grades.
-        contrasts: for each arm but the baseline.
+        contrasts: the contrast of each arm except the baseline.
         notes: caveats.
-        grades: of the judge.
+        grades: the judge's grades.
     """
 
     asked: Asked

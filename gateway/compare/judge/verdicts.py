@@ -1,4 +1,4 @@
-"""From grades to verdicts: each arm against the baseline in nDCG@10, by the judge and, where they checked it, by people."""
+"""From grades to verdicts: each arm against the baseline in nDCG@10, by the judge and, if they checked it, by people."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from gateway.compare.search import Ranking
 from gateway.compare.statistics import ALPHA, MIN_QUERIES, MIN_UNTIED, TIE, holm
 
 MAX_UNJUDGED_SHARE = 0.02
-"""With more pairs without a grade, there is no verdict."""
+"""Above this share of ungraded pairs, there is no verdict."""
 
 MIN_KAPPA = 0.4
 """A judge can be used if its kappa is above this with 95 % confidence."""
@@ -27,12 +27,12 @@ class Evidence:
     """The grades behind the verdicts.
 
     Attributes:
-        rankings: of every arm, the baseline first.
+        rankings: the rankings of every arm, baseline first.
         judged: the judge's grades.
         people: people's grades of the queries that they checked; empty without a check.
-        check: their agreement; ``None`` without a check.
+        check: the judge's agreement with people; ``None`` without a check.
         unjudged_share: the share of the pairs that the judge did not grade.
-        groups: of queries that depend on each other, by query; a group counts as one query.
+        groups: the group of each query that depends on others; a group counts as one query.
     """
 
     rankings: Mapping[str, Ranking]
@@ -46,7 +46,7 @@ class Evidence:
 def quality(rankings: Mapping[str, Ranking], grades: Grades) -> dict[str, Values]:
     """Return nDCG@10 of each query by arm, in the order of the grades.
 
-    A query without a document above grade 0 has 0 for every arm.
+    A query without a document above grade 0 counts as 0 for every arm.
     """
     values = {}
     for arm, ranking in rankings.items():
@@ -71,7 +71,7 @@ def conclude(evidence: Evidence) -> list[JudgeContrast]:
     every_query = [_differences(arm, baseline, judged) for arm in arms]
     by_judge = [_by_unit(values, evidence.groups) for values in every_query]
     by_people = [_by_unit(_differences(arm, baseline, people), evidence.groups) for arm in arms]
-    # The judge's opinion of a group that people checked is that of the queries that they checked.
+    # For a group that people checked, only the judge's grades of the checked queries count.
     same = [
         _by_unit({query: one[query] for query in evidence.people if query in one}, evidence.groups)
         for one in every_query
@@ -103,7 +103,7 @@ def _differences(arm: str, baseline: str, values: Mapping[str, Values]) -> dict[
 
 
 def _by_unit(values: Values, groups: Mapping[str, str]) -> dict[str, float]:
-    """Return the mean value of each group; a query without a group is one of itself."""
+    """Return the mean value of each group; a query without a group is a group by itself."""
     found: dict[str, list[float]] = {}
     for query, value in values.items():
         found.setdefault(unit_of(query, groups), []).append(value)
