@@ -73,7 +73,7 @@ def create_app(deployment: Deployment) -> FastAPI:
     if settings.admin_port is None:
         routers += [admin_router(deployment, are_metrics_open=not keyring), *app.state.operator_routers]
     if settings.console != "off":
-        # Imported only if used, like the templates and their library.
+        # Imported only if used, as are the templates and their library.
         from gateway.console.site import console_router
 
         port = settings.port if settings.is_console_for_clients else settings.admin_port or 0
@@ -81,7 +81,7 @@ def create_app(deployment: Deployment) -> FastAPI:
         (routers if settings.is_console_for_clients else app.state.operator_routers).append(console)
     include(app, routers)
     if settings.cors_origins:
-        # The outermost: a page must be able to read the middleware's answers too, for example a 401.
+        # The outermost layer, so that a page can read the middleware's answers too, for example a 401.
         app.add_middleware(
             CORSMiddleware,
             allow_origins=settings.cors_origins,
@@ -119,7 +119,7 @@ def create_admin_app(deployment: Deployment, clients: FastAPI | None = None) -> 
     """Return the application for the operator's port: health, metrics, the paths below ``/admin``, and the console.
 
     Args:
-        clients: the clients' application, whose keys and counts the operator's shares; by default a new one.
+        clients: the clients' application; the operator's application shares its keys and counts. Created by default.
     """
     clients = clients or create_app(deployment)
     memory = MemoryBudget(deployment.settings.memory_budget_bytes)
@@ -130,7 +130,7 @@ def create_admin_app(deployment: Deployment, clients: FastAPI | None = None) -> 
 
 
 def _application(deployment: Deployment, keyring: Keyring, memory: MemoryBudget) -> FastAPI:
-    """Return an application with the parts that both have."""
+    """Return an application with the parts that the clients' and the operator's application share."""
     direct: Routes = {}
     app: FastAPI = FastAPIOffline(
         title="Embedding gateway",

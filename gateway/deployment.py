@@ -1,4 +1,4 @@
-"""The registry and the models that are served now, and how a reload replaces them while requests are answered."""
+"""The registry and the models in service, and the reload that replaces them while requests are answered."""
 
 from __future__ import annotations
 
@@ -46,10 +46,10 @@ class Reloaded:
     """The changes of a reload.
 
     Attributes:
-        loaded: ids of the models that were loaded for it, or are loaded on demand from now on.
+        loaded: ids of the models that the reload loaded, or that are loaded on demand from now on.
         kept: ids of the models that did not change.
         removed: ids of the models that are gone.
-        aliases: the change of each alias that is new, gone, or leads elsewhere now.
+        aliases: the change of each alias that was added, was removed, or now leads to another target.
         experiments: the change of each experiment; see :func:`gateway.routing.changes.changed_experiments`.
     """
 
@@ -68,7 +68,7 @@ def make_real_backend(
     on_card_lost: Callable[[str], None],
     cluster: ClusterSite | None = None,
 ) -> Backend:
-    """Return the backend of a model: an engine in this process, maybe only while it is used, a cluster or other servers."""
+    """Return a model's backend: an engine in this process (always or on demand), a cluster, or other servers."""
     if entry.is_remote:
         return UpstreamBackend(entry, settings)
     if cluster is not None:
@@ -87,7 +87,7 @@ class Deployment:
 
     Attributes:
         resources: connections and files, which are closed once everything has stopped.
-        card_lost: why a card can compute nothing more in this process, which then has to end; empty as a rule.
+        card_lost: why a card can compute nothing more in this process, which then has to end; normally empty.
         on_card_lost: called once when that happens.
         counting_since: when each experiment was first served with its present arms and weights, ISO 8601.
         errors: the last requests that failed.
@@ -165,11 +165,11 @@ class Deployment:
         return self.fleet.is_ready and not self.is_draining
 
     def drain(self) -> None:
-        """Announce that this process is about to stop; it still answers the requests that come until then."""
+        """Announce that this process is about to stop; until then it still answers requests."""
         self.is_draining = True
 
     def lose_card(self, reason: str) -> None:
-        """Become unready, and have the process end: a lost card comes back only to a new one."""
+        """Become unready and end the process: only a new process can use a lost card again."""
         if not self.card_lost:
             self.card_lost = reason
             self.drain()
@@ -178,8 +178,8 @@ class Deployment:
     async def reload(self) -> Reloaded:
         """Read the registry again and serve it, once all of its models are loaded and warm.
 
-        Until then, and also if anything is wrong, everything stays as it is. Requests that are being answered when the
-        new models take over end on the old ones. Concurrent reloads run one after the other.
+        Until then, nothing changes. If anything is wrong, nothing changes at all. Requests in progress when the new
+        models take over finish on the old models. Concurrent reloads run one after the other.
 
         Raises:
             ReloadRefused: the file is wrong, a new model cannot be loaded, or a name would move to another space.
@@ -188,7 +188,8 @@ class Deployment:
             await self.fleet.started.wait()
             started = time.monotonic()
             registry, fleet = await self._reloader.prepare(self.fleet)
-            # In a thread: it hashes thousands of units. No other reload changes the registry meanwhile.
+            # In a thread, because it hashes thousands of units. The lock keeps other reloads from changing the
+            # registry.
             experiments = await asyncio.to_thread(changed_experiments, self.registry, registry)
             reloaded = self._switch_to(registry, fleet, experiments, started)
             metrics.RELOADS.labels("ok").inc()
@@ -203,7 +204,7 @@ class Deployment:
             return reloaded
 
     def _switch_to(self, registry: Registry, fleet: Fleet, experiments: dict[str, str], started: float) -> Reloaded:
-        """Serve another registry. Nothing awaits in here, so each request sees either the old one or the new one."""
+        """Serve another registry. Nothing awaits here, so a request sees either the old registry or the new one."""
         old_registry, old_fleet, old_shadows, old_captures = self.registry, self.fleet, self.shadows, self.captures
         for cache in fleet.take_over(old_fleet, registry):
             self._run_in_background(cache.close())
@@ -247,11 +248,11 @@ class Deployment:
     def _seek_absent_models(self) -> None:
         for model in self.fleet:
             if self.fleet.is_absent(model):
-                # Outside of reloads: a server that hangs must not delay a reload.
+                # In the background, because a server that hangs must not delay a reload.
                 self._run_in_background(self.fleet.seek(model, self._accept_found_model))
 
     def _accept_found_model(self) -> Sequence[str]:
-        """Accept a model whose server has been found; return the rules that it breaks, which only now can be checked."""
+        """Accept a model whose server has been found; return the rules that it breaks, which need a loaded model."""
         problems = self._reloader.find_problems(self.registry, self.fleet)
         if not problems:
             self._accept_models()
@@ -268,7 +269,7 @@ class Deployment:
             metrics.forget_server(model.id, server)
 
     async def _retire_names(self, registry: Registry, shadows: Shadows) -> None:
-        """Stop the old shadows, and remove the metrics of names that are gone, also those of their last requests."""
+        """Stop the old shadows, and remove the metrics of removed names, including those of their last requests."""
         await shadows.stop()
         for of, to in shadows.pairs - self.shadows.pairs:
             metrics.forget_shadow(of, to)
@@ -277,7 +278,7 @@ class Deployment:
         self._forget_arms(registry)
 
     def _forget_arms(self, registry: Registry) -> None:
-        """Remove the metrics of the experiments and arms of an old registry that the present one lacks."""
+        """Remove the metrics of an old registry's experiments and arms that the present registry lacks."""
         for experiment in registry.experiments:
             present = self.registry.experiment(experiment.id)
             if present is None:
@@ -292,7 +293,7 @@ class Deployment:
         task.add_done_callback(self._background.discard)
 
     async def stop(self) -> None:
-        """Stop every model, and close what is open; requests that still wait get an error."""
+        """Stop every model, and close all resources; waiting requests get an error."""
         async with self.resources:
             await self.shadows.stop()
             for task in list(self._background):
@@ -304,7 +305,7 @@ class Deployment:
 
 
 def _captures(registry: Registry, before: Captures | None) -> Captures | None:
-    """Return the captures of a registry; without any, their package is not imported."""
+    """Return the captures of a registry. If it has no captures, do not import their package."""
     if before is None and not registry.captures():
         return None
     from gateway.capture.captures import Captures
@@ -326,11 +327,11 @@ class Reloader:
     def __init__(self, read_registry: ReadRegistry, make_backend: MakeBackend) -> None:
         self._read_registry = read_registry
         self._make_backend = make_backend
-        # Names that are gone are included: one may come back for another model.
+        # Includes names that are gone, because such a name may come back for another model.
         self._known_spaces: dict[str, dict[str, str]] = {}
 
     def remember_spaces(self, registry: Registry, fleet: Fleet) -> None:
-        """Remember the space of each name that is served, so that the name cannot move to another one unnoticed."""
+        """Remember the space of each served name, so that no name moves to another space unnoticed."""
         for name, spaces in name_spaces(registry, fleet).items():
             self._known_spaces[name] = {**self._known_spaces.get(name, {}), **spaces}
 
@@ -339,7 +340,7 @@ class Reloader:
         return [*broken_rules(registry, fleet), *moved_names(self._known_spaces, registry, fleet)]
 
     async def prepare(self, served: Fleet) -> tuple[Registry, Fleet]:
-        """Return the registry as it is now, with its models loaded and warm; log and count a refusal.
+        """Read the registry, load and warm up its models, and return both; log and count a refusal.
 
         Args:
             served: the present fleet, whose models are kept where nothing has changed.
@@ -385,7 +386,7 @@ class Reloader:
 
 
 def _why_not_loaded(model: Model, before: Model | None) -> str:
-    """Return why a new model blocks a reload; a model that had failed before may fail again, unless it is required."""
+    """Return why a new model blocks a reload. A model that had already failed may fail again, unless it is required."""
     if model.state is not ModelState.FAILED:
         return ""
     had_failed = before is not None and before.state is ModelState.FAILED and before.entry.loads_like(model.entry)

@@ -29,17 +29,17 @@ log = structlog.get_logger(__name__)
 MakeBackend: TypeAlias = Callable[[ModelEntry], Backend]
 """Makes the backend of an entry of the registry."""
 
-# Between two attempts to load a model whose servers were absent, or that had too little memory.
+# The pause between attempts to load a model that lacked servers or memory.
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 2.0, 60.0
 
-# Of a model that is loaded on demand, and has been started.
+# The states of an on-demand model after its start, while it is not in memory.
 _ON_DEMAND_STATES = (ModelState.UNLOADED, ModelState.LOADING)
-# A reload tries again: what was missing may be there now, such as the file, the card, or a yes to the license.
+# A reload tries these models again: the file, the card or the license acceptance that was missing may exist now.
 _RETRIED_STATES = (ModelState.FAILED, ModelState.DISABLED)
 
 
 class Site(Protocol):
-    """Where the models run, apart from those of upstream servers."""
+    """The place where models run, other than upstream servers."""
 
     def why_disabled(self, entry: ModelEntry) -> str:
         """Return why a model is disabled there; empty if it is enabled. May block.
@@ -70,8 +70,8 @@ class Model:
         info: known once the checkpoint has been read, even if loading fails after that.
         reason: why the model is disabled or failed; empty otherwise.
         created: Unix time at which the model became ready, for OpenAI's ``created``.
-        cache: of its vectors, if the entry has one.
-        lacks_memory: it has failed because it did not fit.
+        cache: the cache of the model's vectors, if the entry has one.
+        lacks_memory: the model failed because it did not fit into memory.
     """
 
     entry: ModelEntry
@@ -100,7 +100,7 @@ class Model:
 
     @property
     def takes_requests(self) -> bool:
-        """Whether the model is ready, or a request makes it ready."""
+        """Whether the model is ready, or a request would make it ready."""
         if self.on_demand is not None and self.state in _ON_DEMAND_STATES:
             return self.on_demand.is_started
         return self.state is ModelState.READY
@@ -117,7 +117,7 @@ class Model:
             metrics.MODEL_STATE.labels(self.id, possible.value).set(possible is state)
 
     async def embed(self, job: EmbedJob) -> Embeddings:
-        """Embed the texts of a job, those that are in the cache without the backend.
+        """Embed the texts of a job; the backend computes only those that are not in the cache.
 
         Raises:
             RequestError: one of those of :meth:`gateway.backends.base.Backend.embed`.
@@ -202,9 +202,9 @@ class Fleet:
         return cls([Model(entry, make_backend(entry)) for entry in registry.models], site)
 
     def successor(self, registry: Registry, make_backend: MakeBackend) -> Fleet:
-        """Return the fleet of another registry: it keeps each model whose entry has not changed, and has new ones otherwise.
+        """Return the fleet of another registry: keep each model whose entry has not changed, and create the others.
 
-        A model that has failed is replaced, so that it is loaded again.
+        Failed and disabled models are replaced, so that they are loaded again.
         """
         models = []
         for entry in registry.models:
@@ -215,7 +215,7 @@ class Fleet:
         return Fleet(models, self._site)
 
     def take_over(self, old: Fleet, registry: Registry) -> list[ModelCache]:
-        """Replace the old fleet, and give the kept models their new entries; return the caches that are to be closed."""
+        """Replace the old fleet, and give the kept models their new entries; return the caches to close."""
         replaced = [self._models[entry.id].take_entry(entry) for entry in registry.models]
         old._is_replaced = True
         self.started.set()
@@ -237,7 +237,7 @@ class Fleet:
 
     @property
     def is_ready(self) -> bool:
-        """Whether the gateway can take traffic: loading has ended, and a model and all required ones take requests."""
+        """Whether loading has ended, and all required models and at least one model take requests."""
         is_ready = {model.id: model.takes_requests for model in self}
         required = [model.id for model in self if model.entry.required]
         return self.started.is_set() and any(is_ready.values()) and all(is_ready[name] for name in required)
@@ -245,7 +245,7 @@ class Fleet:
     async def start(self) -> None:
         """Load the enabled models.
 
-        A model that cannot be loaded becomes ``failed``, with the reason, and the others serve.
+        A model that cannot be loaded becomes ``failed``, with the reason, and the other models serve.
 
         Raises:
             StartError: a model that the registry calls ``required`` is not ready.
@@ -259,9 +259,9 @@ class Fleet:
     async def load(self) -> None:
         """Load the models that are enabled and not loaded yet.
 
-        Models of this process load one after the other, in :func:`load_order`, so that each sees the memory that the others
-        left. Models that run elsewhere need none, and load all at once. A model that is compared with another one waits for
-        it.
+        Models in this process load one after the other, in :func:`load_order`, so that each sees how much memory is
+        left. Models that run elsewhere need no memory here, and load concurrently. A model that is compared with
+        another model waits until that model has loaded.
         """
         waiting = [model for model in self if model.state is ModelState.LOADING]
         for model in waiting:
@@ -293,8 +293,8 @@ class Fleet:
                     tasks.create_task(load(model))
 
     async def load_one(self, model: Model) -> None:
-        """Load a model, unless it is loaded on demand; afterwards it takes requests, or has failed with a reason."""
-        # The load of a model with absent or wrong servers is retried again and again: log the reason only when it changes.
+        """Load a model, or prepare it for loading on demand. Afterwards it takes requests or has failed."""
+        # Loads with absent or wrong servers are retried indefinitely: log the reason only when it changes.
         logged = model.reason if model.state is ModelState.FAILED else None
         (log.info if logged is None else log.debug)("model_loading", model=model.id, source=model.entry.source)
         started = time.monotonic()
@@ -325,7 +325,7 @@ class Fleet:
                 log.info("model_on_demand", model=model.id, seconds=seconds)
 
     def is_absent(self, model: Model) -> bool:
-        """Return whether a load has failed for a reason that may pass: absent servers, or too little memory."""
+        """Return whether a load failed for a temporary reason: absent servers, or too little memory."""
         if self._is_replaced or model.state is not ModelState.FAILED:
             return False
         return model.lacks_memory or not self._site.is_here(model.entry)
@@ -334,7 +334,8 @@ class Fleet:
         """Try to load an absent model until it is ready, or the fleet is replaced.
 
         Args:
-            accept: called once the model is ready; returns the rules that it breaks. If it breaks any, it has failed.
+            accept: called once the model is ready; returns the rules that the model breaks. If there are any, the model
+                fails.
         """
         pause_s = _FIRST_PAUSE_S
         while self.is_absent(model):
@@ -345,7 +346,7 @@ class Fleet:
 
     @staticmethod
     async def _may_succeed(model: Model) -> bool:
-        """Return whether a load is worth a try: it reads gigabytes, which a full card does not need."""
+        """Return whether a load may succeed: a load reads gigabytes, which is a waste while the card is full."""
         return not model.lacks_memory or not isinstance(model.backend, Waiting) or await model.backend.may_fit()
 
     async def _try_again(self, model: Model, accept: Callable[[], Sequence[str]]) -> None:
@@ -358,7 +359,7 @@ class Fleet:
             await model.backend.stop()
 
     async def _checked(self, model: Model, info: ModelInfo) -> ModelInfo:
-        """Return the info of a started model, in the space that the registry claims for it.
+        """Check that a started model is in the space that the registry claims, and return its info.
 
         Raises:
             LoadError: the model is not in that space.
@@ -375,7 +376,7 @@ class Fleet:
             raise LoadError(f"the registry says that it is in the space of {other}, but {error}") from error
 
     async def stop(self) -> None:
-        """Stop every model; requests that still wait get an error."""
+        """Stop every model; waiting requests get an error."""
         for model in self:
             did_take_requests = model.takes_requests
             await model.stop()
@@ -384,7 +385,7 @@ class Fleet:
 
 
 def _open_cache(entry: ModelEntry) -> ModelCache | None:
-    """Return the cache of a model; without one, its package is not imported."""
+    """Return the cache of a model. If it has no cache, do not import the cache's package."""
     if entry.cache is None:
         return None
     from gateway.cache.opening import open_cache

@@ -1,7 +1,8 @@
-"""Golden vectors: the vectors that a model must return for a few texts, to check that a machine computes it correctly.
+"""Golden vectors: the vectors that a model must return for a few texts if the machine computes it correctly.
 
-They are recorded once, in float32 with torch, and compared with those of the runtime that serves: at every start, from
-time to time while it serves, and by ``gateway verify``. A file belongs to one checkpoint, whose fingerprint is in it.
+They are recorded once, in float32 with torch. The gateway compares the vectors of the serving runtime with them at
+every start and periodically while it serves; ``gateway verify`` does the same. A file belongs to one checkpoint and
+contains its fingerprint.
 """
 
 from __future__ import annotations
@@ -23,16 +24,16 @@ from gateway.types import Embeddings, EmbedJob, Truncate, Vectors
 from gateway.vectors import cosine
 
 Embed: TypeAlias = Callable[[Sequence[tuple[str, str | None]]], Sequence[Vectors]]
-"""Returns a vector of ``(width,)`` for each text and its task, computed in this thread and now."""
+"""Returns a vector of ``(width,)`` for each text and its task; computes it synchronously, in the calling thread."""
 
 MIN_COSINE = {"float32": 0.9999, "float16": 0.9995, "bfloat16": 0.999}
-"""Least cosine to the golden vector, by the number format that the model computes in, on a CPU or a card.
+"""Least cosine to the golden vector, by the number format of the computation, on a CPU or a card.
 
-Rounding alone leaves 0.99999 in float16 and 0.9995 in bfloat16: measured with 24 layers of width 1,024 and random weights,
-and a card's rounding emulated.
+Rounding alone gives 0.99999 in float16 and 0.9995 in bfloat16, measured with 24 layers of width 1,024, random weights
+and an emulation of a card's rounding.
 """
 SAME_MODEL_COSINE = 0.999
-"""Least cosine of two vectors of a text that come from the same model, whatever computes them, in any number format."""
+"""Least cosine between two vectors of one text from the same model, on any device and in any number format."""
 
 TEXTS = (
     "Hello, world",
@@ -84,7 +85,7 @@ def compare(vectors: Iterable[Vectors], golden: Sequence[GoldenVector]) -> list[
 
 
 def compare_recorded(recorded: Iterable[GoldenVector], golden: Sequence[GoldenVector]) -> list[Comparison]:
-    """Compare golden vectors with others of the same texts and tasks; the cosine is -1 where those have none."""
+    """Compare golden vectors with the recorded vectors of the same texts and tasks; a missing one has cosine -1."""
     known = {(one.text, one.task): one.vector for one in recorded}
     missing = np.zeros(0, np.float32)
     return compare([known.get((one.text, one.task), missing) for one in golden], golden)
@@ -95,7 +96,7 @@ class GoldenCheck:
     """The golden vectors of a model, which are checked at its start and while it serves.
 
     Attributes:
-        min_cosine: the lowest that its number format explains.
+        min_cosine: the lowest cosine that the model's number format explains.
     """
 
     model: str
@@ -106,13 +107,13 @@ class GoldenCheck:
         """Check a model that has just been loaded.
 
         Raises:
-            LoadError: one is off by more than the number format explains.
+            LoadError: a vector differs by more than the number format explains.
         """
         if problem := self._judge(compare(embed([(one.text, one.task) for one in self.vectors]), self.vectors)):
             raise LoadError(f"{problem}: this machine does not compute the model correctly")
 
     async def recheck(self, embed: Callable[[EmbedJob], Awaitable[Embeddings]], timeout_s: float) -> str:
-        """Check a model that serves, between its requests; return what is wrong, or nothing."""
+        """Check a serving model, between its requests; return a description of the problem, or an empty string."""
         found: list[Comparison] = []
         for task in dict.fromkeys(one.task for one in self.vectors):
             wanted = [one for one in self.vectors if one.task == task]
@@ -131,10 +132,10 @@ class GoldenCheck:
 
 
 def write(path: Path, fingerprint: str, golden: Sequence[GoldenVector]) -> None:
-    """Store golden vectors: a reader, or a crash, sees the old file or the new one, and never half of it.
+    """Store golden vectors atomically: even after a crash, the file is either the old one or the new one.
 
     Raises:
-        LoadError: they cannot be written; the old file stays.
+        LoadError: the file cannot be written; the old file stays.
     """
     content = {
         "version": _VERSION,

@@ -40,7 +40,7 @@ class Observer:
             try:
                 answer = await answering
             except asyncio.CancelledError:
-                # A slow arm must not look better for it: clients that did not wait are its failures.
+                # Clients that gave up count as failures; otherwise a slow arm would look better.
                 self._record_error(choice, request, ClientDisconnected(""), time.monotonic() - started)
                 raise
             except Exception as error:  # an arm that fails, in whatever way, must not look unused
@@ -135,7 +135,7 @@ def observe_tokenizer(model: str, operation: str) -> Iterator[None]:
 
 
 def _is_of_the_server(error: RequestError) -> bool:
-    """Return whether a request failed through no fault of its client: one that hung up had waited too long."""
+    """Return whether a request failed through no fault of its client. A client that hung up had waited too long."""
     return error.status >= 500 or isinstance(error, Overloaded | ClientDisconnected)
 
 

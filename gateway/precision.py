@@ -14,7 +14,7 @@ class Precision(StrEnum):
 
     FLOAT = "float"
     INT8 = "int8"
-    """A signed byte per dimension: the step of its range that the number is in, of 256, minus 128."""
+    """A signed byte per dimension: the number's step, out of 256 in the range of the dimension, minus 128."""
     UINT8 = "uint8"
     """An unsigned byte per dimension: the step itself."""
     BINARY = "binary"
@@ -32,8 +32,8 @@ class Ranges:
     """The range of each dimension of a model's vectors, measured on texts.
 
     Attributes:
-        low, high: its ends, ``(d,)`` float32.
-        digest: hex sha256 over both, by which they are compared.
+        low, high: the ends of the ranges, ``(d,)`` float32.
+        digest: hex sha256 over both ends; ranges are compared by it.
     """
 
     low: npt.NDArray[np.float32] = field(compare=False)

@@ -1,8 +1,8 @@
-"""Ranges of a model's dimensions: what int8 and uint8 vectors are divided into steps by, measured on the user's texts.
+"""Ranges of a model's dimensions, measured on the user's texts; int8 and uint8 vectors divide them into steps.
 
 The ends of a range are the smallest and the largest value of a dimension over the texts, as in sentence-transformers
-(``util/quantization.py``). A file belongs to one checkpoint, and has the ranges for each size of its vectors: one that is
-cut is normalized again, which makes its numbers larger.
+(``util/quantization.py``). A file belongs to one checkpoint, and has the ranges for each size of its vectors: a vector
+that is cut is normalized again, which makes its numbers larger.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Meter:
 
     Args:
         sizes: accepted dimensions.
-        is_normalized: cut vectors are normalized again.
+        is_normalized: whether cut vectors are normalized again.
     """
 
     def __init__(self, sizes: Sequence[int], *, is_normalized: bool) -> None:
@@ -40,7 +40,7 @@ class Meter:
         self._high = {size: np.full(size, -np.inf, np.float32) for size in sizes}
 
     def add(self, vectors: Vectors) -> None:
-        """Take in vectors of the native size, ``(n, width)``, of at least one text."""
+        """Measure vectors of the native size, ``(n, width)``, of at least one text."""
         for size in self._low:
             cut = finish(vectors, vectors.shape, size, normalize=self._is_normalized)
             self._low[size] = np.minimum(self._low[size], cut.min(axis=0))
@@ -58,10 +58,10 @@ def between(low: Vectors, high: Vectors) -> Ranges:
 
 
 def write(path: Path, fingerprint: str, ranges: Mapping[int, Ranges], *, is_normalized: bool, num_texts: int) -> None:
-    """Store ranges: a reader, or a crash, sees the old file or the new one, and never half of it.
+    """Store ranges atomically: even after a crash, the file is either the old one or the new one.
 
     Raises:
-        StartError: they cannot be written; the old file stays.
+        StartError: the file cannot be written; the old file stays.
     """
     content = {
         "version": _VERSION,
@@ -78,10 +78,10 @@ def write(path: Path, fingerprint: str, ranges: Mapping[int, Ranges], *, is_norm
 
 
 def make_folder(path: Path) -> None:
-    """Make the folder of a file of ranges.
+    """Make the folder for a file of ranges.
 
     Raises:
-        StartError: it cannot be made.
+        StartError: the folder cannot be made.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -94,7 +94,7 @@ def _not_writable(path: Path, error: OSError) -> StartError:
 
 
 def read(file: str | None, fingerprint: str, sizes: Sequence[int], *, is_normalized: bool) -> dict[int, Ranges]:
-    """Read the ranges of a model by the size of its vectors; none without a file.
+    """Read the ranges of a model by the size of its vectors; return no ranges without a file.
 
     Args:
         sizes: accepted dimensions, all of which must have ranges.

@@ -1,4 +1,4 @@
-"""The recent past of this process: its last errors, and the rate and latency of each model. Bounded, and never a text."""
+"""The recent past of this process: its last errors, and each model's rate and latency. Bounded; holds no texts."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ MAX_ERRORS = 200
 """How many different errors are remembered."""
 
 NUM_MINUTES = 15
-"""The length of the window behind rates and latencies."""
+"""The length of the window for rates and latencies."""
 
 _MINUTE_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
 class ErrorFacts:
-    """One request that failed, as far as equal failures count as one.
+    """The facts of a failed request; failures with equal facts count as one.
 
     Attributes:
         path: the route; ``other`` for a path that does not exist.
@@ -40,11 +40,11 @@ class ErrorFacts:
 
 @dataclass(slots=True)
 class RecentError:
-    """Equal failures, and the last of them.
+    """A group of equal failures, with the details of the last one.
 
     Attributes:
-        reason: the message, without quotations of the client's texts.
-        first, last: when it happened, in UTC.
+        reason: the message of the last failure, without quotations of the client's texts.
+        first, last: the times of the first and the last failure, in UTC.
     """
 
     facts: ErrorFacts
@@ -56,13 +56,13 @@ class RecentError:
 
 
 class RecentErrors:
-    """The last ``MAX_ERRORS`` different errors: one client in a loop does not push out those of the others."""
+    """The last ``MAX_ERRORS`` different errors. A client in a loop does not push out the errors of other clients."""
 
     def __init__(self) -> None:
         self._errors: OrderedDict[ErrorFacts, RecentError] = OrderedDict()
 
     def add(self, facts: ErrorFacts, reason: str | None, request_id: str) -> None:
-        """Remember a failure, or count it if it happened before."""
+        """Remember a failure, or count it if an equal one is known."""
         now = datetime.now(UTC)
         known = self._errors.get(facts)
         if known is None:
@@ -75,7 +75,7 @@ class RecentErrors:
         self._errors.move_to_end(facts)
 
     def _forget_one(self) -> None:
-        """Forget the oldest error of the client that has the most: it may have a new wrong name in each request."""
+        """Forget the oldest error of the client that has the most, which may send a different wrong name each time."""
         numbers = Counter(facts.client for facts in self._errors)
         most = max(numbers.values())
         del self._errors[next(facts for facts in self._errors if numbers[facts.client] == most)]
@@ -98,8 +98,8 @@ class Traffic:
     """The requests of a model in the window.
 
     Attributes:
-        requests_per_s: in the last minute.
-        requests: in the window, errors included.
+        requests_per_s: requests per second in the last minute.
+        requests: requests in the window, errors included.
         by_minute: requests in each minute of the window, the present one last.
         p50_s, p99_s: latency of requests without an error; ``None`` without any.
     """
@@ -113,7 +113,7 @@ class Traffic:
 
 
 class RecentTraffic:
-    """Counts the requests of each model in minutes, of which the last ``NUM_MINUTES`` are kept: 60 KB per model.
+    """Counts the requests of each model by minute, and keeps the last ``NUM_MINUTES`` minutes: 60 KB per model.
 
     Args:
         now: the clock, in seconds.
@@ -124,7 +124,7 @@ class RecentTraffic:
         self._minutes: dict[str, deque[_Minute]] = {}
 
     def record(self, model: str, seconds: float, *, is_error: bool) -> None:
-        """Count one request. ``model`` is an id of the registry, so that their number is bounded."""
+        """Count one request. ``model`` is an id of the registry, so the number of models is bounded."""
         number = int(self._now() // _MINUTE_S)
         minutes = self._minutes.get(model)
         if minutes is None:
@@ -165,6 +165,6 @@ class RecentTraffic:
         )
 
     def keep(self, models: set[str]) -> None:
-        """Forget all models but these."""
+        """Forget all other models."""
         for model in self._minutes.keys() - models:
             del self._minutes[model]

@@ -1,4 +1,4 @@
-"""Requests for embeddings, for scores and for labels, and their answers, in the gateway's own terms: no HTTP, no YAML."""
+"""Requests for embeddings, scores and labels, and their answers, in the gateway's own terms: no HTTP, no YAML."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ class Request:
         model: public name, or ``None`` for the default of this kind.
         timeout_s: how long the caller waits for the answer, in seconds.
         caller: the party that the work is for; callers share a device fairly.
-        client: the sender, who may use some names.
+        client: the sender; decides which names the request may use.
         task: the task, by any of its names; ``None`` for the model's default.
         unit_source: looks up the values that an experiment can make a unit from.
-        priority: low for a request that may wait for all others.
-        reserve: takes the number of bytes that the work and its answer need, before they need them, and again when a
-            better estimate is known; raises a :class:`RequestError` if there is no room.
+        priority: low for a request that yields to all others.
+        reserve: called with the number of bytes that the work and its answer need, before they are used, and again with
+            each better estimate; raises a :class:`RequestError` if there is no room.
     """
 
     kind: ClassVar[ModelKind]
@@ -66,11 +66,11 @@ class EmbedRequest(Request):
 
     Attributes:
         dimensions: requested size, or ``None`` for the model's own.
-        is_normalized: ``None`` for what the model does by default.
-        expect_space: the space that the vectors must be in, if the caller says.
+        is_normalized: whether vectors are normalized; ``None`` for the model's default.
+        expect_space: the space that the vectors must be in, if the caller states one.
         precision: the kind of numbers that the dense vectors of the answer have.
         encoding: how the answer will write the vectors, for the trace.
-        max_token_vectors: the most tokens that all texts may have, if the answer has a vector for each token.
+        max_token_vectors: the largest total number of tokens if the answer has a vector for each token.
     """
 
     kind: ClassVar[ModelKind] = ModelKind.EMBED
@@ -90,9 +90,10 @@ class RerankRequest(Request):
     """A request to score texts against a query.
 
     Attributes:
-        truncate: what to cut from the text when it and the query are too long together; a query loses its end.
-        max_text_tokens: the most tokens of each text; ``None`` for no such limit.
-        score_by: for a model that embeds: the outputs to score by, with their weights; ``None`` for its own.
+        truncate: the end of the text to cut when text and query together are too long; a query always loses its end.
+        max_text_tokens: the largest number of tokens in each text; ``None`` for no such limit.
+        score_by: for a model that embeds: the outputs to score by, with their weights; ``None`` for the model's
+            default.
     """
 
     kind: ClassVar[ModelKind] = ModelKind.RERANK
@@ -103,7 +104,7 @@ class RerankRequest(Request):
 
     @property
     def lengths(self) -> list[int]:
-        """Characters that the model reads for each text: the query counts with each."""
+        """Characters that the model reads for each text, including the query each time."""
         return [len(self.query) + len(text) for text in self.texts]
 
 
@@ -121,7 +122,7 @@ class ClassifyRequest(Request):
 
     @property
     def lengths(self) -> list[int]:
-        """Characters that the model reads for each text, with the first one of its pair."""
+        """Characters that the model reads for each text, including the first text of its pair."""
         if self.firsts is None:
             return list(map(len, self.texts))
         return [len(first or "") + len(text) for first, text in zip(self.firsts, self.texts, strict=True)]
@@ -129,11 +130,11 @@ class ClassifyRequest(Request):
 
 @dataclass(frozen=True, slots=True)
 class Patience:
-    """How long a target may take.
+    """The time that a target may take.
 
     Attributes:
         deadline: see :class:`gateway.types.EmbedJob`.
-        may_wait: whether it may be loaded first; not if the next target is ready.
+        may_wait: whether the request may wait for the target to load; false if the next target is ready.
     """
 
     deadline: float
@@ -185,8 +186,8 @@ class EmbedAnswer(Answer):
     Attributes:
         vectors: ``(n, d)`` float32, checked, cut and normalized, in input order.
         has_dense: the request asked for dense vectors.
-        precision: what the vectors are to be written in.
-        ranges: of their dimensions, if the precision needs them.
+        precision: the kind of numbers that the vectors are written in.
+        ranges: the ranges of the dimensions, if the precision needs them.
         num_cached: how many texts had been embedded before; ``None`` for a model without a cache.
     """
 
@@ -219,8 +220,8 @@ class RerankAnswer(Answer):
     """Scores of texts.
 
     Attributes:
-        scores: ``(n,)`` float32, checked, before any sigmoid, in input order: a larger one answers the query better.
-        are_logits: their sigmoid is a probability; otherwise they are similarities of vectors.
+        scores: ``(n,)`` float32, checked, before any sigmoid, in input order. A larger score means a better match.
+        are_logits: whether the sigmoid of a score is a probability; otherwise, scores are similarities of vectors.
     """
 
     scores: Vectors
@@ -237,10 +238,10 @@ class RerankAnswer(Answer):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClassifyAnswer(Answer):
-    """Numbers of the labels of texts.
+    """The numbers that a model gives for the labels of texts.
 
     Attributes:
-        logits: ``(n, labels)`` float32, checked, before any function of them, in input order.
+        logits: ``(n, labels)`` float32, checked, before any function is applied, in input order.
         labels: the names, in the order of the columns.
         function: how the numbers become scores.
     """
@@ -255,6 +256,6 @@ class ClassifyAnswer(Answer):
 
     @property
     def num_bytes(self) -> int:
-        """The memory of the numbers, and of the names that the answer repeats with each."""
+        """The memory of the numbers and of the label names, which the answer repeats for each text."""
         names = sum(map(len, self.labels))
         return self.logits.nbytes + len(self.logits) * names

@@ -1,4 +1,4 @@
-"""Have one target score texts: against a query, or by the labels of a model."""
+"""Have a target score texts, against a query or for the labels of a model."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ async def rerank(target: Target, choice: Choice, request: RerankRequest, patienc
 async def _rerank_by_vectors(
     target: Target, choice: Choice, request: RerankRequest, patience: Patience
 ) -> RerankAnswer:
-    """Embed the query, then have each text scored by its vectors as soon as they are computed: none are kept."""
+    """Embed the query, then score each text by its vectors as soon as they are computed; keep no vectors."""
     info = target.info
     weights = _weights(info, request.score_by)
     query_task, text_task = (task if task in info.tasks else target.task for task in RETRIEVAL)
@@ -105,7 +105,7 @@ def _weights(info: ModelInfo, asked: Mapping[Output, float] | None) -> Mapping[O
     """Return the outputs to score by, with their weights.
 
     Raises:
-        UnsupportedOutput: the model does not have one of them.
+        UnsupportedOutput: the model lacks one of the requested outputs.
     """
     if asked is None:
         return info.rerank

@@ -1,4 +1,4 @@
-"""Serve: bind, start the web server, load the models, answer until a signal to stop."""
+"""Serve: bind, start the web server, load the models, and answer requests until a signal arrives."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ EXIT_CARD_LOST = 75
 """Exit code after a card was lost ("try again later" in sysexits.h): a new process can use it again, if it is not broken."""
 
 _ANNOUNCE = "announce"
-# How long the end of the process waits for threads that may end soon.
+# How long the process waits, at its end, for threads that may end soon.
 _LAST_WAIT_S = 1.0
-# How long the models and connections get to end after the grace period, when a card has been lost and may hang.
+# How long models and connections have to end after the grace period if a card was lost, which may hang.
 _LAST_RESORT_S = 15.0
 # The least time between two log lines about exhausted file descriptors.
 _LIMIT_LOG_S = 10.0
@@ -52,7 +52,7 @@ class Addresses:
 
     Attributes:
         clients: base URL of the port that clients use.
-        admin: base URL of the operator's port, if that is separate.
+        admin: base URL of the operator's port, if it is a separate port.
     """
 
     clients: str
@@ -71,8 +71,8 @@ def serve(deployment: Deployment, announce: Announce) -> None:
 
     Args:
         deployment: the deployment to serve; started and stopped here.
-        announce: called once the models are loaded and may be served; not after a failed start. In a thread, as standard
-            output may be a pipe without a reader.
+        announce: called once the models are loaded and may be served; not called after a failed start. Runs in a
+            thread, because standard output may be a pipe without a reader.
 
     Raises:
         StartError: an address is in use or not this machine's, the file of API keys is wrong, or the models cannot be
@@ -116,7 +116,7 @@ async def _serve(
     asyncio.get_running_loop().set_default_executor(_Threads())
     server = _Server(server_config(app, deployment.settings), deployment, addresses.clients)
     deployment.on_card_lost = server.end_without_card
-    # Once, in a thread: the first reader of the documentation would otherwise delay all requests for a moment.
+    # Once, in a thread: otherwise the first request for the documentation would delay all other requests.
     describing = asyncio.get_running_loop().run_in_executor(None, app.openapi)
     loading = asyncio.create_task(_load(deployment, server, lambda: announce(addresses, bool(keyring))))
     try:
@@ -135,7 +135,7 @@ async def _serve(
 
 
 class _Threads(ThreadPoolExecutor):
-    """The loop's threads; the end of the loop does not wait for one that downloads or loads gigabytes."""
+    """The loop's threads; when the loop ends, it does not wait for downloads and loads of gigabytes."""
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         super().shutdown(wait=False, cancel_futures=True)
@@ -179,7 +179,7 @@ def server_config(app: FastAPI, settings: Settings) -> uvicorn.Config:
 
 @asynccontextmanager
 async def _reloading_on_hangup(deployment: Deployment) -> AsyncIterator[None]:
-    """Reload on SIGHUP, which would otherwise end the process; an earlier one counts now, a later one is ignored."""
+    """Reload on SIGHUP, which would otherwise end the process. An earlier signal counts now; a later one is ignored."""
     tasks: set[asyncio.Task[None]] = set()
 
     async def reload() -> None:
@@ -241,7 +241,7 @@ class _Server(uvicorn.Server):
         finally:
             for number in signals:
                 loop.remove_signal_handler(number)
-                # Closing the rest takes seconds at most. A signal in that time would end the process in the middle of it.
+                # Closing the rest takes a few seconds at most. A signal would end the process in the middle of it.
                 signal.signal(number, signal.SIG_IGN)
 
     async def on_tick(self, counter: int) -> bool:
@@ -266,7 +266,7 @@ class _Server(uvicorn.Server):
                 )
 
     def _on_signal(self, number: signal.Signals) -> None:
-        """Become unready at once, and stop after a delay; a second signal skips the delay, a third the running requests."""
+        """Become unready at once, and stop after a delay. A second signal skips the delay, a third aborts requests."""
         if self.should_exit:
             self.force_exit = True
         delay_s = 0.0 if self._deployment.is_draining else self._deployment.settings.drain_delay_s
@@ -275,7 +275,7 @@ class _Server(uvicorn.Server):
         asyncio.get_running_loop().call_later(delay_s, self.handle_exit, number, None)
 
     def end_without_card(self) -> None:
-        """Stop as a signal would have it, though within a time limit that nothing can exceed."""
+        """Stop as after a signal, but within a hard time limit."""
         settings = self._deployment.settings
         log.error(
             "stopping_without_card",
@@ -289,7 +289,7 @@ class _Server(uvicorn.Server):
 
 
 def _end_within(limit_s: float) -> None:
-    """End the process after some seconds, from a thread: with a lost card, anything else may hang."""
+    """End the process after ``limit_s`` seconds, from a thread: with a lost card, everything else may hang."""
 
     def end() -> None:
         time.sleep(limit_s)
@@ -301,7 +301,7 @@ def _end_within(limit_s: float) -> None:
 
 
 async def _load(deployment: Deployment, server: uvicorn.Server, announce: Callable[[], None]) -> str:
-    """Load the models; stop the server and return the reason if that fails, else return nothing."""
+    """Load the models. If that fails, stop the server and return the reason; otherwise return an empty string."""
     try:
         await deployment.start()
     except StartError as error:
@@ -318,9 +318,9 @@ async def _load(deployment: Deployment, server: uvicorn.Server, announce: Callab
 
 
 def _spare_collector() -> None:
-    """Have the garbage collector look no more at what is there for good: a hundred thousand objects of libraries and routes.
+    """Exempt the permanent objects, a hundred thousand from libraries and routes, from garbage collection.
 
-    A full collection would stop all requests for a tenth of a second, every few thousand requests. It does so once here.
+    A full collection would stop all requests for a tenth of a second, every few thousand requests. It runs once here.
     """
     gc.collect()
     gc.freeze()
@@ -334,10 +334,10 @@ def _announce(announce: Callable[[], None]) -> None:
 
 
 def leave(deployment: Deployment) -> None:
-    """End the process as its deployment has ended; return if Python may end it.
+    """End the process after its deployment has stopped; return if Python's normal exit is safe.
 
-    Python would wait for threads that load a model, or write without a reader; and with a lost card it would clean up in a
-    way that may hang or crash.
+    A normal exit would wait for threads that load a model or that write to a pipe without a reader. With a lost card,
+    Python's cleanup may hang or crash.
     """
     if deployment.card_lost:
         os._exit(EXIT_CARD_LOST)
@@ -363,7 +363,7 @@ def _warn_if_open(settings: Settings, keyring: Keyring) -> None:
 
 
 def _bind(host: str, port: int, setting: str) -> socket.socket:
-    """Bind an address before anything is loaded: a port in use is reported at once, not after a minute."""
+    """Bind an address. This happens before models load, so that a port in use is reported at once."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     # asyncio switches Nagle's algorithm off only for sockets that name their protocol; with it on, every answer on a
     # kept connection is 40 ms late.

@@ -1,4 +1,4 @@
-"""Embed texts, score them against a query, or classify them, with a model by its public name. Knows no HTTP and no YAML."""
+"""Embed, score or classify texts with a model, chosen by its public name. Independent of HTTP and YAML."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ from gateway.telemetry import metrics
 from gateway.types import PER_TOKEN, TOKEN_BYTES, EmbedJob, ModelInfo, ModelState, Output, Vocabulary
 
 _FLOAT_BYTES = 4
-# Finishing needs dense vectors three times: as computed, cut, and normalized.
+# Finishing holds three copies of the dense vectors: as computed, cut, and normalized.
 _DENSE_COPIES = 3
 _BY_DEFAULT = " (as a request without it does)"
-# More than a trained sparse encoder gives a text, which is some hundreds: a vocabulary has a quarter of a million.
+# An upper limit for trained sparse encoders, which give a text some hundreds of weights; a vocabulary has 250,000.
 _USUAL_WEIGHTS = 4096
 # An index of 8 bytes, a weight of 4.
 _SPARSE_BYTES = 12
@@ -56,7 +56,7 @@ class EmbeddingService:
         Raises:
             RequestError: the request cannot be answered; one of the classes in ``gateway.errors``.
         """
-        # Both at once: a reload may replace them while this request is answered.
+        # Read both at the same moment, because a reload may replace them while this request is answered.
         router, shadows = self._deployment.router, self._deployment.shadows
         choice = router.choose_for(request.kind, request.model, request.client, request.unit_source)
         answer = await self._observer.observe(choice, request, _answer(router, choice, request, _embed))
@@ -81,7 +81,7 @@ class EmbeddingService:
         return answer
 
     def _capture(self, choice: Choice, request: Request, texts: Sequence[str], task: str | None) -> None:
-        """Keep a sample of the texts, if the registry has a capture of the name."""
+        """Keep a sample of the texts, if the registry captures this name."""
         if (captures := self._deployment.captures) is not None:
             captures.offer(choice, texts, task, request.unit_source)
 
@@ -125,7 +125,7 @@ class EmbeddingService:
 
     @asynccontextmanager
     async def vocabulary(self, target: Target, operation: str) -> AsyncIterator[Vocabulary]:
-        """Give the vocabulary of a target's model, which keeps running until the context ends; count the use.
+        """Yield the vocabulary of a target's model, keep the model running until the context ends, and count the use.
 
         Args:
             operation: ``tokenize`` or ``decode``.
@@ -142,11 +142,11 @@ class EmbeddingService:
 async def _answer(
     router: Router, choice: Choice, request: R, compute: Callable[[Target, Choice, R, Patience], Awaitable[A]]
 ) -> A:
-    """Answer a request with the first target, or, if that fails, with the next: all targets are in one space."""
+    """Answer a request with the first target, or with the next one if it fails. All targets are in one space."""
     targets = router.targets(choice, request.task)
     deadline = time.monotonic() + request.timeout_s
     with ExitStack() as in_use:
-        # All of them: a reload must not stop one before its turn comes.
+        # Hold all targets, so that a reload does not stop one before its turn comes.
         for target in targets:
             in_use.enter_context(target.model.in_use())
         for target, alternative in zip_longest(targets, targets[1:]):

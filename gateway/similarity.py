@@ -1,4 +1,4 @@
-"""The similarity of a query and a text by their vectors: dense, sparse, or one for each token. Pure, on numpy arrays."""
+"""Similarities of a query and a text by dense, sparse or per-token vectors. Pure functions on numpy arrays."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from gateway.types import Embeddings, MultiVector, Output, SparseVector, Vectors
 
 @dataclass(frozen=True, slots=True, eq=False)
 class QueryVectors:
-    """The vectors of a query, which score a text by the text's own.
+    """The vectors of a query, which score a text by its vectors.
 
     The rule is FlagEmbedding's (``inference/embedder/encoder_only/m3.py``): the mean of the similarities, with weights.
 
     Attributes:
-        weights: of the similarity by each output; their ratio counts.
+        weights: the weight of each output's similarity; only the ratio of the weights matters.
         query: the outputs of the query alone.
-        is_normalized: dense vectors are compared by their cosine; otherwise by their product.
-        is_mean: :func:`max_similarity` is a mean over the query's vectors.
+        is_normalized: whether dense vectors are compared by their cosine, rather than by their product.
+        is_mean: whether :func:`max_similarity` is the mean over the query's vectors, rather than the sum.
     """
 
     weights: Mapping[Output, float]
@@ -29,7 +29,7 @@ class QueryVectors:
     is_mean: bool
 
     def score(self, dense: Vectors, sparse: SparseVector | None, multivector: MultiVector | None) -> float:
-        """Return the score of a text: a larger one answers the query better.
+        """Return the score of a text; a larger score means a better match.
 
         Args:
             dense: ``(1, width)`` float32, not normalized.
@@ -45,7 +45,7 @@ class QueryVectors:
 
 
 def dense_similarity(query: Vectors, text: Vectors, *, is_normalized: bool) -> float:
-    """Return the product of two vectors, ``(width,)`` each; of their directions if ``is_normalized``."""
+    """Return the dot product of two vectors, ``(width,)`` each, or their cosine if ``is_normalized``."""
     product = float(np.dot(query.astype(np.float64), text))
     if not is_normalized:
         return product
@@ -54,7 +54,7 @@ def dense_similarity(query: Vectors, text: Vectors, *, is_normalized: bool) -> f
 
 
 def sparse_similarity(query: SparseVector, text: SparseVector) -> float:
-    """Return the sum over the tokens of both, each with the product of its weights."""
+    """Return the sum, over the tokens that both have, of the product of the two weights."""
     _both, mine, theirs = np.intersect1d(query.indices, text.indices, assume_unique=True, return_indices=True)
     return float(np.dot(query.values[mine].astype(np.float64), text.values[theirs]))
 
@@ -63,7 +63,7 @@ def max_similarity(query: MultiVector, text: MultiVector, *, is_mean: bool) -> f
     """Return MaxSim (Khattab, Zaharia: "ColBERT", SIGIR 2020): the sum, over the query's vectors, of each one's best match.
 
     Args:
-        is_mean: divide it by the number of the query's vectors.
+        is_mean: divide the sum by the number of the query's vectors.
     """
     if not len(query) or not len(text):
         return 0.0

@@ -17,14 +17,14 @@ from gateway.errors import BadInput
 from gateway.precision import CALIBRATED, Precision, Ranges
 from gateway.tasks import canonical_task, task_family
 
-# Raise it when the gateway's own treatment of a text changes the vectors: then every space is a new one.
+# Increment it when a change in the gateway's preprocessing changes the vectors: all spaces then become new.
 PREPROCESSING_VERSION = 1
 
 Vectors: TypeAlias = npt.NDArray[np.float32]
 """The vectors of one request: shape ``(n, d)``, float32, rows in input order."""
 
 MultiVector: TypeAlias = npt.NDArray[np.float32]
-"""A vector for each token of one text: shape ``(t, d)``, float32, as a rule each of L2 norm 1."""
+"""A vector for each token of one text: shape ``(t, d)``, float32, usually with L2 norm 1."""
 
 States: TypeAlias = npt.NDArray[np.float32]
 """The last hidden state of each token of one text: shape ``(t, d)``, float32, special tokens included."""
@@ -37,14 +37,14 @@ class Output(StrEnum):
     SPARSE = "sparse"
     MULTIVECTOR = "multivector"
     STATES = "states"
-    """The token states that are pooled to the dense vector: for models with ``has_states``, and for TEI's clients only."""
+    """The token states that are pooled into the dense vector; only for models with ``has_states`` and TEI's clients."""
 
 
 PER_TOKEN = frozenset({Output.MULTIVECTOR, Output.STATES})
 """Outputs whose size grows with the length of the text."""
 
 TOKEN_BYTES = 56
-"""Memory per token while its text waits: an integer in a list, and again in the key that finds equal texts."""
+"""Memory per token while its text waits: an integer in a list, and another in the key that finds equal texts."""
 
 
 class ModelKind(StrEnum):
@@ -59,7 +59,7 @@ class ModelKind(StrEnum):
 
 
 DOES = {ModelKind.EMBED: "embeds", ModelKind.RERANK: "reranks", ModelKind.CLASSIFY: "classifies"}
-"""What a model of a kind does with texts, for messages."""
+"""The verb for the work of each kind of model, for messages."""
 
 
 class LabelFunction(StrEnum):
@@ -68,7 +68,7 @@ class LabelFunction(StrEnum):
     SOFTMAX = "softmax"
     """One label applies: the scores sum to 1."""
     SIGMOID = "sigmoid"
-    """Each label applies or not, whatever the others do: each score is between 0 and 1."""
+    """Each label applies independently of the others: each score is between 0 and 1."""
     NONE = "none"
     """The numbers are the scores."""
 
@@ -85,12 +85,12 @@ class Truncate(StrEnum):
 
 
 class Priority(StrEnum):
-    """When a job is computed, next to the others that wait for the same model."""
+    """The precedence of a job among the jobs that wait for the same model."""
 
     NORMAL = "normal"
-    """In fair turns with the others."""
+    """In fair turns with the other jobs."""
     LOW = "low"
-    """Only while nothing of normal priority waits, so it may wait forever: until the deadline of the job."""
+    """Only while no job of normal priority waits, so it may wait until its deadline."""
 
 
 class ModelState(StrEnum):
@@ -113,7 +113,7 @@ class SparseVector:
 
     Attributes:
         indices: the model's token ids, ascending, each once; int64.
-        values: their weights, as a rule above 0, and never 0; float32.
+        values: the weights of these tokens, usually above 0 and never 0; float32.
     """
 
     indices: npt.NDArray[np.int64]
@@ -125,26 +125,29 @@ class ModelInfo:
     """The properties and abilities of a model.
 
     Attributes:
-        fingerprint: hex sha256 over what determines its vectors: the weights files, the tokenizer, the kind of pooling.
+        fingerprint: hex sha256 over everything that determines the vectors: weights files, tokenizer, kind of pooling.
         width: native dimensions of a dense vector; 0 for a model without one.
         dimensions: every accepted size of a dense vector, largest (``width``) first.
         token_width: dimensions of a vector in the multi-vector output; 0 without that output.
         max_weights: the most weights that a text may have in the sparse output, whatever its length; 0 for one per token.
-        rerank: for a model that embeds: outputs by which it scores texts against a query, with their weights; may be empty.
-        is_mean_maxsim: multi-vectors are compared by the mean over the query's vectors; otherwise by their sum.
+        rerank: for a model that embeds: the outputs, with weights, by which it scores texts against a query; may be
+            empty.
+        is_mean_maxsim: multi-vectors are compared by the mean over the query's vectors, rather than by the sum.
         max_tokens: the longest text in tokens, special tokens included.
         is_normalized: vectors have L2 norm 1, unless a request asks otherwise.
-        tasks: each task of the model, with the instruction that is put before the text (may be empty).
+        tasks: each task of the model, with the instruction that precedes the text (may be empty).
         can_chunk_late: chunks of a document can be encoded together.
-        default_task: the task of a request that names none; ``None`` for a model without tasks.
+        default_task: the task of a request without a task; ``None`` for a model without tasks.
         instruction: the instruction for a text without a task.
         has_raw: the model can return vectors as they were pooled, not normalized.
         has_states: the model can return the states of a text's tokens, in addition to ``outputs``.
-        kind: the ``width`` of a model that reranks is 1, that of one that classifies is the number of its labels.
-        labels: of a model that classifies.
-        label_function: how its numbers become scores.
-        ranges: of the vectors of each size, normalized or not as is the model's default; empty without calibration.
-        notes: what an operator should know about where it runs, such as a card that is left out.
+        kind: the kind of model. The ``width`` of a reranker is 1; the ``width`` of a classifier is its number of
+            labels.
+        labels: the labels of a model that classifies.
+        label_function: the function that turns the numbers of the labels into scores.
+        ranges: the ranges of the vectors of each size, normalized or not by the model's default; empty without
+            calibration.
+        notes: facts for the operator about where the model runs, such as an unused card.
     """
 
     id: str
@@ -201,13 +204,13 @@ class ModelInfo:
         of the gateway's preprocessing. It leaves out device, dtype and engine, which change a vector too little to matter
         in a comparison. The part before ``@`` is for people.
 
-        int8 and uint8 vectors are in a space that also depends on their ranges. Binary vectors are in that of the vectors
+        The space of int8 and uint8 vectors also depends on their ranges. Binary vectors share the space of the vectors
         whose signs they hold.
 
         Sparse weights and multi-vectors share the space of the dense vector that comes, or would come, with them.
 
         Args:
-            task: one of ``tasks`` by any of its names; ``None`` for the default. A model without tasks ignores it.
+            task: one of ``tasks``, by any of its names; ``None`` for the default. A model without tasks ignores this.
             dimensions: ``None`` for ``width``.
             is_normalized: ``None`` for what the model does by default.
             precision: one of ``CALIBRATED`` only if ``ranges`` has the dimensions.
@@ -241,7 +244,7 @@ class ModelInfo:
         )
 
     def spaces_by_task(self) -> dict[str | None, str]:
-        """Return the space of each task, with native dimensions; for a model without tasks, that of ``None``."""
+        """Return the space of each task, with native dimensions. A model without tasks has one entry, for ``None``."""
         tasks: list[str | None] = list(self.tasks) or [None]
         if self.default_task not in tasks:
             tasks.append(self.default_task)
@@ -271,9 +274,9 @@ class EmbedJob:
         text_name: the name of the texts in an error.
         max_text_tokens: the most tokens of each text, before it is combined with a query; ``None`` for no such limit.
         max_total_tokens: the most tokens of all texts together, after truncation; ``None`` for no such limit.
-        may_wait: the job may wait for a model that has to be loaded first; otherwise it fails at once.
+        may_wait: the job may wait until the model is loaded; otherwise it fails at once.
         priority: low for work that can wait for all other work.
-        on_tokens: takes the number of tokens of all texts, as far as known, before they are computed; may refuse them.
+        on_tokens: called with the number of tokens counted so far, before any are computed; raises to refuse the job.
     """
 
     texts: Sequence[str]
@@ -295,12 +298,12 @@ class EmbedJob:
 
     @property
     def lengths(self) -> list[int]:
-        """Characters that the model reads for each text, together with what is read before it."""
+        """Characters that the model reads for each text, including the query or the first text of a pair."""
         firsts = self.firsts or [self.query] * len(self.texts)
         return [len(first or "") + len(text) for first, text in zip(firsts, self.texts, strict=True)]
 
     def check_total(self, num_tokens: int) -> None:
-        """Refuse texts that have too many tokens together, for the limit or for the free memory.
+        """Refuse texts that together have too many tokens for the limit or for the free memory.
 
         Raises:
             BadInput: the texts have more than ``max_total_tokens``.
@@ -347,7 +350,7 @@ class Embeddings:
         sparse: token weights of each text, if requested.
         multivectors: token vectors of each text, if requested.
         states: token states of each text, if requested.
-        num_cached: how many texts were not computed, because they had been before; ``None`` without a cache.
+        num_cached: the number of texts whose vectors came from the cache; ``None`` without a cache.
     """
 
     vectors: Vectors

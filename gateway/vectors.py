@@ -15,14 +15,14 @@ from gateway.precision import Precision, Ranges
 from gateway.types import MultiVector, SparseVector, States, Vectors
 
 Quantized: TypeAlias = npt.NDArray[np.int8] | npt.NDArray[np.uint8]
-"""The vectors of one request in fewer bits: a byte per dimension or per eight of them, rows in input order."""
+"""The vectors of one request in fewer bits: one byte per dimension, or per eight dimensions; rows in input order."""
 
 
 class Encoding(StrEnum):
     """How a vector is written into the answer."""
 
     LIST = "list"
-    """A list of numbers; float32 in their shortest form that reads back exactly."""
+    """A list of numbers; float32 in the shortest form that reads back exactly."""
     BASE64 = "base64"
     """Base64 of the bytes of the numbers; float32 is little-endian."""
 
@@ -59,7 +59,7 @@ def finish(vectors: Vectors, shape: tuple[int, int], dimensions: int, *, normali
 
 
 def cosine(one: Vectors, other: Vectors) -> float:
-    """Return the cosine of two vectors, ``(width,)`` each; -1 where their widths differ or it is not a number."""
+    """Return the cosine of two vectors, ``(width,)`` each; -1 if their widths differ or the result is not finite."""
     if one.shape != other.shape:
         return -1.0
     with np.errstate(all="ignore"):  # the result says what is not finite
@@ -95,7 +95,8 @@ def quantize(vectors: Vectors, precision: Precision, ranges: Ranges | None = Non
     The rules are those of sentence-transformers (``util/quantization.py``), bit for bit.
 
     Args:
-        ranges: of the dimensions, for int8 and uint8. Each is divided into 255 steps; a number outside counts as its end.
+        ranges: the ranges of the dimensions, for int8 and uint8. Each is divided into 255 steps; numbers outside are
+            clipped.
 
     Raises:
         ValueError: the precision needs ranges.

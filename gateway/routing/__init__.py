@@ -1,1 +1,1 @@
-"""Routing: from the name in a request to the one target that answers it, and the space its vectors are in."""
+"""Routing: from the name in a request to the target that answers it, and the space of its vectors."""

@@ -1,4 +1,4 @@
-"""The names that a reload changes: for the log, and for the answer to the reload."""
+"""The names that a reload changes, for the log and for the answer to the reload."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def changed_aliases(old: Registry, new: Registry) -> dict[str, str]:
 
 
 def changed_experiments(old: Registry, new: Registry) -> dict[str, str]:
-    """Return the change of each experiment, whether its counts start over, and which share of its units it moves.
+    """Return the change of each experiment: whether its counts start over, and what share of its units moves.
 
-    Takes a tenth of a second for each experiment with other arms or weights.
+    Takes a tenth of a second per experiment with changed arms or weights.
     """
     changes = {}
     for name in dict.fromkeys(experiment.id for experiment in (*old.experiments, *new.experiments)):

@@ -1,4 +1,4 @@
-"""The names that a request may send as ``model``: what each one means, and which clients may use it.
+"""The names that a request may send as ``model``, the meaning of each, and the clients that may use it.
 
 The registry alone decides this, so a name can be looked up before any model is loaded.
 """
@@ -23,7 +23,7 @@ _HIDDEN = "…"
 
 
 class Client(Protocol):
-    """The sender of a request, who may use some names."""
+    """The sender of a request, which may use some of the names."""
 
     def may_use(self, *names: str) -> bool:
         """Return whether the client may use at least one of these names."""
@@ -45,9 +45,10 @@ class Name:
     Attributes:
         id: the name as the registry writes it; for a source, the id of its model.
         model: id of the model; for an experiment, the model of its control arm.
-        answer: what an answer says in ``model``: the name itself if it is a model's id or source, else the model's id.
+        answer: the value of ``model`` in an answer: the name itself if it is a model's id or source, else the model's
+            id.
         task: the task that the alias, or a task written after the name, fixes.
-        unit: the unit that is written after the name of an experiment.
+        unit: the unit written after the name of an experiment.
         space: the space, or its hash alone, that the name says the vectors must be in.
         allow_space_change: a reload may move the name to another space.
     """
@@ -85,14 +86,14 @@ class Names:
                 experiment=experiment,
                 allow_space_change=experiment.allow_space_change,
             )
-        # A model that may change its space may do so under its own id, not under the names that others know it by.
+        # A model that may change its space may do so only under its own id, not under its aliases.
         for alias in registry.aliases.values():
             self._known[alias.name] = Name(
                 alias.name, alias.model, alias.model, alias.task, allow_space_change=alias.allow_space_change
             )
         self._listed = registry.names()
         self._written_sources = {entry.source for entry in registry.models}
-        # The longest first: the id of one may begin with the id of another and a slash.
+        # The longest first, because the id of an experiment may begin with the id of another and a slash.
         self._experiments = sorted((experiment.id for experiment in registry.experiments), key=len, reverse=True)
 
     def __iter__(self) -> Iterator[tuple[str, Name]]:
@@ -100,10 +101,10 @@ class Names:
         return iter(self._known.items())
 
     def allows(self, client: Client, name: str) -> bool:
-        """Return whether a client may use a name: the only rule on what an API key is for.
+        """Return whether a client may use a name. This is the only rule for the scope of an API key.
 
-        A key for the id of a model may use it by all of its names. A key for an alias may use that alias alone, and a key
-        for an experiment that experiment alone: the client does not choose which model answers.
+        A key for the id of a model may use the model by all of its names. A key for an alias or an experiment may use
+        only that alias or experiment: its client does not choose which model answers.
         """
         known = self._known.get(name)
         if known is None:
@@ -140,9 +141,9 @@ class Names:
         return known if written == Written(written.name) else _with_parts(known, written, name)
 
     def shown(self, name: str) -> str:
-        """Return a name as it may be logged: without a unit, which identifies a person.
+        """Return a name in a form that may be logged: without a unit, which identifies a person.
 
-        Of an unknown name, everything after a slash may be a unit: of an experiment that is gone, or that is misspelled.
+        In an unknown name, everything after a slash may be a unit of a removed or misspelled experiment.
         """
         written = self._read(name)
         if written is not None:
@@ -165,7 +166,7 @@ class Names:
         return "/" in guess or guess.casefold() == name.rpartition("/")[2].partition(":")[0].casefold()
 
     def _not_found(self, name: str, client: Client) -> ModelNotFound:
-        """Return the error for an unknown name; it suggests a similar one that the client may use."""
+        """Return the error for an unknown name, with a similar name that the client may use as a suggestion."""
         names = self.usable_by(client)
         guess = _similar(name, [*names, *(source for source in self._sources if self.allows(client, source))])
         hint = f" (did you mean {guess!r}?)" if guess else ""
@@ -176,7 +177,7 @@ class Names:
 
 
 def _with_parts(known: Name, written: Written, name: str) -> Name:
-    """Return the meaning of a name with the parts that are written after it.
+    """Return the meaning of a name, including the parts written after it.
 
     Raises:
         BadInput: a task that differs from the fixed one, or a unit that the experiment does not take or that is not encoded.
@@ -208,7 +209,7 @@ def _unit(experiment: Experiment, written: Written) -> str:
 
 
 def one_task(name: str, fixed: str | None, written: str | None) -> str | None:
-    """Return the task of a name: the one written after it, or else the one that the registry fixes for it.
+    """Return the task of a name: the task written after it, or else the task that the registry fixes for it.
 
     Raises:
         BadInput: the two differ.

@@ -1,4 +1,4 @@
-"""From the ``model`` and ``task`` of a request to the target that answers it, without guessing."""
+"""Resolve the ``model`` and ``task`` of a request to the target that answers it, without guessing."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class Choice:
 
 
 class Router:
-    """Resolves names to models. The registry fixes all of it; only the state of the models changes."""
+    """Resolves names to models. The registry fixes the names; only the state of the models changes."""
 
     def __init__(self, registry: Registry, fleet: Fleet) -> None:
         self.names = Names(registry)
@@ -74,7 +74,7 @@ class Router:
         self._fallbacks = registry.fallbacks
 
     def listed(self, client: Client) -> list[Choice]:
-        """Return everything that a client may use, each thing once.
+        """Return every model and experiment that a client may use, each once.
 
         Models and experiments have their ids; an alias is listed only where the client may not use its model's id.
         """
@@ -94,7 +94,7 @@ class Router:
                 which gets the control arm and no assignment.
 
         Raises:
-            ModelNotFound: nothing has that name.
+            ModelNotFound: no model, alias or experiment has that name.
             ModelNotAllowed: the client may not use it.
             BadInput: no name and no default, two tasks that differ, or a request that forces an unknown arm.
         """
@@ -113,12 +113,13 @@ class Router:
         """Return the model that a name leads to, if it is of the kind that a request needs.
 
         Args:
-            name: see :meth:`choose`. A request to rerank or classify that has no name gets the only model for it.
+            name: see :meth:`choose`. A request to rerank or classify without a name gets the only model of that kind.
 
         Raises:
-            UnsupportedOutput: the model is of another kind; names the ones of this kind that the client may use.
-            RequestError: one of those of :meth:`choose`; or a request to rerank or classify has no name, and no model or
-                several can do that, or the models are not known yet.
+            UnsupportedOutput: the model is of another kind; the message names those of this kind that the client may
+                use.
+            RequestError: an error of :meth:`choose`; or a request to rerank or classify has no name, and no model or
+                several models can do it, or the models are not known yet.
         """
         if name is None and kind is not ModelKind.EMBED:
             name = self._only_one(kind, client)
@@ -148,7 +149,7 @@ class Router:
         raise BadInput(f"no model in the registry {DOES[kind]}", param="model")
 
     def _names_of(self, kind: ModelKind, client: Client) -> list[str]:
-        """Return the names of the models of a kind that a client may use; a model that has not been read has no kind."""
+        """Return the names of a kind's models that a client may use; a model that has not been read has no kind."""
         return [
             choice.asked
             for choice in self.listed(client)
@@ -160,7 +161,7 @@ class Router:
         return None if info is None else info.kind
 
     def targets(self, choice: Choice, task: str | None) -> list[Target]:
-        """Return the targets that can answer a request: the chosen model and its fallbacks, as far as they take requests.
+        """Return the targets that can answer a request: the chosen model and its fallbacks, if they take requests.
 
         All targets are in the same space.
 
@@ -186,7 +187,7 @@ class Router:
         return self.targets(self.choose(name, GATEWAY, unit_source), task)[0]
 
     def task_of(self, choice: Choice) -> str | None:
-        """Return the task of a request that names none, under a chosen name; ``None`` before the model has been read.
+        """Return the task of a request without a task, for a chosen name; ``None`` before the model has been read.
 
         Raises:
             BadInput: the name fixes a task that the model does not know.
@@ -213,7 +214,7 @@ class Router:
         return self._splits[experiment_id].generation
 
     def _candidates(self, model: Model) -> Iterator[tuple[Model, ModelInfo]]:
-        """Yield the model and its fallbacks, those that take requests and, with the same vectors, can replace it."""
+        """Yield the model, and the fallbacks with the same vectors, if they take requests."""
         if model.takes_requests and model.info is not None:
             yield model, model.info
         if model.state is ModelState.DISABLED or model.info is None:
@@ -235,12 +236,12 @@ class Router:
 
 
 def _with_unit(unit: str, unit_source: UnitSource) -> UnitSource:
-    """Return the lookup of a request's values with the unit that is written in its name."""
+    """Return the lookup of a request's values, with the unit written in its name."""
     return lambda source: unit if source == FROM_NAME else unit_source(source)
 
 
 def _can(info: ModelInfo, kind: ModelKind) -> bool:
-    """Return whether a model does what one of a kind does: some models that embed also rerank, by their vectors."""
+    """Return whether a model can do the work of a kind: some models that embed also rerank, by their vectors."""
     return info.kind is kind or (kind is ModelKind.RERANK and bool(info.rerank))
 
 
@@ -262,9 +263,9 @@ def _not_ready(model: Model) -> ModelNotFound | ModelNotReady:
 
 
 def _resolve_task(info: ModelInfo, task_of_name: str | None, task: str | None) -> str | None:
-    """Return the task to use. A model without tasks accepts every known task, which then has no effect.
+    """Return the task to use. A model without tasks accepts every known task and ignores it.
 
-    So an A/B test by ``model`` alone works: the client sends the same task to either model.
+    An A/B test can therefore change ``model`` alone: the client sends the same task to both models.
     """
     written = [name for name in (task_of_name, task) if name is not None]
     tasks = [canonical_task(name) for name in written]

@@ -1,4 +1,4 @@
-"""Rules between the models of a registry, which can be checked only once the models have been read."""
+"""Rules between the models of a registry that can be checked only once the models have been read."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Described(Protocol):
 
 
 class Models(Protocol):
-    """A fleet, or the known part of one that is not loaded."""
+    """A fleet, or the known part of a fleet that is not loaded."""
 
     def get(self, model_id: str) -> Described | None: ...
 
@@ -30,8 +30,8 @@ class Models(Protocol):
 def broken_rules(registry: Registry, fleet: Models) -> list[str]:
     """Return a message for each rule that a registry breaks.
 
-    A model that is disabled, or whose checkpoint cannot be read, breaks no rule: it is not used until it has been loaded,
-    and is checked then.
+    A model that is disabled, or whose checkpoint cannot be read, breaks no rule: it is checked when it is loaded,
+    before it is used.
     """
     return [
         *_unknown_tasks(registry, fleet),
@@ -93,7 +93,7 @@ def _foreign_arms(experiment: Experiment, fleet: Models) -> Iterator[str]:
 
 
 def _mixed_kinds(registry: Registry, fleet: Models) -> Iterator[str]:
-    """Yield each mix of models of different kinds: no request could be for both."""
+    """Yield a message for each mix of models of different kinds, which no single request could use."""
     for experiment in registry.experiments:
         kinds = {arm.model: info.kind.value for arm in experiment.arms if (info := _info(fleet, arm.model)) is not None}
         if len(set(kinds.values())) > 1:
@@ -108,7 +108,8 @@ def _mixed_kinds(registry: Registry, fleet: Models) -> Iterator[str]:
 def name_spaces(registry: Registry, fleet: Fleet) -> dict[str, dict[str, str]]:
     """Return the spaces of each name, by task; only of names whose model has been read.
 
-    The space of a request without a task has the key ``""``; those of its int8 and uint8 vectors have the precision's name.
+    The space of a request without a task has the key ``""``; the spaces of its int8 and uint8 vectors have the
+    precision's name.
     """
     named = {name: _spaces(fleet, meaning.model, task) for name, meaning, task in _one_space_names(registry)}
     return {name: spaces for name, spaces in named.items() if spaces}

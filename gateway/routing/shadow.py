@@ -1,4 +1,4 @@
-"""Shadows: a sample of the traffic also goes to a second model, whose vectors are discarded."""
+"""Shadows: a sample of the traffic is also sent to a second model, whose vectors are discarded."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from gateway.types import EmbedJob, Priority, Truncate
 
 log = structlog.get_logger(__name__)
 
-# Limits the second model's share of a busy device: the most of its requests at once.
+# The maximum number of concurrent requests to the second model, which limits its share of a busy device.
 _MAX_CONCURRENT = 4
-# The queue has a limit on requests; this one limits its memory when requests are large.
+# The queue has a limit on requests; this limits its memory when requests are large.
 _MAX_QUEUED_CHARACTERS = 16_000_000
 _CALLER = "shadow"
-# The line of a batch may wait for a day, and a copy of it must not take the place of others for so long.
+# A request in a batch may wait for a day; a copy of it must not occupy the queue for so long.
 _MAX_WAIT_S = 60.0
 
 
@@ -74,7 +74,7 @@ class ShadowQueue:
             worker.add_done_callback(self._workers.discard)
 
     async def stop(self) -> None:
-        """Drop the copies that wait and those in progress; from now on, drop every offered copy."""
+        """Drop the copies that wait or are in progress; from now on, drop every offered copy."""
         self._is_stopped = True
         metrics.SHADOW_REQUESTS.labels(*self._labels, "dropped").inc(len(self._waiting))
         metrics.SHADOW_QUEUE.labels(*self._labels).dec(len(self._waiting))
@@ -139,7 +139,7 @@ class Shadows:
         timeout_s: float,
         priority: Priority,
     ) -> None:
-        """Copy a request for each shadow of its name or model, as often as the sample says."""
+        """Copy a request for each shadow of its name or model, with the probability of the shadow's sample."""
         for queue in self._queues:
             shadow = queue.shadow
             is_meant = shadow.of in (choice.asked, choice.model.id) and shadow.to != choice.model.id

@@ -1,4 +1,4 @@
-"""Whether the vectors of two models can be compared, and one model can answer in place of another."""
+"""Checks whether the vectors of two models can be compared, and whether a model can replace another."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from gateway.types import ModelInfo
 
 
 def is_same_space(one: str, other: str) -> bool:
-    """Tell whether two space ids name the same space, regardless of the part before the ``@``."""
+    """Return whether two space ids name the same space, regardless of the part before the ``@``."""
     return one.rpartition("@")[2] == other.rpartition("@")[2]
 
 
 def why_not_interchangeable(info: ModelInfo, other: ModelInfo) -> str:
-    """Return why another model cannot replace a model with the very same vectors; empty if it can."""
+    """Return why another model cannot replace a model with identical vectors; empty if it can."""
     return next(_differences(info, other), "")
 
 
 def why_other_ranges(info: ModelInfo, other: ModelInfo) -> str:
-    """Return why the int8 and uint8 vectors of two models in one space are in two; empty if they are not."""
+    """Return why the int8 and uint8 vectors of two models in one space cannot be compared; empty if they can."""
     is_same = all(
         info.ranges.get(size) == other.ranges.get(size) for size in info.dimensions if size in other.dimensions
     )

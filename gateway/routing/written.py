@@ -1,6 +1,6 @@
-"""The parts of a name as clients write it: ``NAME/UNIT:TASK@HASH``, of which all but the name may be absent.
+"""The parts of a name as clients write it: ``NAME/UNIT:TASK@HASH``. All parts except the name are optional.
 
-A client that can send neither a header nor a field, such as Mem0, says in the name what others say there.
+A client that can send neither headers nor extra fields, such as Mem0, puts this information into the name.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from urllib.parse import quote, unquote_to_bytes
 from gateway.errors import BadInput
 
 MAX_UNIT_BYTES = 256
-"""The longest unit in a name, in UTF-8. The whole name is cut to some thousands, encoded."""
+"""The longest unit in a name, in bytes of UTF-8. The whole encoded name is cut to a few thousand."""
 
-# Ollama's clients, and those of its OpenAI paths, add this tag to a name without one; it is not a task.
+# Clients of Ollama and of its OpenAI paths add this tag to a name without a tag; it is not a task.
 _DEFAULT_TAG = "latest"
 _PINNED = re.compile(rf"(?P<plain>.+)@(?P<hash>[0-9a-f]{{12}})(?::{_DEFAULT_TAG})?", re.DOTALL)
-# What encodeURIComponent leaves as it is, and Python's `quote`. Without `:` and `@`, a name can be read in one way only.
+# The characters that encodeURIComponent and Python's `quote` do not encode. Without `:` and `@`, a name is unambiguous.
 _ENCODED = re.compile(r"(?:[A-Za-z0-9._~!*'()-]|%[0-9A-Fa-f]{2})+")
 
 
@@ -27,10 +27,10 @@ class Written:
     """One way to read a name.
 
     Attributes:
-        name: of a model, an alias, an experiment or a source.
-        unit: as it is written, percent-encoded; only an experiment has units.
+        name: the name of a model, an alias, an experiment or a source.
+        unit: the unit as written, percent-encoded; only an experiment has units.
         task: the text after the colon.
-        space_hash: of the space that the vectors must be in, 12 hex digits.
+        space_hash: the hash of the space that the vectors must be in, 12 hex digits.
     """
 
     name: str
@@ -40,7 +40,7 @@ class Written:
 
 
 def readings(text: str) -> Iterator[Written]:
-    """Yield the ways to read a name, the one to prefer first: as it is, as a source may hold a colon, or with parts."""
+    """Yield the ways to read a name, the preferred one first: whole, as a source may have a colon, or with parts."""
     yield Written(text)
     plain, space_hash = text, None
     if pinned := _PINNED.fullmatch(text):
@@ -52,7 +52,7 @@ def readings(text: str) -> Iterator[Written]:
 
 
 def read_after(experiment: str, text: str) -> Written | None:
-    """Return a name read as that of an experiment with a unit after it; ``None`` if it does not begin with it."""
+    """Read a name as an experiment with a unit after it; return ``None`` if it does not begin with the experiment."""
     if not text.startswith(f"{experiment}/"):
         return None
     pinned = _PINNED.fullmatch(text)
@@ -73,7 +73,8 @@ def decode_unit(experiment: str, written: str) -> str:
     """Return a unit that is percent-encoded in a name.
 
     Raises:
-        BadInput: it is empty, too long, not percent-encoded, or not UTF-8. The message does not quote it: it may be logged.
+        BadInput: the unit is empty, too long, not percent-encoded, or not UTF-8. The message may be logged, so it does
+            not quote the unit.
     """
     how = "percent-encode it, as encodeURIComponent in JavaScript or quote(unit, safe='') in Python does"
     if not _ENCODED.fullmatch(written):

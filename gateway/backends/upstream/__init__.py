@@ -1,7 +1,7 @@
 """Models that run on other servers, over HTTP.
 
-``backend`` spreads the texts of a job over a model's servers; ``server`` asks one of them, in its ``dialect`` and with its
-``quirks``, reads its ``answers``, and says what a failure means (``failures``). ``watch`` decides with the ``probe`` which
-servers are sent requests, and the ``breaker`` of each remembers it. The ``pool`` has a server for each address that the
-``resolver`` finds, and chooses one for a request.
+``backend`` distributes the texts of a job over a model's servers. ``server`` sends requests to one server in its
+``dialect`` and with its ``quirks``, reads the ``answers``, and interprets ``failures``. ``watch`` uses the ``probe`` to
+decide which servers get requests, and the ``breaker`` of each server remembers the decision. The ``pool`` has a server
+for each address that the ``resolver`` finds, and chooses a server for each request.
 """

@@ -1,4 +1,4 @@
-"""Read the answers of servers: vectors, and the numbers next to them, which are not trusted. Pure."""
+"""Read the answers of servers, which are not trusted: vectors and token counts. Pure."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ import orjson
 from gateway.types import Vectors
 
 MAX_COUNT = 2**53
-"""The largest number that is taken from a server: every whole number up to it is exact in JSON."""
+"""The largest number that is accepted from a server. JSON represents every whole number up to it exactly."""
 
-# What Python's json writes where a number is not finite, and no JSON parser reads. Never inside a base64 string: those have
-# neither commas nor brackets.
+# Python's json writes these for numbers that are not finite, and no strict JSON parser accepts them. The pattern never
+# matches inside a base64 string, which has neither commas nor brackets.
 _NOT_FINITE = re.compile(rb"(?<=[\[,:\s])-?(?:NaN|Infinity)(?=[\s,\]}])")
 _BOM = b"\xef\xbb\xbf"
 
@@ -36,7 +36,7 @@ class BadVectors(WrongAnswer):
     """Some texts got a vector that cannot be used.
 
     Attributes:
-        indices: of these texts in the request, ascending.
+        indices: the positions of these texts in the request, ascending.
     """
 
     def __init__(self, what: str, indices: Sequence[int]) -> None:
@@ -62,7 +62,7 @@ class Answer:
 
     Attributes:
         vectors: ``(n, d)`` float32, in the order of the texts; each finite, with a length above 0.
-        num_tokens: of all texts together; 0 if the server does not say.
+        num_tokens: the tokens of all texts together; 0 if the server does not say.
         has_numbers: whether the vectors were written as numbers, which take a hundred times as long to read as base64.
     """
 
@@ -72,7 +72,7 @@ class Answer:
 
     @classmethod
     def joined(cls, answers: Sequence[Answer]) -> Answer:
-        """Return the answers to consecutive texts as one."""
+        """Join the answers to consecutive texts."""
         if len(answers) == 1:
             return answers[0]
         num_tokens = min(sum(answer.num_tokens for answer in answers), MAX_COUNT)
@@ -101,7 +101,7 @@ def require_no_error(answer: object) -> None:
     """Check that an answer without vectors is not an error instead.
 
     Raises:
-        ErrorAnswer: it is.
+        ErrorAnswer: the answer is an error.
     """
     if not isinstance(answer, dict) or not (error := answer.get("error")):
         return
@@ -112,7 +112,7 @@ def require_no_error(answer: object) -> None:
 
 
 def error_of(content: bytes) -> tuple[str, str]:
-    """Return the message and the code of an error's body, in any server's form; empty where they are missing."""
+    """Return the message and the code of an error's body in any server's format; empty where missing."""
     try:
         body = orjson.loads(content)
     except ValueError:
@@ -134,8 +134,8 @@ def _message_of(body: _Object) -> tuple[str, str]:
 def in_order(items: Sequence[_Object], num_texts: int) -> Sequence[_Object]:
     """Return the items of an answer in the order of the texts.
 
-    Where no item has an index, the order is that of the answer. One alone that has none is the first: writers that leave out
-    what is 0 leave out that one.
+    If no item has an index, the items are in order already. If exactly one item lacks an index, its index is 0: some
+    serializers omit zero values.
 
     Raises:
         WrongAnswer: there is not one item for each text.
@@ -162,7 +162,7 @@ def read_vectors(embeddings: Sequence[object]) -> Vectors:
     """Read the vector of each text: base64 of little-endian float32, or numbers.
 
     Raises:
-        BadVectors: some texts have none, or one that is not finite, or whose length is zero or overflows.
+        BadVectors: some texts have no vector, or a vector that is not finite or whose length is zero or overflows.
         WrongAnswer: they are not vectors, or not of one width.
     """
     rows = [_read_row(embedding) for embedding in embeddings]
@@ -187,7 +187,7 @@ def _refuse(what: str, is_bad: npt.NDArray[np.bool_]) -> None:
 
 
 def _read_row(embedding: object) -> Vectors:
-    """Return one vector; empty for a missing one."""
+    """Return a vector; empty if it is missing."""
     if not embedding:
         return np.empty(0, np.float32)
     if isinstance(embedding, str):
@@ -212,7 +212,7 @@ def _read_row(embedding: object) -> Vectors:
 
 
 def read_count(value: object) -> int:
-    """Read how many tokens there were: a whole number from 0 to ``MAX_COUNT``, 0 for everything else."""
+    """Read a number of tokens: a whole number from 0 to ``MAX_COUNT``; 0 for any other value."""
     if isinstance(value, str):
         try:
             value = float(value)
@@ -224,12 +224,12 @@ def read_count(value: object) -> int:
 
 
 def read_limit(value: object) -> int | None:
-    """Read a limit that a server states; ``None`` where it states none that makes sense."""
+    """Read a limit that a server states; ``None`` if it states no plausible limit."""
     return read_count(value) or None
 
 
 def read_retry_after_s(value: str | None, now: float) -> float | None:
-    """Read ``Retry-After``, seconds or a date: from 0 to ``MAX_COUNT`` seconds, ``None`` where it is neither.
+    """Read ``Retry-After``, in seconds or as a date: 0 to ``MAX_COUNT`` seconds, or ``None`` if it is neither.
 
     Args:
         now: Unix time.

@@ -1,4 +1,4 @@
-"""Run a model on other servers: spread its texts over them, ask again where that is safe, and watch over them."""
+"""Run a model on other servers: distribute texts, retry where that is safe, and monitor the servers."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ _MAX_BATCH_CHARS = 500_000
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 2.0
 # English has four characters to a token; as the batcher estimates them.
 _CHARS_PER_TOKEN = 4
-# More numbers in one answer would take more than 50 ms to read, during which nothing else happens.
+# Reading more numbers from one answer would block the event loop for more than 50 ms.
 _MAX_NUMBERS = 131_072
-# Of the texts that may be on their way, jobs of low priority may have one of so many parts, in addition to the others.
+# Jobs of low priority may have this fraction (1/4) of the limit on texts in flight, in addition to the others.
 _LOW_PART = 4
 
 
@@ -51,7 +51,8 @@ class UpstreamBackend:
     """The :class:`~gateway.backends.base.Backend` of a model that runs on other servers.
 
     A :class:`~gateway.backends.upstream.probe.Probe` is taken when the model is loaded, or read from its golden file. A
-    server takes part while it gives these same vectors: at the start, after it failed, and from time to time.
+    server gets requests only while it returns the same vectors. It is checked at the start, after it failed, and
+    periodically.
 
     Args:
         resolver: looks up the names of ``dns+http://`` URLs.
@@ -125,12 +126,12 @@ class UpstreamBackend:
 
     @property
     def servers(self) -> Sequence[Server]:
-        """In the order of the registry, those of a name by address; the same list all the time."""
+        """The servers in the order of the registry, those of a name by address. The list object never changes."""
         return self._pool.servers
 
     @property
     def server_names(self) -> set[str]:
-        """The names of all servers, also of those that are leaving, as the metrics write them."""
+        """The names of all servers, including those that are leaving, as the metrics write them."""
         return self._pool.all_names
 
     def replicas(self) -> Sequence[Replica]:
@@ -139,7 +140,7 @@ class UpstreamBackend:
 
     @property
     def probe(self) -> Sequence[GoldenVector]:
-        """The vectors that the servers must give; none before the model has been planned."""
+        """The vectors that the servers must return; empty before the model has been planned."""
         return self._probe.vectors if self._probe else ()
 
     # ------------------------------------------------------------------------------------------------ a request
@@ -157,7 +158,7 @@ class UpstreamBackend:
             self._count_waiting(job, -1)
         return Embeddings(
             vectors=answer.vectors,
-            # Servers say how many tokens a request had, not each text.
+            # Servers report the number of tokens per request, not per text.
             num_tokens=[answer.num_tokens, *[0] * (len(job.texts) - 1)],
             truncated=[],
             timings=Timings(0.0, 0.0, time.monotonic() - started),
@@ -190,7 +191,7 @@ class UpstreamBackend:
         metrics.QUEUE_TOKENS.labels(self._entry.id).set(self._num_chars // _CHARS_PER_TOKEN)
 
     async def _embed_slices(self, job: EmbedJob, slices: Sequence[range]) -> Answer:
-        """Embed slices of a job in one request each, side by side; the first failure ends all."""
+        """Embed slices of a job concurrently, in one request each; the first failure ends all of them."""
         if len(slices) == 1:
             return await self._embed_slice(job, slices[0])
         tasks: list[asyncio.Task[Answer]] = []
@@ -202,10 +203,10 @@ class UpstreamBackend:
         return Answer.joined([task.result() for task in tasks])
 
     async def _embed_slice(self, job: EmbedJob, places: range) -> Answer:
-        """Embed some texts of a job on one server, and if it does not answer, on another one, or on it again.
+        """Embed some texts of a job on a server; if it does not answer, retry on another server or on the same one.
 
         Args:
-            places: where the texts are in the job.
+            places: the positions of the texts in the job.
         """
         texts = job.texts[places.start : places.stop]
         prepared, name = self._tasks.prepare(texts, job.task)
@@ -235,7 +236,7 @@ class UpstreamBackend:
         raise given_up(self._entry.id, failure, places, self._pool.reasons, is_permanent=is_permanent)
 
     async def _ask(self, server: Server, texts: Sequence[str], task: str | None, job: EmbedJob) -> Answer:
-        """Ask a server; take note of errors that the client gets at once, although the server may be at fault."""
+        """Send texts to a server; record errors that the client gets at once although the server may be at fault."""
         is_low = job.priority is Priority.LOW
         if is_low:
             await self._take_low_turn(job)
@@ -255,7 +256,7 @@ class UpstreamBackend:
                 self._pool.low_turns.release()
 
     async def _take_low_turn(self, job: EmbedJob) -> None:
-        """Wait until a job of low priority may ask: servers know no priorities, so there is one such request for each."""
+        """Wait for a turn of low priority. Servers have no priorities, so each gets one such request at a time."""
         try:
             async with asyncio.timeout(job.deadline - time.monotonic()):
                 await self._pool.low_turns.acquire()
@@ -273,7 +274,7 @@ class UpstreamBackend:
         return await self._embed_slices(job, [places[:half], places[half:]])
 
     def _note(self, server: Server, failure: Failure) -> None:
-        """Take note of a failure; if it makes the server suspect, try the server at once."""
+        """Record a failure; if it makes the server suspect, test the server at once."""
         server.note(failure)
         if server.breaker.is_suspect:
             self._pool.look()
@@ -289,7 +290,7 @@ class UpstreamBackend:
     async def _pause(self, attempt: int, failure: Failure, is_same_server: bool, deadline: float) -> bool:
         """Wait before the next attempt; return whether the deadline leaves time for it."""
         longest = min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2**attempt)
-        # Of random length, so that requests that failed together do not come back together.
+        # A random length, so that requests that failed at the same time do not retry at the same time.
         pause_s = random.uniform(0, longest)  # noqa: S311  not for secrets
         if is_same_server and failure.retry_after_s is not None:
             pause_s += failure.retry_after_s
@@ -312,7 +313,7 @@ class UpstreamBackend:
 
 
 def _slices(texts: Sequence[str], max_texts: int) -> Iterator[range]:
-    """Cut texts into runs that a server takes in one request."""
+    """Split texts into runs that fit into one request to a server."""
     first = num_chars = 0
     for i, text in enumerate(texts):
         num_chars += len(text)

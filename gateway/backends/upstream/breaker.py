@@ -11,18 +11,18 @@ _LONGEST_PAUSE_S = 60.0
 
 
 class Breaker:
-    """Closed while the server works; open after a trial has failed, with growing pauses between further trials.
+    """A breaker that is closed while the server works and opens when a trial fails; pauses between trials then grow.
 
-    A trial asks for vectors of the gateway's own texts, which are known. Failures of clients' requests never open it:
-    they make the server suspect, so that a trial is due at once. A text on which a server fails thus costs only its own
-    request. No client's request is spent on finding out whether a server works again either, and a server that
-    comes back with another model is not let in.
+    A trial requests the vectors of the gateway's own texts, which are known. Failures of clients' requests never open
+    the breaker: they make the server suspect, so that a trial is due at once. A text on which a server fails therefore
+    costs only its own request. No client's request is used to find out whether a server works again, and a server that
+    comes back with another model gets no requests.
 
     Args:
-        pause_s: how long after it opened the first trial is due.
+        pause_s: seconds from the opening to the first trial.
 
     Attributes:
-        reason: why it is open; empty while it is closed.
+        reason: why the breaker is open; empty while it is closed.
         is_suspect: whether requests have failed in a way that calls for a trial.
     """
 
@@ -39,11 +39,11 @@ class Breaker:
         return not self.reason
 
     def note_success(self) -> None:
-        """Take note of a right answer to a client's request."""
+        """Record a correct answer to a client's request."""
         self._num_failures = 0
 
     def note_failure(self, *, is_grave: bool) -> None:
-        """Take note of a failed request: one that is grave, or some in a row, make the server suspect."""
+        """Record a failed request. A grave failure, or several failures in a row, make the server suspect."""
         if not self.is_closed:
             return  # it was on its way when the breaker opened
         self._num_failures += 1
@@ -55,19 +55,19 @@ class Breaker:
         self._trial_at = now + _LEAST_PAUSE_S
 
     def postpone(self, now: float) -> None:
-        """Leave it as it is: a trial has shown nothing. The next one is due after a pause."""
+        """Keep the state, because a trial was inconclusive. The next trial is due after a pause."""
         self._trial_at = now + _LEAST_PAUSE_S
 
     def open(self, reason: str, now: float) -> None:
-        """Open: a trial has failed. If it is open already, wait twice as long as the last time."""
+        """Open, because a trial has failed. If the breaker is already open, double the pause."""
         if not self.is_closed:
             self._pause_s = min(2 * self._pause_s, max(_LONGEST_PAUSE_S, self._first_pause_s))
         self.reason, self.is_suspect = reason, False
-        # Gateways that lost the same server at the same time do not all come back at once.
+        # The random factor keeps gateways that lost the same server from all retrying at once.
         self._trial_at = now + self._pause_s * random.uniform(0.8, 1.2)  # noqa: S311  not for secrets
 
     def hold(self, reason: str) -> None:
-        """Open without a failure, before a first trial, which is due at once."""
+        """Open without a failure, until a first trial, which is due at once."""
         self.reason, self.is_suspect = reason, False
         self._pause_s = self._first_pause_s / 2  # which a failure of that trial doubles
         self._trial_at = -math.inf

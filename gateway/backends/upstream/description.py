@@ -1,4 +1,4 @@
-"""Describe a model that runs on other servers, by its entry and the facts that its servers state."""
+"""Describe a model that runs on other servers, from its entry and the facts that its servers state."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ def server_names(urls: Sequence[str]) -> list[str]:
 
 
 async def learn_facts(servers: Iterable[Server], entry: ModelEntry, upstream: Upstream) -> Facts:
-    """Ask every server for its facts, shut out those that do not answer, and return the facts that hold for all.
+    """Ask every server for its facts, shut out servers that do not answer, and return the facts that hold for all.
 
     Raises:
-        LoadError: a server serves another model. One of several addresses of a name is only shut out.
+        LoadError: a server serves another model. A server found through a name is only shut out.
     """
     model = upstream.model or entry.source
     turns = asyncio.Semaphore(_ASKED_AT_ONCE)
@@ -71,7 +71,7 @@ async def _ask_facts(server: Server, entry: ModelEntry, model: str, turns: async
 
 
 def base_fingerprint(entry: ModelEntry, upstream: Upstream, tasks: Tasks) -> str:
-    """Return a hash of what identifies a model apart from its vectors: its name, and the fields sent with a text."""
+    """Return a hash of a model's identity without its vectors: its name, and the fields sent with a text."""
     # How vectors are written does not change them.
     extra = {name: value for name, value in upstream.extra_body.items() if name != "encoding_format"}
     content: list[object] = [upstream.model or entry.source, dict(tasks.names), extra]
@@ -90,7 +90,7 @@ def read_golden(entry: ModelEntry, fingerprint: str, tasks: Tasks) -> Sequence[G
 
 
 def full_fingerprint(base: str, width: int, recorded: Iterable[GoldenVector]) -> str:
-    """Return a hash of what identifies a model, with the vectors that were recorded of it."""
+    """Return a hash of a model's identity, including its recorded vectors."""
     vectors = b"".join(one.vector.astype("<f4").tobytes() for one in recorded)
     return hashlib.sha256(f"{base} {width}".encode() + vectors).hexdigest()
 

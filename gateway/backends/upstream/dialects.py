@@ -25,7 +25,7 @@ from gateway.types import Truncate
 DEFAULT_BATCH_TEXTS = 256
 
 Encoding: TypeAlias = str | None
-"""What is sent as ``encoding_format``; ``None``: the field is left out."""
+"""The value of ``encoding_format``; ``None`` omits the field."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,9 +46,9 @@ class Dialect(Protocol):
     """The requests and answers of one kind of server.
 
     Attributes:
-        embed_path: where vectors are asked for, after the base URL; so for the others.
-        gives_raw: whether vectors come as they were pooled, and are normalized here.
-        encodings: how vectors may be asked for, the best first; not every server takes each.
+        embed_path: the path for vectors, relative to the base URL; likewise for the other path.
+        gives_raw: whether vectors arrive unnormalized, as they were pooled, and are normalized here.
+        encodings: the encodings to request vectors in, the best first; not every server accepts each.
     """
 
     embed_path: str
@@ -60,7 +60,7 @@ class Dialect(Protocol):
         """Write a request.
 
         Args:
-            task: what the server calls it, or ``None``.
+            task: the server's name for the task, or ``None``.
             encoding: one of ``encodings``.
         """
 
@@ -68,7 +68,7 @@ class Dialect(Protocol):
         """Read an answer.
 
         Raises:
-            WrongAnswer: it does not have a vector for each of so many texts.
+            WrongAnswer: the answer does not have ``num_texts`` vectors.
         """
 
     def read_facts(self, content: bytes) -> Facts:
@@ -84,8 +84,8 @@ class OpenAi:
         self._model = model
         self._task_field = task_field
         self._extra = extra
-        # Base64 is a third of the bytes, and read in a hundredth of the time; many that do not know it send numbers, and
-        # some refuse it, or the field.
+        # Base64 takes a third of the bytes and a hundredth of the time to read. Many servers that do not know it send
+        # numbers; some refuse it, or refuse the field.
         self.encodings: Sequence[Encoding] = (None,) if "encoding_format" in extra else ("base64", "float", None)
 
     def body(self, texts: Sequence[str], task: str | None, truncate: Truncate, encoding: Encoding) -> bytes:
@@ -119,7 +119,7 @@ class OpenAi:
         except (ValueError, KeyError, TypeError):
             return Facts()
         card = cards.get(self._model, {})
-        # vLLM's word, and that of another of these gateways.
+        # The fields of vLLM and of another instance of this gateway.
         return Facts(
             tuple(map(str, cards)),
             max_tokens=read_limit(card.get("max_model_len")) or read_limit(card.get("max_tokens")),
@@ -174,7 +174,7 @@ class Tei:
 
 
 def _written(body: Mapping[str, Any], extra: Mapping[str, Extra]) -> bytes:
-    """Write a body without what ``extra_body`` leaves out, and without an encoding that is not asked for."""
+    """Write a body without the fields that ``extra_body`` sets to null, and without an encoding that is ``None``."""
     left_out = {name for name, value in extra.items() if value is None}
     return orjson.dumps(
         {

@@ -1,4 +1,4 @@
-"""What a server's failure means for the request, for the server, and for the client. Pure."""
+"""The consequences of a server's failure for the request, the server and the client. Pure."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _OPERATOR_FAULTS = {
     405: "knows no such path",
     410: "has no such model any more",
 }
-# llama.cpp's words for one text: its "physical batch" is of tokens, and it says so with status 500.
+# llama.cpp's messages about a single text, sent with status 500; its "physical batch" is a number of tokens.
 _TEXT_WORDS = re.compile(r"context size|too large to process", re.IGNORECASE)
 _LENGTH_WORDS = ("context length", "maximum length", "max_model_len", "less than")
 # OpenAI counts the tokens of all texts of a request as well.
@@ -40,16 +40,16 @@ _BATCH_WORDS = re.compile(
 
 
 class Failure(Exception):
-    """A server has not answered as it should; another one, or the same one later, may.
+    """A server has not answered as it should. Another server may, or the same server later.
 
     Attributes:
-        outcome: in one word, for the metrics.
-        retry_after_s: when the server wants to be asked again, if it says so.
-        is_worth_repeating: whether the same server may be asked again; otherwise only another one.
-        is_grave: whether this alone makes the server suspect, and not only several in a row: it gave something that must not
-            be used, or refuses what may be everything.
-        is_permanent: whether the client would get the same again.
-        bad_texts: indices of the texts for which the server gave a vector that cannot be used, if it is that.
+        outcome: the kind of failure in one word, for the metrics.
+        retry_after_s: seconds until the server accepts a retry, if it says so.
+        is_worth_repeating: whether to retry on the same server; otherwise only another server is tried.
+        is_grave: whether this failure alone makes the server suspect, without further ones: the server returned
+            unusable vectors, or may refuse every request.
+        is_permanent: whether a retry by the client would get the same result.
+        bad_texts: indices of the texts for which the server returned an unusable vector; otherwise empty.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Failure(Exception):
 
         Args:
             what: the beginning of the message.
-            places: for each text that the server was sent, where it is in the client's request.
+            places: the position in the client's request of each text that the server was sent.
         """
         after = RETRY_AFTER_S if self.retry_after_s is None else ceil(self.retry_after_s)
         match self.outcome:
@@ -96,11 +96,11 @@ class Failure(Exception):
 
 
 class TooLarge(Exception):
-    """A server does not take so many texts in one request, and may take them in several.
+    """A server does not accept this many texts in one request, but may accept them in several.
 
     Attributes:
-        refusal: the client's error where there is only one text.
-        is_number: whether the number of texts was too large, rather than that of bytes.
+        refusal: the client's error if the request has only one text.
+        is_number: whether the number of texts was too large, rather than the number of bytes.
     """
 
     def __init__(self, refusal: BadInput, *, is_number: bool) -> None:
@@ -110,7 +110,7 @@ class TooLarge(Exception):
 
 
 def listed(reasons: Iterable[str]) -> str:
-    """Return reasons in one line, the first five if there are more."""
+    """Join reasons into one line; show at most five."""
     reasons = list(dict.fromkeys(filter(None, reasons)))
     more = f"; and {len(reasons) - _MAX_SHOWN} more" if len(reasons) > _MAX_SHOWN else ""
     return "; ".join(reasons[:_MAX_SHOWN]) + more
@@ -122,9 +122,9 @@ def given_up(
     """Return the client's error when no server has answered.
 
     Args:
-        failure: the last one, if a server was asked.
+        failure: the last failure, if a server was asked.
         places: as in :meth:`Failure.error`.
-        reasons: why no server was, otherwise.
+        reasons: otherwise, why no server was asked.
         is_permanent: whether all servers refuse every request.
     """
     what = f"model {model!r} runs elsewhere"
@@ -134,7 +134,7 @@ def given_up(
 
 
 def unavailable(message: str, retry_after_s: int, *, is_permanent: bool) -> UpstreamUnavailable:
-    """Return the error of a model whose servers do not answer; where they refuse, a client need not try again."""
+    """Return the error for a model whose servers do not answer. If they refuse, a retry is pointless."""
     after = None if is_permanent else retry_after_s
     return UpstreamUnavailable(message, retry_after_s=after, is_permanent=is_permanent)
 
@@ -157,7 +157,7 @@ def failure_of(
         kind = ContextLengthExceeded if is_too_long and not is_number else BadInput
         refusal = kind(f"the server of model {model!r} refuses the request{said}", param="input")
         if is_number or (status == 413 and not is_too_long):
-            # How many tokens a request has, depends on its texts: that limits no other client's.
+            # The number of tokens depends on the texts, so a limit on it does not apply to other requests.
             return TooLarge(refusal, is_number=is_number and "token" not in message.lower())
         return refusal
     if status in _OPERATOR_FAULTS:
@@ -169,7 +169,7 @@ def failure_of(
     if status in (429, 503):
         outcome = "overloaded" if status == 429 else "unready"
         return Failure(outcome, f"{server} is {outcome} ({status}){said}", retry_after_s=retry_after_s)
-    # 502 and 504 come from a proxy in between; with 500 the server itself may have failed on these very texts.
+    # 408, 502 and 504 come from a proxy in between. With a 500, the server itself may have failed on these texts.
     is_proxys = status in (408, 502, 504)
     return Failure("failed", f"{server} answers {status}{said}", is_worth_repeating=is_proxys, is_grave=not is_proxys)
 

@@ -1,4 +1,4 @@
-"""The servers of a model, which come and go where the URL has a name with many addresses (``dns+http://``)."""
+"""The servers of a model. They come and go if the URL is a name with many addresses (``dns+http://``)."""
 
 from __future__ import annotations
 
@@ -26,23 +26,23 @@ from gateway.types import ModelState
 
 log = structlog.get_logger(__name__)
 
-# More addresses than any headless Service should have; each costs connections, series and trials.
+# More addresses than any headless Service should have. Each address costs connections, metric series and trials.
 MAX_ADDRESSES: Final = 1024
-# A request may have chosen a server just before it left, and pause before it asks.
+# A request may have chosen a server just before the server left, and may pause before it sends.
 LINGER_S: Final = 3.0
-# Of a thousand servers, looking at all takes 0.2 ms for each request. Of 64, the best is as good (docs/scale.md).
+# Comparing a thousand servers takes 0.2 ms per request. The best of 64 is as good (docs/scale.md).
 _MAX_COMPARED = 64
 _PORTS = {"http": 80, "https": 443}
 
 
 @dataclass(slots=True)
 class Name:
-    """A URL whose host is a name that is looked up again and again.
+    """A URL whose host is a name that is looked up periodically.
 
     Attributes:
-        url: without ``dns+``.
-        addresses: at the last look-up that succeeded.
-        reason: why the last look-up did not; empty if it did.
+        url: the URL without ``dns+``.
+        addresses: the addresses from the last successful look-up.
+        reason: why the last look-up failed; empty if it succeeded.
     """
 
     url: str
@@ -61,21 +61,21 @@ class Name:
 
 
 class Turns:
-    """A semaphore with as many turns as there are servers, whose number changes."""
+    """A semaphore with one turn per server; the number of servers changes."""
 
     def __init__(self) -> None:
         self._free = asyncio.Semaphore(0)
         self._size = self._num_excess = 0
 
     def resize(self, size: int) -> None:
-        """Have ``size`` turns; those in excess end when they are given back."""
+        """Set the number of turns; excess turns end when they are released."""
         self._num_excess += max(0, self._size - size)
         for _ in range(size - self._size):
             self.release()
         self._size = size
 
     async def acquire(self) -> None:
-        """Take a turn, once there is one."""
+        """Wait for a turn and take it."""
         await self._free.acquire()
 
     def release(self) -> None:
@@ -89,14 +89,15 @@ class Turns:
 class Pool:
     """The servers of a model, one for each URL or address.
 
-    The addresses of a name are looked up every ``resolve_interval_s``. A new address gets requests once the watch has found
-    that it gives the right vectors; one that is gone gets none once another works, and is closed when its last request has
-    ended. If a name cannot be looked up, or has no address, the last ones stay: the watch finds out whether they still work.
+    The addresses of a name are looked up every ``resolve_interval_s``. A new address gets requests once the watch has
+    verified its vectors. A removed address gets no more requests once another server works, and is closed after its
+    last request. If a name cannot be looked up, or has no address, the previous addresses stay in use, and the watch
+    finds out whether they still work.
 
     Attributes:
-        servers: those that may get requests, in the order of the registry, those of a name by address. The list is the same
-            one all the time.
-        low_turns: of requests of low priority.
+        servers: the servers that may get requests, in the order of the registry, those of a name by address. The list
+            object never changes.
+        low_turns: the turns of requests of low priority.
     """
 
     def __init__(self, model: str, dialect: Dialect, upstream: Upstream, resolver: Resolver) -> None:
@@ -110,7 +111,7 @@ class Pool:
         fixed = [url for url in upstream.urls if not url.startswith(DNS)]
         self._fixed = dict(zip(server_names(fixed), fixed, strict=True))
         self._names = [Name.parse(url) for url in upstream.urls if url.startswith(DNS)]
-        # Else two names at the same addresses would have servers of the same name.
+        # Otherwise two names with the same addresses would have servers with the same name.
         self._shows_path = len({urlsplit(url).path for url in upstream.urls}) > 1
         self._leaving: dict[Server, float] = {}
         self._task: asyncio.Task[None] | None = None
@@ -128,11 +129,11 @@ class Pool:
 
     @property
     def all_names(self) -> set[str]:
-        """The names of all servers, also of those that are leaving."""
+        """The names of all servers, including those that are leaving."""
         return {server.name for server in (*self.servers, *self._leaving)}
 
     async def find(self) -> None:
-        """Look all names up, and have a server for each address, for the first time."""
+        """Look up all names for the first time, and create a server for each address."""
         await self._look_up()
         self._update()
 
@@ -143,10 +144,10 @@ class Pool:
             server.width = width
 
     def open(self, probe: Probe, check_interval_s: float, report: Report) -> None:
-        """Watch over the servers, and look the names up again and again, from now on.
+        """Start to monitor the servers and to look up the names periodically.
 
         Args:
-            check_interval_s: after which a server that works is checked again.
+            check_interval_s: the interval between the checks of a working server.
             report: takes the state of the model when it changes.
         """
         self._watch = Watch(self._model, self.servers, probe, check_interval_s, report)
@@ -154,12 +155,12 @@ class Pool:
             self._task = asyncio.create_task(self._keep_looking())
 
     def look(self) -> None:
-        """Look now whether a server is suspect or new, rather than a moment later."""
+        """Check now, rather than a moment later, whether a server is suspect or new."""
         if self._watch is not None:
             self._watch.look()
 
     def replicas(self) -> Sequence[Replica]:
-        """Return the servers while they are watched over."""
+        """Return the servers while they are monitored."""
         if self._watch is None:
             return []
         ready, not_ready = ModelState.READY, ModelState.RECOVERING
@@ -169,12 +170,13 @@ class Pool:
         ]
 
     def choose(self, failures: Mapping[Server, Failure]) -> Server | None:
-        """Return the server to ask: one that has not failed yet if there is one, and of those one that is not suspect.
+        """Return the server to ask, preferring those that have not failed this request, then those not suspect.
 
-        Of several, that with the fewest texts on their way, and of equal ones any: other gateways choose at the same time.
+        Among several, choose the server with the fewest texts in flight; break ties at random, since other gateways
+        choose at the same time.
 
         Args:
-            failures: of the request, on the servers that it has been sent to.
+            failures: the failures of this request, by server.
         """
         servers: Sequence[Server] = self.servers
         if len(servers) > _MAX_COMPARED:
@@ -190,7 +192,7 @@ class Pool:
         )
 
     async def close(self) -> None:
-        """Look no longer, and close all connections. The servers stay in the list, for their names and reasons."""
+        """Stop the look-ups, and close all connections. The servers stay in the list for their names and reasons."""
         if self._task is not None:
             self._task.cancel()
             await asyncio.wait((self._task,))
@@ -203,7 +205,7 @@ class Pool:
 
     async def _keep_looking(self) -> None:
         while True:
-            # Gateways that were started together do not all ask at the same moment.
+            # The random factor keeps gateways that were started together from all asking at the same moment.
             await asyncio.sleep(self._upstream.resolve_interval_s * random.uniform(0.9, 1.1))  # noqa: S311
             try:
                 await self._look_up()
@@ -236,7 +238,7 @@ class Pool:
         name.reason = reason
 
     def _wanted(self) -> Iterator[tuple[str, str, str | None]]:
-        """Yield the name, the URL and the address of each server that there should be."""
+        """Yield the name, the URL and the address of each server that should exist."""
         for name, url in self._fixed.items():
             yield name, url, None
         for dns in self._names:
@@ -245,7 +247,7 @@ class Pool:
                 yield f"{host}:{dns.port}{dns.path if self._shows_path else ''}", dns.url, address
 
     def _update(self) -> bool:
-        """Have a server for each URL and address, and no others; return whether anything has changed."""
+        """Create and remove servers to match the URLs and addresses; return whether anything has changed."""
         before = {server.name: server for server in self.servers}
         leaving = {server.name: server for server in self._leaving}
         present: dict[str, Server] = {}
@@ -265,7 +267,8 @@ class Pool:
             present[name] = server
         gone = [server for name, server in before.items() if name not in present]
         if not any(server.breaker.is_closed for server in present.values()):
-            # All were exchanged at once. The old ones may work for a while, and the watch shuts them out when they do not.
+            # All servers were replaced at once. The old ones may work for a while; when they fail, the watch shuts them
+            # out.
             gone = [server for server in gone if not server.breaker.is_closed]
         for server in gone:
             del before[server.name]

@@ -1,4 +1,4 @@
-"""Vectors of a few texts that all servers of a model must always give, so that a swapped model is noticed."""
+"""Vectors of a few texts that all servers of a model must always return, so that a swapped model is noticed."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from gateway.golden import SAME_MODEL_COSINE, TEXTS, GoldenCheck, GoldenVector, 
 from gateway.types import Embeddings, EmbedJob, Timings, Truncate, Vectors
 from gateway.vectors import cosine
 
-# The time limit of a server ends a slow request before this.
+# The server's own time limit ends a slow request sooner.
 _PATIENCE_S = 3600.0
 
 
 class Probe:
-    """The vectors that the servers of a model must give.
+    """The vectors that the servers of a model must return.
 
     Args:
-        vectors: for each text and task, as they were recorded or as a server gave them.
+        vectors: a vector for each text and task, recorded or taken from a server.
     """
 
     def __init__(self, model: str, tasks: Tasks, vectors: Sequence[GoldenVector]) -> None:
@@ -38,7 +38,7 @@ class Probe:
         return len(self.vectors[0].vector)
 
     async def compare(self, server: Server) -> str:
-        """Compare a server with the probe; return what is wrong, or nothing.
+        """Compare a server's vectors with the probe; return a description of the problem, or an empty string.
 
         A server that was shut out may have changed, so its quirks are learned again first.
 
@@ -64,17 +64,17 @@ async def take_probe(
     recorded: Sequence[GoldenVector] | None,
     unresolved: Sequence[str] = (),
 ) -> Probe:
-    """Return the probe of a model: the recorded vectors, or else those of its first server; all must give the same.
+    """Return a model's probe: the recorded vectors, or those of its first server. All servers must return the same.
 
-    A server that does not answer is shut out. Once one has answered, the addresses of a name are left for the watch:
-    to check a hundred would take long, and one that is wrong must not keep the others from serving.
+    A server that does not answer is shut out. Once a server has answered, the remaining addresses of a name are left to
+    the watch: checking a hundred would take long, and a wrong server must not keep the others from serving.
 
     Args:
         unresolved: why names of servers have no address.
 
     Raises:
-        NotReachable: no server gives vectors.
-        LoadError: a server gives other vectors, or the same ones for different tasks.
+        NotReachable: no server returns vectors.
+        LoadError: a server returns different vectors, or the same vectors for different tasks.
     """
     probe = None if recorded is None else Probe(model, tasks, recorded)
     giver = "its golden file says"
@@ -109,7 +109,7 @@ async def take_probe(
 
 
 async def _take(server: Server, tasks: Tasks) -> list[GoldenVector]:
-    """Ask a server for the vectors of all texts, without a task and with each.
+    """Ask a server for the vectors of all texts, without a task and with each task.
 
     Raises:
         Failure: it does not answer.
@@ -131,9 +131,10 @@ async def _take(server: Server, tasks: Tasks) -> list[GoldenVector]:
 
 
 async def _check_texts(server: Server, tasks: Tasks, vectors: Vectors) -> None:
-    """Check that each text has a vector that is its own, by asking for each alone.
+    """Check that each vector belongs to its text, by requesting the vector of each text alone.
 
-    An order or an ``index`` that is not that of the texts would give texts the vectors of others, and nothing would show it.
+    If the order or ``index`` of the vectors differed from that of the texts, texts would silently get the wrong
+    vectors.
     """
     if all(cosine(one, other) >= SAME_MODEL_COSINE for one, other in combinations(vectors, 2)):
         raise LoadError(f"{server.name} gives the same vector for every text")
@@ -147,7 +148,7 @@ async def _check_texts(server: Server, tasks: Tasks, vectors: Vectors) -> None:
 
 
 def _ignored_tasks(tasks: Tasks, by_task: dict[str | None, Vectors]) -> str:
-    """Return a message about tasks that make no difference to a server, although their names differ there; or nothing.
+    """Return a message about tasks that a server treats alike although their names differ there, or an empty string.
 
     Tasks whose vectors differ in width cannot belong to one model.
     """

@@ -1,4 +1,4 @@
-"""Learn what a server does not take, although others of its kind do, before any client's text is sent."""
+"""Learn how a server deviates from others of its kind, before any client's text is sent."""
 
 from __future__ import annotations
 
@@ -14,22 +14,21 @@ from gateway.golden import SAME_MODEL_COSINE
 from gateway.vectors import cosine
 
 BLANKS = ("", " ", ".")
-"""What may be sent for an empty text. A full stop says as little as a text can where a server takes none that is blank."""
+"""Replacements for an empty text. A period is the least meaningful text for a server that refuses blank texts."""
 
 _TEXT = "Hello, world"
-# With these it has understood the request, and does not take it. With others nothing is known.
+# With these outcomes, the server understood the request and refused it. Others are inconclusive.
 _UNFIT = ("failed", "wrong", "broken")
 
 
 @dataclass(frozen=True, slots=True)
 class Quirks:
-    """The way to ask one server.
+    """The peculiarities of one server.
 
     Attributes:
         encoding: sent as ``encoding_format``.
-        blank: replaces an empty text that the server does not take, one of ``BLANKS``; ``None`` where it takes none of
-            them.
-        has_numbers: whether it writes vectors as numbers, whatever it was asked for.
+        blank: the replacement for an empty text, one of ``BLANKS``; ``None`` if the server refuses all of them.
+        has_numbers: whether the server writes vectors as numbers, whatever encoding was requested.
     """
 
     encoding: Encoding
@@ -37,13 +36,13 @@ class Quirks:
     has_numbers: bool = False
 
     def first_refused(self, texts: Sequence[str]) -> int | None:
-        """Return the index of the first text that the server does not take, if there is one."""
+        """Return the index of the first text that the server refuses, if any."""
         if self.blank is not None:
             return None
         return next((i for i, text in enumerate(texts) if not text.strip()), None)
 
     def applied(self, texts: Sequence[str]) -> Sequence[str]:
-        """Return texts as they are sent."""
+        """Return the texts to send."""
         match self.blank:
             case "" | None:
                 return texts
@@ -57,11 +56,11 @@ _Ask: TypeAlias = Callable[[Sequence[str], Quirks], Awaitable[Answer]]
 
 
 async def learn(ask: _Ask, encodings: Sequence[Encoding]) -> Quirks:
-    """Find out how a server is asked.
+    """Find out a server's quirks.
 
     Args:
-        ask: asks it for vectors.
-        encodings: to be tried, the best first.
+        ask: requests vectors from the server.
+        encodings: the encodings to try, the best first.
 
     Raises:
         Failure: it does not answer.
@@ -78,9 +77,9 @@ async def learn(ask: _Ask, encodings: Sequence[Encoding]) -> Quirks:
 
 
 async def _if_it_says_the_same(ask: _Ask, quirks: Quirks, answer: Answer) -> tuple[Quirks, Answer]:
-    """Return how to ask for numbers, if those that a server gives differ from those that it writes in base64.
+    """Switch to numbers if a server's numbers differ from its base64; return the quirks and the answer.
 
-    Base64 may hold another type than float32, and nothing in it says so.
+    Base64 may hold a type other than float32 without any sign of it.
     """
     try:
         numbers = await ask([_TEXT], Quirks("float"))
@@ -109,7 +108,7 @@ async def _first_accepted(ask: _Ask, encodings: Sequence[Encoding]) -> tuple[Qui
 
 
 async def _takes(ask: _Ask, text: str, quirks: Quirks, width: int) -> bool:
-    """Return whether a server gives a vector for a blank text."""
+    """Return whether a server returns a vector for a blank text."""
     try:
         answer = await ask([text], quirks)
     except RequestError:

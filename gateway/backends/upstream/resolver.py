@@ -1,4 +1,4 @@
-"""Look up the addresses of a name, in threads: the system's resolver blocks, and may never come back."""
+"""Look up the addresses of a name, in threads, because the system's resolver blocks and may never return."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TIMEOUT_S: Final = 5.0
 
 
 class NotResolved(Exception):
-    """A name has no address now, as far as can be found out.
+    """A name could not be resolved to an address.
 
     Attributes:
         outcome: ``failed`` or ``timeout``, for the metrics.
@@ -31,7 +31,7 @@ class NotResolved(Exception):
 def system_look_up(host: str, port: int) -> list[str]:
     """Ask the system's resolver: ``/etc/hosts``, then the DNS servers, A and AAAA.
 
-    Addresses of a family that this machine has no address of are left out: they could not be reached.
+    Addresses of a family that this machine does not use are left out, because they could not be reached.
 
     Raises:
         OSError: the name has no address, or the resolver does not answer.
@@ -41,11 +41,11 @@ def system_look_up(host: str, port: int) -> list[str]:
 
 
 class Resolver:
-    """Looks names up, each in one thread at a time: however long the system's resolver hangs, there are no more threads.
+    """Looks names up, each in at most one thread at a time, however long the system's resolver hangs.
 
     Args:
         look_up: looks one name up, and blocks.
-        timeout_s: how long an answer is waited for.
+        timeout_s: how long to wait for an answer.
     """
 
     def __init__(self, look_up: LookUp = system_look_up, timeout_s: float = TIMEOUT_S) -> None:
@@ -55,7 +55,7 @@ class Resolver:
         self._hanging: set[tuple[str, int]] = set()
 
     async def resolve(self, host: str, port: int) -> Sequence[str]:
-        """Return the addresses of a name: each once, those of IPv4 first, in numerical order.
+        """Return the distinct addresses of a name, IPv4 first, in numerical order.
 
         Raises:
             NotResolved: it has none, or the resolver fails or is too slow.
@@ -106,4 +106,4 @@ def _rank(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> tuple[int, 
 
 
 RESOLVER: Final = Resolver()
-"""The one of this process: models with servers of the same name share a look-up."""
+"""The resolver of this process: models whose servers have the same name share a look-up."""

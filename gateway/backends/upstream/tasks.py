@@ -14,11 +14,11 @@ from gateway.tasks import RETRIEVAL, canonical_task
 
 @dataclass(frozen=True, slots=True)
 class Tasks:
-    """How each task is applied: by an instruction put before the text here, or by a name that is sent.
+    """The ways to apply each task: the gateway puts an instruction before the text, or sends the task's name.
 
     Attributes:
         instructions: as in :attr:`gateway.types.ModelInfo.tasks`.
-        names: what the servers call the tasks, where they apply them.
+        names: the servers' names for the tasks that the servers apply.
         field: the field of a request that holds the name.
     """
 
@@ -27,7 +27,7 @@ class Tasks:
     field: str
 
     def prepare(self, texts: Sequence[str], task: str | None) -> tuple[Sequence[str], str | None]:
-        """Return the texts to send for a task, and the task's name there."""
+        """Return the texts to send for a task, and the server's name for the task."""
         instruction = self.instructions.get(task, "") if task else ""
         return [instruction + text for text in texts] if instruction else texts, self.names.get(task or "")
 
@@ -35,11 +35,11 @@ class Tasks:
 def read_tasks(entry: ModelEntry, upstream: Upstream) -> Tasks:
     """Return the tasks of an entry.
 
-    A model with a task takes queries and passages too, as one in this process does: without a prompt or a name for them,
-    texts are sent as they are.
+    A model with any task also accepts queries and passages, like a model in this process: without a prompt or a name
+    for these tasks, texts are sent unchanged.
 
     Raises:
-        LoadError: two names are one task, and mean different things; or its default task is not among them.
+        LoadError: two names of one task have different values, or the default task is not one of the tasks.
     """
     names = _by_task(upstream.tasks, "upstream.tasks")
     prompts = _by_task(entry.prompts, "prompts")

@@ -1,4 +1,4 @@
-"""Watch over a model's servers: try those that are shut out or suspect, and check all others against the probe at times."""
+"""Monitor a model's servers: test those that are shut out or suspect, and check all periodically with the probe."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ _SETTLE_S = 0.05  # what fails at the same moment calls for one trial
 
 
 class Watch:
-    """Decides which servers get requests: those that give the vectors of the probe.
+    """Decides which servers get requests: those that return the vectors of the probe.
 
     Args:
         servers: a list that may change.
-        check_interval_s: after which a server that works is checked again.
+        check_interval_s: the interval between the checks of a working server.
         report: takes the state of the model when it changes.
     """
 
@@ -46,11 +46,11 @@ class Watch:
         self._task = asyncio.create_task(self._run())
 
     def look(self) -> None:
-        """Look now whether a server is suspect, rather than a moment later."""
+        """Check now, rather than a moment later, whether a server is suspect."""
         self._suspicion.set()
 
     async def stop(self) -> None:
-        """Watch no longer."""
+        """Stop monitoring."""
         self._task.cancel()
         await asyncio.wait((self._task,))
 
@@ -75,7 +75,7 @@ class Watch:
                 self._show_state()  # servers may have left
 
     async def _try(self, server: Server) -> None:
-        """Let a server in if it gives the vectors of the probe, or shut it out."""
+        """Let a server in if it returns the vectors of the probe; otherwise shut it out."""
         async with self._turns:
             await self._try_now(server)
 
@@ -105,7 +105,7 @@ class Watch:
         self._show_state()
 
     def _judge(self, server: Server, failure: Failure, started: float) -> None:
-        """Decide about a server that has not answered the probe."""
+        """Decide the state of a server that has not answered the probe."""
         breaker = server.breaker
         is_busy = failure.outcome == "overloaded" or (failure.outcome == "timeout" and server.answered_at > started)
         if breaker.is_closed and is_busy:
