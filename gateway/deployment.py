@@ -188,8 +188,7 @@ class Deployment:
             await self.fleet.started.wait()
             started = time.monotonic()
             registry, fleet = await self._reloader.prepare(self.fleet)
-            # In a thread, because it hashes thousands of units. The lock keeps other reloads from changing the
-            # registry.
+            # In a thread, because it hashes thousands of units. The lock keeps other reloads out.
             experiments = await asyncio.to_thread(changed_experiments, self.registry, registry)
             reloaded = self._switch_to(registry, fleet, experiments, started)
             metrics.RELOADS.labels("ok").inc()

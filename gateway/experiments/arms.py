@@ -31,8 +31,8 @@ class RequestRecord:
         space: of the vectors; ``None`` for a request that failed, and for scores.
         num_characters: of the texts: known also of a request that failed, and the same in each arm, unlike tokens.
         queue_s: the longest wait of its texts in the queue.
-        is_server_error: it failed, and not through a fault of the client; one that hung up had waited too long.
-        is_cut: it was ended after ``elapsed_s``, by the deadline or by its client, and would have taken longer.
+        is_server_error: the request failed through no fault of the client; a client that hung up had waited too long.
+        is_cut: the deadline or the client ended the request after ``elapsed_s``; it would have taken longer.
     """
 
     experiment: str

@@ -34,7 +34,7 @@ _SECONDS_BETWEEN_WARNINGS = 60.0
 class Exposure:
     """The first request of a unit in an arm. One that fails is written too, and again once the unit gets an answer.
 
-    An analysis of outcomes by arm must keep the units that got errors alone: without them it compares those who were lucky.
+    An analysis of outcomes by arm must keep the units that got only errors; without them, it compares only lucky units.
 
     Attributes:
         time: ISO 8601 in UTC.

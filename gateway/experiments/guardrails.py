@@ -1,4 +1,4 @@
-"""Guard-rails: whether an arm is slower or fails more often than the control, by unit, whenever one looks."""
+"""Guardrails: whether an arm is slower or fails more often than the control, by unit, valid at any look."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""The HTTP of the gateway that no API has for itself: connections, bodies, limits, the one exit for errors."""
+"""The HTTP layer that all APIs share: connections, bodies, limits, and the single exit for errors."""

@@ -15,9 +15,9 @@ from gateway.http.pace import Pace
 
 # How much of a refused body is read: enough for an honest mistake.
 _MAX_DRAINED_BYTES = 64 * 1024 * 1024
-# A file may take longer than another body: as long as a slow line needs for its largest size.
+# A file may take longer than another body: as long as a slow connection needs for the largest file.
 _LEAST_BYTES_PER_S = 256 * 1024
-# Held of a body that is written to the disk as it comes.
+# The memory held for a body that is written to the disk as it arrives.
 _STREAMED_BYTES = 2 * 1024 * 1024
 # The assumed size of a body before more is known, and the step in which a body of unknown size grows.
 _STEP_BYTES = 64 * 1024
@@ -115,7 +115,7 @@ class Body:
         return message
 
     async def drain(self) -> None:
-        """Read the rest of the body, within bounds, so that the client gets to read its answer.
+        """Read the rest of the body, within bounds, so that the client can read its answer.
 
         Many clients send everything before they read, and closing a connection with unread bytes resets it: they would
         see a broken pipe instead of the 413.

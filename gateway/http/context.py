@@ -1,4 +1,4 @@
-"""The facts about one request, which grow on its way and end in its log line."""
+"""The facts about a request, which accumulate while it is handled and end in its log line."""
 
 from __future__ import annotations
 
