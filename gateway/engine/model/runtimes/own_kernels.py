@@ -5,8 +5,8 @@ neither a toolkit nor its headers; torch's own function, ``torch.cuda._compile_k
 :mod:`.tuning` uses a kernel only where it computes the same as torch on this card, and is faster.
 
 - Rotary positions take torch four kernels per layer, which read and write query and key twice. Here one kernel does it in
-place. - FlashAttention computes tiles of 128 queries: for a text of 16 tokens, 63 of 64 numbers are discarded. Here a
-block of
+  place.
+- FlashAttention computes tiles of 128 queries: for a text of 16 tokens, 63 of 64 numbers are discarded. Here a block of
   threads computes a text and a head, in float32, from shared memory.
 
 The source is written in phases: all threads of a block end a phase before any begins the next, and only shared variables
