@@ -10,6 +10,7 @@ import os
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -138,9 +139,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items.sort(key=lambda item: (item.path not in slow, -num_tests[item.path]))
 
 
-@pytest.fixture(autouse=True)
-def same_logs() -> Iterator[None]:
-    """Undo a test's setup of the log."""
+@contextmanager
+def _same_logs() -> Iterator[None]:
     before = structlog.get_config()
     loggers = [logging.getLogger(name) for name in ("", "gateway", "uvicorn")]
     states = [(logger, logger.handlers[:], logger.propagate, logger.level) for logger in loggers]
@@ -149,6 +149,20 @@ def same_logs() -> Iterator[None]:
     for logger, handlers, propagate, level in states:
         logger.handlers[:], logger.propagate = handlers, propagate
         logger.setLevel(level)
+
+
+@pytest.fixture(autouse=True)
+def same_logs() -> Iterator[None]:
+    """Undo a test's setup of the log."""
+    with _same_logs():
+        yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def same_logs_after_a_module() -> Iterator[None]:
+    """Undo the setup of the log by a fixture of a module."""
+    with _same_logs():
+        yield
 
 
 @pytest.fixture

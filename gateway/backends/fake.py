@@ -74,7 +74,6 @@ class FakeBackend:
         if not self._is_running:
             raise ModelNotReady("the fake backend is not started")
         self._on_embed(job)
-        await asyncio.sleep(self._delay_s)
         firsts = job.firsts or [job.query] * len(job.texts)
         words = [
             len((first or "").split()) + len(text.split()[: job.max_text_tokens])
@@ -85,7 +84,8 @@ class FakeBackend:
             param = "input" if job.query is None else None
             raise ContextLengthExceeded(f"This model's maximum context length is {limit} tokens", param=param)
         num_tokens = [min(n, limit) for n in words]
-        job.check_total(sum(num_tokens))
+        job.check_total(sum(num_tokens))  # before the work, as an engine does
+        await asyncio.sleep(self._delay_s)
         vectors = np.zeros((len(words), self._info.width), dtype=np.float32)
         if job.query is None:
             vectors[:, 0] = np.minimum(words, limit)

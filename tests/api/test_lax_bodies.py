@@ -11,6 +11,8 @@ import pytest
 
 from gateway.api.assignments import UnitsBody
 from gateway.api.classify_schema import ClassifyBody
+from gateway.api.comparisons import ComparisonBody
+from gateway.api.experiment_changes import WeightsBody
 from gateway.api.json_body import RequestBody
 from gateway.api.ollama import OllamaEmbedBody
 from gateway.api.openai_schema import EmbeddingsBody
@@ -24,6 +26,7 @@ from gateway.api.tei_schema import (
     TextsBody,
     TokenizeBody,
 )
+from gateway.api.tokenize import TokenizeBody as OwnTokenizeBody
 from gateway.backends.fake import FakeBackend, fake_info
 from gateway.fleet import Model
 from gateway.types import EmbedJob, ModelKind, Output, Truncate
@@ -44,6 +47,9 @@ LEAST: dict[type[RequestBody], dict[str, Any]] = {
     ClassifyBody: {"input": "a"},
     OllamaEmbedBody: {"input": "a"},
     UnitsBody: {"units": ["a"]},
+    OwnTokenizeBody: {"input": "a"},
+    ComparisonBody: {"name": "a", "arms": ["a", "b"], "data": "a"},
+    WeightsBody: {"weights": {"a": 1}},
 }
 
 

@@ -368,6 +368,7 @@ async def test_the_schema_shows_each_path_once(client: httpx.AsyncClient) -> Non
         "/v2/rerank",
         "/rerank",
         "/v1/classify",
+        "/v1/tokenize",
         "/v1/spaces",
         "/v1/files",
         "/v1/files/{file_id}",
@@ -376,6 +377,7 @@ async def test_the_schema_shows_each_path_once(client: httpx.AsyncClient) -> Non
         "/v1/batches/{batch_id}",
         "/v1/batches/{batch_id}/cancel",
         "/v1/experiments/{experiment_id}/assignment",
+        "/v1/experiments/{experiment_id}/preview",
         "/v1/experiments/{experiment_id}/outcomes",
         "/v1/experiments",
         "/v1/experiments/{experiment_id}",
@@ -390,8 +392,15 @@ async def test_the_schema_shows_each_path_once(client: httpx.AsyncClient) -> Non
         "/metrics/replicas",
         "/admin/reload",
         "/admin/errors",
+        "/admin/cards",
+        "/admin/models/{model}/verify",
         "/admin/models/{model}/load",
         "/admin/models/{model}/unload",
+        "/admin/experiments/{experiment_id}/weights",
+        "/admin/experiments/{experiment_id}/end",
+        "/admin/comparisons",
+        "/admin/comparisons/{name}",
+        "/admin/comparisons/{name}/stop",
     ]
     ids = [operation["operationId"] for path in schema["paths"].values() for operation in path.values()]
     assert len(set(ids)) == len(ids)

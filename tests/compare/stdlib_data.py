@@ -101,9 +101,10 @@ def _pairs() -> list[tuple[str, str]]:
         for _, thing in sorted(inspect.getmembers(module), key=lambda member: member[0]):
             members = [thing, *vars(thing).values()] if inspect.isclass(thing) else [thing]
             for member in members:
-                if not (inspect.isfunction(member) or inspect.isclass(member)) or not member.__module__.startswith(
-                    name
-                ):
+                # What a library has put into a module may be of no module.
+                if not (inspect.isfunction(member) or inspect.isclass(member)) or not (
+                    member.__module__ or ""
+                ).startswith(name):
                     continue
                 summary, _, rest = (inspect.getdoc(member) or "").partition("\n\n")
                 summary, rest = " ".join(summary.split()), " ".join(rest.split())[:_MAX_CHARACTERS]
