@@ -1,4 +1,4 @@
-"""A client of a gateway's own API, for the commands that ask one: over HTTP, or in this process."""
+"""A client of the gateway's API, for commands that ask a gateway over HTTP or in this process."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ Answer = TypeVar("Answer", bound=BaseModel)
 
 @dataclass(frozen=True, slots=True)
 class EmbeddedTexts:
-    """The vectors of one request, and how they came about.
+    """The vectors of one request, and the facts about them.
 
     Attributes:
         vectors: ``(n, d)`` float32, as the gateway returned them; ``(n, 0)`` without dense vectors.
         model: id of the model that answered.
         task: the task that the texts were embedded for; ``None`` for a model without tasks.
-        elapsed_s: from the request to the parsed answer.
+        elapsed_s: seconds from the request to the parsed answer.
         is_experiment: whether the name is an experiment's, so that the model depends on the caller.
-        sparse, multivectors: of each text; empty unless they were asked for.
+        sparse, multivectors: one for each text; empty unless they were requested.
         num_truncated: texts that were cut.
     """
 
@@ -63,8 +63,8 @@ class Refused(StartError):
     Attributes:
         status: the HTTP status.
         param: the field that the gateway objects to, if it names one.
-        code: the gateway's name of the error, if the answer has one.
-        reason: the gateway's message, without its name.
+        code: the gateway's code for the error, if the answer has one.
+        reason: the gateway's message, without the name of the gateway.
     """
 
     def __init__(self, message: str, status: int, param: str | None, code: str | None = None, reason: str = "") -> None:
@@ -81,8 +81,8 @@ class GatewayClient:
     Args:
         http: a client whose base URL is the gateway's.
         source: how results and errors name the gateway.
-        patience_s: how long to repeat a request that may succeed later: the model loads, the queue is full, the
-            connection broke. 0 sends each request once.
+        patience_s: seconds for which to repeat a request that may succeed later, because the model is loading, the
+            queue is full, or the connection broke. With 0, each request is sent once.
     """
 
     def __init__(self, http: httpx.AsyncClient, source: str, patience_s: float = 0.0) -> None:
@@ -104,7 +104,7 @@ class GatewayClient:
         """Return the experiments that the key may see.
 
         Raises:
-            StartError: the gateway does not answer, or not with experiments.
+            StartError: the gateway does not answer, or answers with something other than experiments.
         """
         return await self._get("/v1/experiments", ExperimentList)
 
@@ -216,7 +216,7 @@ class GatewayClient:
     async def _send(
         self, method: str, path: str, content: bytes | None = None, headers: Mapping[str, str] | None = None
     ) -> httpx.Response:
-        """Send a request, and repeat it where that can help and while the patience lasts."""
+        """Send a request, and repeat it while that can help and the patience lasts."""
         deadline = time.monotonic() + self._patience_s
         pause_s = _FIRST_PAUSE_S
         while True:
@@ -248,7 +248,7 @@ class GatewayClient:
             if self._has_answered:  # it may be restarting; otherwise, the address is wrong
                 return failure
             raise failure from error
-        # Here and below without the message of the error, which can hold the key.
+        # Here and below, the message of the error is left out, because it can hold the key.
         except (httpx.NetworkError, httpx.TimeoutException, httpx.RemoteProtocolError) as error:
             return StartError(self._broken_off(error))
         except httpx.HTTPError as error:
@@ -284,7 +284,7 @@ def _sparse(weights: Mapping[str, Any]) -> SparseVector:
 
 
 def _multivector(vectors: Sequence[Sequence[float]]) -> MultiVector:
-    """Return ``(t, d)`` float32; a text without a token has none."""
+    """Return ``(t, d)`` float32; ``(0, 0)`` for a text without tokens."""
     return np.array(vectors, np.float32).reshape(len(vectors), -1 if vectors else 0)
 
 
@@ -303,7 +303,7 @@ async def connect(
         url: the gateway's address, or that of its API, which ends with ``/v1``.
         timeout_s: how long to wait for an answer.
         patience_s: see :class:`GatewayClient`.
-        headers: of every request.
+        headers: headers to send with every request.
 
     Raises:
         StartError: ``url`` is not an address.
@@ -322,7 +322,7 @@ async def connect(
 
 @contextmanager
 def client_errors(kind: type[StartError]) -> Iterator[None]:
-    """Describe the variables to look at if the proxies and certificates of the environment allow no HTTP client."""
+    """Name the variables to look at if the environment's proxies or certificates allow no HTTP client."""
     try:
         yield
     except (ImportError, ValueError, OSError, httpx.InvalidURL) as error:
@@ -336,7 +336,7 @@ def _base_url(text: str) -> str:
     try:
         url = httpx.URL(text)
         host = url.host
-    except (httpx.InvalidURL, UnicodeError) as error:  # also of a name that IDNA does not know
+    except (httpx.InvalidURL, UnicodeError) as error:  # including names that IDNA does not know
         raise StartError(f"--url {text}: {error}") from error
     is_address = url.scheme in {"http", "https"} and host and (url.port or 0) <= 65_535
     if not is_address or url.query or url.fragment:
@@ -345,12 +345,12 @@ def _base_url(text: str) -> str:
 
 
 def _count_listed(header: str) -> int:
-    """Return how many indices a header lists: ``0,3,+12`` after two of them counts twelve more."""
+    """Return how many indices a header lists; ``0,3,+12`` lists two and counts twelve more."""
     parts = [part for part in header.split(",") if part]
     return sum(int(part) if part.startswith("+") else 1 for part in parts)
 
 
 def _retry_after_s(answer: httpx.Response) -> float | None:
-    """Return the pause that an answer asks for; a proxy may write a date, which is not read."""
+    """Return the pause that an answer asks for; a date, which a proxy may write, is not read."""
     text = answer.headers.get("retry-after", "")
     return float(text) if re.fullmatch(r"[1-9]\d{0,5}", text, re.ASCII) else None

@@ -29,7 +29,7 @@ def say(console: Console, text: str, style: str = "") -> None:
 
 
 def print_error(text: str) -> None:
-    """Print an error to standard error, in red on a terminal; its lines stay as they are, to be copied."""
+    """Print an error to standard error, in red on a terminal; its lines are not wrapped, so that they can be copied."""
     make_console(is_error=True).print(Text(text, style="red"), soft_wrap=True)
 
 

@@ -1,4 +1,4 @@
-"""``gateway download``: fetch from the hub what models need, before they are served."""
+"""``gateway download``: fetch the files of models from the hub, before the models are served."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from gateway.engine.checkpoint.hub import Repository, cache_folder, endpoint, fo
 from gateway.engine.checkpoint.sources import find_download, locate
 from gateway.errors import LoadError, StartError
 
-# Between two lines about a download that no one watches at a terminal.
+# Seconds between two lines about a download that is not shown at a terminal.
 _LINE_S = 30.0
 
 
 def download(registry: Registry, named: Sequence[ModelEntry] = ()) -> bool:
-    """Download models, and return whether all of them are on this machine then.
+    """Download models, and return whether all of them are on this machine afterward.
 
     Args:
         named: the models; by default those of the registry that would be loaded on this machine.
 
     Raises:
-        StartError: the disk has too little room for all, or the user stopped it.
+        StartError: the disk has too little room for all models, or the user stopped the download.
     """
     console = make_console()
     entries = list(named or registry.models)
@@ -49,7 +49,7 @@ def download(registry: Registry, named: Sequence[ModelEntry] = ()) -> bool:
         else:
             wanted.append((entry, repository))
             say(console, _announced(entry, repository))
-    fetching.require_disk_space([repository for _, repository in wanted])  # for all of them, before the first begins
+    fetching.require_disk_space([repository for _, repository in wanted])  # for all models, before the first begins
     for entry, repository in wanted:
         is_complete = _fetch(console, entry, repository) and is_complete
     if is_complete:
@@ -58,7 +58,7 @@ def download(registry: Registry, named: Sequence[ModelEntry] = ()) -> bool:
 
 
 def _why_not(entry: ModelEntry, *, is_named: bool) -> str:
-    """Return why there is nothing to be fetched for a model; empty if the hub has to be asked."""
+    """Return why nothing is fetched for a model; an empty text if the hub has to be asked."""
     if entry.is_remote:
         return "runs on other servers, so nothing is downloaded for it"
     if entry.parsed_source.kind != "hub":

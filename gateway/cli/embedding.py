@@ -1,4 +1,4 @@
-"""``gateway embed`` at the command line: its options, and the request that they make."""
+"""``gateway embed`` at the command line: its options, and the request made from them."""
 
 from __future__ import annotations
 

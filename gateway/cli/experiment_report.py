@@ -32,7 +32,7 @@ def ask_experiments(url: str, api_key: str | None) -> ExperimentList:
     """Ask a gateway for its experiments.
 
     Raises:
-        StartError: it does not answer, or not with experiments.
+        StartError: the gateway does not answer, or answers with something other than experiments.
     """
 
     async def ask() -> ExperimentList:
@@ -46,7 +46,7 @@ def ask_evidence(url: str, experiment_id: str, api_key: str | None) -> Experimen
     """Ask a gateway for the figures of an experiment.
 
     Raises:
-        StartError: it does not answer, or has no such experiment.
+        StartError: the gateway does not answer, or has no such experiment.
     """
 
     async def ask() -> ExperimentReport:
@@ -59,7 +59,7 @@ def ask_evidence(url: str, experiment_id: str, api_key: str | None) -> Experimen
 def read_evidence(
     registry: Registry, experiment_id: str, files: Sequence[Path], outcomes: Sequence[Path] = ()
 ) -> ExperimentReport:
-    """Count the units of an experiment in files, those of several replicas together, and compare their outcomes.
+    """Count the units of an experiment in the files of several replicas, and compare their outcomes.
 
     Args:
         files: exposure logs, and files of experiments (``experiments.sqlite3``), which also hold outcomes.
@@ -156,7 +156,7 @@ _GUARDRAIL_STYLES = {"worse": "bold red", "better": "green"}
 
 
 def _sentence(guardrail: Guardrail, control: str) -> str:
-    """Return a guard-rail as a sentence: what differs, with the interval."""
+    """Return a guardrail as a sentence: the difference, with its interval."""
     what = f"{guardrail.metric} of {guardrail.arm} against {control}"
     if guardrail.estimate is None or guardrail.low is None or guardrail.high is None:
         return f"{what}: not yet; needs {guardrail.least_units} units in each arm, of which enough differ"

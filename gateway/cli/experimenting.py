@@ -1,4 +1,4 @@
-"""``gateway experiments`` at the command line: its options, and where its figures come from."""
+"""``gateway experiments`` at the command line: its options, and the sources of its figures."""
 
 from __future__ import annotations
 

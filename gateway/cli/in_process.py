@@ -16,7 +16,7 @@ from gateway.routing.names import GATEWAY, Names
 from gateway.types import ModelState
 
 PATIENCE_S = 86_400.0
-"""How long a request may take."""
+"""Seconds that a request may take."""
 
 _LOADED_NOW = {"enabled": True, "load": "eager", "idle_unload_s": None, "cache": None}
 
@@ -25,7 +25,7 @@ _LOADED_NOW = {"enabled": True, "load": "eager", "idle_unload_s": None, "cache":
 async def in_process_client(
     registry: Registry, settings: Settings, names: Iterable[str]
 ) -> AsyncIterator[httpx.AsyncClient]:
-    """Load the models with these names, and yield a client of them; see :func:`in_process_deployment`."""
+    """Load the models with these names, and yield a client for them; see :func:`in_process_deployment`."""
     async with in_process_deployment(registry, settings, names) as deployment:
         transport = httpx.ASGITransport(create_app(deployment))
         async with httpx.AsyncClient(transport=transport, base_url="http://in-process", timeout=None) as client:  # noqa: S113

@@ -1,4 +1,4 @@
-"""``models.lock.json``: the weights and spaces of a registry, so that no change of them goes unnoticed.
+"""``models.lock.json``: the weights and spaces of a registry, so that no change to them goes unnoticed.
 
 The file is next to the registry, and is committed with it. ``gateway check --locked`` fails if a change of the registry,
 of an installed package that holds weights, or of the gateway itself would move a name to another space.
@@ -37,10 +37,10 @@ class LockedModel(_Frozen):
     """A model as it was when the lock was written.
 
     Attributes:
-        prompts: those of the registry. With the revision, they determine the spaces even without the checkpoint.
-        fingerprint: of the checkpoint; ``None`` if it was not on the machine.
-        spaces: of each task, with native dimensions; a model without tasks has one, under the empty name. Those of int8 and
-            uint8 vectors, which depend on the ranges, have the precision's name.
+        prompts: the prompts in the registry. With the revision, they determine the spaces even without the checkpoint.
+        fingerprint: that of the checkpoint; ``None`` if the checkpoint was not on the machine.
+        spaces: the space of each task, with native dimensions. A model without tasks has one space, under the empty
+            name. The spaces of int8 and uint8 vectors, which depend on the ranges, have the precision's name.
     """
 
     source: str
@@ -102,7 +102,7 @@ class CheckpointInfos:
         return self._known[entry.id].info
 
     def get(self, model_id: str) -> _Read | None:
-        """Return the info that has been read of a model, for the rules; they leave out disabled models themselves."""
+        """Return the info that was read for a model, for the rules, which leave out disabled models themselves."""
         return self._known.get(model_id)
 
 
@@ -110,8 +110,8 @@ def make_lock(registry: Registry, before: Lock | None, read_info: ReadInfo = rea
     """Return the lock of a registry as it is now.
 
     Args:
-        before: the previous lock. A model whose checkpoint is not on this machine keeps its part of that, unless its entry
-            has changed.
+        before: the previous lock. A model whose checkpoint is not on this machine keeps its part of the previous lock,
+            unless its entry has changed.
 
     Raises:
         LoadError: a checkpoint on this machine cannot be served.
@@ -196,7 +196,7 @@ def check_rules(registry: Registry, infos: CheckpointInfos) -> None:
     """Check the rules between the models whose checkpoints have been read.
 
     Raises:
-        StartError: a rule is broken: the gateway would not start.
+        StartError: a rule is broken, so the gateway would not start.
     """
     if broken := broken_rules(registry, infos):
         raise StartError("\n".join(f"{registry.path}: {problem}" for problem in broken))
@@ -206,7 +206,7 @@ def check_lock(registry: Registry) -> list[str]:
     """Check a registry against its lock and its rules, and return the models whose checkpoints are not on this machine.
 
     Raises:
-        StartError: it differs from its lock, breaks a rule, or has no lock; or a checkpoint cannot be served.
+        StartError: the registry differs from its lock, breaks a rule, or has no lock; or a checkpoint cannot be served.
     """
     path = lock_path(registry)
     lock = read_lock(path)
@@ -227,8 +227,8 @@ def _changes(entry: ModelEntry, locked: LockedModel, fingerprint: str | None) ->
     """Yield each difference between a registry entry and its lock that can change the model's spaces.
 
     Args:
-        fingerprint: of the checkpoint on this machine. If it is the locked one, the weights are the same, wherever they
-            came from.
+        fingerprint: that of the checkpoint on this machine. If it equals the locked fingerprint, the weights are the
+            same, wherever they came from.
     """
     # Older locks hold folders as absolute paths.
     has_moved = locked.source not in {entry.written_source, entry.source}
@@ -281,10 +281,10 @@ def read_lock(path: Path) -> Lock | None:
 
 
 def write_lock(path: Path, lock: Lock) -> None:
-    """Write a lock, in a form where a change of one model changes few lines.
+    """Write a lock, in a format in which a change to one model changes few lines.
 
     Raises:
-        StartError: it cannot be written; the previous one stays.
+        StartError: the lock cannot be written; the previous lock stays.
     """
     try:
         write_whole(path, json.dumps(lock.model_dump(), indent=2, ensure_ascii=False) + "\n")

@@ -1,6 +1,6 @@
 """The command line: parse, call, print.
 
-A command imports what it needs inside itself, so that ``--help`` and ``check`` stay fast and need no torch.
+Each command imports its dependencies inside its function, so that ``--help`` and ``check`` stay fast and need no torch.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 if "serve" in sys.argv[1:2]:
-    # Before the imports below: they take a second, in which a SIGHUP would end the process. It stays pending until the
-    # server takes it.
+    # Before the imports below, which take a second: a SIGHUP in that second would end the process. Blocked, it stays
+    # pending until the server takes it.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
     # Ctrl-C still ends the process in that second, but without a traceback.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -36,7 +36,7 @@ from gateway.errors import StartError
 
 
 class _Commands(TyperGroup):
-    """The commands, with one exit for the errors that stop a command."""
+    """The commands, with a single exit for the errors that end a command."""
 
     def invoke(self, ctx: Any) -> Any:  # as click declares it
         try:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class _Steps(TyperGroup):
-    """The steps; without the name of one, the first step."""
+    """The steps of a move; arguments that name no step run the first step."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:  # as click declares it
         if args and args[0] not in self.commands and args[0] not in ("--help", "-h"):

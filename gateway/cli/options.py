@@ -14,4 +14,4 @@ ModelsOption = Annotated[
 ApiKeyOption = Annotated[str, typer.Option(help="Environment variable with the key for the gateway.")]
 
 API_KEY_ENV = "EMBEDDINGS_API_KEY"
-"""The variable, if ``ApiKeyOption`` names no other one."""
+"""The default variable of ``ApiKeyOption``."""

@@ -1,4 +1,4 @@
-"""Outcomes of an experiment at a terminal."""
+"""Print the outcomes of an experiment at a terminal."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _STYLES = {"better": "bold green", "worse": "bold red", "as good": "green"}
 
 
 def print_outcomes(console: Console, report: OutcomesReport) -> None:
-    """Print each outcome arm by arm, and what it says about the arms."""
+    """Print each outcome arm by arm, and the comparisons of the arms."""
     for outcome in report.outcomes:
         _print_outcome(console, outcome)
     if not report.outcomes:

@@ -9,7 +9,7 @@ import sys
 def open_standard_streams() -> None:
     """Open /dev/null for each standard stream that the process was started without.
 
-    Otherwise its number goes to whatever is opened next, for example a socket, and warnings are written there.
+    Otherwise the next file or socket that is opened gets the number of the stream, and warnings are written there.
     """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:

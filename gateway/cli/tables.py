@@ -51,7 +51,7 @@ def print_serving(deployment: Deployment, addresses: Addresses, *, has_keys: boo
     console.print(_curl(url, ready, has_keys=has_keys), soft_wrap=True)
 
 
-# What to try first, by the kind of the model.
+# The request to try first, by the kind of the model.
 _TRIED = {
     ModelKind.EMBED: ("embeddings", '"input": "Hello, world"'),
     ModelKind.RERANK: ("rerank", '"query": "a greeting", "documents": ["Hello, world"]'),
@@ -80,7 +80,7 @@ def _run(info: ModelInfo) -> list[str]:
 
 
 def runtime(info: ModelInfo) -> str:
-    """Return the name of the runtime, without the engine's."""
+    """Return the name of the runtime, without the name of the engine."""
     return info.engine.removeprefix("infinity/")
 
 
@@ -162,8 +162,8 @@ class Plan:
     Attributes:
         verdict: ``yes``, ``on demand``, ``no``, ``off``, ``elsewhere``, or ``after a download``.
         lines: how the model would run, or why it would not load.
-        info: of the model, if its checkpoint could be read.
-        forecast: how it would run, if it would.
+        info: the info of the model, if its checkpoint could be read.
+        forecast: how the model would run, if it would load.
     """
 
     model: str
@@ -175,7 +175,7 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Plans:
-    """The plans of all models for this machine, the broken rules between the models, and what else is worth knowing."""
+    """The plans of all models for this machine, the broken rules between the models, and further notes."""
 
     models: Sequence[Plan]
     broken: Sequence[str]
@@ -217,7 +217,7 @@ def _notes(forecaster: Forecaster) -> Iterator[str]:
 
 
 def _certain_plan(entry: ModelEntry) -> Plan | None:
-    """Return the plan of a model that would not load here, as far as that is known without reading a checkpoint."""
+    """Return the plan of a model that would not load here, if that is known without reading a checkpoint."""
     from gateway.engine.checkpoint.sources import require_present
 
     if reason := why_disabled(entry):
@@ -249,7 +249,7 @@ def _plan(entry: ModelEntry, forecaster: Forecaster) -> Plan:
 
 
 def describe_forecast(forecast: Forecast) -> Iterator[str]:
-    """Yield how a model would run, what would be downloaded for it, and its memory."""
+    """Yield lines about how a model would run, its download and its memory."""
     from gateway.engine.memory import format_bytes
 
     if forecast.info is not None:

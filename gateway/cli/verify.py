@@ -1,4 +1,4 @@
-"""``gateway verify``: compare a model, as it runs here or on other servers, with numbers known to be right."""
+"""``gateway verify``: compare a model, as it runs here or on other servers, with numbers known to be correct."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def record_golden(entry: ModelEntry, path: Path) -> int:
 def verify(entry: ModelEntry, settings: Settings) -> list[Check]:
     """Load a model as the gateway would, and compare it with transformers' own code in float32.
 
-    Also with its golden vectors, if it has any, and for Jina v3 with the published numbers.
+    Also compare it with its golden vectors, if it has any, and Jina v3 with the published numbers.
 
     Raises:
         LoadError: the model cannot be loaded, or its golden file is another model's.
@@ -93,10 +93,10 @@ def _by_device(encoders: Sequence[Encoder], num_devices: int) -> list[Sequence[E
 
 @dataclass(frozen=True, slots=True)
 class _Serving:
-    """A model as it serves.
+    """A model as the gateway serves it.
 
     Attributes:
-        encoders: of each device, one for each stream.
+        encoders: the encoders of each device, one for each stream.
     """
 
     plan: LoadPlan
@@ -104,7 +104,7 @@ class _Serving:
 
 
 def _check_published(serving: _Serving, reference: Encoder) -> list[Check]:
-    """Compare the published states with those of the reference, and of what serves on the first device."""
+    """Compare the published states with those of the reference, and of the serving encoder on the first device."""
     from gateway.engine import published
 
     plan = serving.plan
@@ -124,7 +124,7 @@ def _check_published(serving: _Serving, reference: Encoder) -> list[Check]:
 
 
 def _check_agreement(serving: _Serving, reference: Encoder, device: str) -> Check:
-    """Compare what serves with transformers' own code in float32, on texts of several lengths."""
+    """Compare the serving encoder with transformers' own code in float32, on texts of several lengths."""
     from gateway.engine.model.agreement import MIN_COSINE, least_cosine
 
     plan, [encoder, *_streams] = serving.plan, serving.encoders[device]
@@ -136,7 +136,7 @@ def _check_agreement(serving: _Serving, reference: Encoder, device: str) -> Chec
 
 
 def _check_golden(serving: _Serving) -> list[Check]:
-    """Compare the golden vectors with those of each stream, and return the worst of each."""
+    """Compare the golden vectors with those of each stream, and return the worst result for each."""
     from gateway import golden
 
     plan = serving.plan

@@ -29,7 +29,7 @@ def examine(models: Path | None) -> list[Finding]:
     """Return the findings of all checks. Nothing is loaded or downloaded, and no check holds up or ends the others.
 
     Args:
-        models: the file of models; by default the one of the settings.
+        models: the file of models; by default the file that the settings name.
     """
     findings: list[Finding] = []
     try:
@@ -48,7 +48,7 @@ def examine(models: Path | None) -> list[Finding]:
 
 
 def next_steps(findings: Sequence[Finding], models: Path | None = None) -> list[str]:
-    """Return the next steps in their order: the mends, or the commands that follow a check without one.
+    """Return the next steps in order: the fixes, or, if there is nothing to fix, the commands to run next.
 
     Args:
         models: the file of models, if the command line names it; then the commands name it too.
@@ -81,7 +81,7 @@ def _program() -> str:
 
 
 def diagnose(models: Path | None, *, as_json: bool) -> bool:
-    """Run the checks, print them, and return whether nothing has to be done."""
+    """Run the checks, print the findings, and return whether nothing has to be done."""
     findings = examine(models)
     steps = next_steps(findings, models)
     is_well = all(finding.status is not Status.TODO for finding in findings)

@@ -1,4 +1,4 @@
-"""The result of one check, and checks that neither hang nor end the command."""
+"""The result of one check, and a way to run checks that cannot hang or end the command."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TypeAlias
 
 
 class Status(StrEnum):
-    """How a finding matters."""
+    """How important a finding is."""
 
     OK = "ok"
     NOTE = "note"
@@ -28,10 +28,10 @@ class Finding:
     """The result of one check.
 
     Attributes:
-        check: its name, such as ``disk``; for a model ``model``.
+        check: name of the check, such as ``disk``, or ``model`` for a model.
         text: what was found, in one or several lines.
-        mend: what to do; empty if nothing.
-        details: the same for programs.
+        mend: how to fix it; empty if there is nothing to do.
+        details: the finding in a form for programs.
     """
 
     check: str
@@ -55,16 +55,16 @@ class Check:
 
 
 def run_checks(checks: Sequence[Check]) -> list[Finding]:
-    """Run checks side by side, and return their findings in the order of the checks.
+    """Run checks in parallel, and return their findings in the order of the checks.
 
-    One that raises, or does not end in its time, is a finding itself: a broken disk or driver can do either.
+    A check that raises, or does not end in time, is a finding itself; a broken disk or driver can cause either.
     """
     found: dict[str, Sequence[Finding]] = {}
 
     def run(check: Check) -> None:
         try:
             found[check.name] = check.look()
-        except Exception as error:  # what is broken can raise anything, and the other checks still say something
+        except Exception as error:  # a broken part can raise anything, and the other checks are still useful
             reason = f"{type(error).__name__}: {error}".strip().split("\n", 1)[0]
             found[check.name] = [Finding(check.name, Status.TODO, f"this check failed: {reason}")]
 

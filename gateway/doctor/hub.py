@@ -1,4 +1,4 @@
-"""Look at the model hub: can it be reached, through which proxy, and with which token."""
+"""Look at the model hub: whether it can be reached, through which proxy, and with which token."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def _hub() -> Iterator[Finding]:
     way = f"{url}{f', through {proxy}' if proxy else ''}"
     try:
         answer = get_session().head(url, timeout=_TIMEOUT_S)
-    except Exception as error:  # of the HTTP library, whose classes its releases have changed
+    except Exception as error:  # the HTTP library has changed its classes of errors between releases
         text = f"{way} cannot be reached: {first_line(error)}"
         is_url = url.startswith(("https://", "http://"))
         mend = "HTTPS_PROXY sets a proxy, HF_ENDPOINT a mirror" if is_url else "HF_ENDPOINT must begin with https://"
@@ -63,7 +63,7 @@ def _token() -> Iterator[Finding]:
 
     try:
         token = get_token()
-    except OSError as error:  # of the file in HF_HOME; the check of the disk says more
+    except OSError as error:  # from reading the file in HF_HOME; the disk check says more
         yield Finding("token", Status.NOTE, f"the token's file cannot be read: {error}", details={"is_set": False})
         return
     if token is None:
@@ -76,7 +76,7 @@ def _token() -> Iterator[Finding]:
         return
     try:
         answer = get_session().get(f"{endpoint()}/api/whoami-v2", headers=build_hf_headers(), timeout=_TIMEOUT_S)
-    except Exception:  # the check of the hub says why
+    except Exception:  # the hub check says why
         yield Finding("token", Status.OK, "HF_TOKEN is set, not tried", details={"is_set": True})
         return
     details = {"is_set": True, "is_valid": answer.status_code == 200}
@@ -90,7 +90,7 @@ def _token() -> Iterator[Finding]:
 
 
 def is_offline() -> bool:
-    """Return whether HF_HUB_OFFLINE forbids to ask the hub."""
+    """Return whether HF_HUB_OFFLINE forbids requests to the hub."""
     from huggingface_hub import constants
 
     return constants.is_offline_mode()

@@ -28,7 +28,7 @@ _TORCH_LIMIT_S = 90.0
 _LITTLE_DISK = 1e9
 _LITTLE_MEMORY = 2 * 2**30
 
-# Run by another process: a library that does not fit the processor or the driver may end it, or hang.
+# Run in another process, because a library that does not fit the processor or the driver may end it or hang.
 _TRY_TORCH = """\
 import torch
 for index in range(torch.cuda.device_count()):
@@ -222,7 +222,7 @@ def _is_gateway(port: int) -> bool:
         connection.request("GET", "/health/live")
         answer = connection.getresponse()
         return answer.status == 200 and answer.headers.get("x-request-id") is not None
-    except (OSError, HTTPException):  # also what does not speak HTTP
+    except (OSError, HTTPException):  # including servers that do not speak HTTP
         return False
     finally:
         connection.close()

@@ -1,4 +1,4 @@
-"""Look at the registry, and at each of its models: what it downloads, whether it fits, and why it would not be served."""
+"""Look at the registry and each of its models: its download, whether it fits, and why it would not be served."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def _model(entry: ModelEntry, plan: Plan) -> Finding:
 
 
 def _once_accepted(entry: ModelEntry) -> Forecast | None:
-    """Return how a model would run if its entry accepted its license; ``None`` if that is not in the way, or not known."""
+    """Return a model's forecast with its license accepted; ``None`` if the license is no obstacle, or it is unknown."""
     if entry.is_remote or entry.accepts_license or not forbids_commercial_use(entry.license or ""):
         return None
     from gateway.engine.forecast import Forecaster
@@ -115,7 +115,7 @@ def _once_accepted(entry: ModelEntry) -> Forecast | None:
 
 
 def _together(plans: Plans) -> Iterator[Finding]:
-    """Yield the rules between models that are broken, and the notes about all."""
+    """Yield the broken rules between models, and the notes about all models."""
     for problem in plans.broken:
         yield Finding("models", Status.TODO, problem)
     for note in plans.notes:

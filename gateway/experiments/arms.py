@@ -12,7 +12,7 @@ from gateway.experiments.sample_ratio import RatioProcess
 from gateway.experiments.units import MAX_UNITS, LatencyHistogram, UnitSet, UnitSums
 
 MAX_SUMS = 200_000
-"""Units with sums, of all arms of a generation together: 10 MB. Enough for an interval of 1 % around a latency."""
+"""The most units with sums in all arms of a generation: 10 MB. Enough for an interval of 1 % around a latency."""
 
 # The columns of an arm's sums.
 REQUESTS, SERVER_ERRORS, TIMED, LOG_SECONDS, LOG_CHARACTERS = range(5)
@@ -26,10 +26,11 @@ class RequestRecord:
     Attributes:
         is_counted: the request is part of the split.
         share: the share of the units that the weights give to the arm.
-        unit: hashed, 16 hex digits; ``None`` where the request has none.
+        unit: the hashed unit, 16 hex digits; ``None`` for a request without a unit.
         source: where the unit comes from, such as ``header:x-unit``.
-        space: of the vectors; ``None`` for a request that failed, and for scores.
-        num_characters: of the texts: known also of a request that failed, and the same in each arm, unlike tokens.
+        space: the space of the vectors; ``None`` for a request that failed, and for scores.
+        num_characters: characters of the texts. Unlike tokens, they are known even if the request failed, and are the
+            same in each arm.
         queue_s: the longest wait of its texts in the queue.
         is_server_error: the request failed through no fault of the client; a client that hung up had waited too long.
         is_cut: the deadline or the client ended the request after ``elapsed_s``; it would have taken longer.
@@ -61,10 +62,10 @@ class ArmCounts:
 
     Attributes:
         unanswered: the units that have only had errors so far.
-        seconds: of the answered requests.
-        latency: of the answered requests, and of those that were cut.
-        sums: of each unit, or of each request without one; see the columns above.
-        largest: the requests of the unit with the most.
+        seconds: total duration of the answered requests.
+        latency: latencies of the answered requests, and of the requests that were cut.
+        sums: the sums of each unit, or of each request without a unit; see the columns above.
+        largest: the number of requests of the unit with the most.
     """
 
     units: UnitSet = field(default_factory=UnitSet)
@@ -102,7 +103,7 @@ class ArmCounts:
             self.latency.observe(request.elapsed_s, is_cut=request.is_cut)
             characters = math.log(1 + request.num_characters)
             sums[TIMED:] = 1.0, math.log(max(request.elapsed_s, _LEAST_S)), characters
-        # Each request without a unit got its arm by itself.
+        # Each request without a unit was assigned to its arm independently.
         unit = int(request.unit, 16) if request.unit else secrets.randbits(64)
         num_requests = self.sums.add(unit, sums, may_grow=may_grow)
         if request.unit:
@@ -111,7 +112,7 @@ class ArmCounts:
 
 @dataclass(slots=True)
 class Source:
-    """What came with units from one place of a request."""
+    """Counts of the units that come from one place of a request, and of their requests."""
 
     units: int = 0
     requests: int = 0
@@ -142,9 +143,9 @@ class Generation:
             self.request_ratio.add(request.arm, request.share)
 
     def expose(self, exposure: Exposure) -> bool:
-        """Count a unit in an arm; return whether that is new: the unit, or that it got an answer.
+        """Count a unit in an arm, and return whether the unit, or its first answer, is new.
 
-        The logs of several replicas come in any order.
+        The logs of several replicas may be read in any order.
         """
         arm, unit = self.arms[exposure.arm], int(exposure.unit, 16)
         if not arm.units.add(unit):
@@ -154,12 +155,12 @@ class Generation:
         self.units_since = min(self.units_since or exposure.time, exposure.time)
         self.sources[exposure.source or "unknown"].units += 1
         if exposure.share is None:
-            self.is_ratio_known = False  # a log of an earlier version: the order of its units is not followed
+            self.is_ratio_known = False  # a log of an earlier version, which has no shares
         elif exposure.share and not self.is_full:
             self.unit_ratio.add(exposure.arm, exposure.share)
         return True
 
     @property
     def is_full(self) -> bool:
-        """Whether an arm has as many units as are counted, so that the other arms would catch up with it."""
+        """Whether an arm has reached the maximum of counted units, so that the other arms would catch up with it."""
         return any(len(arm.units) >= MAX_UNITS for arm in self.arms.values())

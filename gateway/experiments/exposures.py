@@ -32,7 +32,7 @@ _SECONDS_BETWEEN_WARNINGS = 60.0
 @with_config(ConfigDict(strict=True, extra="forbid"))
 @dataclass(frozen=True, slots=True)
 class Exposure:
-    """The first request of a unit in an arm. One that fails is written too, and again once the unit gets an answer.
+    """The first request of a unit in an arm. It is written even if it fails, and again once the unit gets an answer.
 
     An analysis of outcomes by arm must keep the units that got only errors; without them, it compares only lucky units.
 
@@ -40,8 +40,8 @@ class Exposure:
         time: ISO 8601 in UTC.
         generation: a hash of the salt, the arms and the weights that chose the arm.
         unit: salted hash, 16 hex digits.
-        model: the one that answered or should have.
-        space: of the vectors; ``None`` without an answer, and for scores.
+        model: the model that answered or should have answered.
+        space: the space of the vectors; ``None`` without an answer, and for scores.
         share: the share of the units that the weights give to the arm; ``None`` in logs of earlier versions.
         source: where the unit came from, such as ``header:x-unit``.
         answered: whether the request was answered.
@@ -63,7 +63,7 @@ _EXPOSURE = TypeAdapter(Exposure)
 
 
 class ExposureLog:
-    """Appends exposures to a file; at ``max_bytes`` it becomes ``FILE.1``, the previous one ``FILE.2``, and so on.
+    """Appends exposures to a file. At ``max_bytes`` it becomes ``FILE.1``, the previous file ``FILE.2``, and so on.
 
     A file belongs to one process: each replica needs its own.
 
@@ -83,13 +83,16 @@ class ExposureLog:
         weakref.finalize(self, self._file.close)
 
     def write(self, exposure: Exposure) -> bool:
-        """Append an exposure and return whether that worked. A full disk loses the line and counts it; no request fails."""
+        """Append an exposure, and return whether that worked.
+
+        A full disk loses the line and counts it; no request fails.
+        """
         line = orjson.dumps(exposure).decode()
         try:
             self._file.emit(logging.makeLogRecord({"msg": line}))
         except (OSError, ValueError) as error:  # ValueError: a failed rotation can leave a closed file
             metrics.DROPPED_EXPOSURES.inc()
-            # The next line reopens the file: this object would keep what it could not write.
+            # The next line reopens the file; an open file would keep the bytes that it could not write.
             with suppress(OSError, ValueError):
                 self._file.close()
             if time.monotonic() - self._warned_at > _SECONDS_BETWEEN_WARNINGS:
@@ -113,7 +116,7 @@ class ExposureLog:
 
 
 def _refuse_unread_pipe(path: Path) -> None:
-    """Refuse a named pipe without a reader: opening it for writing would wait for one.
+    """Refuse a named pipe without a reader: opening it for writing would wait for a reader.
 
     Raises:
         OSError: the pipe has no reader.
@@ -123,7 +126,7 @@ def _refuse_unread_pipe(path: Path) -> None:
 
 
 class _File(RotatingFileHandler):
-    """The library's rotation, but errors are raised."""
+    """The library's rotating handler, except that errors are raised."""
 
     def _open(self) -> TextIOWrapper:
         _end_last_line(Path(self.baseFilename))
@@ -134,7 +137,7 @@ class _File(RotatingFileHandler):
 
 
 def _end_last_line(path: Path) -> None:
-    """End a line cut short by a crash or a full disk, so that the next one does not continue it."""
+    """End a line that a crash or a full disk cut short, so that the next line does not continue it."""
     if path.is_file() and path.stat().st_size:
         with path.open("rb+") as file:
             file.seek(-1, os.SEEK_END)
@@ -153,7 +156,7 @@ def iso(seconds: float) -> str:
 
 
 def read_exposures(paths: Iterable[Path]) -> Iterator[Exposure]:
-    """Read logs, one after the other; malformed lines (say, cut short by a crash) are skipped and logged.
+    """Read logs, one after the other. Malformed lines, such as those cut short by a crash, are skipped and logged.
 
     Raises:
         StartError: a file cannot be read.

@@ -15,12 +15,12 @@ from gateway.experiments.sequence import LEAST_UNITS, Difference, Values, differ
 def guardrails(arm: str, control: ArmCounts, new: ArmCounts, share: float, alpha: float) -> Iterator[Guardrail]:
     """Yield the difference of an arm from the control in latency and in errors.
 
-    A unit counts once, however many requests it sends: requests of one unit resemble each other, and by request a few heavy
-    users would decide.
+    A unit counts once, however many requests it sends. Requests of one unit resemble each other, and if each request
+    counted, a few heavy users would decide.
 
     Args:
-        share: the planned share of the arm among the units of the two.
-        alpha: how often an interval may miss at any look.
+        share: the planned share of the arm in the units of both arms.
+        alpha: the probability with which an interval may miss at any look.
     """
     old_sums, new_sums = control.sums.columns(), new.sums.columns()
     by_work = _at_equal_work(old_sums, new_sums)
@@ -58,10 +58,10 @@ def _error_rates(sums: Values) -> Values:
 
 
 def _at_equal_work(old_sums: Values, new_sums: Values) -> tuple[Values, Values]:
-    """Return the mean logarithm of each unit's seconds, corrected for that of its characters.
+    """Return the mean logarithm of each unit's seconds, corrected for the mean logarithm of its characters.
 
-    A unit with longer texts waits longer in either arm. The slope is that within the arms, so no difference between them is
-    taken away.
+    A unit with longer texts waits longer in either arm. The slope is estimated within the arms, so the correction
+    removes no difference between them.
     """
     seconds, characters = [], []
     for sums in (old_sums, new_sums):

@@ -1,4 +1,4 @@
-"""What a gateway reports on the outcomes of an experiment: values, and at the same time the JSON of its API."""
+"""A gateway's reports on the outcomes of an experiment, which are also the JSON of its API."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Which of two is preferred, by votes that are looked at one by one: the evidence, and an interval. Pure.
+"""Find which of two models people prefer, from votes that arrive one by one: evidence, and an interval. Pure.
 
-People look at a duel after every vote, and stop when they like what they see. A sign test at 5 % that is looked at from
-the tenth vote on finds a preference in a third of the duels without one. The e-process here may be looked at whenever one
-likes (Ville's inequality; Ramdas et al., "Game-theoretic statistics and safe anytime-valid inference", 2023).
+People look at a duel after every vote, and stop when they like what they see. A sign test at 5 % that is repeated from
+the tenth vote on finds a preference in a third of the duels that have none. The e-process here may be checked at any
+time (Ville's inequality; Ramdas et al., "Game-theoretic statistics and safe anytime-valid inference", 2023).
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from enum import Enum
 from typing import Final
 
 THRESHOLD: Final = 20.0
-"""Evidence of 20 is reached by 5 % of the duels without a preference at most, in all their life."""
+"""The evidence that decides a duel. At most 5 % of the duels without a preference ever reach it."""
 
-# The prior of the share of votes that one gets: both near one half, as two good models are.
+# The prior of the share of the votes: a beta distribution around one half, since two good models are close.
 _PRIOR: Final = 5.0
 _STEPS: Final = 60
 
@@ -34,9 +34,9 @@ class Preference:
 
     Attributes:
         first, second: votes for each.
-        evidence: the largest that was ever reached; from the threshold on, the duel is decided.
-        share: of the votes for the first; one half without any.
-        low, high: of that share: an interval that holds at any look.
+        evidence: the largest evidence so far; at the threshold, the duel is decided.
+        share: the share of the votes for the first; one half without votes.
+        low, high: the ends of an interval for that share, which holds at any look.
         threshold: 20 for one comparison; 20 times their number for several with one baseline.
         preferred: the one that was ahead when the threshold was reached; ``None`` before.
     """
@@ -52,12 +52,12 @@ class Preference:
 
 
 def evidence(first: int, second: int) -> float:
-    """Return the e-value of so many votes against "each as often": ``B(5 + w, 5 + l) / B(5, 5) * 2**(w + l)``."""
+    """Return the e-value of the votes against equal shares: ``B(5 + w, 5 + l) / B(5, 5) * 2**(w + l)``."""
     return math.exp(min(700.0, _log_mixture(first, second) + (first + second) * math.log(2)))
 
 
 def judge(ballots: Iterable[Ballot], threshold: float = THRESHOLD) -> Preference:
-    """Return the preference after votes, in their order."""
+    """Return the preference after the votes, taken in order."""
     counts = {Ballot.FIRST: 0, Ballot.SECOND: 0}
     largest, preferred = 1.0, None
     for ballot in ballots:
@@ -72,10 +72,10 @@ def judge(ballots: Iterable[Ballot], threshold: float = THRESHOLD) -> Preference
 
 
 def interval(first: int, second: int, threshold: float = THRESHOLD) -> tuple[float, float]:
-    """Return the shares that the votes do not contradict: those with evidence below the threshold against them.
+    """Return the interval of shares that the votes do not contradict: evidence against them is below the threshold.
 
-    That is all p with ``B(5 + w, 5 + l) / B(5, 5) / (p**w * (1 - p)**l) < threshold``: an interval, as the likelihood
-    has one maximum.
+    These are all p with ``B(5 + w, 5 + l) / B(5, 5) / (p**w * (1 - p)**l) < threshold``. They form an interval because
+    the likelihood has one maximum.
     """
     limit = _log_mixture(first, second) - math.log(threshold)
 

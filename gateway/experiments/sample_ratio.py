@@ -1,4 +1,4 @@
-"""The sample ratio check: whether an experiment's units are split as its weights say, at whatever time one looks."""
+"""The sample ratio check: whether an experiment's units are split as its weights say, valid at any look."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-# A correct split reaches an E of 100 with a probability of 1 % at most, in all its life (Ville's inequality).
+# The probability that a correct split ever reaches an e-value of 100 is at most 1 % (Ville's inequality).
 _MISMATCH_E = 100.0
-# The weight of the prior around the weights, in units: the one of Lindon & Malek, which finds losses of some percent.
+# The strength of the prior around the weights, in units. Lindon & Malek use it; it finds losses of a few percent.
 _PRIOR = 1_000.0
 # With fewer expected units the chi-square distribution does not describe the statistic (Cochran 1954).
 _LEAST_EXPECTED = 5
-_LARGEST_LOG = 700.0  # of a float
+_LARGEST_LOG = 700.0  # its exponential is near the largest float
 
 
 @dataclass(slots=True)
 class RatioProcess:
     """The evidence against the weights, unit by unit: the e-process of a multinomial with a Dirichlet prior.
 
-    From Lindon & Malek, "Anytime-valid inference for multinomial count data", NeurIPS 2022 (arXiv 2011.03567). Under the
-    weights it is a martingale that begins at 1, so its maximum may be looked at after each unit.
+    From Lindon & Malek, "Anytime-valid inference for multinomial count data", NeurIPS 2022 (arXiv 2011.03567). If the
+    split follows the weights, it is a martingale that starts at 1, so its maximum may be checked after each unit.
     """
 
     counts: dict[str, int] = field(default_factory=dict)
@@ -33,9 +33,9 @@ class RatioProcess:
     largest_log_e: float = 0.0
 
     def add(self, arm: str, share: float) -> None:
-        """Count a unit in an arm that should get a share, above 0, of them."""
+        """Count a unit in an arm that should get ``share`` of the units; the share is above 0."""
         count = self.counts.get(arm, 0)
-        # The predictive probability of this arm, by its own.
+        # The predictive probability of this arm, divided by its share.
         self.log_e += math.log((_PRIOR * share + count) / ((_PRIOR + self.total) * share))
         self.largest_log_e = max(self.largest_log_e, self.log_e)
         self.counts[arm] = count + 1
@@ -43,7 +43,7 @@ class RatioProcess:
 
 
 def largest_log_e(is_in: Sequence[NDArray[np.bool_]], shares: NDArray[np.float64]) -> float:
-    """Return the largest ``log_e`` of a :class:`RatioProcess` over all units, given which of them each arm has."""
+    """Return the largest ``log_e`` of a :class:`RatioProcess` over all units, given the ``(n,)`` flags of each arm."""
     log_e = np.zeros(len(is_in[0]) if is_in else 0)
     before = np.arange(len(log_e))
     for units, share in zip(is_in, shares, strict=True):
@@ -54,12 +54,12 @@ def largest_log_e(is_in: Sequence[NDArray[np.bool_]], shares: NDArray[np.float64
 
 @dataclass(frozen=True, slots=True)
 class ArmCount:
-    """What arrived in one arm.
+    """The units or requests that arrived in one arm.
 
     Attributes:
-        num: the units, or the requests, of the arm.
-        share: the share that its weight asks for.
-        server_errors: its requests that failed through no fault of the client.
+        num: number of units, or of requests, in the arm.
+        share: the share that the weight of the arm asks for.
+        server_errors: requests that failed through no fault of the client.
     """
 
     arm: str
@@ -105,8 +105,8 @@ def check_sample_ratio(
     """Test counts against the shares given by the weights. A single unit in an arm of weight 0 is a mismatch.
 
     Args:
-        largest_log_e: of a :class:`RatioProcess`; ``None`` if only the present counts are known.
-        num_tests: how many of these tests an experiment has: together they err as often as one.
+        largest_log_e: that of a :class:`RatioProcess`; ``None`` if only the present counts are known.
+        num_tests: the number of these tests in an experiment; together they err as often as a single test.
         note: added to the verdict.
     """
     racing = [count for count in counts if count.share]
@@ -143,7 +143,7 @@ def _describe(fewest: ArmCount, expected: float, of: str) -> str:
 
 
 def _log_e(counts: Sequence[ArmCount]) -> float:
-    """Return the logarithm of the e-value of the present counts: that of a :class:`RatioProcess`, in closed form."""
+    """Return the logarithm of the e-value of the present counts: a :class:`RatioProcess` in closed form."""
     total = sum(count.num for count in counts)
     log_e = math.lgamma(_PRIOR) - math.lgamma(_PRIOR + total)
     for count in counts:
@@ -162,7 +162,7 @@ def _chi_square(counts: Sequence[ArmCount]) -> tuple[float | None, float | None]
 
 
 def _chi_square_tail(chi2: float, degrees: int) -> float:
-    """Return the probability of a larger statistic: the sum for whole degrees, since scipy takes a second to import.
+    """Return the probability of a larger statistic, by the sum for whole degrees; importing scipy takes a second.
 
     See Abramowitz & Stegun, 26.4.4 and 26.4.5.
     """

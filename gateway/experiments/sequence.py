@@ -16,16 +16,16 @@ from numpy.typing import NDArray
 Values = NDArray[np.float64]
 
 ALPHA = 0.05
-"""How often an interval may miss the difference at any of all looks."""
+"""The probability with which an interval may miss the difference at any look."""
 
 LEAST_UNITS = 100
-"""Of each arm: with fewer, nothing is said."""
+"""The fewest units in each arm; with fewer, there is no interval."""
 
 PLANNED_UNITS = 1_000
 """The number of units at which the interval is the narrowest."""
 
-# The units that carry the variance, as many as there are in a sample of equal ones: an interval from three conversions, or
-# from one unit with half of all clicks, would be far too narrow.
+# The fewest units that carry the variance, counted as the size of a sample of equal units. An interval from three
+# conversions, or from one unit with half of all clicks, would be far too narrow.
 _LEAST_CARRIERS = 15.0
 
 
@@ -36,7 +36,7 @@ class Difference:
     Attributes:
         low: the lower end of the interval.
         deviation: the standard deviation of a unit's contribution.
-        num: units of both arms.
+        num: number of units in both arms.
     """
 
     estimate: float
@@ -47,27 +47,28 @@ class Difference:
 
 
 def contributions(control: Values, new: Values, share: float) -> Values:
-    """Return the contribution of each unit, those of the control first: their mean estimates the difference.
+    """Return the contribution of each unit, the control's first; the mean of all estimates the difference.
 
     Args:
-        share: the planned share of the new arm among the units of the two.
+        share: the planned share of the new arm in the units of both arms.
     """
     mean = (control.sum() + new.sum()) / max(1, len(control) + len(new))
     return np.concatenate([(mean - control) / (1 - share), (new - mean) / share])
 
 
 def deviation(control: Values, new: Values, zeta: Values, share: float) -> float:
-    """Return the standard deviation of a contribution: the larger of that found and that of equal arms.
+    """Return the standard deviation of a contribution: the larger of the observed value and that of equal arms.
 
-    The first alone is far too small while a rare outcome has not occurred in a small arm: of 300 experiments with a 90/10
-    split and an outcome of 1 % of the units, a quarter looked different at some look, and with the larger one none.
+    The observed value alone is far too small while a rare outcome has not occurred in a small arm. Of 300 experiments
+    with a 90/10 split and an outcome in 1 % of the units, a quarter showed a difference at some look; with the larger
+    value, none did.
     """
     pooled = float(np.concatenate([control, new]).std())
     return max(float(zeta.std()), pooled / math.sqrt(share * (1 - share)))
 
 
 def is_carried(zeta: Values) -> bool:
-    """Return whether enough contributions differ: as many as make an interval from their variance hold."""
+    """Return whether enough contributions differ for an interval from their variance to hold."""
     squares = np.square(zeta - zeta.mean()) if len(zeta) else zeta
     fourth = float(np.square(squares).sum())
     return fourth > 0 and float(squares.sum()) ** 2 / fourth >= _LEAST_CARRIERS
@@ -79,9 +80,9 @@ def difference(
     """Return the difference of the means of two arms; ``None`` with too few units.
 
     Args:
-        control: ``(n,)`` a value of each unit.
+        control: ``(n,)``, one value for each unit.
         share: see :func:`contributions`.
-        alpha: how often the interval may miss at any look.
+        alpha: the probability with which the interval may miss at any look.
         planned: the number of units at which the interval is the narrowest.
     """
     zeta = contributions(control, new, share)
@@ -91,7 +92,7 @@ def difference(
 
 
 def around(estimate: float, spread: float, num: int, alpha: float, planned: int = PLANNED_UNITS) -> Difference:
-    """Return an estimate from contributions with a standard deviation of ``spread``, with its interval."""
+    """Return an estimate with its interval, from contributions with a standard deviation of ``spread``."""
     half = spread * margin(num, alpha, planned)
     return Difference(estimate, estimate - half, estimate + half, spread, num)
 
@@ -107,7 +108,7 @@ def margin(num: int, alpha: float, planned: int = PLANNED_UNITS) -> float:
 
 
 def units_needed(spread: float, width: float, alpha: float = ALPHA, planned: int = PLANNED_UNITS) -> int:
-    """Return how many units of both arms make half of the interval at most ``width``, to two digits."""
+    """Return how many units of both arms narrow half of the interval to ``width``, to two digits."""
     low, high = 1, 1
     while spread * margin(high, alpha, planned) > width and high < 10**12:
         low, high = high, 2 * high

@@ -29,10 +29,10 @@ def no_unit_source(_source: str) -> None:
 
 
 def read_unit(value: str | bytes | None) -> str | None:
-    """Return the unit that a value is: one spelling of it, from whichever place of a request it comes.
+    """Return the unit in a value, in one spelling, whichever part of a request the value comes from.
 
     Args:
-        value: text, or the bytes of a header: UTF-8, or Latin-1 where they are not.
+        value: text, or the bytes of a header, read as UTF-8 or else as Latin-1.
 
     Returns:
         The text in Unicode's normal form C, without white space around it; ``None`` if nothing is left.
@@ -99,10 +99,10 @@ class Split:
     """Assigns the requests of one experiment to its arms.
 
     The arms with a weight run a race: the time of an arm is ``-ln(u) / weight``, where ``u`` is a hash of salt, arm and
-    unit, uniform between 0 and 1. The fastest arm wins: arm i for a share of ``weight_i / sum(weights)`` of the units.
+    unit, uniform between 0 and 1. The fastest arm wins: arm i gets a share of ``weight_i / sum(weights)`` of the units.
     This is rendezvous hashing (Thaler & Ravishankar 1998) with logarithmic weights (Schindelhauer & Schomaker 2005):
-    when a weight is raised, units move from the other arms into that one; none leave it, and none move between two
-    others. The more usual split of a line into ranges moves units between arms whose weights did not change.
+    when a weight is raised, units move from the other arms into that arm. No unit leaves it, and no unit moves between
+    two other arms. The more common split of a line into ranges moves units between arms whose weights did not change.
     """
 
     def __init__(self, experiment: Experiment) -> None:
@@ -157,7 +157,7 @@ class Split:
         return min(racing, key=lambda arm: -math.log(_uniform(self._salt, arm.label, unit)) / arm.weight)
 
     def excludes(self, unit: str) -> bool:
-        """Return whether a unit gets the control arm and is not counted."""
+        """Return whether a unit is excluded: it gets the control arm and is not counted."""
         return unit in self._excluded
 
     def hash_of(self, unit: str) -> str:

@@ -1,4 +1,4 @@
-"""The stats of each experiment: what this process counted, arm by arm."""
+"""The stats of each experiment: the counts of this process, arm by arm."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from gateway.experiments.sample_ratio import ArmCount, SampleRatio, check_sample
 from gateway.experiments.sequence import ALPHA
 from gateway.experiments.units import MAX_UNITS
 
-# About 30 MB. If the log cannot be written for longer than this lasts, further exposures are lost.
+# About 30 MB. When this many exposures wait for a log that cannot be written, further exposures are lost.
 _MAX_UNWRITTEN = 100_000
 _MAX_WRITTEN_AT_ONCE = 100
 # The stats of earlier weights are kept for a while: a reload may be reverted.
 _MAX_GENERATIONS = 4
-# With fewer requests, a percentile is that of a few of them.
+# With fewer requests, only a few of them would determine a percentile.
 _LEAST_FOR_P95 = 200
 _LEAST_FOR_P99 = 1_000
-# One unit with more of an arm's requests decides its figures.
+# A unit with a larger share of an arm's requests dominates the figures of the arm.
 _LARGE_SHARE = 0.1
 _LEAST_FOR_SHARE = 100
 
@@ -33,8 +33,8 @@ class ExperimentStats:
     """Counts the requests of experiments, and writes the exposure log.
 
     Args:
-        log: where to write exposures. The units that it already has are counted.
-        keep: called with each exposure, if another place keeps them too. It must not wait.
+        log: the log for exposures; the units that it already has are counted.
+        keep: called with each exposure, for a second place that keeps exposures. It must not wait.
     """
 
     def __init__(self, log: ExposureLog | None, keep: Callable[[Exposure], None] = lambda _exposure: None) -> None:
@@ -62,7 +62,7 @@ class ExperimentStats:
             self._expose(request, request.unit, generation)
 
     def _expose(self, request: RequestRecord, unit: str, generation: Generation) -> None:
-        """Count a unit, and write it to the log if it is new, or retry if that failed before."""
+        """Count a unit, and write it to the log if it is new or could not be written before."""
         key = (request.experiment, request.generation, request.arm, unit)
         arm, is_answered = generation.arms[request.arm], request.error_code is None
         exposure = None
@@ -83,7 +83,7 @@ class ExperimentStats:
             self._unwritten[*key, exposure.answered] = exposure
 
     def _write_rest(self, log: ExposureLog, num_most: int = _MAX_WRITTEN_AT_ONCE) -> None:
-        """Write what could not be written before. A request waits for it, so only a few at a time."""
+        """Write exposures that could not be written before: only a few at a time, since a request waits."""
         for key in list(islice(self._unwritten, num_most)):
             if not log.write(self._unwritten[key]):
                 return
@@ -99,7 +99,8 @@ class ExperimentStats:
         """Report the stats of an experiment under its current weights.
 
         Args:
-            since: when it was first served with them; ``None`` for when its first request was counted.
+            since: when the experiment was first served with these weights; ``None`` for the time of its first counted
+                request.
         """
         generations = self._experiments.get(experiment.id, OrderedDict())
         counted = generations.get(generation) or Generation(since or now())
@@ -155,12 +156,12 @@ class ExperimentStats:
 def _ratios(
     experiment: Experiment, arms: list[ArmReport], counted: Generation
 ) -> tuple[SampleRatio, SampleRatio | None]:
-    """Return the tests of the units, and of the requests without one where these are split too."""
+    """Return the tests of the units, and of the requests without a unit if these are split too."""
     is_random = experiment.kind == "same_space"
     num_tests = 1 + is_random
     nums = {arm.arm: arm.units for arm in arms}
     if counted.is_full and counted.is_ratio_known:
-        nums |= counted.unit_ratio.counts  # those of the time before one arm was full
+        nums |= counted.unit_ratio.counts  # the counts from before an arm was full
     units = check_sample_ratio(
         [ArmCount(arm.arm, nums[arm.arm], arm.share, arm.requests, arm.server_errors) for arm in arms],
         counted.unit_ratio.largest_log_e if counted.is_ratio_known else None,
@@ -222,7 +223,7 @@ def _warn_of_no_units(experiment: Experiment, num_counted: int, uncounted: Mappi
 
 
 def _warn_of_large_units(arms: list[ArmReport]) -> Iterator[str]:
-    """Warn of a unit that makes most of an arm's figures: a service's key, for example, which all of its users share."""
+    """Warn of a unit that dominates an arm's figures, such as a service's key that all of its users share."""
     for arm in arms:
         if arm.requests >= _LEAST_FOR_SHARE and (arm.largest_unit_share or 0) > _LARGE_SHARE:
             yield (

@@ -77,7 +77,7 @@ class UnitSums:
         return self._num
 
     def add(self, unit: int, numbers: Sequence[float], *, may_grow: bool = True) -> float:
-        """Add numbers to the sums of a unit, and return its first sum; 0 if it has none and may not get any."""
+        """Add numbers to the sums of a unit, and return its first sum; 0 if it has no sums and may not get any."""
         prefix = unit >> (64 - _SHARD_BITS)
         shard = self._shards.get(prefix)
         if shard is None:
@@ -112,7 +112,7 @@ class LatencyHistogram:
 
     def __init__(self) -> None:
         self._counts = [0] * self._NUM_BUCKETS
-        # Those that are at least as long, since they were ended.
+        # The latencies that are only lower bounds, because the work was ended early.
         self._cut = [0] * self._NUM_BUCKETS
         self._num = 0
 
@@ -132,24 +132,24 @@ class LatencyHistogram:
         self._num += 1
 
     def add(self, other: LatencyHistogram) -> None:
-        """Add the latencies of another one."""
+        """Add the latencies of another histogram."""
         self._counts = [mine + theirs for mine, theirs in zip(self._counts, other._counts, strict=True)]
         self._num += other._num
 
     def quantile(self, share: float) -> float | None:
-        """Return the latency in seconds that a share of them (0 to 1) does not exceed; ``None`` without latencies."""
+        """Return the latency in seconds that a share (0 to 1) of all does not exceed; ``None`` without latencies."""
         bucket = self._bucket(share, self._counts)
         if bucket is None:
             return None
         return self._LEAST_S * math.exp((bucket - 0.5) * self._GROWTH) if bucket else self._LEAST_S
 
     def is_least(self, share: float) -> bool:
-        """Return whether a quantile would be longer if nothing had been ended, as far as that is possible."""
+        """Return whether a quantile could be longer if no work had been ended early."""
         finished = [count - cut for count, cut in zip(self._counts, self._cut, strict=True)]
         return self._bucket(share, self._counts) != self._bucket(share, finished)
 
     def _bucket(self, share: float, counts: Sequence[int]) -> int | None:
-        """Return the bucket of a quantile of all latencies, those that are not in ``counts`` being longer than any."""
+        """Return the bucket of a quantile of all latencies; those not in ``counts`` count as longer than any other."""
         rank = max(1, math.ceil(share * self._num))
         seen = 0
         for bucket, count in enumerate(counts):

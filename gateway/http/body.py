@@ -1,4 +1,4 @@
-"""A request's body on its way in: decoded, bounded in size and time, and read to its end even if it is refused."""
+"""Receive a request's body: decode it, bound its size and time, and read it to its end even if it is refused."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from gateway.errors import BodyTooLarge, BodyTooSlow, ClientDisconnected, Unsupp
 from gateway.http.decoding import Decoder, decoder_for
 from gateway.http.pace import Pace
 
-# How much of a refused body is read: enough for an honest mistake.
+# The most bytes that are read of a refused body; enough for an honest mistake.
 _MAX_DRAINED_BYTES = 64 * 1024 * 1024
-# A file may take longer than another body: as long as a slow connection needs for the largest file.
+# A file may take longer to arrive than another body: as long as a slow connection needs for the largest file.
 _LEAST_BYTES_PER_S = 256 * 1024
 # The memory held for a body that is written to the disk as it arrives.
 _STREAMED_BYTES = 2 * 1024 * 1024
-# The assumed size of a body before more is known, and the step in which a body of unknown size grows.
+# The unit in which memory is reserved for a body, and so the first reservation for a body of unknown size.
 _STEP_BYTES = 64 * 1024
 _LARGE_BYTES = 256 * 1024
 
 
 class Body:
-    """A body between the server, which receives it, and the application.
+    """Passes a request's body from the server to the application, within bounds.
 
     Args:
         memory: the request's reservation, which grows with the body.
         pace: the common pace of all large bodies.
-        max_bytes: the largest body, both as received and as decoded.
-        timeout_s: seconds that it may take to arrive, from the first request for it.
+        max_bytes: the largest size of the body, both as received and as decoded.
+        timeout_s: seconds that the body may take to arrive, counted from the application's first read.
     """
 
     def __init__(
@@ -51,13 +51,13 @@ class Body:
         self._content_encoding = headers.get("content-encoding", "")
         declared = headers.get("content-length", "0")
         self._declared_bytes = int(declared) if declared.isdecimal() else 0
-        # uvicorn says "100 Continue" when a body is first asked for; until then such a client sends nothing.
+        # A client that sends the header waits for "100 Continue", which uvicorn sends when the body is first read.
         self._is_coming = "expect" not in headers
         self._is_streamed = False
         self._advice = "send fewer texts in a request"
 
     def stream(self, max_bytes: int) -> None:
-        """Take a larger body, which is written to the disk while it comes; for a path that takes files."""
+        """Accept a larger body, for a path that takes files: it is written to the disk as it arrives."""
         self._is_streamed = True
         self._max_bytes = max_bytes
         self._timeout_s += max_bytes / _LEAST_BYTES_PER_S
@@ -67,7 +67,7 @@ class Body:
         """Lower the limit, for a path with small bodies.
 
         Raises:
-            BodyTooLarge: more bytes are announced.
+            BodyTooLarge: the request announces more bytes.
         """
         self._max_bytes = min(self._max_bytes, max_bytes)
         self._check_size(self._declared_bytes)
@@ -76,9 +76,9 @@ class Body:
         """Refuse a body before it arrives, or reserve the memory for it.
 
         Raises:
-            BodyTooLarge: more bytes are announced than are allowed.
-            UnsupportedEncoding: it is encoded in a way that cannot be decoded here.
-            MemoryFull: there is no room for it now.
+            BodyTooLarge: the request announces more bytes than are allowed.
+            UnsupportedEncoding: the body has a content coding that cannot be decoded here.
+            MemoryFull: there is no room for the body now.
         """
         self._check_size(self._declared_bytes)
         if self._is_streamed and self._content_encoding.strip().lower() not in ("", "identity"):
@@ -94,10 +94,10 @@ class Body:
 
         Raises:
             BadInput: the body does not match its `Content-Encoding`.
-            BodyTooLarge: it has more bytes than are allowed.
-            BodyTooSlow: it did not arrive in time.
+            BodyTooLarge: the body has more bytes than are allowed.
+            BodyTooSlow: the body did not arrive in time.
             ClientDisconnected: the client left before its request was complete.
-            MemoryFull: there is no room for more of it.
+            MemoryFull: there is no room for more of the body.
         """
         self._is_coming = True
         if self._has_ended:  # the client can now only disconnect
@@ -117,8 +117,8 @@ class Body:
     async def drain(self) -> None:
         """Read the rest of the body, within bounds, so that the client can read its answer.
 
-        Many clients send everything before they read, and closing a connection with unread bytes resets it: they would
-        see a broken pipe instead of the 413.
+        Many clients send the whole request before they read. Closing a connection with unread bytes resets it, so these
+        clients would see a broken pipe instead of the 413.
         """
         if not self._is_coming or self._is_too_slow:
             return
@@ -163,12 +163,12 @@ class Body:
         return b"".join(pieces)
 
     async def _keep_pace(self, num_bytes: int, num_new: int) -> None:
-        """Let other requests run, once the body has turned out to be a large one."""
+        """Let other requests run, once the body has turned out to be large."""
         if num_bytes > _LARGE_BYTES:
             await self._pace.take(num_new)
 
     def _reserve(self, num_bytes: int) -> None:
-        """Reserve ``num_bytes`` for the body, in steps: most bodies need one."""
+        """Reserve ``num_bytes`` for the body, in steps; most bodies need only one step."""
         held = 0 if self._decoder is None else self._decoder.memory_bytes
         needed = held + max(num_bytes, self._declared_bytes)
         if needed > self._memory.num_bytes:

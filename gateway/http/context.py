@@ -1,4 +1,4 @@
-"""The facts about a request, which accumulate while it is handled and end in its log line."""
+"""The facts about a request: they accumulate while it is handled, and are then logged."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from gateway.http.error_forms import ErrorForm
 from gateway.types import Priority, Timings
 
 _CONTEXT = "gateway.context"
-# A message may quote a text, which no log line may hold.
+# An error message may quote a client's text, which must not reach the log.
 _QUOTED = re.compile(r"(the string|an object with|refuses the request:) .*", re.DOTALL)
 _MAX_REASON = 300
 
@@ -33,16 +33,16 @@ class RequestContext:
         memory: the part of the budget that the request holds; released when it ends, for whatever reason.
         body: the body, on its way in.
         sent: the headers of the request.
-        path: without doubled slashes, and without the prefix that a proxy serves the gateway under.
-        headers: further headers of any answer.
+        path: the path without doubled slashes, and without the prefix under which a proxy serves the gateway.
+        headers: additional headers for the answer, whatever it is.
         reason: why the request was refused, without quotations of the client's texts; `param` is the field at fault.
         asked: the model as the client named it, for the log of a request that no model answered.
-        api_key: hex sha256 of the key that the request carries, also where no key is required.
+        api_key: hex sha256 of the key that the request carries, even where no key is required.
         key_owner: the owner of that key: the client's name where keys are known, else the key's hash.
-        trace_ids: join a log line to the request's trace, if that is recorded.
-        priority: as the request asks for.
-        time_limit_s: seconds that it may take; ``None`` for the limit of all requests.
-        error_form: the form of an error: the path's, unless the body turns out to be another API's.
+        trace_ids: the ids that connect a log line to the request's trace, if the trace is recorded.
+        priority: the priority that the request asks for.
+        time_limit_s: seconds that the request may take; ``None`` for the general limit.
+        error_form: the form of an error answer: that of the path, unless the body turns out to belong to another API.
     """
 
     request_id: str
@@ -92,15 +92,15 @@ class RequestContext:
 
     @property
     def caller(self) -> str:
-        """The client's name, in logs and where several share a queue."""
+        """The client's name, for logs and for queues that clients share."""
         return self.client.name
 
     def refuse(self, error: RequestError) -> None:
-        """Add the reason why the request is refused."""
+        """Record why the request is refused."""
         self.error_code, self.param = error.code, error.param
         self.reason = _QUOTED.sub(r"\1 …", error.message)[:_MAX_REASON]
 
     def describe(self, model: str, task: str | None, num_texts: int, num_tokens: int, timings: Timings) -> None:
-        """Add the facts of the answer."""
+        """Record the facts about the answer."""
         self.model, self.task, self.num_texts, self.num_tokens = model, task, num_texts, num_tokens
         self.timings = timings

@@ -13,7 +13,7 @@ from gateway.errors import BadInput, UnsupportedEncoding
 SUPPORTED = ("gzip", "deflate", "zstd")
 _NO_CODING = frozenset(("", "identity"))
 _PIECE_BYTES = 256 * 1024
-# zstd has no limit on its output. 4 bytes can decode to 128 KiB, so this many decode to 16 MiB at most.
+# The zstd decoder cannot limit its output. 4 bytes can decode to 128 KiB, so this many decode to 16 MiB at most.
 _ZSTD_INPUT_BYTES = 512
 # The largest window that a zstd body may ask for, by RFC 9659.
 _ZSTD_WINDOW_BYTES = 8 * 1024 * 1024
@@ -29,25 +29,25 @@ class Decoder(Protocol):
         """Decode further bytes, and yield the result in pieces.
 
         Raises:
-            BadInput: they are not validly encoded.
+            BadInput: the bytes are not validly encoded.
         """
 
     def finish(self) -> None:
-        """Note the end of the stream.
+        """Check that the stream is complete.
 
         Raises:
-            BadInput: something is missing.
+            BadInput: the stream is cut short.
         """
 
 
 def decoder_for(content_encoding: str) -> Decoder | None:
-    """Return the decoder of a body; ``None`` for one that is not encoded.
+    """Return the decoder for a body; ``None`` for a body that is not encoded.
 
     Args:
         content_encoding: the header's value.
 
     Raises:
-        UnsupportedEncoding: it names an unsupported coding, or several.
+        UnsupportedEncoding: the header names an unsupported coding, or several codings.
     """
     codings = [coding for part in content_encoding.split(",") if (coding := part.strip().lower()) not in _NO_CODING]
     match codings:
@@ -65,7 +65,7 @@ def decoder_for(content_encoding: str) -> Decoder | None:
 
 
 class _Zlib:
-    """gzip, and deflate with zlib's frame, as in RFC 9110, or without it, as some clients send it."""
+    """Decodes gzip, and deflate with zlib's frame (RFC 9110) or without it, as some clients send it."""
 
     memory_bytes = 64 * 1024
 
@@ -93,7 +93,7 @@ class _Zlib:
             data = inflater.unconsumed_tail
             has_more = (
                 bool(data) or len(piece) == _PIECE_BYTES
-            )  # all input may be consumed, and not all output returned
+            )  # the input may be consumed before all output is returned
             if piece:
                 yield piece
         if data or inflater.unused_data:

@@ -29,7 +29,7 @@ from gateway.errors import (
 
 
 class ErrorForm(Enum):
-    """The form of an error: clients of one API do not understand that of another."""
+    """The form of an error answer. Clients of one API do not understand another API's form."""
 
     OPENAI = "openai"
     TEI = "tei"
@@ -49,13 +49,13 @@ _TEI_ROOT_PATHS = frozenset(
         "/invocations",
     )
 )
-# Two paths below /tei/ are OpenAI's, for clients of TEI that speak that dialect.
+# Two paths below /tei/ have OpenAI's form, for clients of TEI that use OpenAI's API.
 _TEI_MODEL_PATH = re.compile(r"/tei/(?!.*/embeddings$)")
 _TEI_PROBE = re.compile(r"/tei/.+/health")
-# Also for unknown paths: its clients request /api/pull, for example, and print `error` as text.
+# Includes unknown paths: Ollama's clients request /api/pull, for example, and print `error` as text.
 _OLLAMA_PREFIX = "/api/"
 
-# From the special to the general: the first class that fits counts. ``None`` keeps the status.
+# From the most specific class to the most general; the first match counts. ``None`` keeps the error's own status.
 _TEI_ERRORS: tuple[tuple[type[RequestError], int | None, str], ...] = (
     (EmptyInput, 400, "Empty"),
     (UnsupportedOutput, 424, "Backend"),
@@ -71,12 +71,12 @@ _TEI_ERRORS: tuple[tuple[type[RequestError], int | None, str], ...] = (
 
 
 def is_tei_probe(path: str) -> bool:
-    """Return whether a path is that of one model's health, which TEI's clients request without a key."""
+    """Return whether a path is the health check of one model, which TEI's clients request without a key."""
     return _TEI_PROBE.fullmatch(path) is not None
 
 
 def error_form(path: str, method: str = "POST") -> ErrorForm:
-    """Return the form that clients of a path expect. Clients of TEI post to the root; browsers get it."""
+    """Return the form that clients of a path expect. TEI's clients POST to the root; browsers GET it."""
     if (path == "/" and method == "POST") or path in _TEI_ROOT_PATHS or _TEI_MODEL_PATH.match(path):
         return ErrorForm.TEI
     return ErrorForm.OLLAMA if path.startswith(_OLLAMA_PREFIX) else ErrorForm.OPENAI
@@ -85,7 +85,7 @@ def error_form(path: str, method: str = "POST") -> ErrorForm:
 def render_error(error: RequestError, form: ErrorForm) -> tuple[int, dict[str, object]]:
     """Return the status and the body of an error.
 
-    TEI's form has our own ``message`` and ``detail`` as well as its two fields: its clients ignore unknown ones.
+    TEI's form has our own ``message`` and ``detail`` as well as TEI's two fields; TEI's clients ignore unknown fields.
     """
     if form is ErrorForm.TEI:
         status, error_type = _tei_error(error)
@@ -97,7 +97,7 @@ def render_error(error: RequestError, form: ErrorForm) -> tuple[int, dict[str, o
         }
     if form is ErrorForm.OLLAMA:
         return error.status, {"error": error.message}
-    # One message in the three forms that clients read.
+    # The same message in the three places where clients look for it.
     return error.status, {
         "error": {"message": error.message, "type": error.type, "param": error.param, "code": error.code},
         "detail": error.message,
@@ -114,10 +114,10 @@ def _tei_error(error: RequestError) -> tuple[int, str]:
 
 
 async def send_error(error: RequestError, form: ErrorForm, send: Send, drain: Callable[[], Awaitable[None]]) -> None:
-    """Send an error, in the form that its client reads, with the headers that steer retries.
+    """Send an error in the form that the client reads, with the headers that control retries.
 
     Args:
-        drain: awaited after the answer has been sent and before it is ended, which may close the connection.
+        drain: awaited after the answer has been sent and before it is ended; ending it may close the connection.
     """
     status, content = render_error(error, form)
     body = orjson.dumps(content)
@@ -139,7 +139,7 @@ async def send_error(error: RequestError, form: ErrorForm, send: Send, drain: Ca
 
 
 def bad_request(error: InvalidHttp) -> bytes:
-    """Return the whole answer to bytes that are not a request, so that no layer above the connection sees them."""
+    """Return the complete answer to bytes that are not a request; no layer above the connection sees such bytes."""
     status, content = render_error(error, ErrorForm.OPENAI)
     body = orjson.dumps(content)
     return (

@@ -1,4 +1,4 @@
-"""The heads of requests, as the parser has accepted them: their target, their faults, their key."""
+"""Read the heads of requests that the parser has accepted: target, faults, key and priority."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _ABSOLUTE_FORM = re.compile(rb"[A-Za-z][A-Za-z0-9+.-]*://[^/?#]*")
 PRIORITY_HEADER = "x-gateway-priority"
 """The header with the priority of a request."""
 
-# The values that clients with an empty key send.
+# The values that clients send for an empty key.
 _NO_KEY = ("", '""')
 _HOST = re.compile(rb"[A-Za-z0-9._~%!$&'()*+,;=:\[\]-]*")
 
@@ -73,7 +73,7 @@ def sent_key(headers: Headers) -> str | None:
         _basic_key(credentials) if scheme_name == "basic" else "",
     )
     key = next((key for candidate in candidates if (key := candidate.strip()) not in _NO_KEY), None)
-    # As the bytes that were sent, which the framework has read as Latin-1.
+    # Hash the bytes that were sent; the framework has decoded them as Latin-1.
     return None if key is None else hashlib.sha256(key.encode("latin-1")).hexdigest()
 
 

@@ -1,6 +1,6 @@
 """The layers around every request, the outermost first: identification, record, error exit, admission. Plain ASGI.
 
-Events that are not requests, a server's lifespan for example, pass through.
+Events that are not requests, such as a server's lifespan, pass through.
 """
 
 from __future__ import annotations
@@ -42,27 +42,27 @@ log = structlog.get_logger("gateway.access")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9_.-]{1,128}")
 _MAX_NAME = 100
 _SLASHES = re.compile(r"//+")
-# Answered without a key: probes carry none, the documentation is public anyway, and the console asks for one itself.
+# Answered without a key: probes have no key, the documentation is public, and the console asks for a key itself.
 _OPEN_PATHS = ("/health", "/docs", "/openapi.json", "/static-offline-docs", "/console")
 
-# Files, which are larger than other bodies, and are written to the disk as they come.
+# Uploads of files, which are larger than other bodies and are written to the disk as they arrive.
 _UPLOADS = (("POST", "/v1/files"), ("POST", "/files"))
 
-# For the operator only: `api/admin` asks for their key.
+# For the operator only; `api/admin` asks for the operator's key.
 _OPERATOR_PATHS = ("/admin", "/metrics")
 
 _MAX_PREFIX = 200
-# The time left for the answer to a request that is ended as the process stops.
+# Seconds for sending the answer to a request that is ended because the process stops.
 _LAST_ANSWER_S = 1.0
 
-# Requested every few seconds by probes and scrapers: no line at the usual level of the log, and no span.
+# Probes and scrapers request these every few seconds, so they get no log line at the usual level, and no span.
 _QUIET_PATHS = ("/health", "/health/live", "/health/ready", "/metrics", "/metrics/replicas")
 
 
 class Identification:
-    """Gives each request an id, a path and a context, and each answer the headers that all answers have.
+    """Gives each request an id, a path and a context, and each answer the headers common to all answers.
 
-    The outermost: the others read the :class:`RequestContext` that it makes.
+    This is the outermost layer: the other layers read the :class:`RequestContext` that it creates.
     """
 
     def __init__(self, app: ASGIApp, settings: Settings, memory: MemoryBudget, is_draining: Callable[[], bool]) -> None:
@@ -82,7 +82,7 @@ class Identification:
         limits = self._settings
         body = Body(receive, headers, memory, self._pace, limits.max_body_bytes, limits.body_timeout_s)
         context = RequestContext(_request_id(headers), client, memory, body, headers, scope["method"])
-        if context.method == "HEAD":  # answered as GET; in a copy, as the server must know to leave the body out
+        if context.method == "HEAD":  # answered like GET; a copy, because the server must see HEAD to omit the body
             scope = {**scope, "method": "GET"}
         context.enter(scope)
         context.path = _place(scope, headers, self._settings.root_path)
@@ -101,7 +101,7 @@ class Identification:
 
 
 class Record:
-    """Records each request when it has ended, for whatever reason: metrics, span, log line. Releases its memory."""
+    """Records each request in metrics, span and log when it ends, for whatever reason, and releases its memory."""
 
     def __init__(self, app: ASGIApp, errors: RecentErrors) -> None:
         self._app = app
@@ -135,7 +135,7 @@ class Record:
 
 
 class ErrorExit:
-    """Answers a request that fails, whatever goes wrong, and notes the error in the context."""
+    """Answers every request that fails, whatever the cause, and notes the error in the context."""
 
     def __init__(self, app: ASGIApp, is_draining: Callable[[], bool]) -> None:
         self._app = app
@@ -153,7 +153,7 @@ class ErrorExit:
         except asyncio.CancelledError:
             if not self._is_draining():
                 raise
-            # The request has had its time. It ends here: the server would log a traceback of where it was.
+            # The request's time is over. Catch the cancellation here, or the server would log a traceback.
             stopping = ShuttingDown("the gateway is stopping, and this request took too long", retry_after_s=5)
             context.refuse(stopping)
             if not context.status:
@@ -164,13 +164,13 @@ class ErrorExit:
             log.exception("unexpected_error", request_id=context.request_id, **context.trace_ids)
             context.error_code = InternalError.code
             if context.status:
-                raise  # the answer has begun: all that is left is to cut the connection
+                raise  # the answer has begun, so only cutting the connection is left
             message = f"internal error; the log has more under request id {context.request_id}"
             await send_error(InternalError(message), context.error_form, send, context.body.drain)
 
 
 class Admission:
-    """Finds the client of each request, and refuses requests beyond the limits, before their bodies are read."""
+    """Identifies the client of each request, and refuses requests beyond the limits before their bodies are read."""
 
     def __init__(self, app: ASGIApp, settings: Settings, keyring: Keyring) -> None:
         self._app = app
@@ -190,7 +190,7 @@ class Admission:
             context.api_key = sent_key(context.sent)
             if not context.path.startswith(_OPERATOR_PATHS):
                 context.client = await self._keyring.identify(context.api_key, context.client.name)
-                # A client stays the same unit of an experiment when its key is exchanged.
+                # A client remains the same unit of an experiment when its key is replaced.
                 context.key_owner = context.client.name if self._keyring else context.api_key
         context.memory.caller = context.caller
         if self._settings.batch_dir is not None and (context.method, context.path) in _UPLOADS:
@@ -223,9 +223,9 @@ def _request_id(headers: Headers) -> str:
 
 
 def _place(scope: Scope, headers: Headers, root_path: str) -> str:
-    """Set the prefix under which a proxy serves the gateway, for the framework, and return the path without it.
+    """Tell the framework the prefix under which a proxy serves the gateway, and return the path without it.
 
-    A proxy may have removed the prefix from the path, or not: both are routed alike.
+    The proxy may or may not have removed the prefix from the path; both cases are routed alike.
     """
     path = _normalize_path(scope["path"])
     prefix = root_path or scope.get("root_path", "").rstrip("/") or _forwarded_prefix(headers)
@@ -241,14 +241,14 @@ def _forwarded_prefix(headers: Headers) -> str:
 
 
 def _normalize_path(path: str) -> str:
-    """Drop doubled and trailing slashes: clients put a base URL and a path together in every way."""
+    """Drop doubled and trailing slashes, because clients join base URLs and paths in many ways."""
     return _SLASHES.sub("/", path).rstrip("/") or "/"
 
 
 async def _refuse(error: RequestError, context: RequestContext, send: Send) -> None:
-    """Answer with an error, unless an answer has begun: all that is left then is to cut the connection."""
+    """Answer with an error; if an answer has already begun, raise the error to cut the connection."""
     context.refuse(error)
-    # The frames of its traceback hold the body, the rest of which may take a while to come.
+    # The frames of the traceback hold the body in memory, and the rest of the body may take a while to arrive.
     error.__traceback__ = error.__context__ = None
     context.memory.release()
     if not context.status:
@@ -265,7 +265,7 @@ def _record(scope: Scope, context: RequestContext, errors: RecentErrors) -> None
     if not context.status:  # nothing was sent: the client is gone
         context.status, context.error_code = ClientDisconnected.status, ClientDisconnected.code
     route = scope.get("route")
-    path = getattr(route, "path", "other")  # never the path itself: clients make those up
+    path = getattr(route, "path", "other")  # never the path itself, which a client can make up
     metrics.REQUESTS.labels(path, context.status).inc()
     metrics.REQUEST_SECONDS.labels(path).observe(context.elapsed_s)
     model = context.model or context.asked

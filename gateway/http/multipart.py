@@ -1,4 +1,4 @@
-"""Split a body of ``multipart/form-data`` into its parts while it arrives (RFC 7578, 2046). Pure; holds a few KiB."""
+"""Split a ``multipart/form-data`` body into its parts while it arrives (RFC 7578, 2046). Pure; holds a few KiB."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ _MAX_BOUNDARY = 70
 
 @dataclass(frozen=True, slots=True)
 class PartStart:
-    """A part begins: the field's name, and the name of the file if it is one."""
+    """The start of a part: the name of the field, and the name of the file if the part is a file."""
 
     name: str
     filename: str | None
 
 
 Event: TypeAlias = PartStart | bytes
-"""The begin of a part, or some of the content of the part that began last."""
+"""The start of a part, or some content of the part that started last."""
 
 
 class _State(Enum):
@@ -38,13 +38,13 @@ class _State(Enum):
 
 
 class Multipart:
-    """Reads one body; the same events come out however it is cut into pieces, apart from where content is cut.
+    """Reads one body. Its events do not depend on the pieces in which it arrives, except for where content is cut.
 
     Args:
-        content_type: the request's, with the boundary.
+        content_type: the content type of the request, with the boundary.
 
     Raises:
-        BadInput: it is another type, or has no boundary.
+        BadInput: the content type is another one, or has no boundary.
     """
 
     def __init__(self, content_type: str) -> None:
@@ -56,15 +56,15 @@ class Multipart:
         if not 0 < len(boundary) <= _MAX_BOUNDARY or not boundary.isascii():
             raise BadInput(f"the boundary of the body must have 1 to {_MAX_BOUNDARY} characters of ASCII")
         self._delimiter = b"\r\n--" + boundary.encode()
-        self._held = bytearray(b"\r\n")  # the first delimiter may be the very beginning
+        self._held = bytearray(b"\r\n")  # the body may begin with the first delimiter
         self._state = _State.BEFORE
         self._num_parts = 0
 
     def feed(self, data: bytes) -> Iterator[Event]:
-        """Take the next piece of the body, and return what it completes.
+        """Take the next piece of the body, and yield the events that it completes.
 
         Raises:
-            BadInput: it cannot be the body that its content type promises.
+            BadInput: the body is not valid ``multipart/form-data``, or exceeds a limit.
         """
         self._held += data
         while (event := self._step()) is not None:
@@ -75,13 +75,13 @@ class Multipart:
         """Check that the body was complete.
 
         Raises:
-            BadInput: it was not.
+            BadInput: the body was cut off.
         """
         if self._state is not _State.AFTER:
             raise BadInput("the body ended before its last boundary: the upload was cut off")
 
     def _step(self) -> Event | None:
-        """Go on by one step; return ``None`` if that takes more bytes, and an empty event if nothing comes of it."""
+        """Advance by one step; return ``None`` if more bytes are needed, an empty event if the step yields nothing."""
         match self._state:
             case _State.BEFORE | _State.CONTENT:
                 return self._read_content()
@@ -101,7 +101,7 @@ class Multipart:
             del self._held[: end + len(self._delimiter)]
             self._state = _State.DELIMITER
             return content
-        num_safe = len(self._held) - len(self._delimiter) + 1  # the rest may be the begin of a delimiter
+        num_safe = len(self._held) - len(self._delimiter) + 1  # the rest may be the start of a delimiter
         if num_safe <= 0:
             return None
         content = bytes(self._held[:num_safe]) if is_part else b""

@@ -1,4 +1,4 @@
-"""How fast the gateway reads: all large bodies together, and each connection."""
+"""Limit how fast the gateway reads: all large bodies together, and each connection."""
 
 from __future__ import annotations
 
@@ -7,17 +7,18 @@ from collections.abc import Callable
 
 from uvicorn.protocols.http.flow_control import FlowControl
 
-# Receiving so much takes a third of the event loop's time, and parsing it a third of the interpreter's.
+# Receiving at this rate takes a third of the event loop's time, and parsing takes a third of the interpreter's.
 BYTES_PER_S = 100_000_000
-# The loop's timers are no finer than a millisecond: a wait for each small piece would add up to many times the pace.
+# The loop's timers have a resolution of a millisecond: waits for many small pieces would add up to many times the
+# intended delay.
 _LEAST_WAIT_S = 0.005
 
 
 class Pace:
-    """Lets so many bytes pass per second, in the order in which they come.
+    """Lets a fixed number of bytes pass per second, in order of arrival.
 
-    Clients on the same machine or network can send a gigabyte per second. The event loop would do nothing but receive, and
-    a short request would wait for dozens of large pieces each time that it needs the loop.
+    Clients on the same machine or network can send a gigabyte per second. Without a limit, the event loop would do
+    nothing but receive, and a short request would wait for dozens of large pieces each time it needs the loop.
     """
 
     def __init__(self, bytes_per_s: int = BYTES_PER_S) -> None:
@@ -33,7 +34,7 @@ class Pace:
 
 
 class HeldFlow(FlowControl):
-    """Reads nothing from a connection while it holds unparsed data: uvicorn reads on with each request and answer."""
+    """Keeps a connection with unparsed data from being read; uvicorn would read on with each request and answer."""
 
     def __init__(self, transport: asyncio.Transport, has_held: Callable[[], bool]) -> None:
         super().__init__(transport)

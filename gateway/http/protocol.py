@@ -1,4 +1,4 @@
-"""uvicorn's HTTP protocol, with bounds on what a connection may do outside the request that the application sees."""
+"""uvicorn's HTTP protocol, with bounds on the traffic of a connection that the application does not see."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from gateway.telemetry import metrics
 log = structlog.get_logger(__name__)
 
 REFUSED: Final = "gateway.refused"
-"""The key in a scope for the error of a request: the application must answer it with that error."""
+"""The key in the scope of a request that is to be refused; its value is the error to answer with."""
 
 MAX_HEADERS: Final = 500
-"""The most headers of a request. An empty one takes 4 bytes on the wire, and 150 here."""
+"""The most headers of a request. An empty header takes 4 bytes on the wire, and 150 bytes here."""
 
-# How long an idle connection stays open when the process stops: a request that is on its way is still answered.
+# Seconds that an idle connection stays open when the process stops; a request on its way is still answered.
 _LINGER_S = 1.0
-# How many bytes after an error are read and discarded.
+# The most bytes that are read and discarded after an error.
 _MAX_IGNORED_BYTES = 256 * 1024
-# When a client that has sent its last byte is probed, and how long it has to reset the connection.
+# Seconds until a client that has sent its last byte is probed, and seconds it has to reset the connection.
 _FIRST_PROBE_S, _SECOND_PROBE_S = 1.5, 0.75
 _PROBE = b"HTTP/1.1 100 Continue\r\n\r\n"
-# How many requests of a connection may wait for the answer to the one before them. The data is parsed in slices of at most
-# eighty requests, which take some milliseconds: other connections need their turn.
+# The most requests of a connection that may wait behind an earlier request. Data is parsed in slices of at most eighty
+# requests, which take some milliseconds, so that other connections get their turn.
 _MAX_PIPELINED = 16
 _SLICE_BYTES = 2 * 1024
 
@@ -41,19 +41,19 @@ _SLICE_BYTES = 2 * 1024
 class BoundedProtocol(HttpToolsProtocol):
     """Closes connections whose request or response stalls.
 
-    uvicorn itself waits forever: for headers, for trailers, for the rest of a body that was answered early, for a client
-    that does not read; and it keeps all headers and trailers. A few hundred connections that send a byte per minute ("slow
-    loris"), or one that sends trailer after trailer, would use up file handles and memory. A request that arrives in one
-    piece, and whose answer is read, costs no timer here.
+    uvicorn itself waits forever for headers, for trailers, for the rest of a body that was answered early, and for a
+    client that does not read. It keeps all headers and trailers. A few hundred connections that send a byte per minute
+    ("slow loris"), or one that sends trailer after trailer, would use up file handles and memory. A request that
+    arrives in one piece, and whose answer is read, needs no timer here.
 
     A connection alternates between a head and the rest of its message. Time and bytes are bounded while a head arrives, and
-    while the rest of an already answered message arrives. In between, the application reads, with its own bounds.
+    while the rest of an already answered message arrives. In between, the application reads within its own bounds.
 
     Attributes:
-        header_timeout_s: seconds from a head's first byte, or the start of the connection, to its end; and from an early
-            answer to the end of its request.
-        max_header_bytes: bytes that may arrive in that time, or between two pieces of a body, or as trailers; the middleware
-            has the exact limit of headers, with its own answer.
+        header_timeout_s: seconds from the first byte of a head, or the start of the connection, to the end of the head;
+            and from an early answer to the end of its request.
+        max_header_bytes: bytes that may arrive in that time, between two pieces of a body, or as trailers. The
+            middleware has the exact limit for headers, with its own answer.
         send_timeout_s: seconds within which a client must read some of a waiting answer.
         linger_s: seconds that an idle connection stays open when the server stops.
     """
@@ -98,7 +98,7 @@ class BoundedProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Parse the received data, but only as far as a few requests wait for the answer to another one."""
+        """Parse the received data, but stop while several requests wait for an earlier answer."""
         self._held = self._held + data if self._held else data
         self._take_held()
 
@@ -116,7 +116,7 @@ class BoundedProtocol(HttpToolsProtocol):
                 self.transport.close()
 
     def _take(self, data: bytes) -> None:
-        """Parse data, and start or stop the timer, depending on what is still incomplete."""
+        """Parse data, and start or stop the timer, depending on whether a message is still incomplete."""
         if self._last_words is not None:
             self._num_bytes += len(data)
             if self._num_bytes > _MAX_IGNORED_BYTES:
@@ -127,10 +127,10 @@ class BoundedProtocol(HttpToolsProtocol):
         if self.transport.is_closing():
             return
         if self._has_message_ended:
-            # The part of the next head that came with a message's end is not counted: it is less than one packet.
+            # The part of the next head that arrived with the end of a message is not counted; it is less than a packet.
             self._num_bytes = 0
             self._stop_timer()
-            # Data stops the timer that uvicorn starts at the answer's end.
+            # Received data stops the timer that uvicorn starts at the end of an answer.
             if self._is_in_head or self.cycle.response_complete:
                 self._start_timer()
         elif self._is_in_message and not self.cycle.response_complete:
@@ -144,13 +144,13 @@ class BoundedProtocol(HttpToolsProtocol):
     def eof_received(self) -> bool | None:  # type: ignore[override]  # uvicorn's returns nothing, asyncio's may
         """Keep answering a client that has only finished sending.
 
-        A client that has left looks the same until data is sent to it: its work is cancelled a little later.
+        A client that has left looks the same until data is sent to it, so its work is cancelled a little later.
         """
         if self._held:
             self._is_end_due = True
             return True
         if self._is_in_message and self.cycle is not self._running:
-            self.pipeline.popleft()  # will never be complete; what came before it is
+            self.pipeline.popleft()  # it will never be complete; the requests before it are
         elif self._is_in_message or not self._is_answering:
             return None
         self._stop_timer()
@@ -159,10 +159,10 @@ class BoundedProtocol(HttpToolsProtocol):
         return True
 
     def shutdown(self) -> None:
-        """Answer the requests that have begun, and one that is on its way to an idle connection."""
+        """Answer the requests that have begun, and a request that is on its way to an idle connection."""
         self._is_parting = True
         if self._is_in_head:
-            return  # the answer says that it is the last
+            return  # the answer will announce that it is the last
         if self._is_answering:
             self._close_when_answered()
         elif self._is_in_message:
@@ -179,7 +179,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._num_bytes = 0
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """Keep a header but not a trailer: a proxy in front has not seen trailers as headers."""
+        """Keep headers but not trailers, which a proxy in front has not checked as headers."""
         if not self._is_in_message:
             super().on_header(name, value)
 
@@ -195,7 +195,7 @@ class BoundedProtocol(HttpToolsProtocol):
         if (refused := why_refused(self.headers, self.parser.get_http_version())) is not None:
             cast(dict[str, object], self.scope)[REFUSED] = refused
         super().on_headers_complete()
-        if method == b"CONNECT" or self._is_parting:  # nothing can come behind it
+        if method == b"CONNECT" or self._is_parting:  # no request can follow this one
             self.cycle.keep_alive = False
 
     def on_body(self, body: bytes) -> None:
@@ -256,7 +256,7 @@ class BoundedProtocol(HttpToolsProtocol):
     def _hang_up(self, last_words: bytes) -> None:
         """Write an answer and close the connection once the client has had time to read it.
 
-        If it closed at once, with unread bytes, it would be reset, and the answer lost.
+        Closing at once, with unread bytes, would reset the connection and lose the answer.
         """
         self._disconnect()
         self._stop_timer()
@@ -270,7 +270,7 @@ class BoundedProtocol(HttpToolsProtocol):
         super()._start_asgi_task(cycle, app)
 
     def _feed(self, data: bytes) -> None:
-        """Parse data, past any offer of another protocol.
+        """Parse data, and skip any offer of another protocol.
 
         Java's HTTP client offers HTTP/2 with every request. A server may decline by answering as if there were no offer, but
         the parser takes the bytes that follow for the other protocol, and the request would lose its body. So the parser
@@ -306,7 +306,7 @@ class BoundedProtocol(HttpToolsProtocol):
         return self._running is not None and not self._running.response_complete
 
     def _close_when_answered(self) -> None:
-        """Close the connection after the last received request; at once without one."""
+        """Close the connection after the last received request is answered, or at once if none is waiting."""
         if not self._is_answering:
             self.transport.close()
         elif self.pipeline:
@@ -319,14 +319,14 @@ class BoundedProtocol(HttpToolsProtocol):
             self.transport.close()
 
     def _disconnect(self) -> None:
-        """Tell every request of the connection that its client is gone; uvicorn only tells the latest."""
+        """Tell every request of the connection that its client is gone; uvicorn tells only the latest request."""
         for cycle in (self._running, *(cycle for cycle, _app in self.pipeline)):
             if cycle is not None and not cycle.response_complete:
                 cycle.disconnected = True
                 cycle.message_event.set()
 
     def _probe(self, is_first: bool) -> None:
-        """Send an interim response, which HTTP/1.1 clients skip: for a client that has left, the second one fails."""
+        """Send an interim response, which HTTP/1.1 clients skip. If the client has left, the second response fails."""
         cycle = self._running
         if cycle is None or cycle.response_started or cycle.scope["http_version"] != "1.1":
             return
@@ -335,7 +335,7 @@ class BoundedProtocol(HttpToolsProtocol):
             self._probe_timer = self.loop.call_later(_SECOND_PROBE_S, self._probe, False)
 
     def _count_bytes(self, num_bytes: int) -> None:
-        """Count bytes that the application does not see: headers, trailers, those in between, those too late."""
+        """Count the bytes that the application does not see: headers, trailers, and bytes in between or too late."""
         self._num_bytes += num_bytes
         if self._num_bytes > self.max_header_bytes:
             self.send_400_response(f"The request's headers or trailers have more than {self.max_header_bytes} bytes.")
@@ -353,7 +353,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def _close_slow(self) -> None:
         self._timer = None
-        if self.flow.read_paused:  # the rest may have arrived: the client is not the slow one
+        if self.flow.read_paused:  # the rest may have arrived, so the client is not slow
             self._start_timer()
         elif not self.transport.is_closing():
             metrics.SLOW_CONNECTIONS.labels("receive").inc()

@@ -1,4 +1,4 @@
-"""The short way from the middleware to the handlers of fixed paths."""
+"""A shortcut from the middleware to the handlers of fixed paths."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ OnException: TypeAlias = Callable[[Request, Exception], Awaitable[Response]]
 
 
 class Shortcut:
-    """Calls the handlers of fixed paths itself. The framework's way to them takes a fifth of a request's processor time.
+    """Calls the handlers of fixed paths directly. The framework's routing takes a fifth of a request's processor time.
 
-    It looks for the route in each router, prepares to clean up after dependencies, and looks for parameters of the handler:
-    these have none.
+    The framework searches each router for the route, prepares the cleanup of dependencies, and inspects the parameters
+    of the handler. These handlers need none of that.
 
     Args:
-        routes: may grow until the first request.
-        on_http_exception: answers the framework's exceptions, as it would there.
+        routes: the routes to call directly; they may grow until the first request.
+        on_http_exception: answers the framework's exceptions, as the framework itself would.
     """
 
     def __init__(self, app: ASGIApp, routes: Routes, on_http_exception: OnException) -> None:
@@ -55,7 +55,7 @@ class Shortcut:
 
 
 def include(app: FastAPI, routers: Sequence[APIRouter]) -> None:
-    """Serve the routes, and remember the documented paths: the OpenAPI document takes a tenth of a second to make."""
+    """Serve the routes, and remember the documented paths; making the OpenAPI document takes a tenth of a second."""
     for router in routers:
         app.include_router(router)
     routes = [route for router in routers for route in router.routes if isinstance(route, APIRoute)]
@@ -64,7 +64,7 @@ def include(app: FastAPI, routers: Sequence[APIRouter]) -> None:
 
 
 def direct_routes(routes: Iterable[APIRoute]) -> Routes:
-    """Return the routes of an application whose handlers take the request alone; its order of routes still decides."""
+    """Return the routes whose handlers take only the request, unless an earlier route with parameters matches."""
     found: Routes = {}
     with_parameters: list[APIRoute] = []
     for route in routes:

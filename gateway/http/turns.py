@@ -1,4 +1,4 @@
-"""One thread for work that holds the interpreter, done in turns between clients."""
+"""A single thread for work that holds the interpreter; clients take turns."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ T = TypeVar("T")
 
 
 class Turns:
-    """Runs pieces of work in a thread, one at a time; the next is always that of the client that has had the least.
+    """Runs pieces of work in one thread, one at a time. The client that has used the least goes next.
 
-    Reading a body of 16 MB and writing 100 MB of JSON hold the interpreter, some milliseconds at a time. If several
-    threads did that at once, the event loop would wait for each of them in turn. Belongs to one event loop.
+    Reading a body of 16 MB and writing 100 MB of JSON hold the interpreter for some milliseconds at a time. If several
+    threads did that at once, the event loop would wait for each of them in turn. An instance belongs to one event loop.
 
     Args:
         name: the thread's name.
@@ -24,7 +24,7 @@ class Turns:
     def __init__(self, name: str) -> None:
         self._thread = ThreadPoolExecutor(1, name)
         self._waiting: dict[str, deque[tuple[asyncio.Future[None], int]]] = {}
-        # The cost that each client has used; a newcomer starts with the least that any client has.
+        # The cost that each client has used. A new client starts with the least of these.
         self._given: dict[str, int] = {}
         self._least = 0
         self._is_taken = False
@@ -33,7 +33,7 @@ class Turns:
         """Run ``work`` in the thread when it is the caller's turn, and return its result.
 
         Args:
-            cost: how much work it is, in any unit that is the same for all.
+            cost: the amount of work, in any unit that is the same for all callers.
         """
         if self._is_taken:
             turn = asyncio.get_running_loop().create_future()
@@ -59,7 +59,7 @@ class Turns:
             turn, cost = waiting.popleft()
             if not waiting:
                 del self._waiting[caller]
-            if not turn.done():  # else its client has gone
+            if not turn.done():  # otherwise its client has left
                 self._charge(caller, cost)
                 turn.set_result(None)
                 return

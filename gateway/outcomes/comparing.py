@@ -1,8 +1,8 @@
-"""Compare the arms of an experiment by an outcome, generation by generation, and combine what they say. Pure.
+"""Compare the arms of an experiment by an outcome within each generation, and combine the differences. Pure.
 
-Generations have other weights at other times. Adding up their units would compare weeks rather than arms (Simpson's
-paradox), so each is compared within itself, and the differences are weighted by their precision. A unit in several
-generations is one unit: its contributions are added up before the variance is taken.
+Generations have different weights at different times. Adding up their units would compare weeks rather than arms
+(Simpson's paradox), so the arms are compared within each generation, and the differences are weighted by their
+precision. A unit in several generations is one unit: its contributions are added up before the variance is taken.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from gateway.experiments.sequence import LEAST_UNITS, Difference, Values, around
 from gateway.outcomes.joining import Branch, Exposures, Joined, Numbers
 from gateway.outcomes.values import LEAST_FOR_RATIO, ArmValues, Per, adjust, most_chances, values_of
 
-# The weight of a part is the inverse of its square, which is beyond a float for much smaller ones.
+# The weight of a part is the inverse square of its spread, which overflows a float for much smaller spreads.
 _LEAST_SPREAD = 1e-100
 
 
@@ -38,7 +38,7 @@ class Comparison:
 
     Attributes:
         difference: ``None`` with too few units.
-        mismatch: the first generation's test that found one.
+        mismatch: the test of the first generation that has a sample ratio mismatch.
     """
 
     difference: Difference | None
@@ -50,10 +50,10 @@ class Comparison:
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """What one generation contributes.
+    """The contribution of one generation.
 
     Attributes:
-        zeta: one number of each unit, whose mean is the estimate.
+        zeta: one number for each unit; their mean is the estimate.
         spread: their standard deviation.
     """
 
@@ -66,8 +66,8 @@ def compare(joined: Joined, control: Branch, arm: Branch, per: Per, alpha: float
     """Compare an arm with the control.
 
     Args:
-        control: as the registry has it now: generations in which it was another model or task are left out.
-        alpha: how often the interval may miss at any look.
+        control: the control as the registry has it now; generations in which it had another model or task are left out.
+        alpha: the probability with which the interval may miss at any look.
     """
     parts: list[_Part] = []
     num_units, uses_before = 0, False
@@ -93,7 +93,7 @@ def compare(joined: Joined, control: Branch, arm: Branch, per: Per, alpha: float
 
 
 def describe(joined: Joined, arm: Branch, per: Per, alpha: float) -> ArmOutcome:
-    """Describe one arm, with its generations weighted by the units that all their arms have."""
+    """Describe one arm, with each generation weighted by the number of units in all of its arms."""
     branches, branch = joined.exposures.branches, joined.exposures.branch
     most = most_chances(joined)
     num_units, num_with, parts, weights = 0, 0, [], []
@@ -123,7 +123,7 @@ def _pairs(branches: Sequence[Branch], control: Branch, arm: Branch) -> Iterator
 
 
 def _is_same(branch: Branch, arm: Branch) -> bool:
-    """Return whether a branch is that of an arm: the same name for the same model and task."""
+    """Return whether a branch belongs to an arm: they have the same name, model and task."""
     return (branch.arm, branch.model, branch.task) == (arm.arm, arm.model, arm.task)
 
 
@@ -155,7 +155,7 @@ def _combine(parts: Sequence[_Part], weights: Sequence[float], alpha: float) -> 
 
 
 def _ratio(exposures: Exposures, generation: str) -> SampleRatio:
-    """Test whether the units of a generation were split as its weights say, at any time of it."""
+    """Test whether the units of a generation were split as its weights say, at any time during it."""
     indices = [index for index, branch in enumerate(exposures.branches) if branch.generation == generation]
     arms = exposures.branch[np.isin(exposures.branch, indices)]
     counts = [

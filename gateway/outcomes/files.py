@@ -1,4 +1,4 @@
-"""Exposures and outcomes from files, those of several replicas together."""
+"""Read exposures and outcomes from the files of several replicas."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ _MAGIC = b"SQLite format 3\0"
 
 
 def is_store(path: Path) -> bool:
-    """Return whether a file is one of SQLite, rather than an exposure log or a CSV file.
+    """Return whether a file is an SQLite database, rather than an exposure log or a CSV file.
 
     Raises:
-        StartError: it cannot be read.
+        StartError: the file cannot be read.
     """
     try:
         with open_regular(path) as file:

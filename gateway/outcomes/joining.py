@@ -1,4 +1,4 @@
-"""Join outcomes with exposures: each outcome belongs to the arm in which its unit was when it happened. Pure."""
+"""Join outcomes with exposures: each outcome belongs to the arm that its unit was in at the time. Pure."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class Branch:
     """One arm under one set of weights.
 
     Attributes:
-        task: ``None`` where the arm fixes none.
-        share: the share of all units that the weights give to it.
+        task: ``None`` if the arm sets no task.
+        share: the share of all units that the weights give to the arm.
     """
 
     generation: str
@@ -32,12 +32,12 @@ class Branch:
 
 @dataclass(frozen=True, slots=True)
 class Exposures:
-    """Units in branches, in the order in which they came, ``(n,)`` each.
+    """Units in branches, in order of arrival, ``(n,)`` each.
 
     Attributes:
-        unit: its hash, as a signed number of 64 bits.
+        unit: hash of the unit, as a signed 64-bit number.
         branch: index in ``branches``.
-        time: of the first request, in seconds since the epoch.
+        time: time of the first request, in seconds since the epoch.
     """
 
     branches: Sequence[Branch]
@@ -51,9 +51,9 @@ class Outcomes:
     """The outcomes of one name, ``(n,)`` each.
 
     Attributes:
-        of: how many chances there were; 1 where none are given.
-        time: when it happened, in seconds since the epoch.
-        is_before: it is of the time before the unit came into the experiment.
+        of: number of chances; 1 if not given.
+        time: time of the outcome, in seconds since the epoch.
+        is_before: whether the outcome is from before the unit entered the experiment.
     """
 
     unit: Numbers
@@ -69,9 +69,9 @@ class Joined:
 
     Attributes:
         value: 0 for a unit without outcomes.
-        before: what the unit had before it came into the experiment, in all; NaN where that is not known.
-        before_of: the chances that it had.
-        num_unmatched: outcomes of units that were in no arm when it happened.
+        before: the unit's total from before it entered the experiment; NaN if unknown.
+        before_of: the unit's chances in that time; NaN if unknown.
+        num_unmatched: number of outcomes whose unit was in no arm at the time.
     """
 
     exposures: Exposures
@@ -83,12 +83,12 @@ class Joined:
 
 
 def signed(unit: str) -> int:
-    """Return a unit's hash of 16 hex digits as a signed number, as SQLite stores them."""
+    """Return a unit's hash of 16 hex digits as a signed number, as SQLite stores it."""
     return int.from_bytes(bytes.fromhex(unit), signed=True)
 
 
 def join(exposures: Exposures, outcomes: Outcomes) -> Joined:
-    """Sum up the outcomes of each exposure: those from its time on, until the unit comes into another branch."""
+    """Sum up the outcomes of each exposure: those from its time on, until the unit enters another branch."""
     num = len(exposures.unit)
     after = ~outcomes.is_before
     owner = _owners(exposures, outcomes.unit[after], outcomes.time[after])
@@ -102,7 +102,7 @@ def join(exposures: Exposures, outcomes: Outcomes) -> Joined:
 
 
 def _owners(exposures: Exposures, unit: Numbers, time: Values) -> Numbers:
-    """Return for each outcome the index of the last exposure of its unit until then; -1 without one."""
+    """Return, for each outcome, the index of its unit's last exposure up to that time; -1 without an exposure."""
     num = len(exposures.unit)
     units, times = np.concatenate([exposures.unit, unit]), np.concatenate([exposures.time, time])
     is_outcome = np.arange(len(units)) >= num
@@ -116,7 +116,7 @@ def _owners(exposures: Exposures, unit: Numbers, time: Values) -> Numbers:
 
 
 def _before(exposures: Exposures, outcomes: Outcomes, numbers: Values) -> Values:
-    """Return the sum of the numbers that each exposed unit had before."""
+    """Return the sum of each exposed unit's numbers from before the experiment; NaN for a unit without such numbers."""
     units, place = np.unique(outcomes.unit[outcomes.is_before], return_inverse=True)
     if not len(units):
         return np.full(len(exposures.unit), np.nan)

@@ -1,4 +1,4 @@
-"""Keeps exposures and outcomes while requests are answered: everything that waits for the disk runs in a thread."""
+"""Keep exposures and outcomes while requests are answered; all work that waits for the disk runs in a thread."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ from gateway.telemetry import metrics
 log = structlog.get_logger(__name__)
 T = TypeVar("T")
 
-# About 30 MB. If the file cannot be written for longer than this lasts, further exposures are lost.
+# About 30 MB. When this many exposures wait for a file that cannot be written, further exposures are lost.
 _MAX_WAITING = 100_000
 _SECONDS_BETWEEN_WARNINGS = 60.0
 _PATIENCE_S = 30.0
 _MAX_AGE_S = 10.0
-# A report that took a hundredth of this time is computed again: those of few units are never old.
+# A report is renewed after this many times the time it took to compute, so reports of few units are never old.
 _AGE_PER_COMPUTING = 100
 _MAX_READ_AT_ONCE = 20_000
 _MAX_REPORTS = 20
@@ -45,7 +45,7 @@ class Keeper:
     """One file of experiments, for one process.
 
     Args:
-        folder: where ``experiments.sqlite3`` is, or will be.
+        folder: the folder in which ``experiments.sqlite3`` is, or will be created.
         experiments: returns the experiments that are served now.
 
     Raises:
@@ -56,20 +56,21 @@ class Keeper:
         self._store = Store(folder / FILE_NAME, max_bytes)
         self._experiments = experiments
         self._thread = ThreadPoolExecutor(1, "outcomes")
-        # Not those that the rest of the gateway shares: a disk that hangs would take one of them for each report.
+        # Not the threads that the rest of the gateway shares: with a disk that hangs, each report would block one.
         self._reading = ThreadPoolExecutor(1, "outcomes-read")
         self._waiting: deque[Exposure] = deque()
         self._writing: Future[None] | None = None
         self._declared: set[str] = set()
         self._warned_at = -_SECONDS_BETWEEN_WARNINGS
-        # The last report of each experiment, when it was computed, and what it was computed from.
+        # The last report of each experiment, with the time at which to renew it and the state that it was computed
+        # from.
         self._reports: dict[str, tuple[float, tuple[object, ...], OutcomesReport]] = {}
         self._computing = threading.Lock()
         self._num_read = 0
         self._declare()
 
     def read_log(self) -> list[Exposure]:
-        """Return some of the exposures that were added since the last call, by this process or another; none at the end.
+        """Return some of the exposures added since the last call, by this or another process; an empty list at the end.
 
         Raises:
             StartError: the file cannot be read.
@@ -77,7 +78,7 @@ class Keeper:
         with Reader(self._store.path) as reader:
             try:
                 found = list(islice(reader.log(self._num_read), _MAX_READ_AT_ONCE))
-            except sqlite3.Error as error:  # it is damaged further on
+            except sqlite3.Error as error:  # the file is damaged further on
                 raise StartError(
                     f"{self._store.path} cannot be read: {error}; move it away to begin a new one"
                 ) from error
@@ -85,7 +86,7 @@ class Keeper:
         return [exposure for _number, exposure in found]
 
     async def read_new(self) -> list[Exposure]:
-        """Do what :meth:`read_log` does, in a thread.
+        """Run :meth:`read_log` in a thread.
 
         Raises:
             OutcomesUnavailable: the file cannot be read now.
@@ -96,7 +97,7 @@ class Keeper:
             raise _unreadable() from error
 
     def offer(self, exposure: Exposure) -> None:
-        """Keep an exposure soon. Never waits: if the disk cannot keep up, the exposure is lost and counted."""
+        """Queue an exposure to be kept. Never waits: if the disk cannot keep up, the exposure is lost and counted."""
         if len(self._waiting) >= _MAX_WAITING:
             metrics.DROPPED_EXPOSURES.inc()
         else:
@@ -149,8 +150,8 @@ class Keeper:
         return await asyncio.get_running_loop().run_in_executor(self._reading, work)
 
     def close(self) -> None:
-        """Write what waits, and close the file."""
-        self._reading.shutdown(cancel_futures=True)  # first: a report writes what it decides
+        """Write the waiting exposures, and close the file."""
+        self._reading.shutdown(cancel_futures=True)  # first, because a report writes its decisions
         self._thread.submit(self._write_waiting).result()
         self._thread.shutdown()
         self._store.close()
@@ -162,7 +163,7 @@ class Keeper:
         return self._store.keep(experiment, outcomes)
 
     def _write_waiting(self) -> None:
-        """Write the exposures that wait, those of one transaction together; the others remain if that fails."""
+        """Write the waiting exposures in transactions; if a transaction fails, the remaining exposures wait on."""
         while self._waiting:
             exposures = [self._waiting[i] for i in range(min(1_000, len(self._waiting)))]
             try:
@@ -178,7 +179,7 @@ class Keeper:
                 self._waiting.popleft()
 
     def _declare(self) -> None:
-        """Remember the arms that are served now, for exposures of them."""
+        """Store the arms that are served now, so that their exposures can be stored."""
         for experiment in self._experiments():
             generation = Split(experiment).generation
             if generation not in self._declared:

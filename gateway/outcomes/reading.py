@@ -1,4 +1,4 @@
-"""Outcomes as an application sends them, one by one: as objects of JSON, or as rows of a CSV file."""
+"""Read outcomes as an application sends them: as JSON objects, or as rows of a CSV file."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from gateway.outcomes.store import NewOutcome
 
 MAX_UNIT_BYTES = 1_024
 _MOST = 1e12
-# A value divided by less than this, squared twice, is beyond a float.
+# A value divided by a smaller number and squared twice would overflow a float.
 _LEAST_CHANCES = 1e-6
 _NAMES = f"^{OUTCOME_NAME.pattern}$"
 _COLUMNS = ("unit", "value", "name", "of", "id", "before", "time")
-# What each field must be. The message shows no unit and no id, which may identify a person.
+# The rule for each field. Messages show no unit and no id, which may identify a person.
 _MUST_BE = {
     "unit": f"must be the unit as requests send it, a text of 1 to {MAX_UNIT_BYTES:,} bytes",
     "name": "must have 1 to 64 letters, digits and `.`, `_`, `-`",
@@ -77,16 +77,16 @@ class PostedOutcome(BaseModel):
 def read_outcome(
     row: object, split: Split, primary: str | None, now: float, *, is_text: bool = False
 ) -> NewOutcome | None:
-    """Read one outcome; ``None`` if the experiment excludes its unit.
+    """Read one outcome; return ``None`` if the experiment excludes its unit.
 
     Args:
         row: see :class:`PostedOutcome`.
-        primary: the name of an outcome without one.
-        now: when it happened, in seconds since the epoch.
+        primary: the name for an outcome that has no name.
+        now: the time of the outcome, in seconds since the epoch.
         is_text: all values are texts, as in a CSV file.
 
     Raises:
-        WrongOutcome: it is not one.
+        WrongOutcome: a field is missing or not accepted.
     """
     if not isinstance(row, Mapping):
         raise WrongOutcome("", f"must be an object with unit, value and id, got {_kind(row)}")
@@ -118,14 +118,14 @@ def read_outcome(
 
 
 def _kind(value: object) -> str:
-    """Describe a value. A text may be a person's, so it is introduced in the words after which no log line goes on."""
+    """Describe a value. A text may be personal, so it comes after words at which log lines are cut."""
     return f"the string {value[:40]!r}" if isinstance(value, str) else describe(value)
 
 
 def read_csv(path: Path, split: Split, primary: str | None) -> Iterator[NewOutcome]:
     """Read outcomes from a CSV file whose header names ``unit`` and ``value``, and maybe the other columns.
 
-    Rows without an ``id`` are all different. Those without a ``time`` happened after all exposures.
+    Rows without an ``id`` all count as different outcomes. Rows without a ``time`` count as later than all exposures.
 
     Raises:
         StartError: the file cannot be read, or a row is wrong.

@@ -1,6 +1,7 @@
-"""Exposures and outcomes in a file of SQLite, written by one thread, and read by others meanwhile.
+"""Store exposures and outcomes in an SQLite file, written by one thread and read by others at the same time.
 
-Several processes on one machine may share the file; WAL needs the same machine. What has been confirmed survives a crash.
+Several processes on one machine may share the file; WAL does not work across machines. Confirmed writes survive a
+crash.
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ from gateway.outcomes.joining import Branch, Exposures, Outcomes, signed
 
 FILE_NAME = "experiments.sqlite3"
 MAX_PER_UNIT = 1_000
-"""Outcomes of one name and unit that are kept: a client that repeats itself must not decide anything, nor fill the disk."""
+"""The most outcomes kept per name and unit: a client that repeats itself must not sway results or fill the disk."""
 
 MAX_UNKNOWN = 100_000
-"""Outcomes of units without an exposure in this file that are kept: the exposure may be in that of another replica."""
+"""The most outcomes kept of units without an exposure here: another replica's file may have the exposure."""
 
 MAX_NAMES = 20
-"""Different names of outcomes of an experiment."""
+"""The most different names of outcomes of an experiment."""
 
 _BUSY_S = 5.0
 _PAGE_BYTES = 4096
@@ -53,7 +54,7 @@ CREATE TABLE IF NOT EXISTS decisions (
 
 
 class StoreFull(Exception):
-    """The file has the size that it may have, or the disk is full."""
+    """The file has reached its maximum size, or the disk is full."""
 
 
 class StoreBusy(Exception):
@@ -65,8 +66,8 @@ class NewOutcome:
     """One outcome to be kept.
 
     Attributes:
-        key: identifies it: a second one with the same key is the same, sent again.
-        unit: hashed, as a signed number of 64 bits.
+        key: identifies the outcome; a second outcome with the same key is the same outcome, sent again.
+        unit: the hashed unit, as a signed 64-bit number.
     """
 
     name: str
@@ -80,7 +81,7 @@ class NewOutcome:
 
 @dataclass(slots=True)
 class Kept:
-    """What became of some outcomes, in numbers."""
+    """The number of outcomes that were stored, and of those that were not, by reason."""
 
     stored: int = 0
     repeated: int = 0
@@ -91,20 +92,20 @@ class Kept:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """The verdict of the first look that decided."""
+    """The verdict of the first look that reached a decision."""
 
     verdict: str
     time: str
 
 
 class Store:
-    """One file. Every method waits for the disk: call them outside of the event loop.
+    """One file of experiments. Every method waits for the disk, so call it outside the event loop.
 
     Args:
-        max_bytes: the size that the file may have.
+        max_bytes: the maximum size of the file.
 
     Raises:
-        StartError: it cannot be opened, or is not such a file.
+        StartError: the file cannot be opened, or is not a file of experiments.
     """
 
     def __init__(self, path: Path, max_bytes: int) -> None:
@@ -140,13 +141,13 @@ class Store:
                 if self._db.in_transaction:
                     self._db.execute("ROLLBACK")
                 raise
-        except sqlite3.Error as error:  # of all kinds: a damaged file is another one than a locked file
+        except sqlite3.Error as error:  # of all kinds: a damaged file and a locked file raise different classes
             if getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_FULL:
                 raise StoreFull(str(error)) from error
             raise StoreBusy(str(error)) from error
 
     def declare(self, experiment: str, branches: Iterable[Branch]) -> None:
-        """Remember the arms of an experiment under a set of weights.
+        """Store the arms of an experiment under a set of weights.
 
         Raises:
             StoreFull, StoreBusy: they could not be written.
@@ -159,7 +160,7 @@ class Store:
             )
 
     def expose(self, exposures: Sequence[tuple[Exposure, float]]) -> None:
-        """Keep exposures, with their times in seconds since the epoch; those of arms that were not declared are left out.
+        """Store exposures with their times, in seconds since the epoch. Exposures of undeclared arms are left out.
 
         Raises:
             StoreFull, StoreBusy: none could be written.
@@ -177,7 +178,7 @@ class Store:
             )
 
     def keep(self, experiment: str, outcomes: Sequence[NewOutcome]) -> Kept:
-        """Keep outcomes, all of them or none.
+        """Store outcomes in one transaction.
 
         Raises:
             StoreFull, StoreBusy: they could not be written.
@@ -228,7 +229,7 @@ class Store:
         return known
 
     def decide(self, experiment: str, question: str, arm: str, decision: Decision) -> None:
-        """Remember the verdict of a look that decided, unless an earlier one did.
+        """Store the verdict of a look that reached a decision, unless an earlier look did.
 
         Args:
             question: identifies the outcome, its definition and the arms.
@@ -250,7 +251,7 @@ class Reader:
     """Reads a file of experiments.
 
     Raises:
-        StartError: it cannot be opened, or is not such a file.
+        StartError: the file cannot be opened, or is not a file of experiments.
     """
 
     def __init__(self, path: Path) -> None:
@@ -279,7 +280,7 @@ class Reader:
         return row
 
     def exposures(self, experiment: str) -> Exposures:
-        """Return the units of an experiment under all of its weights, in the order in which they came."""
+        """Return the units of an experiment under all of its weights, in order of arrival."""
         rows = self._db.execute(
             "SELECT id, generation, arm, model, task, share FROM branches WHERE experiment = ? ORDER BY id",
             (experiment,),
@@ -298,7 +299,7 @@ class Reader:
         return [name for (name,) in self._db.execute(query, (experiment,))]
 
     def outcomes(self, experiment: str, name: str) -> tuple[Outcomes, list[bytes]]:
-        """Return the outcomes of one name, and their keys, which tell those that several replicas have."""
+        """Return the outcomes of one name, and their keys, which identify outcomes that several replicas have."""
         query = (
             "SELECT unit, value, of, time, is_before, key FROM outcomes "
             "WHERE name = (SELECT id FROM names WHERE experiment = ? AND name = ?) ORDER BY id"
@@ -311,7 +312,7 @@ class Reader:
         """Yield the exposures of all experiments as the exposure log writes them, each with its number.
 
         Args:
-            after: the number of the last one that is known already.
+            after: the number of the last exposure that is already known.
         """
         rows = self._db.execute(
             "SELECT exposures.id, time, experiment, generation, arm, unit, exposures.model, space, share, source, answered "

@@ -13,11 +13,11 @@ from gateway.outcomes.joining import Flags, Joined, Numbers
 Per: TypeAlias = Literal["unit", "mean", "ratio"]
 
 LEAST_FOR_RATIO = 200
-"""Units of each arm, for a ratio of sums: its linear form needs more than a mean does."""
+"""The fewest units of each arm for a ratio of sums, whose linear form needs more units than a mean."""
 
 _LEAST_FOR_SLOPE = 100
 
-# Chances beyond this quantile count as so many: one heavy user would decide a ratio of sums.
+# Chances beyond this quantile are scaled down to it, or one heavy user would decide a ratio of sums.
 _MOST_CHANCES = 0.99
 
 
@@ -27,7 +27,7 @@ class ArmValues:
 
     Attributes:
         value: its mean is the arm's outcome.
-        before: of the same kind, from before the experiment; NaN where that is not known.
+        before: the value from before the experiment, of the same kind; NaN if unknown.
     """
 
     unit: Numbers
@@ -39,7 +39,7 @@ def values_of(joined: Joined, is_in: Flags, per: Per, most_chances: float) -> Ar
     """Return the values of some exposures.
 
     Args:
-        is_in: which exposures.
+        is_in: flags of the exposures to use.
         most_chances: see :func:`most_chances`; for ``ratio``.
     """
     unit, value, of = joined.exposures.unit[is_in], joined.value[is_in], joined.of[is_in]
@@ -60,15 +60,16 @@ def values_of(joined: Joined, is_in: Flags, per: Per, most_chances: float) -> Ar
 
 
 def most_chances(joined: Joined) -> float:
-    """Return the chances beyond which a unit's values and chances are scaled down, in all arms alike."""
+    """Return the number of chances beyond which a unit's values and chances are scaled down, in all arms alike."""
     of = joined.of[joined.of > 0]
     return float(np.quantile(of, _MOST_CHANCES)) if len(of) else 1.0
 
 
 def adjust(control: ArmValues, new: ArmValues) -> tuple[ArmValues, ArmValues, bool]:
-    """Return the values, corrected by those from before the experiment, and whether any were known.
+    """Return the values corrected by those from before the experiment, and whether enough of those were known.
 
-    CUPED (Deng, Xu, Kohavi & Walker 2013), with the slope within the arms. A unit without a value from before has the mean.
+    This is CUPED (Deng, Xu, Kohavi & Walker 2013), with the slope within the arms. A unit without a value from before
+    gets the mean of these values.
     """
     before = np.concatenate([control.before, new.before])
     is_known = ~np.isnan(before)
@@ -88,7 +89,7 @@ def adjust(control: ArmValues, new: ArmValues) -> tuple[ArmValues, ArmValues, bo
 
 
 def _deviations(arm: ArmValues) -> tuple[float, float]:
-    """Return the sums of products and of squares around an arm's means, of the units that have both values."""
+    """Return an arm's sums of products and of squares around the means, over the units with both values."""
     is_known = ~np.isnan(arm.before)
     if not is_known.any():
         return 0.0, 0.0

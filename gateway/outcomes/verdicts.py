@@ -1,4 +1,4 @@
-"""From exposures and outcomes to a report with verdicts. Pure."""
+"""Turn exposures and outcomes into a report with verdicts. Pure."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ _VERDICTS: tuple[_Verdict, ...] = get_args(_Verdict)
 Decisions = Callable[[str], Mapping[str, Decision]]
 """Returns the earlier decision about each arm, for a question."""
 
-_LEAST_SECONDS = 60.0  # of a younger experiment, no rate is known
+_LEAST_SECONDS = 60.0  # in a younger experiment, the rate is unknown
 _MOST_SECONDS = 100 * 365 * 86_400.0
 
 
 @dataclass(frozen=True, slots=True)
 class Reported:
-    """A report, and what it decided.
+    """A report, and its new decisions.
 
     Attributes:
-        decided: the arm and its verdict, by question, of each that no earlier look decided.
+        decided: the decisions of this look, by question and arm, without those of earlier looks.
     """
 
     report: OutcomesReport
@@ -59,7 +59,7 @@ def report_outcomes(
     Args:
         outcomes: by name.
         now: in seconds since the epoch.
-        earlier: the decisions of earlier looks, which stay.
+        earlier: the decisions of earlier looks, which remain valid.
         mismatch: why no verdict can be given, if the split is known to be wrong.
     """
     reports, decided = [], {}
@@ -83,7 +83,7 @@ _NONE = Outcomes(np.empty(0, np.int64), np.empty(0), np.empty(0), np.empty(0), n
 
 
 def _question(experiment: Experiment, outcome: Outcome) -> str:
-    """Return a text that identifies the question: another definition of the outcome, salt or control is another one."""
+    """Return a text that identifies the question; another salt, arm, or definition of the outcome changes it."""
     control = experiment.control
     parts = [experiment.salt or experiment.id, outcome.model_dump(), control.label, control.model, control.task]
     arms = [[arm.label, arm.model, arm.task] for arm in experiment.arms[1:]]
@@ -173,7 +173,7 @@ class _Look:
         return _judge(found.difference, self.declared)
 
     def _look_again(self, arm: Arm, num_units: int, num_needed: int | None) -> str | None:
-        """Return when as many units as are needed will have come, if they come as until now."""
+        """Return when the needed number of units will have arrived, at the rate so far."""
         exposures = self.joined.exposures
         labels = [arm.label, self.experiment.control.label]
         mine = [index for index, branch in enumerate(exposures.branches) if branch.arm in labels]

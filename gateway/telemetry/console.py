@@ -17,8 +17,8 @@ _LEVEL_COLORS = {"warning": _YELLOW, "error": _RED, "critical": _RED}
 _OMITTED = frozenset({"event", "level", "logger", "timestamp", "exc_info", "exception", "stack"})
 # A line or two of a terminal; the JSON format has more of the message.
 _MAX_REASON: Final = 160
-# What happens while the gateway starts and stops, in words; all other events have their name and values. An event without
-# the values of its sentence is shown like those.
+# Sentences for the events while the gateway starts and stops. All other events show their name and values, as does an
+# event that lacks the values of its sentence.
 _SENTENCES: Final[Mapping[str, str]] = {
     "listening": "listening on {url}",
     "operator_port": "operator's port at {url}",
@@ -36,7 +36,7 @@ _SENTENCES: Final[Mapping[str, str]] = {
 
 
 def is_colored(stream: TextIO) -> bool:
-    """Return whether a stream gets colors: if it is a terminal and ``NO_COLOR`` is not set (https://no-color.org)."""
+    """Return whether a stream gets colors: it is a terminal and ``NO_COLOR`` is not set (https://no-color.org)."""
     return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
@@ -82,7 +82,7 @@ class ConsoleRenderer:
 
 
 def _sentence(event: Mapping[str, object]) -> str | None:
-    """Return an event in words, if there are words for it and it has their values."""
+    """Return an event as a sentence, if there is a sentence for it and the event has its values."""
     template = _SENTENCES.get(str(event.get("event")))
     values = {key: _lines(value) if key == "reason" else _plain(value) for key, value in event.items()}
     try:
@@ -123,7 +123,7 @@ def _escaped(character: str) -> str:
 
 
 def _lines(value: object) -> str:
-    """Return a value; several lines (such as the problems of a file) are put below each other."""
+    """Return a value; if it has several lines, such as the problems of a file, start each on a line below."""
     lines = [_plain(line) for line in str(value).split("\n")]
     return lines[0] if len(lines) == 1 else "".join(f"\n  {line}" for line in lines)
 

@@ -37,14 +37,14 @@ _QUIET = (
     "uvicorn.error",
 )
 
-# Values that are not JSON's own are written as `json` would: by `default`.
+# Values of types that JSON lacks are written by `default`, as `json` would write them.
 _AS_STRINGS: Final = orjson.OPT_PASSTHROUGH_DATACLASS | orjson.OPT_PASSTHROUGH_DATETIME
 MAX_QUEUED_BYTES: Final = 8 * 1024 * 1024
 _WRITE_BYTES: Final = 64 * 1024
-# How long the process waits for the last lines to be written when it ends.
+# Seconds that the process waits, when it ends, for the last lines to be written.
 _FLUSH_S: Final = 2.0
-# Lines are gathered for so long before they are written: to wake the thread for each request costs more than its line, since
-# two threads then take the interpreter from each other. A warning is written immediately.
+# Seconds for which lines are gathered before they are written. Waking the thread for each request costs more than the
+# line itself, since the two threads then compete for the interpreter. A warning is written immediately.
 _GATHER_S: Final = 0.01
 
 
@@ -68,7 +68,7 @@ def configure_logs(level: str, style: str) -> None:
         else [format_exception, structlog.processors.JSONRenderer(_as_json)]
     )
     handler = QueuedHandler(sys.stderr, MAX_QUEUED_BYTES)
-    # Not through `logging`, which takes three times as long, and this is for each request.
+    # Not through `logging`, which takes three times as long: this runs for each request.
     structlog.configure(
         processors=[*shared, *rendering],
         logger_factory=lambda name="gateway": _Lines(handler, name),
@@ -95,7 +95,7 @@ def configure_logs(level: str, style: str) -> None:
 
 
 def _as_json(event: EventDict, default: Callable[[object], object]) -> str:
-    """Return an event as JSON in ASCII, so that no character of a client's moves a terminal's cursor."""
+    """Return an event as JSON in ASCII, so that no character from a client moves a terminal's cursor."""
     try:
         line = orjson.dumps(event, default, _AS_STRINGS)
     except TypeError:  # a number of more than 64 bits, a lone surrogate, a key that is not a string
@@ -104,10 +104,10 @@ def _as_json(event: EventDict, default: Callable[[object], object]) -> str:
 
 
 class _Lines:
-    """What structlog gives its lines to.
+    """Takes the lines that structlog renders.
 
     Attributes:
-        name: of the module that logs.
+        name: name of the module that logs.
     """
 
     def __init__(self, handler: QueuedHandler, name: str) -> None:
@@ -127,10 +127,10 @@ class _Lines:
 
 
 def keep_locals_out() -> None:
-    """Have structlog print tracebacks without the values of variables, in a program that has not configured it.
+    """Make structlog print tracebacks without the values of variables, in a program that has not configured it.
 
-    Its defaults show them all if Rich is installed, which holds the event loop for seconds and prints texts and keys. A
-    program that makes the application itself, such as one under another server, has these defaults.
+    If Rich is installed, structlog's defaults show all values, which holds the event loop for seconds and prints texts
+    and keys. A program that creates the application itself, for example under another server, has these defaults.
     """
     if structlog.is_configured():
         return

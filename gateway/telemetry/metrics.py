@@ -17,7 +17,7 @@ from prometheus_client.process_collector import ProcessCollector
 
 from gateway import __version__
 
-# The time at which each series was made is a further series, which no rule and no dashboard asks for.
+# Without this, each series has a second one with its creation time, which no rule and no dashboard uses.
 disable_created_metrics()  # type: ignore[no-untyped-call]
 REGISTRY = CollectorRegistry()
 ProcessCollector(registry=REGISTRY)
@@ -362,7 +362,7 @@ def _forget(**labels: str) -> None:
 
 
 def refresh() -> None:
-    """Set the metrics that are read only when they are asked for."""
+    """Update the metrics whose values are read only on demand."""
     for reader in _scrape_readers:
         reader()
 

@@ -1,4 +1,4 @@
-"""Put the metrics of several processes into one page, each with a label that says whose it is."""
+"""Merge the metrics of several processes into one page, each with a label that names its replica."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class _Family:
 def merge(pages: Mapping[str, str]) -> str:
     """Return the metrics of all replicas as one page in Prometheus' text format.
 
-    Lines are changed as text: to parse and write a hundred pages of a thousand lines each would take seconds.
+    Lines are edited as text, because parsing and writing a hundred pages of a thousand lines each would take seconds.
 
     Args:
-        pages: by replica, what :func:`gateway.telemetry.metrics.render` returned there.
+        pages: the result of :func:`gateway.telemetry.metrics.render` in each replica, by replica.
     """
     families: dict[str, _Family] = {}
     for replica, page in pages.items():

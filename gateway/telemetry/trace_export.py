@@ -1,4 +1,4 @@
-"""Export of spans: to a tracer that is already set, or to an OTLP receiver by the standard ``OTEL_*`` variables.
+"""Export spans to a tracer that is already set, or to an OTLP receiver by the standard ``OTEL_*`` variables.
 
 The SDK reads the variables itself; ``config/otel`` checks them first. The SDK is imported only if it is needed.
 """
@@ -39,7 +39,7 @@ class TraceSettings:
 
     Attributes:
         exporters: ``otlp``, ``console`` or both; empty if traces are off.
-        protocol: of ``otlp``: ``http/protobuf`` or ``grpc``.
+        protocol: the protocol of ``otlp``: ``http/protobuf`` or ``grpc``.
     """
 
     exporters: tuple[str, ...]
@@ -48,7 +48,7 @@ class TraceSettings:
 
 @contextmanager
 def sending(settings: TraceSettings) -> Iterator[None]:
-    """Create and send spans, if traces are on, until the context ends; the last ones get a few seconds to arrive.
+    """Create and send spans, if traces are on, until the context ends; the last spans get a few seconds to arrive.
 
     Raises:
         StartError: a package is missing, or the SDK rejects its settings.
@@ -72,7 +72,7 @@ def sending(settings: TraceSettings) -> Iterator[None]:
 
 
 def _flush(provider: TracerProvider) -> None:
-    """Send the remaining spans, and stop. In a thread: the SDK has no timeout here, and retries for half a minute."""
+    """Send the remaining spans, and stop; in a thread, as the SDK has no timeout here and retries for half a minute."""
     flushing = threading.Thread(target=provider.shutdown, name="flush-traces", daemon=True)
     flushing.start()
     flushing.join(_FLUSH_S)

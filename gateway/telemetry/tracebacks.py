@@ -1,7 +1,7 @@
 """Tracebacks for the log: no values of variables, which may be texts or keys, and a bounded number of frames.
 
-They are formatted on the event loop, where the exception happened. What would show the values of variables, as the renderer
-that structlog has by default does, calls ``repr`` on every one of them: with a batch of texts, for more than ten seconds.
+They are formatted on the event loop, where the exception happened. structlog's default renderer shows the values of
+variables, so it calls ``repr`` on every one of them; with a batch of texts, that takes more than ten seconds.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from structlog.typing import EventDict, ExcInfo, WrappedLogger
 
 _FIRST_FRAMES: Final = 5
 _LAST_FRAMES: Final = 25
-# Exceptions of a chain or a group that are shown.
+# The most exceptions of a chain or a group that are shown.
 _MAX_EXCEPTIONS: Final = 6
 _MAX_MESSAGE: Final = 2_000
 _MAX_LINE: Final = 300
@@ -26,7 +26,7 @@ _CONTEXT = "During handling of the above exception, another exception occurred:"
 
 
 def format_traceback(error: BaseException) -> str:
-    """Return the traceback of an exception and of those that led to it, in some milliseconds, without a final line break."""
+    """Return the traceback of an exception and its causes, within milliseconds and without a final line break."""
     shown: list[tuple[BaseException, str]] = []
     link: str = ""
     current: BaseException | None = error
@@ -59,7 +59,7 @@ def exception_of(event: EventDict) -> BaseException | None:
 
 
 def format_exception(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
-    """Put the traceback of an event in ``exception``: a processor of structlog."""
+    """Put the traceback of an event in ``exception``; structlog calls this as a processor."""
     error = exception_of(event)
     event.pop("exc_info", None)
     if error is not None:
@@ -68,12 +68,12 @@ def format_exception(_logger: WrappedLogger, _method: str, event: EventDict) -> 
 
 
 def print_traceback(stream: TextIO, exc_info: ExcInfo) -> None:
-    """Write a traceback: a formatter for structlog's renderer for consoles."""
+    """Write a traceback; structlog's console renderer calls this as its formatter."""
     stream.write("\n" + format_traceback(exc_info[1]))
 
 
 def _lines_of(error: BaseException) -> Iterator[str]:
-    """Yield the lines of one exception, those of a group with its first parts."""
+    """Yield the lines of one exception; for a group, also those of its first parts."""
     if error.__traceback__ is not None:
         yield "Traceback (most recent call last):"
         yield from _frames(error.__traceback__)

@@ -59,7 +59,7 @@ class RequestSpan:
     """The span of an HTTP request.
 
     Attributes:
-        is_ours: the gateway opened it, not a tracer around the gateway such as ddtrace.
+        is_ours: whether the gateway opened the span, rather than a tracer around the gateway such as ddtrace.
     """
 
     span: Span
@@ -74,7 +74,7 @@ class RequestSpan:
         return {"trace_id": trace.format_trace_id(context.trace_id), "span_id": trace.format_span_id(context.span_id)}
 
     def describe(self, scope: Scope, status: int, error_code: str | None) -> None:
-        """Add the result. Call this before the answer is sent: ddtrace ends its span then.
+        """Add the result. Call this before the answer is sent, because ddtrace then ends its span.
 
         Args:
             scope: the scope of the request, after routing.
@@ -95,9 +95,9 @@ class RequestSpan:
 def request_span(
     scope: Scope, headers: Headers, request_id: str, *, untraced: Collection[str]
 ) -> AbstractContextManager[RequestSpan | None]:
-    """Return a context manager for the time of an HTTP request, which makes its span the current one.
+    """Return a context manager that makes the span of an HTTP request the current span.
 
-    The span's parent is the caller's, by the headers ``traceparent`` and ``tracestate``.
+    The span's parent is the caller's span, which the headers ``traceparent`` and ``tracestate`` name.
 
     Args:
         untraced: paths whose requests have no span.
@@ -191,7 +191,7 @@ class EmbeddingsSpan:
         Args:
             model: id of the model that answered.
             space: the space of the vectors; ``None`` for scores.
-            dimensions: of the dense vectors; ``None`` without dense vectors.
+            dimensions: dimensions of the dense vectors; ``None`` without dense vectors.
         """
         if not self.span.is_recording():
             return
@@ -221,7 +221,7 @@ def embeddings_span(
     arm: str | None = None,
     operation: str = semconv.EMBEDDINGS,
 ) -> AbstractContextManager[EmbeddingsSpan | None]:
-    """Return a context manager for the time of an embedding, which makes its span the current one.
+    """Return a context manager that makes the span of an embedding the current span.
 
     Args:
         model: the name in the request, as the registry writes it.
@@ -266,7 +266,7 @@ class Stage:
     Attributes:
         begun_ns: start of its span, in nanoseconds since 1970.
         ended_ns: end of its span.
-        seconds: its duration by :class:`~gateway.types.Timings`.
+        seconds: duration of the stage according to :class:`~gateway.types.Timings`.
     """
 
     name: str
@@ -278,8 +278,9 @@ class Stage:
 def stages(begun_ns: int, ended_ns: int, timings: Timings) -> list[Stage]:
     """Place the stages, of which only the durations are known, between the start and the end of an embedding.
 
-    They end with the embedding: before tokenizing, a request may have waited for a model that then failed. A duration that
-    an upstream reports may exceed the whole: each stage is cut at the ends of the whole.
+    The last stage ends with the embedding. The first may start later than the embedding, because the request may have
+    waited for a model that then failed. An upstream may report a duration that exceeds the whole embedding, so each
+    stage is cut at the start and the end of the embedding.
     """
     tokenize, queue, inference = (
         round(seconds * 1e9) for seconds in (timings.tokenize_s, timings.queue_s, timings.inference_s)
@@ -296,7 +297,7 @@ def stages(begun_ns: int, ended_ns: int, timings: Timings) -> list[Stage]:
 
 
 def _current(span: Span) -> AbstractContextManager[Span]:
-    """Make a span the current one, and end it. Do not record the message of an exception: it may quote a request."""
+    """Make a span the current span, and end it. Leave out the message of an exception, which may quote a request."""
     return trace.use_span(span, end_on_exit=True, record_exception=False, set_status_on_exception=False)
 
 
