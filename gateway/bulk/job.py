@@ -292,9 +292,7 @@ class _ErrorsFile:
                     start = file.read(len(_FIRST_BYTES))
                 if not _FIRST_BYTES.startswith(start):
                     raise BulkError(
-                        f"the file of errors {self._path} has other content, which would be lost: name another file "
-                        "file "
-                        "file"
+                        f"the file of errors {self._path} has other content, which would be lost: name another file"
                     )
                 self._size = min(size, self._path.stat().st_size)
                 os.truncate(self._path, self._size)

@@ -56,9 +56,7 @@ async def remote_embedder(
 async def _prepare(client: GatewayClient, asked: Asked) -> RemoteEmbedder:
     probe, task = await _probe(client, asked)
     if probe.is_experiment:
-        raise BulkError(
-            f"--model {asked.name} is an experiment, which uses several models: name one of those models models models"
-        )
+        raise BulkError(f"--model {asked.name} is an experiment, which uses several models: name one of those models")
     card = await client.card(probe.model)
     note = SpaceNote(
         space=probe.space,
