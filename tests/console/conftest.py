@@ -117,6 +117,7 @@ def check_everywhere(check_accessibility: Callable[[Page], None], picture_folder
     """Return a function that checks a page in both themes, narrow and wide, and takes its pictures."""
 
     def check(page: Page, name: str) -> None:
+        page.wait_for_load_state()  # a click before it may have left an empty document
         for width in (1280, 380):
             page.set_viewport_size({"width": width, "height": 900})
             assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
