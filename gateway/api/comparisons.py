@@ -11,7 +11,7 @@ from pydantic import BaseModel, Field
 from gateway.access.keyring import Keyring
 from gateway.api.admin import require_operator
 from gateway.api.endpoint import Endpoint
-from gateway.api.json_body import Flag, PositiveInteger, RequestBody, Texts
+from gateway.api.json_body import Flag, Number, PositiveInteger, RequestBody, Texts
 from gateway.api.wire import AnswerBody, request_body, responses
 from gateway.comparisons.jobs import Job, Jobs, Wanted
 from gateway.comparisons.runs import Results, Run, Runs
@@ -25,7 +25,7 @@ class ComparisonBody(RequestBody):
     arms: Texts = Field(title="a list of strings", description="As for `gateway compare`, the baseline first.")
     data: str = Field(title="a string", description="A folder in GATEWAY_RUNS_DIR/data.")
     max_documents: PositiveInteger | None = Field(None, title="a whole number from 1", description="A sample.")
-    margin: float | None = Field(None, ge=0, le=1, title="a number from 0 to 1", description="By default 0.01.")
+    margin: Number | None = Field(None, ge=0, le=1, title="a number from 0 to 1", description="By default 0.01.")
     cost: Flag = Field(True, title="true or false", description="Whether to measure latency and throughput.")
 
 

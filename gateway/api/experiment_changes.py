@@ -16,7 +16,7 @@ from pydantic import Field
 from gateway.api.admin import ReloadAnswer, reload_answer, require_operator
 from gateway.api.endpoint import Endpoint, add
 from gateway.api.experiments import find_experiment
-from gateway.api.json_body import RequestBody
+from gateway.api.json_body import Number, RequestBody
 from gateway.api.wire import AnswerBody, request_body, responses
 from gateway.config.editing import Change, edit_experiment
 from gateway.config.registry import Experiment
@@ -32,7 +32,7 @@ MAX_WEIGHT = 1_000_000.0
 class WeightsBody(RequestBody):
     """New weights."""
 
-    weights: dict[str, float] = Field(
+    weights: dict[str, Number] = Field(
         title="an object of numbers by arm", description="Weights by arm; arms that are left out keep theirs."
     )
 

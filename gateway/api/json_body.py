@@ -220,6 +220,7 @@ MAX_USER_CHARS = 1_000
 _MAX_NAME_CHARS = 10_000
 _FLAGS = {"true": True, "1": True, "false": False, "0": False}
 _WHOLE_NUMBER = re.compile(r"[+-]?\d{1,18}(\.0*)?", re.ASCII)
+_NUMBER = re.compile(r"[+-]?\d{1,15}(\.\d{0,15})?", re.ASCII)
 # The words of Cohere, NVIDIA, Jina and TEI. ``True`` does not say where a text is cut.
 _TRUNCATIONS = {
     True: None,
@@ -243,6 +244,10 @@ def whole_number(value: Json) -> Json:
     if isinstance(value, str) and _WHOLE_NUMBER.fullmatch(text := value.strip()):
         return int(text.partition(".")[0])
     return integral(value)
+
+
+def _number(value: Json) -> Json:
+    return float(value) if isinstance(value, str) and _NUMBER.fullmatch(value.strip()) else value
 
 
 def _lower(value: Json) -> Json:
@@ -280,6 +285,9 @@ Flag: TypeAlias = Annotated[bool, BeforeValidator(_flag)]
 
 PositiveInteger: TypeAlias = Annotated[int, Field(ge=1), BeforeValidator(whole_number)]
 """A whole number from 1, also written as ``"512"`` or ``512.0``."""
+
+Number: TypeAlias = Annotated[float, BeforeValidator(_number)]
+"""A number, also written as ``"0.5"``."""
 
 IN_ANY_CASE = BeforeValidator(_lower)
 """Marks a field with a list of lower-case values, which are accepted in any case."""

@@ -28,6 +28,7 @@ from gateway.api.tei_schema import (
 )
 from gateway.api.tokenize import TokenizeBody as OwnTokenizeBody
 from gateway.backends.fake import FakeBackend, fake_info
+from gateway.errors import BadInput
 from gateway.fleet import Model
 from gateway.types import EmbedJob, ModelKind, Output, Truncate
 
@@ -72,7 +73,7 @@ FIELDS = [
     pytest.param(body, name, kind, id=f"{body.__name__}.{name}")
     for body in LEAST
     for name, field in body.model_fields.items()
-    for kind in (bool, int, Truncate)
+    for kind in (bool, int, float, Truncate)
     if kind in kinds(field.annotation)
 ]
 
@@ -95,6 +96,8 @@ def test_a_value_that_is_written_as_a_string_means_what_it_says(
         assert [read(body, name, value) for value in ("false", "False", "0", 0, 0.0)] == [False] * 5
     elif kind is int:
         assert [read(body, name, value) for value in ("512", "512.0", 512.0, " 512 ", "+512")] == [512] * 5
+    elif kind is float:
+        assert [read(body, name, value) for value in ("0.5", 0.5, " 0.5 ", "+0.50")] == [0.5] * 4
     else:
         direction = {"END": Truncate.END, "end": Truncate.END, "Right": Truncate.END, "RIGHT": Truncate.END}
         direction |= {"START": Truncate.START, "start": Truncate.START, "Left": Truncate.START, "left": Truncate.START}
@@ -108,6 +111,13 @@ def test_an_empty_string_is_absent_where_a_field_may_be(body: type[RequestBody])
         del optional["documents"]
 
     assert body.parse({**LEAST[body], **optional}) == body.parse(LEAST[body])
+
+
+def test_weights_are_numbers_also_when_they_are_written_as_strings() -> None:
+    assert WeightsBody.parse({"weights": {"a": "1", "b": " 0.25 ", "c": 3}}).weights == {"a": 1.0, "b": 0.25, "c": 3.0}
+    for wrong in ("x", "", "nan", "inf", "1e400", True, None, [1]):
+        with pytest.raises(BadInput, match="`weights` must be an object of numbers by arm"):
+            WeightsBody.parse({"weights": {"a": wrong}})
 
 
 def test_an_empty_text_is_a_text() -> None:
