@@ -21,6 +21,7 @@ for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ.setdefault(_name, "1")
 
 import fastapi.routing
+import pynvml
 import pytest
 import structlog
 from fastapi.dependencies import models
@@ -32,6 +33,7 @@ from xdist.scheduler import LoadScopeScheduling
 from gateway.backends.base import Backend
 from gateway.backends.fake import FakeBackend, fake_info
 from gateway.config.registry import Alias, Experiment, ModelEntry, Registry, Source
+from gateway.engine import cards
 from gateway.fleet import Fleet, Model
 from gateway.types import ModelState
 
@@ -149,6 +151,19 @@ def _same_logs() -> Iterator[None]:
     for logger, handlers, propagate, level in states:
         logger.handlers[:], logger.propagate = handlers, propagate
         logger.setLevel(level)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_card(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Hide the graphics cards of the machine and their driver; a test of cards installs its own (``tests.nvml``)."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pynvml, "nvmlInit", _no_driver)
+        patch.setattr(cards, "_PCI", tmp_path_factory.mktemp("no_cards"))
+        yield
+
+
+def _no_driver() -> None:
+    raise pynvml.NVMLError(pynvml.NVML_ERROR_LIBRARY_NOT_FOUND)
 
 
 @pytest.fixture(autouse=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -21,7 +22,9 @@ def test_a_text_that_breaks_the_forward_costs_its_own_request_only(
     gateway: Gateway, bystanders: Bystanders, text: str, code: str
 ) -> None:
     with bystanders:
-        for _ in range(10):
+        for number in itertools.count():
+            if number >= 10 and len(bystanders.statuses) > 20:
+                break
             broken = gateway.embed("a good text", text)
             assert broken.status_code == 500
             assert broken.json()["error"]["code"] == code
@@ -29,7 +32,6 @@ def test_a_text_that_breaks_the_forward_costs_its_own_request_only(
             assert broken.headers.get("x-should-retry") == ("false" if code == "invalid_vectors" else None)
             assert gateway.embed("a good text").status_code == 200
 
-    assert len(bystanders.statuses) > 20
     assert set(bystanders.statuses) == {200}
     assert not bystanders.wrong
     assert gateway.backend.num_loads == 1
