@@ -11,7 +11,7 @@ from typing import Final
 from bench.report import table
 from bench.voting import Voter, play, verdicts
 from gateway.comparisons.runs import Query
-from gateway.console.duels import Standing, draw, stand
+from gateway.comparisons.duels import Standing, draw, stand
 from gateway.experiments.preference import Ballot
 
 VOTER: Final = Voter(error=0.1)

@@ -1,6 +1,6 @@
 """Simulated voters of blind duels: they know which documents are relevant, err with a stated chance, and may favor a side.
 
-The pairs, the sides and the standing are those of the console (``gateway.console.duels``).
+The pairs, the sides and the standing are those of the console (``gateway.comparisons.duels``).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
-from gateway.console.duels import Choice, Duel, Vote
+from gateway.comparisons.duels import Choice, Duel, Vote
 from gateway.experiments.preference import Ballot, judge
 
 

@@ -10,7 +10,7 @@ import pytest
 from bench.scifact_duel import Played, first_row, hold, many_rows
 from bench.voting import Voter, play, verdicts
 from gateway.comparisons.runs import Hit, Query
-from gateway.console.duels import DEPTH, MAX_PAIRS, Choice, draw, stand
+from gateway.comparisons.duels import DEPTH, MAX_PAIRS, Choice, draw, stand
 from gateway.experiments.preference import Ballot
 
 NUM = 40

@@ -13,6 +13,7 @@ from gateway.api.admin import require_operator
 from gateway.api.endpoint import Endpoint
 from gateway.api.json_body import Flag, Number, PositiveInteger, RequestBody, Texts
 from gateway.api.wire import AnswerBody, request_body, responses
+from gateway.comparisons.dueling import Duels
 from gateway.comparisons.jobs import Job, Jobs, Wanted
 from gateway.comparisons.runs import Results, Run, Runs
 from gateway.errors import BadInput, Forbidden, NotFound
@@ -56,13 +57,14 @@ class Comparisons:
     """The handlers, and the comparisons of the gateway.
 
     Attributes:
-        runs, jobs: ``None`` without a folder for them, ``runs_dir``.
+        runs, jobs, duels: ``None`` without a folder for them, ``runs_dir``.
     """
 
     def __init__(self, endpoint: Endpoint, runs: Runs | None, jobs: Jobs | None) -> None:
         self._endpoint = endpoint
         self.runs = runs
         self.jobs = jobs
+        self.duels = None if runs is None else Duels(runs)
 
     def address(self, request: Request) -> str:
         """Return the address of the API, for a comparison that this gateway starts on its own machine."""

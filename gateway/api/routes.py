@@ -10,6 +10,7 @@ from gateway.api.assignments import assignments_router
 from gateway.api.batches import batches_router, make_runner
 from gateway.api.classify import classify_router
 from gateway.api.comparisons import Comparisons, comparisons_router
+from gateway.api.duels import duels_router
 from gateway.api.endpoint import Endpoint
 from gateway.api.experiment_changes import experiment_changes_router, operators_changes_router
 from gateway.api.experiments import Experiments, experiments_router
@@ -50,7 +51,11 @@ def experiment_routers(endpoint: Endpoint, experiments: Experiments, keeper: Kee
 
 def operator_routers(endpoint: Endpoint, comparisons: Comparisons) -> list[APIRouter]:
     """Return the operator's routes that need more than the deployment; see :func:`gateway.api.admin.admin_router`."""
-    return [operators_changes_router(endpoint), comparisons_router(comparisons)]
+    return [
+        operators_changes_router(endpoint),
+        comparisons_router(comparisons),
+        duels_router(endpoint, comparisons.duels),
+    ]
 
 
 def batch_routers(endpoint: Endpoint, keyring: Keyring, memory: MemoryBudget) -> list[APIRouter]:

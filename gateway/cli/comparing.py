@@ -112,7 +112,7 @@ def compare(  # noqa: PLR0913, PLR0917  an argument for each option
     )
     judging = None
     if wanted := _judge_request(judge, judge_model, judge_key_env, cache, judge_check, judge_budget):
-        judging = make_judging(wanted, is_agreed=yes)
+        judging = make_judging(wanted, is_agreed=yes, asks_program=progress == "json")
     if url is not None:
         gateway: RunningGateway | OwnModels = RunningGateway(url, os.environ.get(api_key_env))
     else:

@@ -20,7 +20,7 @@ from gateway.cli.in_process import in_process_client
 from gateway.compare.arms import parse_arms
 from gateway.compare.comparison import CompareRequest, compare
 from gateway.compare.dataset import Dataset, read_dataset
-from gateway.compare.judge.command import Judging, show_judged
+from gateway.compare.judge.command import Declined, Judging, show_judged
 from gateway.compare.outputs import RESULTS, write_results
 from gateway.compare.page import render_page
 from gateway.compare.progress import progress_on
@@ -89,6 +89,8 @@ def run_comparison(
     judged, failure = None, None
     try:
         judged = judging.run(comparison, dataset, rankings, progress) if judging else None
+    except Declined:
+        pass
     except CompareError as error:
         failure = error  # the comparison is worth its page without the judge
     if judged is not None:

@@ -14,7 +14,9 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Final, Literal
+from urllib.parse import urlsplit
 
 import structlog
 
@@ -26,6 +28,8 @@ log = structlog.get_logger(__name__)
 
 MAX_ARMS: Final = 6
 _MAX_ARM: Final = 200
+_MAX_JUDGE: Final = 1_000
+_LEAST_S_BETWEEN_CHANGES: Final = 0.2
 _MAX_JOBS: Final = 20  # that are remembered
 _MAX_LINES: Final = 20
 _MAX_LINE_BYTES: Final = 64 * 1024
@@ -40,15 +44,44 @@ LendKey = Callable[[], tuple[str, Callable[[], None]]]
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
-    """A comparison that is asked for.
+class JudgeChoice:
+    """A chat model that grades the results.
 
     Attributes:
-        name: of the folder for its results.
+        url: the address of an API like OpenAI's.
+        key: the key for that API; empty to use the variable ``JUDGE_API_KEY``.
+        max_tokens: the budget that is agreed to in advance; ``None`` to ask when the price is known.
+    """
+
+    url: str
+    model: str
+    key: str = field(default="", repr=False)
+    max_tokens: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Captured:
+    """The captured queries of an alias or an experiment.
+
+    Attributes:
+        file: the file without a date, see :meth:`gateway.config.capture.Capture.path`.
+    """
+
+    name: str
+    file: Path
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """A comparison to make.
+
+    Attributes:
+        name: the name of the folder for its results.
         arms: as for ``gateway compare``, the baseline first.
         data: the name of a data set.
         max_documents: ``None`` for all.
-        margin: of the verdicts; ``None`` for the usual one.
+        margin: the margin of the verdicts; ``None`` for the default.
+        queries: queries that replace those of the data set.
     """
 
     name: str
@@ -57,6 +90,8 @@ class Wanted:
     max_documents: int | None = None
     margin: float | None = None
     measures_cost: bool = True
+    queries: Captured | None = None
+    judge: JudgeChoice | None = None
 
 
 @dataclass(slots=True)
@@ -66,6 +101,7 @@ class Job:
     Attributes:
         step: what it is doing, such as ``jina: documents``.
         done, total: how many texts of this step; a total of 0 is not known.
+        question: the judge's price, while the comparison waits for consent.
         problem: why it failed.
         task: follows it to its end.
     """
@@ -76,9 +112,26 @@ class Job:
     step: str = "it starts"
     done: int = 0
     total: int = 0
+    question: str = ""
     problem: str = ""
     process: asyncio.subprocess.Process | None = field(default=None, repr=False)
     task: asyncio.Task[None] | None = field(default=None, repr=False)
+    _changed: asyncio.Event = field(default_factory=asyncio.Event, repr=False)
+
+    def note_change(self) -> None:
+        """Wake all that wait for a change."""
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    async def next_change(self, timeout_s: float) -> bool:
+        """Wait for a change, and return whether there was one in time. Changes in quick succession count as one."""
+        changed = self._changed
+        await asyncio.sleep(min(timeout_s, _LEAST_S_BETWEEN_CHANGES))
+        try:
+            await asyncio.wait_for(changed.wait(), timeout_s)
+        except TimeoutError:
+            return False
+        return True
 
     async def ended(self) -> None:
         """Wait for the end."""
@@ -154,6 +207,23 @@ class Jobs:
         await job.ended()
         return job
 
+    async def answer(self, name: str, *, is_agreed: bool) -> Job:
+        """Agree to the price of the judge, or go on without it.
+
+        Raises:
+            NotFound: no such comparison waits for an answer.
+        """
+        job = self._jobs.get(name)
+        stdin = None if job is None or job.process is None else job.process.stdin
+        if job is None or stdin is None or job.state != "running" or not job.question:
+            raise NotFound(f"no comparison {cut(name)!r} waits for an answer")
+        job.question = ""
+        with suppress(ConnectionError):  # it has ended in the meantime
+            stdin.write(b"yes\n" if is_agreed else b"no\n")
+            await stdin.drain()
+        job.note_change()
+        return job
+
     async def close(self) -> None:
         """Stop the comparison that runs."""
         if self.running is not None:
@@ -173,6 +243,8 @@ class Jobs:
         for arm in wanted.arms:
             if not arm.isprintable() or not 0 < len(arm) <= _MAX_ARM or arm.startswith("-"):
                 raise BadInput(f"{cut(arm)!r} is not a model's name", param="arms")
+        if wanted.judge is not None:
+            _check_judge(wanted.judge)
         known = self.data_sets()
         if wanted.data not in known:
             where = f"put one into {self._runs.folder / _DATA}/NAME, with corpus.jsonl and queries.jsonl"
@@ -189,10 +261,10 @@ class Jobs:
         try:
             process = job.process = await asyncio.create_subprocess_exec(
                 *self._command(job.wanted, url),
-                stdin=asyncio.subprocess.DEVNULL,
+                stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.DEVNULL,
                 stderr=asyncio.subprocess.PIPE,
-                env=_environment(os.environ, key),
+                env=_environment(os.environ, key, job.wanted.judge),
                 limit=_MAX_LINE_BYTES,
             )
             with suppress(OSError):  # requests of others come first
@@ -211,6 +283,8 @@ class Jobs:
         if job.state == "running":
             job.state = "done" if code == 0 else "failed"
             job.problem = "" if code == 0 else "\n".join(last) or f"it ended with code {code}"
+        job.question = ""
+        job.note_change()
         log.info("comparison_ended", name=job.wanted.name, state=job.state, code=code)
 
     def _command(self, wanted: Wanted, url: str) -> list[str]:
@@ -222,14 +296,43 @@ class Jobs:
         if wanted.margin is not None:
             command += ["--margin", str(wanted.margin)]
         command += [] if wanted.measures_cost else ["--no-cost"]
+        if wanted.queries is not None:
+            command += [f"--queries={wanted.queries.file}"]
+        if (judge := wanted.judge) is not None:
+            command += [f"--judge={judge.url}", f"--judge-model={judge.model}"]
+            command += [] if judge.max_tokens is None else ["--judge-budget", str(judge.max_tokens)]
         return [*command, "--", *wanted.arms]
 
 
-def _environment(environ: Mapping[str, str], key: str) -> dict[str, str]:
+def _check_judge(judge: JudgeChoice) -> None:
+    """Check a judge as far as that is possible without asking it.
+
+    Raises:
+        BadInput: its address or its model cannot be right.
+    """
+    if not all(0 < len(text) <= _MAX_JUDGE and text.isprintable() for text in (judge.url, judge.model)):
+        raise BadInput("a judge needs the address of an API, and the name of a model there", param="judge")
+    try:
+        address = urlsplit(judge.url)
+        is_address = address.scheme in ("http", "https") and bool(address.hostname) and address.port != 0
+    except ValueError:
+        is_address = False
+    if not is_address:
+        message = f"{cut(judge.url)!r} is not the address of an API, such as http://127.0.0.1:8080/v1"
+        raise BadInput(message, param="judge")
+    if address.username is not None:
+        raise BadInput("the address of the judge holds a password: send the key apart from it", param="judge")
+    if not judge.key.isascii() or not judge.key.isprintable():
+        raise BadInput("the key of the judge has a character that no key has", param="judge")
+
+
+def _environment(environ: Mapping[str, str], key: str, judge: JudgeChoice | None = None) -> dict[str, str]:
     """Return the variables of the command: without the gateway's secrets, and with a key, but no proxy, for its requests."""
     kept = {name: value for name, value in environ.items() if not name.upper().startswith("GATEWAY_")}
     for name in ("NO_PROXY", "no_proxy"):
         kept[name] = "*"
+    if judge is not None and judge.key:
+        kept["JUDGE_API_KEY"] = judge.key
     return kept | {"EMBEDDINGS_API_KEY": key, "PYTHONUNBUFFERED": "1"}
 
 
@@ -248,6 +351,10 @@ async def _follow(process: asyncio.subprocess.Process, job: Job, last: deque[str
             match json.loads(text):
                 case {"step": str(step), "done": int(done), "total": int(total)}:
                     job.step, job.done, job.total = step, done, total
+                    job.note_change()
+                case {"question": str(question)}:
+                    job.question = question
+                    job.note_change()
                 case _:
                     last.append(text)
         except ValueError:

@@ -52,6 +52,7 @@ class Compare:
     def __init__(self, parts: Parts, comparisons: Comparisons) -> None:
         self._parts = parts
         self._comparisons = comparisons
+        self.duels = comparisons.duels
 
     async def first(self, request: Request) -> Response:
         """Show the latest comparison, or explain how to make one."""

@@ -1,40 +1,27 @@
-"""The duel pages: two unnamed lists for a query, a vote, and the current standing."""
+"""The duel pages: two unnamed lists for a query, a vote, and the current standing; all as the API returns them."""
 
 from __future__ import annotations
 
 import asyncio
-import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import get_args
 from urllib.parse import quote
 
 from fastapi import Request, Response
 
-from gateway.comparisons.runs import Run, Runs
+from gateway.api.duels import MAX_LISTED, DuelCard, DuelText, duel_card, duel_entry, read_choice
+from gateway.comparisons.dueling import Duels, Open
+from gateway.comparisons.duels import TARGET, qrels
+from gateway.comparisons.runs import Run
 from gateway.console.charts import Scale
 from gateway.console.compare import Compare
-from gateway.console.duels import TARGET, Choice, Duel, DuelFolder, Shown, Standing, Vote, draw, qrels, stand
 from gateway.console.parts import Parts
 from gateway.console.web import read_form, visitor_of
-from gateway.errors import BadInput, NotFound
-from gateway.experiments.preference import Ballot
+from gateway.errors import NotFound
 
 _STEADY = 0.7
-_MANY_VOTERS = 15
-_MAX_SHOWN_DUELS = 10
 _MOST_SECONDS = 86_400.0  # a longer time is not informative
-
-
-@dataclass(frozen=True, slots=True)
-class Begun:
-    """A duel in the list."""
-
-    run: str
-    name: str
-    num_votes: int
-    is_over: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +33,7 @@ class Side:
         first_key: the keyboard key that marks the first text.
     """
 
-    shown: Sequence[Shown]
+    shown: Sequence[DuelText]
     in_both: frozenset[str]
     first_key: int
 
@@ -57,17 +44,16 @@ class DuelPages:
     def __init__(self, parts: Parts, compare: Compare) -> None:
         self._parts = parts
         self._compare = compare
-        # Votes are appended one after the other, so that two clicks count as one vote.
-        self._writing = asyncio.Lock()
 
     async def begin_page(self, request: Request) -> Response:
         """Show the duels, and the form for a new duel."""
-        runs = self._compare.runs(request)
+        runs, duels = self._compare.runs(request), self._compare.duels
         known: list[Run] = []
-        begun: list[Begun] = []
-        if runs is not None:
+        begun = []
+        if runs is not None and duels is not None:
             known = [run for run in await asyncio.to_thread(runs.latest) if run.results is not None]
-            begun = await asyncio.to_thread(self._begun, runs, known, visitor_of(request).client.name)
+            voter = visitor_of(request).client.name
+            begun = [duel_entry(found, voter) for found in await duels.latest(MAX_LISTED)]
         chosen = request.query_params.get("run", "")
         run = next((one for one in known if one.name == chosen), known[0] if known else None)
         return self._parts.pages.render(
@@ -77,185 +63,99 @@ class DuelPages:
     async def begin(self, request: Request) -> Response:
         """Draw the pairs of a duel."""
         form = await read_form(request)
-        runs = self._runs(request)
-        run = await asyncio.to_thread(runs.find, form.first("run"))
-        names = [] if run.results is None else [arm.name for arm in run.results.arms]
-        baseline, arm = form.first("baseline"), form.first("arm")
-        if baseline not in names or arm not in names or baseline == arm:
-            raise BadInput(f"choose two different arms of {run.name}: {', '.join(names)}")
-        seed = secrets.randbits(32)
-        duel = await asyncio.to_thread(lambda: draw(runs.queries(run.name), baseline, arm, seed))
-        name = await asyncio.to_thread(DuelFolder(runs.path(run.name)).create, duel)
-        return self._parts.pages.redirect(request, f"/duel/{quote(run.name)}/{name}")
+        run = form.first("run")
+        name = await self._duels(request).begin(run, form.first("baseline"), form.first("arm"))
+        return self._parts.pages.redirect(request, f"/duel/{quote(run)}/{name}")
 
     async def show(self, request: Request) -> Response:
         """Show the next pair, or the result."""
-        _folder, duel, votes = await self._open(request)
-        standing = stand(duel, votes, visitor_of(request).client.name)
-        if standing.next_turn is None:
-            return self._result(request, duel, votes, standing)
-        return self._pair(request, duel, standing, standing.next_turn)
+        card = duel_card(await self._open(request), visitor_of(request).client.name)
+        return self._result(request, card) if card.pair is None else self._pair(request, card)
 
-    def _pair(self, request: Request, duel: Duel, standing: Standing, turn: int) -> Response:
-        preference, scale = standing.preference, Scale(0.0, 1.0)
-        # Show the share of the leader without revealing which of the two leads.
-        low, high = preference.low, preference.high
-        if preference.share < 0.5:
-            low, high = 1 - high, 1 - low
-        share = max(preference.share, 1 - preference.share)
+    def _pair(self, request: Request, card: DuelCard) -> Response:
+        scale, standing, pair = Scale(0.0, 1.0), card.standing, card.pair
+        assert pair is not None  # noqa: S101  the page of a pair
+        in_both = frozenset(text.document for text in pair.left) & frozenset(text.document for text in pair.right)
         return self._parts.pages.render(
             request,
             "duel.html.j2",
             standing=standing,
             here_duel=_place(request),
-            target=TARGET,
-            turn=turn,
-            pair=duel.pairs[duel.turns[turn].pair],
-            sides=_sides(duel, turn),
-            share=share,
-            low=low,
-            high=high,
-            start=scale.at(low),
-            width=scale.length(low, high),
-            point=scale.at(share),
+            pair=pair,
+            sides=(Side(pair.left, in_both, 1), Side(pair.right, in_both, 6)),
+            start=scale.at(standing.low),
+            width=scale.length(standing.low, standing.high),
+            point=scale.at(standing.share),
             now=datetime.now(UTC).timestamp(),
         )
 
-    def _result(self, request: Request, duel: Duel, votes: Sequence[Vote], standing: Standing) -> Response:
-        preference, scale = standing.preference, Scale(0.0, 1.0)
+    def _result(self, request: Request, card: DuelCard) -> Response:
+        scale, result = Scale(0.0, 1.0), card.result
+        assert result is not None  # noqa: S101  no pair is left
         return self._parts.pages.render(
             request,
             "duel_done.html.j2",
-            duel=duel,
-            standing=standing,
+            card=card,
+            result=result,
             here_duel=_place(request),
-            name=request.path_params["run"],
-            verdict=verdict(duel, standing),
-            start=scale.at(preference.low),
-            width=scale.length(preference.low, preference.high),
-            point=scale.at(preference.share),
+            start=scale.at(result.low),
+            width=scale.length(result.low, result.high),
+            point=scale.at(result.share),
             steady=_STEADY,
-            num_marked=qrels(duel, votes).count("\n") - 1,
         )
 
     async def vote(self, request: Request) -> Response:
         """Count a vote; a second vote of the same voter for a turn is ignored."""
         form = await read_form(request)
-        choice, marked = form.first("vote"), form.all("mark")
-        voter = visitor_of(request).client.name
-        async with self._writing:
-            folder, duel, votes = await self._open(request)
-            turn = stand(duel, votes, voter).next_turn
-            if choice not in get_args(Choice):
-                raise BadInput(f"a vote is one of: {', '.join(get_args(Choice))}")
-            if turn is not None and form.first("turn") == str(turn):
-                await asyncio.to_thread(
-                    folder.add,
-                    request.path_params["duel"],
-                    _vote(duel, turn, choice, marked, voter, form.first("shown")),
-                )
+        choice, turn = read_choice(form.first("vote")), form.first("turn")
+        duels, voter = self._duels(request), visitor_of(request).client.name
+        if turn.isdecimal() and turn.isascii():
+            place = request.path_params["run"], request.path_params["duel"]
+            shown_s = _seconds_since(form.first("shown"))
+            await duels.vote(place, voter, int(turn[:9]), choice, form.all("mark"), shown_s)
         return self._again(request)
 
     async def undo(self, request: Request) -> Response:
         """Take back the last vote of this voter."""
-        return await self._note(request, undo=True)
+        params = request.path_params
+        await self._duels(request).undo(params["run"], params["duel"], visitor_of(request).client.name)
+        return self._again(request)
 
     async def end(self, request: Request) -> Response:
         """End the duel, and show the names."""
-        return await self._note(request, end=True)
+        params = request.path_params
+        await self._duels(request).end(params["run"], params["duel"], visitor_of(request).client.name)
+        return self._again(request)
 
     async def qrels(self, request: Request) -> Response:
         """Return the judgments that follow from the marks."""
-        _folder, duel, votes = await self._open(request)
-        return _download(qrels(duel, votes), "qrels.tsv")
+        known = await self._open(request)
+        return _download(qrels(known.duel, known.votes), "qrels.tsv")
 
     async def votes(self, request: Request) -> Response:
         """Return the votes."""
-        _folder, _duel, votes = await self._open(request)
-        return _download("".join(f"{vote.model_dump_json(exclude_defaults=True)}\n" for vote in votes), "votes.jsonl")
+        known = await self._open(request)
+        lines = (f"{vote.model_dump_json(exclude_defaults=True)}\n" for vote in known.votes)
+        return _download("".join(lines), "votes.jsonl")
 
     # ---------------------------------------------------------------------------------------------------------- parts
 
-    def _runs(self, request: Request) -> Runs:
-        runs = self._compare.runs(request)
-        if runs is None:
+    def _duels(self, request: Request) -> Duels:
+        self._compare.runs(request)  # for the operator only
+        if self._compare.duels is None:
             raise NotFound("GATEWAY_RUNS_DIR is not set, so there are no comparisons and no duels")
-        return runs
+        return self._compare.duels
 
-    async def _open(self, request: Request) -> tuple[DuelFolder, Duel, list[Vote]]:
-        folder = DuelFolder(self._runs(request).path(request.path_params["run"]))
-        duel, votes = await asyncio.to_thread(folder.read, request.path_params["duel"])
-        return folder, duel, votes
-
-    async def _note(self, request: Request, *, undo: bool = False, end: bool = False) -> Response:
-        async with self._writing:
-            folder, _duel, votes = await self._open(request)
-            if not any(vote.end for vote in votes):
-                vote = Vote(time=_now(), voter=visitor_of(request).client.name, undo=undo, end=end)
-                await asyncio.to_thread(folder.add, request.path_params["duel"], vote)
-        return self._again(request)
+    async def _open(self, request: Request) -> Open:
+        return await self._duels(request).open(request.path_params["run"], request.path_params["duel"])
 
     def _again(self, request: Request) -> Response:
         return self._parts.pages.redirect(request, f"/duel/{_place(request)}")
-
-    @staticmethod
-    def _begun(runs: Runs, known: Sequence[Run], voter: str) -> list[Begun]:
-        begun: list[Begun] = []
-        for run in known:
-            folder = DuelFolder(runs.path(run.name))
-            for name in folder.names():
-                if len(begun) >= _MAX_SHOWN_DUELS:
-                    return begun
-                try:
-                    standing = stand(*folder.read(name), voter)
-                except BadInput:  # its files are damaged, which its own page explains
-                    begun.append(Begun(run.name, name, 0, is_over=False))
-                    continue
-                begun.append(Begun(run.name, name, standing.num_votes, standing.next_turn is None))
-        return begun
 
 
 def _place(request: Request) -> str:
     """Return the place of a duel, for links."""
     return f"{quote(request.path_params['run'])}/{request.path_params['duel']}"
-
-
-def verdict(duel: Duel, standing: Standing) -> str:
-    """Return the result of a duel in a sentence."""
-    preference = standing.preference
-    voters = f" for {standing.voters} voters" if 1 < standing.voters < _MANY_VOTERS else ""
-    if preference.preferred is None:
-        return f"Not decided: these votes do not tell {duel.arm} from {duel.baseline}{voters}"
-    if preference.preferred is Ballot.FIRST:
-        return f"{duel.baseline} is preferred to {duel.arm}{voters}"
-    return f"{duel.arm} is preferred to {duel.baseline}{voters}"
-
-
-def _sides(duel: Duel, turn: int) -> tuple[Side, Side]:
-    shown = duel.turns[turn]
-    pair = duel.pairs[shown.pair]
-    left, right = (pair.arm, pair.baseline) if shown.is_swapped else (pair.baseline, pair.arm)
-    both = frozenset(one.document for one in left) & frozenset(one.document for one in right)
-    return Side(left, both, 1), Side(right, both, 6)
-
-
-def _vote(duel: Duel, turn: int, choice: str, marked: Sequence[str], voter: str, shown_at: str) -> Vote:
-    left, right = (duel.arm, duel.baseline) if duel.turns[turn].is_swapped else (duel.baseline, duel.arm)
-    pair = duel.pairs[duel.turns[turn].pair]
-    documents = {shown.document for shown in (*pair.baseline, *pair.arm)}
-    seconds = _seconds_since(shown_at)
-    return Vote.model_validate(
-        {
-            "time": _now(),
-            "voter": voter,
-            "turn": turn,
-            "query": pair.query,
-            "choice": choice,
-            "preferred": {"left": left, "right": right}.get(choice),
-            "marked": sorted(documents & set(marked)),
-            "seconds": seconds,
-        }
-    )
 
 
 def _seconds_since(shown_at: str) -> float | None:
@@ -265,10 +165,6 @@ def _seconds_since(shown_at: str) -> float | None:
     except ValueError:
         return None
     return round(max(0.0, seconds), 1) if abs(seconds) < _MOST_SECONDS else None
-
-
-def _now() -> str:
-    return f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
 
 
 def _download(content: str, name: str) -> Response:

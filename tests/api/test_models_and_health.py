@@ -401,6 +401,12 @@ async def test_the_schema_shows_each_path_once(client: httpx.AsyncClient) -> Non
         "/admin/comparisons",
         "/admin/comparisons/{name}",
         "/admin/comparisons/{name}/stop",
+        "/admin/duels",
+        "/admin/duels/{comparison}/{duel}",
+        "/admin/duels/{comparison}/{duel}/votes",
+        "/admin/duels/{comparison}/{duel}/undo",
+        "/admin/duels/{comparison}/{duel}/end",
+        "/admin/duels/{comparison}/{duel}/qrels",
     ]
     ids = [operation["operationId"] for path in schema["paths"].values() for operation in path.values()]
     assert len(set(ids)) == len(ids)

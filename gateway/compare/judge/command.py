@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +27,7 @@ from gateway.compare.search import Ranking
 from gateway.errors import CompareError
 
 
-def make_judging(request: JudgeRequest, *, is_agreed: bool) -> Judging:
+def make_judging(request: JudgeRequest, *, is_agreed: bool, asks_program: bool = False) -> Judging:
     """Return the judge of a request, checked before anything is embedded.
 
     Raises:
@@ -34,7 +36,11 @@ def make_judging(request: JudgeRequest, *, is_agreed: bool) -> Judging:
     chat_url(request.url)
     if request.check is not None:
         read_check(request.check)
-    return Judging(request, is_agreed)
+    return Judging(request, is_agreed, asks_program)
+
+
+class Declined(CompareError):
+    """A program was asked for its consent to the judge's price, and declined."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,10 +49,12 @@ class Judging:
 
     Attributes:
         is_agreed: continue at any price, unless the request has a bound.
+        asks_program: the progress is read by a program, which answers the question about the price on standard input.
     """
 
     request: JudgeRequest
     is_agreed: bool
+    asks_program: bool = False
 
     def run(
         self, comparison: Comparison, dataset: Dataset, rankings: Mapping[str, Ranking], console: Console
@@ -62,7 +70,7 @@ class Judging:
             sources={arm.name: f"{arm.model} {arm.source}" for arm in comparison.arms},
             seed=comparison.seed,
         )
-        with progress_on(console) as reporter:
+        with progress_on(console, is_json=self.asks_program) as reporter:
             return asyncio.run(judge(self.request, subject, lambda price: self.agree(price, console), reporter))
 
     def agree(self, price: Price, console: Console) -> None:
@@ -70,12 +78,18 @@ class Judging:
 
         Raises:
             CompareError: the price is beyond the budget, or there is no consent.
+            Declined: a program does not agree.
         """
         say(console, f"\n{price} {price.privacy}")
         bound = self.request.max_tokens
         if bound is not None and price.num_tokens > bound:
             raise CompareError(f"--judge-budget is {bound:,} tokens, and about {price.num_tokens:,} are needed")
         if self.is_agreed or bound is not None:
+            return
+        if self.asks_program:
+            console.out(json.dumps({"question": f"{price} {price.privacy}"}), highlight=False)
+            if sys.stdin.readline().strip() != "yes":
+                raise Declined("the judge has not been asked; the vectors are kept")
             return
         if not console.is_terminal:
             raise CompareError("the judge has not been asked: agree to its price by --yes, or by --judge-budget TOKENS")

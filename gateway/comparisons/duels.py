@@ -1,40 +1,32 @@
-"""Duels on disk: the drawn pairs, the votes in order, and the result that follows from them."""
+"""Duels: the drawn pairs, the votes in order, and the result that follows from them. Pure."""
 
 from __future__ import annotations
 
-import errno
-import json
-import os
 import random
-import re
-import secrets
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
-from typing import Final, Literal
+from typing import Final, Literal, get_args
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
 from gateway.comparisons.runs import Query
-from gateway.config.files import write_whole
-from gateway.config.wording import cut
-from gateway.errors import BadInput, NotFound
+from gateway.errors import BadInput
 from gateway.experiments.preference import Ballot, Preference, judge
 
 TARGET: Final = 50
 """The requested number of votes: enough to find a preference of 70 %."""
 
+MANY_VOTERS: Final = 15
+"""With this many voters, a result no longer says how few they were."""
+
 DEPTH: Final = 5
 MAX_PAIRS: Final = 200
 _REPEAT_EVERY: Final = 10
-_MAX_DUELS: Final = 100
-_MAX_FILE_BYTES: Final = 4 * 1024**2
 _MAX_TEXT: Final = 400
-_NAME: Final = re.compile(r"[0-9]{8}-[0-9]{6}-[0-9a-f]{6}")
 Choice = Literal["left", "right", "tie", "bad", "skip"]
-CHOICES: Final[tuple[Choice, ...]] = ("left", "right", "tie", "bad", "skip")
+CHOICES: Final[tuple[Choice, ...]] = get_args(Choice)
 
 
 class Shown(BaseModel):
@@ -150,7 +142,7 @@ def draw(queries: Iterable[Query], baseline: str, arm: str, seed: int) -> Duel:
     return Duel(
         baseline=baseline,
         arm=arm,
-        created=f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}",
+        created=now(),
         num_queries=num_queries,
         num_different=num_different,
         pairs=pairs,
@@ -216,6 +208,46 @@ def _valid(votes: Sequence[Vote]) -> list[Vote]:
     return list(kept.values())
 
 
+def sides(duel: Duel, turn: int) -> tuple[Sequence[Shown], Sequence[Shown]]:
+    """Return the left and the right list of a turn."""
+    pair = duel.pairs[duel.turns[turn].pair]
+    return (pair.arm, pair.baseline) if duel.turns[turn].is_swapped else (pair.baseline, pair.arm)
+
+
+def make_vote(
+    duel: Duel, turn: int, choice: Choice, marked: Iterable[str], voter: str, seconds: float | None = None
+) -> Vote:
+    """Return a vote, with the arm that the choice prefers. Marks of texts that were not shown are left out."""
+    left, right = (duel.arm, duel.baseline) if duel.turns[turn].is_swapped else (duel.baseline, duel.arm)
+    shown = {text.document for side in sides(duel, turn) for text in side}
+    return Vote(
+        time=now(),
+        voter=voter,
+        turn=turn,
+        query=duel.pairs[duel.turns[turn].pair].query,
+        choice=choice,
+        preferred={"left": left, "right": right}.get(choice),
+        marked=sorted(shown & set(marked)),
+        seconds=seconds,
+    )
+
+
+def verdict(duel: Duel, standing: Standing) -> str:
+    """Return the result of a duel in a sentence."""
+    preference = standing.preference
+    voters = f" for {standing.voters} voters" if 1 < standing.voters < MANY_VOTERS else ""
+    if preference.preferred is None:
+        return f"Not decided: these votes do not tell {duel.arm} from {duel.baseline}{voters}"
+    if preference.preferred is Ballot.FIRST:
+        return f"{duel.baseline} is preferred to {duel.arm}{voters}"
+    return f"{duel.arm} is preferred to {duel.baseline}{voters}"
+
+
+def now() -> str:
+    """Return the current time as the files have it."""
+    return f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
+
+
 def qrels(duel: Duel, votes: Sequence[Vote]) -> str:
     """Return judgments as BEIR's ``qrels``: 1 for a text that was marked as an answer, 0 for the other shown texts.
 
@@ -232,89 +264,3 @@ def qrels(duel: Duel, votes: Sequence[Vote]) -> str:
             judged[key] = max(judged.get(key, 0), int(shown.document in vote.marked))
     rows = [f"{query}\t{document}\t{grade}\n" for (query, document), grade in judged.items()]
     return "query-id\tcorpus-id\tscore\n" + "".join(rows)
-
-
-def _append(path: Path, line: bytes) -> None:
-    """Append a whole line or nothing, because half a line, after a full disk, would make the file unreadable."""
-    with path.open("ab", buffering=0) as file:
-        size = os.fstat(file.fileno()).st_size
-        try:
-            if file.write(line) != len(line):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        except OSError:
-            file.truncate(size)
-            raise
-
-
-class DuelFolder:
-    """The duels of one comparison, in its folder. The methods block: call them in a thread."""
-
-    def __init__(self, run: Path) -> None:
-        self._folder = run / "duels"
-
-    def names(self) -> list[str]:
-        """Return the names of the duels, latest first."""
-        try:
-            return sorted((path.name for path in self._folder.iterdir() if _NAME.fullmatch(path.name)), reverse=True)
-        except OSError:
-            return []
-
-    def create(self, duel: Duel) -> str:
-        """Write a new duel, and return its name.
-
-        Raises:
-            BadInput: the folder cannot be written, or has too many duels.
-        """
-        if len(self.names()) >= _MAX_DUELS:
-            raise BadInput(f"this comparison has {_MAX_DUELS} duels: remove some from {self._folder}")
-        name = f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
-        try:
-            (self._folder / name).mkdir(parents=True)
-            write_whole(self._folder / name / "duel.json", duel.model_dump_json())
-        except OSError as error:
-            raise BadInput(
-                f"{self._folder / name} cannot be written: {error.strerror}; duels are kept there"
-            ) from error
-        return name
-
-    def read(self, name: str) -> tuple[Duel, list[Vote]]:
-        """Return a duel and its votes.
-
-        Raises:
-            NotFound: there is no duel of this name.
-            BadInput: the files of the duel cannot be read.
-        """
-        if not _NAME.fullmatch(name) or not (self._folder / name / "duel.json").is_file():
-            raise NotFound(f"no duel is called {cut(name)!r}")
-        try:
-            duel = Duel.model_validate_json(self._bytes(name, "duel.json"))
-            lines = self._bytes(name, "votes.jsonl").splitlines()
-            return duel, [Vote.model_validate_json(line) for line in lines]
-        except ValidationError as error:
-            raise BadInput(f"the files of duel {name} are damaged: {error.error_count()} problems") from error
-
-    def add(self, name: str, vote: Vote) -> None:
-        """Append a vote.
-
-        Raises:
-            BadInput: the file cannot be written, or is full.
-        """
-        path = self._folder / name / "votes.jsonl"
-        line = json.dumps(vote.model_dump(exclude_defaults=True), ensure_ascii=False) + "\n"
-        try:
-            if path.exists() and path.stat().st_size > _MAX_FILE_BYTES - len(line):
-                raise BadInput(f"{path} is full: begin another duel")
-            _append(path, line.encode())
-        except OSError as error:
-            raise BadInput(f"{path} cannot be written: {error.strerror}; the vote was not counted") from error
-
-    def _bytes(self, name: str, file: str) -> bytes:
-        path = self._folder / name / file
-        try:
-            if path.stat().st_size > _MAX_FILE_BYTES:
-                raise BadInput(f"{path} has more than {_MAX_FILE_BYTES:,} bytes")
-            return path.read_bytes()
-        except FileNotFoundError:
-            return b""
-        except OSError as error:
-            raise BadInput(f"{path} cannot be read: {error.strerror}") from error

@@ -1,0 +1,222 @@
+"""The duels of a comparison on disk, and the steps of a duel: begin, vote, take back, end."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import json
+import os
+import re
+import secrets
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Final
+
+from pydantic import ValidationError
+
+from gateway.comparisons.duels import Choice, Duel, Standing, Vote, draw, make_vote, now, stand
+from gateway.comparisons.runs import Runs
+from gateway.config.files import write_whole
+from gateway.config.wording import cut
+from gateway.errors import BadInput, NotFound
+
+_MAX_DUELS: Final = 100
+_MAX_FILE_BYTES: Final = 4 * 1024**2
+_NAME: Final = re.compile(r"[0-9]{8}-[0-9]{6}-[0-9a-f]{6}")
+
+
+def _append(path: Path, line: bytes) -> None:
+    """Append a whole line or nothing, because half a line, after a full disk, would make the file unreadable."""
+    with path.open("ab", buffering=0) as file:
+        size = os.fstat(file.fileno()).st_size
+        try:
+            if file.write(line) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            file.truncate(size)
+            raise
+
+
+class DuelFolder:
+    """The duels of one comparison, in its folder. The methods block: call them in a thread."""
+
+    def __init__(self, run: Path) -> None:
+        self._folder = run / "duels"
+
+    def names(self) -> list[str]:
+        """Return the names of the duels, latest first."""
+        try:
+            return sorted((path.name for path in self._folder.iterdir() if _NAME.fullmatch(path.name)), reverse=True)
+        except OSError:
+            return []
+
+    def create(self, duel: Duel) -> str:
+        """Write a new duel, and return its name.
+
+        Raises:
+            BadInput: the folder cannot be written, or has too many duels.
+        """
+        if len(self.names()) >= _MAX_DUELS:
+            raise BadInput(f"this comparison has {_MAX_DUELS} duels: remove some from {self._folder}")
+        name = f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
+        try:
+            (self._folder / name).mkdir(parents=True)
+            write_whole(self._folder / name / "duel.json", duel.model_dump_json())
+        except OSError as error:
+            raise BadInput(
+                f"{self._folder / name} cannot be written: {error.strerror}; duels are kept there"
+            ) from error
+        return name
+
+    def read(self, name: str) -> tuple[Duel, list[Vote]]:
+        """Return a duel and its votes.
+
+        Raises:
+            NotFound: there is no duel of this name.
+            BadInput: the files of the duel cannot be read.
+        """
+        if not _NAME.fullmatch(name) or not (self._folder / name / "duel.json").is_file():
+            raise NotFound(f"no duel is called {cut(name)!r}")
+        try:
+            duel = Duel.model_validate_json(self._bytes(name, "duel.json"))
+            lines = self._bytes(name, "votes.jsonl").splitlines()
+            return duel, [Vote.model_validate_json(line) for line in lines]
+        except ValidationError as error:
+            raise BadInput(f"the files of duel {name} are damaged: {error.error_count()} problems") from error
+
+    def add(self, name: str, vote: Vote) -> None:
+        """Append a vote.
+
+        Raises:
+            BadInput: the file cannot be written, or is full.
+        """
+        path = self._folder / name / "votes.jsonl"
+        line = json.dumps(vote.model_dump(exclude_defaults=True), ensure_ascii=False) + "\n"
+        try:
+            if path.exists() and path.stat().st_size > _MAX_FILE_BYTES - len(line):
+                raise BadInput(f"{path} is full: begin another duel")
+            _append(path, line.encode())
+        except OSError as error:
+            raise BadInput(f"{path} cannot be written: {error.strerror}; the vote was not counted") from error
+
+    def _bytes(self, name: str, file: str) -> bytes:
+        path = self._folder / name / file
+        try:
+            if path.stat().st_size > _MAX_FILE_BYTES:
+                raise BadInput(f"{path} has more than {_MAX_FILE_BYTES:,} bytes")
+            return path.read_bytes()
+        except FileNotFoundError:
+            return b""
+        except OSError as error:
+            raise BadInput(f"{path} cannot be read: {error.strerror}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class Open:
+    """A duel with its votes, as it is on the disk now."""
+
+    run: str
+    name: str
+    duel: Duel
+    votes: list[Vote]
+
+    def standing(self, voter: str) -> Standing:
+        """Return the standing, with the next turn of a voter."""
+        return stand(self.duel, self.votes, voter)
+
+
+class Duels:
+    """The duels of all comparisons in a folder.
+
+    Args:
+        runs: the folder of the comparisons.
+    """
+
+    def __init__(self, runs: Runs) -> None:
+        self._runs = runs
+        # Votes are appended one after the other, so that two clicks count as one vote.
+        self._writing = asyncio.Lock()
+
+    async def begin(self, run: str, baseline: str, arm: str) -> str:
+        """Draw the pairs of a duel between two arms of a comparison, and return its name.
+
+        Raises:
+            NotFound: there is no such comparison.
+            BadInput: the comparison has no such arms, or their lists are always the same.
+        """
+        found = await asyncio.to_thread(self._runs.find, run)
+        names = [] if found.results is None else [known.name for known in found.results.arms]
+        if baseline not in names or arm not in names or baseline == arm:
+            raise BadInput(f"choose two different arms of {found.name}: {', '.join(names)}", param="arm")
+        seed = secrets.randbits(32)
+        duel = await asyncio.to_thread(lambda: draw(self._runs.queries(run), baseline, arm, seed))
+        return await asyncio.to_thread(self._folder(run).create, duel)
+
+    async def open(self, run: str, name: str) -> Open:
+        """Read a duel.
+
+        Raises:
+            NotFound: there is no such duel.
+            BadInput: its files cannot be read.
+        """
+        return Open(run, name, *await asyncio.to_thread(self._folder(run).read, name))
+
+    async def vote(
+        self,
+        place: tuple[str, str],
+        voter: str,
+        turn: int,
+        choice: Choice,
+        marked: Iterable[str],
+        seconds: float | None = None,
+    ) -> bool:
+        """Add a vote, and return whether it counts: only the first vote of a voter for the pair on show does.
+
+        Args:
+            place: the names of the comparison and of the duel.
+            seconds: the time for which the pair was shown, if known.
+
+        Raises:
+            NotFound: there is no such duel.
+            BadInput: the files cannot be read or written.
+        """
+        async with self._writing:
+            known = await self.open(*place)
+            if known.standing(voter).next_turn != turn:
+                return False
+            vote = make_vote(known.duel, turn, choice, marked, voter, seconds)
+            await asyncio.to_thread(self._folder(place[0]).add, place[1], vote)
+            return True
+
+    async def undo(self, run: str, name: str, voter: str) -> None:
+        """Take back the last vote of a voter, unless the duel has ended."""
+        await self._note(run, name, Vote(time=now(), voter=voter, undo=True))
+
+    async def end(self, run: str, name: str, voter: str) -> None:
+        """End a duel for all voters."""
+        await self._note(run, name, Vote(time=now(), voter=voter, end=True))
+
+    async def latest(self, most: int) -> list[Open | tuple[str, str]]:
+        """Return the last duels, latest first; only the names of a duel whose files cannot be read."""
+        return await asyncio.to_thread(self._latest, most)
+
+    def _latest(self, most: int) -> list[Open | tuple[str, str]]:
+        places = [(name, run.name) for run in self._runs.latest() for name in self._folder(run.name).names()]
+        found: list[Open | tuple[str, str]] = []
+        for name, run in sorted(places, reverse=True)[:most]:
+            try:
+                found.append(Open(run, name, *self._folder(run).read(name)))
+            except (BadInput, NotFound):
+                found.append((run, name))
+        return found
+
+    async def _note(self, run: str, name: str, vote: Vote) -> None:
+        async with self._writing:
+            known = await self.open(run, name)
+            if not any(earlier.end for earlier in known.votes):
+                await asyncio.to_thread(self._folder(run).add, name, vote)
+
+    def _folder(self, run: str) -> DuelFolder:
+        return DuelFolder(self._runs.path(run))
