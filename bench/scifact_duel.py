@@ -10,8 +10,8 @@ from typing import Final
 
 from bench.report import table
 from bench.voting import Voter, play, verdicts
-from gateway.comparisons.runs import Query
 from gateway.comparisons.duels import Standing, draw, stand
+from gateway.comparisons.runs import Query
 from gateway.experiments.preference import Ballot
 
 VOTER: Final = Voter(error=0.1)

@@ -9,8 +9,8 @@ import pytest
 
 from bench.scifact_duel import Played, first_row, hold, many_rows
 from bench.voting import Voter, play, verdicts
-from gateway.comparisons.runs import Hit, Query
 from gateway.comparisons.duels import DEPTH, MAX_PAIRS, Choice, draw, stand
+from gateway.comparisons.runs import Hit, Query
 from gateway.experiments.preference import Ballot
 
 NUM = 40

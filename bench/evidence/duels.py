@@ -8,8 +8,8 @@ import numpy as np
 
 from bench.evidence.registry import Case, Simulation
 from bench.voting import Voter, play, verdicts
-from gateway.comparisons.runs import Hit, Query
 from gateway.comparisons.duels import DEPTH, draw
+from gateway.comparisons.runs import Hit, Query
 from gateway.experiments.preference import Ballot, interval, judge
 
 _BASELINE, _ARM = "baseline", "arm"
