@@ -67,7 +67,7 @@ class DuelStanding(BaseModel):
     """The votes so far, without the names of the arms."""
 
     votes: int = Field(description="Without skips and repeated pairs.")
-    target: int = Field(TARGET, description="Enough votes to find a preference of 70 %.")
+    target: int = Field(description="Enough votes to find a preference of 70 %.")
     decided: int = Field(description="Votes for one list or the other; only these are evidence.")
     ties: int
     both_bad: int
@@ -191,6 +191,7 @@ def _standing(standing: Standing) -> DuelStanding:
     is_first = preference.share >= 0.5  # the figures of the leader, so that they do not say which arm leads
     return DuelStanding(
         votes=standing.num_votes,
+        target=TARGET,
         decided=preference.first + preference.second,
         ties=standing.num_ties,
         both_bad=standing.num_bad,
