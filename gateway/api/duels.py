@@ -125,7 +125,7 @@ class DuelEntry(BaseModel):
     name: str
     created: str | None
     votes: int | None = Field(description="`null` if its files cannot be read.")
-    ended: bool = Field(description="Whether there is nothing left to vote on for the operator.")
+    ended: bool = Field(description="Whether the reader has no pair left to vote on.")
 
 
 class DuelList(AnswerBody):

@@ -124,7 +124,7 @@ class Job:
         self._changed = asyncio.Event()
 
     async def next_change(self, timeout_s: float) -> bool:
-        """Wait for a change, and return whether there was one in time. Changes in quick succession count as one."""
+        """Wait for a change, and return whether it came in time. Changes in quick succession count as one."""
         changed = self._changed
         await asyncio.sleep(min(timeout_s, _LEAST_S_BETWEEN_CHANGES))
         try:
