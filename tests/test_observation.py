@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 
@@ -12,7 +13,7 @@ from gateway.backends.fake import FakeBackend, fake_info
 from gateway.config.registry import Experiment, Registry
 from gateway.config.settings import Settings
 from gateway.deployment import Deployment
-from gateway.errors import BadInput, DeadlineExceeded, ModelNotReady, Overloaded, RequestError
+from gateway.errors import BadInput, DeadlineExceeded, InferenceFailed, ModelNotReady, Overloaded, RequestError
 from gateway.experiments.arms import RequestRecord
 from gateway.experiments.stats import ExperimentStats
 from gateway.fleet import Fleet, Model
@@ -178,6 +179,32 @@ async def test_an_arm_has_what_became_of_each_of_its_requests(
     assert record.num_characters == 3
     known = (1, 2, INFO.space("text-matching")) if error is None else (0, 0, None)
     assert (record.num_texts, record.num_tokens, record.space) == known
+
+
+async def test_an_arm_has_the_model_that_answered_when_another_failed(
+    make_model: MakeModel, make_fleet: MakeFleet
+) -> None:
+    def fail(_job: EmbedJob) -> None:
+        raise InferenceFailed("broken")
+
+    models = [
+        make_model("observed", backend=FakeBackend(INFO, on_embed=fail), tasks=TASKS, default_task="text-matching"),
+        make_model("spare", backend=FakeBackend(replace(INFO, id="spare")), tasks=TASKS, default_task="text-matching"),
+        make_model("other"),
+    ]
+    for model in models[:2]:
+        model.info = await model.backend.start(model.report)
+    assert models[1].info is not None
+    arms = ({"model": "observed", "weight": 1}, {"model": "other", "weight": 0})
+    split = Experiment.model_validate({"id": "exp", "kind": "cross_space", "unit": ("body:user",), "arms": arms})
+    registry, fleet = make_fleet(*models, experiments=[split])
+    registry = registry.model_copy(update={"fallbacks": {"observed": ("spare",)}})
+    stats = Noted()
+
+    await EmbeddingService(Deployment(registry, Settings(), fleet), stats).embed(request("exp"))
+
+    [record] = stats.records
+    assert (record.arm, record.model, record.space) == ("observed", "spare", models[1].info.space("text-matching"))
 
 
 async def test_each_stage_of_a_request_is_measured_once(make_model: MakeModel, make_fleet: MakeFleet) -> None:

@@ -339,6 +339,39 @@ async def test_memory_is_reserved_for_the_vectors_and_then_for_the_tokens(
     assert reserved == [vectors, vectors + 10 * (TOKEN_BYTES + bytes_per_token)]
 
 
+@pytest.mark.parametrize(
+    ("max_weights", "num_weights", "further"),
+    [
+        pytest.param(4096, 4096, [], id="as many as are usual"),
+        pytest.param(30_000, 4000, [3 * 3 * 8 * 4 + 3 * 12 * 4096], id="fewer than were reserved for"),
+        pytest.param(30_000, 10_000, [3 * 12 * 10_000], id="more"),
+    ],
+)
+async def test_memory_is_reserved_for_more_weights_than_are_usual_once_they_are_known(
+    make_service: MakeService, max_weights: int, num_weights: int, further: list[int]
+) -> None:
+    reserved: list[int] = []
+    weights = [SparseVector(np.arange(num_weights), np.ones(num_weights, np.float32))] * 3
+    service = make_service(StubBackend(sparse=weights), outputs=(Output.DENSE, Output.SPARSE), max_weights=max_weights)
+
+    await service.embed(request(outputs=[Output.SPARSE], reserve=reserved.append))
+
+    assert reserved == [3 * 3 * 8 * 4 + 3 * 12 * 4096, *further]
+
+
+async def test_chunks_of_one_text_have_dense_vectors_only(make_service: MakeService) -> None:
+    backend = StubBackend()
+    service = make_service(backend, can_chunk_late=True, outputs=(Output.DENSE, Output.SPARSE))
+
+    with pytest.raises(BadInput, match="returns dense vectors only") as caught:
+        await service.embed(request(is_late_chunked=True, outputs=[Output.DENSE, Output.SPARSE]))
+    assert caught.value.param == "outputs"
+    assert backend.jobs == []
+
+    await service.embed(request(is_late_chunked=True))
+    assert backend.jobs[0].is_late_chunked
+
+
 async def test_a_request_without_room_is_refused_before_any_work(make_service: MakeService) -> None:
     backend = StubBackend()
 
@@ -382,6 +415,22 @@ def mixed(make_model: MakeModel, make_fleet: MakeFleet) -> EmbeddingService:
     registry, fleet = make_fleet(*models, aliases=aliases, experiments=experiments)
     fleet.started.set()
     return _service(registry, fleet)
+
+
+def test_the_arms_of_one_space_have_the_same_tokens_and_those_of_several_have_not(
+    make_model: MakeModel, make_fleet: MakeFleet
+) -> None:
+    arms = (Arm(model="jina", weight=1), Arm(name="b", model="jina", weight=1))
+    experiments = [
+        Experiment(id="one", kind="same_space", arms=arms),
+        Experiment(id="two", kind="cross_space", unit=("body:user",), arms=(arms[0], Arm(model="other", weight=1))),
+    ]
+    service = _service(*make_fleet(make_model("jina"), make_model("other"), experiments=experiments))
+
+    assert service.target("one", None, GATEWAY).model.entry.id == "jina"
+    with pytest.raises(BadInput, match=r"jina \(model 'jina'\), other \(model 'other'\)") as caught:
+        service.target("two", None, GATEWAY)
+    assert caught.value.param == "model"
 
 
 RERANKER = ["ranker", "owner/ranker", "ranker:query", "rank", "ranks", "default", None]

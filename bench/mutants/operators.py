@@ -57,6 +57,7 @@ class Mutant:
         before: source lines that change, joined and stripped.
         after: the same lines with the change.
         source: the whole module with the change.
+        is_in_function: whether all of the change is inside of a function, so that it can be put into an imported module.
         key: a hash of the change and of the function that it is in, or of the whole module outside of functions.
     """
 
@@ -67,6 +68,7 @@ class Mutant:
     before: str
     after: str
     source: str
+    is_in_function: bool
     key: str
 
     def order(self, seed: int) -> str:
@@ -111,7 +113,8 @@ def _apply(module: str, source: str, change: _Change) -> Mutant:
         end = max(statement.lineno, min(end, body[0].lineno - 1))
     after = new.decode().strip()
     key = _key(module, lines, change, (before, after))
-    return Mutant(module, node.lineno, (statement.lineno, end), change.operator, before, after, mutated, key)
+    places = node.lineno, (statement.lineno, end)
+    return Mutant(module, *places, change.operator, before, after, mutated, change.function is not None, key)
 
 
 def _key(module: str, lines: list[bytes], change: _Change, texts: tuple[str, str]) -> str:

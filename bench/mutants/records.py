@@ -45,6 +45,8 @@ _TESTS_OF = {
     "gateway/api/openai.py": ("api/test_contract", "api/test_lax_bodies", "api/test_quantized"),
     "gateway/api/openai_schema.py": ("api/test_contract", "api/test_lax_bodies", "api/test_documentation"),
     "gateway/api/token_ids.py": ("api/test_contract", "api/test_lax_bodies", "api/test_bounds"),
+    "gateway/backends/infinity.py": ("backends/test_infinity", "backends/test_unloading", "engine/test_first_run"),
+    "gateway/bulk/manifest.py": ("bulk/test_job", "bulk/test_file_sinks", "bulk/moving/test_changes"),
     "gateway/cache/entries.py": ("cache/test_stores", "cache/test_files", "cache/test_model_cache"),
     "gateway/engine/admission.py": ("engine/test_admission", "engine/test_low_priority"),
     "gateway/engine/model/adapters.py": ("models/test_jina", "models/test_jina_v5_layout"),
@@ -69,6 +71,7 @@ _TESTS_OF = {
     "gateway/http/protocol.py": ("api/test_connections", "api/test_limits", "test_drain"),
     "gateway/requests.py": ("test_requests", "test_service", "api/test_rerank"),
     "gateway/observation.py": ("test_service", "test_observation"),
+    "gateway/outcomes/reading.py": ("api/test_outcomes", "outcomes/test_files"),
     "gateway/routing/router.py": (
         "routing/test_router",
         "api/test_experiment_cards",
@@ -215,6 +218,14 @@ class Records:
             }
         return self._weights_of[module]
 
+    def runs_at_import(self, mutant: Mutant, files: Iterable[str]) -> bool:
+        """Return whether a changed line runs while tests are collected, or is not known to run later only."""
+        parts = [part for file in files for part in self._load(file).parts]
+        return any(
+            (module := self._old_name(part, mutant.module)) is not None and self._changed_lines(part, module, mutant)[1]
+            for part in parts
+        )
+
     def others(self, mutant: Mutant, own: Sequence[str]) -> list[str]:
         """Return the other test files that run a changed line."""
         return [file for file in all_tests(self._project) if file not in own and self._candidates_in(file, mutant)]
@@ -227,16 +238,22 @@ class Records:
         module = self._old_name(part, mutant.module)
         if module is None:
             return
-        old = self._old_text(part, module)
-        new = (self._project / mutant.module).read_text(encoding="utf-8")
-        wanted = _bits(old_lines(old, new, *mutant.lines))
-        at_import = part.tests[IMPORT].lines.get(module, "0") if IMPORT in part.tests else "0"
-        # Any test that uses the module can notice a change in the lines that run at its import.
-        is_of_import = not int(wanted, 16) or bool(int(at_import, 16) & int(wanted, 16))
+        changed, is_of_import = self._changed_lines(part, module, mutant)
         for test, row in part.tests.items():
             ran = int(row.lines.get(module, "0"), 16)
-            if row.outcome == "passed" and test != IMPORT and ran and (is_of_import or ran & int(wanted, 16)):
+            if row.outcome == "passed" and test != IMPORT and ran and (is_of_import or ran & changed):
                 yield Candidate(test, file, row.duration_s, max(row.cpu_s, _WAITING * row.duration_s))
+
+    def _changed_lines(self, part: _Part, module: str, mutant: Mutant) -> tuple[int, bool]:
+        """Return the bits of the changed lines, and whether any of them runs at import or none is known.
+
+        Any test that uses the module can notice a change in the lines that run at its import.
+        """
+        old = self._old_text(part, module)
+        new = (self._project / mutant.module).read_text(encoding="utf-8")
+        changed = int(_bits(old_lines(old, new, *mutant.lines)), 16)
+        at_import = part.tests[IMPORT].lines.get(module, "0") if IMPORT in part.tests else "0"
+        return changed, not changed or bool(int(at_import, 16) & changed)
 
     def _old_name(self, part: _Part, module: str) -> str | None:
         """Return a module's name at the time of a record; ``None`` if it did not exist or no test ran it."""

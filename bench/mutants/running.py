@@ -32,7 +32,7 @@ from bench.mutants.usage import Limits, Usage
 from bench.processes import ROOT
 
 _POLL_S = 0.02
-_ARGUMENTS = [
+ARGUMENTS = [
     "-x",
     "-q",
     "-p",
@@ -140,7 +140,7 @@ def preload(workspace: Workspace, files: Sequence[str]) -> None:
         import pytest
 
         sys.dont_write_bytecode = False  # for take_compiled()
-        pytest.main(["--collect-only", *_ARGUMENTS, *files])
+        pytest.main(["--collect-only", *ARGUMENTS, *files])
         return {"modules": list(sys.modules)}
 
     os.environ["DO_NOT_TRACK"] = "1"  # Infinity would start a thread that reports its use
@@ -165,19 +165,24 @@ def preload(workspace: Workspace, files: Sequence[str]) -> None:
 class Child:
     """A forked process that runs a function in a workspace and returns a dictionary; at a limit it is killed."""
 
-    def __init__(self, workspace: Workspace, work: Callable[[], Mapping[str, object]], limits: Limits) -> None:
-        self.workspace = workspace
-        self._result = workspace.folder / "result"
-        self._log = workspace.folder / "log"
-        self._result.unlink(missing_ok=True)
-        self._limits = limits
-        self._status: int | None = None
-        self.given_up = ""
+    def __init__(
+        self, workspace: Workspace, work: Callable[[], Mapping[str, object]], limits: Limits, name: str = "result"
+    ) -> None:
+        self._prepare(workspace, limits, name)
         sys.stdout.flush()
         self._pid = os.fork()
         if self._pid == 0:
             self._run(work)
         self._usage = Usage(self._pid)
+
+    def _prepare(self, workspace: Workspace, limits: Limits, name: str) -> None:
+        self.workspace = workspace
+        self._result = workspace.folder / name
+        self._log = workspace.folder / "log"
+        self._result.unlink(missing_ok=True)
+        self._limits = limits
+        self._status: int | None = None
+        self.given_up = ""
 
     def _run(self, work: Callable[[], Mapping[str, object]]) -> None:
         status = 1
@@ -203,9 +208,8 @@ class Child:
     def has_ended(self) -> bool:
         """Whether the process has ended; at a limit it is killed with its children, and ``given_up`` says which."""
         if self._status is None:
-            pid, status = os.waitpid(self._pid, os.WNOHANG)
-            if pid:
-                self._status = status
+            self._status = self._poll(os.WNOHANG)
+            if self._status is not None:
                 self._kill([])
             elif reason := self._usage.exceeded(self._limits):
                 self.given_up = reason
@@ -215,8 +219,13 @@ class Child:
     def kill(self) -> None:
         """End the process and its children."""
         self._kill(psutil.Process(self._pid).children(recursive=True))
-        os.waitpid(self._pid, 0)
+        self._poll(0)
         self._status = -1
+
+    def _poll(self, flags: int) -> int | None:
+        """Return the process's status; ``None`` while it runs."""
+        pid, status = os.waitpid(self._pid, flags)
+        return status if pid else None
 
     @property
     def was_ended(self) -> bool:
@@ -255,7 +264,7 @@ def run_tests(workspace: Workspace, files: Sequence[str], tests: Sequence[str] |
     sys.dont_write_bytecode = True
     os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
     selection = Selection(tests)
-    status = pytest.main([*_ARGUMENTS, f"--basetemp={workspace.temporary}", *files], plugins=[selection])
+    status = pytest.main([*ARGUMENTS, f"--basetemp={workspace.temporary}", *files], plugins=[selection])
     return {"status": int(status), "failed": selection.failed}
 
 
@@ -265,7 +274,7 @@ def record_tests(workspace: Workspace, file: str, known: Container[str]) -> Mapp
 
     recorder = Recorder(workspace.root, workspace.folder / "child_lines", known)
     (workspace.folder / "child_lines").unlink(missing_ok=True)
-    arguments = [argument for argument in _ARGUMENTS if argument != "-x"]
+    arguments = [argument for argument in ARGUMENTS if argument != "-x"]
     recorder.start()
     try:
         status = pytest.main([*arguments, f"--basetemp={workspace.temporary}", file], plugins=[recorder])

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Self, TypeVar
 
+from bench.mutants.collected import ChildOfCollected, Collected
 from bench.mutants.equivalents import Equivalent, reason_for, unmatched
 from bench.mutants.operators import Mutant, mutants_of
 from bench.mutants.outcomes import Outcomes
@@ -145,7 +146,7 @@ def score(
     record(copies, records, own)
     left = [mutant for mutant in _sample(mutants, options) if reason_for(mutant, equivalents) is None]
 
-    def try_all(files_of: Callable[[Mutant], Sequence[str]]) -> None:
+    def try_all(files_of: Callable[[Mutant], Sequence[str]], prepared: Prepared | None = None) -> None:
         runs = []
         for mutant in left:
             outcome = outcomes.of(mutant)
@@ -153,12 +154,14 @@ def score(
                 passed = {} if outcome is None else outcome.tests
                 chosen = records.candidates(mutant, files_of(mutant), options.budget_s)
                 if tests := [candidate for candidate in chosen if candidate.test not in passed]:
-                    runs.append(_Run(mutant, tests))
+                    is_prepared = prepared is not None and not records.runs_at_import(mutant, own)
+                    runs.append(_Run(mutant, tests, prepared=prepared if is_prepared else None))
                 elif outcome is None:
                     outcomes.save_passed(mutant, ())
         _run_all(copies, runs, outcomes)
 
-    try_all(lambda _mutant: own)
+    with Prepared(own) as prepared:
+        try_all(lambda _mutant: own, prepared)
     if not options.is_own_only:
         try_all(lambda mutant: records.others(mutant, own))
 
@@ -167,20 +170,49 @@ def _sample(mutants: Iterable[Mutant], options: Options) -> list[Mutant]:
     return sorted(mutants, key=lambda mutant: mutant.order(options.seed))[: options.sample or None]
 
 
+class Prepared:
+    """A process in each workspace that has collected the tests of some files; each is started when it is needed.
+
+    As a context manager it ends them.
+    """
+
+    def __init__(self, files: Sequence[str]) -> None:
+        self._files = files
+        self._of: dict[Workspace, Collected] = {}
+
+    def in_(self, copy: Workspace) -> Collected:
+        if copy not in self._of:
+            self._of[copy] = Collected(copy, self._files)
+        return self._of[copy]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_details: object) -> None:
+        for collected in self._of.values():
+            collected.close()
+
+
 @dataclass(frozen=True, slots=True)
 class _Run:
     """A run of tests against a mutant.
 
     Attributes:
         left: further tests, to run if these pass.
+        prepared: processes that have collected the tests, where the change can be put into an imported module.
     """
 
     mutant: Mutant
     tests: Sequence[Candidate]
     left: Sequence[Candidate] = ()
+    prepared: Prepared | None = None
 
     def start(self, copy: Workspace) -> Child:
-        copy.change(copy.root / self.mutant.module, self.mutant.source)
+        # Made before the change is in the file: it imports the module.
+        collected = self.prepared.in_(copy) if self.prepared is not None and self.mutant.is_in_function else None
+        path = copy.root / self.mutant.module
+        before = path.read_text(encoding="utf-8")
+        copy.change(path, self.mutant.source)  # for processes that tests start
         files = list(dict.fromkeys(candidate.file for candidate in self.tests))
         names = [candidate.test for candidate in self.tests]
         limits = Limits(
@@ -188,6 +220,8 @@ class _Run:
             _START.still_s + _SLOWER * sum(candidate.duration_s for candidate in self.tests),
             _START.wall_s + 10 * _SLOWER * sum(candidate.duration_s for candidate in self.tests),
         )
+        if collected is not None and collected.is_usable:
+            return ChildOfCollected(collected, path, (before, self.mutant.source), names, limits)
         return Child(copy, lambda: run_tests(copy, files, names), limits)
 
 
@@ -195,18 +229,21 @@ def _run_all(copies: Sequence[Workspace], runs: Sequence[_Run], outcomes: Outcom
 
     def end(child: Child, run: _Run) -> Sequence[_Run]:
         child.workspace.restore()
+        if run.prepared is not None and not child.given_up and child.result().get("status") is None:
+            return [replace(run, prepared=None)]  # the change could not be put into the imported module
         outcome = outcome_of(child)
         names = [candidate.test for candidate in run.tests]
         if outcome.is_lost:
             return ()  # it is tried again by the next run
         if outcome.is_passed:
             outcomes.save_passed(run.mutant, names)
-            return [_Run(run.mutant, run.left)] if run.left else ()
+            return [replace(run, tests=run.left, left=())] if run.left else ()
         doubtful = [
             candidate for candidate in run.tests if candidate.test == outcome.failed and candidate.duration_s > _LONG_S
         ]
         if doubtful and len(names) > 1:
-            return [_Run(run.mutant, doubtful, [candidate for candidate in run.tests if candidate not in doubtful])]
+            others = [candidate for candidate in run.tests if candidate not in doubtful]
+            return [replace(run, tests=doubtful, left=others)]
         outcomes.save_killed(run.mutant, outcome.detail, names)
         return ()
 

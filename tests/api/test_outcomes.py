@@ -418,6 +418,25 @@ async def test_the_largest_values_out_of_the_fewest_chances_still_make_a_report(
     assert comparison["low"] < comparison["estimate"] < comparison["high"]
 
 
+@pytest.mark.parametrize("field", ["unit", "id"])
+async def test_the_error_about_a_unit_or_an_id_does_not_repeat_it(
+    client: httpx.AsyncClient, check_error: CheckError, field: str
+) -> None:
+    """It may identify a person, and clients log the messages of errors."""
+    answer = await client.post(PATH, json=[outcome("u") | {field: 1709.25}])
+
+    message = check_error(answer, 400, "invalid_input", param=f"[0].{field}")
+    assert "1709" not in message
+
+
+async def test_a_unit_may_have_1024_bytes(client: httpx.AsyncClient) -> None:
+    longest = "\u00e9" * 512
+    await embed_for(client, [longest])
+
+    assert (await post(client, outcome(longest, id="x")))["stored"] == 1
+    assert (await report_of(client))["unmatched"] == 0
+
+
 async def test_no_text_of_a_wrong_outcome_comes_into_the_list_of_errors(client: httpx.AsyncClient) -> None:
     for field in ("value", "name", "of", "before", "unit", "id"):
         row = outcome("u") | {field: "secret 'of\" ada` @"}

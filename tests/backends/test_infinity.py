@@ -112,6 +112,18 @@ async def test_a_backend_that_could_not_start_can_be_stopped() -> None:
         await backend.embed(job("hello"))
 
 
+@pytest.mark.parametrize(("free_bytes", "expected"), [(0, False), (2**40, True)], ids=["full", "empty"])
+async def test_a_planned_model_may_fit_where_a_device_has_room(
+    monkeypatch: pytest.MonkeyPatch, free_bytes: int, expected: bool
+) -> None:
+    backend = InfinityBackend(MINILM, Settings())
+    assert await backend.may_fit()  # nothing is known against it
+    await backend.plan()
+    monkeypatch.setattr("gateway.engine.placement.available_bytes", lambda _device: free_bytes)
+
+    assert await backend.may_fit() is expected
+
+
 # --------------------------------------------------------------------------------------------------- faults over HTTP
 
 
@@ -384,6 +396,7 @@ async def test_a_recheck_that_is_not_answered_says_nothing_of_the_model(watched:
 
 
 async def test_an_engine_that_hangs_is_replaced(watched: Watched) -> None:
+    restarts_before = restarts()
     watched.engines[0].hang()
     await until(lambda: len(watched.reports) == 2)
 
@@ -391,7 +404,9 @@ async def test_an_engine_that_hangs_is_replaced(watched: Watched) -> None:
     assert watched.reports[0][1].startswith("a forward has been running for ")
     assert watched.reports[1][1] == ""
     assert isinstance(watched.engines[0].given_up, ModelRecovering)
+    assert watched.engines[0].given_up.retry_after_s == 5
     assert watched.engine is watched.engines[1]
+    assert restarts() == restarts_before + 1
 
 
 @pytest.mark.parametrize("is_recheck", [True, False], ids=["golden vectors", "does it still work"])

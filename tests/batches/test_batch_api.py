@@ -644,7 +644,9 @@ async def test_lines_that_a_restart_no_longer_accepts_fail_and_the_others_are_an
     else:
         assert batch.status == "completed"
         assert [row["custom_id"] for row in await rows(client, batch.output_file_id)] == ["b"]
-        assert errors["a"]["response"]["body"]["error"]["code"] == "line_too_long"
+        error = errors["a"]["response"]["body"]["error"]
+        assert (error["type"], error["code"], error["param"]) == ("invalid_request_error", "line_too_long", "body")
+        assert "1024" in error["message"]
 
 
 async def test_files_can_be_deleted_while_they_are_listed(start: Start) -> None:

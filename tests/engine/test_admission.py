@@ -13,6 +13,8 @@ import pytest
 
 from gateway.engine.admission import Admission
 from gateway.errors import Overloaded
+from gateway.telemetry import metrics
+from gateway.types import Priority
 from tests.engine.scripted import Gate, MakeJob, StartBatcher, answer, raise_for, texts_of
 
 
@@ -35,6 +37,20 @@ def test_what_waits_is_counted_until_it_is_answered(admission: Admission, make_j
 
     assert counted == (3, 2 + 3 + 4)
     assert (admission.num_texts, admission.num_tokens) == (0, 0)
+
+
+@pytest.mark.parametrize(("priority", "gauges"), [(Priority.NORMAL, (3, 9, 0)), (Priority.LOW, (0, 0, 3))], ids=str)
+def test_what_waits_is_in_the_metrics_of_its_priority(
+    admission: Admission, make_job: MakeJob, priority: Priority, gauges: tuple[int, int, int]
+) -> None:
+    def measured() -> tuple[float | None, ...]:
+        names = ("gateway_queue_texts", "gateway_queue_tokens", "gateway_low_priority_queue_texts")
+        return tuple(metrics.REGISTRY.get_sample_value(name, {"model": "numbers"}) or 0 for name in names)
+
+    with admission.admit(replace(make_job("1", "four", "12345678"), priority=priority)):
+        assert measured() == gauges
+
+    assert measured() == (0, 0, 0)
 
 
 def test_a_request_that_fails_is_no_longer_counted(admission: Admission, make_job: MakeJob) -> None:

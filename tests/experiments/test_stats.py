@@ -477,6 +477,19 @@ def test_at_the_end_the_log_is_closed(tmp_path: Path, make_record: MakeRecord) -
     assert [file.path for file in psutil.Process().open_files() if file.path.startswith(str(tmp_path))] == []
 
 
+@pytest.mark.parametrize(("weights", "compared"), [((1, 1), {"b"}), ((0, 1), set()), ((1, 0), set())])
+def test_only_arms_that_get_traffic_have_guard_rails(
+    make_experiment: MakeExperiment, make_record: MakeRecord, weights: tuple[int, int], compared: set[str]
+) -> None:
+    stats = ExperimentStats(None)
+    for unit in range(100):
+        stats.record(make_record(unit, arm="ab"[unit % 2], elapsed_s=0.1 + unit / 1_000))
+
+    report = stats.report(make_experiment(*weights), GENERATION)
+
+    assert {guardrail.arm for guardrail in report.guardrails} == compared
+
+
 # ------------------------------------------------------------------------------------------------------------ a full disk
 
 FULL_DISK = Path("/dev/full")

@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import logging
+import math
 import os
 import select
 import signal
@@ -195,6 +196,38 @@ def test_a_stream_in_memory_has_its_line_at_once(monkeypatch: pytest.MonkeyPatch
     handler.emit(record("there"))
 
     assert stream.getvalue() == "there\n"
+
+
+@pytest.mark.usefixtures("restored_logging")
+def test_a_line_is_json_whatever_numbers_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``NaN``, as Python writes it, is not JSON, and a collector would drop the line."""
+    monkeypatch.setattr(sys, "stderr", output := io.StringIO())
+    configure_logs("info", "json")
+
+    structlog.get_logger("gateway.test").info("measured", seconds=math.nan, share=math.inf)
+
+    def refuse(name: str) -> None:
+        raise AssertionError(name)
+
+    assert json.loads(output.getvalue(), parse_constant=refuse)["seconds"] is None
+
+
+@pytest.mark.parametrize("through", ["logging", "structlog"])
+@pytest.mark.usefixtures("restored_logging")
+def test_lines_are_gathered_until_one_is_urgent(
+    pipe: tuple[int, TextIO], monkeypatch: pytest.MonkeyPatch, through: str
+) -> None:
+    reader, stream = pipe
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setattr("gateway.telemetry.logs._GATHER_S", 3600.0)
+    configure_logs("info", "json")
+    log = logging.getLogger("gateway.test") if through == "logging" else structlog.get_logger("gateway.test")
+
+    log.info("first")
+    assert not select.select((reader,), (), (), 0.05)[0]
+    log.warning("second")
+
+    assert [json.loads(line)["event"] for line in read_lines(reader, 2)] == ["first", "second"]
 
 
 def test_a_record_that_cannot_be_formatted_raises_nothing(pipe: tuple[int, TextIO], capsys: Any) -> None:
