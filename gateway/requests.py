@@ -128,19 +128,6 @@ class ClassifyRequest(Request):
         return [len(first or "") + len(text) for first, text in zip(self.firsts, self.texts, strict=True)]
 
 
-@dataclass(frozen=True, slots=True)
-class Patience:
-    """The time that a target may take.
-
-    Attributes:
-        deadline: see :class:`gateway.types.EmbedJob`.
-        may_wait: whether the request may wait for the target to load; false if the next target is ready.
-    """
-
-    deadline: float
-    may_wait: bool
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer(ABC):
     """The answer to a request.

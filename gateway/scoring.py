@@ -7,8 +7,8 @@ from dataclasses import replace
 
 from gateway import vectors as vector_math
 from gateway.errors import BadInput, UnsupportedOutput
-from gateway.requests import ClassifyAnswer, ClassifyRequest, Patience, RerankAnswer, RerankRequest
-from gateway.routing.router import Choice, Target
+from gateway.requests import ClassifyAnswer, ClassifyRequest, RerankAnswer, RerankRequest
+from gateway.routing.router import Target
 from gateway.similarity import QueryVectors
 from gateway.tasks import RETRIEVAL
 from gateway.types import TOKEN_BYTES, EmbedJob, ModelInfo, ModelKind, Output, Timings, Truncate
@@ -16,24 +16,19 @@ from gateway.types import TOKEN_BYTES, EmbedJob, ModelInfo, ModelKind, Output, T
 _FLOAT_BYTES = 4
 
 
-async def rerank(target: Target, choice: Choice, request: RerankRequest, patience: Patience) -> RerankAnswer:
+async def rerank(target: Target, request: RerankRequest, job: EmbedJob) -> RerankAnswer:
     """Have a target score the texts of a request, and check the scores."""
     if target.info.kind is ModelKind.EMBED:
-        return await _rerank_by_vectors(target, choice, request, patience)
+        return await _rerank_by_vectors(target, request, job)
     if request.score_by is not None:
         raise BadInput(
             f"`score_by` is for models that embed, and model {target.info.id!r} scores pairs of texts: leave it out",
             param="score_by",
         )
     result = await target.model.embed(
-        EmbedJob(
-            texts=request.texts,
+        replace(
+            job,
             task=None,
-            truncate=request.truncate,
-            deadline=patience.deadline,
-            may_wait=patience.may_wait,
-            caller=request.caller,
-            priority=request.priority,
             query=request.query,
             max_text_tokens=request.max_text_tokens,
             on_tokens=lambda num_tokens: request.reserve(num_tokens * TOKEN_BYTES),
@@ -42,42 +37,38 @@ async def rerank(target: Target, choice: Choice, request: RerankRequest, patienc
     scores = vector_math.finish(result.vectors, (len(request.texts), 1), 1, normalize=False)
     return RerankAnswer(
         scores=scores[:, 0],
-        name=target.name,
+        name=target.choice.name,
         model=target.info.id,
         num_tokens=sum(result.num_tokens),
         truncated=result.truncated,
         timings=result.timings,
-        assignment=choice.assignment,
+        assignment=target.choice.assignment,
     )
 
 
-async def _rerank_by_vectors(
-    target: Target, choice: Choice, request: RerankRequest, patience: Patience
-) -> RerankAnswer:
+async def _rerank_by_vectors(target: Target, request: RerankRequest, job: EmbedJob) -> RerankAnswer:
     """Embed the query, then score each text by its vectors as soon as they are computed; keep no vectors."""
     info = target.info
     weights = _weights(info, request.score_by)
     query_task, text_task = (task if task in info.tasks else target.task for task in RETRIEVAL)
-    job = EmbedJob(
-        texts=[request.query],
-        task=query_task,
-        truncate=Truncate.REFUSE if request.truncate is Truncate.REFUSE else Truncate.END,
-        deadline=patience.deadline,
-        may_wait=patience.may_wait,
-        caller=request.caller,
-        priority=request.priority,
-        outputs=frozenset(weights),
-        text_name="query",
+    outputs = frozenset(weights)
+    query = await target.model.embed(
+        replace(
+            job,
+            texts=[request.query],
+            task=query_task,
+            truncate=Truncate.REFUSE if request.truncate is Truncate.REFUSE else Truncate.END,
+            outputs=outputs,
+            text_name="query",
+        )
     )
-    query = await target.model.embed(job)
     scorer = QueryVectors(weights, query, info.is_normalized, info.is_mean_maxsim).score
     num_query_tokens = sum(query.num_tokens)
     result = await target.model.embed(
         replace(
             job,
-            texts=request.texts,
             task=text_task,
-            truncate=request.truncate,
+            outputs=outputs,
             scorer=scorer,
             text_name="documents",
             max_text_tokens=request.max_text_tokens,
@@ -88,12 +79,12 @@ async def _rerank_by_vectors(
     return RerankAnswer(
         scores=scores[:, 0],
         are_logits=False,
-        name=target.name,
+        name=target.choice.name,
         model=info.id,
         num_tokens=num_query_tokens + sum(result.num_tokens),
         truncated=range(len(request.texts)) if query.truncated else result.truncated,
         timings=_sum(query.timings, result.timings),
-        assignment=choice.assignment,
+        assignment=target.choice.assignment,
     )
 
 
@@ -117,20 +108,15 @@ def _weights(info: ModelInfo, asked: Mapping[Output, float] | None) -> Mapping[O
     return asked
 
 
-async def classify(target: Target, choice: Choice, request: ClassifyRequest, patience: Patience) -> ClassifyAnswer:
+async def classify(target: Target, request: ClassifyRequest, job: EmbedJob) -> ClassifyAnswer:
     """Have a target classify the texts of a request, and check the numbers."""
     info = target.info
     num_bytes = _FLOAT_BYTES * len(request.texts) * info.width
     request.reserve(num_bytes)
     result = await target.model.embed(
-        EmbedJob(
-            texts=request.texts,
+        replace(
+            job,
             task=None,
-            truncate=request.truncate,
-            deadline=patience.deadline,
-            may_wait=patience.may_wait,
-            caller=request.caller,
-            priority=request.priority,
             firsts=request.firsts,
             on_tokens=lambda num_tokens: request.reserve(num_bytes + num_tokens * TOKEN_BYTES),
         )
@@ -139,10 +125,10 @@ async def classify(target: Target, choice: Choice, request: ClassifyRequest, pat
         logits=vector_math.finish(result.vectors, (len(request.texts), info.width), info.width, normalize=False),
         labels=info.labels,
         function=info.label_function,
-        name=target.name,
+        name=target.choice.name,
         model=info.id,
         num_tokens=sum(result.num_tokens),
         truncated=result.truncated,
         timings=result.timings,
-        assignment=choice.assignment,
+        assignment=target.choice.assignment,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import ExitStack, asynccontextmanager
+from dataclasses import replace
 from itertools import zip_longest
 from typing import TypeVar
 
@@ -24,7 +25,7 @@ from gateway.errors import (
 from gateway.experiments.stats import ExperimentStats
 from gateway.observation import Observer, observe_tokenizer
 from gateway.precision import CALIBRATED, Precision
-from gateway.requests import Answer, EmbedAnswer, EmbedRequest, Patience, Request, RerankRequest
+from gateway.requests import Answer, EmbedAnswer, EmbedRequest, Request, RerankRequest
 from gateway.routing.names import GATEWAY, Client
 from gateway.routing.router import Choice, Router, Target
 from gateway.routing.spaces import is_same_space
@@ -64,7 +65,7 @@ class EmbeddingService:
         self._capture(choice, request, request.texts, request.task)
         return answer
 
-    async def score(self, request: R, compute: Callable[[Target, Choice, R, Patience], Awaitable[A]]) -> A:
+    async def score(self, request: R, compute: Callable[[Target, R, EmbedJob], Awaitable[A]]) -> A:
         """Score the texts of a request.
 
         Args:
@@ -140,7 +141,7 @@ class EmbeddingService:
 
 
 async def _answer(
-    router: Router, choice: Choice, request: R, compute: Callable[[Target, Choice, R, Patience], Awaitable[A]]
+    router: Router, choice: Choice, request: R, compute: Callable[[Target, R, EmbedJob], Awaitable[A]]
 ) -> A:
     """Answer a request with the first target, or with the next one if it fails. All targets are in one space."""
     targets = router.targets(choice, request.task)
@@ -150,9 +151,17 @@ async def _answer(
         for target in targets:
             in_use.enter_context(target.model.in_use())
         for target, alternative in zip_longest(targets, targets[1:]):
-            may_wait = alternative is None or alternative.model.state is not ModelState.READY
+            job = EmbedJob(
+                texts=request.texts,
+                task=target.task,
+                truncate=request.truncate,
+                deadline=deadline,
+                caller=request.caller,
+                priority=request.priority,
+                may_wait=alternative is None or alternative.model.state is not ModelState.READY,
+            )
             try:
-                return await compute(target, choice, request, Patience(deadline, may_wait))
+                return await compute(target, request, job)
             except (ModelNotReady, InferenceFailed, OutOfMemory) as error:
                 if alternative is None:
                     raise
@@ -160,7 +169,7 @@ async def _answer(
     raise AssertionError("there is always a target")
 
 
-async def _embed(target: Target, choice: Choice, request: EmbedRequest, patience: Patience) -> EmbedAnswer:
+async def _embed(target: Target, request: EmbedRequest, job: EmbedJob) -> EmbedAnswer:
     """Check that a target can do what a request asks for, have it embed the texts, and finish the vectors."""
     info = target.info
     _check_outputs(info, request)
@@ -176,19 +185,13 @@ async def _embed(target: Target, choice: Choice, request: EmbedRequest, patience
     _check_precision(info, request.precision, is_normalized=is_normalized)
     precision = request.precision
     space = info.space(target.task, dimensions, is_normalized=is_normalized, output=output, precision=precision)
-    _check_space(space, request.expect_space, choice)
+    _check_space(space, request.expect_space, target.choice)
     texts_bytes = len(request.texts) * _text_bytes(info, outputs)
     token_bytes = TOKEN_BYTES + _output_bytes(info, outputs)
     request.reserve(texts_bytes)
     result = await target.model.embed(
-        EmbedJob(
-            texts=request.texts,
-            task=target.task,
-            truncate=request.truncate,
-            deadline=patience.deadline,
-            may_wait=patience.may_wait,
-            caller=request.caller,
-            priority=request.priority,
+        replace(
+            job,
             outputs=outputs,
             is_late_chunked=request.is_late_chunked,
             max_total_tokens=request.max_token_vectors if outputs & PER_TOKEN else None,
@@ -204,7 +207,7 @@ async def _embed(target: Target, choice: Choice, request: EmbedRequest, patience
         vectors=vectors,
         precision=precision,
         ranges=info.ranges.get(dimensions),
-        name=target.name,
+        name=target.choice.name,
         model=info.id,
         task=target.task,
         space=space,
@@ -216,7 +219,7 @@ async def _embed(target: Target, choice: Choice, request: EmbedRequest, patience
         multivectors=result.multivectors,
         states=result.states,
         num_cached=result.num_cached,
-        assignment=choice.assignment,
+        assignment=target.choice.assignment,
     )
 
 

@@ -25,11 +25,12 @@ from gateway.http.context import RequestContext
 from gateway.http.error_forms import ErrorForm
 from gateway.http.turns import Turns
 from gateway.precision import Precision
-from gateway.requests import Answer, EmbedAnswer, EmbedRequest, Patience
+from gateway.requests import Answer, EmbedAnswer, EmbedRequest
 from gateway.requests import Request as ServiceRequest
-from gateway.routing.router import Choice, Target
+from gateway.routing.router import Target
 from gateway.service import EmbeddingService
 from gateway.telemetry import metrics
+from gateway.types import EmbedJob
 
 # Answers of up to this size are written directly on the event loop, which waits for the writer anyway, because it holds
 # the interpreter: 2.5 ms for this many bytes of numbers, 0.3 ms of base64. Switching to a thread and back costs more.
@@ -45,7 +46,7 @@ Parse: TypeAlias = Callable[[dict[str, Json]], B]
 Ask: TypeAlias = Callable[[Request, B], Awaitable[R]]
 """Turns a request and its parsed body into a request to the service."""
 
-Compute: TypeAlias = Callable[[Target, Choice, R, Patience], Awaitable[A]]
+Compute: TypeAlias = Callable[[Target, R, EmbedJob], Awaitable[A]]
 """Has a target compute the answer to a request."""
 
 Write: TypeAlias = Callable[[Request, B, A], Parts]

