@@ -71,10 +71,10 @@ async def count_requests(uri: str, storage: psutil.Process | None, requests: int
     client = Client("bench", requests_per_minute=10**9, tokens_per_minute=10**12)
 
     async def request() -> None:
-        ticket = await quotas.admit(client, {})
-        async with quotas.reserve(ticket, [100], 512):
+        await quotas.admit(client, {})
+        async with quotas.reserve(client, {}, [100], 512):
             pass
-        await quotas.charge(ticket, 25)
+        await quotas.charge(client, {}, 25)
 
     async def some(count: int) -> None:
         for _ in range(count):

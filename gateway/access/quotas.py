@@ -15,7 +15,6 @@ import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import structlog
@@ -46,23 +45,13 @@ _SWEEP_EVERY_S: Final = 30.0
 T = TypeVar("T")
 
 
-@dataclass(slots=True)
-class Ticket:
-    """A request that was admitted and is running.
-
-    Attributes:
-        headers: of the response; OpenAI's ``x-ratelimit-*`` are added as the values become known.
-    """
-
-    client: Client
-    headers: dict[str, str]
-
-
 class Quotas:
     """Counts the requests and tokens of each client.
 
     When the storage cannot be reached, requests pass uncounted, and the storage is left alone for some seconds: an embedding
     is worth more than its count. The log and ``gateway_quota_errors_total`` report it.
+
+    The methods add OpenAI's ``x-ratelimit-*`` to the ``headers`` of the request's response, as the values become known.
 
     Args:
         storage: ``memory://``, or ``redis://HOST:PORT/DB`` for replicas that count together.
@@ -82,16 +71,12 @@ class Quotas:
         self.reserved: dict[str, int] = {}
         self._silent_until = 0.0
 
-    async def admit(self, client: Client, headers: dict[str, str]) -> Ticket:
+    async def admit(self, client: Client, headers: dict[str, str]) -> None:
         """Count a request.
-
-        Args:
-            headers: of the response, whether it succeeds or not.
 
         Raises:
             RateLimited: the client has no requests or no tokens left in this minute.
         """
-        ticket = Ticket(client, headers)
         if client.requests_per_minute:
             item = RateLimitItemPerMinute(client.requests_per_minute, namespace="requests")
             num_requests, stats = await self._count(item, client, 1)
@@ -99,11 +84,12 @@ class Quotas:
             if num_requests > item.amount:
                 raise _limited(client, "requests", item.amount, stats)
         if client.tokens_per_minute:
-            await self._check_tokens(ticket)
-        return ticket
+            await self._check_tokens(client, headers)
 
     @asynccontextmanager
-    async def reserve(self, ticket: Ticket, lengths: Sequence[int], max_tokens: int) -> AsyncIterator[None]:
+    async def reserve(
+        self, client: Client, headers: dict[str, str], lengths: Sequence[int], max_tokens: int
+    ) -> AsyncIterator[None]:
         """Reserve an estimate of the texts' tokens while they are embedded.
 
         Args:
@@ -113,42 +99,39 @@ class Quotas:
         Raises:
             RateLimited: no tokens are left, apart from those that the client's running requests need.
         """
-        client = ticket.client
         if not client.tokens_per_minute:
             yield
             return
         # Again: other requests may have used tokens while this one's body arrived.
-        await self._check_tokens(ticket)
+        await self._check_tokens(client, headers)
         num_tokens = sum(min(max_tokens, 1 + length // _CHARACTERS_PER_TOKEN) for length in lengths)
         self.reserved[client.name] = self.reserved.get(client.name, 0) + num_tokens
         try:
             yield
         except ClientDisconnected:
-            await self.charge(ticket, num_tokens)
+            await self.charge(client, headers, num_tokens)
             raise
         finally:
             self.reserved[client.name] -= num_tokens
             if self.reserved[client.name] <= 0:
                 del self.reserved[client.name]
 
-    async def charge(self, ticket: Ticket, num_tokens: int) -> None:
+    async def charge(self, client: Client, headers: dict[str, str], num_tokens: int) -> None:
         """Count the tokens that a request used."""
-        client = ticket.client
         if client.tokens_per_minute:
             item = RateLimitItemPerMinute(client.tokens_per_minute, namespace="tokens")
             _num_tokens, stats = await self._count(item, client, num_tokens)
-            ticket.headers |= _headers("tokens", item.amount, stats)
+            headers |= _headers("tokens", item.amount, stats)
 
     async def close(self) -> None:
         """Close the connections to the storage."""
         if self._connections is not None:
             await self._connections.disconnect()
 
-    async def _check_tokens(self, ticket: Ticket) -> None:
-        client = ticket.client
+    async def _check_tokens(self, client: Client, headers: dict[str, str]) -> None:
         item = RateLimitItemPerMinute(client.tokens_per_minute, namespace="tokens")
         _num_tokens, stats = await self._count(item, client, 0)
-        ticket.headers |= _headers("tokens", item.amount, stats)
+        headers |= _headers("tokens", item.amount, stats)
         if stats.remaining <= 0:
             raise _limited(client, "tokens", item.amount, stats)
         if stats.remaining <= self.reserved.get(client.name, 0):

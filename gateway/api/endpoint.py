@@ -12,7 +12,7 @@ from typing import Any, TypeAlias, TypeVar
 
 from fastapi import APIRouter, Request, Response
 
-from gateway.access.quotas import Quotas, Ticket
+from gateway.access.quotas import Quotas
 from gateway.api.answer_headers import answer_headers, tei_headers
 from gateway.api.json_body import SMALL_BYTES, Json, charset_of, parse_object
 from gateway.api.pieces import PIECE_BYTES, Parts, Streamed, unless_disconnected
@@ -82,9 +82,9 @@ class Endpoint:
             RequestError: the request is rejected or fails, in ``parse``, ``ask`` or :meth:`EmbeddingService.embed`.
             ClientDisconnected: the client went away first.
         """
-        ticket, body = await self.receive(request, parse)
+        body = await self.receive(request, parse)
         asked = await ask(request, body)
-        answer = await self._run(request, ticket, asked, self.service.embed)
+        answer = await self._run(request, asked, self.service.embed)
         return await self._respond(request, asked, answer, write(request, body, answer), answer.num_bytes)
 
     async def score(
@@ -106,13 +106,13 @@ class Endpoint:
             RequestError: the request is rejected or fails, in ``parse``, ``ask`` or :meth:`EmbeddingService.score`.
             ClientDisconnected: the client went away first.
         """
-        ticket, body = await self.receive(request, parse)
+        body = await self.receive(request, parse)
         asked = await ask(request, body)
-        answer = await self._run(request, ticket, asked, partial(self.service.score, compute=compute))
+        answer = await self._run(request, asked, partial(self.service.score, compute=compute))
         num_bytes = answer.num_bytes + held_bytes(body)
         return await self._respond(request, asked, answer, write(request, body, answer), num_bytes)
 
-    async def receive(self, request: Request, parse: Parse[B], rows: str | None = None) -> tuple[Ticket, B]:
+    async def receive(self, request: Request, parse: Parse[B], rows: str | None = None) -> B:
         """Count a request, then read its body; a large one is parsed in a thread.
 
         Raises:
@@ -122,8 +122,8 @@ class Endpoint:
         """
         context = RequestContext.of(request)
         self.note_name(request, request.path_params.get("model"))
-        ticket = await self._quotas.admit(context.client, context.headers)
-        return ticket, await self.read(request, parse, rows)
+        await self._quotas.admit(context.client, context.headers)
+        return await self.read(request, parse, rows)
 
     def note_name(self, request: Request, name: str | None) -> None:
         """Record the requested name for the log line, without a unit that it may contain."""
@@ -203,18 +203,17 @@ class Endpoint:
             ClientDisconnected: the reader went away first.
         """
         context = RequestContext.of(request)
-        ticket = await self._quotas.admit(context.client, context.headers)
-        return await self._run(request, ticket, asked, self.service.embed)
+        await self._quotas.admit(context.client, context.headers)
+        return await self._run(request, asked, self.service.embed)
 
-    async def _run(
-        self, request: Request, ticket: Ticket, asked: R, compute: Callable[[R], Coroutine[Any, Any, A]]
-    ) -> A:
+    async def _run(self, request: Request, asked: R, compute: Callable[[R], Coroutine[Any, Any, A]]) -> A:
         """Have the service answer, and charge the client for the tokens."""
+        context = RequestContext.of(request)
         self.note_name(request, asked.model)
         longest = self.deployment.fleet.max_tokens
-        async with self._quotas.reserve(ticket, asked.lengths, longest):
+        async with self._quotas.reserve(context.client, context.headers, asked.lengths, longest):
             answer = await unless_disconnected(request, compute(asked))
-            await self._quotas.charge(ticket, answer.num_tokens)
+            await self._quotas.charge(context.client, context.headers, answer.num_tokens)
         return answer
 
     async def _respond(

@@ -62,7 +62,7 @@ class OutcomeRoutes:
         """Post outcomes of units. A request is stored completely or not at all; repeating an `id` changes nothing."""
         now = time.time()
         RequestContext.of(request).body.limit(_MAX_BODY_BYTES)
-        _ticket, rows = await self._endpoint.receive(request, _rows, rows=_ROWS)
+        rows = await self._endpoint.receive(request, _rows, rows=_ROWS)
         experiment = find_experiment(self._endpoint.deployment, request, experiment_id)
         keeper = self._require_keeper()
         primary = experiment.outcome.name if experiment.outcome else None

@@ -100,7 +100,7 @@ class TeiDialect:
 
     async def tokenize(self, request: Request) -> Response:
         """Return each text's tokens: ``[[{id, text, special, start, stop}]]``."""
-        _ticket, body = await self._endpoint.receive(request, TokenizeBody.parse)
+        body = await self._endpoint.receive(request, TokenizeBody.parse)
         texts = as_list(body.inputs)
         check_batch(len(texts), self._settings.max_inputs, "inputs")
         check_characters(texts)
@@ -118,7 +118,7 @@ class TeiDialect:
 
     async def decode(self, request: Request) -> Response:
         """Return the text of each list of token ids: ``[string]``."""
-        _ticket, body = await self._endpoint.receive(request, DecodeBody.parse)
+        body = await self._endpoint.receive(request, DecodeBody.parse)
         rows = body.rows
         check_batch(len(rows), self._settings.max_inputs, "ids")
         check_ids(rows, "ids")

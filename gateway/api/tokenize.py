@@ -97,7 +97,7 @@ class Tokenizer:
     async def tokenize(self, request: Request) -> Response:
         """Show how a model splits texts into tokens, and where it cuts those that are too long."""
         endpoint, context = self._endpoint, RequestContext.of(request)
-        _ticket, body = await endpoint.receive(request, TokenizeBody.parse)
+        body = await endpoint.receive(request, TokenizeBody.parse)
         texts = as_list(body.input)
         check_batch(len(texts), endpoint.settings.max_inputs, "input")
         check_characters(texts, "input")
