@@ -7,8 +7,9 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import replace
 from itertools import zip_longest
-from typing import TypeVar
+from typing import TypeAlias, TypeVar
 
+from gateway import scoring
 from gateway import vectors as vector_math
 from gateway.config.capture import QUERY_TASK
 from gateway.config.wording import cut
@@ -25,7 +26,16 @@ from gateway.errors import (
 from gateway.experiments.stats import ExperimentStats
 from gateway.observation import Observer, observe_tokenizer
 from gateway.precision import CALIBRATED, Precision
-from gateway.requests import Answer, EmbedAnswer, EmbedRequest, Request, RerankRequest
+from gateway.requests import (
+    Answer,
+    ClassifyAnswer,
+    ClassifyRequest,
+    EmbedAnswer,
+    EmbedRequest,
+    Request,
+    RerankAnswer,
+    RerankRequest,
+)
 from gateway.routing.names import GATEWAY, Client
 from gateway.routing.router import Choice, Router, Target
 from gateway.routing.spaces import is_same_space
@@ -43,6 +53,9 @@ _SPARSE_BYTES = 12
 R = TypeVar("R", bound=Request)
 A = TypeVar("A", bound=Answer)
 
+Compute: TypeAlias = Callable[[Target, R, EmbedJob], Awaitable[A]]
+"""Has a target compute the answer to a request, with a job that has the request's texts."""
+
 
 class EmbeddingService:
     """Turns texts into vectors or scores: choose a model, check, compute, finish."""
@@ -57,29 +70,36 @@ class EmbeddingService:
         Raises:
             RequestError: the request cannot be answered; one of the classes in ``gateway.errors``.
         """
-        # Read both at the same moment, because a reload may replace them while this request is answered.
-        router, shadows = self._deployment.router, self._deployment.shadows
-        choice = router.choose_for(request.kind, request.model, request.client, request.unit_source)
-        answer = await self._observer.observe(choice, request, _answer(router, choice, request, _embed))
+        shadows = self._deployment.shadows  # now, because a reload may replace them while this request is answered
+        choice, answer = await self._answer(request, _embed)
         shadows.offer(choice, request.texts, request.task, request.truncate, request.timeout_s, request.priority)
         self._capture(choice, request, request.texts, request.task)
         return answer
 
-    async def score(self, request: R, compute: Callable[[Target, R, EmbedJob], Awaitable[A]]) -> A:
-        """Score the texts of a request.
-
-        Args:
-            compute: one of the functions of :mod:`gateway.scoring`.
+    async def rerank(self, request: RerankRequest) -> RerankAnswer:
+        """Score the texts of a request against its query.
 
         Raises:
             RequestError: the request cannot be answered; one of the classes in ``gateway.errors``.
         """
+        choice, answer = await self._answer(request, scoring.rerank)
+        self._capture(choice, request, [request.query], QUERY_TASK)
+        return answer
+
+    async def classify(self, request: ClassifyRequest) -> ClassifyAnswer:
+        """Score the labels of the texts of a request.
+
+        Raises:
+            RequestError: the request cannot be answered; one of the classes in ``gateway.errors``.
+        """
+        _choice, answer = await self._answer(request, scoring.classify)
+        return answer
+
+    async def _answer(self, request: R, compute: Compute[R, A]) -> tuple[Choice, A]:
+        """Choose the model, have it compute the answer, and record the result."""
         router = self._deployment.router
         choice = router.choose_for(request.kind, request.model, request.client, request.unit_source)
-        answer = await self._observer.observe(choice, request, _answer(router, choice, request, compute))
-        if isinstance(request, RerankRequest):
-            self._capture(choice, request, [request.query], QUERY_TASK)
-        return answer
+        return choice, await self._observer.observe(choice, request, _try_targets(router, choice, request, compute))
 
     def _capture(self, choice: Choice, request: Request, texts: Sequence[str], task: str | None) -> None:
         """Keep a sample of the texts, if the registry captures this name."""
@@ -140,9 +160,7 @@ class EmbeddingService:
                 yield vocabulary
 
 
-async def _answer(
-    router: Router, choice: Choice, request: R, compute: Callable[[Target, R, EmbedJob], Awaitable[A]]
-) -> A:
+async def _try_targets(router: Router, choice: Choice, request: R, compute: Compute[R, A]) -> A:
     """Answer a request with the first target, or with the next one if it fails. All targets are in one space."""
     targets = router.targets(choice, request.task)
     deadline = time.monotonic() + request.timeout_s

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gateway import scoring
 from gateway.backends.fake import FakeBackend, fake_info
 from gateway.config.registry import Arm, Experiment, Registry
 from gateway.config.settings import Settings
@@ -448,7 +447,7 @@ async def test_a_reranker_does_not_embed_under_any_of_its_names(mixed: Embedding
 @pytest.mark.parametrize("name", ["jina", "owner/jina", "search", "embeds"])
 async def test_a_model_that_embeds_does_not_rerank_under_any_of_its_names(mixed: EmbeddingService, name: str) -> None:
     with pytest.raises(UnsupportedOutput) as caught:
-        await mixed.score(rerank_request(model=name), scoring.rerank)
+        await mixed.rerank(rerank_request(model=name))
 
     assert caught.value.param == "model"
     assert caught.value.message.endswith("embeds texts and does not rerank; models that rerank: ranker")
@@ -461,7 +460,7 @@ async def test_the_only_reranker_that_has_been_read_answers_without_a_name(
     ranker = mixed.target("ranker", None, GATEWAY).model
     await ranker.backend.start(ranker.report)
 
-    answer = await mixed.score(rerank_request(model=name), scoring.rerank)
+    answer = await mixed.rerank(rerank_request(model=name))
 
     assert (answer.model, answer.name, answer.num_texts, answer.space, answer.task) == (
         "ranker",
@@ -480,18 +479,14 @@ async def test_a_request_to_rerank_without_a_name_does_not_go_to_a_default_that_
     await ranker.backend.start(ranker.report)
     service = _service(*make_fleet(make_model("jina"), ranker, aliases={"default": "jina"}))
 
-    assert (await service.score(rerank_request(model=None), scoring.rerank)).model == "ranker"
+    assert (await service.rerank(rerank_request(model=None))).model == "ranker"
 
 
 @pytest.mark.parametrize("ask", ["embed", "rerank"])
 async def test_a_model_that_has_not_been_read_is_loading_for_either_kind_of_request(
     mixed: EmbeddingService, ask: str
 ) -> None:
-    answering = (
-        mixed.embed(request(model="late"))
-        if ask == "embed"
-        else mixed.score(rerank_request(model="late"), scoring.rerank)
-    )
+    answering = mixed.embed(request(model="late")) if ask == "embed" else mixed.rerank(rerank_request(model="late"))
 
     with pytest.raises(ModelNotReady, match="'late' is still loading"):
         await answering

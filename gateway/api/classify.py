@@ -11,7 +11,6 @@ import numpy as np
 import numpy.typing as npt
 from fastapi import APIRouter, Request, Response
 
-from gateway import scoring
 from gateway.api.classify_schema import ClassifyBody, ClassifyResult
 from gateway.api.endpoint import Endpoint, add, reserve_texts, timeout_s, unit_source
 from gateway.api.json_body import Json, check_batch
@@ -59,10 +58,11 @@ class ClassifyDialect:
 
     def __init__(self, endpoint: Endpoint) -> None:
         self._endpoint = endpoint
+        self._service = endpoint.service
 
     async def classify(self, request: Request) -> Response:
         """Score the labels of each text."""
-        return await self._endpoint.score(request, self._parse, self._ask, scoring.classify, _write)
+        return await self._endpoint.answer(request, self._parse, self._ask, self._service.classify, _write)
 
     def _parse(self, content: dict[str, Json]) -> _Parsed:
         body = ClassifyBody.parse(content)
@@ -80,10 +80,11 @@ class Predictor:
 
     def __init__(self, endpoint: Endpoint) -> None:
         self._endpoint = endpoint
+        self._service = endpoint.service
 
     async def predict(self, request: Request) -> Response:
         """Return the labels of a text, the best first: ``[{score, label}]``; a list of such lists for a batch."""
-        return await self._endpoint.score(request, PredictBody.parse, self._ask, scoring.classify, _write_tei)
+        return await self._endpoint.answer(request, PredictBody.parse, self._ask, self._service.classify, _write_tei)
 
     async def _ask(self, request: Request, body: PredictBody) -> ClassifyRequest:
         items = body.sequences

@@ -7,7 +7,6 @@ import sys
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any, TypeAlias, TypeVar
 
 from fastapi import APIRouter, Request, Response
@@ -27,10 +26,8 @@ from gateway.http.turns import Turns
 from gateway.precision import Precision
 from gateway.requests import Answer, EmbedAnswer, EmbedRequest
 from gateway.requests import Request as ServiceRequest
-from gateway.routing.router import Target
 from gateway.service import EmbeddingService
 from gateway.telemetry import metrics
-from gateway.types import EmbedJob
 
 # Answers of up to this size are written directly on the event loop, which waits for the writer anyway, because it holds
 # the interpreter: 2.5 ms for this many bytes of numbers, 0.3 ms of base64. Switching to a thread and back costs more.
@@ -46,8 +43,8 @@ Parse: TypeAlias = Callable[[dict[str, Json]], B]
 Ask: TypeAlias = Callable[[Request, B], Awaitable[R]]
 """Turns a request and its parsed body into a request to the service."""
 
-Compute: TypeAlias = Callable[[Target, R, EmbedJob], Awaitable[A]]
-"""Has a target compute the answer to a request."""
+Run: TypeAlias = Callable[[R], Coroutine[Any, Any, A]]
+"""Answers a request to the service: :meth:`EmbeddingService.embed`, for example."""
 
 Write: TypeAlias = Callable[[Request, B, A], Parts]
 """Returns the writer of an answer in a dialect's form."""
@@ -73,42 +70,27 @@ class Endpoint:
         self.tokenizing = Turns("tokens")
         self.on_start: list[Callable[[], None]] = []
 
-    async def embed(
-        self, request: Request, parse: Parse[B], ask: Ask[B, EmbedRequest], write: Write[B, EmbedAnswer]
-    ) -> Response:
-        """Answer a request for embeddings.
-
-        Raises:
-            RequestError: the request is rejected or fails, in ``parse``, ``ask`` or :meth:`EmbeddingService.embed`.
-            ClientDisconnected: the client went away first.
-        """
-        body = await self.receive(request, parse)
-        asked = await ask(request, body)
-        answer = await self._run(request, asked, self.service.embed)
-        return await self._respond(request, asked, answer, write(request, body, answer), answer.num_bytes)
-
-    async def score(
+    async def answer(
         self,
         request: Request,
         parse: Parse[B],
         ask: Ask[B, R],
-        compute: Compute[R, A],
+        run: Run[R, A],
         write: Write[B, A],
         held_bytes: Callable[[B], int] = lambda _body: 0,
     ) -> Response:
-        """Answer a request for scores of texts.
+        """Answer a request in the form of a dialect.
 
         Args:
-            compute: one of the functions of :mod:`gateway.scoring`.
             held_bytes: the memory of the parts of the body that the answer repeats.
 
         Raises:
-            RequestError: the request is rejected or fails, in ``parse``, ``ask`` or :meth:`EmbeddingService.score`.
+            RequestError: the request is rejected or fails, in ``parse``, ``ask`` or ``run``.
             ClientDisconnected: the client went away first.
         """
         body = await self.receive(request, parse)
         asked = await ask(request, body)
-        answer = await self._run(request, asked, partial(self.service.score, compute=compute))
+        answer = await self._run(request, asked, run)
         num_bytes = answer.num_bytes + held_bytes(body)
         return await self._respond(request, asked, answer, write(request, body, answer), num_bytes)
 
@@ -195,7 +177,7 @@ class Endpoint:
             reserve=reserve_texts(request, texts),
         )
 
-    async def answer(self, request: Request, asked: EmbedRequest) -> EmbedAnswer:
+    async def embed(self, request: Request, asked: EmbedRequest) -> EmbedAnswer:
         """Have the service answer a request that comes from a page, counted like one of the API.
 
         Raises:
@@ -206,13 +188,13 @@ class Endpoint:
         await self._quotas.admit(context.client, context.headers)
         return await self._run(request, asked, self.service.embed)
 
-    async def _run(self, request: Request, asked: R, compute: Callable[[R], Coroutine[Any, Any, A]]) -> A:
+    async def _run(self, request: Request, asked: R, run: Run[R, A]) -> A:
         """Have the service answer, and charge the client for the tokens."""
         context = RequestContext.of(request)
         self.note_name(request, asked.model)
         longest = self.deployment.fleet.max_tokens
         async with self._quotas.reserve(context.client, context.headers, asked.lengths, longest):
-            answer = await unless_disconnected(request, compute(asked))
+            answer = await unless_disconnected(request, run(asked))
             await self._quotas.charge(context.client, context.headers, answer.num_tokens)
         return answer
 

@@ -41,10 +41,11 @@ class OllamaDialect:
 
     def __init__(self, endpoint: Endpoint) -> None:
         self._endpoint = endpoint
+        self._service = endpoint.service
 
     async def embed(self, request: Request) -> Response:
         """Embed one text or several."""
-        return await self._endpoint.embed(request, OllamaEmbedBody.parse, self._ask, _write)
+        return await self._endpoint.answer(request, OllamaEmbedBody.parse, self._ask, self._service.embed, _write)
 
     async def tags(self, request: Request) -> Response:
         """List the models and experiments that are ready."""

@@ -67,11 +67,12 @@ class OpenAIDialect:
 
     def __init__(self, endpoint: Endpoint) -> None:
         self._endpoint = endpoint
+        self._service = endpoint.service
         self._deployment = endpoint.deployment
 
     async def embeddings(self, request: Request) -> Response:
         """Embed one text or many. The same path without `/v1` works as well."""
-        return await self._endpoint.embed(request, self._parse, self._ask, _write)
+        return await self._endpoint.answer(request, self._parse, self._ask, self._service.embed, _write)
 
     async def list_models(self, request: Request) -> Response:
         """List every model and experiment that the key may use, ready or not."""

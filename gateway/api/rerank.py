@@ -14,7 +14,6 @@ from typing import NamedTuple
 import numpy as np
 from fastapi import APIRouter, Request, Response
 
-from gateway import scoring
 from gateway.api.endpoint import Endpoint, reserve_texts, timeout_s, unit_source
 from gateway.api.json_body import Json
 from gateway.api.pieces import Parts, object_around, value_list
@@ -92,15 +91,16 @@ class Reranker:
 
     def __init__(self, endpoint: Endpoint, path: RerankPath) -> None:
         self._endpoint = endpoint
+        self._service = endpoint.service
         self._path = path
 
     async def rerank(self, request: Request) -> Response:
         """Score texts against a query, the best first."""
-        return await self._endpoint.score(
+        return await self._endpoint.answer(
             request,
             partial(self._parse, request),
             self._ask,
-            scoring.rerank,
+            self._service.rerank,
             self._write,
             held_bytes=lambda parsed: parsed.held_bytes,
         )

@@ -51,6 +51,7 @@ class TeiDialect:
 
     def __init__(self, endpoint: Endpoint) -> None:
         self._endpoint = endpoint
+        self._service = endpoint.service
         self._settings = endpoint.settings
         self.predict = Predictor(endpoint).predict
         self._reranker = Reranker(endpoint, RerankPath(TEI_ADDRESS, is_tei=True))
@@ -75,28 +76,32 @@ class TeiDialect:
     async def health(self, request: Request, model: str) -> Response:
         """Respond 200 while the model answers requests."""
         self._endpoint.note_name(request, model)
-        self._endpoint.service.check_ready(model)
+        self._service.check_ready(model)
         if self._endpoint.deployment.is_draining:
             raise ModelNotReady("the gateway is shutting down", retry_after_s=5)
         return Response()
 
     async def embed(self, request: Request) -> Response:
         """Return one vector per text: ``[[float]]``."""
-        return await self._endpoint.embed(request, EmbedBody.parse, self._ask_vectors, _write_vectors)
+        return await self._endpoint.answer(
+            request, EmbedBody.parse, self._ask_vectors, self._service.embed, _write_vectors
+        )
 
     async def embed_sparse(self, request: Request) -> Response:
         """Return the weights of each text's tokens: ``[[{index, value}]]``."""
         ask = partial(self._ask, output=Output.SPARSE)
-        return await self._endpoint.embed(request, TextsBody.parse, ask, _write_sparse)
+        return await self._endpoint.answer(request, TextsBody.parse, ask, self._service.embed, _write_sparse)
 
     async def embed_all(self, request: Request) -> Response:
         """Return the vectors of each text's tokens, before pooling: ``[[[float]]]``."""
         ask = partial(self._ask, output=Output.STATES)
-        return await self._endpoint.embed(request, TextsBody.parse, ask, _write_states)
+        return await self._endpoint.answer(request, TextsBody.parse, ask, self._service.embed, _write_states)
 
     async def similarity(self, request: Request) -> Response:
         """Return the cosine of one text with each of the others: ``[float]``."""
-        return await self._endpoint.embed(request, self._parse_similarity, self._ask_similarity, _write_cosines)
+        return await self._endpoint.answer(
+            request, self._parse_similarity, self._ask_similarity, self._service.embed, _write_cosines
+        )
 
     async def tokenize(self, request: Request) -> Response:
         """Return each text's tokens: ``[[{id, text, special, start, stop}]]``."""
@@ -109,7 +114,7 @@ class TeiDialect:
             texts = [target.info.tasks[target.task] + text for text in texts]
         num_characters = sum(map(len, texts))
         RequestContext.of(request).memory.resize(_BYTES_PER_TOKEN * num_characters)
-        async with self._endpoint.service.vocabulary(target, "tokenize") as vocabulary:
+        async with self._service.vocabulary(target, "tokenize") as vocabulary:
             split = partial(vocabulary.split, texts, add_special_tokens=body.add_special_tokens)
             rows = await self._endpoint.in_turn(request, num_characters, split, self._endpoint.tokenizing)
         return await self._answer_about(
@@ -182,14 +187,14 @@ class TeiDialect:
     async def _join(
         self, request: Request, target: Target, rows: list[list[int]], *, skip_special_tokens: bool
     ) -> list[str]:
-        async with self._endpoint.service.vocabulary(target, "decode") as vocabulary:
+        async with self._service.vocabulary(target, "decode") as vocabulary:
             join = partial(vocabulary.join, rows, skip_special_tokens=skip_special_tokens)
             return await self._endpoint.in_turn(request, sum(map(len, rows)), join, self._endpoint.tokenizing)
 
     def _target(self, request: Request, task: str | None = None) -> Target:
         self._endpoint.note_name(request, _model(request))
         context = RequestContext.of(request)
-        target = self._endpoint.service.target(_model(request), task, context.client)
+        target = self._service.target(_model(request), task, context.client)
         context.model = target.model.id
         return target
 

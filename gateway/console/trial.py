@@ -142,7 +142,7 @@ async def _embed(
 ) -> EmbedAnswer:
     asked = endpoint.embed_request(request, texts, name)
     arm = plan.arm
-    return await endpoint.answer(
+    return await endpoint.embed(
         request,
         replace(asked, task=task, dimensions=arm.dimensions, precision=arm.precision, outputs=(arm.output,)),
     )
