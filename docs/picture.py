@@ -36,7 +36,7 @@ BOXES: Final = {
     "console": Box(2, 3, "pages for people", "edge"),
     "http": Box(0, 4, "connections, bodies, errors", "edge"),
     "service": Box(1, 4, "texts in, vectors out", "core"),
-    "scoring": Box(2, 4, "scores of pairs, of labels", "core"),
+    "computing": Box(2, 4, "vectors, or scores", "core"),
     "access": Box(0, 5, "keys, quotas, memory", "edge"),
     "deployment": Box(1, 5, "what is served; reloads", "core"),
     "observation": Box(2, 5, "record each result", "core"),

@@ -33,7 +33,7 @@ console
 api
 http
 service
-scoring
+computing
 observation
 requests
 deployment

@@ -40,6 +40,7 @@ _WAITING = 0.2
 _MOVED = 0.5
 
 # The tests of modules whose tests are not in the file or folder named after them.
+_OF_THE_SERVICE = ("test_service", "api/test_contract", "api/test_quantized", "api/test_rerank", "api/test_tei")
 _TESTS_OF = {
     "gateway/api/endpoint.py": ("api/test_contract", "api/test_errors", "api/test_key_requests", "api/test_tei"),
     "gateway/api/openai.py": ("api/test_contract", "api/test_lax_bodies", "api/test_quantized"),
@@ -80,13 +81,8 @@ _TESTS_OF = {
         "test_fallbacks",
     ),
     "gateway/routing/names.py": ("routing/test_router", "routing/test_rules", "routing/test_changes"),
-    "gateway/service.py": (
-        "test_service",
-        "api/test_contract",
-        "api/test_quantized",
-        "api/test_rerank",
-        "api/test_tei",
-    ),
+    "gateway/service.py": _OF_THE_SERVICE,
+    "gateway/computing.py": _OF_THE_SERVICE,
 }
 
 

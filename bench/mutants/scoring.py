@@ -18,7 +18,7 @@ from bench.mutants.running import Child, Workspace, outcome_of, record_tests, ru
 from bench.mutants.usage import Limits
 
 _CORE = """
-vectors service requests observation deployment cli/lock http/head http/protocol http/middleware
+vectors service computing requests observation deployment cli/lock http/head http/protocol http/middleware
 http/body access/keyring access/quotas
 api/endpoint api/openai api/openai_schema api/token_ids
 fleet backends/infinity backends/same_space
