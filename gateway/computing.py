@@ -218,6 +218,7 @@ async def rerank(target: Target, request: RerankRequest, job: EmbedJob) -> Reran
 async def _rerank_by_vectors(target: Target, request: RerankRequest, job: EmbedJob) -> RerankAnswer:
     """Embed the query, then score each text by its vectors as soon as they are computed; keep no vectors."""
     info = target.info
+    _check_space(info.space(target.task), None, target.choice)
     weights = _weights(info, request.score_by)
     query_task, text_task = (task if task in info.tasks else target.task for task in RETRIEVAL)
     outputs = frozenset(weights)

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from fastapi import APIRouter, Query, Request
 from pydantic import Field
 
-from gateway.api.endpoint import Endpoint, add, unit_source
+from gateway.api.endpoint import EXPECT_SPACE, Endpoint, add, unit_source
 from gateway.api.experiments import find_experiment
 from gateway.api.json_body import RequestBody, Texts
 from gateway.api.wire import AnswerBody, request_body, responses
@@ -23,7 +23,6 @@ from gateway.types import ModelKind
 
 _MAX_UNITS = 1_000
 _UNITS_AT_ONCE = 50  # some milliseconds of the event loop
-_EXPECT_SPACE = "x-gateway-expect-space"
 
 
 class Sending(AnswerBody):
@@ -194,7 +193,7 @@ def _card(experiment: Experiment, choice: Choice, router: Router, unit: str | No
         counted=assignment.is_counted,
         send=Sending(
             model=write_name(experiment.id, in_name, space),
-            headers={} if space is None else {_EXPECT_SPACE: space},
+            headers={} if space is None else {EXPECT_SPACE: space},
             unit_from=list(experiment.unit),
         ),
     )

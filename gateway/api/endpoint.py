@@ -18,7 +18,7 @@ from gateway.api.pieces import PIECE_BYTES, Parts, Streamed, unless_disconnected
 from gateway.api.wire import Responses
 from gateway.config.settings import Settings
 from gateway.deployment import Deployment
-from gateway.errors import DeadlineExceeded
+from gateway.errors import BadInput, DeadlineExceeded
 from gateway.experiments.split import UnitSource
 from gateway.http.context import RequestContext
 from gateway.http.error_forms import ErrorForm
@@ -32,6 +32,9 @@ from gateway.telemetry import metrics
 # Answers of up to this size are written directly on the event loop, which waits for the writer anyway, because it holds
 # the interpreter: 2.5 ms for this many bytes of numbers, 0.3 ms of base64. Switching to a thread and back costs more.
 _SMALL_ANSWER_BYTES = 256 * 1024
+EXPECT_SPACE = "x-gateway-expect-space"
+"""The header with the space that a client expects."""
+
 T = TypeVar("T")
 B = TypeVar("B")
 R = TypeVar("R", bound=ServiceRequest)
@@ -171,7 +174,7 @@ class Endpoint:
             caller=context.caller,
             client=context.client,
             priority=context.priority,
-            expect_space=request.headers.get("x-gateway-expect-space"),
+            expect_space=_expected_space(request),
             unit_source=unit_source(request, user),
             max_token_vectors=self.settings.max_token_vectors,
             reserve=reserve_texts(request, texts),
@@ -285,6 +288,21 @@ async def _receive_all(request: Request) -> bytearray:
     return body
 
 
+def _expected_space(request: Request) -> str | None:
+    """Return the space that the header expects; ``None`` without one.
+
+    Raises:
+        BadInput: the header is repeated with another value, so no vectors could meet it.
+    """
+    sent = list(dict.fromkeys(value for text in request.headers.getlist(EXPECT_SPACE) if (value := text.strip())))
+    if len(sent) > 1:
+        raise BadInput(
+            f"`{EXPECT_SPACE}` is sent {len(sent)} times with different spaces: send the one of your stored vectors",
+            param=EXPECT_SPACE,
+        )
+    return sent[0] if sent else None
+
+
 def reserve_texts(request: Request, texts: Sequence[str]) -> Callable[[int], None]:
     """Reserve the memory of the texts, and return the function that reserves more for the work on them.
 
@@ -312,7 +330,7 @@ def unit_source(request: Request, user: object) -> UnitSource:
             case ("model", _, _):
                 return None  # the router finds it in the name
             case ("body", _, "user"):
-                return str(user) if isinstance(user, str | int) else None
+                return str(user) if isinstance(user, str | int) and not isinstance(user, bool) else None
             case _:
                 return RequestContext.of(request).key_owner
 

@@ -80,3 +80,8 @@ def check_admin_key(key: SecretStr) -> SecretStr:
 
 def lower(value: object) -> object:
     return value.lower() if isinstance(value, str) else value
+
+
+def lower_off(value: object) -> object:
+    """Read `off` in any case; any other text is a path."""
+    return "off" if isinstance(value, str) and value.lower() == "off" else value

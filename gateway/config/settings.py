@@ -27,6 +27,7 @@ from gateway.config.setting_values import (
     check_cluster,
     check_prefix,
     lower,
+    lower_off,
     split_keys,
     split_networks,
     split_origins,
@@ -201,9 +202,9 @@ class Settings(BaseSettings):
         "of. `HOST:PORT`: the one with this head. Needs the extra `cluster`. By default models run in this process.",
     )
     cpu_threads: int = Field(
-        default=0, ge=0, description="Number of threads for models on the CPU; 0: chosen by the engine."
+        default=0, ge=0, le=4096, description="Number of threads for models on the CPU; 0: chosen by the engine."
     )
-    cache_dir: Literal["off"] | Path | None = Field(
+    cache_dir: Annotated[Literal["off"] | Path | None, BeforeValidator(lower_off)] = Field(
         default=None,
         description="Folder for compiled copies of the models on the CPU, which make later starts faster: as large as the "
         "weights in float32. `off`: none are kept. By default `embedding-gateway/compiled` in `$XDG_CACHE_HOME` or "
@@ -212,7 +213,7 @@ class Settings(BaseSettings):
     log_level: Annotated[Literal["debug", "info", "warning", "error"], BeforeValidator(lower)] = Field(
         default="info", description="Minimum severity of the events that are logged."
     )
-    log_format: Literal["auto", "json", "console"] = Field(
+    log_format: Annotated[Literal["auto", "json", "console"], BeforeValidator(lower)] = Field(
         default="auto",
         description="`json`: one object per line. `console`: a short line for people, in color on a terminal unless "
         "`NO_COLOR` is set. `auto`: `console` on a terminal, else `json`.",
@@ -226,7 +227,7 @@ class Settings(BaseSettings):
         default=16 * 1024 * 1024, ge=1024, description="Size in bytes at which the exposure log is rotated."
     )
     exposure_log_backups: int = Field(
-        default=5, ge=1, description="Number of rotated exposure logs to keep; all of them are read at the start."
+        default=5, ge=1, le=1000, description="Number of rotated exposure logs to keep; all of them are read at the start."
     )
 
     state_dir: Path | None = Field(
@@ -301,7 +302,8 @@ class _PassedEnvironment(EnvSettingsSource):
         super().__init__(Settings)
 
     def _load_env_vars(self) -> Mapping[str, str | None]:
-        return {name.lower(): value for name, value in self._environ.items() if value}
+        # Blanks around a value, and the carriage return of a file from Windows, are never meant.
+        return {name.lower(): text for name, value in self._environ.items() if (text := value.strip())}
 
 
 def variable(field_name: str) -> str:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from email.message import Message
-from email.utils import collapse_rfc2231_value
 from enum import Enum, auto
 from typing import TypeAlias
 
 from gateway.errors import BadInput
+from gateway.http.parameters import read_parameter
 
 _MAX_HEAD_BYTES = 8 * 1024
 _MAX_PARTS = 20
@@ -48,10 +47,8 @@ class Multipart:
     """
 
     def __init__(self, content_type: str) -> None:
-        header = Message()
-        header["content-type"] = content_type
-        boundary = _param(header, "boundary", "content-type")
-        if header.get_content_type() != "multipart/form-data" or not isinstance(boundary, str):
+        boundary = read_parameter(content_type, "boundary")
+        if content_type.partition(";")[0].strip().lower() != "multipart/form-data" or boundary is None:
             raise BadInput("the body must be `multipart/form-data` with a boundary, as a client's upload of a file is")
         if not 0 < len(boundary) <= _MAX_BOUNDARY or not boundary.isascii():
             raise BadInput(f"the boundary of the body must have 1 to {_MAX_BOUNDARY} characters of ASCII")
@@ -140,21 +137,12 @@ class Multipart:
 
     @staticmethod
     def _part_of(lines: list[str]) -> PartStart:
-        head = Message()
+        disposition = ""
         for line in lines:
             key, _, value = line.partition(":")
             if key.strip().lower() == "content-disposition":
-                head["content-disposition"] = value.strip()
-        name = _param(head, "name", "content-disposition")
-        if not isinstance(name, str):
+                disposition = value.strip()
+        name = read_parameter(disposition, "name")
+        if name is None:
             raise BadInput("a part of the body has no name: `Content-Disposition: form-data; name=…` is missing")
-        filename = _param(head, "filename", "content-disposition")
-        return PartStart(name, None if filename is None else collapse_rfc2231_value(filename))
-
-
-def _param(head: Message, name: str, header: str) -> str | tuple[str | None, str | None, str] | None:
-    """Return a parameter of a header; ``None`` if it is missing, or breaks the rules of RFC 2231."""
-    try:
-        return head.get_param(name, header=header)
-    except (TypeError, ValueError, LookupError):  # the library does not expect pieces that are numbered wrongly
-        return None
+        return PartStart(name, read_parameter(disposition, "filename"))

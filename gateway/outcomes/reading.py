@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StrictInt, StrictStr, ValidationError
 
 from gateway.config.fields import OUTCOME_NAME
 from gateway.config.wording import describe
@@ -24,6 +24,7 @@ _MOST = 1e12
 # A value divided by a smaller number and squared twice would overflow a float.
 _LEAST_CHANCES = 1e-6
 _NAMES = f"^{OUTCOME_NAME.pattern}$"
+_REQUIRED = ("unit", "value", "id")
 _COLUMNS = ("unit", "value", "name", "of", "id", "before", "time")
 # The rule for each field. Messages show no unit and no id, which may identify a person.
 _MUST_BE = {
@@ -51,12 +52,18 @@ def _check_chances(of: float) -> float:
     return of
 
 
+def _as_text(value: object) -> object:
+    """Read a whole number as text: many applications number their events."""
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
 class PostedOutcome(BaseModel):
-    """What happened to a unit."""
+    """What happened to a unit. Numbers and booleans may be texts, as in a CSV file; ``true`` as a value is 1."""
 
     model_config = ConfigDict(extra="ignore")  # numbers have limits, which NaN is not within
 
-    unit: str | int = Field(
+    # Strict, because `true` is no unit, and not the unit 1.
+    unit: StrictStr | StrictInt = Field(
         description="The unit, as requests for embeddings send it. It is kept as a salted hash alone."
     )
     value: Annotated[float, Field(ge=-_MOST, le=_MOST)] = Field(description="How much, or 1 for yes and 0 for no.")
@@ -66,7 +73,7 @@ class PostedOutcome(BaseModel):
     of: Annotated[float, Field(ge=0, le=_MOST), AfterValidator(_check_chances)] = Field(
         default=1.0, description="Out of how many chances: searches, for clicks."
     )
-    id: Annotated[str, Field(min_length=1, max_length=200)] = Field(
+    id: Annotated[str, Field(min_length=1, max_length=200), BeforeValidator(_as_text)] = Field(
         description="Identifies the outcome: sent again, it does not count again."
     )
     before: bool = Field(
@@ -74,16 +81,13 @@ class PostedOutcome(BaseModel):
     )
 
 
-def read_outcome(
-    row: object, split: Split, primary: str | None, now: float, *, is_text: bool = False
-) -> NewOutcome | None:
+def read_outcome(row: object, split: Split, primary: str | None, now: float) -> NewOutcome | None:
     """Read one outcome; return ``None`` if the experiment excludes its unit.
 
     Args:
         row: see :class:`PostedOutcome`.
         primary: the name for an outcome that has no name.
         now: the time of the outcome, in seconds since the epoch.
-        is_text: all values are texts, as in a CSV file.
 
     Raises:
         WrongOutcome: a field is missing or not accepted.
@@ -91,7 +95,9 @@ def read_outcome(
     if not isinstance(row, Mapping):
         raise WrongOutcome("", f"must be an object with unit, value and id, got {_kind(row)}")
     try:
-        posted = PostedOutcome.model_validate({k: v for k, v in row.items() if v is not None}, strict=not is_text)
+        posted = PostedOutcome.model_validate(
+            {k: v for k, v in row.items() if v is not None and (v != "" or k in _REQUIRED)}
+        )
     except ValidationError as error:
         field = str(error.errors(include_url=False)[0]["loc"][0])
         if field not in row:
@@ -164,4 +170,4 @@ def _read_row(row: Mapping[str, str], place: str, split: Split, primary: str | N
     if when := values.pop("time", None):
         time = datetime.fromisoformat(when)
         seconds = (time if time.tzinfo else time.replace(tzinfo=UTC)).timestamp()
-    return read_outcome(values, split, primary, seconds, is_text=True)
+    return read_outcome(values, split, primary, seconds)

@@ -126,6 +126,11 @@ class Router:
         choice = self.choose(name, client, unit_source)
         info = choice.model.info
         if info is None or _can(info, kind):  # `targets` says why a model that has not been read does not answer
+            if choice.space is not None and info is not None and info.kind is not ModelKind.EMBED:
+                raise BadInput(
+                    f"model {choice.asked!r} returns no vectors, so it has no space: remove `@{choice.space}`",
+                    param="model",
+                )
             return choice
         others = ", ".join(self._names_of(kind, client)) or "none"
         raise UnsupportedOutput(

@@ -548,7 +548,7 @@ async def test_another_encoding_than_utf_8_is_named(
     assert expected in check_error(response, 400, "invalid_input")
 
 
-@pytest.mark.parametrize("charset", ["latin-1", "utf-8", "x"])
+@pytest.mark.parametrize("charset", ["latin-1", "utf-8", "x", "x; charset*=utf-8''y; charset*0=z"])
 async def test_what_is_utf_8_is_read_whatever_it_is_said_to_be(client: httpx.AsyncClient, charset: str) -> None:
     response = await client.post(
         "/v1/embeddings",

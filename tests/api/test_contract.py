@@ -1150,6 +1150,30 @@ async def test_vectors_of_another_space_are_refused(
     assert f"the vectors would be in space {its_space}, but the request expects {space}" in message
 
 
+@pytest.mark.parametrize("blank", ["", "  "])
+async def test_a_blank_expectation_is_none(client: httpx.AsyncClient, blank: str) -> None:
+    response = await client.post(
+        "/v1/embeddings", json={"input": "a", "model": "mini"}, headers={"x-gateway-expect-space": blank}
+    )
+
+    assert response.status_code == 200
+
+
+async def test_two_expectations_that_differ_cannot_both_be_met(
+    client: httpx.AsyncClient, check_error: CheckError
+) -> None:
+    space = (await embed(client, model="mini")).headers["x-gateway-space"]
+
+    async def expect(*spaces: str) -> httpx.Response:
+        headers = [("x-gateway-expect-space", each) for each in spaces]
+        return await client.post("/v1/embeddings", json={"input": "a", "model": "mini"}, headers=headers)
+
+    assert (await expect(space, space, "")).status_code == 200
+    for spaces in ((space, "mini@000000000000"), ("mini@000000000000", space)):
+        message = check_error(await expect(*spaces), 400, "invalid_input", param="x-gateway-expect-space")
+        assert "is sent 2 times with different spaces" in message
+
+
 async def test_a_space_that_is_long_is_not_all_repeated(client: httpx.AsyncClient, check_error: CheckError) -> None:
     response = await client.post(
         "/v1/embeddings", json={"input": "a", "model": "mini"}, headers={"x-gateway-expect-space": "s" * 60_000}

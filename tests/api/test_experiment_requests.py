@@ -229,6 +229,13 @@ async def test_before_its_start_the_control_arm_answers(connect: Connect) -> Non
     assert (await client.get("/v1/experiments/exp")).json()["uncounted"] == {"not_started": 1}
 
 
+@pytest.mark.parametrize("user", [True, False, 1.5, ["a"], {"id": "a"}])
+async def test_a_user_that_is_no_text_and_no_number_is_no_unit(client: httpx.AsyncClient, user: object) -> None:
+    answer = await embed(client, user=user)
+
+    assert answer.headers["x-gateway-assignment"] == "no_unit"
+
+
 # ---------------------------------------------------------------------------------------------------------- errors
 
 

@@ -273,6 +273,20 @@ async def test_less_may_be_better(start: Start) -> None:
     assert comparison["verdict"] == "worse"
 
 
+async def test_numbers_and_booleans_mean_what_they_say_as_text_too(client: httpx.AsyncClient) -> None:
+    same = [("a", 1, {}), ("b", "1", {"of": ""}), ("c", True, {"of": "1"}), ("d", "true", {"name": "", "before": "False"})]
+    await embed_for(client, ["a", "b", "c"])
+
+    with pytest.raises(AssertionError, match="value"):  # only a boolean is one
+        await post(client, *(outcome(unit, value, **fields) for unit, value, fields in same))
+    await post(client, *(outcome(unit, value, **{**fields, "id": 7}) for unit, value, fields in same[:1]))
+    repeated = await post(client, outcome("a", 1.0, id="7"))
+
+    assert (repeated["stored"], repeated["repeated"]) == (0, 1)
+    stored = await post(client, *(outcome(unit, value, **fields) for unit, value, fields in same[1:3]))
+    assert stored["stored"] == 2
+
+
 # -------------------------------------------------------------------------------------------------------------- errors
 
 
@@ -295,16 +309,20 @@ async def test_less_may_be_better(start: Start) -> None:
             "`[0].unit` must be the unit as requests send it, a text of 1 to 1,024",
         ),
         ([outcome({"a": 1})], "[0].unit", "`[0].unit` must be the unit as requests send it"),
-        ([outcome("u", "1")], "[0].value", "`[0].value` must be a number from -1e12 to 1e12, got the string '1'"),
+        ([outcome("u", "many")], "[0].value", "`[0].value` must be a number from -1e12 to 1e12, got the string 'many'"),
+        ([outcome("u", "NaN")], "[0].value", "`[0].value` must be a number from -1e12 to 1e12, got the string 'NaN'"),
+        ([outcome("u", "")], "[0].value", "`[0].value` must be a number from -1e12 to 1e12, got the string ''"),
         ([outcome("u", 1e13)], "[0].value", "`[0].value` must be a number from -1e12 to 1e12, got the number"),
-        ([outcome("u", True)], "[0].value", "`[0].value` must be a number from -1e12 to 1e12, got `true`"),
+        ([outcome("u", [1])], "[0].value", "`[0].value` must be a number from -1e12 to 1e12, got a list"),
+        ([outcome(True)], "[0].unit", "`[0].unit` must be the unit as requests send it"),
+        ([outcome(1.5)], "[0].unit", "`[0].unit` must be the unit as requests send it"),
         ([outcome("u", None)], "[0].value", "`[0].value` "),
         ([outcome("u", of=-1)], "[0].of", "`[0].of` must be a number of chances: 0, or from 1e-6 to 1e12, got"),
         ([outcome("u", of=1e-300)], "[0].of", "`[0].of` must be a number of chances: 0, or from 1e-6 to 1e12, got"),
         ([outcome("u", name="a b")], "[0].name", "`[0].name` must have 1 to 64 letters, digits and `.`, `_`, `-`, got"),
         ([outcome("u", id="")], "[0].id", "`[0].id` must be a text of 1 to 200 characters, the same if"),
-        ([outcome("u", id=7)], "[0].id", "`[0].id` must be a text of 1 to 200 characters"),
-        ([outcome("u", before="yes")], "[0].before", "`[0].before` must be true or false, got the string 'yes'"),
+        ([outcome("u", id=True)], "[0].id", "`[0].id` must be a text of 1 to 200 characters"),
+        ([outcome("u", before="perhaps")], "[0].before", "`[0].before` must be true or false, got the string 'perhaps'"),
     ],
 )
 async def test_a_wrong_outcome_is_a_400_and_none_of_its_request_is_kept(

@@ -71,6 +71,14 @@ def results_of(response: httpx.Response) -> list[dict[str, Any]]:
     return results
 
 
+async def test_a_model_without_vectors_has_no_space_to_expect(
+    client: httpx.AsyncClient, check_error: Callable[..., str]
+) -> None:
+    message = check_error(await rerank(client, model="ranker@000000000000"), 400, "invalid_input", param="model")
+
+    assert message == "model 'ranker' returns no vectors, so it has no space: remove `@000000000000`"
+
+
 # ----------------------------------------------------------------------------------------------------------- answers
 
 

@@ -106,6 +106,13 @@ def test_a_port_has_a_largest_value(name: str) -> None:
     assert problem.message.startswith("must be at most 65535, got ")
 
 
+@pytest.mark.parametrize(("name", "most"), {"cpu_threads": 4096, "exposure_log_backups": 1000}.items())
+def test_a_number_that_is_counted_through_has_a_largest_value(name: str, most: int) -> None:
+    (problem,) = problems_of({variable(name): str(most + 1)})
+
+    assert problem.message.startswith(f"must be at most {most}, got ")
+
+
 @pytest.mark.parametrize("name", SECONDS)
 def test_seconds_may_be_a_fraction_and_must_be_more_than_zero(name: str) -> None:
     assert getattr(load_settings({variable(name): "0.001"}), name) == 0.001
@@ -172,7 +179,14 @@ def test_keys_of_eight_characters_are_enough() -> None:
         ("shutdown_grace_s", "0", 0.0),
         ("cpu_threads", "4", 4),
         ("log_level", "DEBUG", "debug"),
-        ("log_format", "json", "json"),
+        ("log_format", "JSON", "json"),
+        ("cache_dir", "OFF", "off"),
+        ("cpu_threads", "4096", 4096),
+        ("exposure_log_backups", "1000", 1000),
+        # As a file with line breaks of Windows, or with blanks at its ends, gives them.
+        ("host", " 0.0.0.0\r", "0.0.0.0"),  # noqa: S104 - a value, nothing listens on it
+        ("models", "models.yaml\r\n", Path("models.yaml")),
+        ("state_dir", " ", None),
     ],
 )
 def test_a_variable_sets_its_field(name: str, text: str, value: object) -> None:

@@ -69,9 +69,11 @@ def test_no_byte_more_than_a_head_is_held(parts: list[Part]) -> None:
         (b"preamble\r\n" + form([("a", None, b"1")]) + b"epilogue" * 10, [("a", None, b"1")]),
         (form([("a", None, b"1")]).replace(b"--XX\r\n", b"--XX \t\r\n"), [("a", None, b"1")]),
         (form([("a", "ü 😀.jsonl", b"")]), [("a", "ü 😀.jsonl", b"")]),
+        (form([("a", None, b"")]).replace(b'"a"', b"a; filename*=utf-8''%c3%bc"), [("a", "ü", b"")]),
+        (form([("a", None, b"")]).replace(b'"a"', b"a; filename*=undefined''x"), [("a", "x", b"")]),
         (form([]), []),
     ],
-    ids=["around", "blanks", "a name in Unicode", "no part"],
+    ids=["around", "blanks", "a name in Unicode", "an encoded name", "a name in no encoding", "no part"],
 )
 def test_forms_as_clients_may_send_them(body: bytes, parts: list[Part]) -> None:
     assert read(body) == parts

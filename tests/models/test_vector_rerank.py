@@ -347,3 +347,13 @@ async def test_a_request_without_a_model_gets_the_only_one_that_reranks(
 async def test_the_registry_cannot_name_an_output_that_is_not_served(m3: Path) -> None:
     with pytest.raises(LoadError, match="rerank names sparse, but the model's outputs are: dense"):
         plan_load(entry("m3", m3, rerank={"sparse": 1}))
+
+
+async def test_a_name_with_a_space_reranks_by_vectors_of_that_space_alone(client: httpx.AsyncClient) -> None:
+    space = (await client.get("/v1/models/m3")).json()["space"]
+    own = space.rpartition("@")[2]
+
+    assert np.array_equal(await scores(client, f"m3@{own}"), await scores(client, "m3"))
+    refused = await rerank(client, "m3@000000000000")
+    assert (refused.status_code, refused.json()["error"]["code"]) == (412, "space_mismatch")
+    assert space in refused.json()["error"]["message"]
