@@ -227,7 +227,10 @@ class Settings(BaseSettings):
         default=16 * 1024 * 1024, ge=1024, description="Size in bytes at which the exposure log is rotated."
     )
     exposure_log_backups: int = Field(
-        default=5, ge=1, le=1000, description="Number of rotated exposure logs to keep; all of them are read at the start."
+        default=5,
+        ge=1,
+        le=1000,
+        description="Number of rotated exposure logs to keep; all of them are read at the start.",
     )
 
     state_dir: Path | None = Field(

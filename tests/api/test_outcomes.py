@@ -274,7 +274,12 @@ async def test_less_may_be_better(start: Start) -> None:
 
 
 async def test_numbers_and_booleans_mean_what_they_say_as_text_too(client: httpx.AsyncClient) -> None:
-    same = [("a", 1, {}), ("b", "1", {"of": ""}), ("c", True, {"of": "1"}), ("d", "true", {"name": "", "before": "False"})]
+    same = [
+        ("a", 1, {}),
+        ("b", "1", {"of": ""}),
+        ("c", True, {"of": "1"}),
+        ("d", "true", {"name": "", "before": "False"}),
+    ]
     await embed_for(client, ["a", "b", "c"])
 
     with pytest.raises(AssertionError, match="value"):  # only a boolean is one
@@ -322,7 +327,11 @@ async def test_numbers_and_booleans_mean_what_they_say_as_text_too(client: httpx
         ([outcome("u", name="a b")], "[0].name", "`[0].name` must have 1 to 64 letters, digits and `.`, `_`, `-`, got"),
         ([outcome("u", id="")], "[0].id", "`[0].id` must be a text of 1 to 200 characters, the same if"),
         ([outcome("u", id=True)], "[0].id", "`[0].id` must be a text of 1 to 200 characters"),
-        ([outcome("u", before="perhaps")], "[0].before", "`[0].before` must be true or false, got the string 'perhaps'"),
+        (
+            [outcome("u", before="perhaps")],
+            "[0].before",
+            "`[0].before` must be true or false, got the string 'perhaps'",
+        ),
     ],
 )
 async def test_a_wrong_outcome_is_a_400_and_none_of_its_request_is_kept(
