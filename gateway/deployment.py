@@ -90,8 +90,8 @@ class Deployment:
         card_lost: why a card can compute nothing more in this process, which then has to end; normally empty.
         on_card_lost: called once when that happens.
         counting_since: when each experiment was first served with its present arms and weights, ISO 8601.
-        errors: the last requests that failed.
-        traffic: the rate and the latency of each model.
+        errors, traffic: the last requests that failed; the rate and the latency of each model.
+        changing: held from a change of the registry's file until it is served, so that changes come one after another.
     """
 
     def __init__(
@@ -120,7 +120,7 @@ class Deployment:
         self.captures: Captures | None = None
         self._generations: dict[str, str] = {}
         self._reloader = Reloader(read_registry or (lambda: registry), make_backend)
-        self._reloading = asyncio.Lock()
+        self._reloading, self.changing = asyncio.Lock(), asyncio.Lock()
         self._background: set[asyncio.Task[None]] = set()
         self._serve(registry, fleet or Fleet.from_registry(registry, make_backend, cluster))
 

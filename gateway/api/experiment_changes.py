@@ -80,16 +80,17 @@ async def change_experiment(deployment: Deployment, experiment: Experiment, chan
         BadInput: the file cannot be changed; the message says what to do by hand.
         ReloadRefused: the registry is not accepted with the change.
     """
-    try:
-        edit = await asyncio.to_thread(edit_experiment, deployment.registry, experiment.id, change, os.environ)
-    except StartError as error:
-        raise BadInput(str(error)) from error
-    try:
-        return await deployment.reload()
-    except BaseException:
-        with suppress(OSError):
-            await asyncio.shield(asyncio.to_thread(edit.undo))
-        raise
+    async with deployment.changing:
+        try:
+            edit = await asyncio.to_thread(edit_experiment, deployment.registry, experiment.id, change, os.environ)
+        except StartError as error:
+            raise BadInput(str(error)) from error
+        try:
+            return await deployment.reload()
+        except BaseException:
+            with suppress(OSError):
+                await asyncio.shield(asyncio.to_thread(edit.undo))
+            raise
 
 
 class ExperimentChanges:

@@ -17,10 +17,18 @@ from pydantic.fields import FieldInfo
 from ruamel.yaml.nodes import MappingNode, Node, SequenceNode
 
 from gateway.config.fields import Distinct, DistinctListed, Frozen, Name, NonEmptyText, Positive, Sha256, Time, Version
-from gateway.config.files import one_writer, write_whole
+from gateway.config.files import one_writer, style_of, write_whole
 from gateway.config.problems import field_problems
 from gateway.config.wording import describe, did_you_mean, explain, quote
-from gateway.config.yaml_source import Document, FileKind, KeyPath, compose, read_document, read_text
+from gateway.config.yaml_source import (
+    MAX_FILE_BYTES,
+    Document,
+    FileKind,
+    KeyPath,
+    compose,
+    read_document,
+    read_text,
+)
 from gateway.errors import ConfigError, Problem, StartError
 
 # Enough for a file of a megabyte: about 8,000 clients with their own limits and models.
@@ -150,10 +158,11 @@ def add_key(path: Path, entry: KeyEntry, environ: Mapping[str, str]) -> None:
             before = load_key_file(path, environ)
             if entry.name.casefold() in {other.name.casefold() for other in before.keys}:
                 raise StartError(f"{path}: the name {quote(entry.name)} is taken; choose another, or remove its entry")
-            text = _extended(read_text(path, _KEY_FILE), path, entry)
+            style = style_of(path, MAX_FILE_BYTES)
+            text = _extended(read_text(path, _KEY_FILE), path, entry, style.line_break)
             if text is None or not _holds(path, environ, text, (*before.keys, entry)):
                 raise StartError(f"{path}: its `keys` are not a plain list; add by hand:\n{entry_lines(entry)}")
-            write_whole(path, text)
+            write_whole(path, style.dress(text))
     except OSError as error:
         raise StartError(f"{path}: cannot be written: {error.strerror}") from error
 
@@ -178,7 +187,7 @@ def _entry_yaml(entry: KeyEntry) -> dict[str, str]:
     return values
 
 
-def _extended(text: str, path: Path, entry: KeyEntry) -> str | None:
+def _extended(text: str, path: Path, entry: KeyEntry, line_break: str) -> str | None:
     """Return the text of a file of keys with one more entry; ``None`` if its keys have another form, such as an alias."""
     _yaml, root = compose(text, str(path), _KEY_FILE)
     keys = _value_of(root, "keys")
@@ -190,8 +199,8 @@ def _extended(text: str, path: Path, entry: KeyEntry) -> str | None:
         before = text[:end].rstrip().removesuffix(",")
         return f"{before}{', ' if keys.value else ''}{{{item}}}{text[end:]}"
     end = _end_of_block(text, keys)
-    line_break = "" if text[:end].endswith("\n") else "\n"
-    return text[:end] + line_break + entry_lines(entry, " " * keys.start_mark.column) + text[end:]
+    lines = entry_lines(entry, " " * keys.start_mark.column).replace("\n", line_break)
+    return text[:end] + ("" if text[:end].endswith("\n") else line_break) + lines + text[end:]
 
 
 def _value_of(root: Node, name: str) -> Node | None:

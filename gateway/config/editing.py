@@ -9,10 +9,10 @@ from pathlib import Path
 
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
-from gateway.config.files import one_writer, write_whole
+from gateway.config.files import Style, one_writer, style_of, write_whole
 from gateway.config.registry import MODELS_FILE, Experiment, Registry, load_registry
 from gateway.config.wording import quote
-from gateway.config.yaml_source import compose, read_text
+from gateway.config.yaml_source import MAX_FILE_BYTES, compose, read_text
 from gateway.errors import StartError
 
 
@@ -42,6 +42,7 @@ class Edit:
     """A file that was changed, and its text before and after."""
 
     path: Path
+    style: Style
     before: str
     after: str
 
@@ -53,7 +54,7 @@ class Edit:
         """
         with one_writer(self.path):
             if read_text(self.path, MODELS_FILE) == self.after:
-                write_whole(self.path, self.before)
+                write_whole(self.path, self.style.dress(self.before))
 
 
 def edit_experiment(served: Registry, experiment_id: str, change: Change, environ: Mapping[str, str]) -> Edit:
@@ -72,14 +73,15 @@ def edit_experiment(served: Registry, experiment_id: str, change: Change, enviro
             text = read_text(path, MODELS_FILE)
             if load_registry(path, environ, text) != served:
                 raise StartError(f"{path} has changes that are not served yet: read it again first")
-            edited = _edited(text, path, experiment_id, change)
+            style = style_of(path, MAX_FILE_BYTES)
+            edited = _edited(text, path, experiment_id, change, style.line_break)
             if edited is None or load_registry(path, environ, edited) != _changed(served, experiment_id, change):
                 raise StartError(
                     f"{path}: {quote(experiment_id)} is not written plainly there (a variable or an anchor, for example): "
                     "change it by hand"
                 )
-            write_whole(path, edited)
-            return Edit(path, text, edited)
+            write_whole(path, style.dress(edited))
+            return Edit(path, style, text, edited)
     except OSError as error:
         raise StartError(f"{path} cannot be written: {error.strerror}; change it by hand") from error
 
@@ -89,7 +91,7 @@ def _changed(registry: Registry, experiment_id: str, change: Change) -> Registry
     return registry.model_copy(update={"experiments": tuple(experiments)})
 
 
-def _edited(text: str, path: Path, experiment_id: str, change: Change) -> str | None:
+def _edited(text: str, path: Path, experiment_id: str, change: Change, line_break: str) -> str | None:
     """Return the text with a change; ``None`` if a value is not in the expected place."""
     _yaml, root = compose(text, str(path), MODELS_FILE)
     found = _value(root, "experiments")
@@ -105,7 +107,7 @@ def _edited(text: str, path: Path, experiment_id: str, change: Change) -> str | 
         if label is not None and label in change.weights and weight is not None:
             pieces[weight.start_mark.index, weight.end_mark.index] = _number(change.weights[label])
     if change.end is not None:
-        place, end = _end_of(text, experiment, f"{change.end.astimezone(UTC):%Y-%m-%dT%H:%M:%SZ}")
+        place, end = _end_of(text, experiment, f"{change.end.astimezone(UTC):%Y-%m-%dT%H:%M:%SZ}", line_break)
         pieces[place] = end
     # Replace from the last piece to the first, because a new piece may move the text after it.
     for (start, stop), piece in sorted(pieces.items(), reverse=True):
@@ -115,7 +117,7 @@ def _edited(text: str, path: Path, experiment_id: str, change: Change) -> str | 
     return text
 
 
-def _end_of(text: str, experiment: MappingNode, end: str) -> tuple[tuple[int, int], str]:
+def _end_of(text: str, experiment: MappingNode, end: str, line_break: str) -> tuple[tuple[int, int], str]:
     """Return the current or future place of an experiment's end, and the text to write there."""
     if (known := _value(experiment, "end")) is not None:
         return (known.start_mark.index, known.end_mark.index), end
@@ -124,8 +126,8 @@ def _end_of(text: str, experiment: MappingNode, end: str) -> tuple[tuple[int, in
         place = value.end_mark.index
         return (place, place), f", end: {end}"
     line_end = text.find("\n", value.end_mark.index)
-    place = len(text) if line_end < 0 else line_end
-    return (place, place), f"\n{' ' * key.start_mark.column}end: {end}"
+    place = len(text) if line_end < 0 else line_end - (text[line_end - 1] == "\r")
+    return (place, place), f"{line_break}{' ' * key.start_mark.column}end: {end}"
 
 
 def _value(node: Node | None, name: str) -> Node | None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import secrets
 import stat
+from codecs import BOM_UTF8
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from fcntl import LOCK_EX, flock
 from io import BufferedReader
 from pathlib import Path
@@ -58,6 +60,29 @@ def read_bounded(path: Path, max_bytes: int) -> bytes:
             size = os.fstat(file.fileno()).st_size
             raise UnsuitableFile(f"has {size:,} bytes, the limit is {max_bytes:,}")
     return content
+
+
+@dataclass(frozen=True, slots=True)
+class Style:
+    """How an editor has written a text file: with or without a byte order mark, and with which line breaks."""
+
+    mark: str = ""
+    line_break: str = "\n"
+
+    def dress(self, text: str) -> str:
+        """Return a text without a mark as it is in the file."""
+        return self.mark + text
+
+
+def style_of(path: Path, max_bytes: int) -> Style:
+    """Return the style of a file of at most ``max_bytes``, so that a change of the file can keep it.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    content = read_bounded(path, max_bytes)
+    mark = "\ufeff" if content.startswith(BOM_UTF8) else ""
+    return Style(mark, "\r\n" if b"\r\n" in content else "\n")
 
 
 def write_whole(path: Path, content: str | Iterable[bytes], mode: int = 0o666) -> None:

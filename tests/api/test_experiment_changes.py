@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -128,6 +129,18 @@ async def test_the_operator_ends_an_experiment_once(file: File, check_error: Che
     assert (assigned["arm"], assigned["reason"], assigned["counted"]) == ("one", "ended", False)
     assert "has ended on" in check_error(again, 400, "invalid_input")
     assert "    end: 2" in file.text
+
+
+async def test_changes_at_once_are_made_one_after_another(file: File) -> None:
+    async with serving(file) as client:
+        path = "/admin/experiments/exp/weights"
+        changes = [client.post(path, json={"weights": {"two": weight}}, headers=ADMIN) for weight in range(21, 27)]
+        answers = await asyncio.gather(*changes)
+        served = (await client.get("/v1/experiments/exp")).json()
+
+    assert [answer.status_code for answer in answers] == [200] * 6
+    (weight,) = [arm["weight"] for arm in served["arms"] if arm["model"] == "two"]
+    assert file.text == REGISTRY.replace("weight: 20", f"weight: {weight:g}")
 
 
 async def test_only_the_operator_may(file: File, check_error: CheckError) -> None:

@@ -234,6 +234,20 @@ def test_keys_that_are_no_plain_list_are_left_to_people(tmp_path: Path) -> None:
     assert file.read_text() == text
 
 
+def test_the_byte_order_mark_and_the_line_breaks_of_an_editor_stay(tmp_path: Path) -> None:
+    file = tmp_path / "keys.yaml"
+    add(file, "one")
+    before = b"\xef\xbb\xbf" + file.read_bytes().replace(b"\n", b"\r\n")
+    file.write_bytes(before)
+
+    assert add(file, "two").exit_code == 0
+
+    after = file.read_bytes()
+    assert after.startswith(before)
+    assert after.count(b"\n") == after.count(b"\r\n") > before.count(b"\n")
+    assert [entry.name for entry in load_key_file(file, {}).keys] == ["one", "two"]
+
+
 def test_a_missing_folder_is_an_error(tmp_path: Path) -> None:
     file = tmp_path / "nowhere" / "keys.yaml"
 

@@ -84,6 +84,24 @@ def test_a_file_without_a_line_break_at_its_end_and_with_windows_ones(tmp_path: 
     assert (experiment.end, experiment.arms[0].weight) == (END, 7)
 
 
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+@pytest.mark.parametrize("line_break", ["\n", "\r\n"])
+def test_the_byte_order_mark_and_the_line_breaks_of_an_editor_stay(tmp_path: Path, mark: str, line_break: str) -> None:
+    path = tmp_path / "models.yaml"
+
+    def write(text: str) -> bytes:
+        return (mark + text.replace("\n", line_break)).encode()
+
+    path.write_bytes(write(HEAD + BLOCK))
+
+    edit = edit_experiment(load_registry(path, {}), "exp", Change({}, END), {})
+    changed = path.read_bytes()
+    edit.undo()
+
+    assert changed == write(HEAD + BLOCK.replace("send this\n", "send this\n    end: 2030-01-02T03:04:05Z\n"))
+    assert path.read_bytes() == write(HEAD + BLOCK)
+
+
 @pytest.mark.parametrize(
     ("text", "environ"),
     [
