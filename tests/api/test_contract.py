@@ -1151,7 +1151,7 @@ async def test_vectors_of_another_space_are_refused(
 
 
 @pytest.mark.parametrize("blank", ["", "  "])
-async def test_a_blank_expectation_is_none(client: httpx.AsyncClient, blank: str) -> None:
+async def test_a_blank_expectation_is_ignored(client: httpx.AsyncClient, blank: str) -> None:
     response = await client.post(
         "/v1/embeddings", json={"input": "a", "model": "mini"}, headers={"x-gateway-expect-space": blank}
     )

@@ -230,7 +230,7 @@ async def test_before_its_start_the_control_arm_answers(connect: Connect) -> Non
 
 
 @pytest.mark.parametrize("user", [True, False, 1.5, ["a"], {"id": "a"}])
-async def test_a_user_that_is_no_text_and_no_number_is_no_unit(client: httpx.AsyncClient, user: object) -> None:
+async def test_a_user_must_be_text_or_a_whole_number_to_be_a_unit(client: httpx.AsyncClient, user: object) -> None:
     answer = await embed(client, user=user)
 
     assert answer.headers["x-gateway-assignment"] == "no_unit"
