@@ -182,7 +182,7 @@ class Batcher:
         if pending.done.done():
             return []
         begun = time.monotonic()
-        tokenizing = self._tokenizers.begin(handle, steps)
+        tokenizing = self._tokenizers.begin(handle, steps, may_be_now=not pending.tokens)
         pending.tokenizing = tokenizing.done
         try:
             return await tokenizing.done

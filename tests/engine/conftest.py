@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast, T5Encod
 
 from gateway.config.registry import ModelEntry
 from gateway.config.settings import Settings
+from gateway.engine import tokenizer_pool
 from gateway.engine.batcher import Batcher, Limits
 from gateway.engine.loading import LoadPlan, load_engine, plan_load
 from gateway.engine.model.encoder import Encoder
@@ -276,3 +277,9 @@ def make_checkpoint(tmp_path: Path, plain_checkpoints: Callable[[str], Path]) ->
         return folder
 
     return make
+
+
+@pytest.fixture
+def no_text_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have every text wait for the tokenizing threads."""
+    monkeypatch.setattr(tokenizer_pool, "AT_ONCE_CHARS", -1)

@@ -655,6 +655,7 @@ async def test_a_deadline_that_has_passed_already_computes_nothing(
     assert encoder.computed == []
 
 
+@pytest.mark.usefixtures("no_text_is_short")
 async def test_the_deadline_holds_while_tokenizing(
     start_batcher: StartBatcher, make_job: MakeJob, encoder: Any, gate: Gate
 ) -> None:
@@ -798,6 +799,7 @@ async def test_a_stop_answers_all_requests(
     assert not loop_errors
 
 
+@pytest.mark.usefixtures("no_text_is_short")
 async def test_a_stop_answers_those_who_are_being_tokenized(
     start_batcher: StartBatcher, make_job: MakeJob, encoder: Any, gate: Gate, loop_errors: list[dict[str, Any]]
 ) -> None:
@@ -856,6 +858,7 @@ async def test_giving_up_answers_all_requests_at_once_though_a_forward_hangs(
     assert not loop_errors
 
 
+@pytest.mark.usefixtures("no_text_is_short")
 async def test_giving_up_answers_those_who_are_being_tokenized(
     start_batcher: StartBatcher, make_job: MakeJob, encoder: Any, gate: Gate, loop_errors: list[dict[str, Any]]
 ) -> None:

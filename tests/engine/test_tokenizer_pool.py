@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import threading
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -12,8 +13,9 @@ import pytest
 from gateway.engine.model.tokenizer import Steps
 from gateway.engine.scheduler import RequestHandle
 from gateway.engine.tokenizer_pool import LONG_STEP_CHARS, TokenizerPool, TokenizeTask
-from gateway.errors import DeadlineExceeded, RequestError
+from gateway.errors import ContextLengthExceeded, DeadlineExceeded, RequestError
 from gateway.telemetry import metrics
+from gateway.types import Truncate
 from tests.engine.scripted import PATIENCE_S, Gate, MakeJob, NumberEncoder, StartBatcher, answer, becomes
 
 pytestmark = pytest.mark.usefixtures("no_thread_is_left")
@@ -128,6 +130,7 @@ async def test_what_a_step_raises_is_raised_for_who_waits(held: Readings, gate: 
 # ------------------------------------------------------------------------------------------------------ in the batcher
 
 
+@pytest.mark.usefixtures("no_text_is_short")
 async def test_one_text_is_embedded_while_forty_long_ones_of_another_wait_to_be_read(
     start_batcher: StartBatcher, make_job: MakeJob, encoder: NumberEncoder, gate: Gate
 ) -> None:
@@ -150,6 +153,7 @@ async def test_one_text_is_embedded_while_forty_long_ones_of_another_wait_to_be_
     await asyncio.gather(*bulk)
 
 
+@pytest.mark.usefixtures("no_text_is_short")
 async def test_a_request_that_ends_while_it_waits_to_be_read_leaves_nothing(
     start_batcher: StartBatcher,
     make_job: MakeJob,
@@ -204,6 +208,7 @@ async def test_a_request_whose_first_texts_fail_does_not_wait_for_the_rest_to_be
     assert await becomes(lambda: batcher.is_idle)
 
 
+@pytest.mark.usefixtures("no_text_is_short")
 async def test_the_oldest_request_is_on_the_board_until_it_is_answered(
     start_batcher: StartBatcher, make_job: MakeJob, encoder: NumberEncoder, gate: Gate
 ) -> None:
@@ -223,3 +228,39 @@ async def test_the_oldest_request_is_on_the_board_until_it_is_answered(
     gate.open()
     await request
     assert oldest_s() == 0
+
+
+@pytest.mark.parametrize(
+    ("texts", "in_loop"),
+    [
+        (["1"], [True]),
+        (["1 " * 250, "2"], [True]),
+        (["1 " * 300], [False]),
+        (["1"] * 64 + ["2"] * 64 + ["3"] * 64, [True, False, False]),
+    ],
+    ids=["one", "two", "long", "many"],
+)
+async def test_the_start_of_a_short_request_is_read_without_a_thread(
+    start_batcher: StartBatcher, make_job: MakeJob, encoder: NumberEncoder, texts: list[str], in_loop: list[bool]
+) -> None:
+    threads: list[threading.Thread] = []
+    encoder.numbers.on_tokenize = lambda _texts: threads.append(threading.current_thread())
+    batcher = await start_batcher()
+
+    answer = await batcher.submit(make_job(*texts))
+
+    assert answer.vectors[:, 0].tolist() == [int(text.split()[0]) for text in texts]
+    assert [thread is threading.current_thread() for thread in threads] == in_loop
+    assert answer.timings.tokenize_s > 0
+
+
+async def test_an_error_of_a_text_that_is_read_at_once_reaches_its_caller(
+    start_batcher: StartBatcher, make_job: MakeJob, encoder: NumberEncoder
+) -> None:
+    batcher = await start_batcher()
+
+    with pytest.raises(ContextLengthExceeded, match="64 tokens"):
+        await batcher.submit(make_job("1", "1 " * 65, truncate=Truncate.REFUSE))
+
+    assert batcher.is_idle
+    assert (await batcher.submit(make_job("2"))).vectors.tolist() == [[2, 1]]

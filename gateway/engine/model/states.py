@@ -95,6 +95,8 @@ class TokenStates:
 
     @staticmethod
     def _mean(flat: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
+        if len(lengths) == 1:  # the same, in one step
+            return flat.float().mean(dim=0, keepdim=True)
         counts = torch.tensor(lengths, device=flat.device)
         owner = torch.repeat_interleave(torch.arange(len(lengths), device=flat.device), counts, output_size=len(flat))
         sums = torch.zeros(len(lengths), flat.shape[1], device=flat.device).index_add_(0, owner, flat.float())

@@ -194,7 +194,7 @@ class OpenVinoRuntime:
         result = self._request.infer(features.inputs, share_inputs=True, share_outputs=True)
         states = torch.from_numpy(next(iter(result.values())))
         num_computed = states.shape[0] * states.shape[1]
-        flat = states.flatten(0, 1)[torch.from_numpy(features.places)]
+        flat = states.flatten(0, 1).index_select(0, torch.from_numpy(features.places))
         return TokenStates(flat, features.lengths, num_computed - len(features.places))
 
 

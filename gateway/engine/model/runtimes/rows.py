@@ -55,6 +55,8 @@ def plan_forwards(lengths: Sequence[int], width: int) -> list[list[int]]:
     Returns:
         Positions in ``lengths``, for each forward; each occurs once.
     """
+    if len(lengths) == 1:
+        return [[0]]
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     forwards = [[i] for i in order if lengths[i] > LONGEST_SHARED]
     short = order[len(forwards) :]
@@ -63,6 +65,8 @@ def plan_forwards(lengths: Sequence[int], width: int) -> list[list[int]]:
 
 def lay_out(lengths: Sequence[int], width: int) -> Layout:
     """Lay out the texts of one forward in rows, at the lowest cost."""
+    if len(lengths) == 1:
+        return Layout([[0]], round_length(lengths[0]))
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     longest, total = lengths[order[0]], sum(lengths)
     row_lengths = {round_length(longest), *(length for length in ROW_LENGTHS if length >= longest)}
