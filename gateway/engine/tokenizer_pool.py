@@ -17,16 +17,13 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from gateway.engine.model.tokenizer import Steps
+from gateway.engine.model.tokenizer import SHORT_CHARS, Steps
 from gateway.engine.scheduler import Lanes, RequestHandle
 
 T = TypeVar("T")
 
 # A step of more characters than this goes to the thread for long steps. A step of this size takes about 20 ms.
 LONG_STEP_CHARS = 20_000
-# Steps of at most this many characters together may run on the event loop, which takes less time than a thread that must be
-# woken up: MiniLM's tokenizer reads a sentence in 25 us.
-AT_ONCE_CHARS = 512
 
 
 @dataclass(eq=False, slots=True)
@@ -120,7 +117,7 @@ class TokenizerPool:
         task = TokenizeTask(handle, steps, self._loop.create_future())
         started = time.monotonic()
         num_chars, outcome = 0, self._step(task)
-        while outcome is None and may_be_now and (num_chars := num_chars + task.num_tokens) <= AT_ONCE_CHARS:
+        while outcome is None and may_be_now and (num_chars := num_chars + task.num_tokens) <= SHORT_CHARS:
             outcome = self._step(task)
         if outcome is None:
             self._queue(task)

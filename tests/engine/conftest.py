@@ -282,4 +282,4 @@ def make_checkpoint(tmp_path: Path, plain_checkpoints: Callable[[str], Path]) ->
 @pytest.fixture
 def no_text_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have every text wait for the tokenizing threads."""
-    monkeypatch.setattr(tokenizer_pool, "AT_ONCE_CHARS", -1)
+    monkeypatch.setattr(tokenizer_pool, "SHORT_CHARS", -1)

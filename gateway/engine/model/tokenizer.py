@@ -29,6 +29,9 @@ _MIN_WINDOW_CHARS = 1024
 # Limits of one step: the number of texts, and of their characters together. A step takes about 20 ms at most.
 _STEP_TEXTS = 64
 _STEP_CHARS = 16_000
+# Texts of at most this many characters together are read in the calling thread. MiniLM reads a sentence in 25 us,
+# and it takes several times as long to wake up another thread and to get the interpreter lock back.
+SHORT_CHARS = 512
 
 
 def at_once(steps: Steps[T]) -> T:
@@ -234,9 +237,13 @@ class Tokenizer:
         """
         has_special = self._has_template if has_special is None else has_special
         window = self._window_chars
-        yield sum(min(len(text), window) for text in texts)
+        num_chars = sum(min(len(text), window) for text in texts)
+        yield num_chars
         short = [text.part(0, window) for text in texts if len(text) <= window]
-        encodings = iter(self._tokenizer.encode_batch_fast(short, add_special_tokens=has_special))
+        if num_chars <= SHORT_CHARS:
+            encodings = iter([self._tokenizer.encode(text, add_special_tokens=has_special) for text in short])
+        else:
+            encodings = iter(self._tokenizer.encode_batch_fast(short, add_special_tokens=has_special))
         rows = []
         for text in texts:
             if len(text) <= window:
@@ -275,7 +282,7 @@ class Tokenizer:
         return Row(self._encode("".join(reversed(kept) if is_from_end else kept), has_special))
 
     def _encode(self, text: str, has_special: bool) -> list[int]:
-        # `encode` holds the interpreter lock, and so blocks the event loop; `encode_batch_fast` does not.
+        # `encode` holds the interpreter lock, and so blocks the event loop; `encode_batch_fast` does not. The text is long.
         ids: list[int] = self._tokenizer.encode_batch_fast([text], add_special_tokens=has_special)[0].ids
         return ids
 

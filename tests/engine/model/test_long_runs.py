@@ -59,6 +59,9 @@ class Counting:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._tokenizer, name)
 
+    def encode(self, text: str, **options: Any) -> Any:
+        return self.encode_batch_fast([text], **options)[0]
+
     def encode_batch_fast(self, texts: Sequence[str], **options: Any) -> Any:
         size = sum(map(len, texts))
         self.most, self.total = max(self.most, size), self.total + size
