@@ -42,9 +42,22 @@ _MOVED = 0.5
 # The tests of modules whose tests are not in the file or folder named after them.
 _OF_THE_SERVICE = ("test_service", "api/test_contract", "api/test_quantized", "api/test_rerank", "api/test_tei")
 _TESTS_OF = {
-    "gateway/api/endpoint.py": ("api/test_contract", "api/test_errors", "api/test_key_requests", "api/test_tei"),
-    "gateway/api/openai.py": ("api/test_contract", "api/test_lax_bodies", "api/test_quantized"),
-    "gateway/api/openai_schema.py": ("api/test_contract", "api/test_lax_bodies", "api/test_documentation"),
+    "gateway/api/endpoint.py": (
+        "api/test_bounds",
+        "api/test_contract",
+        "api/test_errors",
+        "api/test_key_requests",
+        "api/test_request_log",
+        "api/test_tei",
+        "batches/test_batch_api",
+    ),
+    "gateway/api/openai.py": ("api/test_contract", "api/test_lax_bodies", "api/test_pieces", "api/test_quantized"),
+    "gateway/api/openai_schema.py": (
+        "api/test_contract",
+        "api/test_documentation",
+        "api/test_lax_bodies",
+        "api/test_models_and_health",
+    ),
     "gateway/api/token_ids.py": ("api/test_contract", "api/test_lax_bodies", "api/test_bounds"),
     "gateway/backends/infinity.py": ("backends/test_infinity", "backends/test_unloading", "engine/test_first_run"),
     "gateway/bulk/manifest.py": ("bulk/test_job", "bulk/test_file_sinks", "bulk/moving/test_changes"),

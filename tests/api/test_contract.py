@@ -289,6 +289,7 @@ async def test_every_form_of_input_is_read(
         pytest.param([True], "`input[0]` must be a string, {\"text\": string} or a list of token ids, got true",
                      id="bool in a list"),
         pytest.param([[True, 1]], "`input[0]` must be a string", id="bool among token ids"),
+        pytest.param([[1, True]], "`input[0]` must be a string", id="bool after a token id"),
         pytest.param([["a"]], "`input[0]` must be a string", id="texts in a list in a list"),
         pytest.param([[]], "got an empty list", id="no token ids"),
         pytest.param([[[1]]], "got a list of 1", id="token ids too deep"),
@@ -372,7 +373,7 @@ async def test_ids_outside_of_the_vocabulary_are_refused(
     assert "check_embedding_ctx_length=False" in message
 
 
-@pytest.fixture(params=["missing", "damaged"])
+@pytest.fixture(params=["not installed", "missing", "damaged"])
 def no_vocabulary(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Put another package in the place of the one with the vocabulary."""
     package = tmp_path / "another_vocabulary"
@@ -380,7 +381,8 @@ def no_vocabulary(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: p
     if request.param == "damaged":
         (package / "data" / "cl100k_base.tiktoken").write_bytes(b"IQ== 0\n")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(token_ids, "_PACKAGE", package.name)
+    name = "no_such_vocabulary" if request.param == "not installed" else package.name
+    monkeypatch.setattr(token_ids, "_PACKAGE", name)
     token_ids._load.cache_clear()
     yield
     token_ids._load.cache_clear()

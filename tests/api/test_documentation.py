@@ -7,6 +7,7 @@ from typing import Any
 
 import httpx
 import pytest
+from jsonschema import Draft202012Validator
 
 Connect = Callable[..., Awaitable[httpx.AsyncClient]]
 OPERATOR = {"api_keys": ["client-key"], "admin_key": "operator-key"}
@@ -37,6 +38,45 @@ async def test_every_example_is_answered(connect: Connect) -> None:
 
     assert tried.count("/v1/embeddings") >= 3
     assert {"/tei/{model}/embed", "/api/embed", "/openai/deployments/{model}/embeddings"} <= set(tried)
+
+
+INPUTS = [
+    "a",
+    ["a", "b"],
+    [{"text": "a"}],
+    [{"image": "a"}],
+    [{"text": 1}],
+    [15339, 1917],
+    [[15339], "a"],
+    [0],
+    [-1],
+    [[-1]],
+    [100_276],
+    [100_277],
+    [[100_277]],
+    ["a", -1],
+    [1.5],
+    [True],
+    [],
+    [[]],
+    {},
+    1,
+    [["a"]],
+]
+
+
+@pytest.mark.parametrize("value", INPUTS, ids=str)
+async def test_the_described_input_is_what_is_accepted(connect: Connect, value: object) -> None:
+    client = await connect()
+    schema = await schema_of(client)
+    body = schema["paths"]["/v1/embeddings"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    described = schema["components"]["schemas"][body["$ref"].rsplit("/", 1)[1]] if "$ref" in body else body
+    validator = Draft202012Validator(described["properties"]["input"])
+    Draft202012Validator.check_schema(validator.schema)
+
+    answer = await client.post("/v1/embeddings", json={"model": "mini", "input": value})
+
+    assert validator.is_valid(value) is (answer.status_code == 200), answer.text
 
 
 async def test_each_path_of_another_api_is_a_route(connect: Connect) -> None:

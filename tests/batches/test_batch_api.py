@@ -6,6 +6,7 @@ import asyncio
 import errno
 import hashlib
 import json
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
 from dataclasses import replace
@@ -158,6 +159,7 @@ async def test_a_batch_from_the_upload_to_its_output(start: Start) -> None:
     assert len({row["id"] for row in found}) == len({row["response"]["request_id"] for row in found}) == 200
     assert all(set(row) == {"id", "custom_id", "response", "error"} and row["error"] is None for row in found)
     assert {job.priority for job in served.jobs} == {Priority.LOW}
+    assert min(job.deadline for job in served.jobs) > time.monotonic() + 23 * 3600  # and not that of a request
     output = await client.files.retrieve(batch.output_file_id)
     assert (output.purpose, output.object, output.status) == ("batch_output", "file", "processed")
     assert output.bytes == len((await client.files.content(batch.output_file_id)).content)
