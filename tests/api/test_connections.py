@@ -291,6 +291,22 @@ def test_half_a_request_behind_another_does_not_cost_that_its_answer(
         assert connection.recv(1) == b""
 
 
+def test_so_does_half_a_request_behind_more_than_are_taken_at_once(
+    connect: Callable[..., socket.socket], backend: HeldBackend
+) -> None:
+    """The end of what the client sends is noted when all that came before it is read."""
+    connection = connect()
+    connection.sendall(SLOW + LIVE * 200 + b"GET /health")
+    assert backend.has_begun.wait(PATIENCE_S)
+    connection.shutdown(socket.SHUT_WR)
+    time.sleep(0.1)
+    backend.let_go.set()
+
+    received = receive(connection)
+
+    assert (received.count(b"HTTP/1.1 200 OK"), received.count(b"HTTP/1.1 ")) == (201, 201)
+
+
 # --------------------------------------------------------------------------------------------------- several at a time
 
 

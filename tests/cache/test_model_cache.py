@@ -270,6 +270,19 @@ async def test_vectors_of_a_wrong_width_are_passed_on_and_not_kept() -> None:
     assert (await cache.embed(job("a", "b"), INFO, model.embed)).num_cached == 1
 
 
+@pytest.mark.parametrize(("output", "field"), [(Output.SPARSE, "sparse"), (Output.MULTIVECTOR, "multivectors")])
+async def test_an_answer_without_an_output_is_passed_on_and_not_kept(output: Output, field: str) -> None:
+    model, cache = Model(), make_cache()
+    asked = job("a", outputs=frozenset({Output.DENSE, output}))
+
+    async def without(job: EmbedJob) -> Embeddings:
+        return replace(await model.embed(job), **{field: None})
+
+    assert getattr(await cache.embed(asked, INFO, without), field) is None
+    complete = await cache.embed(asked, INFO, model.embed)
+    assert (len(getattr(complete, field)), complete.num_cached) == (1, 0)
+
+
 async def test_a_passing_error_is_not_asked_for_twice() -> None:
     model, cache = Model(), make_cache()
     await cache.embed(job("a"), INFO, model.embed)
