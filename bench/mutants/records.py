@@ -60,7 +60,7 @@ _TESTS_OF = {
     ),
     "gateway/api/token_ids.py": ("api/test_contract", "api/test_lax_bodies", "api/test_bounds"),
     "gateway/backends/infinity.py": ("backends/test_infinity", "backends/test_unloading", "engine/test_first_run"),
-    "gateway/bulk/manifest.py": ("bulk/test_job", "bulk/test_file_sinks", "bulk/moving/test_changes"),
+    "gateway/bulk/manifest.py": ("bulk/test_job", "bulk/test_embed_command"),
     "gateway/cache/entries.py": ("cache/test_stores", "cache/test_files", "cache/test_model_cache"),
     "gateway/engine/admission.py": ("engine/test_admission", "engine/test_low_priority"),
     "gateway/engine/model/adapters.py": ("models/test_jina", "models/test_jina_v5_layout"),

@@ -399,7 +399,43 @@ def test_ids_are_found_again_whatever_they_are(tmp_path: Path) -> None:
         assert manifest.seen(ids) == set()
 
 
-def test_a_full_disk_at_the_manifest_is_named(tmp_path: Path) -> None:
+def test_a_manifest_knows_that_its_job_is_finished(tmp_path: Path) -> None:
+    with closing(Manifest(tmp_path / "m.sqlite3")) as manifest:
+        assert not manifest.begin({"space": "a"}).is_finished
+        manifest.finish()
+    with closing(Manifest(tmp_path / "m.sqlite3")) as manifest:
+        assert manifest.begin({"space": "a"}).is_finished
+        manifest.forget()
+        assert not manifest.progress().is_finished
+
+
+def test_a_part_of_the_identity_is_compared_before_the_rest_is_known(tmp_path: Path) -> None:
+    with closing(Manifest(tmp_path / "m.sqlite3")) as manifest:
+        manifest.check({"space": "b"})  # nothing has begun
+        manifest.begin({"space": "a", "sink": "out"})
+        manifest.check({"space": "a"})
+        with pytest.raises(BulkError, match="its space is a, but now it would be b"):
+            manifest.check({"space": "b"})
+
+
+def test_a_shard_that_fails_while_it_is_committed_leaves_nothing(tmp_path: Path) -> None:
+    def ids() -> Iterator[str]:
+        yield "a"
+        raise KeyError
+
+    with closing(Manifest(tmp_path / "m.sqlite3")) as manifest:
+        with pytest.raises(KeyError):
+            manifest.commit(0, Shard(0, Counts(rows=1), 1), ids())
+        manifest.commit(0, Shard(0, Counts(rows=2), 1), ["b"])
+        assert manifest.seen(["a", "b"]) == {"b"}
+        assert manifest.progress().counts == Counts(rows=2)
+
+
+@pytest.mark.parametrize("is_writable", [True, False])
+def test_a_full_disk_at_the_manifest_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_writable: bool
+) -> None:
+    monkeypatch.setattr("gateway.bulk.manifest.os.access", lambda *_args: is_writable)
     with closing(Manifest(tmp_path / "m.sqlite3")) as manifest:
         manifest._db.execute("PRAGMA max_page_count = 8")
         with pytest.raises(BulkError, match="database or disk is full; make room, and run the same command again"):
