@@ -173,7 +173,7 @@ def server_config(app: FastAPI, settings: Settings) -> uvicorn.Config:
         forwarded_allow_ips=list(settings.trusted_proxies),
         lifespan="off",
         timeout_keep_alive=cast(int, settings.keep_alive_s),  # passed to `call_later`, which accepts fractions
-        timeout_graceful_shutdown=round(settings.shutdown_grace_s),
+        timeout_graceful_shutdown=cast(int, settings.shutdown_grace_s),  # likewise
     )
 
 
@@ -187,6 +187,8 @@ async def _reloading_on_hangup(deployment: Deployment) -> AsyncIterator[None]:
             await deployment.reload()
 
     def on_hangup() -> None:
+        if len(tasks) > 1:  # one runs, and the other has not read the file yet
+            return
         task = asyncio.create_task(reload())
         tasks.add(task)
         task.add_done_callback(tasks.discard)

@@ -204,6 +204,15 @@ def test_a_refused_reload_says_why_and_changes_nothing(gateway: Gateway) -> None
     assert gateway.embed("name").json()["model"] == "one"
 
 
+def test_the_last_of_many_hangups_is_not_lost(gateway: Gateway) -> None:
+    for number in range(30):
+        gateway.write(ONE + f"aliases: {{name: one, storm{number}: one}}\n")
+        gateway.process.send_signal(signal.SIGHUP)
+
+    wait_until(lambda: gateway.embed("storm29").status_code == 200)
+    assert gateway.embed("name").json()["model"] == "one"
+
+
 def test_the_operators_key_is_asked_for(gateway: Gateway) -> None:
     for headers in ({}, {"authorization": "Bearer wrong"}):
         answer = gateway.client.post("/admin/reload", headers=headers)

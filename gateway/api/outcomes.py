@@ -68,7 +68,7 @@ class OutcomeRoutes:
         primary = experiment.outcome.name if experiment.outcome else None
         read = partial(_read, rows=rows, split=Split(experiment), primary=primary, now=now)
         outcomes = await self._endpoint.in_turn(request, _MAX_BODY_BYTES, read)
-        kept = await keeper.post(experiment.id, outcomes)
+        kept = await keeper.post(experiment, outcomes)
         return OutcomesAnswer(
             received=len(rows),
             stored=kept.stored,

@@ -29,6 +29,7 @@ from gateway.batches.values import (
     StorageFull,
     StoredFile,
 )
+from gateway.config.files import OpenFile, why_unusable
 from gateway.config.wording import cut
 from gateway.errors import BadInput, StartError
 
@@ -78,7 +79,7 @@ class Store:
             self._files.mkdir(parents=True, exist_ok=True, mode=0o700)
             self._lock = (folder / "lock").open("a")
         except OSError as error:
-            raise StartError(f"GATEWAY_BATCH_DIR: {folder} cannot be written: {error}") from error
+            raise StartError(f"GATEWAY_BATCH_DIR: {folder} cannot be written: {why_unusable(error)}") from error
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -88,6 +89,7 @@ class Store:
             ) from error
         try:
             self._db = self._open(path)
+            self._file = OpenFile(path)
             self._num_bytes = self._tidy()
         except (
             OSError,
@@ -143,6 +145,11 @@ class Store:
             StorageFull: the disk is full.
             BatchesUnavailable: the database cannot be written now.
         """
+        if self._file.is_lost:
+            raise BatchesUnavailable(
+                "the database of batches was removed or replaced while the gateway runs; the operator must restart it",
+                is_permanent=True,
+            )
         try:
             self._db.execute("BEGIN IMMEDIATE")
             try:

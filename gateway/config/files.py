@@ -119,6 +119,38 @@ def write_whole(path: Path, content: str | Iterable[bytes], mode: int = 0o666) -
         raise
 
 
+def why_unusable(error: Exception) -> str:
+    """Return why a folder for the gateway's own files cannot be used, for a message that names the folder."""
+    if isinstance(error, FileExistsError):
+        return "a folder of its path is a file"
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)
+
+
+class OpenFile:
+    """A file that stays open, such as a database: whether its path still leads to it.
+
+    Raises:
+        OSError: there is no such file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._identity = _identity(path)
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether the file was removed or replaced. What is written to it now will be gone with the process."""
+        try:
+            return _identity(self._path) != self._identity
+        except OSError:
+            return True
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_dev, status.st_ino
+
+
 @contextmanager
 def one_writer(path: Path) -> Iterator[None]:
     """Let only one process at a time change a file, so that no change is lost.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Awaitable, Callable
 from enum import Enum
+from http import HTTPStatus
 
 import orjson
 from starlette.types import Send
@@ -15,7 +16,6 @@ from gateway.errors import (
     EmptyInput,
     InferenceFailed,
     InternalError,
-    InvalidHttp,
     InvalidVectors,
     MemoryFull,
     MethodNotAllowed,
@@ -138,11 +138,13 @@ async def send_error(error: RequestError, form: ErrorForm, send: Send, drain: Ca
     await send({"type": "http.response.body", "body": b""})
 
 
-def bad_request(error: InvalidHttp) -> bytes:
+def bad_request(error: RequestError) -> bytes:
     """Return the complete answer to bytes that are not a request; no layer above the connection sees such bytes."""
     status, content = render_error(error, ErrorForm.OPENAI)
     body = orjson.dumps(content)
-    return (
-        b"HTTP/1.1 %d Bad Request\r\ncontent-type: application/json\r\nconnection: close\r\ncontent-length: %d\r\n\r\n%s"
-        % (status, len(body), body)
+    return b"HTTP/1.1 %d %s\r\ncontent-type: application/json\r\nconnection: close\r\ncontent-length: %d\r\n\r\n%s" % (
+        status,
+        HTTPStatus(status).phrase.encode(),
+        len(body),
+        body,
     )

@@ -11,7 +11,7 @@ from uvicorn._types import ASGI3Application
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from gateway.config.settings import Settings
-from gateway.errors import InvalidHttp
+from gateway.errors import HeadersTooLarge, InvalidHttp, RequestError
 from gateway.http.error_forms import bad_request
 from gateway.http.head import path_of, why_refused, without_offer
 from gateway.http.pace import HeldFlow
@@ -237,14 +237,14 @@ class BoundedProtocol(HttpToolsProtocol):
         self._has_taken = True
 
     def send_400_response(self, msg: str) -> None:
-        """Answer bytes that are not a request with the common error body, and close the connection.
+        """Answer bytes that are not a request; uvicorn calls this."""
+        self._refuse(InvalidHttp(msg))
 
-        Earlier requests of the connection are answered first.
-        """
-        error = InvalidHttp(msg)
+    def _refuse(self, error: RequestError) -> None:
+        """Answer with the common error body, after the earlier requests of the connection, and close the connection."""
         metrics.REQUESTS.labels("other", error.status).inc()
         metrics.ERRORS.labels(error.code).inc()
-        log.info("invalid_http", caller=self._caller, status=error.status, error_code=error.code, reason=msg)
+        log.info("invalid_http", caller=self._caller, status=error.status, error_code=error.code, reason=error.message)
         content = bad_request(error)
         if self._is_answering and not (self._is_in_message and self.cycle is self._running):
             self._last_words = content
@@ -338,9 +338,10 @@ class BoundedProtocol(HttpToolsProtocol):
         """Count the bytes that the application does not see: headers, trailers, and bytes in between or too late."""
         self._num_bytes += num_bytes
         if self._num_bytes > self.max_header_bytes:
-            self.send_400_response(f"The request's headers or trailers have more than {self.max_header_bytes} bytes.")
+            what = f"the request's headers or trailers have more than {self.max_header_bytes} bytes, which is the limit"
+            self._refuse(HeadersTooLarge(what))
         elif self._is_in_head and len(self.headers) > MAX_HEADERS:
-            self.send_400_response(f"The request has more than {MAX_HEADERS} headers.")
+            self._refuse(HeadersTooLarge(f"the request has more than {MAX_HEADERS} headers, which is the limit"))
 
     def _start_timer(self) -> None:
         self._stop_timer()

@@ -105,7 +105,7 @@ class Keeper:
         if self._writing is None or self._writing.done():
             self._writing = self._thread.submit(self._write_waiting)
 
-    async def post(self, experiment: str, outcomes: Sequence[NewOutcome]) -> Kept:
+    async def post(self, experiment: Experiment, outcomes: Sequence[NewOutcome]) -> Kept:
         """Keep outcomes, and return once they are on the disk.
 
         Raises:
@@ -128,7 +128,7 @@ class Keeper:
             ) from error
         except StoreBusy as error:
             raise OutcomesUnavailable(
-                "no outcome was kept: the file of experiments cannot be written now", retry_after_s=5
+                f"no outcome was kept: the file of experiments cannot be written now: {error}", retry_after_s=5
             ) from error
 
     async def report(self, experiment: Experiment, mismatch: str | None) -> OutcomesReport:
@@ -158,9 +158,9 @@ class Keeper:
 
     # ------------------------------------------------------------------------------------------------- in a thread
 
-    def _post(self, experiment: str, outcomes: Sequence[NewOutcome]) -> Kept:
+    def _post(self, experiment: Experiment, outcomes: Sequence[NewOutcome]) -> Kept:
         self._write_waiting()
-        return self._store.keep(experiment, outcomes)
+        return self._store.keep(experiment.id, outcomes, experiment.outcome.name if experiment.outcome else None)
 
     def _write_waiting(self) -> None:
         """Write the waiting exposures in transactions; if a transaction fails, the remaining exposures wait on."""

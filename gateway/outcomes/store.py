@@ -15,6 +15,7 @@ from urllib.parse import quote
 
 import numpy as np
 
+from gateway.config.files import OpenFile, why_unusable
 from gateway.errors import StartError
 from gateway.experiments.exposures import Exposure, iso
 from gateway.outcomes.joining import Branch, Exposures, Outcomes, signed
@@ -27,7 +28,7 @@ MAX_UNKNOWN = 100_000
 """The most outcomes kept of units without an exposure here: another replica's file may have the exposure."""
 
 MAX_NAMES = 20
-"""The most different names of outcomes of an experiment."""
+"""The most different names of outcomes of an experiment, besides the deciding one."""
 
 _BUSY_S = 5.0
 _PAGE_BYTES = 4096
@@ -58,7 +59,7 @@ class StoreFull(Exception):
 
 
 class StoreBusy(Exception):
-    """The file cannot be written now: another process holds it, or the disk fails."""
+    """The file cannot be written now: another process holds it, it was removed, or the disk fails."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +114,7 @@ class Store:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._db = _connect(path)
+            self._file = OpenFile(path)
             with self._writing():
                 for statement in _SCHEMA.split(";"):
                     self._db.execute(statement)
@@ -122,7 +124,9 @@ class Store:
                 self._db.execute(f"PRAGMA user_version = {_VERSION}")
             self._db.execute(f"PRAGMA max_page_count = {max_bytes // _PAGE_BYTES}")
         except (OSError, sqlite3.Error, StoreFull, StoreBusy) as error:
-            raise StartError(f"{path} cannot be opened as a file of experiments: {error}") from error
+            raise StartError(
+                f"GATEWAY_STATE_DIR: {path} cannot be opened as a file of experiments: {why_unusable(error)}"
+            ) from error
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -132,6 +136,8 @@ class Store:
             StoreFull: there is no room.
             StoreBusy: the file cannot be written now.
         """
+        if self._file.is_lost:
+            raise StoreBusy(f"{self.path.name} was removed or replaced while the gateway runs; restart the gateway")
         try:
             self._db.execute("BEGIN IMMEDIATE")
             try:
@@ -177,15 +183,18 @@ class Store:
                 rows,
             )
 
-    def keep(self, experiment: str, outcomes: Sequence[NewOutcome]) -> Kept:
+    def keep(self, experiment: str, outcomes: Sequence[NewOutcome], primary: str | None = None) -> Kept:
         """Store outcomes in one transaction.
+
+        Args:
+            primary: the name of the deciding outcome, which is stored however many other names there are.
 
         Raises:
             StoreFull, StoreBusy: they could not be written.
         """
         kept = Kept()
         with self._writing():
-            names = self._names(experiment, [outcome.name for outcome in outcomes])
+            names = self._names(experiment, [outcome.name for outcome in outcomes], primary)
             for outcome in outcomes:
                 if (name := names.get(outcome.name)) is None:
                     kept.too_many_names += 1
@@ -217,13 +226,14 @@ class Store:
         )
         kept.stored += 1
 
-    def _names(self, experiment: str, names: Iterable[str]) -> dict[str, int]:
+    def _names(self, experiment: str, names: Iterable[str], primary: str | None) -> dict[str, int]:
         known = {
             name: id_
             for id_, name in self._db.execute("SELECT id, name FROM names WHERE experiment = ?", (experiment,))
         }
         for name in dict.fromkeys(names):
-            if name not in known and len(known) < MAX_NAMES:
+            num_others = len(known.keys() - {primary})
+            if name not in known and (name == primary or num_others < MAX_NAMES):
                 insert = "INSERT INTO names (experiment, name) VALUES (?, ?)"
                 known[name] = int(self._db.execute(insert, (experiment, name)).lastrowid or 0)
         return known

@@ -104,7 +104,7 @@ def test_headers_without_an_end_end_the_connection(connections: Callable[..., so
         endless.sendall(GET + b"x-more: ")
         for _ in range(2000):
             endless.sendall(b"x" * 1024)
-        assert receive(endless).startswith(b"HTTP/1.1 400 ")
+        assert receive(endless).startswith(b"HTTP/1.1 431 ")
 
     assert is_served(connections())
 

@@ -409,7 +409,21 @@ async def test_made_up_units_and_names_and_repetitions_are_bounded(
 
     assert (of_one["stored"], of_one["too_many_of_unit"]) == (3, 7)
     assert (made_up["stored"], made_up["unknown_unit"]) == (5, 5)
-    assert (named["stored"], named["too_many_names"]) == (1, 9)
+    assert (named["stored"], named["too_many_names"]) == (2, 8)
+
+
+async def test_other_names_cannot_crowd_out_the_deciding_outcome(
+    client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store_module, "MAX_NAMES", 2)
+    await embed_for(client, ["ada"])
+
+    others = await post(client, *(outcome("ada", name=f"n{i}") for i in range(3)))
+    deciding = await post(client, outcome("ada"))
+
+    assert (others["stored"], others["too_many_names"]) == (2, 1)
+    assert deciding["stored"] == 1
+    assert (await report_of(client))["outcomes"] == 1
 
 
 async def test_a_full_file_is_a_permanent_503_and_requests_go_on(start: Start, check_error: CheckError) -> None:

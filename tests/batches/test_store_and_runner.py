@@ -135,6 +135,16 @@ def test_a_database_that_is_held_by_another_program_is_a_503(
     add_file(store)
 
 
+def test_nothing_is_confirmed_in_a_database_that_was_removed(open_store: OpenStore, tmp_path: Path) -> None:
+    store = open_store()
+    add_file(store)
+
+    (tmp_path / "batches" / "batches.sqlite3").unlink()
+
+    with pytest.raises(BatchesUnavailable, match="was removed or replaced while the gateway runs"):
+        add_file(store)
+
+
 def test_content_without_a_row_is_removed_at_the_next_start(open_store: OpenStore) -> None:
     store = open_store()
     kept = add_file(store)

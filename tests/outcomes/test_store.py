@@ -6,7 +6,7 @@ import contextlib
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -124,6 +124,19 @@ def test_what_was_confirmed_survives_a_kill(path: Path) -> None:
     with Reader(path) as reader:
         assert len(reader.outcomes("exp", "kept")[0].unit) >= confirmed
     store.close()
+
+
+@pytest.mark.parametrize("replace", [Path.unlink, lambda path: path.with_suffix(".new").rename(path)])
+def test_nothing_is_confirmed_in_a_file_that_was_removed_or_replaced(
+    store: Store, path: Path, replace: Callable[[Path], object]
+) -> None:
+    Store(path.with_suffix(".new"), 100 * MB).close()
+    assert store.keep("exp", [outcome(1)]).stored == 1
+
+    replace(path)
+
+    with pytest.raises(StoreBusy, match="was removed or replaced while the gateway runs; restart the gateway"):
+        store.keep("exp", [outcome(2)])
 
 
 def test_two_processes_write_one_file(store: Store, path: Path) -> None:
