@@ -59,8 +59,10 @@ class Counting:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._tokenizer, name)
 
-    def encode(self, text: str, **options: Any) -> Any:
-        return self.encode_batch_fast([text], **options)[0]
+    def encode(self, text: str, *others: Any, **options: Any) -> Any:
+        size = len(text)
+        self.most, self.total = max(self.most, size), self.total + size
+        return self._tokenizer.encode(text, *others, **options)
 
     def encode_batch_fast(self, texts: Sequence[str], **options: Any) -> Any:
         size = sum(map(len, texts))
