@@ -302,6 +302,23 @@ def test_slow_and_large_shards_end_early(jobs: Jobs, monkeypatch: pytest.MonkeyP
         monkeypatch.undo()
 
 
+def test_vectors_count_for_the_size_of_a_shard(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gateway.bulk.job._SHARD_BYTES", 2**20)
+    jobs.run(FakeEmbedder(dimensions=2_000), shard_rows=10**6)  # 8 kB for a row of 30 bytes
+
+    assert 3 <= len(list(jobs.folder.glob("part-*"))) <= 8
+    assert jobs.ids() == GOOD
+
+
+def test_a_job_of_good_rows_only_has_no_file_of_errors(tmp_path: Path) -> None:
+    path = tmp_path / "docs.jsonl"
+    path.write_bytes(b'{"id": 1, "text": "x"}\n')
+    jobs = Jobs(tmp_path / "out", path)
+
+    assert jobs.run().is_finished
+    assert not (jobs.folder / "_errors.jsonl").exists()
+
+
 def test_a_job_of_bad_rows_only_writes_no_file(tmp_path: Path) -> None:
     path = tmp_path / "docs.jsonl"
     path.write_bytes(b'{"id": 1, "text": "x"}\n' + b"{\n" * 99)

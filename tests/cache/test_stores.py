@@ -8,7 +8,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -386,6 +386,47 @@ async def test_a_disk_that_hangs_costs_one_request_a_moment(
         await cache.embed(job(f"text {i}"), INFO, Model().embed)
     assert time.monotonic() - started < 5
     hang.set()
+
+
+class SlowStore:
+    """Keeps entries in memory, as soon as it is let go."""
+
+    name = "slow"
+
+    def __init__(self) -> None:
+        self.kept: dict[bytes, bytes] = {}
+        self.let_go = asyncio.Event()
+
+    async def get(self, _part: Part, keys: Sequence[bytes]) -> list[bytes | None]:
+        return [self.kept.get(key) for key in keys]
+
+    async def put(self, _part: Part, entries: Mapping[bytes, bytes]) -> None:
+        await self.let_go.wait()
+        self.kept.update(entries)
+
+    async def forget(self, _part: Part) -> None:
+        self.kept.clear()
+
+    async def close(self) -> None:
+        pass
+
+
+async def test_what_waits_is_stored_at_the_end_and_what_was_dropped_is_counted(
+    caches: Caches, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    part = await kept_part(caches, DiskStore(tmp_path, 2**30), "a")
+    monkeypatch.setattr(stores, "_MAX_WAITING_BYTES", 100)
+    store = SlowStore()
+    guarded, before = Guarded("stored", store), num_errors()
+
+    guarded.put(part, {b"a": b"1" * 100})
+    guarded.put(part, {b"b": b"2"})
+    assert num_errors() == before + 1
+    asyncio.get_running_loop().call_later(0.05, store.let_go.set)
+    await guarded.close()
+
+    assert store.kept == {b"a": b"1" * 100}
+    assert num_errors() == before + 1
 
 
 async def test_more_than_can_be_written_is_dropped(

@@ -123,6 +123,16 @@ def test_a_card_needs_more() -> None:
     assert there.total_bytes == there.weights_bytes + there.batch_bytes + there.card_bytes
 
 
+@pytest.mark.parametrize(("runtime", "num_bytes"), [("torch-packed", 0), ("openvino", 3)])
+def test_windows_of_a_long_text_need_a_second_mask(runtime: str, num_bytes: int) -> None:
+    """With three bytes for each pair of tokens, where the runtime has masks at all."""
+    shapes = [Shape(10**6, 64, 128, Attention(4, 64, has_windows)) for has_windows in (False, True)]
+
+    plain, windows = (estimate_memory(shape, "float32", runtime, 8192, 2048, "cpu").batch_bytes for shape in shapes)
+
+    assert windows - plain == num_bytes * 8192**2
+
+
 def test_a_full_card_names_who_is_on_it() -> None:
     plan = MemoryPlan(2 * 2**30, 100 * 2**20, 512 * 2**20)
 
