@@ -63,6 +63,7 @@ _TESTS_OF = {
     "gateway/bulk/manifest.py": ("bulk/test_job", "bulk/test_embed_command"),
     "gateway/cache/entries.py": ("cache/test_stores", "cache/test_files", "cache/test_model_cache"),
     "gateway/engine/admission.py": ("engine/test_admission", "engine/test_low_priority"),
+    "gateway/engine/batcher.py": ("engine/test_batcher", "engine/test_admission", "engine/test_low_priority"),
     "gateway/engine/model/adapters.py": ("models/test_jina", "models/test_jina_v5_layout"),
     "gateway/engine/model/heads.py": ("engine/model/test_heads", "models/test_m3", "models/test_modules"),
     "gateway/engine/model/tokenizer.py": ("engine/model/test_tokenizer", "models/test_late_chunking"),

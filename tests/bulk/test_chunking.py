@@ -17,6 +17,7 @@ from gateway.bulk.borders import Borders
 from gateway.bulk.chunking import Chunk, Chunker, Chunking, ModelTokens
 from gateway.bulk.rows import BadRow, BulkError, Row
 from gateway.engine.model.tokenizer import Tokenizer
+from gateway.types import Token
 
 INSTRUCTION = "passage: "
 CORPUS = [
@@ -259,6 +260,60 @@ def test_characters_that_make_too_many_tokens_are_a_bad_row() -> None:
     [bad] = Chunker(Chunking(50), model).expand(row("abc"))
     assert isinstance(bad, BadRow)
     assert "cannot be cut into chunks of 50 tokens" in bad.problem
+
+
+def test_a_text_that_always_has_a_token_too_many_is_a_bad_row_after_some_attempts() -> None:
+    attempts = 0
+
+    def count(texts: Sequence[str]) -> list[int]:
+        nonlocal attempts
+        attempts += 1
+        assert attempts < 100
+        return [51 if text else 2 for text in texts]
+
+    [bad] = Chunker(Chunking(50), ModelTokens(tokens_of("WordPiece").split, count, 512)).expand(row("a b c " * 100))
+
+    assert isinstance(bad, BadRow)
+
+
+@pytest.mark.parametrize(("num_words", "is_title"), [(10, True), (11, False)])
+def test_a_title_has_at_most_half_of_a_chunk(num_words: int, is_title: bool) -> None:
+    def count(texts: Sequence[str]) -> list[int]:
+        return [len(text.split()) for text in texts]
+
+    title = "fox " * num_words
+    model = ModelTokens(tokens_of("WordPiece").split, count, 512)
+
+    chunks = [*Chunker(Chunking(20, repeats_title=True), model).expand(row(title + "dog " * 50, len(title)))]
+
+    assert [isinstance(chunk, Chunk) and chunk.num_title for chunk in chunks[:2]] == [len(title) if is_title else 0] * 2
+
+
+@pytest.mark.parametrize("text", ["x", "ab " * 200, ("x" * 500 + " ") * 100])
+def test_a_call_has_some_texts_but_neither_too_many_nor_too_large_ones(
+    monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    """A gateway refuses a request without texts, and one with too many."""
+    monkeypatch.setattr("gateway.bulk.chunking._CALL_TEXTS", 8)
+    monkeypatch.setattr("gateway.bulk.chunking._CALL_CHARACTERS", 1000)
+    monkeypatch.setattr("gateway.bulk.chunking._WINDOW_CHARACTERS", 100)
+    known, sizes = tokens_of("WordPiece"), list[int]()
+
+    def split(texts: Sequence[str]) -> Sequence[Sequence[Token]]:
+        assert 1 <= len(texts) <= 8
+        assert sum(map(len, texts)) <= 1000 or len(texts) == 1
+        sizes.append(len(texts))
+        return known.split(texts)
+
+    def count(texts: Sequence[str]) -> Sequence[int]:
+        split(texts)
+        return known.count(texts)
+
+    title = "fox "
+    chunker = Chunker(Chunking(24, is_late=True), ModelTokens(split, count, 512, can_chunk_late=True))
+
+    assert all(isinstance(chunk, Chunk) for chunk in chunker.expand(row(title + text, len(title))))
+    assert max(sizes) == (8 if len(text) > 10 else 2)
 
 
 @pytest.mark.parametrize(

