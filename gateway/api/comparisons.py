@@ -3,20 +3,39 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
 from typing import Literal
 
 from fastapi import APIRouter, Request
+from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, Field
 
 from gateway.access.keyring import Keyring
 from gateway.api.admin import require_operator
 from gateway.api.endpoint import Endpoint
 from gateway.api.json_body import Flag, Number, PositiveInteger, RequestBody, Texts
-from gateway.api.wire import AnswerBody, request_body, responses
+from gateway.api.wire import AnswerBody, error_responses, request_body, responses
 from gateway.comparisons.dueling import Duels
-from gateway.comparisons.jobs import Job, Jobs, Wanted
+from gateway.comparisons.jobs import Captured, Job, Jobs, JudgeChoice, Wanted
 from gateway.comparisons.runs import Results, Run, Runs
-from gateway.errors import BadInput, Forbidden, NotFound
+from gateway.config.wording import cut
+from gateway.errors import BadInput, Forbidden, NotFound, RateLimited
+
+_NO_FOLDER = "GATEWAY_RUNS_DIR is not set, so there is no place for comparisons"
+_MAX_STREAMS = 100
+_LOOK_EVERY_S = 1.0  # whether the gateway is stopping
+_BEAT_EVERY_S = 15.0
+
+
+class JudgeBody(RequestBody):
+    """A chat model that grades the results."""
+
+    url: str = Field(title="a string", description="The address of an OpenAI-style API.")
+    model: str = Field(title="a string", description="The chat model, as its API names it.")
+    key: str = Field("", title="a string", description="Its key; by default the gateway's variable JUDGE_API_KEY.")
+    max_tokens: PositiveInteger | None = Field(
+        None, title="a whole number from 1", description="Agree to this price; without it, `question` shows the price."
+    )
 
 
 class ComparisonBody(RequestBody):
@@ -28,6 +47,18 @@ class ComparisonBody(RequestBody):
     max_documents: PositiveInteger | None = Field(None, title="a whole number from 1", description="A sample.")
     margin: Number | None = Field(None, ge=0, le=1, title="a number from 0 to 1", description="By default 0.01.")
     cost: Flag = Field(True, title="true or false", description="Whether to measure latency and throughput.")
+    captured: str | None = Field(
+        None,
+        title="a string",
+        description="An alias or experiment: its captured queries replace those of the data set.",
+    )
+    judge: JudgeBody | None = Field(None, title="an object", description="A judge, for data without judgments.")
+
+
+class AgreementBody(RequestBody):
+    """``POST …/answer``."""
+
+    agree: Flag = Field(title="true or false", description="Whether the judge may be asked at this price.")
 
 
 class ComparisonCard(BaseModel):
@@ -40,6 +71,7 @@ class ComparisonCard(BaseModel):
     step: str | None = Field(description="What a running one is doing; counted by `done` and `total`.")
     done: int | None
     total: int | None = Field(description="0 while it is not known.")
+    question: str | None = Field(description="The price of the judge, while the comparison waits for `POST …/answer`.")
     problem: str | None = Field(description="Why it failed, or why its results cannot be read.")
     bottom_line: str | None
     results: Results | None = Field(default=None, description="Those of `results.json`; only of a single comparison.")
@@ -51,6 +83,7 @@ class ComparisonList(AnswerBody):
     object: Literal["list"] = "list"
     data: list[ComparisonCard]
     data_sets: list[str] = Field(description="The values for `data`.")
+    captured: list[str] = Field(description="The values for `captured`.")
 
 
 class Comparisons:
@@ -65,6 +98,26 @@ class Comparisons:
         self.runs = runs
         self.jobs = jobs
         self.duels = None if runs is None else Duels(runs)
+        self._num_streams = 0
+
+    def captured(self) -> dict[str, Captured]:
+        """Return the captured queries by their alias or experiment."""
+        registry = self._endpoint.deployment.registry
+        return {
+            name: Captured(name, capture.path(registry.path.parent)) for name, capture in registry.captures().items()
+        }
+
+    def find_captured(self, name: str) -> Captured:
+        """Return the captured queries of an alias or experiment.
+
+        Raises:
+            BadInput: it has no `capture`.
+        """
+        known = self.captured()
+        if name not in known:
+            names = ", ".join(known) or "none"
+            raise BadInput(f"{cut(name)!r} has no `capture` in models.yaml; there are: {names}", param="captured")
+        return known[name]
 
     def address(self, request: Request) -> str:
         """Return the address of the API, for a comparison that this gateway starts on its own machine."""
@@ -81,34 +134,100 @@ class Comparisons:
         names = {run.name for run in known}
         cards = [_of_job(job) for job in jobs.all() if job.wanted.name not in names]
         cards += [_of_run(run) for run in known]
-        return ComparisonList(data=cards, data_sets=await asyncio.to_thread(jobs.data_sets))
+        data_sets = await asyncio.to_thread(jobs.data_sets)
+        return ComparisonList(data=cards, data_sets=data_sets, captured=list(self.captured()))
 
     async def start(self, request: Request) -> ComparisonCard:
         """Start a comparison. One runs at a time; look at its progress as often as you like."""
         _runs, jobs = self._require(request)
         body = await self._endpoint.read(request, ComparisonBody.parse)
-        wanted = Wanted(body.name, body.arms, body.data, body.max_documents, body.margin, body.cost)
+        captured = None if body.captured is None else self.find_captured(body.captured)
+        judge = None if body.judge is None else JudgeChoice(**body.judge.model_dump())
+        wanted = Wanted(body.name, body.arms, body.data, body.max_documents, body.margin, body.cost, captured, judge)
         return _of_job(await jobs.start(wanted, self.address(request)))
 
     async def retrieve(self, request: Request, name: str) -> ComparisonCard:
         """Return the progress of a comparison, or its results."""
         runs, jobs = self._require(request)
-        job = jobs.find(name)
-        if job is not None and job.state != "done":
-            return _of_job(job)
-        run = await asyncio.to_thread(runs.find, name)
-        return _of_run(run).model_copy(update={"results": run.results})
+        return await find_card(runs, jobs, name, has_results=True)
+
+    async def events(self, request: Request, name: str) -> StreamingResponse:
+        """Follow a comparison as server-sent events: `progress` at each change, then `end`; each with its card."""
+        self._require(request)
+        return await self.stream(name)
+
+    async def answer(self, request: Request, name: str) -> ComparisonCard:
+        """Agree to the price of the judge, or go on without the judge."""
+        _runs, jobs = self._require(request)
+        body = await self._endpoint.read(request, AgreementBody.parse)
+        return _of_job(await jobs.answer(name, is_agreed=body.agree))
 
     async def stop(self, request: Request, name: str) -> ComparisonCard:
         """Stop a comparison that is running. The vectors that it has are kept for the next one."""
         _runs, jobs = self._require(request)
         return _of_job(await jobs.stop(name))
 
+    async def stream(self, name: str) -> StreamingResponse:
+        """Return the events of a comparison. The caller has checked the reader's rights.
+
+        Raises:
+            NotFound: there is no such comparison.
+            RateLimited: too many streams are open.
+        """
+        if self.runs is None or self.jobs is None:
+            raise NotFound(_NO_FOLDER)
+        await find_card(self.runs, self.jobs, name)
+        if self._num_streams >= _MAX_STREAMS:
+            raise RateLimited(f"{_MAX_STREAMS} streams of events are open already: ask for the card", retry_after_s=5)
+        headers = {"cache-control": "no-store", "x-accel-buffering": "no"}  # the second is for nginx
+        events = self._events(self.runs, self.jobs, name)
+        return StreamingResponse(events, media_type="text/event-stream", headers=headers)
+
+    async def _events(self, runs: Runs, jobs: Jobs, name: str) -> AsyncIterator[str]:
+        self._num_streams += 1
+        try:
+            silent_s, seen = 0.0, -1
+            while not self._endpoint.deployment.is_draining:
+                job = jobs.find(name)
+                is_running = job is not None and job.state == "running"
+                version = 0 if job is None else job.version
+                if version != seen or not is_running:
+                    card = await find_card(runs, jobs, name)
+                    yield f"event: {'progress' if is_running else 'end'}\ndata: {card.model_dump_json()}\n\n"
+                    silent_s, seen = 0.0, version
+                elif (silent_s := silent_s + _LOOK_EVERY_S) >= _BEAT_EVERY_S:
+                    yield ": waiting\n\n"  # a proxy may close a silent connection
+                    silent_s = 0.0
+                if job is None or not is_running:
+                    return
+                await job.next_change(seen, _LOOK_EVERY_S)
+        finally:
+            self._num_streams -= 1
+
     def _require(self, request: Request) -> tuple[Runs, Jobs]:
         require_operator(request, self._endpoint.settings.admin_key)
         if self.runs is None or self.jobs is None:
-            raise NotFound("GATEWAY_RUNS_DIR is not set, so there is no place for comparisons")
+            raise NotFound(_NO_FOLDER)
         return self.runs, self.jobs
+
+
+async def find_card(runs: Runs, jobs: Jobs, name: str, *, has_results: bool = False) -> ComparisonCard:
+    """Return a comparison, as far as it is.
+
+    Raises:
+        NotFound: there is no such comparison.
+    """
+    job = jobs.find(name)
+    if job is not None and (
+        job.state == "running" or not (job.state == "done" or await asyncio.to_thread(runs.has, name))
+    ):
+        return _of_job(job)
+    run = await asyncio.to_thread(runs.find, name)
+    card = _of_run(run).model_copy(update={"results": run.results if has_results else None})
+    # A comparison whose judge failed has results nevertheless.
+    return (
+        card if job is None or not job.problem else card.model_copy(update={"state": job.state, "problem": job.problem})
+    )
 
 
 def _of_job(job: Job) -> ComparisonCard:
@@ -121,6 +240,7 @@ def _of_job(job: Job) -> ComparisonCard:
         step=job.step if is_running else None,
         done=job.done if is_running else None,
         total=job.total if is_running else None,
+        question=job.question or None,
         problem=job.problem or None,
         bottom_line=None,
     )
@@ -136,8 +256,9 @@ def _of_run(run: Run) -> ComparisonCard:
         step=None,
         done=None,
         total=None,
+        question=None,
         problem=run.problem or None,
-        bottom_line=results.bottom_line.text if results is not None and results.bottom_line else None,
+        bottom_line=None if results is None else results.verdict,
     )
 
 
@@ -164,11 +285,22 @@ def comparisons_router(handlers: Comparisons) -> APIRouter:
         responses=responses(ComparisonCard, BadInput, Forbidden, NotFound),
         openapi_extra=request_body(ComparisonBody),
     )
-    for place, handler, method in (("", handlers.retrieve, "GET"), ("/stop", handlers.stop, "POST")):
+    for place, handler, body in (
+        ("", handlers.retrieve, None),
+        ("/stop", handlers.stop, None),
+        ("/answer", handlers.answer, AgreementBody),
+    ):
         router.add_api_route(
             f"{path}/{{name}}{place}",
             handler,
-            methods=[method],
-            responses=responses(ComparisonCard, Forbidden, NotFound),
+            methods=["POST" if place else "GET"],
+            responses=responses(ComparisonCard, *([BadInput] if body else []), Forbidden, NotFound),
+            openapi_extra=None if body is None else request_body(body),
         )
+    router.add_api_route(
+        f"{path}/{{name}}/events",
+        handlers.events,
+        response_class=StreamingResponse,
+        responses={200: {"content": {"text/event-stream": {}}}, **error_responses(Forbidden, NotFound, RateLimited)},
+    )
     return router

@@ -10,6 +10,7 @@ from gateway.api.assignments import assignments_router
 from gateway.api.batches import batches_router, make_runner
 from gateway.api.classify import classify_router
 from gateway.api.comparisons import Comparisons, comparisons_router
+from gateway.api.data_sets import data_sets_router
 from gateway.api.duels import duels_router
 from gateway.api.endpoint import Endpoint
 from gateway.api.experiment_changes import experiment_changes_router, operators_changes_router
@@ -54,6 +55,7 @@ def operator_routers(endpoint: Endpoint, comparisons: Comparisons) -> list[APIRo
     return [
         operators_changes_router(endpoint),
         comparisons_router(comparisons),
+        data_sets_router(comparisons, endpoint.settings),
         duels_router(endpoint, comparisons.duels),
     ]
 

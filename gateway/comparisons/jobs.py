@@ -104,6 +104,7 @@ class Job:
         question: the judge's price, while the comparison waits for consent.
         problem: why it failed.
         task: follows it to its end.
+        version: the number of changes so far.
     """
 
     wanted: Wanted
@@ -116,22 +117,21 @@ class Job:
     problem: str = ""
     process: asyncio.subprocess.Process | None = field(default=None, repr=False)
     task: asyncio.Task[None] | None = field(default=None, repr=False)
+    version: int = 0
     _changed: asyncio.Event = field(default_factory=asyncio.Event, repr=False)
 
     def note_change(self) -> None:
         """Wake all that wait for a change."""
+        self.version += 1
         self._changed.set()
         self._changed = asyncio.Event()
 
-    async def next_change(self, timeout_s: float) -> bool:
-        """Wait for a change, and return whether it came in time. Changes in quick succession count as one."""
-        changed = self._changed
+    async def next_change(self, version: int, timeout_s: float) -> None:
+        """Wait until the version is another one. Changes in quick succession count as one."""
         await asyncio.sleep(min(timeout_s, _LEAST_S_BETWEEN_CHANGES))
-        try:
-            await asyncio.wait_for(changed.wait(), timeout_s)
-        except TimeoutError:
-            return False
-        return True
+        if self.version == version:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._changed.wait(), timeout_s)
 
     async def ended(self) -> None:
         """Wait for the end."""
@@ -152,10 +152,15 @@ class Jobs:
         self._lend_key = lend_key
         self._jobs: dict[str, Job] = {}
 
+    @property
+    def data_folder(self) -> Path:
+        """The folder of the data sets."""
+        return self._runs.folder / _DATA
+
     def data_sets(self) -> list[str]:
         """Return the names of the data sets. Blocking."""
         try:
-            found = [path for path in (self._runs.folder / _DATA).iterdir() if (path / "corpus.jsonl").is_file()]
+            found = [path for path in self.data_folder.iterdir() if (path / "corpus.jsonl").is_file()]
         except OSError:
             return []
         return sorted(path.name for path in found if self._runs.is_name(path.name))
@@ -247,7 +252,7 @@ class Jobs:
             _check_judge(wanted.judge)
         known = self.data_sets()
         if wanted.data not in known:
-            where = f"put one into {self._runs.folder / _DATA}/NAME, with corpus.jsonl and queries.jsonl"
+            where = f"put one into {self.data_folder}/NAME, with corpus.jsonl and queries.jsonl"
             raise BadInput(
                 f"there is no data set {cut(wanted.data)!r}; there are: {', '.join(known) or 'none'}; {where}",
                 param="data",
@@ -289,7 +294,7 @@ class Jobs:
 
     def _command(self, wanted: Wanted, url: str) -> list[str]:
         command = [sys.executable, "-m", "gateway", "compare", "--url", url, "--progress", "json"]
-        command += ["--data", str(self._runs.folder / _DATA / wanted.data)]
+        command += ["--data", str(self.data_folder / wanted.data)]
         command += ["--out", str(self._runs.path(wanted.name)), "--cache", str(self._runs.folder / _CACHE)]
         if wanted.max_documents is not None:
             command += ["--max-documents", str(wanted.max_documents)]

@@ -98,8 +98,41 @@ class BottomLine(BaseModel):
     text: str
 
 
+class JudgeFigure(BaseModel):
+    """A difference with its interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+class JudgeContrast(BaseModel):
+    """An arm against the baseline by a judge's grades.
+
+    Attributes:
+        corrected: the difference corrected by people's grades; ``None`` without a check.
+    """
+
+    arm: str
+    judged: JudgeFigure
+    corrected: JudgeFigure | None = None
+    verdict: str
+
+
+class JudgeResults(BaseModel):
+    """``judge.json``, as far as it is shown."""
+
+    bottom_line: str
+    sentences: Sequence[str]
+    contrasts: Sequence[JudgeContrast]
+
+
 class Results(BaseModel):
-    """``results.json``, as far as it is shown."""
+    """``results.json``, as far as it is shown.
+
+    Attributes:
+        judge: the results of ``judge.json``; ``None`` if no judge was asked, or the file cannot be read.
+    """
 
     created: str
     source: str
@@ -110,6 +143,14 @@ class Results(BaseModel):
     contrasts: Sequence[RunContrast] = ()
     cost_contrasts: Sequence[RunCost] = ()
     agreements: Sequence[RunAgreement] = ()
+    judge: JudgeResults | None = Field(None, description="By the grades of a chat model, if one was asked.")
+
+    @property
+    def verdict(self) -> str | None:
+        """The recommendation: that of the judgments, or that of the judge without any; ``None`` in old files."""
+        if self.judge is not None and not self.dataset.num_judgments:
+            return self.judge.bottom_line
+        return self.bottom_line.text if self.bottom_line else None
 
 
 class Hit(BaseModel):
@@ -178,6 +219,10 @@ class Runs:
             raise NotFound(f"no comparison is called {cut(name)!r}")
         return self._read(path)
 
+    def has(self, name: str) -> bool:
+        """Return whether a comparison has results."""
+        return self.is_name(name) and _changed(self.folder / name / "results.json") is not None
+
     def path(self, name: str) -> Path:
         """Return the folder of a comparison, which is always inside of this one.
 
@@ -219,11 +264,22 @@ class Runs:
         try:
             if file.stat().st_size > _MAX_RESULTS_BYTES:
                 return Run(path.name, None, f"results.json has more than {_MAX_RESULTS_BYTES:,} bytes")
-            return Run(path.name, Results.model_validate_json(file.read_bytes()))
+            results = Results.model_validate_json(file.read_bytes())
+            return Run(path.name, results.model_copy(update={"judge": _judge(path / "judge.json")}))
         except OSError as error:
             return Run(path.name, None, f"results.json cannot be read: {error.strerror}")
         except ValidationError as error:
             return Run(path.name, None, f"results.json is not that of a comparison: {error.error_count()} problems")
+
+
+def _judge(file: Path) -> JudgeResults | None:
+    """Return the results of a judge; ``None`` if the file is missing, too large, or of an earlier version."""
+    try:
+        if file.stat().st_size > _MAX_RESULTS_BYTES:
+            return None
+        return JudgeResults.model_validate_json(file.read_bytes())
+    except (OSError, ValidationError):
+        return None
 
 
 def _changed(file: Path) -> float | None:

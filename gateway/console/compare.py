@@ -11,8 +11,20 @@ from urllib.parse import quote
 from fastapi import Request, Response
 
 from gateway.api.comparisons import Comparisons
-from gateway.comparisons.jobs import Job, Jobs, Wanted
-from gateway.comparisons.runs import PRIMARY, Interval, Query, Ratio, Results, Run, Runs
+from gateway.api.data_sets import read_data_form
+from gateway.comparisons.jobs import Job, Jobs, JudgeChoice, Wanted
+from gateway.comparisons.runs import (
+    PRIMARY,
+    Interval,
+    JudgeContrast,
+    JudgeResults,
+    Query,
+    Ratio,
+    Results,
+    Run,
+    Runs,
+)
+from gateway.config.wording import count
 from gateway.console.charts import Scale
 from gateway.console.parts import Parts
 from gateway.console.web import Form, chosen, read_form, visitor_of
@@ -68,20 +80,23 @@ class Compare:
         if runs is None:
             return await self.first(request)
         job = self._jobs().find(request.path_params["run"])
-        if job is not None and job.state != "done":
+        # A comparison whose judge failed has results nevertheless.
+        if job is not None and (job.state == "running" or not await asyncio.to_thread(runs.has, job.wanted.name)):
             known = await asyncio.to_thread(runs.latest)
             return self._parts.pages.render(
                 request, "compare_running.html.j2", job=job, known=known, jobs=self._unfinished(known)
             )
         run = await asyncio.to_thread(runs.find, request.path_params["run"])
-        return await self._page(request, await asyncio.to_thread(runs.latest), run)
+        return await self._page(request, await asyncio.to_thread(runs.latest), run, job.problem if job else "")
 
     async def ask(self, request: Request) -> Response:
         """Show the form for a comparison."""
         self.runs(request)
         jobs = self._jobs()
-        arms = [arm for arm in request.query_params.getlist("arm") if arm] or self._parts.usual_arms(request)
-        return await self._form(request, jobs, Wanted(_usual_name(), arms[:_FORM_ARMS], ""))
+        query = request.query_params
+        arms = [arm for arm in query.getlist("arm") if arm] or self._parts.usual_arms(request)
+        wanted = Wanted(_usual_name(), arms[:_FORM_ARMS], query.get("data", ""))
+        return await self._form(request, jobs, wanted, done=self._parts.pages.gate.take_message(request))
 
     async def start(self, request: Request) -> Response:
         """Start a comparison, and show its progress."""
@@ -90,11 +105,43 @@ class Compare:
         form = await read_form(request)
         try:
             wanted = _wanted(form)
+            if wanted.judge is not None:
+                self._parts.require_operator(request)  # it sends texts elsewhere, and costs money
+            if name := form.first("captured"):
+                wanted = replace(wanted, queries=self._comparisons.find_captured(name))
             await jobs.start(wanted, self._comparisons.address(request))
-        except BadInput as error:
+        except (BadInput, Forbidden) as error:
             RequestContext.of(request).refuse(error)
-            return await self._form(request, jobs, _written(form), error)
+            return await self._form(request, jobs, _written(form), error, captured=form.first("captured"))
         return self._parts.pages.redirect(request, f"/compare/{quote(wanted.name)}")
+
+    async def upload(self, request: Request) -> Response:
+        """Store a data set from uploaded files, and show the form for a comparison on it."""
+        self.runs(request)
+        jobs = self._jobs()
+        try:
+            stored = await (await read_data_form(request)).store(jobs.data_folder)
+        except RequestError as error:
+            RequestContext.of(request).refuse(error)
+            arms = self._parts.usual_arms(request)
+            return await self._form(request, jobs, Wanted(_usual_name(), arms, ""), error)
+        texts = f"{count(stored.num_documents, 'document')}, {count(stored.num_queries, 'query', 'queries')}"
+        message = f"{stored.name}: {texts} and {count(stored.num_judgments, 'judgment')} were stored."
+        return self._parts.done(request, f"/new-comparison?data={quote(stored.name)}", message)
+
+    async def answer(self, request: Request) -> Response:
+        """Agree to the price of the judge, or go on without the judge."""
+        self.runs(request)
+        self._parts.require_operator(request)
+        name = request.path_params["run"]
+        is_agreed = (await read_form(request)).first("agree") == "yes"
+        await self._jobs().answer(name, is_agreed=is_agreed)
+        return self._parts.pages.redirect(request, f"/compare/{quote(name)}")
+
+    async def events(self, request: Request) -> Response:
+        """Follow a comparison as server-sent events."""
+        self.runs(request)
+        return await self._comparisons.stream(request.path_params["run"])
 
     async def stop(self, request: Request) -> Response:
         """Stop a running comparison."""
@@ -104,7 +151,14 @@ class Compare:
         return self._parts.pages.redirect(request, f"/compare/{quote(name)}")
 
     async def _form(
-        self, request: Request, jobs: Jobs, wanted: Wanted, problem: RequestError | None = None
+        self,
+        request: Request,
+        jobs: Jobs,
+        wanted: Wanted,
+        problem: RequestError | None = None,
+        *,
+        captured: str = "",
+        done: str = "",
     ) -> Response:
         return self._parts.pages.render(
             request,
@@ -112,7 +166,10 @@ class Compare:
             200 if problem is None else problem.status,
             wanted=wanted,
             problem=problem,
+            done=done,
             data_sets=await asyncio.to_thread(jobs.data_sets),
+            captures=list(self._comparisons.captured()),
+            captured=captured,
             runs=self._comparisons.runs,
             running=jobs.running,
             names=self._parts.arm_names(request),
@@ -143,7 +200,7 @@ class Compare:
             raise Forbidden("comparisons hold texts, so they are for the operator: sign in with GATEWAY_ADMIN_KEY")
         return self._comparisons.runs
 
-    async def _page(self, request: Request, known: Sequence[Run], run: Run) -> Response:
+    async def _page(self, request: Request, known: Sequence[Run], run: Run, problem: str = "") -> Response:
         runs, results = self.runs(request), run.results
         assert runs is not None  # noqa: S101  the run is from there
         arms = [] if results is None else [arm.name for arm in results.arms[1:]]
@@ -165,6 +222,8 @@ class Compare:
             primary=PRIMARY,
             quality=None if results is None else _quality(results),
             costs=None if results is None else _costs(results),
+            judged=None if results is None or results.judge is None else _judged(results, results.judge),
+            problem=problem,
             arms=arms,
             arm=arm,
             order=order,
@@ -180,21 +239,30 @@ def _wanted(form: Form) -> Wanted:
         BadInput: a number is not valid.
     """
     number, margin = form.first("max_documents").strip().replace(",", ""), form.first("margin").strip()
+    budget = form.first("judge_budget").strip().replace(",", "")
+    written = _written(form)
+    judge = written.judge
     try:
         max_documents = int(number) if number else None
+        if judge is not None and budget:
+            judge = replace(judge, max_tokens=int(budget))
         wanted_margin = float(margin) if margin else None
     except ValueError:
-        raise BadInput("the number of documents and the margin must be numbers, or empty") from None
+        raise BadInput("the numbers of documents and tokens, and the margin must be numbers, or empty") from None
     if (max_documents is not None and max_documents < 1) or not 0 <= (wanted_margin or 0.0) <= 1:
         raise BadInput("the number of documents must be at least 1, and the margin from 0 to 1")
-    return replace(_written(form), max_documents=max_documents, margin=wanted_margin)
+    if judge is not None and judge.max_tokens is not None and judge.max_tokens < 1:
+        raise BadInput("the judge's tokens must be at least 1")
+    return replace(written, max_documents=max_documents, margin=wanted_margin, judge=judge)
 
 
 def _written(form: Form) -> Wanted:
     """Return the texts of a form, so that they can be shown again."""
     arms = [arm.strip() for arm in form.all("arm")]
     name, data = form.first("name").strip(), form.first("data")
-    return Wanted(name, [arm for arm in arms if arm], data, measures_cost=bool(form.first("cost")))
+    url, model = form.first("judge").strip(), form.first("judge_model").strip()
+    judge = JudgeChoice(url, model, form.first("judge_key").strip()) if url or model else None
+    return Wanted(name, [arm for arm in arms if arm], data, measures_cost=bool(form.first("cost")), judge=judge)
 
 
 def _usual_name() -> str:
@@ -212,6 +280,15 @@ def _costs(results: Results) -> Forest | None:
     found = {one.arm: one.query_time for one in results.cost_contrasts if one.query_time}
     intervals = [_of_ratio(found.get(arm.name)) for arm in results.arms]
     return _forest(intervals, 1.0) if found else None
+
+
+def _judged(results: Results, judge: JudgeResults) -> list[tuple[JudgeContrast, Whisker | None, str]]:
+    """Return the differences by a judge, corrected by people if they checked it, with the position of no difference."""
+    found = {contrast.arm: contrast for contrast in judge.contrasts}
+    known = [found[arm.name] for arm in results.arms if arm.name in found]
+    figures = [contrast.corrected or contrast.judged for contrast in known]
+    forest = _forest([Interval(mean=one.mean, low=one.low, high=one.high) for one in figures], 0.0)
+    return [(contrast, whisker, forest.zero) for contrast, whisker in zip(known, forest.whiskers, strict=True)]
 
 
 def _of_ratio(ratio: Ratio | None) -> Interval | None:

@@ -145,8 +145,11 @@ def console_router(
         ("/compare", compare.first, "GET"),
         ("/compare/{run}", compare.show, "GET"),
         ("/compare/{run}/stop", compare.stop, "POST"),
+        ("/compare/{run}/answer", compare.answer, "POST"),
+        ("/compare/{run}/events", compare.events, "GET"),
         ("/new-comparison", compare.ask, "GET"),
         ("/new-comparison", compare.start, "POST"),
+        ("/data-sets", compare.upload, "POST"),
         *_experiment_paths(experiments),
     ):
         router.add_api_route(ROOT + path, pages.guard(handler), methods=[method])

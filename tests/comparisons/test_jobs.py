@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from gateway.comparisons.jobs import MAX_ARMS, Job, Jobs, Wanted, _environment
+from gateway.comparisons.jobs import MAX_ARMS, Captured, Job, Jobs, JudgeChoice, Wanted, _environment
 from gateway.comparisons.runs import Runs
 from gateway.errors import BadInput, NotFound
 
@@ -196,10 +196,21 @@ def test_the_command_has_no_secret_and_no_proxy() -> None:
     assert passed["EMBEDDINGS_API_KEY"] == "lent"
     assert passed["NO_PROXY"] == passed["no_proxy"] == "*"
     assert passed["HOME"] == "/home"
+    assert _environment(environ, "lent", JudgeChoice("http://host", "m", "key"))["JUDGE_API_KEY"] == "key"
+    assert "JUDGE_API_KEY" not in _environment(environ, "lent", JudgeChoice("http://host", "m"))
 
 
 def test_the_command_takes_names_as_they_are(folder: Path, keys: Keys) -> None:
-    wanted = Wanted("new", ("one@256", "two+hybrid"), "mine", max_documents=100, margin=0.02, measures_cost=False)
+    wanted = Wanted(
+        "new",
+        ("one@256", "two+hybrid"),
+        "mine",
+        max_documents=100,
+        margin=0.02,
+        measures_cost=False,
+        queries=Captured("search", Path("/captured/queries.jsonl")),
+        judge=JudgeChoice("http://host/v1", "-judge", "secret", 5_000),
+    )
 
     command = Jobs(Runs(folder), keys.lend)._command(wanted, "http://gateway")
 
@@ -209,4 +220,8 @@ def test_the_command_takes_names_as_they_are(folder: Path, keys: Keys) -> None:
         ("--out", folder / "new"), ("--data", folder / "data" / "mine"), ("--max-documents", 100), ("--margin", 0.02),
     ):  # fmt: skip
         assert command[command.index(option) + 1] == str(value)
-    assert "--no-cost" in command
+    assert {"--no-cost", "--queries=/captured/queries.jsonl", "--judge=http://host/v1", "--judge-model=-judge"} <= set(
+        command
+    )
+    assert command[command.index("--judge-budget") + 1] == "5000"
+    assert "secret" not in str(command)

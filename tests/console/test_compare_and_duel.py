@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import resource
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,9 +19,11 @@ import pytest
 from gateway.compare.outputs import write_results
 from gateway.comparisons.dueling import DuelFolder
 from gateway.comparisons.duels import MAX_PAIRS, Duel, Vote, draw, qrels, stand
+from gateway.comparisons.jobs import Jobs
 from gateway.comparisons.runs import Query, Runs
 from gateway.console.duel import _seconds_since
 from gateway.errors import BadInput, NotFound
+from tests.compare.judge.stand_in import Reply, graded, serve_judge, texts_of
 from tests.compare.results_example import BGE, JINA, make_comparison
 from tests.console.served import HOSTILE, OPERATOR, Gateway, serving
 
@@ -357,7 +361,76 @@ def test_a_comparison_that_fails_says_why(measuring: Gateway, operator: Callable
         assert client.get("/admin/comparisons/none").status_code == 404
         assert client.post("/admin/comparisons/hopeless/stop").status_code == 404
         assert httpx.get(f"{measuring.url}/admin/comparisons").status_code == 403
-    assert listed["data_sets"] == ["small set"]
+    assert "small set" in listed["data_sets"]
     assert (card["state"], card["arms"], card["step"]) == ("failed", ["jina", HOSTILE], None)
     assert HOSTILE.split()[0] in card["problem"]
     assert card in listed["data"]
+
+
+def test_files_are_dropped_and_a_judge_is_asked_after_its_price_was_shown(
+    measuring: Gateway, operator: Callable[..., Any], check_everywhere: Callable[[Any, str], None], tmp_path: Path
+) -> None:
+    subjects = [f"subject{number}" for number in range(12)]
+    (tmp_path / "docs.csv").write_text("id,text\n" + "".join(f"{one},all about {one}\n" for one in subjects))
+    (tmp_path / "wrong.csv").write_text("words\nno column for texts\n")
+    (tmp_path / "queries.txt").write_text("".join(f"what of {one}\n" for one in subjects))
+
+    def respond(body: dict[str, Any], _number: int) -> Reply:
+        query, document = texts_of(body)
+        return graded(3 if query.split()[-1] == document.split()[-1] else 0)
+
+    with serve_judge(respond) as judge, operator(measuring.url, "/new-comparison", expected=("status of 400",)) as page:
+        page.get_by_label("Documents", exact=True).set_input_files(tmp_path / "wrong.csv")
+        page.get_by_label("Name of the data set").fill("dropped")
+        page.get_by_role("button", name="Store").click()
+        assert "one of them `text`" in page.get_by_role("alert").inner_text()
+        page.get_by_label("Documents", exact=True).set_input_files(tmp_path / "docs.csv")
+        page.get_by_label("Queries", exact=True).set_input_files(tmp_path / "queries.txt")
+        page.get_by_label("Name of the data set").fill("dropped")
+        page.get_by_role("button", name="Store").click()
+        assert "12 documents, 12 queries and 0 judgments were stored" in page.get_by_role("status").inner_text()
+        assert page.locator("#data").input_value() == "dropped"
+        page.get_by_text("Let a chat model grade").click()
+        page.get_by_label("Address of an OpenAI-style API").fill(judge.url)
+        page.get_by_label("Model", exact=True).fill("stand-in")
+        page.get_by_label("Key; empty").fill("judge-secret")
+        check_everywhere(page, "compare-new-judge")
+        page.get_by_label("Name", exact=True).fill("judged")
+        page.get_by_label("Measure latency").uncheck()
+        page.get_by_role("button", name="Start").click()
+        page.get_by_role("heading", name="Ask the judge at this price?").wait_for(timeout=60_000)
+        assert not judge.bodies
+        assert "Queries and documents stay on this machine" in page.get_by_role("alert").inner_text()
+        check_everywhere(page, "compare-asking")
+        page.get_by_role("button", name="Go on").click()
+        page.get_by_role("heading", name="Too few queries to decide between jina and bge.").wait_for(timeout=60_000)
+        assert set(judge.keys) == {"Bearer judge-secret"}
+        assert page.locator("section", has=page.locator("#judge")).locator(".chip").inner_text() == "too few queries"
+        check_everywhere(page, "compare-judged")
+
+
+def test_progress_comes_as_events_and_without_them_by_asking(
+    measuring: Gateway, operator: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = (
+        "import json, sys, time\n"
+        "for done in range(1, 3000):\n"
+        "    print(json.dumps(dict(step='jina: documents', done=done, total=3000)), file=sys.stderr, flush=True)\n"
+        "    time.sleep(0.1)\n"
+    )
+    expect = pytest.importorskip("playwright.sync_api").expect
+    monkeypatch.setattr(Jobs, "_command", lambda *_: [sys.executable, "-c", program])
+    with operator(measuring.url, "/new-comparison", expected=("net::ERR_FAILED",)) as page:
+        asked: list[str] = []
+        progress = page.locator("[data-step]")
+        page.get_by_label("Name", exact=True).fill("long")
+        page.get_by_role("button", name="Start").click()
+        page.get_by_role("heading", name="long is running").wait_for()
+        page.on("request", lambda request: asked.append(request.url))
+        expect(progress).to_have_text(re.compile(r": ([3-9]\d|\d{3}) of 3,000"), timeout=60_000)
+        assert not [url for url in asked if url.endswith("/compare/long")]  # no page was asked for
+        page.route("**/events", lambda route: route.abort())
+        page.reload()
+        expect(progress).not_to_have_text(progress.inner_text(), timeout=60_000)
+        page.get_by_role("button", name="Stop").click()
+        page.get_by_role("heading", name="long was stopped").wait_for()

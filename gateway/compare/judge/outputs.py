@@ -12,6 +12,7 @@ from gateway.compare.beir import HEADER
 from gateway.compare.dataset import Dataset
 from gateway.compare.judge.check import CHECK_FILE, check_lines
 from gateway.compare.judge.judging import Judged
+from gateway.compare.judge.sentences import judge_bottom_line, judge_sentences
 from gateway.config.files import write_whole
 from gateway.errors import CompareError
 
@@ -32,6 +33,7 @@ def write_judgments(judged: Judged, dataset: Dataset, folder: Path, seed: int) -
         CompareError: a file cannot be written.
     """
     report = asdict(judged.report)
+    report |= {"bottom_line": judge_bottom_line(judged.report), "sentences": judge_sentences(judged.report)}
     del report["grades"]
     contents: list[tuple[str, Iterable[bytes]]] = [
         ("judge.json", [orjson.dumps(report, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)]),

@@ -42,6 +42,28 @@ _TEMPLATES = {
 }
 
 
+# The most useful verdict first: the bottom line is that of the arm whose verdict comes first.
+_BOTTOM_LINES = {
+    JudgeVerdict.BETTER: "Switch to {arm}: by the judge, corrected by people, it is better than {baseline}.",
+    JudgeVerdict.PREFERRED: "The judge prefers {arm} to {baseline}: let people check the judge before you switch.",
+    JudgeVerdict.INCONCLUSIVE: "Stay with {baseline}: the judge and its check do not show that {arm} is better.",
+    JudgeVerdict.NO_PREFERENCE: "Stay with {baseline}: the judge shows no preference between it and {arm}.",
+    JudgeVerdict.TOO_FEW_CHECKED: "People checked too few queries to decide between {baseline} and {arm}.",
+    JudgeVerdict.TOO_FEW_QUERIES: "Too few queries to decide between {baseline} and {arm}.",
+    JudgeVerdict.TOO_MANY_UNJUDGED: "Too many results have no grade to decide between {baseline} and {arm}.",
+    JudgeVerdict.UNUSABLE: "This judge cannot be used: it does not agree with the people who checked it.",
+    JudgeVerdict.WORSE: "Stay with {baseline}: by the judge, corrected by people, {arm} is worse.",
+    JudgeVerdict.NOT_PREFERRED: "Stay with {baseline}: the judge prefers it to {arm}.",
+}
+
+
+def judge_bottom_line(report: JudgeReport) -> str:
+    """Return the recommendation that follows from the judge's verdicts."""
+    order = list(_BOTTOM_LINES)
+    first = min(report.contrasts, key=lambda contrast: order.index(contrast.verdict))
+    return _BOTTOM_LINES[first.verdict].format(arm=first.arm, baseline=first.baseline)
+
+
 def judge_sentences(report: JudgeReport) -> list[str]:
     """Return the report in sentences: the judge, its check, a verdict for each arm, and the notes."""
     check = report.check

@@ -60,10 +60,11 @@ all("[data-theme-form]").forEach((form) => form.addEventListener("submit", (even
 const live = document.getElementById("live");
 const POLL_MS = Number(live?.dataset.every || 5000);
 let isPaused = false;
+let isStreaming = false;
 let lastAnswer = new Date();
 
 async function poll() {
-  if (isPaused || document.hidden || live.contains(document.activeElement)) return;
+  if (isPaused || isStreaming || document.hidden || live.contains(document.activeElement)) return;
   const lost = document.querySelector("[data-lost]");
   try {
     const answer = await fetch(live.dataset.poll, { headers: { accept: "text/html" }, signal: AbortSignal.timeout(POLL_MS) });
@@ -93,7 +94,26 @@ function clock() {
   if (pause) pause.textContent = isPaused ? "go on" : "pause";
 }
 
+// Progress comes as server-sent events; while they do not come, the page is asked for.
+function follow(source) {
+  source.addEventListener("progress", (event) => {
+    const { step, done, total, question } = JSON.parse(event.data);
+    const [text, bar] = ["[data-step]", "[data-bar]"].map((part) => live.querySelector(part));
+    isStreaming = true;
+    if (Boolean(question) === Boolean(text)) return location.reload();
+    if (question) return;
+    const number = (value) => value.toLocaleString("en-US");
+    text.textContent = total ? `${step}: ${number(done)} of ${number(total)}` : step;
+    bar.setAttribute("width", `${Math.min(100, total ? (100 * done) / total : 0)}%`);
+    const meter = bar.closest("svg");
+    for (const [name, value] of [["label", step], ["valuemax", total || 1], ["valuenow", done]]) meter.setAttribute(`aria-${name}`, value);
+  });
+  source.addEventListener("end", () => { source.close(); location.reload(); });
+  source.addEventListener("error", () => { isStreaming = false; });
+}
+
 if (live) {
+  if (live.dataset.events) follow(new EventSource(live.dataset.events));
   clock();
   setInterval(poll, POLL_MS);
   live.addEventListener("click", (event) => {

@@ -1,0 +1,120 @@
+"""Data sets from uploaded tables: what is understood, what is refused, and that nothing is left half-written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from gateway.compare.dataset import read_dataset
+from gateway.comparisons.uploads import MAX_DATA_SETS, Table, remove_data_set, store_data_set
+from gateway.errors import BadInput, NotFound
+
+DOCUMENTS = 'id,title,text\nd1,Trains,They run on rails.\nd2,,"Cheese, of milk"\n'
+QUERIES = "text\nwhat runs on rails\nwhat is of milk\n"
+
+
+def table(field: str, content: str | bytes, filename: str = "my.csv") -> Table:
+    return Table(field, filename, content if isinstance(content, bytes) else content.encode())
+
+
+def store(folder: Path, name: str = "mine", **contents: str | bytes | Table) -> object:
+    tables = {
+        field: content if isinstance(content, Table) else table(field, content) for field, content in contents.items()
+    }
+    return store_data_set(folder, name, tables)
+
+
+def test_three_tables_become_a_data_set_that_compare_reads(tmp_path: Path) -> None:
+    judgments = "query-id\tcorpus-id\tscore\n1\td1\t2\n2\td2\t1\n2\td1\t0\n"
+    stored = store(tmp_path, documents=DOCUMENTS, queries=QUERIES, judgments=judgments)
+
+    dataset = read_dataset(tmp_path / "mine", None)
+
+    assert (stored.num_documents, stored.num_queries, stored.num_judgments) == (2, 2, 3)
+    assert dataset.documents == {"d2": "Cheese, of milk", "d1": "Trains They run on rails."}
+    assert dataset.queries == {"1": "what runs on rails", "2": "what is of milk"}
+    assert dataset.judgments == {"1": {"d1": 2}, "2": {"d2": 1, "d1": 0}}
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+@pytest.mark.parametrize(
+    "documents",
+    [
+        table("documents", "text\ta\nfirst\t1\nsecond, and more\t2\n", "my.tsv"),
+        table("documents", '\ufeffText;ID\r\nfirst;1\r\n"second, and more";2\r\n'),
+        table("documents", '{"_id": 1, "text": "first"}\n\n{"text": "second, and more"}\n', "my.jsonl"),
+        table("documents", "first\n\n  second, and more\n", "my.txt"),
+    ],
+)
+def test_each_kind_of_file_is_understood(tmp_path: Path, documents: Table) -> None:
+    store(tmp_path, documents=documents, queries=QUERIES)
+    assert dict(sorted(read_dataset(tmp_path / "mine", None).documents.items())) == {
+        "1": "first",
+        "2": "second, and more",
+    }
+
+
+@pytest.mark.parametrize(
+    ("contents", "message"),
+    [
+        ({"queries": QUERIES}, "the form has no file `documents`"),
+        (
+            {"documents": "a,b\n1,2\n"},
+            "documents, line 1 of 'my.csv': the first line must name the columns, one of them `text`",
+        ),
+        ({"documents": "text\n\n"}, "documents: 'my.csv' has no texts"),
+        ({"documents": b"text\n\xff\n"}, "documents: 'my.csv' is not UTF-8 at byte 6"),
+        ({"documents": "id,text\n1,a\n1,b\n"}, "line 3 of 'my.csv': the id '1' is not the first of its kind"),
+        ({"documents": "id,text\na b,c\n"}, "the id 'a b' contains white space"),
+        ({"documents": "id,text\n1,a,b\n"}, "line 2 of 'my.csv': the line has 3 columns, not 2"),
+        ({"documents": 'text\n"open\n'}, "the line cannot be read: unexpected end of data"),
+        ({"documents": f"text\n{'x' * 100_001}\n"}, "the text has 100,001 characters, the limit is 100,000"),
+        ({"documents": '{"text": "a"}\n{\n'}, "line 2 of 'my.csv': the line is not JSON"),
+        ({"documents": DOCUMENTS, "judgments": "query-id,corpus-id,score\n"}, "the form has no file `queries`"),
+        (
+            {"documents": DOCUMENTS, "queries": QUERIES, "judgments": "1,d1,1\n"},
+            "judgments, line 1 of 'my.csv': the first line must have the columns query-id, corpus-id, score",
+        ),
+        (
+            {"documents": DOCUMENTS, "queries": QUERIES, "judgments": "query-id,corpus-id,score\n9,d1,1\n"},
+            "'9' is not the id of one of the queries",
+        ),
+        (
+            {"documents": DOCUMENTS, "queries": QUERIES, "judgments": "query-id,corpus-id,score\n1,d1,good\n"},
+            "the score must be a whole number, got 'good'",
+        ),
+    ],
+)
+def test_a_wrong_table_is_refused_with_its_line_and_leaves_nothing(
+    tmp_path: Path, contents: dict[str, str | bytes], message: str
+) -> None:
+    with pytest.raises(BadInput) as caught:
+        store(tmp_path, **contents)
+    assert message in caught.value.message
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["", "../out", ".hidden", "a/b", "x" * 101])
+def test_a_name_stays_in_the_folder(tmp_path: Path, name: str) -> None:
+    with pytest.raises(BadInput, match="the name of a data set has"):
+        store(tmp_path, name, documents=DOCUMENTS)
+
+
+def test_a_data_set_is_not_replaced_and_the_folder_is_bounded(tmp_path: Path) -> None:
+    store(tmp_path, documents=DOCUMENTS)
+    with pytest.raises(BadInput, match="there is a data set 'mine' already"):
+        store(tmp_path, documents=DOCUMENTS)
+    for number in range(MAX_DATA_SETS - 1):
+        (tmp_path / f"set {number}").mkdir()
+    with pytest.raises(BadInput, match=f"has {MAX_DATA_SETS} data sets"):
+        store(tmp_path, "another", documents=DOCUMENTS)
+
+
+def test_a_data_set_is_deleted(tmp_path: Path) -> None:
+    store(tmp_path, documents=DOCUMENTS)
+    remove_data_set(tmp_path, "mine")
+    assert not list(tmp_path.iterdir())
+    for name in ("mine", "../x", ""):
+        with pytest.raises(NotFound, match="no data set is called"):
+            remove_data_set(tmp_path, name)
