@@ -10,6 +10,7 @@ from typing import Any, Final
 import structlog
 
 from gateway.backends.base import Backend
+from gateway.cluster.pace import Pace
 from gateway.cluster.values import Load, WireEmbeddings, WireJob
 from gateway.cluster.wire import Connection, Message
 from gateway.errors import InternalError, ModelRecovering, RequestError
@@ -19,9 +20,8 @@ from gateway.types import ModelInfo, ModelState
 log = structlog.get_logger(__name__)
 
 _GREETING_S: Final = 10.0
-# How often the fronts receive the load, in seconds, and the weight of a new measurement of the rate.
+# How often the fronts receive the load, in seconds.
 _REPORT_S: Final = 0.25
-_RATE_WEIGHT: Final = 0.3
 # The fronts receive a message at least this often, in seconds, as a sign of life.
 _SILENCE_S: Final = 1.0
 # A smaller number of tokens is sent together with the answer.
@@ -58,7 +58,7 @@ class Host:
         self._reporting: asyncio.Task[None] | None = None
         self.port = 0
         self.num_requests = self._num_texts = self._work = 0
-        self._done_work, self._rate = 0, 0.0
+        self._pace = Pace()
         self._is_idle = asyncio.Event()
         self._is_idle.set()
         self._state: tuple[ModelState, str] = (ModelState.READY, "")
@@ -124,11 +124,11 @@ class Host:
         try:
             result = await self._backend.embed(wire_job.job(on_tokens))
             front.connection.send("answer", key, WireEmbeddings.of(result))
+            self._pace.add(work)
         except Exception as error:
             front.connection.send("error", key, self._error_of(error))
         finally:
             self._count(front, -1, -num_texts, -work)
-            self._done_work += work
 
     async def _ask_vocabulary(
         self, connection: Connection, key: int, method: str, items: list[Any], flag: bool
@@ -158,6 +158,7 @@ class Host:
         self._num_texts += num_texts
         self._work += work
         front.work += work
+        self._pace.set_busy(self.num_requests > 0)
         if self.num_requests:
             self._is_idle.clear()
         else:
@@ -166,18 +167,15 @@ class Host:
     def load(self, front: _Front | None = None) -> Load:
         """Return the current load from the perspective of one front."""
         others = self._work - (0 if front is None else front.work)
-        return Load(self.num_requests, self._num_texts, self._work, others, self._rate, len(self._fronts))
+        return Load(self.num_requests, self._num_texts, self._work, others, self._pace.rate, len(self._fronts))
 
     async def _report_load(self) -> None:
         """Measure the rate, and send changes to the fronts."""
         told: dict[Connection, Load] = {}
         last = time.monotonic()
         while True:
-            was_busy, self._done_work = self.num_requests > 0, 0
             await asyncio.sleep(_REPORT_S)
-            if was_busy and self.num_requests and self._done_work:
-                rate = self._done_work / _REPORT_S
-                self._rate += _RATE_WEIGHT * (rate - self._rate) if self._rate else rate
+            self._pace.measure()
             is_due = time.monotonic() - last >= _SILENCE_S
             last = time.monotonic() if is_due else last
             told = {connection: load for connection, load in told.items() if connection in self._fronts}

@@ -113,9 +113,13 @@ class Line:
         """How many jobs of this front are in progress."""
         return len(self._calls)
 
-    def expected_s(self, work: int) -> float:
-        """Estimate how long additional work would take to finish, in seconds; in characters if the rate is unknown."""
-        return (self.load.others + self.work + work) / (self.load.rate or 1.0)
+    def expected_s(self, work: int, usual_rate: float) -> float:
+        """Estimate how long additional work would take to finish, in seconds.
+
+        Args:
+            usual_rate: the rate of a replica that has not measured its own yet, in characters per second.
+        """
+        return (self.load.others + self.work + work) / (self.load.rate or usual_rate)
 
     # ------------------------------------------------------------------------------------------------- connecting
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from math import ceil
 from typing import Final
 
@@ -25,6 +25,8 @@ _MAX_RETRIES: Final = 2
 # How long a job waits while there is no replica, in seconds: one may be about to be replaced.
 PATIENCE_S: Final = 1.0
 _RETRY_AFTER_S: Final = 5
+# Comparing more replicas than this takes longer than it saves, as the simulation in docs/scale.md shows.
+_MAX_COMPARED: Final = 64
 
 
 class Pool:
@@ -146,8 +148,9 @@ class Pool:
             nodes = {line.place.node for line in tried}
             lines = [line for line in lines if line.place.node not in nodes] or lines
             if lines:
-                random.shuffle(lines)
-                return min(lines, key=lambda line: line.expected_s(work))
+                some = random.sample(lines, min(len(lines), _MAX_COMPARED))  # in random order, for those that are equal
+                usual = _usual_rate(some)
+                return min(some, key=lambda line: line.expected_s(work, usual))
             left_s = until - time.monotonic()
             if left_s <= 0:
                 if time.monotonic() >= deadline:
@@ -188,6 +191,12 @@ class Pool:
         self.lines.clear()
         if self._closing:
             await asyncio.wait(self._closing)
+
+
+def _usual_rate(lines: Sequence[Line]) -> float:
+    """Return the rate to expect of a new replica: the mean of the others, so that it gets as much work as they."""
+    known = [line.load.rate for line in lines if line.load.rate]
+    return sum(known) / len(known) if known else 1.0
 
 
 def _replica(line: Line) -> Replica:

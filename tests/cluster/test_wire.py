@@ -484,8 +484,8 @@ async def test_full_replicas_answer_with_the_time_that_all_of_them_need() -> Non
         hosted(FakeBackend(info, on_embed=refuse), info, "r2") as (two_host, two),
         pool_of(one, two) as pool,
     ):
-        one_host._work, one_host._rate = 3000, 100.0
-        two_host._work, two_host._rate = 1000, 300.0
+        one_host._work, one_host._pace.rate = 3000, 100.0
+        two_host._work, two_host._pace.rate = 1000, 300.0
         await until(lambda: sum(line.load.work for line in pool.usable) == 4000)
         with pytest.raises(Overloaded, match="full") as caught:
             await pool.embed(make_job())

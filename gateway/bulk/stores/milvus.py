@@ -32,6 +32,10 @@ from gateway.config.wording import quote
 from gateway.types import SparseVector
 
 _LITE_SUFFIX = ".db"
+# Milvus Lite is a server in this process. pymilvus pings it every ten seconds, which gRPC's server takes for an attack
+# when a call lasts longer than half a minute: it closes the connection, and the call fails (`too_many_pings`).
+_NEVER_MS = 2**31 - 1
+_OF_LITE = {"grpc_options": {"grpc.keepalive_time_ms": _NEVER_MS}}
 
 
 def open_store(place: Place) -> MilvusStore:
@@ -67,7 +71,8 @@ class MilvusStore:
                 token = f"{place.user}:{token}"
         try:
             with refusals(self.name):
-                return MilvusClient(uri=uri, token=token, db_name=place.path, timeout=TIMEOUT_S)
+                options = _OF_LITE if place.location else {}
+                return MilvusClient(uri=uri, token=token, db_name=place.path, timeout=TIMEOUT_S, **options)
         except BulkError as error:
             if not place.location:
                 raise

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 from urllib.parse import parse_qs, quote, urlsplit
 
 import numpy as np
@@ -112,7 +113,9 @@ def pgvector_url(address: str) -> str:
 
 
 class Shop:
-    """A collection as an application uses it, in the space of a model."""
+    """A collection as an application uses it, in the space of a model. It is closed at the end of its test."""
+
+    open: ClassVar[list[Shop]] = []
 
     def __init__(self, url: str, collection: str, model: str = "old") -> None:
         place = read_place(url, has_collection=False)
@@ -120,6 +123,13 @@ class Shop:
         self.store: MovableStore = open_movable(place)
         self.url, self.collection, self.model = url, collection, model
         self._keeping = Keeping("text", place.options.get("vector"))
+        self.open.append(self)
+
+    def close(self) -> None:
+        """Close the connection, once."""
+        if self in self.open:
+            self.open.remove(self)
+            self.store.close()
 
     def put(self, items: dict[RowId, str], more: dict[str, Json] | None = None, *, model: str | None = None) -> None:
         """Add or replace items."""
@@ -166,8 +176,18 @@ def any_shop(store_url: str) -> Iterator[Shop]:
 def closing_shop(url: str) -> Iterator[Shop]:
     found = Shop(url, f"docs_{uuid.uuid4().hex[:12]}")
     found.put({n: f"word{n % 5} text {n}" for n in range(50)})
-    yield found
-    found.store.close()
+    try:
+        yield found
+    finally:
+        found.close()
+
+
+@pytest.fixture(autouse=True)
+def close_shops() -> Iterator[None]:
+    """Close what a test has opened, also if it fails: a connection that is left open is the fault of a later test."""
+    yield
+    for shop in [*Shop.open]:
+        shop.close()
 
 
 @pytest.fixture

@@ -52,7 +52,6 @@ async def test_additions_changes_and_deletions_are_found_without_reading_all_pay
     assert copy.content() == any_shop.content()
     copy.check_vectors()
     assert sorted(models.texts) == ["word1 added late", "word2 added", "word3 changed"]
-    copy.store.close()
 
 
 async def test_any_mixture_of_changes_between_passes_ends_equal(
@@ -74,7 +73,6 @@ async def test_any_mixture_of_changes_between_passes_ends_equal(
     copy = copy_of(any_shop, move)
     assert copy.content() == any_shop.content()
     copy.check_vectors()
-    copy.store.close()
 
 
 async def test_a_change_that_its_field_does_not_tell_is_found_by_the_check(
@@ -91,8 +89,6 @@ async def test_a_change_that_its_field_does_not_tell_is_found_by_the_check(
 
     await check(move, tmp_path, console, None, None)
     assert copy.content() == shop.content()
-    copy.store.close()
-    shop.store.close()
 
 
 async def test_a_transaction_that_ends_after_a_pass_has_begun_is_not_missed(
@@ -112,7 +108,6 @@ async def test_a_transaction_that_ends_after_a_pass_has_begun_is_not_missed(
     copy = copy_of(shop, move)
     assert copy.content()[5][1]["n"] == 2
     assert copy.content() == shop.content()
-    copy.store.close()
 
 
 @pytest.mark.parametrize("change", ["VACUUM FULL {}", "ALTER TABLE {} ADD COLUMN tag text DEFAULT 'x'"])

@@ -66,5 +66,3 @@ def test_a_killed_move_goes_on_and_ends_with_the_same_content(pgvector: str, tmp
     assert expected.keys() ^ found.keys() == set()
     assert found == expected
     copy.check_vectors()
-    copy.store.close()
-    shop.store.close()

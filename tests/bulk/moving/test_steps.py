@@ -38,7 +38,6 @@ async def test_a_copy_has_all_items_with_the_vectors_of_the_new_model(
     assert move.pairs[0].new == f"{shop.collection}_new_000000000new"
     assert read_moves(tmp_path)[move.name] == move
     assert len(models.texts) == 50
-    copy.store.close()
 
 
 async def test_later_passes_take_over_additions_changes_and_deletions_only(
@@ -56,7 +55,6 @@ async def test_later_passes_take_over_additions_changes_and_deletions_only(
     assert copy.content() == any_shop.content()
     copy.check_vectors()
     assert sorted(models.texts) == ["word1 added", "word3 changed", "word4 text 4"]
-    copy.store.close()
 
 
 async def test_the_check_finds_a_good_copy_ready_and_says_how_much_results_change(
@@ -96,7 +94,6 @@ async def test_the_check_finds_vectors_of_another_model_of_the_same_width_and_fo
     with pytest.raises(BulkError, match=r"run `gateway move check` first, or add --force"):
         await flip(move, tmp_path, console, forces=False)
     assert 1000 in copy.content(), "what the move did not write is not deleted"
-    copy.store.close()
 
 
 async def test_captured_queries_are_embedded_with_both_models(
@@ -155,7 +152,6 @@ async def test_flip_late_writes_back_and_finish(
     assert any_shop.collection not in any_shop.store.collections()
     with pytest.raises(BulkError, match="no move is under way"):
         find_move(tmp_path, None)
-    copy.store.close()
 
 
 @pytest.mark.parametrize("seed", range(2))
@@ -182,7 +178,6 @@ async def test_a_move_that_is_killed_at_any_moment_goes_on(
     copy = copy_of(shop, move)
     assert copy.content() == shop.content()
     copy.check_vectors()
-    copy.store.close()
 
 
 async def test_items_without_a_text_are_named_and_stay_only_on_the_users_word(
@@ -219,7 +214,7 @@ async def test_what_cannot_be_moved_says_why(shop: Shop, models: Models, tmp_pat
         await start(request_for(shop, into=other.collection), tmp_path, console)
     with pytest.raises(BulkError, match="is the old collection itself"):
         await start(request_for(shop, into=shop.collection), tmp_path, console)
-    other.store.close()
+    other.close()
     with pytest.raises(BulkError, match="no store was named"):
         await start(request_for(shop, store=None), tmp_path, console)
     move = await start(request_for(shop), tmp_path, console)
@@ -265,7 +260,7 @@ async def test_a_move_while_an_application_writes_ends_with_the_same_content(
                     else:
                         writer.put({number: f"word{number % 5} written {chance.random()}"})
                     ends.wait(0.01)
-                writer.store.close()
+                writer.close()
         except BaseException as error:
             failures.append(error)
 
@@ -295,8 +290,6 @@ async def test_a_move_while_an_application_writes_ends_with_the_same_content(
     copy = copy_of(shop, move)
     assert copy.content() == shop.content()
     copy.check_vectors()
-    copy.store.close()
-    shop.store.close()
 
 
 @pytest.mark.parametrize("is_patient", [True, False])
@@ -329,9 +322,7 @@ async def test_a_store_that_goes_away_midway_is_waited_for_and_later_the_move_go
         with pytest.raises(BulkError, match="cannot be reached, or has gone away"):
             await start(request_for(shop), tmp_path, console)
     move = await start(request_for(shop), tmp_path, console)
-    shop.store.close()
+    shop.close()
     again = Shop(pgvector, shop.collection)
     copy = copy_of(again, move)
     assert copy.content() == again.content()
-    copy.store.close()
-    again.store.close()
