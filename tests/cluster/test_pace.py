@@ -119,14 +119,17 @@ async def ask_for(seconds: float, pool: Pool, num_clients: int) -> None:
 
 async def test_a_new_replica_gets_its_share_although_its_rate_is_unknown() -> None:
     old, new = Counted(0.01), Counted(0.01)
-    async with hosted(old, fake_info(), "old") as (host, first), hosted(new, fake_info(), "new") as (_new, second):
-        async with pool_of(first) as pool:
-            await ask_for(0.6, pool, 4)
-            await until(lambda: host.load().rate > 0 and pool.lines["old"].load.rate > 0)
-            before = old.num_jobs
-            pool.update({"old": first, "new": second})
-            await until(lambda: len(pool.usable) == 2)
-            await ask_for(0.2, pool, 4)  # before it has told its rate
+    async with (
+        hosted(old, fake_info(), "old") as (_old, first),
+        hosted(new, fake_info(), "new") as (_new, second),
+        pool_of(first) as pool,
+    ):
+        await ask_for(0.6, pool, 4)
+        await until(lambda: pool.lines["old"].load.rate > 0)
+        before = old.num_jobs
+        pool.update({"old": first, "new": second})
+        await until(lambda: len(pool.usable) == 2)
+        await ask_for(0.2, pool, 4)  # before it has told its rate
     assert new.num_jobs > (old.num_jobs - before) / 3
 
 
