@@ -47,6 +47,7 @@ class BlockReader:
         seen: returns the subset of some ids that committed shards contain.
         max_rows: the most rows in a block.
         expand: splits rows; by default, each row is embedded whole.
+        problem: returns why the sink cannot store a row; empty if it can.
     """
 
     def __init__(
@@ -56,12 +57,14 @@ class BlockReader:
         max_rows: int,
         on_error: OnError,
         expand: Expand | None = None,
+        problem: Callable[[Row], str] = lambda _row: "",
     ) -> None:
         self._source = source
         self._seen = seen
         self._max_rows = max_rows
         self._stops = on_error == "stop"
         self._expand = expand
+        self._problem = problem
         self._uncommitted: set[RowId] = set()
 
     def release(self, ids: Iterable[RowId]) -> None:
@@ -107,7 +110,7 @@ class BlockReader:
         Raises:
             BulkError: one is bad, and the job is to stop there; the last block then ends before it.
         """
-        checked = self._without_duplicates(items)
+        checked = self._without_duplicates([self._checked(item) for item in items])
         bad: BadRow | None = None
         if self._stops:
             count = next((i for i, one in enumerate(checked) if isinstance(one, BadRow)), len(checked))
@@ -148,6 +151,10 @@ class BlockReader:
             ids,
             item_bytes * len(items),
         )
+
+    def _checked(self, item: Row | BadRow) -> Row | BadRow:
+        problem = self._problem(item) if isinstance(item, Row) else ""
+        return BadRow(item.place, problem, item.position, item.id) if problem else item
 
     def _without_duplicates(self, items: Sequence[Row | BadRow]) -> list[Row | BadRow]:
         """Return the items, with duplicates of an earlier id turned into bad items."""

@@ -18,7 +18,7 @@ import orjson
 from gateway.bulk.blocks import Block, BlockReader, Expand, OnError, stopped_at
 from gateway.bulk.embedder import BlockEmbedder, EmbeddedBlock, Embedder
 from gateway.bulk.manifest import Counts, Manifest, Progress, Shard
-from gateway.bulk.rows import BadRow, BulkError, EmbeddedRows, Position, RowId, Sink, Source
+from gateway.bulk.rows import BadRow, BulkError, Choosy, EmbeddedRows, Position, RowId, Sink, Source
 from gateway.config.files import open_regular
 from gateway.types import Vectors
 
@@ -146,7 +146,8 @@ class Job:
         # A shard is a whole number of blocks, unless rows are skipped.
         num_blocks = math.ceil(options.shard_rows / embedder.block_texts)
         self._block_rows = options.shard_rows // num_blocks
-        self._reader = BlockReader(source, manifest.seen, self._block_rows, options.on_error, options.expand)
+        problem = sink.problem if isinstance(sink, Choosy) else lambda _row: ""
+        self._reader = BlockReader(source, manifest.seen, self._block_rows, options.on_error, options.expand, problem)
         self._writing: asyncio.Task[None] | None = None
         self._failure: BulkError | None = None
 

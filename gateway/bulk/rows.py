@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from typing import Protocol, TypeAlias, runtime_checkable
 
 from gateway.errors import StartError
 from gateway.types import MultiVector, SparseVector, Vectors
@@ -165,3 +165,11 @@ class Sink(Protocol):
 
     def close(self) -> None:
         """Close connections and files."""
+
+
+@runtime_checkable
+class Choosy(Protocol):
+    """A sink that cannot store every row. Such rows are bad rows, which the job skips or stops at before it embeds them."""
+
+    def problem(self, row: Row) -> str:
+        """Return why a row cannot be stored; empty if it can. Called in another thread than the other methods."""

@@ -333,8 +333,43 @@ def test_a_place_without_files_says_so(places: Sequence[str], problem: str, tmp_
 
 def test_bytes_of_parquet_are_refused_unless_they_are_left_out(tmp_path: Path) -> None:
     pq.write_table(pa.Table.from_pylist([{"id": 1, "text": "x", "image": b"\x00"}]), tmp_path / "docs.parquet")
-    with pytest.raises(BulkError, match="column `image` has bytes, which no sink can store: name the columns to keep"):
+    with pytest.raises(
+        BulkError, match=r"column `image` has bytes, which no sink can store: .* name the columns to keep"
+    ):
         opened(tmp_path)
+
+
+def test_two_columns_of_a_name_are_refused(tmp_path: Path) -> None:
+    arrays = [pa.array(["a"]), pa.array(["one"]), pa.array(["two"])]
+    pq.write_table(pa.Table.from_arrays(arrays, names=["id", "text", "text"]), tmp_path / "docs.parquet")
+    with pytest.raises(BulkError, match=r"two columns are called `text`; rename or remove one of them"):
+        opened(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("bad", "good"),
+    [
+        pytest.param(pa.array([10**15, 0], pa.timestamp("s")), "1970-01-01T00:00:00", id="date"),
+        pytest.param(pa.array([2**30, 0], pa.date32()), "1970-01-01", id="day"),
+        pytest.param(
+            pa.StructArray.from_arrays([pa.array([1, 1]), pa.array([2, 2])], ["x", "x"], mask=pa.array([False, True])),
+            None,
+            id="names twice",
+        ),
+    ],
+)
+def test_a_value_that_cannot_be_read_is_a_bad_row_and_does_not_touch_its_neighbors(
+    tmp_path: Path, bad: pa.Array, good: object
+) -> None:
+    names = ["id", "text", "at"]
+    pq.write_table(
+        pa.Table.from_arrays([pa.array([1, 2]), pa.array(["a", "b"]), bad], names=names), tmp_path / "d.parquet"
+    )
+    first, second = opened(tmp_path).read()
+    assert isinstance(first, BadRow)
+    assert "the value in column `at` cannot be read: " in first.problem
+    assert isinstance(second, Row)
+    assert second.payload == {"at": good}
 
 
 def random_bytes(dice: random.Random) -> Iterator[bytes]:

@@ -20,6 +20,7 @@ import pytest
 from gateway.bulk.blocks import BlockReader
 from gateway.bulk.fake import FakeEmbedder
 from gateway.bulk.fields import FieldNames
+from gateway.bulk.files.parquet_sink import ParquetSink
 from gateway.bulk.files.sinks import open_folder
 from gateway.bulk.files.source import open_files
 from gateway.bulk.job import Job, Options, Outcome, Silent
@@ -208,6 +209,21 @@ def test_stop_also_ends_at_a_row_that_the_model_refuses(tmp_path: Path) -> None:
         jobs.run(on_error="stop")
     assert jobs.ids() == list(range(32))  # the block before
     assert jobs.run(on_error="skip").total.rows == 98
+
+
+class Strict(ParquetSink):
+    """A sink that cannot store a row."""
+
+    def problem(self, row: Row) -> str:
+        return "cannot be stored" if row.id == GOOD[3] else ""
+
+
+def test_a_row_that_the_sink_cannot_store_is_a_bad_row(jobs: Jobs) -> None:
+    with pytest.raises(BulkError, match=r"docs\.jsonl:\d+: cannot be stored\. The rows before it are written"):
+        jobs.run(on_error="stop", sink=Strict(str(jobs.folder), "text"))
+    assert jobs.ids() == GOOD[:3]
+    assert jobs.run(on_error="skip", sink=Strict(str(jobs.folder), "text")).is_finished
+    assert jobs.ids() == [row_id for row_id in GOOD if row_id != GOOD[3]]
 
 
 class Broken:

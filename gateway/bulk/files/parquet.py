@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import date, datetime, time
@@ -61,6 +62,8 @@ def read_parquet(file: SourceFile, start: Mark, columns: Sequence[str] | None) -
     """Yield the rows after a mark, whose ``offset`` and ``number`` are both a row number."""
     pa = import_pyarrow()
     with _open(file) as opened:
+        if twice := _repeated(opened.schema_arrow.names):
+            raise BulkError(f"{file.path}: two columns are called `{twice}`; rename or remove one of them")
         own = {field.name for field in opened.schema_arrow if is_json(field)}
         names = [
             name for name in opened.schema_arrow.names if columns is None or name in columns or name in own & {REST}
@@ -79,26 +82,49 @@ def read_parquet(file: SourceFile, start: Mark, columns: Sequence[str] | None) -
             for batch in batches:
                 first, number = max(0, start.offset - number), number + batch.num_rows
                 kept = batch.slice(first)
-                for row, content in enumerate(_rows(kept, convert), start=number - kept.num_rows + 1):
+                for row, content in enumerate(_rows(pa, kept, convert), start=number - kept.num_rows + 1):
                     whole = _whole(content) if REST in own and not isinstance(content, str) else content
                     yield FileRecord(whole, row, Mark(row, row))
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
             raise BulkError(f"{file.path}: cannot be read after row {number}: {error}") from error
 
 
-def _rows(batch: Any, convert: Mapping[str, Callable[[Any], Json]]) -> Iterator[Record | str]:
-    """Yield the rows of a batch; a row that is not UTF-8 does not affect the others."""
+def _rows(pa: Any, batch: Any, convert: Mapping[str, Callable[[Any], Json]]) -> Iterator[Record | str]:
+    """Yield the rows of a batch; a row with a value that cannot be read does not affect the others."""
     try:
         rows: list[Any] = batch.to_pylist()
-    except UnicodeDecodeError:
+    except (ValueError, OverflowError, LookupError, NotImplementedError):
         for index in range(batch.num_rows):
-            try:
-                yield _converted(batch.slice(index, 1).to_pylist()[0], convert)
-            except UnicodeDecodeError as error:
-                yield f"is not UTF-8: {error.reason}"
+            row = _row(pa, batch, index)
+            yield row if isinstance(row, str) else _converted(row, convert)
         return
     for row in rows:
         yield _converted(row, convert)
+
+
+def _row(pa: Any, batch: Any, index: int) -> dict[str, Any] | str:
+    """Return one row, or the problem with it."""
+    row: dict[str, Any] = {}
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        try:
+            row[name] = column[index].as_py()
+        except UnicodeDecodeError as error:
+            return f"is not UTF-8: {error.reason}"
+        except (ValueError, OverflowError, LookupError, NotImplementedError) as error:
+            text = _as_text(pa, column[index])
+            if text is None:
+                return f"the value in column `{name}` cannot be read: {error}"
+            row[name] = text
+    return row
+
+
+def _as_text(pa: Any, value: Any) -> str | None:
+    """Return the text of a value that has no equal in Python, such as a time in nanoseconds; ``None`` if it has none."""
+    try:
+        text = str(value.cast(pa.string()).as_py())
+    except (pa.ArrowException, ValueError):
+        return None
+    return None if text.startswith("<") else text  # "<value out of range: 1000000000000000>"
 
 
 def _converted(row: dict[str, Any], convert: Mapping[str, Callable[[Any], Json]]) -> Record:
@@ -130,7 +156,7 @@ def _converters(pa: Any, path: str, schema: Any, names: Sequence[str]) -> dict[s
         BulkError: a column holds bytes.
     """
     types = pa.types
-    plain = [types.is_string, types.is_large_string, types.is_integer, types.is_floating, types.is_boolean]
+    plain = [types.is_string, types.is_large_string, types.is_integer, types.is_boolean]
     converters: dict[str, Callable[[Any], Json]] = {}
     for name in names:
         kind = schema.field(name).type
@@ -140,10 +166,15 @@ def _converters(pa: Any, path: str, schema: Any, names: Sequence[str]) -> dict[s
             continue
         if pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind):
             raise BulkError(
-                f"{path}: column `{name}` has bytes, which no sink can store: name the columns to keep with --payload"
+                f"{path}: column `{name}` has bytes, which no sink can store: cast it to a string if it has text, or "
+                "name the columns to keep with --payload"
             )
         converters[name] = _to_json
     return converters
+
+
+def _repeated(names: Sequence[str]) -> str:
+    return next((name for index, name in enumerate(names) if name in names[:index]), "")
 
 
 def _is_nested(pa: Any, opened: Any, name: str) -> bool:
@@ -151,16 +182,16 @@ def _is_nested(pa: Any, opened: Any, name: str) -> bool:
 
 
 def _to_json(value: Any) -> Json:
-    """Convert a value to JSON: times in ISO 8601, decimal numbers as text."""
+    """Convert a value to JSON: times in ISO 8601, decimal numbers as text, numbers that are not finite as nothing."""
     match value:
-        case None | bool() | int() | float() | str():
+        case None | bool() | int() | str():
             return value
+        case float():  # pandas writes NaN for a value that is missing
+            return value if math.isfinite(value) else None
         case datetime() | date() | time():
             return value.isoformat()
         case Mapping():
             return {str(name): _to_json(inner) for name, inner in value.items()}
         case list() | tuple():
             return [_to_json(inner) for inner in value]
-        case bytes():
-            return value.hex()
-    return str(value)
+    return value.hex() if isinstance(value, bytes) else str(value)

@@ -33,7 +33,7 @@ from gateway.types import SparseVector
 
 _LITE_SUFFIX = ".db"
 # Milvus Lite is a server in this process. pymilvus pings it every ten seconds, which gRPC's server takes for an attack
-# when a call lasts longer than half a minute: it closes the connection, and the call fails (`too_many_pings`).
+# when a call lasts longer than half a minute: it closes the connection, and the call fails (too many pings).
 _NEVER_MS = 2**31 - 1
 _OF_LITE = {"grpc_options": {"grpc.keepalive_time_ms": _NEVER_MS}}
 

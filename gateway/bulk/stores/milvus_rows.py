@@ -25,7 +25,7 @@ from gateway.bulk.stores.milvus_collections import (
     selection,
 )
 from gateway.bulk.stores.notes import check_note
-from gateway.bulk.stores.payloads import with_field
+from gateway.bulk.stores.payloads import has_nul, with_field
 from gateway.bulk.stores.protocol import Keeping, Since
 from gateway.bulk.stores.reading import Item, KeysetSource
 from gateway.config.wording import quote
@@ -137,6 +137,10 @@ class MilvusSink:
             if self._collection is not None:
                 self._check(self._collection, note)
                 self._client.load_collection(self._collection.name, timeout=TIMEOUT_S)
+
+    def problem(self, row: Row) -> str:
+        """Return why Milvus cannot store a row; empty if it can."""
+        return "its id has the character U+0000, which Milvus cannot search for: remove it" if has_nul(row.id) else ""
 
     def _check_note(self, note: SpaceNote) -> None:
         if note.token_width:

@@ -59,3 +59,15 @@ def to_json(value: object) -> Json:
         case _:
             converted = str(value)
     return converted
+
+
+def has_nul(value: Json) -> bool:
+    """Return whether a text in a value has the character U+0000, which some stores cannot keep."""
+    match value:
+        case str():
+            return "\0" in value
+        case Mapping():
+            return any("\0" in name or has_nul(inner) for name, inner in value.items())
+        case list() | tuple():
+            return any(map(has_nul, value))
+    return False

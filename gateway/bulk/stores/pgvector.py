@@ -25,7 +25,7 @@ from gateway.bulk.stores import pgvector_rows as rows
 from gateway.bulk.stores import pgvector_tables as tables
 from gateway.bulk.stores.payloads import digest
 from gateway.bulk.stores.pgvector_session import Session
-from gateway.bulk.stores.pgvector_tables import Connection, Name, Table, read_name, refusals
+from gateway.bulk.stores.pgvector_tables import Connection, Name, Table, identifier, read_name, refusals
 from gateway.bulk.stores.protocol import CollectionInfo, Hit, Keeping, Mark, Place, Since
 from gateway.bulk.stores.reading import KeysetSource, fields_of
 from gateway.config.wording import quote
@@ -43,13 +43,22 @@ ORDER BY 1, 2
 """
 _VIEWS: Final = """
 SELECT vn.nspname, v.relname, pg_table_is_visible(v.oid), tn.nspname, t.relname, pg_table_is_visible(t.oid),
-       pg_get_viewdef(v.oid), v.oid
+       pg_get_viewdef(v.oid), v.oid,
+       ARRAY(SELECT a.attname::text FROM pg_attribute a WHERE a.attrelid = v.oid AND a.attnum > 0 ORDER BY a.attnum),
+       ARRAY(
+           SELECT a.attname::text FROM pg_attribute a
+           WHERE a.attrelid = t.oid AND a.attnum > 0 AND NOT a.attisdropped ORDER BY a.attnum)
 FROM pg_class v JOIN pg_namespace vn ON vn.oid = v.relnamespace JOIN pg_rewrite r ON r.ev_class = v.oid
 JOIN pg_depend d ON d.objid = r.oid AND d.classid = 'pg_rewrite'::regclass AND d.refclassid = 'pg_class'::regclass
 JOIN pg_class t ON t.oid = d.refobjid AND t.oid <> v.oid JOIN pg_namespace tn ON tn.oid = t.relnamespace
 WHERE v.relkind = 'v' AND t.relkind IN ('r', 'p')
-GROUP BY 1, 2, 3, 4, 5, 6, 7, 8
+GROUP BY 1, 2, 3, 4, 5, 6, 7, 8, t.oid
 """
+_QUOTED: Final = r'"(?:[^"]|"")*"'
+# Columns and a table, without other names, functions and conditions.
+_PLAIN_VIEW: Final = re.compile(
+    r'\s*SELECT (?!DISTINCT)(?:quoted|(?!\sAS\s)[^()"])*\sFROM (?:quoted|[^\s"])+;\s*'.replace("quoted", _QUOTED)
+)
 # A sequence that a copy's defaults use belongs to the original table, and would be deleted with it.
 _SHARED_SEQUENCES: Final = """
 SELECT s.objid::regclass::text
@@ -196,16 +205,14 @@ class PgvectorStore:
         table = self._table(collection)
         with refusals(table.place):
             self._connection.execute(
-                sql.SQL("ALTER TABLE {} DROP COLUMN {}").format(
-                    table.name.sql, sql.Identifier(table.vector(vector).name)
-                )
+                sql.SQL("ALTER TABLE {} DROP COLUMN {}").format(table.name.sql, identifier(table.vector(vector).name))
             )
 
     def delete_ids(self, collection: str, ids: Sequence[RowId]) -> None:
         """Delete rows."""
         table = self._table(collection)
         query = sql.SQL("DELETE FROM {} WHERE {} = ANY({})").format(
-            table.name.sql, sql.Identifier(table.id.name), sql.SQL("%s::" + table.id.kind + "[]")
+            table.name.sql, identifier(table.id.name), sql.SQL("%s::" + table.id.kind + "[]")
         )
         with refusals(table.place):
             self._connection.execute(query, [rows.known_ids(table, ids)])
@@ -223,14 +230,14 @@ class PgvectorStore:
             self._connection.execute(sql.SQL("SET LOCAL hnsw.ef_search = {}").format(sql.Literal(max(40, 4 * limit))))
             found = self._connection.execute(
                 sql.SQL("SELECT {}, {} {} {} AS d FROM {} WHERE {} IS NOT NULL ORDER BY d LIMIT {}").format(
-                    sql.Identifier(table.id.name)
+                    identifier(table.id.name)
                     if table.is_counted
-                    else sql.SQL("{}::text").format(sql.Identifier(table.id.name)),
-                    sql.Identifier(column.name),
+                    else sql.SQL("{}::text").format(identifier(table.id.name)),
+                    identifier(column.name),
                     sql.SQL(operator),
                     sql.SQL("%s::" + column.kind),
                     table.name.sql,
-                    sql.Identifier(column.name),
+                    identifier(column.name),
                     sql.Literal(limit),
                 ),
                 [rows.pack(query, column.kind)],
@@ -243,14 +250,14 @@ class PgvectorStore:
         """Return the vectors of rows."""
         table = self._table(collection)
         column = table.vector(vector or self._vector)
-        name = sql.Identifier(table.id.name)
+        name = identifier(table.id.name)
         query = sql.SQL("SELECT {}, {}::real[] FROM {} WHERE {} = ANY({}) AND {} IS NOT NULL").format(
             name if table.is_counted else sql.SQL("{}::text").format(name),
-            sql.Identifier(column.name),
+            identifier(column.name),
             table.name.sql,
             name,
             sql.SQL("%s::" + table.id.kind + "[]"),
-            sql.Identifier(column.name),
+            identifier(column.name),
         )
         with refusals(table.place):
             found = self._connection.execute(query, [rows.known_ids(table, ids)]).fetchall()
@@ -270,9 +277,10 @@ class PgvectorStore:
 
         views = self._session.call(read)
         found: dict[str, tuple[str, int]] = {}
-        for *names, definition, oid in views:
+        for *names, definition, oid, shown, columns in views:
             view, table = _shown(*names[:3]), _shown(*names[3:])
-            is_plain = view not in found and re.fullmatch(r"(?s)\s*SELECT [^()]* FROM \S+;\s*", definition) is not None
+            has_all = shown == columns[: len(shown)]  # the table may have got others since
+            is_plain = view not in found and has_all and _PLAIN_VIEW.fullmatch(definition) is not None
             found[view] = (table if is_plain else "", oid)
         return found
 
@@ -286,7 +294,7 @@ class PgvectorStore:
         with refusals(self.name):
             found = self._connection.execute(
                 "SELECT relkind FROM pg_class WHERE oid = to_regclass(%s)",
-                [read_name(name).sql.as_string(self._connection)],
+                [read_name(name).quoted],
             ).fetchone()
         if found is None:
             return ""
@@ -307,7 +315,7 @@ class PgvectorStore:
             if old is not None:
                 spare = Name(f"{view.table}_{old}", view.schema)
                 self._connection.execute(
-                    sql.SQL("ALTER VIEW {} RENAME TO {}").format(view.sql, sql.Identifier(spare.table))
+                    sql.SQL("ALTER VIEW {} RENAME TO {}").format(view.sql, identifier(spare.table))
                 )
             self._connection.execute(sql.SQL("CREATE VIEW {} AS SELECT * FROM {}").format(view.sql, table.name.sql))
             if old is not None:

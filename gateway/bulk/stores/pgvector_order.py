@@ -19,7 +19,7 @@ from psycopg import sql
 
 from gateway.bulk.rows import RowId
 from gateway.bulk.stores.pgvector_rows import id_of, order_of
-from gateway.bulk.stores.pgvector_tables import Connection, Table, away, refusals
+from gateway.bulk.stores.pgvector_tables import Connection, Table, away, identifier, refusals
 from gateway.bulk.stores.protocol import Mark
 
 _CURSORS: Final = count()
@@ -75,7 +75,7 @@ def changes(connection: Connection, table: Table, since: Mark) -> Iterator[tuple
 def filled(connection: Connection, table: Table, vector: str) -> Iterator[RowId]:
     """Yield the ids of rows that have a vector in a column, in ascending order."""
     query = sql.SQL("SELECT {} FROM {} t WHERE {} IS NOT NULL ORDER BY {}").format(
-        id_of(table), table.name.sql, sql.Identifier(table.vector(vector).name), order_of(table)
+        id_of(table), table.name.sql, identifier(table.vector(vector).name), order_of(table)
     )
     for (row_id,) in _stream(connection, table, query):
         yield row_id

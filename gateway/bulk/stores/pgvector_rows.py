@@ -16,9 +16,9 @@ from gateway.bulk.fields import FieldNames
 from gateway.bulk.rows import BulkError, EmbeddedRows, Json, Row, RowId, SpaceNote
 from gateway.bulk.stores import pgvector_tables as tables
 from gateway.bulk.stores.notes import check_note
-from gateway.bulk.stores.payloads import with_field
+from gateway.bulk.stores.payloads import has_nul, with_field
 from gateway.bulk.stores.pgvector_session import Connect, Session
-from gateway.bulk.stores.pgvector_tables import Column, Connection, Name, Table, find_table, refusals
+from gateway.bulk.stores.pgvector_tables import Column, Connection, Name, Table, find_table, identifier, refusals
 from gateway.bulk.stores.protocol import Keeping, Since
 from gateway.bulk.stores.reading import Item, KeysetSource
 from gateway.config.wording import quote
@@ -46,7 +46,7 @@ def read_page(connection: Connection, table: Table, after: RowId | None, limit: 
 def read_some(connection: Connection, table: Table, ids: Sequence[RowId]) -> list[Item]:
     """Return the ids and payloads of the existing rows among these."""
     query = sql.SQL("SELECT {}, {} FROM {} t WHERE {} = ANY({})").format(
-        id_of(table), _payload(table), table.name.sql, sql.Identifier(table.id.name), _cast_all(table)
+        id_of(table), _payload(table), table.name.sql, identifier(table.id.name), _cast_all(table)
     )
     with refusals(table.place):
         return [_item(table, row) for row in connection.execute(query, [known_ids(table, ids)])]
@@ -59,13 +59,13 @@ def known_ids(table: Table, ids: Sequence[RowId]) -> list[Any]:
 
 def order_of(table: Table) -> sql.Composable:
     """Return the sort order of the ids; text sorts by code points, as in Python."""
-    name = sql.Identifier(table.id.name)
+    name = identifier(table.id.name)
     return name if table.is_counted or table.id.kind == "uuid" else sql.SQL('{} COLLATE "C"').format(name)
 
 
 def id_of(table: Table) -> sql.Composable:
     """Return the id as a row of a result has it: an integer, or text."""
-    name = sql.Identifier(table.id.name)
+    name = identifier(table.id.name)
     return name if table.is_counted else sql.SQL("{}::text").format(name)
 
 
@@ -80,10 +80,10 @@ def _cast_all(table: Table) -> sql.SQL:
 def _payload(table: Table) -> sql.Composable:
     """Return the SQL expression of the payload: the only JSON column, or all columns as an object."""
     if table.is_document:
-        return sql.Identifier(table.others[0].name)
+        return identifier(table.others[0].name)
     if not table.others:
         return sql.SQL("'{}'::jsonb")
-    columns = sql.SQL(", ").join(sql.Identifier("t", column.name) for column in table.others)
+    columns = sql.SQL(", ").join(identifier("t", column.name) for column in table.others)
     # jsonb_build_object accepts at most 50 columns.
     return sql.SQL("(SELECT to_jsonb(r) FROM (SELECT {}) r)").format(columns)
 
@@ -196,7 +196,7 @@ class PgvectorSink:
         column = table.vector(wanted)
         held = table.note(column)
         filled = sql.SQL("SELECT count(*) FROM (SELECT 1 FROM {} WHERE {} IS NOT NULL LIMIT 1000000) r").format(
-            table.name.sql, sql.Identifier(column.name)
+            table.name.sql, identifier(column.name)
         )
         [number] = self._connection.execute(filled).fetchone() or (0,) if held is None else (0,)
         check_note(held, note, self.name, number, adopts=self._keeping.adopts)
@@ -213,6 +213,14 @@ class PgvectorSink:
         if batch.rows and batch.dense is not None:
             vectors = batch.dense
             self._session.call(lambda connection: self._write(connection, batch.rows, vectors))
+
+    def problem(self, row: Row) -> str:
+        """Return why PostgreSQL cannot store a row; empty if it can."""
+        for name, value in (("id", row.id), ("text", row.text if self._keeping.text else ""), *row.payload.items()):
+            if "\0" in name or has_nul(value):
+                shown = name.replace("\0", "\\0")
+                return f"the field {quote(shown)} has the character U+0000, which PostgreSQL cannot store: remove it"
+        return ""
 
     def _write(self, connection: Connection, rows: Sequence[Row], vectors: Vectors) -> None:
         with refusals(self.name), connection.transaction():
@@ -248,7 +256,7 @@ class PgvectorSink:
 
     def _statement(self, table: Table, column: Column, rows: Sequence[Row]) -> sql.Composed:
         """Return the statement that writes a row. Its parameters are the id, the payload and the vector."""
-        id_name, vector_name = sql.Identifier(table.id.name), sql.Identifier(column.name)
+        id_name, vector_name = identifier(table.id.name), identifier(column.name)
         given = sql.SQL("WITH given AS (SELECT {} AS id, %s::jsonb AS payload, {} AS vector)").format(
             _cast(table),
             sql.SQL("%s::" + column.kind),
@@ -265,17 +273,17 @@ class PgvectorSink:
             source = sql.SQL("given")
         else:
             names = self._columns(table, rows)
-            values = [sql.Identifier("r", name) for name in names]
+            values = [identifier("r", name) for name in names]
             source = sql.SQL("given, jsonb_populate_record(NULL::{}, given.payload) r").format(table.name.sql)
         fixed = {other.name for other in table.others if other.is_identity}  # these cannot be updated
         changed = [name for name in [*names, column.name] if name not in fixed]
-        changes = [sql.SQL("{0} = EXCLUDED.{0}").format(sql.Identifier(name)) for name in changed]
+        changes = [sql.SQL("{0} = EXCLUDED.{0}").format(identifier(name)) for name in changed]
         return sql.SQL(
             "{} INSERT INTO {} ({}) OVERRIDING SYSTEM VALUE SELECT {} FROM {} ON CONFLICT ({}) DO UPDATE SET {}"
         ).format(
             given,
             table.name.sql,
-            sql.SQL(", ").join([id_name, *map(sql.Identifier, names), vector_name]),
+            sql.SQL(", ").join([id_name, *map(identifier, names), vector_name]),
             sql.SQL(", ").join([sql.SQL("given.id"), *values, sql.SQL("given.vector")]),
             source,
             id_name,
@@ -324,9 +332,9 @@ def follow_identity(connection: Connection, table: Table) -> None:
         query = sql.SQL(
             "SELECT setval(s, m) FROM (SELECT pg_get_serial_sequence({}, {}) AS s, max({}) AS m FROM {}) r WHERE m > 0"
         ).format(
-            sql.Literal(table.name.sql.as_string(connection)),
+            sql.Literal(table.name.quoted),
             sql.Literal(table.id.name),
-            sql.Identifier(table.id.name),
+            identifier(table.id.name),
             table.name.sql,
         )
         connection.execute(query)

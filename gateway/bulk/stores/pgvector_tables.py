@@ -48,6 +48,19 @@ WHERE i.indrelid = %s AND a.attname = %s AND m.amname IN ('hnsw', 'ivfflat')
 """
 
 
+def identifier(*parts: str) -> sql.Composable:
+    """Return a quoted name for a statement, also with parameters: psycopg would take a percent sign for one."""
+    if not any("%" in part for part in parts):
+        return sql.Identifier(*parts)
+    return sql.SQL(".".join(f'U&"{_escaped(part)}"' for part in parts))
+
+
+def _escaped(part: str) -> str:
+    for character, escape in (("\\", "\\\\"), ('"', '""'), ("%", "\\0025")):
+        part = part.replace(character, escape)
+    return part
+
+
 @dataclass(frozen=True, slots=True)
 class Name:
     """The name of a table, with its schema unless the table is on the search path."""
@@ -59,9 +72,14 @@ class Name:
         return ".".join(_shown(part) for part in (self.schema, self.table) if part)
 
     @property
-    def sql(self) -> sql.Identifier:
-        """The name, quoted."""
-        return sql.Identifier(*[part for part in (self.schema, self.table) if part])
+    def sql(self) -> sql.Composable:
+        """The name, as part of a statement."""
+        return identifier(*[part for part in (self.schema, self.table) if part])
+
+    @property
+    def quoted(self) -> str:
+        """The name, as text that PostgreSQL's functions parse."""
+        return ".".join('"{}"'.format(part.replace('"', '""')) for part in (self.schema, self.table) if part)
 
 
 def read_name(text: str) -> Name:
@@ -191,7 +209,7 @@ def find_table(connection: Connection, name: Name, store: str, id_column: str | 
         BulkError: no column can be the id.
     """
     place = f"{store}/{name}"
-    [oid] = connection.execute("SELECT to_regclass(%s)::oid", [name.sql.as_string(connection)]).fetchone() or (None,)
+    [oid] = connection.execute("SELECT to_regclass(%s)::oid", [name.quoted]).fetchone() or (None,)
     if oid is None:
         return None
     columns = [Column(*values) for values in connection.execute(_COLUMNS, [oid])]
@@ -239,7 +257,7 @@ def create_table(connection: Connection, name: Name, store: str, note: SpaceNote
     kind = vector_type(note.dimensions, f"{store}/{name}")
     connection.execute(
         sql.SQL("CREATE TABLE {} (id {} PRIMARY KEY, {} {}({}), payload jsonb)").format(
-            name.sql, sql.SQL(id_type), sql.Identifier(vector), sql.SQL(kind), sql.Literal(note.dimensions)
+            name.sql, sql.SQL(id_type), identifier(vector), sql.SQL(kind), sql.Literal(note.dimensions)
         )
     )
     _finish(connection, name, vector, kind, note, "cosine")
@@ -253,12 +271,12 @@ def create_like(connection: Connection, name: Name, other: Table, note: SpaceNot
     kind = vector_type(note.dimensions, other.place)
     metric = next(key for key, operator in _METRICS.items() if operator == operator_of(connection, other, vector))
     connection.execute(sql.SQL("CREATE TABLE {} (LIKE {} INCLUDING ALL)").format(name.sql, other.name.sql))
-    [oid] = connection.execute("SELECT %s::regclass::oid", [name.sql.as_string(connection)]).fetchone() or (0,)
+    [oid] = connection.execute("SELECT %s::regclass::oid", [name.quoted]).fetchone() or (0,)
     for index, _operators in connection.execute(_VECTOR_INDEXES, [oid, vector.name]).fetchall():
         connection.execute(sql.SQL("DROP INDEX {}").format(sql.SQL(index)))
     connection.execute(
         sql.SQL("ALTER TABLE {} ALTER COLUMN {} TYPE {}({})").format(
-            name.sql, sql.Identifier(vector.name), sql.SQL(kind), sql.Literal(note.dimensions)
+            name.sql, identifier(vector.name), sql.SQL(kind), sql.Literal(note.dimensions)
         )
     )
     copy_grants(connection, other.oid, name)
@@ -276,7 +294,7 @@ def copy_grants(connection: Connection, oid: int, name: Name) -> None:
             sql.SQL("GRANT {} ON {} TO {}{}").format(
                 sql.SQL(privilege),
                 name.sql,
-                sql.SQL("PUBLIC") if role is None else sql.Identifier(role),
+                sql.SQL("PUBLIC") if role is None else identifier(role),
                 sql.SQL(" WITH GRANT OPTION" if is_grantable else ""),
             )
         )
@@ -287,7 +305,7 @@ def add_vector(connection: Connection, table: Table, vector: str, note: SpaceNot
     kind = vector_type(note.dimensions, table.place)
     connection.execute(
         sql.SQL("ALTER TABLE {} ADD COLUMN {} {}({})").format(
-            table.name.sql, sql.Identifier(vector), sql.SQL(kind), sql.Literal(note.dimensions)
+            table.name.sql, identifier(vector), sql.SQL(kind), sql.Literal(note.dimensions)
         )
     )
     _finish(connection, table.name, vector, kind, note, "cosine")
@@ -301,7 +319,7 @@ def _finish(
     if note.dimensions <= _MAX_INDEXED[kind]:
         connection.execute(
             sql.SQL("CREATE INDEX ON {} USING hnsw ({} {})").format(
-                name.sql, sql.Identifier(vector), sql.SQL(f"{kind}_{metric}_ops")
+                name.sql, identifier(vector), sql.SQL(f"{kind}_{metric}_ops")
             )
         )
 
@@ -310,6 +328,4 @@ def write_comment(connection: Connection, name: Name, vector: str, note: SpaceNo
     """Write the note into the comment of a column, after the comment's other lines."""
     lines = [line for line in (comment or "").splitlines() if not line.startswith(f"{NOTE}=")]
     text = "\n".join([*lines, f"{NOTE}={json.dumps(note_to_json(note))}"])
-    connection.execute(
-        sql.SQL("COMMENT ON COLUMN {}.{} IS {}").format(name.sql, sql.Identifier(vector), sql.Literal(text))
-    )
+    connection.execute(sql.SQL("COMMENT ON COLUMN {}.{} IS {}").format(name.sql, identifier(vector), sql.Literal(text)))

@@ -266,6 +266,44 @@ def test_a_field_without_a_column_is_refused_with_its_name(url: str, sql: psycop
         write(url, [row(1, "a", {"author": "x"})], NOTE, Keeping(text="body"))
 
 
+def test_names_may_have_percent_signs_and_other_characters(base: str, sql: psycopg.Connection) -> None:
+    columns = '"i%d" bigint PRIMARY KEY, "text%s" text, "100%" text, "q""uote\\" text, "v%b" vector(4)'
+    sql.execute(f'CREATE SCHEMA "50%"; CREATE TABLE "50%"."docs %t" ({columns})')  # type: ignore[arg-type]
+    url, fields = f"{base}/{quote('50%.docs %t')}", FieldNames(text="text%s")
+    payload = {"100%": "x", 'q"uote\\': "y"}
+    write(url, [row(1, "a", payload), row(2, "b", payload)], NOTE, Keeping(text="text%s"))
+    write(url, [row(2, "c", payload)], NOTE, Keeping(text="text%s"))
+
+    assert by_id(url, fields) == {1: ("a", payload), 2: ("c", payload)}
+    assert [found.id for found in read(url, fields, 1)] == [2]
+    store, name = store_of(url), "50%.docs %t"
+    assert [row.text for row in store.read_ids(name, [1], fields)] == ["a"]
+    assert store.vectors(name, [1, 2]).keys() == {1, 2}
+    assert store.search(name, vector_of("c"), 1)[0].id == 2
+    with closing(store.sink("copy %s", Keeping("text%s", like=name))) as sink:
+        sink.open(WIDE)
+        sink.write(0, embedded([row(1, "a", payload)], WIDE))
+    view = "view %d"
+    store.flip(view, name)
+    store.flip(view, "copy %s")
+    assert store.aliases()[view] == "copy %s"
+    store.delete_ids(name, [1])
+    assert store.describe(name).count == 1
+    store.close()
+
+
+def test_a_character_that_postgresql_cannot_store_is_a_problem_of_its_row(url: str, sql: psycopg.Connection) -> None:
+    place = read_place(url)
+    assert place is not None
+    with closing(open_movable(place)) as store, closing(store.sink("docs", Keeping("text"))) as sink:
+        assert not sink.problem(row(1, "a\\u0000", {"k": ["b", {"c": None}]}))
+        for bad, name in [
+            (row("a\0", "b"), "id"), (row(1, "a\0"), "text"), (row(1, "a", {"k": [{"l": "\0"}]}), "k"),
+            (row(1, "a", {"k": {"\0": 1}}), "k"), (row(1, "a", {"n\0": 1}), "n\\0"),
+        ]:  # fmt: skip
+            assert sink.problem(bad).startswith(f"the field `{name}` has the character U+0000, which PostgreSQL")
+
+
 def test_a_vector_is_added_next_to_the_first(url: str, sql: psycopg.Connection) -> None:
     write(url, [row(1, "a", {"k": 1}), row(2, "b")])
     write(url, [row(1, "a"), row(3, "deleted meanwhile")], WIDE, Keeping(vector="wide", updates=True))
@@ -364,11 +402,23 @@ def test_a_flip_moves_a_view_in_one_step_for_all_readers(url: str, postgres: str
 
 def test_what_cannot_flip_says_why(url: str, sql: psycopg.Connection) -> None:
     write(url, [row(1, "a")])
-    sql.execute("CREATE VIEW part AS SELECT id FROM docs WHERE id > 5")
+    others = {
+        "part": "SELECT * FROM docs WHERE id > 5",
+        "renamed": "SELECT id AS number, embedding, payload FROM docs",
+        "swapped": "SELECT id, payload AS embedding, embedding AS payload FROM docs",
+        "turned": "SELECT payload, embedding, id FROM docs",
+        "hiding": "SELECT id, payload FROM docs",
+        "distinct_ones": "SELECT DISTINCT * FROM docs",
+    }
+    for name, query in others.items():
+        sql.execute(f"CREATE VIEW {name} AS {query}")  # type: ignore[arg-type]
+    sql.execute("CREATE VIEW plain AS SELECT * FROM docs; ALTER TABLE docs ADD COLUMN later text")
     store = store_of(url)
+    assert store.aliases() == {"plain": "docs"}
     assert store.why_not_flip("unused") == ""
     assert "is itself a table: rename it" in store.why_not_flip("docs")
-    assert "is a view that does more than give a table another name" in store.why_not_flip("part")
+    for name in others:
+        assert "is a view that does more than give a table another name" in store.why_not_flip(name)
     with pytest.raises(BulkError, match="is itself a table"):
         store.flip("docs", "docs")
     store.close()
