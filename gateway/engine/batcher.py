@@ -74,7 +74,7 @@ class Batcher:
         self._model = model
         self._encoder = encoders[0]
         self._limits = limits
-        self._pending: dict[RequestHandle, PendingRequest] = {}
+        self._pending: dict[RequestHandle, PendingRequest] = {}  # by themselves, as waiters have them
         self._sequences: dict[Hashable, TokenSequence] = {}
         self._admission = Admission(
             model, limits.max_queue_texts, limits.max_queue_tokens, self._encoder.tokenizer.max_tokens
@@ -117,18 +117,20 @@ class Batcher:
 
     async def _finish(self, job: EmbedJob, replica: int | None) -> PendingRequest:
         """Queue a job and wait until its request is done or has failed."""
-        handle = RequestHandle(job.caller, job.deadline, priority=job.priority)
         pending = PendingRequest(
+            job.caller,
+            job.deadline,
+            priority=job.priority,
             done=self._loop.create_future(),
             num_missing=min(1, len(job.texts)) if job.is_late_chunked else len(job.texts),
             text_name=job.text_name if job.query is None else "documents",
         )
-        self._pending[handle] = pending
+        self._pending[pending] = pending
         if not job.texts:
             pending.end()
         try:
             async with asyncio.timeout(job.deadline - time.monotonic()):
-                await self._enqueue(job, handle, pending, replica)
+                await self._enqueue(job, pending, replica)
                 await pending.done
         except TimeoutError:
             is_low = job.priority is Priority.LOW
@@ -137,37 +139,35 @@ class Batcher:
                 f"not done within the time limit: {pending.num_missing} of {len(job.texts)} texts were still waiting{why}"
             ) from None
         finally:
-            self._forget(handle, pending)
+            self._forget(pending)
         return pending
 
-    def _forget(self, handle: RequestHandle, pending: PendingRequest) -> None:
+    def _forget(self, pending: PendingRequest) -> None:
         """Drop the remaining data of a request that has ended."""
-        handle.is_live = False
-        del self._pending[handle]
+        pending.is_live = False
+        del self._pending[pending]
         for sequence in pending.sequences:  # empty unless the request ended early
-            sequence.waiters = [waiter for waiter in sequence.waiters if waiter.handle is not handle]
+            sequence.waiters = [waiter for waiter in sequence.waiters if waiter.handle is not pending]
             if not sequence.waiters and not sequence.is_taken:
                 self._sequences.pop(_key(sequence), None)
 
     # ------------------------------------------------------------------------------------------------ tokenizing
 
-    async def _enqueue(
-        self, job: EmbedJob, handle: RequestHandle, pending: PendingRequest, replica: int | None
-    ) -> None:
+    async def _enqueue(self, job: EmbedJob, pending: PendingRequest, replica: int | None) -> None:
         """Tokenize in slices, and queue each slice at once: the device starts while the rest is tokenized."""
         waiters: list[Waiter] = []
         query = None
         if job.query is not None:
-            query = await self._read(handle, pending, self._encoder.read_query(job.query))
+            query = await self._read(pending, self._encoder.read_query(job.query))
         for first, texts in [(0, job.texts)] if job.is_late_chunked else slices(job.texts):
-            tokens: list[Tokens] = await self._read(handle, pending, self._encoder.read(job, first, texts, query))
+            tokens: list[Tokens] = await self._read(pending, self._encoder.read(job, first, texts, query))
             now = time.monotonic()
             pending.tokens += tokens
             pending.num_tokens += sum(len(row.ids) for row in tokens)
             job.check_total(pending.num_tokens)
             for i, row in enumerate(tokens):
                 sequence = self._join(TokenSequence(Item(row, job.task, job.outputs, job.scorer), replica=replica))
-                waiter = Waiter(handle, first + i, sequence, now)
+                waiter = Waiter(pending, first + i, sequence, now)
                 sequence.waiters.append(waiter)
                 pending.sequences.add(sequence)
                 if not sequence.is_taken:
@@ -177,12 +177,12 @@ class Batcher:
                 self._batches.add(waiters, replica)
                 waiters = []
 
-    async def _read(self, handle: RequestHandle, pending: PendingRequest, steps: Steps[Any]) -> Any:
+    async def _read(self, pending: PendingRequest, steps: Steps[Any]) -> Any:
         """Run steps when it is their turn, and return their result; an empty list if the request has ended."""
         if pending.done.done():
             return []
         begun = time.monotonic()
-        tokenizing = self._tokenizers.begin(handle, steps, may_be_now=not pending.tokens)
+        tokenizing = self._tokenizers.begin(pending, steps, may_be_now=not pending.tokens)
         pending.tokenizing = tokenizing.done
         try:
             return await tokenizing.done
@@ -294,7 +294,7 @@ class Batcher:
 
     def oldest_s(self, priority: Priority = Priority.NORMAL) -> float:
         """Return how long the oldest pending request of a priority has been waiting, 0 without one."""
-        oldest = next((one for handle, one in self._pending.items() if handle.priority is priority), None)
+        oldest = next((one for one in self._pending.values() if one.priority is priority), None)
         return 0.0 if oldest is None else time.monotonic() - oldest.admitted_at
 
     @property

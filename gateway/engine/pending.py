@@ -10,15 +10,15 @@ from typing import Any
 import numpy as np
 
 from gateway.engine.model.items import Encoded, Tokens
-from gateway.engine.scheduler import TokenSequence
+from gateway.engine.scheduler import RequestHandle, TokenSequence
 from gateway.engine.timeline import Timeline
 from gateway.errors import RequestError
 from gateway.types import Embeddings, Output
 
 
-@dataclass(eq=False, slots=True)
-class PendingRequest:
-    """A request in flight, which is filled batch by batch.
+@dataclass(eq=False, slots=True, kw_only=True)
+class PendingRequest(RequestHandle):
+    """A request in flight, which is filled batch by batch; to the queue, it is the handle of its waiters.
 
     Attributes:
         text_name: name of the texts in an error message.
