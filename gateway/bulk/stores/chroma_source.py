@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from typing import Final, NamedTuple, cast
 
@@ -14,7 +14,7 @@ from gateway.bulk.rows import BadRow, BulkError, Json, Position, Row
 from gateway.bulk.stores.chroma_connection import Connection
 from gateway.bulk.stores.chroma_items import DOCUMENT, row_id_of
 from gateway.bulk.stores.payloads import to_json
-from gateway.bulk.stores.reading import SAMPLE, fields_of
+from gateway.bulk.stores.reading import SAMPLE, ItemSource, fields_of
 
 _PAGE: Final = 256
 _INCLUDE: Final = cast(Include, ["metadatas", "documents"])
@@ -28,7 +28,7 @@ class _Item(NamedTuple):
     record: dict[str, Json]
 
 
-class ChromaSource:
+class ChromaSource(ItemSource):
     """Reads the items of a collection, without their vectors.
 
     Chroma can only skip a number of items, so a position is a number of items and the id of the item there. If earlier
@@ -37,37 +37,21 @@ class ChromaSource:
     """
 
     def __init__(self, connection: Connection, collection: str, names: FieldNames) -> None:
+        super().__init__(connection.place.named(collection), names)
         self._connection = connection
         self._collection = collection
-        self._names = names
 
-    @property
-    def name(self) -> str:
-        """The collection's URL, without secrets."""
-        return self._connection.place.named(self._collection)
-
-    @property
-    def has_unique_ids(self) -> bool:
-        """The ids are those of the items, unless a field of the metadata is the id."""
-        return self._names.id is None
-
-    @property
-    def text_field(self) -> str:
-        """The field with the text; Chroma's own field is called ``document``.
-
-        Raises:
-            BulkError: the first items lack the field.
-        """
-        return self.fields.text
+    def _sample(self) -> Sequence[Mapping[str, Json]]:
+        return [row_id_of(item.id, item.record)[1] for item in self._page(0, SAMPLE)]
 
     @cached_property
     def fields(self) -> Fields:
-        """The fields that make a row.
+        """The fields that make a row; Chroma's own field for the text is called ``document``.
 
         Raises:
             BulkError: the first items lack the fields.
         """
-        records = [row_id_of(item.id, item.record)[1] for item in self._page(0, SAMPLE)]
+        records = self._sample()
         names = self._names
         if names.text is None and any(record[DOCUMENT] is not None for record in records):
             names = FieldNames(names.id, DOCUMENT, names.title, names.payload)
@@ -108,7 +92,7 @@ class ChromaSource:
             if not page:
                 return
             for item in page:
-                yield self._row(item)
+                yield self._row(*row_id_of(item.id, item.record), [item.offset, item.id])
             last = page[-1]
 
     def close(self) -> None:
@@ -142,10 +126,3 @@ class ChromaSource:
             metadata = cast("dict[str, Json]", to_json(metadatas[index] or {}))
             items.append(_Item(offset + index, item_id, {**metadata, DOCUMENT: documents[index]}))
         return items
-
-    def _row(self, item: _Item) -> Row | BadRow:
-        row_id, record = row_id_of(item.id, item.record)
-        place = f"id {row_id} of {self.name}"
-        return self.fields.row(
-            record, place, [item.offset, item.id], row_id=None if self._names.id is not None else row_id
-        )

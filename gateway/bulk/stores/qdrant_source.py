@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
-from functools import cached_property, partial
+from functools import partial
 from typing import Final, cast
 
 from qdrant_client import QdrantClient, models
 
-from gateway.bulk.fields import FieldNames, Fields
+from gateway.bulk.fields import FieldNames
 from gateway.bulk.rows import BadRow, BulkError, Json, Position, Row, RowId
 from gateway.bulk.stores.protocol import Since
 from gateway.bulk.stores.qdrant_connection import Connection
 from gateway.bulk.stores.qdrant_points import PointId, point_id, row_id_of
-from gateway.bulk.stores.reading import SAMPLE, fields_of
+from gateway.bulk.stores.reading import SAMPLE, ItemSource
 
 _PAGE: Final = 256
 """Points per request: small enough for texts of whole documents, large enough that requests cost little."""
@@ -22,7 +22,7 @@ _IDS_PAGE: Final = 5_000
 """The same, for points without texts."""
 
 
-class QdrantSource:
+class QdrantSource(ItemSource):
     """Reads the points of a collection, without their vectors.
 
     A position is the id of a point. Points that are added after it while a job reads are read too. Points that are
@@ -30,41 +30,15 @@ class QdrantSource:
     """
 
     def __init__(self, connection: Connection, collection: str, names: FieldNames, since: Since | None) -> None:
+        super().__init__(connection.place.named(collection), names)
         self._connection = connection
         self._collection = collection
-        self._names = names
         self._since = since
 
-    @property
-    def name(self) -> str:
-        """The collection's URL, without secrets."""
-        return self._connection.place.named(self._collection)
-
-    @property
-    def has_unique_ids(self) -> bool:
-        """The ids are those of the points, unless a field of the payload is the id."""
-        return self._names.id is None
-
-    @property
-    def text_field(self) -> str:
-        """The field of the payload with the text.
-
-        Raises:
-            BulkError: the first points lack the field.
-        """
-        return self.fields.text
-
-    @cached_property
-    def fields(self) -> Fields:
-        """The fields that make a row.
-
-        Raises:
-            BulkError: the first points lack the fields.
-        """
+    def _sample(self) -> Sequence[Mapping[str, Json]]:
         self._connection.read_info(self._collection)
         points, _ = self._scroll(None, SAMPLE)
-        payloads = [row_id_of(*_parts(point))[1] for point in points]
-        return fields_of(self._names, payloads, self.name)
+        return [row_id_of(*_parts(point))[1] for point in points]
 
     def fingerprint(self) -> str:
         """Return the collection and the fields that are read; its points may change while a job runs.
@@ -91,7 +65,7 @@ class QdrantSource:
         if after is not None and (isinstance(after, bool) or not isinstance(after, int | str)):
             raise BulkError(f"{after!r} is not a position in {self.name}")
         for point, payload in self.read_payloads(after):
-            yield self._row(point, payload)
+            yield self._row_of(point, payload)
 
     def read_payloads(
         self, after: PointId | None = None, fields: list[str] | None = None, vector: str | None = None
@@ -126,7 +100,7 @@ class QdrantSource:
         for start in range(0, len(ids), _PAGE):
             retrieve = partial(self._retrieve, [point_id(row_id) for row_id in ids[start : start + _PAGE]])
             for point in self._connection.call(retrieve, self._collection):
-                yield self._row(*_parts(point))
+                yield self._row_of(*_parts(point))
 
     def close(self) -> None:
         """Close the connection, if it has no other users."""
@@ -160,10 +134,8 @@ class QdrantSource:
     def _retrieve(self, ids: list[PointId], client: QdrantClient) -> list[models.Record]:
         return client.retrieve(self._collection, ids, with_payload=True)
 
-    def _row(self, point: PointId, payload: dict[str, Json]) -> Row | BadRow:
-        row_id, payload = row_id_of(point, payload)
-        place = f"id {row_id} of {self.name}"
-        return self.fields.row(payload, place, position=point, row_id=None if self._names.id is not None else row_id)
+    def _row_of(self, point: PointId, payload: dict[str, Json]) -> Row | BadRow:
+        return self._row(*row_id_of(point, payload), point)
 
 
 def _parts(point: models.Record) -> tuple[PointId, dict[str, Json]]:

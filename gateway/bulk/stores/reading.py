@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -28,7 +29,50 @@ class ReadPage(Protocol):
     def __call__(self, after: RowId | None, limit: int = ..., /) -> list[Item]: ...
 
 
-class KeysetSource:
+class ItemSource(ABC):
+    """A source of items that have an id in their store and a payload: the fields of a row, and rows by them.
+
+    Args:
+        name: the name of the collection in messages, without secrets.
+    """
+
+    def __init__(self, name: str, names: FieldNames) -> None:
+        self.name = name
+        self._names = names
+
+    @abstractmethod
+    def _sample(self) -> Sequence[Mapping[str, Json]]:
+        """Return the payloads of the first ``SAMPLE`` items."""
+
+    @cached_property
+    def fields(self) -> Fields:
+        """The fields that make a row.
+
+        Raises:
+            BulkError: the first items lack the fields.
+        """
+        return fields_of(self._names, self._sample(), self.name)
+
+    @property
+    def has_unique_ids(self) -> bool:
+        """The store's own ids are unique; a field that the user chose as the id may not be."""
+        return self._names.id is None
+
+    @property
+    def text_field(self) -> str:
+        """The payload field with the text.
+
+        Raises:
+            BulkError: the first items lack the field.
+        """
+        return self.fields.text
+
+    def _row(self, row_id: RowId, payload: Mapping[str, Json], position: Position) -> Row | BadRow:
+        place = f"id {row_id} of {self.name}"
+        return self.fields.row(payload, place, position, row_id if self._names.id is None else None)
+
+
+class KeysetSource(ItemSource):
     """The items of a store that returns them in ascending order of their ids. A position is the id of the last item.
 
     Args:
@@ -49,36 +93,15 @@ class KeysetSource:
         count: Callable[[], int],
         close: Callable[[], None],
     ) -> None:
-        self.name = name
+        super().__init__(name, names)
         self._identity = identity
-        self._names = names
         self._since = since
         self._read_page = read_page
         self.count = count
         self.close = close
 
-    @cached_property
-    def fields(self) -> Fields:
-        """The fields that make a row.
-
-        Raises:
-            BulkError: the first items lack the fields.
-        """
-        return fields_of(self._names, [payload for _id, payload in self._read_page(None, SAMPLE)], self.name)
-
-    @property
-    def has_unique_ids(self) -> bool:
-        """The store's own ids are unique."""
-        return self._names.id is None
-
-    @property
-    def text_field(self) -> str:
-        """The payload field with the text.
-
-        Raises:
-            BulkError: the first items lack the field.
-        """
-        return self.fields.text
+    def _sample(self) -> Sequence[Mapping[str, Json]]:
+        return [payload for _id, payload in self._read_page(None, SAMPLE)]
 
     def fingerprint(self) -> str:
         """Return the collection's identity, and the fields that are read."""
@@ -92,8 +115,7 @@ class KeysetSource:
             for row_id, payload in page:
                 last = row_id
                 if self._since is None or is_later(payload, self._since):
-                    place = f"id {row_id} of {self.name}"
-                    yield self.fields.row(payload, place, row_id, None if self._names.id is not None else row_id)
+                    yield self._row(row_id, payload, row_id)
 
 
 def is_later(payload: Mapping[str, Json], since: Since) -> bool:
