@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any, Final, cast
 
 from chromadb.api.models.Collection import Collection
-from chromadb.api.types import Metadata
+from chromadb.api.types import Include
 
 from gateway.bulk.rows import BulkError, EmbeddedRows, Row, SpaceNote
 from gateway.bulk.stores.chroma_connection import Connection
@@ -77,10 +77,16 @@ class ChromaSink:
         size = min(_MAX_ITEMS, self._connection.call(self._connection.client.get_max_batch_size, self.name))
         for start in range(0, len(batch.rows), size):
             rows = batch.rows[start : start + size]
-            metadatas = [cast("Metadata | None", metadata_of(row) or None) for row in rows]
+            ids = [self._item_id(row) for row in rows]
+            earlier = self._earlier_fields(collection, ids)
+            # Chroma merges the fields of an item with the earlier ones. A field without a value is removed.
+            metadatas = [
+                {**dict.fromkeys(earlier.get(item_id, ())), **metadata_of(row)} or None
+                for item_id, row in zip(ids, rows, strict=True)
+            ]
             upsert = partial(
                 collection.upsert,
-                ids=[self._item_id(row) for row in rows],
+                ids=ids,
                 embeddings=dense[start : start + size],
                 documents=[row.text for row in rows] if self._keeping.text is not None else None,
                 metadatas=cast(Any, metadatas),
@@ -90,6 +96,14 @@ class ChromaSink:
     def close(self) -> None:
         """Close the connection."""
         self._connection.close()
+
+    def _earlier_fields(self, collection: Collection, ids: list[str]) -> dict[str, list[str]]:
+        """Return the names of the fields that items have already, by the id of the item."""
+        found = self._connection.call(partial(collection.get, ids=ids, include=cast(Include, ["metadatas"])), self.name)
+        return {
+            item_id: list(metadata or ())
+            for item_id, metadata in zip(found["ids"], found["metadatas"] or (), strict=True)
+        }
 
     def _create(self, note: SpaceNote) -> Collection:
         def make() -> Collection:

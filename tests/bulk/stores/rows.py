@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
 
 import numpy as np
@@ -49,6 +50,20 @@ def open_url(url: str) -> tuple[Store, str]:
     place = read_place(url)
     assert place is not None
     return open_store(place), place.collection
+
+
+def name_of(url: str) -> str:
+    """Return the collection of a URL."""
+    place = read_place(url)
+    assert place is not None
+    return place.collection
+
+
+def is_empty(url: str) -> bool:
+    """Return whether a sink says that it is empty."""
+    store, collection = open_url(url)
+    with closing(store), closing(store.sink(collection, Keeping())) as sink:
+        return sink.is_empty()
 
 
 def write(

@@ -20,29 +20,19 @@ from chromadb.config import Settings
 from gateway.bulk.fields import FieldNames
 from gateway.bulk.rows import BadRow, BulkError, Json, Row
 from gateway.bulk.stores.protocol import Keeping
-from tests.bulk.stores.rows import HYBRID, NOTE, by_id, embedded, open_url, read, row, vector_of, write
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Share one folder, since opening one takes a quarter of a second."""
-    return str(tmp_path_factory.mktemp("chroma"))
+from tests.bulk.stores.rows import HYBRID, NOTE, by_id, embedded, name_of, open_url, read, row, vector_of, write
 
 
 @pytest.fixture
-def url(folder: str, request: pytest.FixtureRequest) -> str:
-    return f"chroma:{folder}#c{abs(hash(request.node.nodeid))}"
+def url(chroma_url: str) -> str:
+    return chroma_url
 
 
 @pytest.fixture
-def client(folder: str) -> Iterator[ClientAPI]:
-    opened = chromadb.PersistentClient(folder, Settings(anonymized_telemetry=False))
+def client(chroma_folder: Path) -> Iterator[ClientAPI]:
+    opened = chromadb.PersistentClient(str(chroma_folder), Settings(anonymized_telemetry=False))
     yield opened
     opened.close()
-
-
-def collection_in(url: str) -> str:
-    return url.partition("#")[2]
 
 
 def test_rows_come_back_with_their_ids_text_and_payload(url: str, client: ClientAPI) -> None:
@@ -63,15 +53,9 @@ def test_rows_come_back_with_their_ids_text_and_payload(url: str, client: Client
         6: ("six", {"nested": json.dumps({"a": [1, None]})}),
     }
     assert by_id(url) == expected
-    found = client.get_collection(collection_in(url), embedding_function=None).get(ids=["5"], include=["embeddings"])
+    found = client.get_collection(name_of(url), embedding_function=None).get(ids=["5"], include=["embeddings"])
     assert found["embeddings"] is not None
     np.testing.assert_allclose(found["embeddings"][0], vector_of("five"), atol=1e-6)
-
-
-def test_ids_are_texts_and_the_same_shard_again_replaces_itself(url: str) -> None:
-    for text in ("old", "new"):
-        write(url, [row("5", text), row("a/ü", f"{text} too")])
-    assert by_id(url) == {"5": ("new", {}), "a/ü": ("new too", {})}
 
 
 @pytest.mark.parametrize(("rows", "message"), [
@@ -85,29 +69,8 @@ def test_ids_that_would_be_one_item_are_refused(url: str, rows: list[Row], messa
     assert message in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (
-            {"space": "other@ba9876543210"},
-            "has vectors of tiny@0123456789ab, which cannot be compared with those of",
-        ),
-        ({"task": "query"}, "has vectors for the task 'passage', but this job embeds for the task 'query'"),
-        ({"dimensions": 8}, "has vectors of 4 dimensions, but this job's have 8"),
-        ({"has_sparse": True}, "can store only dense vectors"),
-        ({"token_width": 3}, "can store only dense vectors"),
-    ],
-)
-def test_another_space_is_refused_before_the_first_write(url: str, change: dict[str, object], message: str) -> None:
-    write(url, [row(1, "a")])
-    with pytest.raises(BulkError) as caught:
-        write(url, [row(2, "b")], replace(NOTE, **change))
-    assert message in str(caught.value)
-    assert list(by_id(url)) == [1]
-
-
 def test_vectors_without_a_note_are_refused_unless_the_user_knows_them(url: str, client: ClientAPI) -> None:
-    collection = client.create_collection(collection_in(url), metadata={"mine": 1}, embedding_function=None)
+    collection = client.create_collection(name_of(url), metadata={"mine": 1}, embedding_function=None)
     collection.add(ids=["a"], embeddings=[[1.0, 0, 0, 0]], documents=["x"])
     with pytest.raises(BulkError, match=r"has 1 item and no note of their space.* or add --adopt if"):
         write(url, [row("b", "y")])
@@ -120,7 +83,7 @@ def test_vectors_without_a_note_are_refused_unless_the_user_knows_them(url: str,
     write(url, [row("b", "y")], keeping=Keeping(adopts=True))
     write(url, [row("c", "z")])
     assert list(by_id(url)) == ["a", "b", "c"]
-    assert client.get_collection(collection_in(url), embedding_function=None).metadata["mine"] == 1
+    assert client.get_collection(name_of(url), embedding_function=None).metadata["mine"] == 1
 
 
 @pytest.mark.parametrize(("is_normalized", "space"), [(True, "cosine"), (False, "ip")])
@@ -128,7 +91,7 @@ def test_a_new_collection_has_the_distance_of_the_space(
     url: str, client: ClientAPI, is_normalized: bool, space: str
 ) -> None:
     write(url, [row("b", "y")], replace(NOTE, is_normalized=is_normalized))
-    configuration = client.get_collection(collection_in(url), embedding_function=None).configuration_json
+    configuration = client.get_collection(name_of(url), embedding_function=None).configuration_json
     assert configuration["hnsw"]["space"] == space
 
 
@@ -137,7 +100,7 @@ def test_reading_goes_on_after_a_position_while_items_come_and_go(
 ) -> None:
     monkeypatch.setattr("gateway.bulk.stores.chroma_source._PAGE", 8)
     write(url, [row(f"i{n:02}", f"text {n}") for n in range(40)])
-    collection = client.get_collection(collection_in(url), embedding_function=None)
+    collection = client.get_collection(name_of(url), embedding_function=None)
     store, name = open_url(url)
     source = store.source(name, FieldNames())
     assert source.count() == 40
@@ -159,7 +122,7 @@ def test_reading_goes_on_after_a_position_while_items_come_and_go(
 
 
 def test_the_text_is_the_document_or_a_field(url: str, client: ClientAPI) -> None:
-    collection = client.create_collection(collection_in(url), embedding_function=None)
+    collection = client.create_collection(name_of(url), embedding_function=None)
     collection.add(
         ids=["a", "b"],
         embeddings=[[1.0, 0, 0, 0]] * 2,
@@ -171,12 +134,6 @@ def test_the_text_is_the_document_or_a_field(url: str, client: ClientAPI) -> Non
     assert (good.id, good.text, good.payload) == ("a", "doc", {"text": "title", "id": 7})
     assert bad == BadRow(f"id b of {url}", "the text in field `document` must be text, got nothing", [1, "b"], "b")
     assert [item.text for item in read(url, FieldNames(text="text")) if isinstance(item, Row)] == ["title", "only"]
-
-
-def test_a_collection_that_does_not_exist_names_those_that_do(url: str) -> None:
-    write(url, [row(1, "a")])
-    with pytest.raises(BulkError, match="has no collection `nothing`; it has `c"):
-        read(f"{url.partition('#')[0]}#nothing")
 
 
 def test_a_folder_that_is_not_chroma_is_an_error(tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from datetime import UTC, date, datetime
-from pathlib import Path
 
 import lancedb
 import numpy as np
@@ -18,8 +17,8 @@ from tests.bulk.stores.rows import HYBRID, NOTE, by_id, embedded, open_url, read
 
 
 @pytest.fixture
-def url(tmp_path: Path) -> str:
-    return f"lancedb:{tmp_path / 'lance'}#docs"
+def url(lancedb_url: str) -> str:
+    return lancedb_url
 
 
 def table_of(url: str) -> lancedb.table.Table:
@@ -43,13 +42,6 @@ def test_a_later_row_keeps_what_does_not_fit_into_the_columns(url: str) -> None:
     assert by_id(url)["b"] == ("y", {"n": "two", "new": [1]})
 
 
-def test_the_same_shard_again_replaces_itself(url: str) -> None:
-    for text in ("old", "new"):
-        write(url, [row("a", text, {"t": text}), row("b", "same")])
-    assert by_id(url)["a"] == ("new", {"t": "new"})
-    assert table_of(url).count_rows() == 2
-
-
 def test_all_outputs_are_columns(url: str) -> None:
     rows = [row(n, f"text {n}" + "!" * n) for n in range(5)]
     write(url, rows, HYBRID)
@@ -66,14 +58,11 @@ def test_all_outputs_are_columns(url: str) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"space": "other@ba9876543210"}, "has vectors of tiny@0123456789ab, which cannot be compared with those of"),
-        ({"task": "query"}, "has vectors for the task 'passage', but this job embeds for the task 'query'"),
-        ({"dimensions": 8}, "has vectors of 4 dimensions, but this job's have 8"),
         ({"has_sparse": True}, "has dense vectors of 4, but this job has dense vectors of 4 and sparse vectors"),
         ({"token_width": 3}, "has dense vectors of 4, but this job has dense vectors of 4 and multi-vectors of 3"),
     ],
 )
-def test_another_space_is_refused_before_the_first_write(url: str, change: dict[str, object], message: str) -> None:
+def test_other_outputs_are_refused_before_the_first_write(url: str, change: dict[str, object], message: str) -> None:
     write(url, [row(1, "a")])
     with pytest.raises(BulkError) as caught:
         write(url, [row(2, "b")], replace(NOTE, **change))
@@ -146,12 +135,6 @@ def test_columns_of_every_kind_become_json(url: str) -> None:
             "s": {"a": 1},
         }),
     }  # fmt: skip
-
-
-def test_a_table_that_does_not_exist_names_those_that_do(url: str) -> None:
-    write(url, [row(1, "a")])
-    with pytest.raises(BulkError, match=r"has no table `doc`; did you mean `docs`\? it has `docs`"):
-        read(url.replace("#docs", "#doc"))
 
 
 def test_what_lancedb_cannot_do_is_refused(url: str) -> None:

@@ -7,7 +7,6 @@ import uuid
 from contextlib import closing
 from dataclasses import replace
 from datetime import UTC, datetime
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -34,8 +33,8 @@ PAYLOAD: dict[str, Json] = {
 
 
 @pytest.fixture
-def url(tmp_path: Path) -> str:
-    return f"qdrant:{tmp_path / 'q'}#docs"
+def url(qdrant_url: str) -> str:
+    return qdrant_url
 
 
 @pytest.fixture
@@ -91,12 +90,6 @@ def test_rows_come_back_with_their_ids_text_and_payload(url: str) -> None:
     [mapped] = qdrant.retrieve("docs", [str(point_id("doc-1"))])
     assert mapped.payload == {"text": "one", "gateway_id": "doc-1"}
     qdrant.close()
-
-
-def test_the_same_shard_again_replaces_itself(url: str) -> None:
-    write(url, [row(1, "a", {"old": 1}), row("x", "b")])
-    write(url, [row(1, "a", {"new": 2}), row("x", "b")])
-    assert by_id(url) == {1: ("a", {"new": 2}), "x": ("b", {})}
 
 
 def test_all_outputs_are_kept_by_name(url: str) -> None:
@@ -158,13 +151,6 @@ def test_vectors_that_are_not_normalized_get_the_dot_product(url: str) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (
-            {"space": "other@ba9876543210"},
-            "has vectors of tiny@0123456789ab, which cannot be compared with those of other@",
-        ),
-        ({"task": "query"}, "has vectors for the task 'passage', but this job embeds for the task 'query'"),
-        ({"task": None}, "for the task 'passage', but this job embeds without a task"),
-        ({"dimensions": 8}, "has vectors of width 4, but this job's have 8"),
         ({"has_sparse": True}, "has no sparse vector, but this job has one per item"),
         ({"token_width": 3}, "has no multi-vector, but this job has one per item"),
         (
@@ -173,18 +159,14 @@ def test_vectors_that_are_not_normalized_get_the_dot_product(url: str) -> None:
         ),
     ],
 )
-def test_another_space_is_refused_before_the_first_write(url: str, change: dict[str, object], message: str) -> None:
+def test_other_outputs_and_distances_are_refused_before_the_first_write(
+    url: str, change: dict[str, object], message: str
+) -> None:
     write(url, [row(1, "a")])
     with pytest.raises(BulkError) as caught:
         write(url, [row(2, "b")], replace(NOTE, **change))
     assert message in str(caught.value)
     assert list(by_id(url)) == [1]
-
-
-def test_the_same_space_under_another_model_id_is_the_same(url: str) -> None:
-    write(url, [row(1, "a")])
-    write(url, [row(2, "b")], replace(NOTE, space="renamed@0123456789ab", model="renamed"))
-    assert list(by_id(url)) == [1, 2]
 
 
 def test_vectors_without_a_note_are_refused_unless_the_user_knows_them(url: str) -> None:
@@ -331,11 +313,6 @@ def test_a_field_called_id_is_payload_unless_it_is_asked_for(url: str) -> None:
     assert by_id(url, FieldNames(id="id")) == {"mine": ("a", {}), "yours": ("b", {})}
 
 
-def test_an_empty_collection_has_no_rows(url: str) -> None:
-    write(url, [])
-    assert read(url) == []
-
-
 def test_a_nested_text_goes_back_to_where_it_was(url: str) -> None:
     payload: dict[str, Json] = {"meta": {"body": "hello", "lang": "en"}, "k": 1}
     fill(url, payload)
@@ -369,12 +346,6 @@ def test_a_text_without_a_usual_name_must_be_named(url: str) -> None:
     fill(url, {"summary": "a"})
     with pytest.raises(BulkError, match="name the text field with --text FIELD; the fields are: summary"):
         read(url)
-
-
-def test_a_collection_that_does_not_exist_names_those_that_do(url: str) -> None:
-    write(url, [row(1, "a")])
-    with pytest.raises(BulkError, match=r"has no collection `dosc`; did you mean `docs`\? it has `docs`"):
-        read(url.replace("#docs", "#dosc"))
 
 
 # The client leaves the file of the lock open that it does not get.
@@ -418,32 +389,6 @@ def test_digests_find_what_changed_in_one_pass(url: str) -> None:
     store.close()
 
 
-def test_an_alias_flips_and_flips_back(url: str) -> None:
-    write(url, [row(1, "old")])
-    write(url.replace("#docs", "#docs-2"), [row(1, "new")], replace(NOTE, space="other@ba9876543210"))
-    store = store_of(url)
-    assert "the name of an existing collection" in store.why_not_flip("docs")
-    with pytest.raises(BulkError, match="the name of an existing collection"):
-        store.flip("docs", "docs-2")
-    assert store.why_not_flip("live") == ""
-    for collection, text in (("docs", "old"), ("docs-2", "new"), ("docs", "old"), ("docs-2", "new")):
-        store.flip("live", collection)
-        assert store.aliases() == {"live": collection}
-        assert store.describe("live").name == collection
-        assert by_id(url.replace("#docs", "#live"))[1][0] == text
-    with pytest.raises(BulkError, match="the alias 'live' still points to the collection 'docs-2'"):
-        store.delete_collection("docs-2")
-    with pytest.raises(BulkError, match="has no collection `gone`"):
-        store.flip("live", "gone")
-    store.delete_collection("docs")
-    assert store.collections() == ["docs-2"]
-    store.delete_alias("live")
-    assert store.aliases() == {}
-    info = store.describe("docs-2")
-    assert (info.count, info.widths, info.notes[""].space) == (1, {"": 4}, "other@ba9876543210")
-    store.close()
-
-
 def test_a_note_that_a_program_has_damaged_is_an_error(url: str) -> None:
     write(url, [row(1, "a")])
     qdrant = client(url)
@@ -451,19 +396,6 @@ def test_a_note_that_a_program_has_damaged_is_an_error(url: str) -> None:
     qdrant.close()
     with pytest.raises(BulkError, match=r"the note 'embedding_gateway' in the metadata of .* cannot be read"):
         write(url, [row(1, "a")])
-
-
-def test_a_source_and_a_sink_share_a_folder(url: str) -> None:
-    write(url, [row(n, f"text {n}") for n in range(10)])
-    store, collection = open_url(url)
-    source, sink = store.source(collection, FieldNames()), store.sink("copy", Keeping())
-    store.close()
-    sink.open(NOTE)
-    rows = [item for item in source.read() if isinstance(item, Row)]
-    source.close()
-    sink.write(0, embedded(rows))
-    sink.close()
-    assert by_id(url) == by_id(url.replace("#docs", "#copy"))
 
 
 def test_a_collection_like_another_one_has_its_settings_and_other_vectors(url: str) -> None:
