@@ -32,7 +32,8 @@ TO_DO: Final[set[str]] = set()
 """Files that are over a budget and still to be split. The list only gets shorter."""
 _NOT_CODE: Final = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT}
 _NOT_CODE_EITHER: Final = {tokenize.ENCODING, tokenize.ENDMARKER}
-_PUBLIC_OF_NAMEDTUPLES: Final = {"_asdict", "_fields", "_make", "_replace"}
+# Of namedtuples, of `os`, and of the answers of OpenAI's client, which all document them.
+_PUBLIC_NAMES: Final = {"_asdict", "_fields", "_make", "_replace", "_exit", "_request_id"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +111,7 @@ def _reaches_in(node: ast.AST) -> bool:
     if not isinstance(node, ast.Attribute) or not node.attr.startswith("_") or node.attr.startswith("__"):
         return False
     is_own = isinstance(node.value, ast.Name) and node.value.id in {"self", "cls"}
-    return not is_own and node.attr not in _PUBLIC_OF_NAMEDTUPLES
+    return not is_own and node.attr not in _PUBLIC_NAMES
 
 
 def over_budget(modules: Sequence[Module]) -> Iterator[str]:

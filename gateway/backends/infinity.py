@@ -52,6 +52,9 @@ class InfinityBackend:
     Args:
         residents: schedules loads, and makes room in memory.
         on_card_lost: called when a card is lost, with the reason.
+
+    Attributes:
+        engine: the engine that serves; ``None`` while there is none.
     """
 
     def __init__(
@@ -69,7 +72,7 @@ class InfinityBackend:
         self._plan: LoadPlan | None = None
         self._fingerprint = ""
         self._watchdog = Watchdog(entry.id, settings)
-        self._engine: Engine | None = None
+        self.engine: Engine | None = None
         self._is_stopped = False
         self._may_hold_memory = False
         self._watch: asyncio.Task[None] | None = None
@@ -118,7 +121,7 @@ class InfinityBackend:
         self._is_stopped, self._may_hold_memory = False, True
         engine, info = await self._load_in_turn()
         await self._start_engine(engine)
-        self._engine = engine
+        self.engine = engine
         self._watch = asyncio.create_task(self._watch_engine(report))
         return info
 
@@ -139,13 +142,18 @@ class InfinityBackend:
         # Used once: reloading the engine re-reads the checkpoint.
         plan, self._plan = self._plan or self._make_plan(), None
         try:
-            return _load_engine(plan, self._settings)
+            return load(plan, self._settings)
         except TooLittleMemory:
             self._plan = plan  # for the next attempt, once there is room
             raise
 
     async def _load_in_turn(self) -> tuple[Engine, ModelInfo]:
         return await self._residents.load(lambda: asyncio.to_thread(self._load))
+
+    @property
+    def is_watched(self) -> bool:
+        """Whether the watchdog still checks the engine, or replaces it."""
+        return self._watch is not None and not self._watch.done()
 
     async def _start_engine(self, engine: Engine) -> None:
         """Start an engine, and find a text that it can embed, for the watchdog's tests.
@@ -173,9 +181,9 @@ class InfinityBackend:
     def _running(self) -> Engine:
         if self._is_stopped:
             raise ShuttingDown("the gateway is shutting down", retry_after_s=5)
-        if self._engine is None:
+        if self.engine is None:
             raise ModelNotReady(f"model {self._entry.id!r} is not loaded", retry_after_s=5)
-        return self._engine
+        return self.engine
 
     async def stop(self) -> None:
         self._is_stopped = True
@@ -184,9 +192,9 @@ class InfinityBackend:
             await asyncio.wait((self._watch,))
             self._watch = None  # the traceback of its end holds the engine
         holders = None
-        if self._engine is not None:
-            await self._engine.astop()
-            holders, self._engine = self._engine.holders(), None
+        if self.engine is not None:
+            await self.engine.astop()
+            holders, self.engine = self.engine.holders(), None
         if self._may_hold_memory and not self._has_lost_card:  # the process frees it, and a call may hang
             self._may_hold_memory = False
             await asyncio.to_thread(_free_memory, holders)
@@ -194,8 +202,8 @@ class InfinityBackend:
     # ------------------------------------------------------------------------------------------------------ trouble
 
     async def _watch_engine(self, report: Report) -> None:
-        while self._engine is not None:
-            engine, handled = self._engine, set[int]()
+        while self.engine is not None:
+            engine, handled = self.engine, set[int]()
             while (trouble := await self._watchdog.until_wrong(engine, handled)).replica is not None:
                 handled.add(trouble.replica)
                 engine.lose(trouble.replica, trouble.reason)
@@ -218,7 +226,7 @@ class InfinityBackend:
         """Reload the model, until that succeeds."""
         log.error("engine_lost", model=self._entry.id, reason=reason)
         report(ModelState.RECOVERING, reason)
-        self._engine = None  # its weights must be released before there is room to load them again
+        self.engine = None  # its weights must be released before there is room to load them again
         engine.give_up(
             lambda: ModelRecovering(f"model {self._entry.id!r} is being reloaded: {reason}", retry_after_s=5)
         )
@@ -240,7 +248,7 @@ class InfinityBackend:
                 await asyncio.sleep(pause_s)
                 pause_s = min(2 * pause_s, _LONGEST_BACKOFF_S)
             else:
-                self._engine = replacement
+                self.engine = replacement
                 report(ModelState.READY, "")
                 log.info("engine_restarted", model=self._entry.id)
                 return
@@ -259,7 +267,7 @@ def _import_libraries() -> None:
     gc.freeze()
 
 
-def _load_engine(plan: LoadPlan, settings: Settings) -> tuple[Engine, ModelInfo]:
+def load(plan: LoadPlan, settings: Settings) -> tuple[Engine, ModelInfo]:
     from gateway.engine.faults import find_lost_card, is_out_of_memory
     from gateway.engine.loading import load_engine
 

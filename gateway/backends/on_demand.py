@@ -94,7 +94,7 @@ class OnDemandBackend:
     ) -> None:
         self._id = entry.id
         self._idle_unload_s = entry.idle_unload_s
-        self._inner = inner
+        self.inner = inner
         self._settings = settings
         self._residents = residents
         self._clock = clock or Clock()
@@ -118,7 +118,7 @@ class OnDemandBackend:
     # ------------------------------------------------------------------------------------------------- as a backend
 
     async def plan(self, report: Report = unreported) -> ModelInfo:
-        self._info = await self._inner.plan(report)
+        self._info = await self.inner.plan(report)
         return self._info
 
     async def start(self, report: Report) -> ModelInfo:
@@ -128,7 +128,7 @@ class OnDemandBackend:
         settings = self._settings
         self._admission = Admission(self._id, settings.max_queue_texts, settings.max_queue_tokens, info.max_tokens)
         try:
-            await self._inner.require_room()
+            await self.inner.require_room()
         except TooLittleMemory as shortage:
             if not self._residents.can_make_room(shortage):
                 log.warning("model_does_not_fit", model=self._id, reason=str(shortage))
@@ -149,7 +149,7 @@ class OnDemandBackend:
             await self._enter(job.deadline, may_wait=job.may_wait)
         waited_s = self._clock.now() - asked_at
         try:
-            result = await self._inner.embed(job)
+            result = await self.inner.embed(job)
         finally:
             self._count(-1)
         return replace(result, timings=replace(result.timings, queue_s=result.timings.queue_s + waited_s))
@@ -157,7 +157,7 @@ class OnDemandBackend:
     async def vocabulary(self) -> Vocabulary:
         await self._enter(self._clock.now() + self._settings.request_timeout_s)
         try:
-            return await self._inner.vocabulary()
+            return await self.inner.vocabulary()
         finally:
             self._count(-1)
 
@@ -170,7 +170,7 @@ class OnDemandBackend:
         if self._is_loaded:
             self._close()
             self._residents.remove(self)
-        await self._inner.stop()
+        await self.inner.stop()
 
     # ----------------------------------------------------------------------------------------------- for the operator
 
@@ -273,8 +273,8 @@ class OnDemandBackend:
         log.info("model_loading", model=self._id)
         self._is_loading = True
         try:
-            await self._inner.plan()  # read the checkpoint again, because its files may have changed
-            self._info = await self._inner.start(self._report_inner)
+            await self.inner.plan()  # read the checkpoint again, because its files may have changed
+            self._info = await self.inner.start(self._report_inner)
         except Exception as error:  # a checkpoint can make the libraries raise any error
             self._note_failure(error)
         else:
@@ -282,7 +282,7 @@ class OnDemandBackend:
         finally:
             self._is_loading = False
         if self._reason or not self.is_started:
-            await self._inner.stop()
+            await self.inner.stop()
             return self._failed if self._reason else None
         self._open(load)
         return None
@@ -349,7 +349,7 @@ class OnDemandBackend:
     async def _leave(self, reason: str) -> None:
         await self._has_nothing_in_flight.wait()
         try:
-            await self._inner.stop()
+            await self.inner.stop()
         finally:
             self._leaving = None
             self._residents.remove(self)

@@ -4,10 +4,18 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
+from typing import NamedTuple
 
 # The cost of an entry besides the bytes of its key and value: two objects, a list node, a share of the growing table,
 # and the allocator's rounding. A test measures it.
 ENTRY_BYTES = 256
+
+
+class MemoryStats(NamedTuple):
+    """The content of a store."""
+
+    num_entries: int
+    num_bytes: int
 
 
 class MemoryStore:

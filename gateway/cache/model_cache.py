@@ -11,7 +11,7 @@ import numpy as np
 from gateway.cache.entries import Part, entries_of, is_usable, num_tokens_of, part_of
 from gateway.cache.joining import complete, joined
 from gateway.cache.keys import key_of
-from gateway.cache.memory import MemoryStore
+from gateway.cache.memory import MemoryStats, MemoryStore
 from gateway.cache.stores import Guarded
 from gateway.errors import BadInput, RequestError
 from gateway.telemetry import metrics
@@ -190,6 +190,10 @@ class ModelCache:
         self._memory.clear()
         if self._store is not None:
             self._store.forget(list(self._parts.values()))
+
+    def stats(self) -> MemoryStats:
+        """Return how much the memory holds."""
+        return MemoryStats(len(self._memory), self._memory.num_bytes)
 
     async def close(self) -> None:
         """Release the memory, and close connections and files."""

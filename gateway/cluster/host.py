@@ -28,7 +28,7 @@ _SILENCE_S: Final = 1.0
 _MANY_TOKENS: Final = 1024
 
 
-class _Front:
+class Front:
     """A front that is connected, and its jobs in progress."""
 
     def __init__(self, connection: Connection) -> None:
@@ -53,7 +53,7 @@ class Host:
         self._info = info
         self._secret = secret
         self._address = address
-        self._fronts: dict[Connection, _Front] = {}
+        self.fronts: dict[Connection, Front] = {}
         self._server: asyncio.Server | None = None
         self._reporting: asyncio.Task[None] | None = None
         self.port = 0
@@ -79,13 +79,13 @@ class Host:
         return connection
 
     def _opened(self, connection: Connection) -> None:
-        self._fronts[connection] = _Front(connection)
+        self.fronts[connection] = Front(connection)
         connection.send("info", self._info)
         connection.send("state", *self._state)
         connection.send("load", self.load())
 
     def _closed(self, connection: Connection, reason: str) -> None:
-        front = self._fronts.pop(connection, None)
+        front = self.fronts.pop(connection, None)
         if front is None:
             log.debug("front_refused", reason=reason)
             return
@@ -95,7 +95,7 @@ class Host:
     # ----------------------------------------------------------------------------------------------------- messages
 
     def _received(self, connection: Connection, message: Message) -> None:
-        front = self._fronts[connection]
+        front = self.fronts[connection]
         match message:
             case ("embed", int(key), WireJob() as job):
                 self._run(front, key, self._embed(front, key, job))
@@ -109,11 +109,11 @@ class Host:
             case _:
                 raise ValueError(f"an unknown message: {str(message)[:80]}")
 
-    def _run(self, front: _Front, key: int, work: Coroutine[Any, Any, None]) -> None:
+    def _run(self, front: Front, key: int, work: Coroutine[Any, Any, None]) -> None:
         task = front.tasks[key] = asyncio.create_task(work)
         task.add_done_callback(lambda _task: front.tasks.pop(key, None))
 
-    async def _embed(self, front: _Front, key: int, wire_job: WireJob) -> None:
+    async def _embed(self, front: Front, key: int, wire_job: WireJob) -> None:
         work, num_texts = wire_job.work, len(wire_job.content["texts"])
         self._count(front, 1, num_texts, work)
 
@@ -153,7 +153,7 @@ class Host:
 
     # --------------------------------------------------------------------------------------------------------- load
 
-    def _count(self, front: _Front, num_requests: int, num_texts: int, work: int) -> None:
+    def _count(self, front: Front, num_requests: int, num_texts: int, work: int) -> None:
         self.num_requests += num_requests
         self._num_texts += num_texts
         self._work += work
@@ -164,10 +164,10 @@ class Host:
         else:
             self._is_idle.set()
 
-    def load(self, front: _Front | None = None) -> Load:
+    def load(self, front: Front | None = None) -> Load:
         """Return the current load from the perspective of one front."""
         others = self._work - (0 if front is None else front.work)
-        return Load(self.num_requests, self._num_texts, self._work, others, self._pace.rate, len(self._fronts))
+        return Load(self.num_requests, self._num_texts, self._work, others, self._pace.rate, len(self.fronts))
 
     async def _report_load(self) -> None:
         """Measure the rate, and send changes to the fronts."""
@@ -178,8 +178,8 @@ class Host:
             self._pace.measure()
             is_due = time.monotonic() - last >= _SILENCE_S
             last = time.monotonic() if is_due else last
-            told = {connection: load for connection, load in told.items() if connection in self._fronts}
-            for connection, front in self._fronts.items():
+            told = {connection: load for connection, load in told.items() if connection in self.fronts}
+            for connection, front in self.fronts.items():
                 if is_due or told.get(connection) != self.load(front):
                     told[connection] = self.load(front)
                     connection.send("load", told[connection])
@@ -189,7 +189,7 @@ class Host:
         if state is not self._state[0]:
             self._state_since = time.monotonic()
         self._state = (state, reason)
-        for connection in self._fronts:
+        for connection in self.fronts:
             connection.send("state", state, reason)
 
     def why_unwell(self, patience_s: float) -> str:
@@ -207,7 +207,7 @@ class Host:
 
     async def drain(self, timeout_s: float) -> None:
         """Ask the fronts to send no more jobs, and wait for those in progress."""
-        for connection in self._fronts:
+        for connection in self.fronts:
             connection.send("leaving")
         if self._server is not None:
             self._server.close()
@@ -221,7 +221,7 @@ class Host:
         """Close all connections; jobs in progress get an error."""
         if self._reporting is not None:
             self._reporting.cancel()
-        for connection, front in list(self._fronts.items()):
+        for connection, front in list(self.fronts.items()):
             for key, task in list(front.tasks.items()):
                 task.cancel()
                 connection.send("error", key, _leaving(self._info.id)())

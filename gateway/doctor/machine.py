@@ -194,10 +194,10 @@ def _disks(settings: Settings) -> Iterator[Finding]:
 def _ports(settings: Settings) -> Iterator[Finding]:
     for name, port in (("port", settings.port), ("admin_port", settings.admin_port)):
         if port is not None:
-            yield _port(settings.host, port, name)
+            yield check_port(settings.host, port, name)
 
 
-def _port(host: str, port: int, setting: str) -> Finding:
+def check_port(host: str, port: int, setting: str) -> Finding:
     details: dict[str, Detail] = {"host": host, "port": port}
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]

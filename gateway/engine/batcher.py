@@ -17,7 +17,7 @@ from collections.abc import Callable, Hashable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import structlog
 
@@ -49,6 +49,13 @@ class Limits:
     max_batch_tokens: int
     max_queue_texts: int
     max_queue_tokens: int
+
+
+class SequenceStats(NamedTuple):
+    """The sequences that a batcher has in flight; identical texts share one."""
+
+    num_sequences: int
+    num_waiters: int
 
 
 class Batcher:
@@ -296,6 +303,10 @@ class Batcher:
         """Return how long the oldest pending request of a priority has been waiting, 0 without one."""
         oldest = next((one for one in self._pending.values() if one.priority is priority), None)
         return 0.0 if oldest is None else time.monotonic() - oldest.admitted_at
+
+    def stats(self) -> SequenceStats:
+        """Return how many sequences are in flight, and how many texts wait for them."""
+        return SequenceStats(len(self._sequences), sum(len(one.waiters) for one in self._sequences.values()))
 
     @property
     def num_requests(self) -> int:

@@ -200,7 +200,7 @@ def load_engine(plan: LoadPlan, settings: Settings, *, checks_golden: bool = Tru
     """
     threads = choose_cpu_threads(settings.cpu_threads, plan.runtime)
     torch.set_num_threads(choose_cpu_threads(settings.cpu_threads, "torch").per_stream)
-    _require_golden(plan)
+    require_golden(plan)
     golden = None
     if checks_golden and plan.entry.golden is not None:
         vectors = golden_vectors.read(Path(plan.entry.golden), plan.checkpoint.fingerprint, plan.tasks)
@@ -247,7 +247,7 @@ def load_reference(plan: LoadPlan) -> Encoder:
     return encoder
 
 
-def _require_golden(plan: LoadPlan) -> None:
+def require_golden(plan: LoadPlan) -> None:
     """Refuse float16 accumulation for other dtypes, or without golden vectors that check it."""
     if plan.entry.fp16_accumulation and (plan.dtype != "float16" or plan.entry.golden is None):
         raise LoadError(

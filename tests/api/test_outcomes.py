@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import sqlite3
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
@@ -496,8 +497,9 @@ async def test_a_damaged_file_is_a_503_and_requests_and_the_stop_go_on(
     other = store_module.Store(path, 10**8)
     rows = [store_module.NewOutcome("kept", i.to_bytes(16), i, 1.0, 1.0, 9.0, is_before=False) for i in range(2_000)]
     other.keep("exp", rows)
-    other._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     other.close()
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as program:
+        program.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     with path.open("r+b") as content:  # the first pages have the schema
         content.seek(20 * 4096)
         content.write(b"\xff" * (path.stat().st_size - 20 * 4096))

@@ -70,8 +70,8 @@ def job(*texts: str) -> EmbedJob:
 
 def engine_of(backend: Any) -> Engine:
     assert isinstance(backend, InfinityBackend)
-    assert backend._engine is not None
-    return backend._engine
+    assert backend.engine is not None
+    return backend.engine
 
 
 def no_report(state: ModelState, reason: str) -> None:
@@ -340,7 +340,7 @@ class Watched:
 
     @property
     def engine(self) -> Any:
-        return self.backend._engine
+        return self.backend.engine
 
 
 @pytest.fixture
@@ -601,9 +601,7 @@ async def test_a_forward_that_hangs_on_a_card_is_not_reloaded(
             "CUDA error: an illegal memory access was encountered",
         )
     ]
-    assert watched.backend._watch is not None
-    await asyncio.wait((watched.backend._watch,), timeout=PATIENCE_S)
-    assert watched.backend._watch.done()  # nothing is tried again and again
+    await until(lambda: not watched.backend.is_watched)  # nothing is tried again and again
     assert (lost_devices(), restarts()) == (lost_before + 2, restarts_before)
     assert len(watched.engines) == 1
     await watched.backend.stop()
@@ -620,8 +618,7 @@ async def test_an_engine_on_a_card_that_is_wrong_is_reloaded_and_a_card_that_is_
     watched.engines[0].devices = ["cuda:0", "cuda:0"]
     watched.engines[0].drift = "golden vectors: cosine 0.9"
     await until(lambda: bool(watched.losses))
-    assert watched.backend._watch is not None
-    await asyncio.wait((watched.backend._watch,), timeout=PATIENCE_S)
+    await until(lambda: not watched.backend.is_watched)
 
     assert watched.losses == ["cuda:0, on which minilm runs: cuda:0 was lost while the model was loading"]
     assert [state for state, _reason in watched.reports] == [ModelState.RECOVERING] * 2
@@ -653,7 +650,7 @@ def test_a_card_that_is_lost_while_a_model_is_loaded(
     plan = SimpleNamespace(device="cuda:1", devices=("cuda:1",), notes=())
 
     with pytest.raises(LoadError, match=expected) as caught:
-        infinity._load_engine(plan, Settings())  # type: ignore[arg-type]
+        infinity.load(plan, Settings())  # type: ignore[arg-type]
 
     assert isinstance(caught.value, CardLostAtLoad) == ("was lost" in expected)
 
@@ -666,7 +663,7 @@ def test_remarks_about_the_devices_are_logged(monkeypatch: pytest.MonkeyPatch) -
     )
 
     with capture_logs() as lines:
-        infinity._load_engine(plan, Settings())  # type: ignore[arg-type]
+        infinity.load(plan, Settings())  # type: ignore[arg-type]
 
     assert [(line["event"], line["log_level"], line["note"]) for line in lines] == [
         ("device_note", "warning", "cuda:1 is left out"),

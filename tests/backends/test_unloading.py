@@ -114,10 +114,10 @@ async def test_nothing_of_an_engine_is_left(small: Path) -> None:
     backend = make_backend(small, "torch")
     await backend.start(lambda _state, _reason: None)
     await backend.embed(job())
-    inner = backend._inner
+    inner = backend.inner
     assert isinstance(inner, InfinityBackend)
-    assert inner._engine is not None
-    left = [weakref.ref(inner._engine), *(weakref.ref(encoder) for encoder in inner._engine.encoders)]
+    assert inner.engine is not None
+    left = [weakref.ref(inner.engine), *(weakref.ref(encoder) for encoder in inner.engine.encoders)]
 
     await backend.unload()
 
@@ -135,10 +135,10 @@ async def test_unloading_does_not_stop_other_requests(
     await backend.unload()  # the imports of a first load leave cycles that hold it
     await backend.embed(job())
     await asyncio.gather(*(backend.embed(job(text)) for text in ("a", "b c", "")))
-    inner = backend._inner
+    inner = backend.inner
     assert isinstance(inner, InfinityBackend)
-    assert inner._engine is not None
-    holders = inner._engine.holders()
+    assert inner.engine is not None
+    holders = inner.engine.holders()
     collections: list[object] = []
     monkeypatch.setattr(gc, "collect", collections.append)
 

@@ -145,7 +145,7 @@ def test_answers_and_errors_are_those_without_a_cache(jobs: Sequence[EmbedJob], 
                 assert found[:1] == expected[:1]  # "at least", as far as it was counted
             else:
                 assert found == expected
-            assert cache._memory.num_bytes <= max_bytes
+            assert cache.stats().num_bytes <= max_bytes
 
     asyncio.run(check())
 
@@ -369,8 +369,8 @@ async def test_the_metrics_say_what_it_does() -> None:
     await cache.embed(job(texts[-1], "new"), INFO, model.embed)
     assert value(metrics.CACHE_TEXTS, "memory") == 1
     assert value(metrics.CACHE_TEXTS, "miss") == 61
-    assert value(metrics.CACHE_BYTES) == cache._memory.num_bytes > TINY / 2
-    assert value(metrics.CACHE_EVICTIONS) == 61 - len(cache._memory)
+    assert value(metrics.CACHE_BYTES) == cache.stats().num_bytes > TINY / 2
+    assert value(metrics.CACHE_EVICTIONS) == 61 - cache.stats().num_entries
     await cache.close()
     assert value(metrics.CACHE_BYTES) == 0
 

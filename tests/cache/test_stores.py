@@ -121,7 +121,7 @@ async def test_what_is_too_much_for_the_memory_is_still_found(place: Callable[[]
     found = await cache.embed(job(*texts), INFO, model.embed)
     assert (found.num_cached, len(model.asked)) == (200, 200)
     assert same(found, await Model().embed(job(*texts)))
-    assert cache._memory.num_bytes <= 6000
+    assert cache.stats().num_bytes <= 6000
 
 
 @both

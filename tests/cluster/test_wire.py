@@ -367,7 +367,7 @@ async def test_a_lost_replica_costs_no_job_while_there_is_another() -> None:
         await until(lambda: len(first.begun) + len(second.begun) == 20)
         assert first.begun
         assert second.begun
-        for connection in list(host._fronts):
+        for connection in list(host.fronts):
             connection.abort("killed")
         second.may_go.set()
         first.may_go.set()
@@ -389,7 +389,7 @@ async def test_a_job_that_ends_every_replica_is_not_given_to_all_of_them() -> No
             for num in range(1, 4):
                 await until(lambda num=num: sum(len(backend.begun) for backend in backends) == num)
                 for host in hosts:
-                    for connection, front in list(host._fronts.items()):
+                    for connection, front in list(host.fronts.items()):
                         if front.tasks:
                             connection.abort("died of it")
             with pytest.raises(ModelRecovering, match="3 of its replicas"):
@@ -509,7 +509,7 @@ async def test_without_a_replica_a_job_waits_for_a_moment_and_no_longer() -> Non
 async def test_a_line_that_was_lost_is_opened_again() -> None:
     info = fake_info()
     async with hosted(FakeBackend(info), info) as (host, place), pool_of(place) as pool:
-        for connection in list(host._fronts):
+        for connection in list(host.fronts):
             connection.abort("a broken cable")
         await until(lambda: not pool.usable)
         await until(lambda: bool(pool.usable))

@@ -549,13 +549,13 @@ def test_a_port_in_use_by_what_does_not_speak_http_is_named(monkeypatch: pytest.
 
         thread = threading.Thread(target=greet)
         thread.start()
-        found = machine._port("127.0.0.1", port, "port")
+        found = machine.check_port("127.0.0.1", port, "port")
         thread.join()
     assert (found.status, found.mend) == (Status.TODO, "another one: GATEWAY_PORT=...")
     assert "Address already in use" in found.text
 
 
 def test_a_host_that_no_name_can_be_is_named() -> None:
-    found = machine._port("a" * 80, 8000, "port")
+    found = machine.check_port("a" * 80, 8000, "port")
     assert (found.status, found.mend) == (Status.TODO, "another one: GATEWAY_HOST=...")
     assert "label" in found.text

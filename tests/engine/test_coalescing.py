@@ -255,7 +255,7 @@ async def test_the_twin_gets_its_result_when_the_first_owner_is_cancelled_during
     first = asyncio.create_task(batcher.submit(make_job("7")))
     await gate.reached()
     second = asyncio.create_task(batcher.submit(make_job("7")))
-    assert await becomes(lambda: [len(one.waiters) for one in batcher._sequences.values()] == [2])
+    assert await becomes(lambda: batcher.stats() == (1, 2))
 
     first.cancel()
     await asyncio.wait({first})
@@ -277,7 +277,7 @@ async def test_a_newcomer_joins_a_computation_that_is_no_longer_needed(
     await asyncio.wait({gone})
 
     newcomer = asyncio.create_task(batcher.submit(make_job("7")))
-    assert await becomes(lambda: [len(one.waiters) for one in batcher._sequences.values()] == [1])
+    assert await becomes(lambda: batcher.stats() == (1, 1))
     gate.open()
 
     assert (await newcomer).vectors.tolist() == [[7, 1]]
@@ -371,7 +371,7 @@ async def test_a_duplicate_that_comes_while_its_twin_fails_fails_too(
     first = asyncio.create_task(answer(batcher.submit(make_job("13"))))
     await gate.reached()
     second = asyncio.create_task(answer(batcher.submit(make_job("13"))))
-    assert await becomes(lambda: [len(one.waiters) for one in batcher._sequences.values()] == [2])
+    assert await becomes(lambda: batcher.stats() == (1, 2))
 
     gate.open()
 

@@ -390,10 +390,10 @@ def test_float16_accumulation_needs_golden_vectors_on_a_card_too(entry: ModelEnt
     plan = replace(plan_load(entry.model_copy(update=changes)), dtype="float16")
 
     if has_golden:
-        loading._require_golden(plan)
+        loading.require_golden(plan)
     else:
         with pytest.raises(LoadError, match="golden: is not set"):
-            loading._require_golden(plan)
+            loading.require_golden(plan)
 
 
 # ------------------------------------------------------------------------------------------------------ gateway verify

@@ -33,6 +33,12 @@ def outcome(number: int, unit: int = 1, **fields: object) -> NewOutcome:
     return NewOutcome(key=number.to_bytes(16), unit=unit, **content)
 
 
+def command(path: Path, statement: str) -> None:
+    """Run a statement in a file, as another program does."""
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute(statement)
+
+
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     return tmp_path / "a" / "experiments.sqlite3"
@@ -186,7 +192,7 @@ def test_another_file_is_refused(tmp_path: Path, content: bytes) -> None:
 
 
 def test_a_file_of_a_later_version_is_refused(store: Store, path: Path) -> None:
-    store._db.execute("PRAGMA user_version = 7")
+    command(path, "PRAGMA user_version = 7")
 
     with pytest.raises(StartError, match="is of version 7, and this gateway reads 1"):
         Store(path, MB)
@@ -203,7 +209,7 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
 
 def test_a_file_that_is_damaged_further_on_stops_the_start_with_a_reason(store: Store, path: Path) -> None:
     store.expose([exposure(unit) for unit in range(2_000)])
-    store._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    command(path, "PRAGMA wal_checkpoint(TRUNCATE)")
     size = path.stat().st_size
     with path.open("r+b") as content:  # the first pages have the schema
         content.seek(20 * 4096)

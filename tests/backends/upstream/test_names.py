@@ -19,7 +19,8 @@ import pytest
 from gateway import golden
 from gateway.backends.upstream import pool as pool_module
 from gateway.backends.upstream.backend import UpstreamBackend
-from gateway.backends.upstream.pool import MAX_ADDRESSES, Name, Turns
+from gateway.backends.upstream.dialects import make_dialect
+from gateway.backends.upstream.pool import MAX_ADDRESSES, Name, Pool, Turns
 from gateway.backends.upstream.resolver import Resolver
 from gateway.config.model_entry import ModelEntry
 from gateway.config.settings import Settings
@@ -285,24 +286,25 @@ async def test_there_is_an_end_to_the_addresses_of_a_name(pods: Pods, monkeypatc
 
 async def test_of_many_servers_a_working_one_is_found() -> None:
     addresses = [f"10.0.{i // 250}.{i % 250 + 1}" for i in range(500)]
-    backend = UpstreamBackend(
-        entry(upstream={"urls": (f"dns+http://{HOST}",)}), Settings(), Resolver(lambda *_: addresses)
-    )
-    await backend._pool.find()
-    for server in backend.servers[:-1]:
+    model = entry(upstream={"urls": (f"dns+http://{HOST}",)})
+    assert model.upstream is not None
+    dialect = make_dialect(model, model.upstream)
+    pool = Pool(model.id, dialect, model.upstream, Resolver(lambda *_: addresses))
+    await pool.find()
+    for server in pool.servers[:-1]:
         server.hold()
 
-    chosen = [backend._pool.choose({}) for _ in range(10)]
+    chosen = [pool.choose({}) for _ in range(10)]
 
-    assert chosen == [backend.servers[-1]] * 10
-    backend.servers[-1].hold()
-    assert backend._pool.choose({}) is None
-    for server in backend.servers:
+    assert chosen == [pool.servers[-1]] * 10
+    pool.servers[-1].hold()
+    assert pool.choose({}) is None
+    for server in pool.servers:
         server.let_in()
-    for server in backend.servers[:450]:
+    for server in pool.servers[:450]:
         server.num_texts = 1
-    assert all(server is not None and server.num_texts == 0 for server in (backend._pool.choose({}) for _ in range(20)))
-    await backend.stop()
+    assert all(server is not None and server.num_texts == 0 for server in (pool.choose({}) for _ in range(20)))
+    await pool.close()
 
 
 async def test_there_are_as_many_turns_of_low_priority_as_servers() -> None:
