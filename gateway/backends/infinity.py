@@ -54,7 +54,7 @@ class InfinityBackend:
         on_card_lost: called when a card is lost, with the reason.
 
     Attributes:
-        engine: the engine that serves; ``None`` while there is none.
+        engine: the engine that serves; ``None`` before the start and while it is replaced.
     """
 
     def __init__(
