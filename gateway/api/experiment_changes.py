@@ -128,7 +128,8 @@ class ExperimentChanges:
     def _find(self, experiment_id: str) -> Experiment:
         experiment = self._deployment.registry.experiment(experiment_id)
         if experiment is None:
-            raise ExperimentNotFound(f"no experiment is called {cut(experiment_id)!r}")
+            shown = cut(self._deployment.router.names.shown(experiment_id))
+            raise ExperimentNotFound(f"no experiment is called {shown!r}")
         return experiment
 
 

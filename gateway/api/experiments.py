@@ -79,7 +79,8 @@ def find_experiment(deployment: Deployment, request: Request, experiment_id: str
     experiment, usable = deployment.registry.experiment(experiment_id), _usable(deployment, request)
     if experiment is None:
         known = ", ".join(other.id for other in usable) or "none"
-        raise ExperimentNotFound(f"no experiment is called {cut(experiment_id)!r}; there are: {known}")
+        shown = cut(deployment.router.names.shown(experiment_id))  # a unit may follow the id of an experiment
+        raise ExperimentNotFound(f"no experiment is called {shown!r}; there are: {known}")
     if experiment not in usable:
         raise ModelNotAllowed(f"this API key is not for experiment {experiment.id!r}", param="model")
     return experiment

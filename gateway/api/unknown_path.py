@@ -9,10 +9,7 @@ from starlette.exceptions import HTTPException
 
 from gateway.api.tei import TEI_ADDRESS
 from gateway.errors import InternalError, MethodNotAllowed, NotFound
-from gateway.http.context import RequestContext
-
-# Clients may send any path, so only a limited part is used in the search for similar paths and repeated in the answer.
-_MAX_SHOWN_PATH = 200
+from gateway.http.context import MAX_SHOWN_PATH, RequestContext
 
 
 async def on_http_exception(request: Request, error: Exception) -> Response:
@@ -25,7 +22,7 @@ async def on_http_exception(request: Request, error: Exception) -> Response:
     """
     assert isinstance(error, HTTPException)  # noqa: S101  it is registered for nothing else
     context = RequestContext.of(request)
-    path = context.path[:_MAX_SHOWN_PATH]
+    path = context.path[:MAX_SHOWN_PATH]
     # TEI's clients post there; a GET comes from a curious person.
     is_address = getattr(request.scope.get("route"), "path", None) in ("/", TEI_ADDRESS)
     is_nowhere = is_address and context.method in ("GET", "HEAD")

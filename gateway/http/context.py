@@ -22,6 +22,10 @@ _CONTEXT = "gateway.context"
 # An error message may quote a client's text, which must not reach the log.
 _QUOTED = re.compile(r"(the string|an object with|refuses the request:) .*", re.DOTALL)
 _MAX_REASON = 300
+MAX_SHOWN_PATH = 200
+"""How much of a path an error message quotes: clients may send any path."""
+# From the third part on, a path has names, perhaps with a unit in them: `/tei/EXPERIMENT/UNIT/embed`.
+_NUM_LOGGED_PARTS = 2
 
 
 @dataclass(slots=True)
@@ -98,9 +102,16 @@ class RequestContext:
     def refuse(self, error: RequestError) -> None:
         """Record why the request is refused."""
         self.error_code, self.param = error.code, error.param
-        self.reason = _QUOTED.sub(r"\1 …", error.message)[:_MAX_REASON]
+        shown = error.message.replace(self.path[:MAX_SHOWN_PATH], _without_names(self.path))
+        self.reason = _QUOTED.sub(r"\1 …", shown)[:_MAX_REASON]
 
     def describe(self, model: str, task: str | None, num_texts: int, num_tokens: int, timings: Timings) -> None:
         """Record the facts about the answer."""
         self.model, self.task, self.num_texts, self.num_tokens = model, task, num_texts, num_tokens
         self.timings = timings
+
+
+def _without_names(path: str) -> str:
+    """Return the beginning of a path, for the log, which has no units."""
+    parts = path[:MAX_SHOWN_PATH].split("/")
+    return path if len(parts) <= _NUM_LOGGED_PARTS + 1 else "/".join([*parts[: _NUM_LOGGED_PARTS + 1], "…"])

@@ -29,7 +29,7 @@ from gateway.types import Timings
 # Clients can send any path; a span keeps the beginning.
 _MAX_PATH_CHARS = 256
 # The name after these may hold a unit of an experiment, which identifies a person.
-_NAME_IN_PATH = re.compile(r"(/tei/|/openai/deployments/|/models/).+", re.DOTALL)
+_NAME_IN_PATH = re.compile(r"(/tei/|/openai/deployments/|/models/|/experiments/[^/]+/).+", re.DOTALL)
 _FIRST_SERVER_ERROR = 500
 
 _OFF: AbstractContextManager[None] = nullcontext()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
@@ -9,6 +10,7 @@ import httpx
 import pytest
 from structlog.testing import capture_logs
 
+from gateway.config.registry import Experiment
 from gateway.telemetry import metrics
 
 Connect = Callable[..., Awaitable[httpx.AsyncClient]]
@@ -106,3 +108,30 @@ async def test_probes_and_scrapes_are_not_among_the_lines_of_requests(connect: C
         await client.get(path)
 
     assert [line["log_level"] for line in lines if line["event"] == "request"] == ["debug"]
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("POST", "/tei/exp%2Fada/embeds"),
+        ("GET", "/tei/exp%2Fada/embed"),
+        ("GET", "/tei/exp%2Fada"),
+        ("POST", "/openai/deployments/exp/ada/embedding"),
+        ("GET", "/v1/experiments/exp/ada/assignment"),
+        ("GET", "/v1/experiments/exp/ada"),
+        ("POST", "/v1/experiments/exp/ada/preview"),
+        ("GET", "/v1/models/exp/ada/more"),
+    ],
+)
+async def test_no_unit_in_a_wrong_path_is_in_the_reason(connect: Connect, method: str, path: str) -> None:
+    arms = ({"model": "mini", "weight": 1}, {"model": "jina", "weight": 1})
+    experiment = {"id": "exp", "kind": "cross_space", "unit": ("model",), "arms": arms}
+    client = await connect(experiments=[Experiment.model_validate(experiment)])
+
+    with capture_logs() as lines:
+        answer = await client.request(method, path, json={"weights": {}} if method == "POST" else None)
+
+    (line,) = [one for one in lines if one["event"] == "request"]
+    assert answer.is_client_error
+    assert "ada" not in json.dumps(line)
+    assert line["reason"]
