@@ -65,7 +65,12 @@ _TESTS_OF = {
     "gateway/engine/admission.py": ("engine/test_admission", "engine/test_low_priority"),
     "gateway/engine/batcher.py": ("engine/test_batcher", "engine/test_admission", "engine/test_low_priority"),
     "gateway/engine/model/adapters.py": ("models/test_jina", "models/test_jina_v5_layout"),
-    "gateway/engine/model/heads.py": ("engine/model/test_heads", "models/test_m3", "models/test_modules"),
+    "gateway/engine/model/heads.py": (
+        "engine/model/test_heads",
+        "models/test_colbert",
+        "models/test_m3",
+        "models/test_modules",
+    ),
     "gateway/engine/model/tokenizer.py": ("engine/model/test_tokenizer", "models/test_late_chunking"),
     "gateway/engine/worker.py": ("engine/test_worker", "engine/test_batcher"),
     "gateway/experiments/split.py": ("experiments/test_split", "test_observation"),

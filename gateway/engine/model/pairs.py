@@ -80,7 +80,7 @@ class PairTokenizer(Tokenizer):
         ]
 
     def read_each(
-        self, firsts: Sequence[str], texts: Sequence[str], truncate: Truncate, *, first_index: int = 0
+        self, firsts: Sequence[str], texts: Sequence[str], truncate: Truncate, *, first_index: int
     ) -> Steps[list[Tokens]]:
         """Tokenize each text after the first text of its pair; see :meth:`read_pairs`.
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from gateway.engine.checkpoint.modules import Pooling
-from gateway.engine.model.states import TokenStates
+from gateway.engine.model.states import TokenStates, to_host
 
 WIDTH = 5
 LENGTHS = {
@@ -125,3 +125,10 @@ def test_a_text_does_not_depend_on_its_neighbors() -> None:
     for pooling in Pooling:
         alone = [TokenStates(text, [len(text)]).pool(pooling) for text in texts_of(lengths)]
         torch.testing.assert_close(together.pool(pooling), torch.cat(alone), rtol=1e-6, atol=1e-6)
+
+
+def test_what_is_on_the_host_is_not_copied_through_pinned_memory() -> None:
+    """A machine without a card has none."""
+    tensor = torch.arange(6.0).reshape(2, 3)
+
+    assert to_host(tensor).tolist() == [[0, 1, 2], [3, 4, 5]]
