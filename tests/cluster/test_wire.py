@@ -512,8 +512,25 @@ async def test_a_line_that_was_lost_is_opened_again() -> None:
         for connection in list(host.fronts):
             connection.abort("a broken cable")
         await until(lambda: not pool.usable)
+        [line] = pool.lines.values()
+        assert (trouble := line.trouble)
+        with pytest.raises(LineLost) as caught:
+            await line.metrics()
+        assert str(caught.value) == trouble
         await until(lambda: bool(pool.usable))
+        assert line.trouble == ""
         assert len((await pool.embed(make_job())).vectors) == 1
+
+
+async def test_a_line_that_is_being_closed_is_not_used() -> None:
+    info = fake_info()
+    async with hosted(FakeBackend(info), info) as (_host, place), pool_of(place) as pool:
+        [line] = pool.usable
+        closing = asyncio.create_task(line.close())
+        await asyncio.sleep(0)
+
+        assert not line.is_usable
+        await closing
 
 
 async def test_a_lost_line_is_not_an_error_of_the_request() -> None:

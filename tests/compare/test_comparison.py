@@ -67,7 +67,8 @@ async def test_each_arm_has_its_figures(gateway: FakeGateway, write_data: WriteD
     ]
     assert [one.arm for one in found.agreements] == ["tasks@8", "plain"]
     assert found.contrasts[0].verdict == Verdict.TOO_FEW_QUERIES
-    assert (found.source, found.seed) == ("http://gateway", 0)
+    assert (found.source, found.seed, found.margin) == ("http://gateway", 0, 0.01)
+    assert [arm.source for arm in found.arms] == ["owner/tasks", "owner/tasks", "owner/plain"]
     assert {"gateway", "numpy", "ir-measures"} <= found.versions.keys()
 
 
