@@ -51,6 +51,9 @@ def test_the_name_of_a_deployment_changes_with_what_its_vectors_depend_on_and_wi
     assert name.startswith("gateway-mini-")
 
     assert spec_of(golden=str(golden), required=True, replicas={"max": 5, "min": 1}).name == name
+    of_no_effect = {"license_accepted": True, "allow_space_change": True, "license": "MIT", "enabled": "auto"}
+    for field, value in {**of_no_effect, "load": "on_demand", "cache": {"max_bytes": 2**21}}.items():
+        assert spec_of(golden=str(golden), **{field: value}).name == name, field
     golden.write_text("{ }")
     assert spec_of(golden=str(golden)).name != name
     golden.write_text("{}")
@@ -95,6 +98,8 @@ def test_replicas_are_a_number_or_scaled_between_two() -> None:
     assert scaling_options(spec_of(replicas={"min": 3, "max": 3})) == {"num_replicas": 3}
     scaled = scaling_options(spec_of(replicas={"min": 1, "max": 4, "target_requests": 7}))["autoscaling_config"]
     assert (scaled["min_replicas"], scaled["max_replicas"], scaled["target_ongoing_requests"]) == (1, 4, 7)
+    # What was asked long ago neither keeps replicas nor adds any.
+    assert scaled["upscale_delay_s"] <= scaled["look_back_period_s"] < scaled["downscale_delay_s"]
 
 
 @pytest.mark.parametrize(

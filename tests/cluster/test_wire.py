@@ -20,7 +20,7 @@ from gateway.cluster.host import Host
 from gateway.cluster.line import Line, LineLost, Place
 from gateway.cluster.pool import Pool
 from gateway.cluster.values import WireEmbeddings, WireJob
-from gateway.cluster.wire import from_frame, to_frame
+from gateway.cluster.wire import Connection, from_frame, to_frame
 from gateway.errors import (
     BadInput,
     DeadlineExceeded,
@@ -223,6 +223,91 @@ def test_only_the_classes_of_messages_are_unpickled(dangerous: object) -> None:
 def test_bytes_other_than_frames_are_refused(junk: bytes) -> None:
     with pytest.raises(pickle.UnpicklingError):
         from_frame(bytearray(junk))
+
+
+def test_the_largest_frame_is_sent_and_one_byte_more_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    messages = [("x", b"1" * 1000)]
+    num_bytes = sum(map(len, to_frame(messages))) - 4  # without the length in front
+    monkeypatch.setattr("gateway.cluster.wire._MAX_FRAME", num_bytes)
+
+    assert to_frame(messages)
+    with pytest.raises(ValueError, match=f"a message of {num_bytes + 1} bytes is too large"):
+        to_frame([("x", b"1" * 1001)])
+
+
+class Transport:
+    """Keeps what is written, in place of a socket."""
+
+    def __init__(self) -> None:
+        self.written = b""
+        self.ended = ""
+
+    def write(self, content: bytes) -> None:
+        assert not self.ended
+        self.written += content
+
+    def writelines(self, parts: list[bytes]) -> None:
+        self.write(b"".join(parts))
+
+    def close(self) -> None:
+        self.ended = "closed"
+
+    def abort(self) -> None:
+        self.ended = "aborted"
+
+
+def connected(*, is_front: bool) -> tuple[Connection, Transport, list[Any]]:
+    """Return one end of a connection, its transport, and the messages that come."""
+    heard: list[Any] = []
+    connection = Connection(
+        b"s" * 32,
+        is_front=is_front,
+        on_open=lambda _connection: None,
+        on_message=lambda _connection, message: heard.append(message),
+        on_closed=lambda _connection, reason: None,
+    )
+    transport = Transport()
+    connection.connection_made(transport)  # type: ignore[arg-type]
+    return connection, transport, heard
+
+
+def pass_on(sender: Transport, receiver: Connection) -> None:
+    content, sender.written = sender.written, b""
+    while content:
+        buffer = receiver.get_buffer(-1)
+        num_bytes = min(len(buffer), len(content))
+        buffer[:num_bytes], content = content[:num_bytes], content[num_bytes:]
+        receiver.buffer_updated(num_bytes)
+
+
+async def test_nothing_is_sent_before_both_ends_know_each_other_and_all_of_it_before_the_end() -> None:
+    (front, here, _answers), (replica, there, heard) = connected(is_front=True), connected(is_front=False)
+    front.send("too early")
+    await asyncio.sleep(0)
+    assert here.written == b""
+    pass_on(there, front)
+    pass_on(here, replica)
+    pass_on(there, front)
+    assert (front.is_open, replica.is_open) == (True, True)
+
+    front.send("first")
+    front.send("last")
+    front.close("done")
+    assert here.ended == "closed"
+    pass_on(here, replica)
+
+    assert heard == [("first",), ("last",)]
+
+
+@pytest.mark.parametrize("greeting", [b"", b"gateway replica 1", b"gateway replica 1" + b"n" * 15, b"HTTP/1.1 400 Bad"])
+async def test_a_front_answers_no_other_greeting_than_a_replica_s(greeting: bytes) -> None:
+    front, transport, _heard = connected(is_front=True)
+    other = Transport()
+    other.written = len(greeting).to_bytes(4, "little") + greeting
+
+    pass_on(other, front)
+
+    assert (transport.written, transport.ended, front.is_open) == (b"", "aborted", False)
 
 
 async def test_a_job_comes_back_as_from_the_backend_itself() -> None:

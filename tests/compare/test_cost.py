@@ -131,6 +131,20 @@ async def test_some_requests_in_between_do_not_count(client: SteadyClient) -> No
         assert 1.05 * counted < len(client.of(model, "retrieval.query")) < 1.5 * counted
 
 
+async def test_all_ratios_hold_at_once_in_95_of_100_comparisons(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of two arms has a ratio of single queries and one of batches: each may be wrong in a quarter of the 5 %."""
+    levels: set[float] = set()
+
+    def noted(ones: Sequence[float], others: Sequence[float], alpha: float) -> Ratio:
+        levels.add(alpha)
+        return ratio_of(ones, others, alpha)
+
+    monkeypatch.setattr(cost, "ratio_of", noted)
+    await SteadyClient(a=0.01, b=0.01, c=0.01).measure(arm("a"), arm("b"), arm("c"))
+
+    assert levels == {0.05 / 4}
+
+
 async def test_figures_leave_the_first_requests_out(client: SteadyClient) -> None:
     found = await client.measure(arm("quick"), arm("slow"))
     assert list(found.costs) == ["quick", "slow"]

@@ -320,6 +320,12 @@ def test_without_a_margin_every_difference_matters() -> None:
     assert verdict_of([0.0] * 9_999, margin=0) == Verdict.TOO_FEW_DIFFER
 
 
+def test_differences_that_are_all_the_same_are_compared_with_the_margin() -> None:
+    """They have no interval, as they do not vary."""
+    assert verdict_of([0.005] * 60) is Verdict.AS_GOOD
+    assert verdict_of([-0.02] * 60) is not Verdict.AS_GOOD
+
+
 def test_queries_of_few_groups_are_too_few() -> None:
     """Sixty queries about five documents are five observations."""
     differences = [0.1 + place / 1000 for place in range(60)]
