@@ -6,7 +6,6 @@ import asyncio
 import time
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import structlog
@@ -15,17 +14,16 @@ from gateway.backends.base import Backend
 from gateway.backends.infinity import InfinityBackend
 from gateway.backends.on_demand import OnDemandBackend
 from gateway.backends.residents import Residents
-from gateway.backends.upstream.backend import UpstreamBackend
-from gateway.backends.upstream.description import server_names
 from gateway.cluster.environment import site_of
 from gateway.config.registry import ModelEntry, Registry
 from gateway.config.settings import Settings
+from gateway.config.upstream import server_names
 from gateway.errors import ConfigError, ReloadRefused, StartError
 from gateway.experiments.exposures import now
 from gateway.experiments.split import Split
 from gateway.fleet import Fleet, MakeBackend, Model
 from gateway.recent import RecentErrors, RecentTraffic
-from gateway.routing.changes import changed_aliases, changed_experiments
+from gateway.routing.changes import Reloaded, changed_aliases, changed_experiments
 from gateway.routing.router import Router
 from gateway.routing.rules import broken_rules, moved_names, name_spaces
 from gateway.routing.shadow import Shadows
@@ -41,26 +39,6 @@ log = structlog.get_logger(__name__)
 ReadRegistry = Callable[[], Registry]
 
 
-@dataclass(frozen=True, slots=True)
-class Reloaded:
-    """The changes of a reload.
-
-    Attributes:
-        loaded: ids of the models that the reload loaded, or that are loaded on demand from now on.
-        kept: ids of the models that did not change.
-        removed: ids of the models that are gone.
-        aliases: the change of each alias that was added, was removed, or now leads to another target.
-        experiments: the change of each experiment; see :func:`gateway.routing.changes.changed_experiments`.
-    """
-
-    loaded: tuple[str, ...]
-    kept: tuple[str, ...]
-    removed: tuple[str, ...]
-    aliases: dict[str, str]
-    experiments: dict[str, str]
-    seconds: float
-
-
 def make_real_backend(
     entry: ModelEntry,
     settings: Settings,
@@ -70,6 +48,8 @@ def make_real_backend(
 ) -> Backend:
     """Return a model's backend: an engine in this process (always or on demand), a cluster, or other servers."""
     if entry.is_remote:
+        from gateway.backends.upstream.backend import UpstreamBackend  # slow to import
+
         return UpstreamBackend(entry, settings)
     if cluster is not None:
         return cluster.backend(entry)
@@ -394,7 +374,11 @@ def _why_not_loaded(model: Model, before: Model | None) -> str:
 
 def _servers(model: Model) -> set[str]:
     """Return the names of the servers that run a model, as its metrics write them."""
-    if isinstance(model.backend, UpstreamBackend):
-        return model.backend.server_names
     upstream = model.entry.upstream
-    return set() if upstream is None else set(server_names(upstream.urls))
+    if upstream is None:
+        return set()
+    from gateway.backends.upstream.backend import UpstreamBackend  # slow to import
+
+    return (
+        model.backend.server_names if isinstance(model.backend, UpstreamBackend) else set(server_names(upstream.urls))
+    )

@@ -17,11 +17,12 @@ from gateway.backends.base import Report
 from gateway.backends.fake import FakeBackend, fake_info
 from gateway.config.registry import ModelEntry, Registry, load_registry
 from gateway.config.settings import Settings
-from gateway.deployment import Deployment, Reloaded
+from gateway.deployment import Deployment
 from gateway.errors import InferenceFailed, LoadError, ReloadRefused, StartError
 from gateway.experiments.exposures import ExposureLog
 from gateway.experiments.stats import ExperimentStats
 from gateway.requests import EmbedRequest
+from gateway.routing.changes import Reloaded
 from gateway.routing.names import GATEWAY
 from gateway.service import EmbeddingService
 from gateway.telemetry import metrics

@@ -21,10 +21,11 @@ from gateway.api.wire import AnswerBody, error_responses, responses
 from gateway.backends.base import Scraped
 from gateway.backends.on_demand import OnDemandBackend
 from gateway.config.wording import cut
-from gateway.deployment import Deployment, Reloaded
+from gateway.deployment import Deployment
 from gateway.errors import BadInput, Forbidden, LoadError, ModelNotFound, ModelNotReady, ModelUnavailable, ReloadRefused
 from gateway.fleet import Fleet, Model
 from gateway.http.context import RequestContext
+from gateway.routing.changes import Reloaded
 from gateway.telemetry import metrics
 from gateway.telemetry.replica_metrics import merge
 from gateway.types import ModelState

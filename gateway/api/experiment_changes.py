@@ -21,10 +21,10 @@ from gateway.api.wire import AnswerBody, request_body, responses
 from gateway.config.editing import Change, edit_experiment
 from gateway.config.registry import Experiment
 from gateway.config.wording import cut
-from gateway.deployment import Deployment, Reloaded
+from gateway.deployment import Deployment
 from gateway.errors import BadInput, ExperimentNotFound, Forbidden, ModelNotAllowed, ReloadRefused, StartError
 from gateway.experiments.split import Split
-from gateway.routing.changes import moved_units
+from gateway.routing.changes import Reloaded, moved_units
 
 MAX_WEIGHT = 1_000_000.0
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gateway.backends.upstream.backend import UpstreamBackend
 from gateway.config.registry import ModelEntry
 from gateway.config.settings import Settings
 from gateway.errors import LoadError
@@ -161,6 +160,8 @@ def _cosine_check(task: str | None, text: str, cosine: float, limit: float, wher
 
 async def _ask_servers(entry: ModelEntry) -> tuple[str, Sequence[GoldenVector]]:
     """Return the fingerprint of a remote model, and the vectors that all its servers return now."""
+    from gateway.backends.upstream.backend import UpstreamBackend  # slow to import
+
     backend = UpstreamBackend(entry.model_copy(update={"golden": None}), Settings())
     try:
         await backend.plan()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import isfinite
 from typing import Annotated, Final, TypeAlias
 from urllib.parse import urlsplit
@@ -152,3 +152,11 @@ class Upstream(Frozen):
                     f"`extra_body.{name}` must be {words}, got {describe(given)}: vectors are read as float32"
                 )
         return self
+
+
+def server_names(urls: Sequence[str]) -> list[str]:
+    """Return a name for each server: host and port, with the path where several share those."""
+    hosts = [urlsplit(url).netloc for url in urls]
+    return [
+        host if hosts.count(host) == 1 else host + urlsplit(url).path for host, url in zip(hosts, urls, strict=True)
+    ]

@@ -3,11 +3,32 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import dataclass
 
 from gateway.config.registry import Alias, Experiment, Registry
 from gateway.experiments.split import Split
 
 _NUM_SAMPLED = 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class Reloaded:
+    """The changes of a reload.
+
+    Attributes:
+        loaded: ids of the models that the reload loaded, or that are loaded on demand from now on.
+        kept: ids of the models that did not change.
+        removed: ids of the models that are gone.
+        aliases: the change of each alias that was added, was removed, or now leads to another target.
+        experiments: the change of each experiment; see :func:`changed_experiments`.
+    """
+
+    loaded: tuple[str, ...]
+    kept: tuple[str, ...]
+    removed: tuple[str, ...]
+    aliases: dict[str, str]
+    experiments: dict[str, str]
+    seconds: float
 
 
 def changed_aliases(old: Registry, new: Registry) -> dict[str, str]:

@@ -7,7 +7,6 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from gateway import golden, ranges
 from gateway.backends.upstream.dialects import Facts
@@ -15,7 +14,7 @@ from gateway.backends.upstream.failures import Failure
 from gateway.backends.upstream.server import Server
 from gateway.backends.upstream.tasks import Tasks
 from gateway.config.model_entry import ModelEntry
-from gateway.config.upstream import Upstream
+from gateway.config.upstream import Upstream, server_names
 from gateway.errors import LoadError
 from gateway.golden import GoldenVector
 from gateway.tasks import canonical_task
@@ -23,14 +22,6 @@ from gateway.types import ModelInfo
 
 _DEFAULT_MAX_TOKENS = 8192
 _ASKED_AT_ONCE = 32
-
-
-def server_names(urls: Sequence[str]) -> list[str]:
-    """Return a name for each server: host and port, with the path where several share those."""
-    hosts = [urlsplit(url).netloc for url in urls]
-    return [
-        host if hosts.count(host) == 1 else host + urlsplit(url).path for host, url in zip(hosts, urls, strict=True)
-    ]
 
 
 async def learn_facts(servers: Iterable[Server], entry: ModelEntry, upstream: Upstream) -> Facts:

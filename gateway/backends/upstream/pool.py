@@ -13,14 +13,13 @@ from urllib.parse import urlsplit
 import structlog
 
 from gateway.backends.base import Replica, Report
-from gateway.backends.upstream.description import server_names
 from gateway.backends.upstream.dialects import Dialect
 from gateway.backends.upstream.failures import Failure
 from gateway.backends.upstream.probe import Probe
 from gateway.backends.upstream.resolver import NotResolved, Resolver
 from gateway.backends.upstream.server import Server
 from gateway.backends.upstream.watch import Watch
-from gateway.config.upstream import DNS, Upstream
+from gateway.config.upstream import DNS, Upstream, server_names
 from gateway.telemetry import metrics
 from gateway.types import ModelState
 
