@@ -1,4 +1,4 @@
-"""Change the weights of an experiment, or end it, in ``models.yaml`` and at once; and see before who would move."""
+"""Change the weights of an experiment, end it, or count again, in ``models.yaml`` and at once; see first who would move."""
 
 from __future__ import annotations
 
@@ -125,6 +125,15 @@ class ExperimentChanges:
         require_operator(request, self._deployment.settings.admin_key)
         return reload_answer(await end_experiment(self._deployment, self._find(experiment_id)))
 
+    async def count_again(self, request: Request, experiment_id: str) -> ReloadAnswer:
+        """Begin the counts again: write `counts_from` into `models.yaml`, and serve that. Nothing is deleted.
+
+        Units stay in their arms. Requests, units, outcomes and decisions from before are left out of all figures, and
+        stay in the files.
+        """
+        require_operator(request, self._deployment.settings.admin_key)
+        return reload_answer(await count_again(self._deployment, self._find(experiment_id)))
+
     def _find(self, experiment_id: str) -> Experiment:
         experiment = self._deployment.registry.experiment(experiment_id)
         if experiment is None:
@@ -146,6 +155,19 @@ async def end_experiment(deployment: Deployment, experiment: Experiment) -> Relo
     return await change_experiment(deployment, experiment, Change({}, now))
 
 
+async def count_again(deployment: Deployment, experiment: Experiment) -> Reloaded:
+    """Begin the counts of an experiment again now.
+
+    Raises:
+        BadInput: the file cannot be changed.
+        ReloadRefused: the registry is not accepted with the change.
+    """
+    now = datetime.now(UTC).replace(microsecond=0)
+    if experiment.counts_from is not None and experiment.counts_from >= now:
+        raise BadInput(f"the counts of {experiment.id!r} begin at {experiment.counts_from.isoformat()}")
+    return await change_experiment(deployment, experiment, Change({}, counts_from=now))
+
+
 def experiment_changes_router(endpoint: Endpoint) -> APIRouter:
     """Return the route for clients, with and without ``/v1``."""
     router = APIRouter(tags=["Experiments"])
@@ -164,7 +186,11 @@ def operators_changes_router(endpoint: Endpoint) -> APIRouter:
     """Return the routes of the operator."""
     router = APIRouter(tags=["Admin"])
     handlers = ExperimentChanges(endpoint)
-    for name, handler, body in (("weights", handlers.change_weights, WeightsBody), ("end", handlers.end, None)):
+    for name, handler, body in (
+        ("weights", handlers.change_weights, WeightsBody),
+        ("end", handlers.end, None),
+        ("count-again", handlers.count_again, None),
+    ):
         router.add_api_route(
             f"/admin/experiments/{{experiment_id:path}}/{name}",
             handler,

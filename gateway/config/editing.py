@@ -23,18 +23,25 @@ class Change:
     Attributes:
         weights: new weights by arm; other arms keep their weights.
         end: when the experiment ends; ``None`` for no change.
+        counts_from: when its counts begin again; ``None`` for no change.
     """
 
     weights: Mapping[str, float]
     end: datetime | None = None
+    counts_from: datetime | None = None
+
+    @property
+    def times(self) -> dict[str, datetime]:
+        """The times to write, by field."""
+        found = {"end": self.end, "counts_from": self.counts_from}
+        return {name: time for name, time in found.items() if time is not None}
 
     def of(self, experiment: Experiment) -> Experiment:
         """Return the experiment after the change, unchecked."""
         arms = tuple(
             arm.model_copy(update={"weight": float(self.weights.get(arm.label, arm.weight))}) for arm in experiment.arms
         )
-        update = {"arms": arms} if self.end is None else {"arms": arms, "end": self.end}
-        return experiment.model_copy(update=update)
+        return experiment.model_copy(update={"arms": arms, **self.times})
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,9 +113,10 @@ def _edited(text: str, path: Path, experiment_id: str, change: Change, line_brea
         weight = _value(arm, "weight")
         if label is not None and label in change.weights and weight is not None:
             pieces[weight.start_mark.index, weight.end_mark.index] = _number(change.weights[label])
-    if change.end is not None:
-        place, end = _end_of(text, experiment, f"{change.end.astimezone(UTC):%Y-%m-%dT%H:%M:%SZ}", line_break)
-        pieces[place] = end
+    for name, time in change.times.items():
+        written = f"{time.astimezone(UTC):%Y-%m-%dT%H:%M:%SZ}"
+        place, piece = _time_of(text, experiment, name, written, line_break)
+        pieces[place] = piece
     # Replace from the last piece to the first, because a new piece may move the text after it.
     for (start, stop), piece in sorted(pieces.items(), reverse=True):
         if "${" in text[start:stop]:
@@ -117,17 +125,17 @@ def _edited(text: str, path: Path, experiment_id: str, change: Change, line_brea
     return text
 
 
-def _end_of(text: str, experiment: MappingNode, end: str, line_break: str) -> tuple[tuple[int, int], str]:
-    """Return the current or future place of an experiment's end, and the text to write there."""
-    if (known := _value(experiment, "end")) is not None:
-        return (known.start_mark.index, known.end_mark.index), end
+def _time_of(text: str, experiment: MappingNode, name: str, time: str, line_break: str) -> tuple[tuple[int, int], str]:
+    """Return the current or future place of one of an experiment's times, and the text to write there."""
+    if (known := _value(experiment, name)) is not None:
+        return (known.start_mark.index, known.end_mark.index), time
     key, value = next(pair for pair in experiment.value if pair[0].value == "id")
     if experiment.flow_style:
         place = value.end_mark.index
-        return (place, place), f", end: {end}"
+        return (place, place), f", {name}: {time}"
     line_end = text.find("\n", value.end_mark.index)
     place = len(text) if line_end < 0 else line_end - (text[line_end - 1] == "\r")
-    return (place, place), f"{line_break}{' ' * key.start_mark.column}end: {end}"
+    return (place, place), f"{line_break}{' ' * key.start_mark.column}{name}: {time}"
 
 
 def _value(node: Node | None, name: str) -> Node | None:

@@ -112,6 +112,11 @@ class Experiment(Frozen):
         description="Start of the split, such as `2026-11-01T00:00:00Z`; before it, the first arm answers.",
     )
     end: Time | None = Field(default=None, description="End of the split; from then on, the first arm answers.")
+    counts_from: Time | None = Field(
+        default=None,
+        description="Begin of the counts: requests and outcomes before it are left out of all figures. Units stay in their "
+        "arms. Set it after a fault was repaired that made the figures wrong.",
+    )
     force: HeaderSource | None = Field(
         default=None,
         description="`header:NAME` of a header that names the arm to use, for testers. Such requests are not counted.",

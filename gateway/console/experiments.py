@@ -9,7 +9,13 @@ from urllib.parse import quote
 
 from fastapi import Request, Response
 
-from gateway.api.experiment_changes import MAX_WEIGHT, change_experiment, end_experiment, reweighted
+from gateway.api.experiment_changes import (
+    MAX_WEIGHT,
+    change_experiment,
+    count_again,
+    end_experiment,
+    reweighted,
+)
 from gateway.api.experiments import find_experiment
 from gateway.config.editing import Change
 from gateway.config.registry import Experiment
@@ -146,6 +152,21 @@ class Experiments:
             return await self._refuse(request, experiment, error.message)
         return self._done(request, experiment, f"ended: {experiment.control.label} answers all requests")
 
+    async def ask_count_again(self, request: Request) -> Response:
+        """Ask whether to begin the counts again."""
+        self._parts.require_operator(request)
+        return await self._page(request, self._find(request), is_counting_again=True)
+
+    async def count_again(self, request: Request) -> Response:
+        """Begin the counts again."""
+        self._parts.require_operator(request)
+        experiment = self._find(request)
+        try:
+            await count_again(self._parts.deployment, experiment)
+        except RequestError as error:
+            return await self._refuse(request, experiment, error.message)
+        return self._done(request, experiment, "its counts begin again now")
+
     # ---------------------------------------------------------------------------------------------------------- parts
 
     def _usable(self, request: Request) -> list[Experiment]:
@@ -183,6 +204,7 @@ class Experiments:
         assignment: Assignment | None = None,
         ramp: Ramp | None = None,
         is_ending: bool = False,
+        is_counting_again: bool = False,
         problem: RequestError | None = None,
     ) -> Response:
         report, no_outcomes = await self._report(experiment)
@@ -207,6 +229,7 @@ class Experiments:
             arm_index={arm.label: index for index, arm in enumerate(experiment.arms)},
             ramp=ramp,
             is_ending=is_ending,
+            is_counting_again=is_counting_again,
             generation=self._generation(experiment),
             problem=problem,
             done=self._parts.pages.gate.take_message(request),

@@ -164,5 +164,7 @@ def _experiment_paths(experiments: Experiments) -> tuple[tuple[str, Handler, str
         ("/experiments/{experiment_id:path}/change", experiments.change, "POST"),
         ("/experiments/{experiment_id:path}/ending", experiments.ask_end, "POST"),
         ("/experiments/{experiment_id:path}/end", experiments.end, "POST"),
+        ("/experiments/{experiment_id:path}/counting-again", experiments.ask_count_again, "POST"),
+        ("/experiments/{experiment_id:path}/count-again", experiments.count_again, "POST"),
         ("/experiments/{experiment_id:path}", experiments.show, "GET"),
     )

@@ -74,8 +74,8 @@ class Assignment:
 
     Attributes:
         experiment: id of the experiment.
-        generation: 8 hex digits, a hash of the salt, the arms and their weights. Stats of different weights are not
-            comparable.
+        generation: 8 hex digits, a hash of the salt, the arms, their weights and the begin of the counts. Stats of
+            different weights are not comparable.
         share: the share of the units that the weights give to the arm.
         unit: 16 hex digits, a salted hash: a unit cannot be recognized in the log of another experiment.
         source: where the unit comes from, such as ``header:x-unit``.
@@ -111,6 +111,8 @@ class Split:
             experiment.kind,
             experiment.salt or experiment.id,
             *(f"{arm.label} {arm.model} {arm.task or ''} {arm.weight!r}" for arm in experiment.arms),
+            # Only the counts depend on this, not the arms of the units.
+            *([] if experiment.counts_from is None else [experiment.counts_from.isoformat()]),
         )[:8]
         self._salt = experiment.salt or experiment.id
         self._arms = {arm.label: arm for arm in experiment.arms}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias, get_args
 
 import numpy as np
@@ -62,6 +62,7 @@ def report_outcomes(
         earlier: the decisions of earlier looks, which remain valid.
         mismatch: why no verdict can be given, if the split is known to be wrong.
     """
+    exposures = _counted(experiment, exposures)
     reports, decided = [], {}
     primary = experiment.outcome
     names = ([primary.name] if primary else []) + [n for n in outcomes if primary is None or n != primary.name]
@@ -82,12 +83,26 @@ def report_outcomes(
 _NONE = Outcomes(np.empty(0, np.int64), np.empty(0), np.empty(0), np.empty(0), np.empty(0, np.bool_))
 
 
+def _counted(experiment: Experiment, exposures: Exposures) -> Exposures:
+    """Return the exposures from the time on at which the counts begin."""
+    if experiment.counts_from is None:
+        return exposures
+    is_counted = exposures.time >= experiment.counts_from.timestamp()
+    return replace(
+        exposures,
+        unit=exposures.unit[is_counted],
+        branch=exposures.branch[is_counted],
+        time=exposures.time[is_counted],
+    )
+
+
 def _question(experiment: Experiment, outcome: Outcome) -> str:
-    """Return a text that identifies the question; another salt, arm, or definition of the outcome changes it."""
+    """Return a text that identifies the question; another salt, arm, begin or definition of the outcome changes it."""
     control = experiment.control
     parts = [experiment.salt or experiment.id, outcome.model_dump(), control.label, control.model, control.task]
     arms = [[arm.label, arm.model, arm.task] for arm in experiment.arms[1:]]
-    return json.dumps([*parts, arms], sort_keys=True)
+    since = [] if experiment.counts_from is None else [experiment.counts_from.isoformat()]
+    return json.dumps([*parts, arms, *since], sort_keys=True)
 
 
 @dataclass(frozen=True, slots=True)

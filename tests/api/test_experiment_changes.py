@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -50,7 +51,7 @@ class File:
 
 
 @asynccontextmanager
-async def serving(file: File) -> AsyncIterator[httpx.AsyncClient]:
+async def serving(file: File, **settings: object) -> AsyncIterator[httpx.AsyncClient]:
     path = file.path
     registry = load_registry(path, {})
 
@@ -59,7 +60,7 @@ async def serving(file: File) -> AsyncIterator[httpx.AsyncClient]:
 
     deployment = Deployment(
         registry,
-        Settings(admin_key="operator-key", models=path),
+        Settings(admin_key="operator-key", models=path, **settings),
         Fleet.from_registry(registry, make_backend),
         read_registry=lambda: load_registry(path, {}),
         make_backend=make_backend,
@@ -129,6 +130,42 @@ async def test_the_operator_ends_an_experiment_once(file: File, check_error: Che
     assert (assigned["arm"], assigned["reason"], assigned["counted"]) == ("one", "ended", False)
     assert "has ended on" in check_error(again, 400, "invalid_input")
     assert "    end: 2" in file.text
+
+
+async def test_the_counts_begin_again_and_units_stay_in_their_arms(file: File, tmp_path: Path) -> None:
+    units = [f"unit-{number}" for number in range(20)]
+    async with serving(file, state_dir=tmp_path / "state") as client:
+
+        async def embed() -> list[str]:
+            answers = [await client.post("/v1/embeddings", json={"model": f"exp/{u}", "input": "a"}) for u in units]
+            return [answer.headers["x-gateway-arm"] for answer in answers]
+
+        async def outcome() -> dict:
+            [found] = (await client.get("/v1/experiments/exp/outcomes")).json()["outcomes"]
+            return {"units": [arm["units"] for arm in found["arms"]], "unmatched": found["unmatched"]}
+
+        arms = await embed()
+        kept = [{"unit": unit, "name": "kept", "value": 1, "id": unit} for unit in units]
+        await client.post("/v1/experiments/exp/outcomes", json=kept)
+        before = await outcome()
+        await asyncio.sleep(1 - time.time() % 1)  # times in the file are whole seconds
+        answer = await client.post("/admin/experiments/exp/count-again", headers=ADMIN)
+        report = (await client.get("/v1/experiments/exp")).json()
+        after = await outcome()
+        arms_after = await embed()
+        counted = (await client.get("/v1/experiments/exp")).json()
+        again = await outcome()
+        refused = await client.post("/admin/experiments/exp/count-again")
+
+    assert "counts start over" in answer.json()["experiments"]["exp"]
+    assert sum(before["units"]) == 20
+    assert [(arm["units"], arm["requests"]) for arm in report["evidence"]] == [(0, 0), (0, 0)]
+    assert (after["units"], after["unmatched"]) == ([0, 0], 20)
+    assert arms_after == arms
+    assert sum(arm["units"] for arm in counted["evidence"]) == 20
+    assert again["units"] == before["units"]
+    assert "    counts_from: 2" in file.text
+    assert refused.status_code == 403
 
 
 async def test_changes_at_once_are_made_one_after_another(file: File) -> None:

@@ -398,6 +398,7 @@ async def test_the_schema_shows_each_path_once(client: httpx.AsyncClient) -> Non
         "/admin/models/{model}/unload",
         "/admin/experiments/{experiment_id}/weights",
         "/admin/experiments/{experiment_id}/end",
+        "/admin/experiments/{experiment_id}/count-again",
         "/admin/comparisons",
         "/admin/comparisons/{name}",
         "/admin/comparisons/{name}/stop",

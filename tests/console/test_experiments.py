@@ -134,6 +134,14 @@ def test_the_operator_ramps_and_ends_an_experiment_with_a_confirmation(
         assert page.get_by_label("bge").input_value() == "60"
         assert file.read_text() == before.replace("weight: 20", "weight: 60")
 
+        page.get_by_role("button", name="Count again …").click()
+        assert "Nothing is deleted" in page.get_by_role("alert").inner_text()
+        check_everywhere(page, "experiment-counting-again")
+        assert "counts_from" not in file.read_text()
+        page.get_by_role("button", name="Count again", exact=True).click()
+        assert "its counts begin again now" in page.get_by_role("status").inner_text()
+        assert "search-exp   # ours\n    counts_from: 2" in file.read_text()
+
         page.get_by_role("button", name="End the experiment").click()
         asked = page.get_by_role("alert")
         assert "jina answers all its requests" in asked.inner_text()

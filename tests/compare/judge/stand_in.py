@@ -126,6 +126,8 @@ def serve_judge(respond: Respond) -> Iterator[StandIn]:
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
         judge.url = f"http://127.0.0.1:{server.server_port}/v1"
-        yield judge
-        server.shutdown()
-        thread.join()
+        try:
+            yield judge
+        finally:  # also after a failed test, or its thread would keep the process alive
+            server.shutdown()
+            thread.join()
