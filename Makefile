@@ -66,7 +66,7 @@ test: test-plan install-clients ## Run the tests (ARGS="-m 'not slow'": without 
 	  $(patsubst %,--ignore=%,$(ON_RAY)) $(ARGS)
 
 # They start a cluster of three nodes, which takes all of two cores: not at the same time as other tests.
-ON_RAY := tests/cluster/test_on_ray.py
+ON_RAY := tests/cluster/test_on_ray.py tests/cluster/test_contract_on_ray.py
 test-cluster: install-dev ## Run the tests on a simulated Ray cluster, for two minutes
 	PYTHONDONTWRITEBYTECODE= $(DEV_BIN)/pytest $(ON_RAY) $(ARGS)
 

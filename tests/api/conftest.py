@@ -36,6 +36,18 @@ TASKS = {
     "classification": "classify: ",
     "text-matching": "",
 }
+MODELS: dict[str, dict[str, object]] = {
+    "mini": {"source": "owner/mini", "width": 8, "max_tokens": 8},
+    "jina": {
+        "source": "jinaai/jina-v3",
+        "width": 32,
+        "dimensions": (32, 16, 8),
+        "max_tokens": 8,
+        "tasks": TASKS,
+        "default_task": "text-matching",
+    },
+    "team/small": {"source": "owner/team-small", "width": 10, "is_normalized": False},
+}
 ALIASES = {"default": "mini", "jina-query": ("jina", "retrieval.query")}
 
 
@@ -72,19 +84,7 @@ def make_random_model(make_model: MakeModel) -> MakeModel:
 @pytest.fixture
 def models(make_random_model: MakeModel) -> list[Model]:
     """Return the models that most tests ask: ``mini`` is plain, ``jina`` has tasks and dimensions to choose from."""
-    return [
-        make_random_model("mini", source="owner/mini", width=8, max_tokens=8),
-        make_random_model(
-            "jina",
-            source="jinaai/jina-v3",
-            width=32,
-            dimensions=(32, 16, 8),
-            max_tokens=8,
-            tasks=TASKS,
-            default_task="text-matching",
-        ),
-        make_random_model("team/small", width=10, is_normalized=False),
-    ]
+    return [make_random_model(model_id, **info) for model_id, info in MODELS.items()]
 
 
 @pytest.fixture

@@ -119,21 +119,28 @@ def slug_of(text: str) -> str:
 def new_name(collection: str, space: str) -> str:
     """Return a name for the copy of a collection, with the model and the hash of its space to make it unique.
 
-    The name has at most 60 characters, because PostgreSQL cuts names longer than 63.
+    The name has at most 60 characters, because PostgreSQL cuts names longer than 63. If the collection's name must be
+    changed for that, a hash of it is added: the copies of two collections must never be the same.
     """
     model, _, digest = space.rpartition("@")
     base = re.sub(r"[^0-9A-Za-z_]+", "_", collection)
     ending = f"_{slug_of(model)[:24]}_{digest[:12]}"
+    if base != collection or len(base) + len(ending) > _MAX_SLUG:
+        ending = f"_{_short_hash(collection)}{ending}"
     return base[: _MAX_SLUG - len(ending)] + ending
 
 
+def _short_hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:6]
+
+
 def name_move(folder: Path, collection: str, place: str) -> str:
-    """Return the name of a move: the collection's name, unless a move in another store has it."""
+    """Return the name of a move: the collection's name, unless a move of another collection has it."""
     name = slug_of(collection)[:_MAX_SLUG] or "move"
-    known = read_moves(folder)
-    if name in known and known[name].place != place:
-        name += "_" + hashlib.sha256(place.encode()).hexdigest()[:6]
-    return name
+    before = read_moves(folder).get(name)
+    if before is None or (before.place == place and before.pairs[0].old == collection):
+        return name
+    return f"{name}_{_short_hash(place if before.place != place else f'{place} {collection}')}"
 
 
 def write_move(folder: Path, move: Move) -> None:
@@ -167,7 +174,7 @@ def read_moves(folder: Path) -> dict[str, Move]:
 
 
 def find_move(folder: Path, name: str | None) -> Move:
-    """Return a move by its name; without a name, the only one that is not finished.
+    """Return a move by its name or that of its collection; without a name, the only one that is not finished.
 
     Raises:
         BulkError: there is no such move, or there are several.
@@ -175,6 +182,9 @@ def find_move(folder: Path, name: str | None) -> Move:
     moves = read_moves(folder)
     if name is not None:
         if name not in moves:
+            same = [move for move in moves.values() if name in (move.pairs[0].old, move.pairs[0].new, move.alias)]
+            if len(same) == 1:
+                return same[0]
             hint = f"; the moves are {enumerate_names(moves)}" if moves else "; there are no moves"
             raise BulkError(f"no move is called {name!r}{hint}")
         return moves[name]
