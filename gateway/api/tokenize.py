@@ -153,9 +153,12 @@ def _card(token: Token, num_before: int) -> dict[str, object]:
     stop = None if token.stop is None else token.stop - num_before
     is_instruction = stop is not None and num_before > 0 and stop <= 0
     is_placed = stop is not None and token.start is not None and not is_instruction
+    text = token.text
+    if is_placed and token.start is not None and token.start < num_before:
+        text = text[num_before - token.start :]  # it begins in the instruction, often with its last blank
     return {
         "id": token.id,
-        "text": token.text,
+        "text": text,
         "special": token.is_special,
         "instruction": is_instruction,
         "start": max(0, token.start - num_before) if is_placed and token.start is not None else None,

@@ -8,6 +8,7 @@ import httpx
 import pytest
 
 from gateway.api.tokenize import place_of_cut
+from gateway.fleet import Model
 from gateway.types import Token
 
 CheckError = Callable[..., str]
@@ -58,6 +59,18 @@ async def test_the_instruction_of_a_task_is_marked(client: httpx.AsyncClient) ->
     assert tokens == [("query:", True, None, None), ("ada", False, 0, 3), ("travels", False, 4, 11)]
     by_task = await tokenize(client, model="jina", task="retrieval.query", input="ada travels")
     assert by_task["data"] == body["data"]
+
+
+async def test_a_token_that_begins_in_the_instruction_has_the_text_of_its_place(
+    connect: Connect, make_model: Callable[..., Model]
+) -> None:
+    client = await connect(make_model("mini", tasks={"retrieval.query": "q:"}), aliases={})
+    text = "ada travels"
+
+    (found,) = (await tokenize(client, model="mini", task="query", input=text))["data"]
+
+    tokens = [token for token in found["tokens"] if not token["special"]]
+    assert [(token["text"], token["start"], token["stop"]) for token in tokens] == [("ada", 0, 3), ("travels", 4, 11)]
 
 
 async def test_many_tokens_are_written_whole(client: httpx.AsyncClient) -> None:

@@ -116,7 +116,7 @@ def error_of(content: bytes) -> tuple[str, str]:
     try:
         body = orjson.loads(content)
     except ValueError:
-        return content[:200].decode(errors="replace").strip(), ""
+        return _printable(content[:200].decode(errors="replace")), ""
     # Google's OpenAI paths put the error into a list of one.
     if isinstance(body, list) and len(body) == 1:
         [body] = body
@@ -128,7 +128,12 @@ def _message_of(body: _Object) -> tuple[str, str]:
     inner = error if isinstance(error, dict) else body
     message = inner.get("message") or (error if isinstance(error, str) else body.get("detail")) or ""
     code = inner.get("code") or inner.get("error_type") or inner.get("type") or ""
-    return str(message)[:500], str(code)[:100]
+    return _printable(str(message)[:500]), str(code)[:100]
+
+
+def _printable(text: str) -> str:
+    """Return a server's words on one line, without characters that would control a client's terminal."""
+    return "".join(character if character.isprintable() else " " for character in text).strip()
 
 
 def in_order(items: Sequence[_Object], num_texts: int) -> Sequence[_Object]:

@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from gateway.backends.upstream.answers import error_of
 from gateway.backends.upstream.failures import Failure, TooLarge, failure_of
 from gateway.errors import BadInput, ContextLengthExceeded, Overloaded, UpstreamFailed, UpstreamUnavailable
 
@@ -55,6 +56,11 @@ def test_a_status_is_a_failure_of_its_kind(
 def test_the_servers_words_are_passed_on_if_there_are_any(status: int) -> None:
     assert str(meaning(status, "too hot")).endswith(": too hot")
     assert str(meaning(status)).endswith(f"{status})" if status == 429 else f"{status}")
+
+
+@pytest.mark.parametrize("body", [b"\x1b[31m hot\r\n", b'{"error": {"message": "\\u001b[31m hot\\r\\n"}}'])
+def test_the_servers_words_cannot_control_a_terminal(body: bytes) -> None:
+    assert error_of(body) == ("[31m hot", "")
 
 
 @pytest.mark.parametrize("status", [400, 413, 422])
