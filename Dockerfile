@@ -7,7 +7,7 @@
 # the driver comes from the host at the start (NVIDIA's container toolkit), so an nvidia/cuda base would only hold the
 # same libraries a second time, in versions that torch was not built with.
 
-# The tag says what it is, the digest (that of the index for all architectures) fixes its bytes. To move to a newer one:
+# The tag is for people; the digest (of the index for all architectures) pins the bytes. To find a newer one:
 #   docker buildx imagetools inspect python:3.13.X-slim-trixie
 ARG PYTHON_IMAGE=python:3.13.16-slim-trixie@sha256:bf44cdfcb76cd3b41e879bc058fc37ec5872002ccfde7fcb765e218cde0cd79c
 
@@ -19,15 +19,15 @@ ARG EXTRAS=
 WORKDIR /app
 
 # The packages, a layer that changes with the locks alone. The gateway itself is installed as a link to /app/gateway, of
-# which its version is enough here; its metadata want a README.md and a LICENSE, whatever they say.
+# which only the version is needed here. Its metadata require a README.md and a LICENSE, which may be empty.
 COPY pyproject.toml ./
 COPY requirements/ requirements/
 COPY gateway/__init__.py gateway/
 RUN --mount=type=cache,target=/root/.cache/pip \
     touch README.md LICENSE \
     && requirements/install.sh run
-# What the gateway does not use, a third of it all: tests, headers, symbols, other devices. A layer of this stage alone; the image
-# gets what is left. binutils has strip.
+# Remove a third of the files, which the gateway does not use: tests, headers, symbols, other devices. This happens in a layer of
+# this stage, so the image gets only the rest. binutils has strip.
 COPY deploy/image/slim.py deploy/image/compile_used.py ./
 # hadolint ignore=DL3008
 RUN apt-get update \

@@ -15,7 +15,7 @@ TORCH_INDEX ?=
 # Arguments for the command behind run, test, bench and lock: make test ARGS="-x tests/test_vectors.py"
 ARGS ?=
 
-# What serves, and what tests. The second sees the packages of the first, into which nothing is installed for it.
+# The environment that serves, and the environment of the tests. The second sees the packages of the first, and adds none to it.
 VENV := .venv
 BIN := $(VENV)/bin
 DEV := build/dev
@@ -42,7 +42,7 @@ help: ## Show this list
 	  ARGS 'more arguments for run, test, bench, lock: make test ARGS="-x -k vectors"' \
 	  'GATEWAY_*' 'settings of the gateway: make run GATEWAY_PORT=8080'
 
-install: $(VENV)/.installed-run ## Put the gateway and what it needs to run into .venv
+install: $(VENV)/.installed-run ## Install the gateway and its dependencies into .venv
 	@if [ -n "$(TORCH_INDEX)" ] && [ "$$(cat $(VENV)/.torch-index 2>/dev/null)" != "$(TORCH_INDEX)" ]; then \
 	  echo "TORCH_INDEX is ignored: $(VENV) has its torch already; run \`make clean\` first to change it" >&2; fi
 
@@ -55,12 +55,12 @@ smoke: install ## Check in a minute that the installation works: start, embed, c
 ##@ Develop
 .PHONY: install-dev install-clients test test-cluster test-plan check format docs site package bench loadtest soak versions image-proof lock clean
 
-install-dev: $(DEV)/.installed ## Install what the tests and checks need, into build/dev
+install-dev: $(DEV)/.installed ## Install the packages of tests and checks into build/dev
 
 install-clients: install-dev build/clients/.installed ## Install clients that the tests run, into build/clients
 
 # Which tests stay on one worker, and that the longest come first, is in tests/conftest.py.
-# Bytecode is written whatever the environment says: else each of the many processes compiles everything again.
+# Bytecode is written even if the environment forbids it; otherwise each of the many processes compiles everything again.
 test: test-plan install-clients ## Run the tests (ARGS="-m 'not slow'": without those that take a minute)
 	PYTHONDONTWRITEBYTECODE= $(DEV_BIN)/pytest --numprocesses=$(WORKERS) --dist=loadscope --no-loadscope-reorder \
 	  $(patsubst %,--ignore=%,$(ON_RAY)) $(ARGS)
@@ -85,7 +85,7 @@ check: install-dev ## Check format, lint, types, imports, words, budgets, genera
 	$(DEV_BIN)/python docs/generate.py --check
 	@$(INSTALL) verify
 
-format: install-dev ## Format the code and mend what the linter can
+format: install-dev ## Format the code, and fix what the linter can fix
 	$(DEV_BIN)/ruff format .
 	$(DEV_BIN)/ruff check --fix .
 

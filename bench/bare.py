@@ -1,4 +1,4 @@
-"""Encoders in a bare loop, without HTTP or scheduling: the limit of what a server around them can reach.
+"""Encoders in a bare loop, without HTTP or scheduling: the upper limit for any server around them.
 
 Runs as a separate process (``python -m bench.bare gateway``), like a server: one JSON line of texts in, one sample out.
 """
@@ -168,7 +168,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=0)
     options = parser.parse_args()
     answers = sys.stdout.buffer
-    sys.stdout = sys.stderr  # what the libraries print is not an answer
+    sys.stdout = sys.stderr  # so that output of the libraries does not look like an answer
     make = _Gateway if options.encoder == "gateway" else _SentenceTransformers
     encoder: _Encoder = make(options.threads)
     for line in sys.stdin.buffer:

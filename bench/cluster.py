@@ -1,4 +1,4 @@
-"""What a Ray cluster costs and what it survives: the same load on an embedded engine and on a cluster, then faults.
+"""Measure a Ray cluster: the same load on an embedded engine and on a cluster, then faults.
 
 python -m bench.cluster              about four minutes; needs the extra `cluster`
 python -m bench.cluster --update     also writes the tables into docs/scale.md
@@ -135,7 +135,7 @@ def _core_seconds(server: Server) -> float:
 
 @dataclass(slots=True)
 class Seen:
-    """What clients saw while something was done to the cluster.
+    """The responses that clients got during a fault of the cluster.
 
     Attributes:
         lost: answers other than 200, and broken connections without another front to ask.
@@ -148,7 +148,7 @@ class Seen:
 
 
 async def watch(ports: Sequence[int], seconds: float, act: Callable[[], Awaitable[None]]) -> Seen:
-    """Have clients ask without a pause for some seconds, and do something to the cluster meanwhile.
+    """Let clients send requests without a pause for some seconds, and do something to the cluster in that time.
 
     A client whose connection breaks asks the next front, as it would behind a load balancer.
     """

@@ -135,7 +135,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("kind", choices=("real", "fake"))
     answers = sys.stdout.buffer
-    sys.stdout = sys.stderr  # what the libraries print is not an answer
+    sys.stdout = sys.stderr  # so that output of the libraries does not look like an answer
     asyncio.run(_serve(parser.parse_args().kind, answers))
 
 

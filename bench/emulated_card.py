@@ -33,7 +33,7 @@ _CPU, _CUDA = 0, 1  # torch's numbers of the device types
 _GUARDS = "_ZN3c104impl26device_guard_impl_registryE"
 # Parts of the names of matrix products and of attention.
 _PRODUCTS = ("mm", "linear", "attention")
-# In evaluation mode they return what they are given; a fake tensor does not know.
+# In evaluation mode they return their input; a fake tensor does not know that.
 _NO_KERNEL = ("aten::dropout", "aten::detach", "aten::alias")
 
 
@@ -250,7 +250,7 @@ def check_attention(  # noqa: PLR0913, PLR0917  the operator's
 
 
 def compute_attention(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
-    """Compute what the kernel does, with its checks: each text by itself, in float32, rounded at the end."""
+    """Compute the kernel's result, with its checks: each text separately, in float32, rounded at the end."""
     check_attention(*args, **kwargs)
     query, key, value, query_ends, key_ends, longest_query, longest_key = args[:7]
     for ends, longest, tensor in ((query_ends, longest_query, query), (key_ends, longest_key, key)):

@@ -1,7 +1,7 @@
-"""What a request costs next to the model when there are many fronts: counting quotas in Redis, and the bytes of vectors.
+"""Measure the costs of a request besides the model if there are many fronts: quotas in Redis, and the bytes of vectors.
 
-With it, the numbers of cards, fronts and Redis servers for 1,000 to a million texts per second: computed, from what is
-measured here and in docs/performance.md, and from one figure that is not measured, the texts per second of a card.
+With it, the numbers of cards, fronts and Redis servers for 1,000 to a million texts per second: computed from
+measurements here and in docs/performance.md, and from one figure that is not measured, the texts per second of a card.
 
 python -m bench.fronts             half a minute; needs redis-server on the PATH
 python -m bench.fronts --update    also writes the tables into docs/scale.md
@@ -44,9 +44,9 @@ _ROUNDS = 5
 _AT_ONCE = 16
 _START_S = 10.0
 _NUM_TEXTS = 32
-# Not measured: half of what the operations of a text of 60 tokens allow on an RTX 3090 (docs/operations.md, sizing).
+# Not measured: half of the rate that an RTX 3090's operations per second allow for texts of 60 tokens (docs/operations.md).
 CARD_TEXTS_S = 900
-# Of what each part can do: the simulation shows why.
+# As a share of each part's capacity; the simulation shows why.
 LOAD = 0.7
 RATES = (1_000, 10_000, 100_000, 1_000_000)
 _FORMATS = ("float", "base64", "binary")
@@ -179,7 +179,7 @@ async def bytes_per_vector() -> dict[str, float]:
 
 
 def bytes_table(found: dict[str, float]) -> str:
-    """Return the bytes of a vector by format, and what a million of them per second take."""
+    """Return the bytes of a vector by format, and the bandwidth of a million of them per second."""
     rows = [[f"`{name}`", f"{size:,.0f}", number(size * 8e6 / 1e9)] for name, size in found.items()]
     return table(("`encoding_format`", "bytes per vector", "Gbit/s for a million texts/s"), rows)
 

@@ -1,4 +1,4 @@
-"""What a card is and how it is doing, from the driver's own library (NVML): to print with every measurement."""
+"""Describe a card and its state, from the driver's own library (NVML), to print with every measurement."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def describe_card(device: torch.device) -> str:
 
 
 def describe_state(device: torch.device) -> str:
-    """Return a card's clock, temperature and power now, and what holds the clock down."""
+    """Return a card's current clock, temperature and power, and the reason for a low clock."""
     nvml, handle = _open(device)
     if nvml is None:
         return "n/a"

@@ -1,4 +1,4 @@
-"""Count, without a card, what a forward costs one: kernels, calls of the host, its time, and bytes of memory.
+"""Count the cost of a forward pass on a card, without a card: kernels, calls of the host, its time, and bytes of memory.
 
 Full-size Jina v3 and BGE-M3 on fake tensors, whose devices, types and shapes are those of a card and which compute nothing.
 *Before* is transformers' own model on padded texts, *now* the gateway's packed forward. The host's time is measured, with as
@@ -40,7 +40,7 @@ _NUM_TEXTS, _LENGTH = 256, 64
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A model and what it is asked for.
+    """A model and the requested outputs.
 
     Attributes:
         adapters: of two short texts; -1 for no adapter.
@@ -61,7 +61,7 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """What a forward takes.
+    """The cost of a forward pass.
 
     Attributes:
         kernels: that the card runs, before and now.

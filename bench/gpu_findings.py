@@ -16,7 +16,7 @@ class Throughput:
     """Texts of one length, or of mixed ones.
 
     Attributes:
-        tflops: what the texts need, over the time that they took.
+        tflops: the operations that the texts need, divided by their time.
         padded_tokens_per_s: of padded batches of 32 texts; NaN when they do not fit.
         ratio: to those.
         even_tokens_per_s: of padded batches with as many tokens as ours.
@@ -86,7 +86,7 @@ class Tasks:
 
 @dataclass(frozen=True, slots=True)
 class ModelFindings:
-    """What was measured of one model in one precision.
+    """The measurements of one model in one precision.
 
     Attributes:
         matmul_tflops: of a large square product, before and after.

@@ -35,7 +35,7 @@ class Judge:
 
     Attributes:
         noise: share of the queries in which its grades have nothing to do with people's.
-        bias_share: share of the queries in which it favors the arm, whatever people say.
+        bias_share: share of the queries in which it favors the arm, even against people's grades.
         bias: by this difference.
     """
 

@@ -26,9 +26,9 @@ from bench.processes import Worker
 
 HOST = "127.0.0.1"
 
-# A slow server gets more time, up to so many times what was asked for, until each client has had an answer.
+# A slow server gets more time, up to so many times the given one, until each client has had an answer.
 _MAX_STRETCH = 3.0
-# After the end, what is on its way is waited for, so that the next measurement does not share the machine with it.
+# After the end, wait for running requests, so that the next measurement does not share the machine with them.
 _DRAIN_S = 60.0
 # Seconds until a client sends again after a 429 or a 503.
 _BACK_OFF_S = 0.1
@@ -70,7 +70,7 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """What one group saw.
+    """The results of one group.
 
     Attributes:
         seconds: from the first request to the last answer that is counted.
@@ -100,7 +100,7 @@ class LoadGenerator(Worker):
         super().__init__("load", "bench.load", (), environ)
 
     def run(self, load: Load) -> list[Sample]:
-        """Make load and return what each group saw."""
+        """Generate load and return the results of each group."""
         return [Sample(**sample) for sample in self.ask(asdict(load))]
 
 
@@ -108,7 +108,7 @@ class LoadGenerator(Worker):
 
 
 class _Tally:
-    """The requests of a group, and what has come of them."""
+    """The requests of a group, and their results so far."""
 
     def __init__(self, group: Group, load: Load) -> None:
         self.group = group
@@ -219,13 +219,13 @@ def _request(load: Load, texts: Sequence[str], priority: str = "") -> bytes:
 
 
 def _is_complete(body: bytes, num_texts: int) -> bool:
-    """Tell whether an answer holds as many vectors as texts were sent, all of them equally wide and not of zeros."""
+    """Return whether an answer has as many vectors as texts were sent, all of them equally wide and not of zeros."""
     rows = [item["embedding"] for item in orjson.loads(body)["data"]]
     return len(rows) == num_texts and len({len(row) for row in rows}) == 1 and all(any(row) for row in rows)
 
 
 async def make_load(load: Load) -> list[Sample]:
-    """Make load from this process, and return what each group saw."""
+    """Generate load from this process, and return the results of each group."""
     loop = asyncio.get_running_loop()
     tallies = [_Tally(group, load) for group in load.groups]
     clients = [

@@ -1,4 +1,4 @@
-"""What a measurement was made on: to print above every table."""
+"""Describe the machine of a measurement, to print above every table."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ def measure(num_texts: int) -> list[tuple[int, float]]:
     with start_gateway() as server, httpx.Client(base_url=f"http://{HOST}:{server.port}", timeout=_TIMEOUT_S) as client:
         sent = 0
         while sent < num_texts:
-            # Most texts are short, a few are beyond what the model takes.
+            # Most texts are short, and a few exceed the model's limit.
             lengths = [
                 min(_MAX_WORDS, int(shuffle.lognormvariate(2.5, 1)) + 1) for _ in range(shuffle.choice(_REQUEST_SIZES))
             ]

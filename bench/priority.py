@@ -23,7 +23,7 @@ _TEXTS = 60_000
 
 
 def measure(server: Server, generator: LoadGenerator, priority: str | None, seed: int) -> list[Sample]:
-    """Load the server for a while; return what the single client saw, and then what the bulk load saw."""
+    """Load the server for a while; return the results of the single client, and then those of the bulk load."""
     groups = [Group(1, 1, Sentences(seed).take(5_000))]
     if priority is not None:
         groups.append(Group(4, 64, Sentences(seed + 1).take(_TEXTS), priority=priority))

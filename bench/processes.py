@@ -1,4 +1,4 @@
-"""Child processes of a benchmark: each is ended by its own process id, whatever happens."""
+"""Child processes of a benchmark: each is ended by its process id, even after an error."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ Times: TypeAlias = NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class System:
-    """What is simulated.
+    """The simulated system.
 
     Attributes:
         batch_s: the seconds that a batch of so many requests takes; called with 1 to ``max_batch``.

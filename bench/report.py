@@ -21,7 +21,7 @@ _SCALES = {"%": 100.0, "x": 1.0, "ms": 1.0}
 
 @dataclass(frozen=True, slots=True)
 class Goal:
-    """Something to reach, and what was measured.
+    """A goal, and the measured value.
 
     Attributes:
         sense: whether the measured value must be ``>=`` or ``<=`` the target.
@@ -40,13 +40,13 @@ class Goal:
 
     @property
     def is_met(self) -> bool:
-        """Whether the goal is reached; what could not be measured is not."""
+        """Whether the goal is reached; ``False`` if it could not be measured."""
         is_reached = self.measured >= self.target if self.sense == ">=" else self.measured <= self.target
         return self.is_sound and is_reached
 
 
 def goals_table(goals: Sequence[Goal]) -> str:
-    """Return the goals, each with its target, what was measured, and whether that is enough."""
+    """Return the goals, each with its target, the measured value, and whether that is enough."""
     return table(
         ("goal", "target", "measured", "met"),
         [

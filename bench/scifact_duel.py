@@ -75,7 +75,7 @@ def many_rows(duels: Sequence[Played], difference: float) -> list[str]:
     """Return the counts of many duels as a row.
 
     Args:
-        difference: of nDCG@10 by the judgments, arm less baseline: its sign is what a duel should find.
+        difference: of nDCG@10 by the judgments, arm less baseline; a duel should find its sign.
     """
     arm, baseline = duels[0].arm, duels[0].baseline
     over = [one for one in duels if one.preferred is not None]

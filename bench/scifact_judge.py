@@ -2,8 +2,8 @@
 
 There is no chat model here: the judge is a server that knows SciFact's judgments, grades with noise, and has a taste for
 documents that repeat the words of the query. "People" are the judgments themselves, and a voter of the duels prefers the
-list with more relevant documents (``bench/voting.py``). So the tables show the machinery, and what a judge of a known taste
-does to a verdict, not how good any chat model is.
+list with more relevant documents (``bench/voting.py``). So the
+tables show the methods, and the effect of a known bias of the judge on a verdict, not the quality of a chat model.
 
 ::
 

@@ -90,7 +90,7 @@ def start_gateway_float32() -> Server:
 
 
 def start_gateway_with(name: str, registry: Path, model: str) -> Server:
-    """Start the gateway with a registry; ``model`` is what it is to be asked for."""
+    """Start the gateway with a registry; ``model`` is the model that requests will name."""
     server = _gateway(name, ("--models", str(registry)))
     server.model = model
     return server
@@ -160,7 +160,7 @@ def make_environment(folder: Path, name: str, lock: Path, steps: Sequence[Sequen
     """Make an environment, unless it was already made from this lock file, and return its Python.
 
     Args:
-        name: what is installed, for a message.
+        name: the installed package, for a message.
         steps: the arguments of each ``pip install``.
     """
     python = folder / "bin" / "python"

@@ -89,7 +89,7 @@ def p99_ms(system: System, load: float, arrivals: Arrivals, scale: float) -> flo
     """Return the 99th percentile of the milliseconds of a request.
 
     Args:
-        load: the requests per second, as a share of what the replicas can do with full batches; one of ``LOADS``.
+        load: the requests per second, as a share of the replicas' capacity with full batches; one of ``LOADS``.
         scale: of the number of requests; 1 for the figures of the documentation.
     """
     count = int(scale * max(_LEAST_REQUESTS, _PER_REPLICA[load] * system.replicas))

@@ -26,7 +26,7 @@ def median(values: Sequence[float]) -> float:
 def median_ratio(values: Sequence[float], references: Sequence[float]) -> float:
     """Return the median of the ratios of measurements that were made next to each other, pair by pair.
 
-    Pairs keep out what changes slowly on a shared machine: both of a pair see the same. NaN when there are no pairs.
+    Pairs cancel slow changes of a shared machine, because both of a pair see the same. NaN when there are no pairs.
     """
     return median([safe_ratio(value, reference) for value, reference in zip(values, references, strict=True)])
 

@@ -62,7 +62,7 @@ def docstring_sentences() -> tuple[str, ...]:
 
 def _docstrings(path: Path) -> Iterator[str]:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of what is no longer good style in the library itself
+        warnings.simplefilter("ignore")  # about style in the standard library itself
         module = ast.parse(path.read_bytes())
     for node in ast.walk(module):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):

@@ -1,9 +1,9 @@
-"""What the gateway adds to a model that runs on another server: the same load on the server itself and through the gateway.
+"""Measure the overhead of the gateway for a model on another server: the same load on the server itself and through it.
 
 python -m bench.upstream              about two minutes
 python -m bench.upstream --update     also writes the tables into docs/performance.md
 
-Two servers: another of these gateways without a model, whose answers cost next to nothing, so that what is added shows; and
+Two servers: another of these gateways without a model, whose answers cost almost nothing, so that the overhead shows; and
 Infinity's own server with the bundled model, which the gateway in front has proven to be the same as its own.
 """
 

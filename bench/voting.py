@@ -20,7 +20,7 @@ class Voter:
 
     Attributes:
         error: the chance to prefer the other list or, where both have as many, to prefer one by chance.
-        favors_left: the chance to vote for the left list, whatever it shows.
+        favors_left: the chance to vote for the left list regardless of its documents.
     """
 
     error: float

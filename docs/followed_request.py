@@ -67,7 +67,7 @@ def _wait_until_ready(url: str) -> None:
 
 
 def _followed(url: str, process: subprocess.Popen[bytes], out: Path, number: int) -> tuple[list[str], list[str]]:
-    """Send one request between the two signals; return what it met."""
+    """Send one request between the two signals; return the modules and values that it met."""
     body = json.dumps(
         {"model": MODEL, "input": [f"Request {number} is short.", f"It has {number + 2} texts."]}
     ).encode()

@@ -277,7 +277,7 @@ def pages() -> dict[Path, str]:
 
 
 def stale_pages() -> list[Path]:
-    """Return the pages that are missing or differ from what would be generated."""
+    """Return the pages that are missing or differ from the generated text."""
     return [path for path, text in pages().items() if not path.exists() or path.read_text(encoding="utf-8") != text]
 
 

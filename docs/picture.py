@@ -38,7 +38,7 @@ BOXES: Final = {
     "service": Box(1, 4, "texts in, vectors out", "core"),
     "computing": Box(2, 4, "vectors, or scores", "core"),
     "access": Box(0, 5, "keys, quotas, memory", "edge"),
-    "deployment": Box(1, 5, "what is served; reloads", "core"),
+    "deployment": Box(1, 5, "registry and models; reloads", "core"),
     "observation": Box(2, 5, "record each result", "core"),
     "capture": Box(0, 6, "sampled queries, to a file", "core"),
     "requests": Box(2, 6, "requests and answers", "core"),
@@ -101,7 +101,7 @@ def arrows(imported: Mapping[str, set[str]]) -> list[tuple[str, str]]:
     Raises:
         ValueError: an import points up.
     """
-    apart = ("bulk", "compare", "doctor")  # commands that use what the others print with; `cli.main` calls them
+    apart = ("bulk", "compare", "doctor")  # commands that use the others' modules for output; `cli.main` calls them
     below = {
         name: {other for other in others if other in BOXES and not (other == "cli" and name in apart)}
         for name, others in imported.items()

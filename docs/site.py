@@ -57,7 +57,7 @@ def _moved(link: re.Match[str], source: str, pages: dict[str, str]) -> str:
         place.parent.mkdir(exist_ok=True)
         shutil.copy(path, place)
         return f"{opening}files/{place.name}{closing}"
-    # A folder of the repository has no page; what is left is refused by the strict build.
+    # A folder of the repository has no page; the strict build rejects the rest.
     return f"{opening}{ELSEWHERE['deploy/README.md'] if path.is_dir() else target}{anchor}{closing}"
 
 

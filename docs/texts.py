@@ -197,12 +197,12 @@ Every error has the same body:
 {"error": {"message": "...", "type": "...", "param": null, "code": "..."}, "detail": "...", "message": "..."}
 ```
 
-`code` is stable across releases. `message` is for people: it says what was wrong, the limit, and what the gateway received.
+`code` is stable across releases. `message` is for people: it gives the problem, the limit, and the received value.
 The same text is in `detail` and at the top level, because some clients look there.
 """
 
 RETRIES_NOTE = """\
-"Clients retry" says what the OpenAI libraries do by default: they retry a 429 and every 5xx, and no other error of the
+"Clients retry" is the default behavior of the OpenAI libraries: they retry a 429 and every 5xx, and no other error of the
 gateway. A 429 or 503 has a `Retry-After` header, in whole seconds, if a retry may succeed. An error that a retry cannot
 fix has the header `x-should-retry: false`, which those libraries obey.
 """

@@ -4,7 +4,7 @@
     mteb/bin/python examples/evaluate_mteb.py bge-m3 --benchmark LMEB
     mteb/bin/python examples/evaluate_mteb.py bge-m3 --tasks SciFact LongMemEval
 
-The data of the tasks is downloaded from the hub once, and results are kept: a run that was stopped goes on.
+The data of the tasks is downloaded from the hub once, and results are kept: a stopped run continues.
 """
 
 from __future__ import annotations

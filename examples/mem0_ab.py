@@ -1,4 +1,4 @@
-"""Compare two models with Mem0's users: an arm for each user, a collection for each arm, and what came of it.
+"""Compare two models with Mem0's users: an arm for each user, a collection for each arm, and the outcomes.
 
     pip install mem0ai qdrant-client                    # or mem0ai pymilvus milvus-lite, or mem0ai "psycopg[binary,pool]"
     gateway serve --models examples/mem0_ab.yaml        # in one terminal; docs/ab-mem0.md says how to get the second model
@@ -125,7 +125,7 @@ def open_memories(
 
 def mem0_config(options: argparse.Namespace, assignment: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Return Mem0's configuration for the space of an assignment."""
-    # The space is in the name, so vectors of two models never meet, whatever the weights are tomorrow.
+    # The space is in the name, so vectors of two models never meet, even if the weights change.
     collection = "memories_" + re.sub(r"\W", "_", assignment["space"])
     stores = {
         "qdrant": {"path": str(folder / collection), "on_disk": True},  # two local clients cannot share a folder
@@ -195,7 +195,7 @@ def post(gateway: httpx.Client, outcomes: dict[str, bool]) -> None:
 
 
 def report(gateway: httpx.Client) -> None:
-    """Print the arms, and what the gateway concludes from the outcomes so far: of this run and of earlier ones."""
+    """Print the arms, and the gateway's conclusions from all outcomes so far, including earlier runs."""
     shown = gateway.get(f"/experiments/{EXPERIMENT}/outcomes").json()
     [outcome] = [outcome for outcome in shown["outcomes"] if outcome["primary"]]
     for arm in outcome["arms"]:

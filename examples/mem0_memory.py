@@ -158,7 +158,7 @@ def use(memory: Memory) -> None:
 
 
 def search(memory: Memory, question: str) -> dict[str, Any]:
-    """Print what a question finds, and return the best."""
+    """Print the results of a question, and return the best."""
     results = memory.search(question, filters=USER, top_k=3)["results"]
     print(f"\nsearched {question}")
     for result in results:

@@ -126,7 +126,7 @@ def _dimensions(info: ModelInfo, dimensions: int | None) -> int:
         return info.width
     if not info.dimensions:
         raise UnsupportedDimensions(
-            f"`dimensions` is {dimensions}, but model {info.id!r} has no dense vectors, whose size it is",
+            f"`dimensions` is {dimensions}, but model {info.id!r} has no dense vectors, and it sets their size",
             param="dimensions",
         )
     if dimensions not in info.dimensions:
@@ -152,7 +152,7 @@ def _check_precision(info: ModelInfo, precision: Precision, *, is_normalized: bo
     if is_normalized != info.is_normalized:
         raise BadInput(
             f"`normalized` is {str(is_normalized).lower()}, but the ranges of model {info.id!r} for {precision.value} were "
-            "measured on vectors as they are by default: leave it out",
+            "measured on vectors with the default: leave `normalized` out",
             param="normalized",
         )
 

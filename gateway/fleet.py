@@ -308,7 +308,7 @@ class Fleet:
             log.warning("model_disabled", model=model.id, reason=str(error))
         except LoadError as error:
             model.lacks_memory = isinstance(error, TooLittleMemory)
-            later = "; it is tried again as soon as there is room" if model.lacks_memory else ""
+            later = "; the gateway loads it as soon as there is room" if model.lacks_memory else ""
             model.report(ModelState.FAILED, f"failed to load: {error}{later}")
             (log.debug if model.reason == logged else log.error)("model_failed", model=model.id, reason=str(error))
         except Exception as error:  # a checkpoint can make the libraries raise anything; the others must still serve

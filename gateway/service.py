@@ -102,7 +102,7 @@ class EmbeddingService:
         if choice.experiment is not None and choice.experiment.kind == "cross_space":
             arms = ", ".join(f"{arm.label} (model {arm.model!r})" for arm in choice.experiment.arms)
             raise BadInput(
-                f"{choice.asked!r} is an experiment between spaces, whose models have different tokens and limits. Name a "
+                f"{choice.asked!r} is an experiment between spaces, and its models differ in tokens and limits. Name a "
                 f"model; the arms are: {arms}",
                 param="model",
             )

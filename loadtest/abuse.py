@@ -1,4 +1,4 @@
-"""Attack a gateway that has 3 GiB of memory in every known way, while another client goes on asking.
+"""Attack a gateway that has 3 GiB of memory in every known way, while another client keeps sending requests.
 
 python -m loadtest.abuse                   every attack, some minutes
 python -m loadtest.abuse --quick           the worst ones, for seconds each
@@ -37,7 +37,7 @@ from loadtest.cgroup import MemoryLimit, limited_memory
 
 PAGE = ROOT / "docs" / "reliability.md"
 LIMIT_BYTES = 3 * 1024 * MIB
-# What must hold, whatever is done.
+# The goals, for every attack.
 MAX_ABOVE_READY_BYTES = 1024 * MIB
 MAX_TIMES_ALONE = 5.0
 MAX_VICTIM_S = 0.5
@@ -45,7 +45,7 @@ MAX_HEALTH_S = 0.1
 QUICK = ("states", "bodies", "numbers", "compressed")
 _START_S = 180.0
 _PAUSE_S = 0.02
-# How long an attacker may take to make what it sends, and to end.
+# How long an attacker may take to prepare its requests, and to end.
 _PREPARE_S, _END_S = 60.0, 5.0
 _KEYS = {"attacker": "sk-attacker", "victim": "sk-victim"}
 _REGISTRY = """\
@@ -64,7 +64,7 @@ aliases:
 
 @dataclass(slots=True)
 class Latencies:
-    """What one kind of request took, in seconds, and how many were not answered as they must be."""
+    """The times of one kind of request, in seconds, and how many had a wrong response or none."""
 
     seconds: list[float] = field(default_factory=list)
     failures: Counter[str] = field(default_factory=Counter)
@@ -111,7 +111,7 @@ class Outcome:
         if has_goals_of_time:
             times = self.victim.quantile(0.5) / alone.quantile(0.5)
             if not times <= MAX_TIMES_ALONE:
-                found.append(f"the other client's p50 is {times:.1f} times what it is alone")
+                found.append(f"the other client's p50 is {times:.1f} times its value without an attack")
             if not self.victim.quantile(0.99) <= MAX_VICTIM_S:
                 found.append(f"the other client's p99 is {self.victim.quantile(0.99):.2f} s")
             if not self.health.quantile(0.99) <= MAX_HEALTH_S:
@@ -121,7 +121,7 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Abuse:
-    """What came of all of them.
+    """The results of all attacks.
 
     Attributes:
         limited_by: what held the gateway to its memory.
@@ -145,7 +145,7 @@ def abuse(names: Sequence[str], seconds: float) -> Abuse:
     """Start a gateway, and attack it in one way after another, for about ``seconds`` each."""
     with tempfile.TemporaryDirectory() as folder, limited_memory(LIMIT_BYTES) as limit:
         with _running(Path(folder), limit, has_reranker="pairs" in names) as (process, port):
-            _ask_for(port, min(3.0, seconds))  # what the first requests allocate is not an attack's
+            _ask_for(port, min(3.0, seconds))  # memory that the first requests allocate is not an attack's
             alone, _health = _ask_for(port, min(3.0, seconds))
             ready_bytes = process.memory_info().rss
             outcomes = [_attack(name, process, port, seconds, ready_bytes) for name in names]

@@ -1,4 +1,4 @@
-"""Hold an answer against what was asked: a vector for each text, of the right width and space, of numbers. Pure."""
+"""Check a response against its request: a vector of numbers for each text, of the right width and space. Pure."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ from numpy.typing import NDArray
 
 _STAGE: Final = re.compile(r"([a-z]+);dur=([0-9.]+)")
 MIN_COSINE: Final = 0.999
-"""What a vector and the one that was asked for alone must agree in: bfloat16 in another batch differs by 0.0003 at most."""
+"""The least cosine between a vector and the vector of the same text alone: bfloat16 in another batch differs by "
+"0.0003 at most."""
 
 
 class WrongAnswer(Exception):
-    """An answer with status 200 that is not what was asked for."""
+    """A response with status 200 that does not fit its request."""
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a right answer says of itself."""
+    """The facts in a right response."""
 
     vectors: NDArray[np.float32]
     tokens: int

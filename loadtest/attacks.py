@@ -1,4 +1,4 @@
-"""What a client can do to take more than its share of a gateway. Run by ``loadtest.abuse``, on loopback only.
+"""Attacks by a client that wants more than its share of a gateway. Run by ``loadtest.abuse``, on loopback only.
 
 ``python -m loadtest.attacks NAME PORT KEY SECONDS`` is one attacker: it prints ``begun``, and at the end how many answers of
 which status it got.
@@ -35,8 +35,8 @@ class Attacker:
     """One client that means ill.
 
     Attributes:
-        seconds: how long it goes on after its first connection; what it sends is made before.
-        statuses: what it was answered.
+        seconds: how long it lasts after its first connection; it prepares its requests before that.
+        statuses: the statuses of its responses.
     """
 
     port: int

@@ -23,11 +23,11 @@ _TEXTS_PER_LINE = 8
 
 @dataclass(frozen=True, slots=True)
 class BatchOutcome:
-    """What came of the lines.
+    """The results of the lines.
 
     Attributes:
         failures: lines that were answered with an error, by status and code.
-        problems: what must not be: lines without an answer, with several, or with wrong vectors.
+        problems: lines without an answer, with several, or with wrong vectors.
     """
 
     num_lines: int
@@ -37,7 +37,7 @@ class BatchOutcome:
 
 
 class RunningBatch:
-    """Uploads lines and starts a batch of them. Begins while nothing fails: what its texts get then is right."""
+    """Uploads lines and starts a batch of them. Begins before any fault: the vectors of that time are right."""
 
     def __init__(self, url: str, num_lines: int) -> None:
         self._client = httpx.Client(base_url=f"{url}/v1", timeout=30)

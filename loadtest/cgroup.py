@@ -18,7 +18,7 @@ _CGROUPS = (
 
 
 class MemoryLimit(Protocol):
-    """What holds processes to it.
+    """A memory limit for processes.
 
     Attributes:
         name: how, for the report.

@@ -1,4 +1,4 @@
-"""What is done to a gateway on a simulated Ray cluster while it is under load."""
+"""Faults for a gateway on a simulated Ray cluster under load."""
 
 from __future__ import annotations
 

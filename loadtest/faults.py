@@ -1,4 +1,4 @@
-"""What is done to a gateway while it is under load, and how long it takes to be well again."""
+"""Faults for a gateway under load, and how long it takes to recover."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ MODEL: Final = "all-minilm-l6-v2"
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What came of a fault.
+    """The result of a fault.
 
     Attributes:
         recovered_s: seconds from its end until the gateway was well again; NaN if it was not.

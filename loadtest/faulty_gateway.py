@@ -23,7 +23,7 @@ from gateway.telemetry.logs import configure_logs
 
 
 class Faults:
-    """What the next forwards do in place of computing."""
+    """Actions of the next forward passes instead of computing."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -40,7 +40,7 @@ class Faults:
                 self._left[name] = int(number)
 
     def strike(self) -> None:
-        """Do to the forward that begins now what was commanded."""
+        """Apply the command to the forward pass that begins now."""
         with self._lock:
             hang_s, self._hang_s = self._hang_s, 0.0
             name = next((name for name, left in self._left.items() if left), "")

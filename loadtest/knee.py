@@ -20,7 +20,7 @@ _MIN_REQUESTS: Final = 20
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What is still sustained.
+    """The highest sustained rate.
 
     Attributes:
         p95_ms: the 95th percentile of latencies, from when a request was to be sent.
@@ -33,7 +33,7 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A rate that was tried, in turns a second, and what came of it.
+    """A tested rate, in turns per second, and its result.
 
     Attributes:
         broken_by: empty when the rate was sustained.
@@ -77,7 +77,7 @@ class Search:
         self.rate = self.first
 
     def note(self, seconds: float, tally: Tally) -> None:
-        """Take what came of the present rate, and choose the next."""
+        """Record the result of the current rate, and choose the next."""
         assert self.rate is not None  # noqa: S101  not called after the end
         self.steps.append(Step(self.rate, seconds, tally, judge(tally, self.limits)))
         low, high = self.sustained, self.broken

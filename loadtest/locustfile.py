@@ -76,7 +76,7 @@ def _send_to_master(recorder: Recorder) -> None:
 
 
 def _lead(environment: Environment, run: Run, classes: dict[str, Any]) -> None:
-    """Steer the load, collect what came of it, and write the report."""
+    """Control the load, collect the results, and write the report."""
     course, probe = Course(), Probe(run.options)
     environment.shape_class = _shape(run, classes, course)
 

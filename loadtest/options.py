@@ -22,7 +22,7 @@ class Parser(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What is to be done.
+    """The options of a run.
 
     Attributes:
         profile: a name of :data:`loadtest.plan.PROFILES`, or ``knee``.
@@ -74,7 +74,7 @@ def add_arguments(parser: Parser) -> None:
         env_var="LOADTEST_PROFILE",
         help="Course of the load",
     )
-    add("--workload", choices=list(WORKLOADS), default="mixed", help="What users do")
+    add("--workload", choices=list(WORKLOADS), default="mixed", help="Kind of requests that users send")
     add("--arrivals", choices=["closed", "open"], default="", help="Closed or open loop; knee is open, others closed")
     add(
         "--peak",
@@ -104,7 +104,7 @@ def read_options(parsed: Namespace | None) -> Options:
     """Return the options of a run.
 
     Raises:
-        ValueError: an option is wrong; says which, and what would be right.
+        ValueError: an option is wrong; the message names it and the valid values.
     """
     if parsed is None:
         raise ValueError("locust gave no options")

@@ -53,7 +53,7 @@ def compare(peer: Server, gateway: Server, workload: str, users: int, extent: Ex
     """Load both in turns, and return what locust found of each, the peer first.
 
     Raises:
-        RuntimeError: locust has left no results; shows what it printed.
+        RuntimeError: locust has left no results; the message shows its output.
     """
     with tempfile.TemporaryDirectory() as folder:
         arguments = [

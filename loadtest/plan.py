@@ -1,4 +1,4 @@
-"""What is loaded, when and how much: the schedule of a run, known before it begins. Pure."""
+"""The schedule of a run, known before it begins: targets, times and rates. Pure."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SETTLE_S: Final = 2.0
 """Seconds at the start of a slot that are not counted: users are still being started."""
 
 PAUSE_S: Final = 2.0
-"""Seconds between two slots, in which nothing is sent, so that what is on its way ends."""
+"""Seconds between two slots, in which nothing is sent, so that running requests end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,10 +22,10 @@ class Target:
     """A model behind an endpoint.
 
     Attributes:
-        label: what it is called in tables and plots.
+        label: its name in tables and plots.
         url: the server's, without a path.
         path: where embeddings are asked for.
-        model: what is sent as ``model``.
+        model: the value of ``model`` in requests.
     """
 
     label: str
@@ -131,7 +131,7 @@ def parse_targets(models: str, host: str, extra: Sequence[str] = ()) -> list[Tar
         extra: each ``LABEL=URL#MODEL``: a model behind another server; its URL may have the path of the endpoint.
 
     Raises:
-        ValueError: says what is wrong.
+        ValueError: the plan is not valid; the message gives the reason.
     """
     targets = [_target(name.strip(), f"{host}#{name.strip()}") for name in models.split(",") if name.strip()]
     for text in extra:

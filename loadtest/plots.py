@@ -1,4 +1,4 @@
-"""The plots of a run: what was sent and answered second by second, and where the time went."""
+"""The plots of a run: requests and responses second by second, and the time of each stage."""
 
 from __future__ import annotations
 

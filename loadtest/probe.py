@@ -1,4 +1,4 @@
-"""What the servers say of themselves: their models before the load, their queues during it."""
+"""Ask the servers for their models before the load, and their queues during it."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Probe:
 
     @property
     def registry_hash(self) -> str:
-        """What the targets are, as 12 hex digits: two runs with the same had the same models, in the same precision."""
+        """A hash of the targets, as 12 hex digits, which is the same for the same models in the same precision."""
         return hashlib.sha256(orjson.dumps(self.models, option=orjson.OPT_SORT_KEYS)).hexdigest()[:12]
 
     def _describe(self, target: Target) -> Mapping[str, Any]:

@@ -1,4 +1,4 @@
-"""What came of each request, by second and target: small enough to send from workers, exact enough for percentiles. Pure."""
+"""The result of each request, by second and target: small enough to send from workers, exact enough for percentiles."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ class Recorder:
         return taken
 
     def merge(self, taken: Iterable[list[Any]]) -> None:
-        """Take in what another recorder gave away."""
+        """Add the data of another recorder."""
         for second, label, counts, stages in taken:
             offered, latencies, failures, texts, tokens, client_ms, num_timed = counts
             # Keys of mappings may have become texts on the way.

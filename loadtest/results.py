@@ -1,4 +1,4 @@
-"""What a run has shown, target by target, and how they compare."""
+"""The results of a run, target by target, and their comparison."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What one target did in the time that is counted.
+    """The results of one target in the counted time.
 
     Attributes:
         seconds: of load.
@@ -80,7 +80,7 @@ class Results:
     """A whole run.
 
     Attributes:
-        facts: what it was run on, and with.
+        facts: the machine and the versions.
         problems: limits that were broken, one line each; empty when all held.
         timeline: by label, by second since the epoch.
         queues: (second, model, texts waiting), as the server's metrics say.
@@ -114,7 +114,7 @@ def _figures(result: Result, figure: str) -> list[float]:
 
 
 def make_results(options: Options, recorder: Recorder, course: Course, probe: Probe) -> Results:
-    """Put together what was recorded within the windows that are counted."""
+    """Combine the records within the counted windows."""
     results = [_result(target.label, target.model, recorder, course) for target in options.targets]
     problems = [f"given up: {course.given_up}"] if course.given_up else []
     for result in results:

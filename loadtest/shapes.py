@@ -19,7 +19,7 @@ log = logging.getLogger("loadtest")
 
 # Users are started at once: a slot's first seconds are not counted.
 _SPAWN_RATE = 100.0
-# Workers send what they have recorded every three seconds.
+# Workers send their records every three seconds.
 _REPORT_LAG_S = 4.0
 _LONGEST_PAUSE_S = 60.0
 
@@ -42,7 +42,7 @@ class Window:
 
 @dataclass(slots=True)
 class Course:
-    """What a shape has done, for the report.
+    """The history of a shape, for the report.
 
     Attributes:
         given_up: why the run was ended early; empty if it was not.
@@ -134,7 +134,7 @@ class KneeShape(LoadTestShape):
                 window = Window(label, len(search.steps), began + SETTLE_S, began + self._step_s)
                 self._course.windows.append(window)
                 ended = time.time()
-                # Until what is on its way has come to an end, or is known not to.
+                # Until running requests have ended, or are known not to.
                 yield from _hold((0, _SPAWN_RATE, classes), partial(self._is_busy, label, ended))
                 tally = self._recorder.between(label, window.start, window.end + PAUSE_S)
                 search.note(window.seconds, tally)

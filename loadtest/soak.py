@@ -1,4 +1,4 @@
-"""``make soak``: a gateway under mixed load to which one thing after another happens. Counts what was lost or wrong.
+"""``make soak``: inject one fault after another into a gateway under mixed load, and count lost and wrong responses.
 
 python -m loadtest.soak                    ten minutes
 python -m loadtest.soak --seconds 3600     an hour
@@ -61,12 +61,12 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Soak:
-    """What came of it.
+    """The results of a run.
 
     Attributes:
         answered: requests that were answered with the right vectors.
         failures: the others, by cause; a status is an answer, ``no answer`` is not.
-        batches: one for each round of faults, which runs meanwhile.
+        batches: one for each round of faults, which runs at the same time.
         first_round_ended: when everything had happened once, by ``time.monotonic``: from then on nothing is new.
     """
 
@@ -86,7 +86,7 @@ class Soak:
 
     @property
     def wrong(self) -> int:
-        """How many answers had status 200 and were not what was asked for."""
+        """The number of responses with status 200 that did not fit their request."""
         return sum(count for cause, count in self.failures.items() if cause.startswith("wrong answer"))
 
     @property
@@ -100,13 +100,13 @@ class Soak:
 
     @property
     def problems(self) -> list[str]:
-        """What must not be; empty when all is well."""
+        """The failures of the run; empty if there are no failures."""
         found = [f"{self.lost} requests had no answer"] if self.lost else []
         found += [f"{self.wrong} answers were wrong"] if self.wrong else []
         found += [f"not well again after: {one.name}" for one in self.outcomes if math.isnan(one.recovered_s)]
         found += [f"a batch: {problem}" for batch in self.batches for problem in batch.problems]
         found += [f"exit code {self.exit_code}"] if self.exit_code else []
-        found += [f"memory grew to {self.growth:.2f} times what it was"] if self.growth > MAX_GROWTH else []
+        found += [f"memory grew to {self.growth:.2f} times its first value"] if self.growth > MAX_GROWTH else []
         return found
 
 
@@ -273,7 +273,7 @@ def as_table(soak: Soak) -> str:
         f"| open files: first, most, last | {files[0]}, {max(files)}, {files[-1]} |",
         f"| exit code after SIGTERM | {soak.exit_code} |",
         "",
-        "| what happened | times | lasted, s | until well again, s (worst) |",
+        "| fault | times | lasted, s | until recovered, s (worst) |",
         "|---|---|---|---|",
         *(
             f"| {name} | {len(found)} | {max(o.lasted_s for o in found):.1f} | {max(o.recovered_s for o in found):.1f} |"
@@ -297,7 +297,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--cluster", action="store_true", help="the model has replicas on a simulated Ray cluster")
     parser.add_argument("--update", action="store_true", help="write the table into docs/reliability.md")
     options = parser.parse_args(arguments)
-    # A shell that runs this in the background has it ignored, here and in what is started from here.
+    # A shell that runs this in the background has it ignored, here and in processes that this one starts.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     result = (soak_cluster if options.cluster else soak)(options.seconds, options.peak)
     table = as_table(result)

@@ -12,7 +12,7 @@ from loadtest.recorder import Tally
 MAX_FAIL_RATIO: Final = 0.01
 """Of a target for which nothing else was asked."""
 
-# A run is given up when the last seconds were far beyond a limit: what comes after cannot mend the whole.
+# A run is given up when the last seconds were far beyond a limit: the rest cannot make up for that.
 HOPELESS_S: Final = 10
 _HOPELESS_P95 = 4.0
 _HOPELESS_FAILURES = 0.5
@@ -32,7 +32,7 @@ def parse_limits(text: str, labels: Sequence[str], name: str) -> dict[str, float
     """Read a limit: one number for all targets, or ``LABEL=NUMBER,LABEL=NUMBER``.
 
     Raises:
-        ValueError: says what is wrong.
+        ValueError: a limit is not valid; the message gives the reason.
     """
     if not text:
         return {}
@@ -76,7 +76,7 @@ def broken(tally: Tally, seconds: float, limits: Thresholds) -> list[str]:
 
 
 def is_hopeless(recent: Tally, limits: Thresholds) -> bool:
-    """Tell whether the last :data:`HOPELESS_S` seconds of a target were so bad that the run need not go on."""
+    """Return whether the last :data:`HOPELESS_S` seconds of a target were so bad that the run need not go on."""
     if recent.answered + recent.failed < _MIN_REQUESTS:
         return False
     if recent.fail_ratio > max(_HOPELESS_FAILURES, limits.max_fail_ratio):

@@ -60,7 +60,7 @@ class EmbeddingUser(FastHttpUser):
         """Send the requests of a turn, one after another.
 
         Args:
-            due: when the first is to be sent, by ``time.perf_counter``; what it comes late counts into its latency.
+            due: when the first is to be sent, by ``time.perf_counter``; a delay counts as latency.
         """
         run = self.run_state
         for ask in WORKLOADS[run.options.workload](run.texts[self.target.label], self.rng):
@@ -69,7 +69,7 @@ class EmbeddingUser(FastHttpUser):
             due = time.perf_counter()
 
     def send(self, ask: Ask, due: float) -> None:
-        """Send a request, check its answer, and write down what came of it."""
+        """Send a request, check its response, and record the result."""
         run, label = self.run_state, self.target.label
         with self.client.request(
             "POST",
@@ -151,7 +151,7 @@ class OpenUser(EmbeddingUser):
         self.due += self.rng.expovariate(1.0)
 
     def on_stop(self) -> None:
-        """Let what is on its way end."""
+        """Let running requests end."""
         self.turns.join()
 
 

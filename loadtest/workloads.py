@@ -1,4 +1,4 @@
-"""What a user of each kind does, as requests. Pure.
+"""The requests of each kind of user. Pure.
 
 A user's turn is a few requests, each sent when the one before is answered. In open arrivals a turn begins when its time has
 come, whether or not those before it have ended.
@@ -19,7 +19,7 @@ class Ask:
     """One request.
 
     Attributes:
-        kind: what it is called in tables.
+        kind: its name in tables.
         task: sent where the target has tasks.
     """
 

@@ -1,7 +1,7 @@
 #!/bin/sh
 # Installs the gateway into .venv. Called by the Makefile, from the repository root:
 #   requirements/install.sh run         torch, run.lock and the gateway itself
-#   requirements/install.sh dev         dev.lock, into build/dev, which sees what is in .venv
+#   requirements/install.sh dev         dev.lock, into build/dev, which sees the packages of .venv
 #   requirements/install.sh clients     further clients that the tests run, into build/clients
 #   requirements/install.sh site        what builds the documentation as a site, into build/site-env
 #   requirements/install.sh verify      do the installed packages fit each other and pyproject.toml?
@@ -66,7 +66,7 @@ install_run() {
     end run
 }
 
-# What tests and checks is not in what serves, and sees it: .venv's packages come after those of build/dev.
+# The environment of tests and checks is separate from .venv and sees it: .venv's packages come after those of build/dev.
 install_dev() {
     be_alone
     # The last install was cut off: nothing in .venv can be relied on.
@@ -98,7 +98,7 @@ install_site() {
     touch build/site-env/.installed
 }
 
-# Make $1 and fill it from the lock $2, with the Python $3. uv takes seconds for what takes pip minutes, and here is no
+# Make $1 and fill it from the lock $2, with the Python $3. uv takes seconds where pip takes minutes, and here is no
 # torch, which uv would take with CUDA.
 make_environment() {
     say "packages of $2"

@@ -15,8 +15,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-# Read when numpy and torch are imported, here and in what the tests start. The workers share the cores: threads that wait
-# for each other spin on them. (A gateway sets the number for its models itself.)
+# Read when numpy and torch are imported, here and in processes that the tests start. The workers share the cores: threads
+# that wait for each other spin on them. (A gateway sets the number for its models itself.)
 for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ.setdefault(_name, "1")
 
@@ -74,7 +74,7 @@ _HANDLER_CACHES = [function for function in vars(models).values() if hasattr(fun
 
 
 def pytest_runtest_teardown() -> None:
-    """Let go of the test's applications."""
+    """Release the test's applications."""
     for function in _HANDLER_CACHES:
         function.cache_clear()
 
@@ -109,7 +109,7 @@ def pytest_collection_finish() -> None:
 _configure = structlog.configure
 structlog.configure = lambda **how: _configure(**{**how, "cache_logger_on_first_use": False})
 
-# What the tests of these folders start or make for a session takes long, so one worker runs all of them.
+# The session fixtures of these folders take long to create, so one worker runs all of their tests.
 _TOGETHER = ("clients", "cluster", "models")
 
 

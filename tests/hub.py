@@ -68,7 +68,7 @@ class Hub:
     """A running hub.
 
     Attributes:
-        repos: what it holds, by name; all at :data:`COMMIT`.
+        repos: its repositories, by name; all at :data:`COMMIT`.
         requests: method, path and the header ``Range`` of each request.
         with_token: method and path of each request that had a token.
         cuts: after how many bytes of the next answers with a large file the connection is closed.

@@ -229,7 +229,7 @@ def test_the_gpu_benchmark_runs_with_tiny_models_on_a_cpu(monkeypatch, capsys):
     assert re.search(r"^\| multivector \| 64 \|", printed, re.MULTILINE)
 
 
-def test_what_a_forward_costs_a_card_is_counted_without_one(monkeypatch, capsys):
+def test_the_cost_of_a_forward_on_a_card_is_counted_without_one(monkeypatch, capsys):
     run_here(monkeypatch, "bench.gpu_counts", "--tiny")
 
     printed = capsys.readouterr().out

@@ -60,7 +60,7 @@ def test_a_mutant_is_one_small_change(source, expected):
         "@route('/path', status=200)\ndef f(): ...",
     ],
 )
-def test_what_is_no_behavior_is_left_alone(source):
+def test_code_without_behavior_is_not_changed(source):
     assert changes(source) == set()
 
 
@@ -167,7 +167,7 @@ def test_the_mutants_that_no_test_notices_are_printed(tmp_path):
     assert (tmp_path / "gateway" / "toy.py").read_text() == TOY
 
 
-def test_a_run_that_was_stopped_goes_on_and_a_changed_test_or_function_is_tried_again(tmp_path):
+def test_a_stopped_run_continues_and_a_changed_test_or_function_is_tried_again(tmp_path):
     for name, text in {"gateway/toy.py": TOY, "tests/test_toy.py": TOY_TESTS}.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
@@ -232,7 +232,7 @@ WORKS_IN_A_CHILD = f"import subprocess, sys; subprocess.run([sys.executable, '-c
         (WAITS, Limits(cpu_s=60, still_s=60, wall_s=0.5), "ran for"),
     ],
 )
-def test_a_run_is_given_up_for_what_it_uses(code, limits, reason):
+def test_a_run_that_uses_too_much_is_stopped(code, limits, reason):
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, start_new_session=True) as process:
         try:
             process.stdout.readline()

@@ -156,7 +156,7 @@ def test_a_text_without_a_task_is_a_query_and_its_vector_the_mean(folder):
     assert dict(checkpoint.prompts) == {"query": "query: ", "passage": "passage: "}
 
 
-def test_what_is_no_packed_model_is_refused(tensors):
+def test_a_file_that_is_not_a_packed_model_is_refused(tensors):
     with pytest.raises(ValueError, match="begins with"):
         read_packed(b"GGUF" + bytes(60))
     packed = pack(tensors)

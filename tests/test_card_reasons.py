@@ -31,7 +31,7 @@ TAKEN = FakeCard(free=GIB // 64, processes=((812, "/usr/bin/ollama", 23 * GIB, T
 SHARED = FakeCard(free=4 * GIB, processes=((812, "/usr/bin/ollama", 20 * GIB, True),))
 CU126 = "`make clean run TORCH_INDEX=https://download.pytorch.org/whl/cu126`"
 
-# What is wrong: the driver, torch's build, and the line that mends it.
+# Each problem: the driver, torch's build, and the line that fixes it.
 SITUATIONS: dict[str, tuple[FakeDriver, dict[str, Any], str]] = {
     "driver too old": (FakeDriver([RTX_3090], "550.54.14", 12040), {}, CU126),
     "driver much too old": (FakeDriver([RTX_3090], "470.256.02", 11040), {}, "upgrade the driver to 580 or newer"),
@@ -59,7 +59,7 @@ def minilm(name: str, **more: object) -> ModelEntry:
 
 
 class Told:
-    """What a gateway with some models says about them, in each of the four places."""
+    """The messages of a gateway with some models, in each of the four places."""
 
     def __init__(self, models: list[ModelEntry], capsys: pytest.CaptureFixture[str], **backend: Any) -> None:
         self._registry = Registry(path=Path("models.yaml"), version=1, models=tuple(models))
@@ -145,7 +145,7 @@ async def test_a_model_that_may_run_on_the_cpu_says_why_it_does(
 
 @pytest.fixture
 def on_a_card(monkeypatch: pytest.MonkeyPatch, here: Callable[..., None]) -> Callable[[FakeCard], None]:
-    """Return a function that makes a card the only one, whose free memory is what the driver says."""
+    """Return a function that makes a card the only one, with the free memory that the driver reports."""
 
     def on_a_card(card: FakeCard) -> None:
         here(FakeDriver([card]), cuda_cards=[card])
@@ -216,7 +216,7 @@ async def test_a_model_is_loaded_once_the_other_program_has_left_the_card(
 
     await told.start()
     assert model.state is ModelState.FAILED
-    assert model.reason.endswith("; it is tried again as soon as there is room")
+    assert model.reason.endswith("; the gateway loads it as soon as there is room")
     with capture_logs() as lines:
         while model.state is not ModelState.READY:  # noqa: ASYNC110  until the limit of the test
             await asyncio.sleep(0.01)

@@ -123,7 +123,7 @@ def backend_of(deployment: Deployment, model_id: str) -> Backend:
 
 async def wait_until(look: Callable[[], bool]) -> None:
     async with asyncio.timeout(30):
-        while not look():  # noqa: ASYNC110  what is looked at has no event
+        while not look():  # noqa: ASYNC110  the condition has no event
             await asyncio.sleep(0.005)
 
 
@@ -154,7 +154,7 @@ async def test_new_models_and_aliases_are_served_after_a_reload(gateway: Gateway
     assert deployment.fleet.is_ready
 
 
-async def test_a_reload_returns_what_it_loaded_kept_and_removed(gateway: Gateway) -> None:
+async def test_a_reload_returns_the_loaded_kept_and_removed_models(gateway: Gateway) -> None:
     deployment = await gateway.start(models(one="a", two="b", three="c"))
 
     reloaded = await gateway.reload(models(one="a", two="b-short", four="d"))
@@ -214,7 +214,7 @@ async def test_a_fallback_that_a_reload_replaces_still_answers_earlier_requests(
     assert two.is_stopped
 
 
-async def test_a_model_whose_tokens_are_used_is_not_stopped_meanwhile(gateway: Gateway) -> None:
+async def test_a_model_is_not_stopped_while_its_tokens_are_used(gateway: Gateway) -> None:
     deployment = await gateway.start(models(one="a", two="b"))
     backend = backend_of(deployment, "two")
     service = EmbeddingService(deployment, ExperimentStats(None))
@@ -453,7 +453,7 @@ async def test_models_of_one_space_may_be_fallbacks_and_arms(gateway: Gateway) -
     assert [target.info.id for target in targets["two"]] == ["two", "one"]
 
 
-# ------------------------------------------------------------------------------------------------- what a reload tells
+# ------------------------------------------------------------------------------------------------- the report of a reload
 
 
 def split(*weights: int, more: str = "", name: str = "e") -> str:
@@ -488,7 +488,7 @@ async def test_a_reload_tells_which_aliases_and_experiments_have_changed(gateway
     assert reloaded.experiments == {
         "e": "one 1, two 1 -> one 9, two 1; counts start over; units that move: two -> one 39.8%",
         "ended": "removed",
-        "dated": "changed; counts go on",
+        "dated": "changed; counts continue",
         "begun": "added",
     }
     [line] = [line for line in lines if line["event"] == "reloaded"]
@@ -565,7 +565,7 @@ async def test_a_required_model_may_not_stay_failed(gateway: Gateway) -> None:
     assert message.endswith("two failed to load: the weights are torn")
 
 
-# ------------------------------------------------------------------------------------------------ metrics of what is gone
+# ------------------------------------------------------------------------------------------------ metrics of removed models
 
 
 def labels_in(name: str, **labels: str) -> list[dict[str, str]]:
@@ -693,7 +693,7 @@ async def test_servers_that_hang_while_they_are_sought_hold_up_no_reload(
     await deployment.stop()
 
 
-async def test_what_is_open_is_closed_at_the_end(gateway: Gateway, tmp_path: Path) -> None:
+async def test_open_files_are_closed_at_the_end(gateway: Gateway, tmp_path: Path) -> None:
     gateway.settings = Settings(exposure_log=tmp_path / "exposures.jsonl", quota_storage="redis://127.0.0.1:9/0")
     deployment = await gateway.start(models(one="a"))
     closed = []

@@ -120,7 +120,7 @@ def test_a_stop_under_load_loses_no_request() -> None:
         while_draining = [len(client.statuses) for client in clients]
         ready = operator.get(f"{url}/health/ready")
         live = operator.get(f"{url}/health/live")
-        time.sleep(0.8)  # what a load balancer takes to see it
+        time.sleep(0.8)  # the time that a load balancer takes to notice
         is_elsewhere.set()
         for client in clients:
             client.join(timeout=20)
@@ -298,7 +298,7 @@ def test_a_request_longer_than_the_grace_time_does_not_hold_up_the_stop() -> Non
         assert ended.wait(timeout=10)
 
 
-def test_what_is_ended_by_the_stop_leaves_no_traceback(capfd: pytest.CaptureFixture[str]) -> None:
+def test_requests_that_the_stop_ends_leave_no_traceback(capfd: pytest.CaptureFixture[str]) -> None:
     with gateway(delay_s=60.0, shutdown_grace_s=1) as (process, url), socket.socket() as half_sent:
         half_sent.connect(("127.0.0.1", int(url.rpartition(":")[2])))
         half_sent.sendall(b"POST /v1/embeddings HTTP/1.1\r\nhost: gateway\r\ncontent-length: 100\r\n\r\n{")

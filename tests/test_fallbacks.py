@@ -47,7 +47,7 @@ class Gateway:
         self.service = service
 
     async def ask(self, name: str = "gpu", **fields: object) -> tuple[str, str]:
-        """Return the model that answered, and what the answer says in ``model``."""
+        """Return the model that answered, and the answer's ``model``."""
         fields = {"texts": ["a b"], "model": name, "timeout_s": 5.0, "caller": "me", "client": GATEWAY, **fields}
         answer = await self.service.embed(EmbedRequest(**fields))  # type: ignore[arg-type]
         return answer.model, answer.name
@@ -170,9 +170,7 @@ async def test_a_model_of_which_nothing_is_known_has_no_fallback(gateway: Gatewa
     "error",
     [BadInput("wrong"), Overloaded("full", retry_after_s=1), DeadlineExceeded("late")],
 )
-async def test_what_the_request_or_the_load_is_to_blame_for_is_not_tried_elsewhere(
-    gateway: Gateway, error: RequestError
-) -> None:
+async def test_errors_of_the_request_or_the_load_are_not_tried_elsewhere(gateway: Gateway, error: RequestError) -> None:
     gateway.failing["gpu"] = error
 
     with pytest.raises(type(error)) as caught:

@@ -1,4 +1,4 @@
-"""Models do not wait for each other without need, and one that is not what it is said to be is stopped."""
+"""Models do not wait for each other without need, and a model that is not the declared one is stopped."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PATIENCE_S = 30
 
 
 class Backend(FakeBackend):
-    """A fake that starts when its gate opens, and remembers what happened to it."""
+    """A fake that starts when its gate opens, and records its events."""
 
     def __init__(self, info: ModelInfo, order: list[str]) -> None:
         super().__init__(info)
@@ -77,7 +77,7 @@ def made() -> Models:
 
 async def wait_until(look: Callable[[], bool]) -> None:
     async with asyncio.timeout(PATIENCE_S):
-        while not look():  # noqa: ASYNC110  what is looked at has no event
+        while not look():  # noqa: ASYNC110  the condition has no event
             await asyncio.sleep(0.01)
 
 
@@ -250,7 +250,7 @@ async def test_the_fleet_is_ready_when_one_model_and_all_required_ones_are(made:
     assert not fleet.is_ready
 
 
-async def test_what_was_ready_is_stopped_at_the_end_and_what_had_failed_stays_so(made: Models) -> None:
+async def test_ready_models_are_stopped_at_the_end_and_failed_ones_stay_failed(made: Models) -> None:
     well, torn = made.add("well", is_remote=False), made.add("torn", is_remote=False)
     torn.error = LoadError("torn")
     for backend in (well, torn):

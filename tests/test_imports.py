@@ -108,7 +108,7 @@ def test_imports_point_down(path: Path) -> None:
     if module == "__init__":
         return
     above = {name for name in own_imports(path) if layer_of(name) < layer_of(module)}
-    assert not above, f"{module} imports what is above it"
+    assert not above, f"{module} imports a module above it"
 
 
 def test_no_module_imports_itself_through_others() -> None:
@@ -124,7 +124,7 @@ def test_every_layer_has_modules() -> None:
 
 def test_the_map_names_every_module() -> None:
     page = (ROOT / "docs" / "architecture.md").read_text()
-    # The modules of a comparison are named by what they do, in their order.
+    # The modules of a comparison, in the order of its steps.
     paths = [path for path in FILES if not path.stem.startswith("__") and path.parent.name != "compare"]
     unnamed = {str(path.relative_to(ROOT)) for path in paths if not re.search(rf"\b{path.stem}\b", page)}
     assert not unnamed

@@ -53,7 +53,7 @@ class Machine:
         )
 
     def index(self, **environ: str) -> tuple[str, str]:
-        """Return the chosen index, and what is said about it."""
+        """Return the chosen index, and the message about it."""
         done = self.run("index", **environ)
         assert done.returncode == 0
         return done.stdout.rstrip("\n"), done.stderr
@@ -149,7 +149,7 @@ def test_the_choice_is_that_of_pip_and_is_kept(machine: Machine) -> None:
 
 
 def test_an_environment_with_another_torch_is_made_again(machine: Machine) -> None:
-    """For pip, torch 2.13.0 is there already, whatever it was built for."""
+    """For pip, torch 2.13.0 is already installed, in any build."""
     machine.install()
     (machine.folder / ".venv" / "old").touch()
     machine.install()

@@ -125,7 +125,7 @@ async def test_requests_that_are_canceled_or_crash_are_counted_too(
 
 
 class Noted(ExperimentStats):
-    """Remembers what was recorded."""
+    """Keeps the records."""
 
     def __init__(self) -> None:
         super().__init__(None)

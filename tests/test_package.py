@@ -49,7 +49,8 @@ def wheel(dist: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the folder of programs of an environment with the wheel and what it needs, which does not see the checkout."""
+    """Return the folder of programs of an environment with the wheel and its dependencies, which does not see the "
+    "checkout."""
     folder = tmp_path_factory.mktemp("installed") / "env"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True, timeout=60)
     command = [UV, "pip", "install", "--quiet", "--offline", "--no-deps", "--python", folder / "bin" / "python", wheel]
@@ -89,7 +90,7 @@ def test_the_wheel_has_every_file_of_the_package(wheel: Path) -> None:
     assert {name for name in names if not name.startswith("gateway/")} == set()
 
 
-def test_the_wheel_says_what_it_is(wheel: Path) -> None:
+def test_the_wheel_has_its_metadata(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         metadata = archive.read(f"embedding_gateway-{__version__}.dist-info/METADATA").decode()
         scripts = archive.read(f"embedding_gateway-{__version__}.dist-info/entry_points.txt").decode()

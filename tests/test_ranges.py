@@ -48,7 +48,7 @@ def test_vectors_that_are_not_normalized_are_only_cut() -> None:
     np.testing.assert_array_equal(meter.ranges()[4].high, (5 * VECTORS)[:, :4].max(axis=0))
 
 
-def test_what_is_written_is_read(file: Path, measured: dict[int, Ranges]) -> None:
+def test_written_ranges_are_read(file: Path, measured: dict[int, Ranges]) -> None:
     found = read(str(file), "abc", SIZES, is_normalized=True)
 
     assert found == measured

@@ -1,4 +1,4 @@
-"""What a request asks a model to read, and what an answer takes of the memory."""
+"""The texts that a model reads for a request, and the memory of an answer."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ ANSWERED: dict[str, Any] = {"num_tokens": 3, "truncated": [], "timings": Timings
     ],
     ids=["embed", "rerank", "classify", "classify pairs"],
 )
-def test_what_a_model_reads_for_each_text_is_counted(request_: Request, lengths: list[int]) -> None:
+def test_the_characters_that_a_model_reads_are_counted(request_: Request, lengths: list[int]) -> None:
     assert request_.lengths == lengths
 
 

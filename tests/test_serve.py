@@ -1,4 +1,4 @@
-"""`gateway serve` as a process: what a person at a terminal, or an orchestrator, sees of it."""
+"""`gateway serve` as a process, as a person at a terminal or an orchestrator sees it."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def gateway(registry: Path, *options: str, **environ: str) -> Iterator[subproces
 
 
 def read_until(process: subprocess.Popen[str], pattern: str) -> str:
-    """Read what the process prints until a line matches; its end comes first when it fails."""
+    """Read the output of the process until a line matches; if the process fails, its end comes first."""
     assert process.stdout is not None
     printed = ""
     for line in process.stdout:
@@ -101,7 +101,7 @@ class Served:
     """Observations of a gateway from its start to its end, from its output and from its clients.
 
     Attributes:
-        printed: until it was ready; curl_answer: what the curl command in it gave.
+        printed: until it was ready; curl_answer: the output of the curl command in it.
         answers: the first answer with each status to requests that were sent from the start on.
         health: the answer of /health/ready; lost: that to a request for the model that has failed.
         connections: that it opened, or names that it looked up.
@@ -286,7 +286,7 @@ def test_a_wrong_setting_is_reported_without_a_traceback(
     assert "Traceback" not in logged
 
 
-def test_models_lists_what_would_load(tmp_path: Path) -> None:
+def test_models_lists_the_models_that_would_load(tmp_path: Path) -> None:
     off = "  - id: off\n    source: ./off\n    enabled: false\n"
     registry = write_registry(tmp_path, BUNDLED + LOST + off)
 

@@ -96,7 +96,7 @@ def rerank_request(**changes: object) -> RerankRequest:
 MakeService = Callable[..., EmbeddingService]
 
 
-async def test_an_answer_says_what_its_vectors_are(make_service: MakeService) -> None:
+async def test_an_answer_describes_its_vectors(make_service: MakeService) -> None:
     backend = StubBackend(truncated=[1])
 
     answer = await make_service(backend).embed(request())
@@ -203,7 +203,7 @@ async def test_another_space_than_the_expected_one_is_refused_before_any_work(
         ),
     ],
 )
-async def test_what_a_model_cannot_do_is_refused_before_any_work(
+async def test_a_request_that_a_model_does_not_support_is_refused_before_any_work(
     make_service: MakeService, change: dict[str, object], param: str, message: str
 ) -> None:
     backend = StubBackend()
@@ -253,7 +253,7 @@ async def test_an_error_of_the_backend_passes_as_it_is(make_model: MakeModel, ma
     assert caught.value is refusal
 
 
-async def test_what_was_embedded_is_counted(make_service: MakeService) -> None:
+async def test_embedded_texts_are_counted(make_service: MakeService) -> None:
     def counts() -> list[float]:
         return [
             metrics.REGISTRY.get_sample_value(

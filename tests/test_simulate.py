@@ -140,7 +140,7 @@ async def test_counting_a_request_and_a_vector_have_their_price() -> None:
     assert 1024 / 8 < sizes["binary"] < 1024
 
 
-def test_what_is_needed_is_what_the_parts_do_at_the_planned_load() -> None:
+def test_the_number_of_parts_follows_from_their_rate_and_the_planned_load() -> None:
     rows = plan_table({1: 1000.0, 32: 500.0}, 20_000.0, {"float": 10_000.0, "base64": 5000.0}).splitlines()
 
     # 1,000,000 / (0.7 x 900), / (0.7 x 1,000), / (0.7 x 32 x 500), / (0.7 x 20,000), / (0.7 x 32 x 20,000)

@@ -120,7 +120,7 @@ def url_of(log: Path) -> str:
     ],
     ids=["while models load", "before"],
 )
-def test_whatever_ends_the_start_is_logged_and_ends_the_process_with_1(
+def test_every_failure_of_the_start_is_logged_and_ends_the_process_with_1(
     tmp_path: Path, before: str, event: str, message: str
 ) -> None:
     with gateway(tmp_path, before) as (process, log):
@@ -128,7 +128,7 @@ def test_whatever_ends_the_start_is_logged_and_ends_the_process_with_1(
 
     [entry] = entries(log, event)
     assert message in str(entry["exception"])
-    assert message in log.read_text().splitlines()[-1]  # what a person reads last
+    assert message in log.read_text().splitlines()[-1]  # the last line that a person reads
 
 
 def test_a_reload_that_breaks_is_logged_and_counted_and_the_next_one_works(tmp_path: Path) -> None:

@@ -97,7 +97,7 @@ async def ask(deployment: Deployment, model: str, **fields: Any) -> Any:
 
 async def wait_until(look: Callable[[], bool]) -> None:
     async with asyncio.timeout(PATIENCE_S):
-        while not look():  # noqa: ASYNC110  what is looked at has no event
+        while not look():  # noqa: ASYNC110  the condition has no event
             await asyncio.sleep(0.02)
 
 
@@ -157,7 +157,7 @@ async def test_a_model_that_is_proven_to_be_the_same_is_a_fallback(gateway: Gate
     np.testing.assert_allclose(far.vectors, near.vectors, rtol=1e-6)
 
 
-async def test_a_model_that_is_not_what_it_is_said_to_be_is_not_served(gateway: Gateway, server: StandIn) -> None:
+async def test_a_model_that_is_not_the_declared_one_is_not_served(gateway: Gateway, server: StandIn) -> None:
     server.width = 8
     text = NEAR + FAR % ("openai", "acme/embed", f"{server.url}/v1") + "    same_space_as: near\n"
     async with gateway.serving(text) as deployment:
@@ -165,7 +165,7 @@ async def test_a_model_that_is_not_what_it_is_said_to_be_is_not_served(gateway: 
         assert "its vectors are not those of near: cosine" in state(deployment)[1]
 
 
-async def test_a_model_that_becomes_what_it_is_said_to_be_is_served(
+async def test_a_model_that_becomes_the_declared_one_is_served(
     gateway: Gateway, other_gateway: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fleet_module, "_FIRST_PAUSE_S", 0.05)
@@ -287,7 +287,7 @@ async def test_a_text_that_a_server_cannot_embed_is_named_and_costs_no_one_else(
     assert poisoned.headers["x-should-retry"] == "false"
 
 
-async def test_the_trace_goes_on_at_the_server(gateway: Gateway, server: StandIn) -> None:
+async def test_the_trace_continues_at_the_server(gateway: Gateway, server: StandIn) -> None:
     provider = TracerProvider()
     tracing.use(provider)
     try:
@@ -299,7 +299,7 @@ async def test_the_trace_goes_on_at_the_server(gateway: Gateway, server: StandIn
         tracing.use(None)
 
 
-async def test_a_lock_says_what_the_registry_says(gateway: Gateway) -> None:
+async def test_a_lock_agrees_with_the_registry(gateway: Gateway) -> None:
     text = NEAR + FAR % ("tei", "acme/embed", "http://127.0.0.1:1")
     registry = gateway.deploy(text).registry
     far = registry.model_copy(update={"models": (registry.model("far"),)})
@@ -319,14 +319,14 @@ async def test_a_lock_says_what_the_registry_says(gateway: Gateway) -> None:
         ("outputs: [dense, sparse]", "`outputs` must be .* for `backend: openai`"),
     ],
 )
-def test_what_does_not_go_together_is_said(gateway: Gateway, lines: str, problem: str) -> None:
+def test_conflicting_settings_are_reported(gateway: Gateway, lines: str, problem: str) -> None:
     gateway.path.write_text(NEAR + FAR % ("openai", "acme/embed", "http://127.0.0.1:1/v1") + f"    {lines}\n")
 
     with pytest.raises(ConfigError, match=problem):
         load_registry(gateway.path, {})
 
 
-async def test_a_reload_keeps_what_has_not_changed(gateway: Gateway, server: StandIn) -> None:
+async def test_a_reload_keeps_unchanged_models(gateway: Gateway, server: StandIn) -> None:
     text = NEAR + FAR % ("openai", "acme/embed", f"{server.url}/v1")
     async with gateway.serving(text) as deployment:
         kept = deployment.fleet.get("far")

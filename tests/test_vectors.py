@@ -194,7 +194,7 @@ def test_base64_of_small_numbers_has_a_byte_for_each(dtype: str) -> None:
 # --------------------------------------------------------------------------------------------------------- quantize
 
 
-def test_float_is_what_the_model_gave() -> None:
+def test_float_returns_the_models_numbers() -> None:
     assert quantize(RANDOM, Precision.FLOAT) is RANDOM
 
 
@@ -220,7 +220,7 @@ def test_signs_that_do_not_fill_a_byte_are_padded_with_zeros() -> None:
     assert quantize(np.ones((1, 10), np.float32), Precision.UBINARY).tolist() == [[0b11111111, 0b11000000]]
 
 
-def test_a_range_is_divided_into_steps_and_what_is_outside_counts_as_its_end() -> None:
+def test_a_range_is_divided_into_steps_and_values_outside_count_as_its_ends() -> None:
     ranges = Ranges(np.array([0, 0, 1], np.float32), np.array([255, 255, 1], np.float32), "digest")
     vectors = np.array([[0, 254.9, 1], [-7, 999, 1], [255, 128, 0.5]], np.float32)
 

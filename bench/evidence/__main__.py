@@ -1,4 +1,4 @@
-"""Measure how often conclusions are wrong, next to what is promised.
+"""Measure how often conclusions are wrong, next to the promised rates.
 
 python -m bench.evidence                 all simulations, in minutes
 python -m bench.evidence --quick         a look in under a minute

@@ -99,7 +99,7 @@ def _rankings(dice: np.random.Generator, skills: Sequence[float]) -> list[Rankin
 
 
 def _judged(rankings: Sequence[Ranking], depth: int) -> Mapping[str, Mapping[str, int]]:
-    """Judge what these rankings have among their first documents; a query whose pool is empty cannot be."""
+    """Judge the first documents of these rankings. A query with an empty pool gets no judgments."""
     return {
         query: {
             document: int(int(document) < _NUM_RELEVANT)
@@ -216,7 +216,7 @@ SIMULATIONS = (
     ),
     Simulation(
         "unjudged",
-        "Judged is what the baseline finds",
+        "Only the baseline's documents are judged",
         "a verdict of the wrong sign",
         "<=",
         0.05,

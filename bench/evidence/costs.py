@@ -26,9 +26,9 @@ class BusyMachine(GatewayClient):
     """Answers at once, and says that it took as long as it would on a busy machine.
 
     Args:
-        load: standard deviation of the logarithm of what changes slowly, such as other processes. A model's requests
+        load: standard deviation of the logarithm of the slowly changing load, such as other processes. A model's requests
             alternate between two workers, each with a load that outlasts forty requests.
-        noise: the same of what changes with each request.
+        noise: the same for the load that changes with each request.
         stalls: share of the requests that take ten times as long.
         warmth: how much faster a text is that another arm has just had.
         factor: how much slower the second arm is.
@@ -49,7 +49,7 @@ class BusyMachine(GatewayClient):
         self._load, self._noise, self._stalls, self._warmth, self._factor = load, noise, stalls, warmth, factor
         self._states = dice.normal(size=2)
         self._numbers: Counter[str] = Counter()
-        # What one process does to a model for as long as it lives, such as where its weights lie.
+        # The effect of one process on a model as long as the process lives, such as the place of its weights in memory.
         self._luck = {f"model{number}": float(np.exp(0.03 * dice.normal())) for number in range(10)}
         self._last: Sequence[str] = ()
 

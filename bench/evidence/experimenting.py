@@ -1,4 +1,4 @@
-"""Simulations of experiments: the sample ratio, outcomes and guard-rails, looked at again and again."""
+"""Simulations of experiments: the sample ratio, outcomes and guardrails, looked at repeatedly."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def ramp_looks_different(units: int, dice: np.random.Generator) -> bool:
     return found.difference is not None and not found.difference.low <= 0 <= found.difference.high
 
 
-# -------------------------------------------------------------------------------------------------------- guard-rails
+# --------------------------------------------------------------------------------------------------------- guardrails
 
 
 def guardrail_is_worse(metric: str, units: int, dice: np.random.Generator) -> bool:
@@ -201,7 +201,7 @@ SIMULATIONS = (
     ),
     Simulation(
         "guardrail",
-        "Guard-rails of equal arms",
+        "Guardrails of equal arms",
         "slower, faster, or other errors",
         "<=",
         ALPHA,

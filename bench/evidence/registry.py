@@ -1,4 +1,4 @@
-"""What a simulation is, and how it is counted.
+"""Simulations, and how they are counted.
 
 To add one, write a module with a tuple ``SIMULATIONS``, and add its name to ``MODULES`` in ``__main__``.
 """
@@ -15,7 +15,7 @@ import numpy as np
 from scipy import stats
 
 Outcome = Callable[[np.random.Generator], bool]
-"""Draws one comparison or experiment, and returns whether what is counted happened in it. A function of a module, or a
+"""Draws one comparison or experiment, and returns whether the counted event happened in it. A function of a module, or a
 ``functools.partial`` of one, since other processes call it."""
 
 _RARE = 0.003  # of a few hundred cells, chance moves one as far
@@ -43,9 +43,9 @@ class Simulation:
 
     Attributes:
         name: for ``--only``.
-        counted: what is counted, as a noun phrase.
+        counted: the counted event, as a noun phrase.
         sense: whether the rate must be at most or at least ``promised``.
-        notes: what a reader must know, as sentences.
+        notes: explanations for the reader, as sentences.
     """
 
     name: str
@@ -78,7 +78,7 @@ class Rate:
 
 
 def measure(simulation: Simulation, seed: int, *, is_quick: bool, workers: int) -> list[Rate]:
-    """Count every case of a simulation. The same seed gives the same counts, whatever the number of workers."""
+    """Count every case of a simulation. The same seed gives the same counts for any number of workers."""
     jobs = [
         _Job(place, case.outcome, (seed, zlib.crc32(f"{simulation.name}/{case.row}/{case.column}".encode())), runs)
         for place, case in enumerate(simulation.cases)

@@ -1,1 +1,1 @@
-"""What runs in the environment of Infinity's own server, which is not ours."""
+"""Programs for the environment of Infinity's own server, which is not ours."""

@@ -3,9 +3,9 @@
 python -m bench.mutants --record                 # once: which test runs which lines (20 minutes)
 python -m bench.mutants                          # a sample of each module of the core
 python -m bench.mutants access/quotas --sample 0 # every change of one module
-python -m bench.mutants --table --update         # write what is known into docs/testing.md
+python -m bench.mutants --table --update         # write the known results into docs/testing.md
 
-What is found is kept: a run that was stopped goes on where it was.
+Results are kept: a run that was stopped continues where it stopped.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from bench.processes import RESULTS, ROOT
 
 def main() -> int:
     arguments = _parser().parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the copies are removed, and what runs is ended
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # removes the copies and ends running tests
     project: Path = arguments.project.resolve()
     folder = RESULTS / "mutants" if project == ROOT else project / "results"
     modules = [_path_of(project, name) for name in arguments.modules or CORE]
@@ -35,7 +35,7 @@ def main() -> int:
     options = Options(arguments.sample, arguments.seed, arguments.budget, is_own_only=arguments.own)
     if not arguments.table:
         with workspaces(arguments.jobs + 1, project) as (snapshot, *copies):
-            # The checkout may change meanwhile: what is read, and what runs, is as it was at the start.
+            # The checkout may change during the run. The run reads and tests the copy from the start.
             records = Records(snapshot.root, folder / "records")
             every = all_tests(snapshot.root)
             own = {file for module in modules for file in own_tests(snapshot.root, module)}
@@ -83,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="TESTS",
         help="record what tests run that are new or changed: all, or some folders",
     )
-    parser.add_argument("--table", action="store_true", help="run nothing: print what is known")
+    parser.add_argument("--table", action="store_true", help="run nothing; print the known results")
     parser.add_argument("--update", action="store_true", help="write the table into docs/testing.md")
     parser.add_argument("--project", type=Path, default=ROOT, help="root of a project (default: this one)")
     parser.add_argument("--equivalent", type=Path, default=FILE, help="changes that change no behavior")

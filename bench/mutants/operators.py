@@ -1,6 +1,6 @@
 """Small faults to put into a module, one at a time.
 
-Only what can change behavior is touched: docstrings, prose (a text with a space in it), log calls, the texts of errors,
+Only code that can change behavior is touched: docstrings, prose (a text with a space in it), log calls, the texts of errors,
 annotations, decorators and ``__all__`` are left alone.
 """
 
@@ -143,7 +143,7 @@ class _Collector(ast.NodeVisitor):
             self._visit_statement(node)
             self._statements.pop()
         elif isinstance(node, ast.JoinedStr):
-            return  # Python 3.11 gives wrong places for what is inside
+            return  # Python 3.11 gives wrong places for the nodes inside
         else:
             if isinstance(node, ast.expr):
                 self._mutate_expression(node)

@@ -1,4 +1,4 @@
-"""What became of each change, kept from run to run in ``bench/results/mutants``: a run that was stopped goes on.
+"""The result of each change, kept in ``bench/results/mutants``, so that a stopped run continues.
 
 An outcome is good while the changed function and the tests that were run are the same, wherever they are in their files.
 """
@@ -19,7 +19,7 @@ from bench.mutants.operators import Mutant
 
 @dataclass(slots=True)
 class Outcome:
-    """What the tests said of a change so far.
+    """The results of the tests of a change so far.
 
     Attributes:
         killed_by: the test that failed, or why the run was given up; empty if none noticed the change.
@@ -69,7 +69,7 @@ class Outcomes:
         self._save(mutant, Outcome("", {**({} if before.killed_by else before.tests), **hashes}))
 
     def _save(self, mutant: Mutant, outcome: Outcome) -> None:
-        # Another run may have written meanwhile.
+        # Another run may have written in the meantime.
         self._outcomes = {**self._read(), mutant.key: outcome}
         self._path.parent.mkdir(parents=True, exist_ok=True)
         beside = self._path.with_suffix(".new")

@@ -1,6 +1,6 @@
 """The plugin that runs inside pytest, next to a mutant: it chooses the tests, and records which lines each of them runs.
 
-Nothing here may import the gateway: what is imported before a mutant is in place stays as it was.
+Nothing here may import the gateway: a module that is imported before a mutant is in place stays unchanged.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Which test runs which lines, remembered from run to run in ``bench/results/mutants``.
 
-A record is of one file of tests. What it says of a test stays good while that test is the same: where the gateway has
+A record is of one file of tests. Its data about a test stays valid while that test does not change: where the gateway has
 changed since, lines are found again by their text, and so is a module that has moved.
 """
 
@@ -163,7 +163,7 @@ class Records:
         return frozenset(test for part in self._load(file).parts for test in part.tests if test != IMPORT)
 
     def save(self, file: str, traces: Mapping[str, Trace]) -> None:
-        """Save the lines that tests ran, with the current sources, besides what is known of the file's other tests."""
+        """Save the lines that tests ran, with the current sources, in addition to the records of the file's other tests."""
         sources = {name: (self._project / name).read_bytes() for trace in traces.values() for name in trace.lines}
         for source in sources.values():
             path = self._folder / "sources" / _hash(source)

@@ -1,4 +1,4 @@
-"""What the tests noticed, on the screen and in the documentation."""
+"""Report which changes the tests noticed, on the screen and in the documentation."""
 
 from __future__ import annotations
 

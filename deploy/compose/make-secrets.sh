@@ -1,6 +1,6 @@
 #!/bin/sh
 # Makes the secrets that compose.yaml uses, next to this script: in secrets/ a key for Mem0, the file of API keys that holds its
-# hash, Grafana's password, and an empty file for the address that alerts go to; in .env the operator's key. What is there is
+# hash, Grafana's password, and an empty file for the address that alerts go to; in .env the operator's key. Existing ones are
 # kept.
 set -eu
 

@@ -1,4 +1,4 @@
-"""Compile the modules that a gateway uses: it loads the bundled model, computes its golden vectors, and imports what serves.
+"""Compile the modules that a gateway uses: load the bundled model, compute its golden vectors, import the server.
 
 Run by `Dockerfile` with the environment of the image, after slim.py: it fails if that removed too much. The bytecode does
 not depend on the times of the sources, which a copy could change.

@@ -4,8 +4,8 @@
 
     make image-proof
 
-What is real: every step of ``Dockerfile`` and of ``compose/mem0/Dockerfile``, done by podman's own builder; the secrets
-of ``compose/make-secrets.sh``; and the containers, run by podman. What is not: the base image. In its place stands a
+Real are: every step of ``Dockerfile`` and of ``compose/mem0/Dockerfile``, done by podman's own builder; the secrets
+of ``compose/make-secrets.sh``; and the containers, run by podman. Not real is the base image. In its place is a
 Debian of the same release with Debian's own Python 3.11, made by debootstrap.
 
 Needs root, and ``apt-get install --no-install-recommends debootstrap podman runc``. Everything that it makes lies in
@@ -90,18 +90,18 @@ class Podman:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        # podman's builder keeps what RUN --mount=type=cache asks for among temporary files.
+        # podman's builder keeps the caches of RUN --mount=type=cache among temporary files.
         self.environ = {**os.environ, "TMPDIR": str(folder / "tmp")}
         (folder / "tmp").mkdir(parents=True, exist_ok=True)
         self.command = ["podman", f"--root={folder / 'storage'}", f"--runroot={folder / 'run'}"]
-        # Its log is about systemd, which is to run healthchecks; errors of a command are printed whatever the level.
+        # Its log is about systemd, which would run healthchecks; errors of a command are printed at every level.
         self.command += ["--log-level=fatal"]
         self.command += ["--storage-driver=overlay", "--cgroup-manager=cgroupfs"]
         if not Path("/sys/fs/cgroup/cgroup.controllers").exists():
             self.command += ["--runtime=runc"]  # crun refuses a machine with the first version of cgroups
 
     def __call__(self, *arguments: str, check: bool = True) -> str:
-        """Run a command of podman and return what it prints."""
+        """Run a command of podman and return its output."""
         command = [*self.command, *arguments]
         done = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=self.environ)
         if check and done.returncode:
@@ -159,7 +159,7 @@ def make_base(podman: Podman, mirror: str) -> None:
 def build(podman: Podman, options: argparse.Namespace, image: str, dockerfile: str) -> None:
     """Run the steps of a Dockerfile. Docker's own image format, as OCI's knows no HEALTHCHECK."""
     podman(
-        # Not from layers of an earlier run: what they were made with, such as another torch, does not show in them.
+        # Not from layers of an earlier run, because they do not show their inputs, such as another torch.
         *("build", "--quiet", "--no-cache", "--format=docker", "--isolation=chroot", "--network=host"),
         *(f"--file={dockerfile}", f"--tag={image}"),
         *(f"--build-arg={name}" for name in (f"PYTHON_IMAGE={BASE_IMAGE}", f"TORCH_INDEX={options.torch_index}")),

@@ -1,4 +1,4 @@
-"""Make a virtual environment smaller, for an image: remove what the gateway does not use.
+"""Make a virtual environment smaller, for an image: remove the files that the gateway does not use.
 
 python deploy/image/slim.py .venv               do it
 python deploy/image/slim.py .venv --dry-run     only say how much each step would save
@@ -29,7 +29,7 @@ class Step:
 
 
 STEPS = (
-    Step("bytecode; compile_used.py makes it again for what is used", ("**/__pycache__",)),
+    Step("bytecode; compile_used.py creates it again for the modules in use", ("**/__pycache__",)),
     Step("tests of packages", ("**/tests",)),
     Step(
         "C++ headers, tests and tools of torch",
@@ -70,7 +70,7 @@ STRIPPED = (
 
 
 def main() -> None:
-    """Remove, strip, and print what each step saved."""
+    """Remove, strip, and print the bytes that each step saved."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("environment", type=Path)
     parser.add_argument("--dry-run", action="store_true", help="change nothing")

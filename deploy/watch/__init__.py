@@ -1,4 +1,4 @@
-"""What is watched, written once for Prometheus with Grafana and for Datadog.
+"""Panels, monitors and objectives, written once for Prometheus with Grafana and for Datadog.
 
 ::
 

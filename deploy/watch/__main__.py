@@ -1,4 +1,4 @@
-"""Write what is generated of the dashboards, monitors and objectives, or check it."""
+"""Write the generated dashboards, monitors and objectives, or check them."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ def dashboard() -> dict[str, Any]:
     """Return the dashboard as Datadog's API takes it."""
     return {
         "title": "Embedding gateway",
-        "description": "What the gateway does, model by model. From the same definitions as Grafana's dashboard.",
+        "description": "The gateway's work, model by model. From the same definitions as Grafana's dashboard.",
         "layout_type": "ordered",
         "reflow_type": "auto",
         "template_variables": [
@@ -181,5 +181,5 @@ def alias_of(name: str) -> str:
 
 
 def tags_of(labels: tuple[str, ...]) -> list[str]:
-    """Return the tags of a distribution that can be asked for: its labels, and what the Agent adds."""
+    """Return the tags of a distribution that a query can use: its labels, and those that the Agent adds."""
     return sorted({*(datadog_tag(label) for label in labels), "service", "env", "version", "instance", "host"})

@@ -13,7 +13,7 @@ from deploy.watch.expressions import Expression, Increase, Level, Mean, Present,
 from deploy.watch.names import datadog_metric, datadog_tag
 
 DASHBOARD_SCOPE: Final = ("$env", "$service")
-"""What the reader of a dashboard has chosen."""
+"""The choices of a dashboard's reader."""
 
 
 @dataclass(frozen=True)

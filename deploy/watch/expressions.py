@@ -1,4 +1,4 @@
-"""The expressions that panels show: what is asked of a metric, in no query language.
+"""The expressions that panels show, in no query language.
 
 ``promql.py`` and ``datadog_query.py`` write them in the languages of Prometheus and Datadog. Metrics have the names that
 Prometheus knows, such as ``gateway_texts_total``.
@@ -29,7 +29,7 @@ MODEL = Where("model", ("$model",))
 """The model, or all models, that the reader of the dashboard has chosen."""
 EMBEDDINGS = Where("path", ("/v1/embeddings", "/embeddings"))
 FAULTS = Where("status", ("5*",))
-"""Requests that failed because of the gateway, not because of what they asked."""
+"""Requests that failed because of the gateway, not because of their content."""
 IN_EXPERIMENTS = Where("experiment")
 OF_GATEWAY = Where("job", ("gateway",))
 """For Prometheus, where every program has metrics of its process."""
@@ -112,7 +112,7 @@ Expression: TypeAlias = Rate | Increase | Level | Present | Quantile | Mean | Sh
 
 @dataclass(frozen=True)
 class Series:
-    """What is drawn: an expression, and the name of each of its lines, with labels in braces: ``{model} limit``."""
+    """A drawn expression, and the name of each of its lines, with labels in braces: ``{model} limit``."""
 
     expression: Expression
     name: str = ""

@@ -192,7 +192,7 @@ CAUSES: Final = (
         0,
         "ticket",
         "A reload of models.yaml was refused",
-        f"{_REPLICA} still serves what was there before; the log says why (reload_refused).",
+        f"{_REPLICA} still serves the previous registry; the log has the reason (reload_refused).",
     ),
     Monitor(
         "GatewayKeysRefused",
@@ -201,7 +201,7 @@ CAUSES: Final = (
         0,
         "ticket",
         "A changed file of API keys was refused",
-        f"{_REPLICA} still takes the keys that were there before; the log says why (api_keys_refused).",
+        f"{_REPLICA} still accepts the previous keys; the log has the reason (api_keys_refused).",
     ),
     Monitor(
         "GatewayQuotaStorageDown",

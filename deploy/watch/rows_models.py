@@ -78,7 +78,7 @@ MODELS: Final = Row(
             "seconds",
             width=12,
         ),
-        Panel("What they are", [Series(Level("gateway_model_info", _INFO))], kind="table", width=24),
+        Panel("Models", [Series(Level("gateway_model_info", _INFO))], kind="table", width=24),
     ],
 )
 

@@ -101,9 +101,9 @@ class Keyring:
             raise Unauthorized("an API key is required: send `Authorization: Bearer KEY`")
         client = self._clients.get(self._place(digest)) or self._lent.get(self._place(digest))
         if client is None:
-            raise Unauthorized("the API key is not known here")
+            raise Unauthorized("the API key is not valid")
         if client.expires is not None and client.expires <= datetime.now(UTC):
-            raise Unauthorized(f"the API key of {client.name} has expired on {client.expires:%Y-%m-%d}")
+            raise Unauthorized(f"the API key of {client.name} expired on {client.expires:%Y-%m-%d}")
         return client
 
     def lend(self, name: str) -> tuple[str, Callable[[], None]]:

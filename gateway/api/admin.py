@@ -74,7 +74,7 @@ def require_operator(request: Request, key: SecretStr | None) -> None:
     """
     path = request.url.path
     if key is None:
-        raise Forbidden(f"{path} is for the operator, who has no key yet: set GATEWAY_ADMIN_KEY")
+        raise Forbidden(f"{path} requires the operator's key, and none is configured: set GATEWAY_ADMIN_KEY")
     sent = RequestContext.of(request).api_key
     if sent is None or not hmac.compare_digest(sent, key_digest(key.get_secret_value())):
         raise Forbidden(f"{path} needs the operator's key: send `Authorization: Bearer KEY`")
@@ -199,7 +199,7 @@ def _find(fleet: Fleet, model_id: str) -> Model:
     """
     model = fleet.get(model_id)
     if model is None:
-        raise ModelNotFound(f"no model has the id {cut(model_id)!r}; there are: {', '.join(one.id for one in fleet)}")
+        raise ModelNotFound(f"no model has the id {cut(model_id)!r}; available: {', '.join(one.id for one in fleet)}")
     return model
 
 

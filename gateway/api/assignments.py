@@ -98,7 +98,7 @@ class Assignments:
         # Taken once together with the router, because a reload may happen between two units.
         experiment, router = find_experiment(self._deployment, request, experiment_id), self._deployment.router
         if not 0 < len(units) <= _MAX_UNITS:
-            raise BadInput(f"`units` has {len(units)} units; 1 to {_MAX_UNITS} are accepted", param="units")
+            raise BadInput(f"`units` has {len(units)} units; it must have 1 to {_MAX_UNITS}", param="units")
         cards = []
         for first in range(0, len(units), _UNITS_AT_ONCE):
             some = units[first : first + _UNITS_AT_ONCE]

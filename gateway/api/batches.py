@@ -134,7 +134,10 @@ class BatchRoutes:
             raise BadInput(f"the purpose of {file.id} is `{file.purpose}`, not `batch`", param="input_file_id")
         limit = self._endpoint.settings.batch_max_open
         if runner.num_open(owner) >= limit:
-            raise RateLimited(f"{limit} batches have not ended yet, which is the limit of a key", retry_after_s=60)
+            raise RateLimited(
+                f"this key has {limit} batches that have not ended, which is the limit: wait until one ends",
+                retry_after_s=60,
+            )
         await runner.add(batch)
         return card_of(batch)
 

@@ -21,7 +21,7 @@ from gateway.comparisons.runs import Results, Run, Runs
 from gateway.config.wording import cut
 from gateway.errors import BadInput, Forbidden, NotFound, RateLimited
 
-_NO_FOLDER = "GATEWAY_RUNS_DIR is not set, so there is no place for comparisons"
+_NO_FOLDER = "comparisons are turned off: set GATEWAY_RUNS_DIR to a folder"
 _MAX_STREAMS = 100
 _LOOK_EVERY_S = 1.0  # whether the gateway is stopping
 _BEAT_EVERY_S = 15.0

@@ -151,7 +151,7 @@ class Endpoint:
                 return await unless_disconnected(request, (turns or self._turns).run(caller, cost, work))
         except TimeoutError:
             raise DeadlineExceeded(
-                f"the request was not done in {limit_s:g} s: other requests were ahead of it"
+                f"the request did not finish in {limit_s:g} s, because other requests were ahead of it"
             ) from None
 
     def embed_request(

@@ -63,7 +63,7 @@ def reweighted(experiment: Experiment, weights: Mapping[str, float]) -> Experime
     for label, weight in weights.items():
         if label not in labels:
             raise BadInput(
-                f"{experiment.id!r} has no arm {cut(label)!r}; there are: {', '.join(labels)}", param="weights"
+                f"{experiment.id!r} has no arm {cut(label)!r}; available: {', '.join(labels)}", param="weights"
             )
         if not (math.isfinite(weight) and 0 <= weight <= MAX_WEIGHT):
             raise BadInput(f"the weight of {label!r} must be a number from 0 to {MAX_WEIGHT:,.0f}", param="weights")
@@ -151,7 +151,7 @@ async def end_experiment(deployment: Deployment, experiment: Experiment) -> Relo
     """
     now = datetime.now(UTC).replace(microsecond=0)
     if experiment.end is not None and experiment.end <= now:
-        raise BadInput(f"{experiment.id!r} has ended on {experiment.end:%Y-%m-%d}")
+        raise BadInput(f"{experiment.id!r} ended on {experiment.end:%Y-%m-%d}")
     return await change_experiment(deployment, experiment, Change({}, now))
 
 

@@ -80,9 +80,9 @@ def find_experiment(deployment: Deployment, request: Request, experiment_id: str
     if experiment is None:
         known = ", ".join(other.id for other in usable) or "none"
         shown = cut(deployment.router.names.shown(experiment_id))  # a unit may follow the id of an experiment
-        raise ExperimentNotFound(f"no experiment is called {shown!r}; there are: {known}")
+        raise ExperimentNotFound(f"no experiment is called {shown!r}; available: {known}")
     if experiment not in usable:
-        raise ModelNotAllowed(f"this API key is not for experiment {experiment.id!r}", param="model")
+        raise ModelNotAllowed(f"this API key may not use experiment {experiment.id!r}", param="model")
     return experiment
 
 

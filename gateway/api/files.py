@@ -81,7 +81,7 @@ def require_runner(runner: Runner | None) -> Runner:
         NotFound: the gateway has no folder for them.
     """
     if runner is None:
-        raise NotFound("this gateway keeps no files and no batches: set GATEWAY_BATCH_DIR to a folder on a local disk")
+        raise NotFound("files and batches are turned off: set GATEWAY_BATCH_DIR to a folder on a local disk")
     runner.start()
     return runner
 
@@ -143,7 +143,9 @@ class FileRoutes:
         file = await self._find(request, file_id)
         runner = require_runner(self._runner)
         if (batch_id := runner.uses(file.id)) is not None:
-            raise BadInput(f"the file is in use by {batch_id}: cancel that first, or wait for its end", param="file_id")
+            raise BadInput(
+                f"the file is in use by {batch_id}: cancel that batch, or wait until it ends", param="file_id"
+            )
         await runner.call(runner.store.remove_file, file.id)
         return FileDeleted(id=file.id)
 
@@ -169,7 +171,9 @@ class FileRoutes:
     @contextmanager
     def _one_upload(self, caller: str) -> Iterator[None]:
         if self._uploading[caller] >= _MAX_UPLOADS:
-            raise RateLimited(f"{caller} uploads {_MAX_UPLOADS} files already, which is the limit", retry_after_s=5)
+            raise RateLimited(
+                f"{caller} is already uploading {_MAX_UPLOADS} files, which is the limit", retry_after_s=5
+            )
         self._uploading[caller] += 1
         try:
             yield

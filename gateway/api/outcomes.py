@@ -88,7 +88,7 @@ class OutcomeRoutes:
 
     def _require_keeper(self) -> Keeper:
         if self._keeper is None:
-            raise NotFound("this gateway keeps no outcomes: set GATEWAY_STATE_DIR to a folder on a local disk")
+            raise NotFound("outcomes are turned off: set GATEWAY_STATE_DIR to a folder on a local disk")
         return self._keeper
 
 

@@ -171,7 +171,7 @@ async def unless_disconnected(request: Request, work: Coroutine[Any, Any, T]) ->
                 await asyncio.sleep(0)
     except asyncio.CancelledError:
         if is_gone and task.uncancel() <= num_cancels:
-            raise ClientDisconnected("the client closed the connection before the answer") from None
+            raise ClientDisconnected("the client closed the connection before the response") from None
         raise
     finally:
         timer.cancel()

@@ -132,7 +132,7 @@ class InfinityBackend:
         plan = plan_load(self._entry)
         if self._fingerprint and plan.info.fingerprint != self._fingerprint:  # before gigabytes are loaded for nothing
             raise LoadError(
-                "the checkpoint's files have changed: these would be vectors of another space. Put the files back, or "
+                "the checkpoint's files have changed, so their vectors would be in another space. Restore the files, or "
                 "restart the gateway"
             )
         self._fingerprint = plan.info.fingerprint

@@ -163,7 +163,7 @@ class Store:
             if getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_FULL:
                 raise _full("its disk is full") from error
             raise BatchesUnavailable(
-                f"the database of batches cannot be written now: {error}", retry_after_s=5
+                f"the database of batches cannot be written at the moment: {error}", retry_after_s=5
             ) from error
 
     # ---------------------------------------------------------------------------------------------------- content
@@ -341,7 +341,9 @@ class Store:
         try:
             return self._db.execute(query, values).fetchall()
         except sqlite3.Error as error:
-            raise BatchesUnavailable(f"the database of batches cannot be read now: {error}", retry_after_s=5) from error
+            raise BatchesUnavailable(
+                f"the database of batches cannot be read at the moment: {error}", retry_after_s=5
+            ) from error
 
     def _list(self, table: str, condition: str, values: list[Any], page: Page) -> list[sqlite3.Row]:
         sign, order = (">", "ASC") if page.is_ascending else ("<", "DESC")
@@ -368,12 +370,12 @@ def _failure(error: OSError) -> Exception:
         return _full(str(error.strerror))
     if isinstance(error, FileNotFoundError):
         return error
-    return BatchesUnavailable(f"the folder of batches cannot be written now: {error.strerror}", retry_after_s=5)
+    return BatchesUnavailable(f"the folder of batches cannot be written at the moment: {error.strerror}", retry_after_s=5)
 
 
 def _full(reason: str) -> StorageFull:
     return StorageFull(
-        f"the folder of batches is full: {reason}. Delete files, or have the operator raise GATEWAY_BATCH_MAX_BYTES",
+        f"the folder of batches is full: {reason}. Delete files, or ask the operator to raise GATEWAY_BATCH_MAX_BYTES",
         is_permanent=True,
     )
 

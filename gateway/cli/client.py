@@ -252,7 +252,7 @@ class GatewayClient:
         except (httpx.NetworkError, httpx.TimeoutException, httpx.RemoteProtocolError) as error:
             return StartError(self._broken_off(error))
         except httpx.HTTPError as error:
-            raise StartError(f"{self._name} cannot be asked: {type(error).__name__}") from error
+            raise StartError(f"{self._name} cannot be reached: {type(error).__name__}") from error
         self._has_answered = True
         return answer
 

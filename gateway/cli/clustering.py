@@ -11,18 +11,21 @@ from gateway.errors import StartError
 ClusterOption = Annotated[
     str | None,
     typer.Option(
-        metavar="auto|HOST:PORT", help="The Ray cluster. By default GATEWAY_CLUSTER, or that of this machine."
+        metavar="auto|HOST:PORT", help="The Ray cluster. By default GATEWAY_CLUSTER, or this machine's cluster."
     ),
 ]
 
 cluster = typer.Typer(
-    name="cluster", help="Look at the models on a Ray cluster.", no_args_is_help=True, rich_markup_mode=None
+    name="cluster", help="Show or remove models on a Ray cluster.", no_args_is_help=True, rich_markup_mode=None
 )
 
 
 @cluster.command()
 def status(cluster: ClusterOption = None) -> None:
-    """List the models on the cluster, with their replicas, nodes, cards and work."""
+    """List the models on the cluster.
+
+    Shows the replicas of each model, with their nodes, cards and work.
+    """
     from gateway.cluster.environment import prepare
 
     prepare(_checked(cluster))
@@ -34,7 +37,10 @@ def status(cluster: ClusterOption = None) -> None:
 
 @cluster.command()
 def prune(cluster: ClusterOption = None) -> None:
-    """Remove models that no gateway is connected to, such as those of a registry that has changed since."""
+    """Remove models that no gateway uses.
+
+    For example, models remain after the registry has changed.
+    """
     from gateway.cluster.environment import prepare
 
     prepare(_checked(cluster))
@@ -47,6 +53,7 @@ def prune(cluster: ClusterOption = None) -> None:
 def _checked(address: str | None) -> str:
     if address == "local":
         raise StartError(
-            "a local cluster belongs to the gateway that has started it, and ends with it: nothing to look at"
+            "the cluster is `local`: it belongs to the gateway that started it, and other commands cannot "
+            "reach it; set `auto` or HOST:PORT"
         )
     return address or "auto"

@@ -19,47 +19,59 @@ if TYPE_CHECKING:
 ArmsArgument = Annotated[
     list[str],
     typer.Argument(
-        metavar="MODEL...", help="Models, baseline first; MODEL@256, MODEL@256:binary, MODEL+sparse, MODEL+hybrid."
+        metavar="MODEL...",
+        help="Models to compare, the baseline first. Variants: MODEL@256, MODEL@256:binary, MODEL+sparse, MODEL+hybrid.",
     ),
 ]
-SplitOption = Annotated[str | None, typer.Option(help="The file of qrels/ to use. By default test, or the only one.")]
+SplitOption = Annotated[
+    str | None, typer.Option(help="Name of the file in qrels/. By default test, or the only file there.")
+]
 UrlOption = Annotated[
-    str | None, typer.Option(help="A running gateway. By default the models are loaded here, from --models.")
+    str | None,
+    typer.Option(help="URL of a running gateway. By default, this process loads the models from --models."),
 ]
 CacheOption = Annotated[
-    Path | None, typer.Option(help="Folder to keep vectors in. By default ~/.cache/embedding-gateway/compare.")
+    Path | None, typer.Option(help="Folder that caches vectors. By default ~/.cache/embedding-gateway/compare.")
 ]
 MaxDocumentsOption = Annotated[
     int | None, typer.Option(min=1, help="Compare on a sample: all judged documents, and others up to this number.")
 ]
 MarginOption = Annotated[
-    float, typer.Option(min=0, max=1, help="A difference in nDCG@10 that does not matter; fix it before you look.")
+    float,
+    typer.Option(
+        min=0, max=1, help="Largest difference in nDCG@10 that does not matter. Choose it before you see results."
+    ),
 ]
 JudgedOption = Annotated[
-    Path | None, typer.Option(help="More judgments: a filled-in to_judge.tsv of an earlier comparison.")
+    Path | None, typer.Option(help="More judgments: a completed to_judge.tsv of an earlier comparison.")
 ]
 JudgeOption = Annotated[
-    str | None, typer.Option(metavar="URL", help="Let a chat model at this OpenAI-style API grade what the arms find.")
+    str | None,
+    typer.Option(metavar="URL", help="OpenAI-style API of a chat model that grades the documents that the arms find."),
 ]
-JudgeModelOption = Annotated[str | None, typer.Option(metavar="NAME", help="The chat model, as its API names it.")]
+JudgeModelOption = Annotated[str | None, typer.Option(metavar="NAME", help="Name of the chat model at that API.")]
 JudgeKeyOption = Annotated[str, typer.Option(metavar="VARIABLE", help="Environment variable with the key for --judge.")]
 JudgeBudgetOption = Annotated[
-    int | None, typer.Option(metavar="TOKENS", min=1, help="Go on without a question up to this price, and stop there.")
+    int | None,
+    typer.Option(
+        metavar="TOKENS", min=1, help="Maximum price. Up to it, the judge runs without asking you; then it stops."
+    ),
 ]
 JudgeCheckOption = Annotated[
-    Path | None, typer.Option(metavar="FILE", help="A judge_check.tsv that people have filled in.")
+    Path | None, typer.Option(metavar="FILE", help="A judge_check.tsv that people have completed.")
 ]
 QueriesOption = Annotated[
     Path | None,
     typer.Option(
-        metavar="FILE", help="Take these queries instead: the file of a capture, without the date for all days."
+        metavar="FILE",
+        help="Captured queries, in place of queries.jsonl. Without a date in the name, the files of all days.",
     ),
 ]
 ProgressOption = Annotated[
     Literal["auto", "json"],
-    typer.Option(help="`json`: the progress as lines of JSON on standard error, for a program that shows it."),
+    typer.Option(help="`json`: write the progress to standard error as lines of JSON, for another program to show."),
 ]
-YesOption = Annotated[bool, typer.Option("--yes", help="Agree to the price of the judge.")]
+YesOption = Annotated[bool, typer.Option("--yes", help="Accept the price of the judge without being asked.")]
 
 
 def compare(  # noqa: PLR0913, PLR0917  an argument for each option
@@ -73,8 +85,8 @@ def compare(  # noqa: PLR0913, PLR0917  an argument for each option
     out: Annotated[Path | None, typer.Option(help="Folder for the results. By default comparison-TIME.")] = None,
     cache: CacheOption = None,
     max_documents: MaxDocumentsOption = None,
-    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="For all random draws.")] = 0,
-    resamples: Annotated[int, typer.Option(min=100, help="How many signs to draw for p-values.")] = 100_000,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of all random draws.")] = 0,
+    resamples: Annotated[int, typer.Option(min=100, help="Number of random draws for p-values.")] = 100_000,
     margin: MarginOption = 0.01,
     judged: JudgedOption = None,
     cost: Annotated[bool, typer.Option("--cost/--no-cost", help="Whether to measure latency and throughput.")] = True,
@@ -129,7 +141,11 @@ def _judge_request(
     if url is not None and model is not None:
         return JudgeRequest(url, model, os.environ.get(key_env), cache / "judge", check, max_tokens)
     if url is not None or model is not None:
-        raise StartError("--judge and --judge-model are needed together: the address of an API, and a model there")
+        raise StartError(
+            "--judge and --judge-model belong together: set both the URL of the API and a model's name there"
+        )
     if check is not None:
-        raise StartError("--judge-check needs --judge and --judge-model: the judge whose grades were checked")
+        raise StartError(
+            "--judge-check needs --judge and --judge-model: name the judge whose grades people have checked"
+        )
     return None

@@ -38,7 +38,7 @@ SourcesArgument = Annotated[
     ),
 ]
 ModelOption = Annotated[
-    str, typer.Option("--model", metavar="NAME[:TASK][@DIMENSIONS]", help="The model, as a request would name it.")
+    str, typer.Option("--model", metavar="NAME[:TASK][@DIMENSIONS]", help="The model, named as in a request.")
 ]
 ToOption = Annotated[
     str,
@@ -51,7 +51,9 @@ ToOption = Annotated[
 OutputsOption = Annotated[
     str | None, typer.Option(metavar="NAMES", help="dense, sparse, multivector, comma-separated. By default dense.")
 ]
-IdOption = Annotated[str | None, typer.Option("--id", help="Field with the id. By default id or _id, if there is one.")]
+IdOption = Annotated[
+    str | None, typer.Option("--id", help="Field with the id. By default id or _id, if one of them exists.")
+]
 TextOption = Annotated[str | None, typer.Option(help="Field with the text, or its path. By default text or content.")]
 TitleOption = Annotated[str | None, typer.Option(help="Field to put before the text.")]
 PayloadOption = Annotated[
@@ -64,15 +66,16 @@ ChunkOption = Annotated[
     typer.Option(
         metavar="TOKENS",
         min=1,
-        help="Cut texts into chunks of at most so many tokens of the model, instruction and special tokens included.",
+        help="Maximum size of a chunk in tokens of the model, including instruction and special tokens. "
+        "By default, texts are not cut into chunks.",
     ),
 ]
 OverlapOption = Annotated[
-    int, typer.Option(metavar="TOKENS", min=0, help="Tokens that a chunk shares with the last one.")
+    int, typer.Option(metavar="TOKENS", min=0, help="Number of tokens that a chunk shares with the previous one.")
 ]
 LateOption = Annotated[bool, typer.Option("--late", help="Embed the chunks of a document together (late chunking).")]
 RepeatTitleOption = Annotated[bool, typer.Option("--repeat-title", help="Put the title before each chunk.")]
-OnErrorOption = Annotated[_OnError, typer.Option(help="What to do at a row that cannot be embedded.")]
+OnErrorOption = Annotated[_OnError, typer.Option(help="How to treat a row that cannot be embedded.")]
 ErrorsOption = Annotated[
     Path | None, typer.Option(metavar="FILE", help="List of skipped rows. By default next to the manifest.")
 ]
@@ -80,32 +83,33 @@ ManifestOption = Annotated[
     Path | None,
     typer.Option(
         metavar="FILE",
-        help="Where to note what is done. By default in the folder of --to, and for stores in "
+        help="File that records the progress. By default in the folder of --to, and for stores in "
         "~/.local/state/embedding-gateway.",
     ),
 ]
 RestartOption = Annotated[
-    bool, typer.Option("--restart", help="Forget an earlier job, and delete the files that it has written in --to.")
+    bool, typer.Option("--restart", help="Start over: forget an earlier job, and delete the files it wrote to --to.")
 ]
 AdoptOption = Annotated[
-    bool, typer.Option("--adopt", help="Take a collection with vectors whose model you know to be this one.")
+    bool, typer.Option("--adopt", help="Accept an existing collection. Use this only if its vectors are this model's.")
 ]
-ShardOption = Annotated[int, typer.Option(min=1, help="Rows per file, and between two commits; at most.")]
+ShardOption = Annotated[int, typer.Option(min=1, help="Maximum number of rows per file, and between two commits.")]
 UrlOption = Annotated[
-    str | None, typer.Option(help="A running gateway. By default the model is loaded here, from --models.")
+    str | None, typer.Option(help="URL of a running gateway. By default, this process loads the model from --models.")
 ]
 ClusterOption = Annotated[
     str | None,
     typer.Option(
         metavar="local|auto|HOST:PORT",
-        help="Embed on the replicas of a Ray cluster, which may serve meanwhile. By default GATEWAY_CLUSTER, or here.",
+        help="Embed on the replicas of a Ray cluster, which may serve requests at the same time. "
+        "By default GATEWAY_CLUSTER, or this process.",
     ),
 ]
 PriceOption = Annotated[
     float | None,
     typer.Option(metavar="PRICE", min=0, help="Price of this machine per hour, for the cost in the report."),
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print the report for a program.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the report as JSON.")]
 
 
 def embed(  # noqa: PLR0913, PLR0917  an argument for each option
@@ -138,8 +142,8 @@ def embed(  # noqa: PLR0913, PLR0917  an argument for each option
 ) -> None:
     """Embed a corpus, each row exactly once.
 
-    Reads and writes files or a store. If it is interrupted, the same command continues where it stopped. The task of
-    documents (retrieval.passage) is used where the model has it and --model names no other.
+    Reads and writes files or a store. If it is interrupted, the same command continues where it stopped. For a model with
+    tasks, uses the task of documents (retrieval.passage) unless --model names another.
     """
     from gateway.bulk.asked import ask
     from gateway.bulk.command import EmbedRequest, OwnModels, RunningGateway, run_embed

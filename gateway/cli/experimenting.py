@@ -16,19 +16,19 @@ from gateway.errors import StartError
 
 def experiments(
     experiment: Annotated[
-        str | None, typer.Argument(metavar="ID", help="The experiment to show. By default all are listed.")
+        str | None, typer.Argument(metavar="ID", help="The experiment to show. By default, lists all experiments.")
     ] = None,
     files: Annotated[
         list[Path] | None, typer.Argument(metavar="FILE", help="Only with --exposures: more exposure logs.")
     ] = None,
-    url: Annotated[str, typer.Option(help="The gateway to ask.")] = "http://127.0.0.1:8000",
+    url: Annotated[str, typer.Option(help="URL of the gateway.")] = "http://127.0.0.1:8000",
     api_key_env: ApiKeyOption = API_KEY_ENV,
     exposures: Annotated[
         list[Path] | None,
         typer.Option(
             metavar="FILE...",
-            help="Count the units in these exposure logs, or files experiments.sqlite3 of GATEWAY_STATE_DIR, against the "
-            "weights of --models, and ask no gateway.",
+            help="Read the units from these exposure logs, or from files experiments.sqlite3 of GATEWAY_STATE_DIR, "
+            "instead of asking a gateway. --models gives the weights.",
         ),
     ] = None,
     outcomes: Annotated[
@@ -36,14 +36,14 @@ def experiments(
         typer.Option(
             metavar="FILE",
             help="With --exposures: compare the arms by the outcomes in this CSV file, with the columns unit and value, "
-            "maybe name, of, id, before, time. May be repeated.",
+            "and optionally name, of, id, before, time. May be repeated.",
         ),
     ] = None,
     models: ModelsOption = None,
 ) -> None:
     """Show how an experiment is going.
 
-    Shows its arms side by side: requests, latency, errors, whether the split of units matches the weights, and which arm
+    Shows the arms side by side: requests, latency, errors, whether the split of units matches the weights, and which arm
     has the better outcomes.
     """
     from gateway.cli.experiment_report import (
@@ -55,11 +55,11 @@ def experiments(
     )
 
     if files and not exposures:
-        raise StartError(f"only one experiment can be shown at a time, also got: {', '.join(map(str, files))}")
+        raise StartError(f"only one experiment can be shown at a time, but got also {', '.join(map(str, files))}")
     if outcomes and not exposures:
-        raise StartError("--outcomes: also name the exposures of the units: --exposures FILE...")
+        raise StartError("--outcomes needs the exposures of the units: add --exposures FILE...")
     if exposures and experiment is None:
-        raise StartError("--exposures: name the experiment first: gateway experiments ID --exposures FILE...")
+        raise StartError("--exposures needs an experiment: gateway experiments ID --exposures FILE...")
     api_key = os.environ.get(api_key_env)
     if experiment is None:
         print_experiments(ask_experiments(url, api_key))

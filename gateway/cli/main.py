@@ -102,8 +102,8 @@ def serve(
 ) -> None:
     """Serve the models over HTTP.
 
-    All settings are environment variables, GATEWAY_*: docs/configuration.md lists them. Exits 0 after a signal, 1 if the
-    start fails, and 75 if a graphics card is lost, to be started again.
+    All settings are environment variables, GATEWAY_*; docs/configuration.md lists them. Exits 0 after a signal, 1 if the
+    start fails, and 75 if a graphics card is lost; start it again after a 75.
     """
     from gateway.config.otel import read_trace_settings
     from gateway.telemetry import trace_export
@@ -135,7 +135,7 @@ def check(
         bool,
         typer.Option(
             "--locked",
-            help="Also read the checkpoints on this machine, and fail if a name would get a space other than that in "
+            help="Also read the checkpoints on this machine, and fail if the space of a name would differ from "
             "models.lock.json.",
         ),
     ] = False,
@@ -196,19 +196,23 @@ def key(
     name: Annotated[str, typer.Argument(help="The client's name in logs and metrics.")],
     file: Annotated[
         Path | None,
-        typer.Option(help="File of API keys to add the entry to, created if missing. By default the entry is printed."),
+        typer.Option(help="File to add the entry to; created if missing. By default, the entry is printed."),
     ] = None,
     models: Annotated[
         str | None,
         typer.Option(help="Models, aliases and experiments that the client may use, comma-separated. By default all."),
     ] = None,
-    requests_per_minute: Annotated[int | None, typer.Option(help="By default GATEWAY_REQUESTS_PER_MINUTE.")] = None,
-    tokens_per_minute: Annotated[int | None, typer.Option(help="By default GATEWAY_TOKENS_PER_MINUTE.")] = None,
-    expires: Annotated[str | None, typer.Option(help="When the key stops working, such as 2027-01-01.")] = None,
+    requests_per_minute: Annotated[
+        int | None, typer.Option(help="Quota of requests. By default GATEWAY_REQUESTS_PER_MINUTE.")
+    ] = None,
+    tokens_per_minute: Annotated[
+        int | None, typer.Option(help="Quota of tokens. By default GATEWAY_TOKENS_PER_MINUTE.")
+    ] = None,
+    expires: Annotated[str | None, typer.Option(help="Date when the key stops working, such as 2027-01-01.")] = None,
 ) -> None:
-    """Make an API key.
+    """Create an API key.
 
-    The key is shown only once. Its entry, which does not hold the key, is for the file that GATEWAY_API_KEYS_FILE names.
+    Shows the key once. The entry contains only a hash of the key, and belongs in the file that GATEWAY_API_KEYS_FILE names.
     """
     from gateway.access.keyring import key_digest, make_key
     from gateway.config.api_keys import add_key, entry_lines, make_entry
@@ -224,9 +228,9 @@ def key(
     )
     if file is not None:
         add_key(file, entry, os.environ)
-    typer.echo(f"The key, for the client. It is not stored, and is not shown again:\n{made}", err=True)
+    typer.echo(f"Give this key to the client. It is not stored, and is not shown again:\n{made}", err=True)
     if file is None:
-        typer.echo("\nThe entry, for `keys:` in the file of API keys (--file FILE adds it there):", err=True)
+        typer.echo("\nAdd this entry to `keys:` in the file of API keys (--file FILE does it for you):", err=True)
         typer.echo(entry_lines(entry), nl=False)
     else:
         typer.echo(f"\n{file}: {name} added", err=True)
@@ -249,15 +253,15 @@ def lock(models: ModelsOption = None) -> None:
     typer.echo(f"{target}: {count(len(made.models), 'model', 'models')}")
     for name, model in made.models.items():
         if model.fingerprint is None:
-            typer.echo(f"{name}: the checkpoint is not on this machine; the lock holds only the source and revision")
+            typer.echo(f"{name}: the checkpoint is not on this machine; the lock has only its source and revision")
 
 
 @app.command()
 def models(models: ModelsOption = None) -> None:
-    """List what would load here.
+    """List the models that would load on this machine.
 
-    Shows where and how each model would run, how much memory it would take, and what would be downloaded. Loads and
-    downloads nothing. Exits 1 if an enabled model would not load, or the models could not be served together.
+    Shows the device, precision, memory and download size of each model. Loads and downloads nothing. Exits 1 if an enabled
+    model would not load, or the models could not be served together.
     """
     from gateway.cli.tables import make_plans, print_plans
 
@@ -270,12 +274,12 @@ def models(models: ModelsOption = None) -> None:
 @app.command()
 def doctor(
     models: ModelsOption = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the findings for a program.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
 ) -> None:
-    """Look at this machine, and say what to do.
+    """Check this machine, and recommend what to do.
 
     Checks the card and its driver, torch, memory, disk, ports, the model hub, models.yaml, and for each model its download,
-    license and memory. Loads and downloads nothing. Exits 1 if there is something to do.
+    license and memory. Loads and downloads nothing. Exits 1 if a problem needs your attention.
     """
     from gateway.doctor.command import diagnose
 
@@ -287,15 +291,15 @@ def download(
     names: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[MODEL]...", help="Ids of models. By default all that would be loaded on this machine."
+            metavar="[MODEL]...", help="Ids of models. By default all models that would load on this machine."
         ),
     ] = None,
     models: ModelsOption = None,
 ) -> None:
-    """Download what models need from the hub.
+    """Download the files of models from the hub.
 
-    Fetches the files that the gateway reads, and goes on where an earlier attempt has ended. HF_ENDPOINT sets a mirror,
-    HF_TOKEN a token, HTTPS_PROXY a proxy, HF_HOME the folder. Then `HF_HUB_OFFLINE=1 gateway serve` needs no network.
+    Downloads the files that the gateway reads. Resumes an interrupted download. HF_ENDPOINT sets a mirror, HF_TOKEN a
+    token, HTTPS_PROXY a proxy, HF_HOME the folder. Then `HF_HUB_OFFLINE=1 gateway serve` needs no network.
     """
     from gateway.cli.download import download as fetch
 
@@ -306,7 +310,7 @@ def download(
 
 @app.command()
 def verify(
-    model: Annotated[str, typer.Argument(help="Id of a model of models.yaml.")],
+    model: Annotated[str, typer.Argument(help="Id of a model in models.yaml.")],
     models: ModelsOption = None,
     record: Annotated[
         bool,
@@ -315,8 +319,8 @@ def verify(
 ) -> None:
     """Check that a model is computed correctly.
 
-    Compares what serves with transformers' own code in float32, with the golden vectors, and with published numbers if the
-    model has any. Exits 1 if they differ.
+    Compares the vectors that the gateway would serve with transformers' own code in float32, with the golden vectors, and
+    with published numbers if the model has any. Exits 1 if they differ.
     """
     from gateway.cli.tables import print_checks
     from gateway.cli.verify import record_golden
@@ -326,7 +330,7 @@ def verify(
     if record:
         if entry.golden is None:
             raise StartError(
-                f"{registry.path}: set `golden: golden/{model}.json` for {model} to say where to store them"
+                f"{registry.path}: {model} has no file for golden vectors: set `golden: golden/{model}.json`"
             )
         typer.echo(f"{entry.golden}: {record_golden(entry, Path(entry.golden))} golden vectors")
         return
@@ -341,10 +345,12 @@ def verify(
 
 @app.command()
 def calibrate(
-    model: Annotated[str, typer.Argument(help="Id of a model of models.yaml.")],
-    texts: Annotated[Path, typer.Option(help="Texts: one per line, or JSON lines like a corpus.jsonl.")],
+    model: Annotated[str, typer.Argument(help="Id of a model in models.yaml.")],
+    texts: Annotated[
+        Path, typer.Option(help="File of texts, one per line, or of JSON lines in the form of a corpus.jsonl.")
+    ],
     models: ModelsOption = None,
-    max_texts: Annotated[int, typer.Option(min=2, help="How many of the texts to draw, if there are more.")] = 10_000,
+    max_texts: Annotated[int, typer.Option(min=2, help="Maximum number of texts; more are sampled.")] = 10_000,
 ) -> None:
     """Measure the ranges of int8 vectors on your texts."""
     from gateway.compare.calibration import calibrate as measure

@@ -29,8 +29,8 @@ move = typer.Typer(
     name="move",
     cls=_Steps,
     help="Change the embedding model of a collection in use.\n\n`gateway move COLLECTION --from URL --to "
-    "MODEL` makes a copy with the vectors of another model. The other steps keep the copy up to date, compare it, let "
-    "applications use it, and undo that. `gateway move status` shows the next one.",
+    "MODEL` makes a copy with the vectors of another model. The other steps update the copy, compare it, let "
+    "applications use it, and undo that. `gateway move status` shows the next step.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
@@ -53,7 +53,7 @@ def start(  # noqa: PLR0913, PLR0917  an argument for each option
     ] = None,
     to: Annotated[
         str | None,
-        typer.Option("--to", metavar="MODEL[:TASK][@DIMENSIONS]", help="The new model, as a request names it."),
+        typer.Option("--to", metavar="MODEL[:TASK][@DIMENSIONS]", help="The new model, named as in a request."),
     ] = None,
     mem0: Annotated[
         Path | None,
@@ -62,7 +62,9 @@ def start(  # noqa: PLR0913, PLR0917  an argument for each option
     text: Annotated[str | None, typer.Option(help="Field with the text, or its path. By default a usual name.")] = None,
     into: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="The new collection. By default its name has the model and its space."),
+        typer.Option(
+            metavar="NAME", help="Name of the new collection. By default made from the model's name and its space."
+        ),
     ] = None,
     into_vector: Annotated[
         str | None,
@@ -73,11 +75,14 @@ def start(  # noqa: PLR0913, PLR0917  an argument for each option
     ] = None,
     changed_at: Annotated[
         str | None,
-        typer.Option(metavar="FIELD", help="Field with the time of an item's last change, so that sync reads fewer."),
+        typer.Option(
+            metavar="FIELD", help="Field with the time of an item's last change, so that sync reads fewer items."
+        ),
     ] = None,
     skip: Annotated[bool, typer.Option("--skip", help="Leave items without a text behind.")] = False,
     url: Annotated[
-        str | None, typer.Option(help="A running gateway. By default the model is loaded here, from --models.")
+        str | None,
+        typer.Option(help="URL of a running gateway. By default, this process loads the model from --models."),
     ] = None,
     api_key_env: ApiKeyOption = API_KEY_ENV,
     models: ModelsOption = None,
@@ -113,7 +118,7 @@ def sync(
     name: NameArgument = None,
     skip: Annotated[bool, typer.Option("--skip", help="Leave items without a text behind.")] = False,
 ) -> None:
-    """Take over what has changed in the old collection."""
+    """Copy the changes of the old collection since the last pass."""
     from gateway.bulk.moving.command import show
     from gateway.bulk.moving.steps import sync as run
 
@@ -127,12 +132,15 @@ def check(
     queries: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE", help="Search for these: the file of a capture. By default for items of the collection."
+            metavar="FILE", help="Captured queries to search for. By default, items of the collection are the queries."
         ),
     ] = None,
     from_model: OldModelOption = None,
 ) -> None:
-    """Compare both collections: their counts, vectors, and what searches find. Exits 1 if the new one is not ready."""
+    """Compare counts, vectors and results of both collections.
+
+    Exits 1 if the new collection is not ready.
+    """
     from gateway.bulk.moving.command import show_check
 
     raise typer.Exit(0 if show_check(_find(name), _folder(), queries, from_model) else 1)
@@ -141,9 +149,14 @@ def check(
 @move.command()
 def flip(
     name: NameArgument = None,
-    force: Annotated[bool, typer.Option("--force", help="Without a check since the last change.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Flip even if no check has run since the last change.")
+    ] = False,
 ) -> None:
-    """Let applications use the new collection: move the alias, or change Mem0's configuration."""
+    """Let applications use the new collection.
+
+    Points the alias to the new collection, or changes Mem0's configuration.
+    """
     from gateway.bulk.moving.command import show
     from gateway.bulk.moving.steps import flip as run
 
@@ -153,7 +166,10 @@ def flip(
 
 @move.command()
 def back(name: NameArgument = None, from_model: OldModelOption = None) -> None:
-    """Let applications use the old collection again, with what they wrote meanwhile."""
+    """Let applications use the old collection again.
+
+    Copies everything that they wrote into the new collection in the meantime.
+    """
     from gateway.bulk.moving.command import show
     from gateway.bulk.moving.steps import back as run
 
@@ -165,10 +181,10 @@ def back(name: NameArgument = None, from_model: OldModelOption = None) -> None:
 def finish(
     name: NameArgument = None,
     delete_old: Annotated[
-        bool, typer.Option("--delete-old", help="Delete the old collection. There is no way back.")
+        bool, typer.Option("--delete-old", help="Delete the old collection. This cannot be undone.")
     ] = False,
 ) -> None:
-    """End the move, and delete the old collection if you say so."""
+    """End the move; with --delete-old, delete the old collection."""
     from gateway.bulk.moving.command import show
     from gateway.bulk.moving.steps import finish as run
 

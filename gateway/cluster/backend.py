@@ -186,7 +186,7 @@ class RayBackend:
         loop = asyncio.get_running_loop()
         line = await self._pool.choose(0, [], time.monotonic() + limit_s)
         if line is None:
-            raise ModelRecovering(f"model {self._entry.id!r} has no replica now", retry_after_s=5)
+            raise ModelRecovering(f"model {self._entry.id!r} has no replica at the moment", retry_after_s=5)
         return RemoteVocabulary(line, loop, limit_s)
 
     def _require_running(self) -> None:

@@ -209,8 +209,8 @@ def _checked(address: str) -> str:
     named = os.environ.get("RAY_ADDRESS") if address == "auto" else None
     if named and ("://" in named or named == LOCAL):
         raise StartError(
-            f"GATEWAY_CLUSTER=auto takes the cluster that RAY_ADDRESS names, which is {named}: set it to the HOST:PORT of "
-            "the head (6379, not that of Ray Client), or unset it, on a machine of the cluster"
+            f"GATEWAY_CLUSTER=auto uses the cluster in RAY_ADDRESS, which is {named}: set RAY_ADDRESS to the HOST:PORT of "
+            "the head (6379, not Ray Client's port), or unset it on a machine of the cluster"
         )
     return named or address
 
@@ -220,7 +220,7 @@ def _unreachable(address: str, error: Exception) -> str:
         return f"a Ray cluster cannot be started on this machine: {_first_line(error)}"
     if str(error).startswith("Version mismatch"):
         said = " ".join(str(error).split())[:_LONGEST_REASON]
-        return f"GATEWAY_CLUSTER={address}: {said}. Ray and Python must be of the same version on all machines"
+        return f"GATEWAY_CLUSTER={address}: {said}. all machines must have the same versions of Ray and Python"
     named = os.environ.get("RAY_ADDRESS") if address == "auto" else address
     where = f"no Ray cluster was found at {named}" if named else "this machine does not belong to a Ray cluster"
     return (

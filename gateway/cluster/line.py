@@ -293,7 +293,7 @@ class Line:
             is_answered = True
             raise
         except TimeoutError:
-            raise DeadlineExceeded("not done within the time limit") from None
+            raise DeadlineExceeded("the request did not finish within its time limit") from None
         finally:
             del self._calls[key]
             self.work -= work

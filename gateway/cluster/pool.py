@@ -126,7 +126,7 @@ class Pool:
         if refusal is not None:
             raise self._overloaded(refusal) if isinstance(refusal, Overloaded) else refusal
         if not tried:
-            raise ModelRecovering(f"model {self._model!r} has no replica now", retry_after_s=_RETRY_AFTER_S)
+            raise ModelRecovering(f"model {self._model!r} has no replica at the moment", retry_after_s=_RETRY_AFTER_S)
         raise ModelRecovering(
             f"model {self._model!r}: {len(tried)} of its replicas were lost while they had this request",
             retry_after_s=_RETRY_AFTER_S,
@@ -154,7 +154,7 @@ class Pool:
             left_s = until - time.monotonic()
             if left_s <= 0:
                 if time.monotonic() >= deadline:
-                    raise DeadlineExceeded("not done within the time limit: there was no replica")
+                    raise DeadlineExceeded("the request did not finish within its time limit: no replica was available")
                 return None
             await self.changed(left_s)
 

@@ -155,7 +155,7 @@ def require_card(spec: Spec, planned: ModelInfo) -> None:
         LoadError: the card cannot be used; says why, and what to do.
     """
     if spec.num_gpus and planned.device == "cpu" and planned.notes:
-        raise LoadError(f"{planned.id} has reserved a graphics card, and would run {'; '.join(planned.notes)}")
+        raise LoadError(f"{planned.id} has reserved a graphics card, but would run {'; '.join(planned.notes)}")
 
 
 def require_same_weights(name: str, fingerprint: str) -> None:

@@ -42,9 +42,7 @@ def calibrate(registry: Registry, entry: ModelEntry, settings: Settings, texts: 
             embedded; or the ranges cannot be written.
     """
     if entry.ranges is None:
-        raise StartError(
-            f"{registry.path}: set `ranges: ranges/{entry.id}.json` for {entry.id} to say where to store them"
-        )
+        raise StartError(f"{registry.path}: {entry.id} has no file for ranges: set `ranges: ranges/{entry.id}.json`")
     chosen = _choose(texts, max_texts)
     ranges.make_folder(Path(entry.ranges))  # check this before an hour of work
     configure_logs("warning", "auto")  # a progress bar shows the steps

@@ -254,7 +254,7 @@ class Jobs:
         if wanted.data not in known:
             where = f"put one into {self.data_folder}/NAME, with corpus.jsonl and queries.jsonl"
             raise BadInput(
-                f"there is no data set {cut(wanted.data)!r}; there are: {', '.join(known) or 'none'}; {where}",
+                f"no data set is called {cut(wanted.data)!r}; available: {', '.join(known) or 'none'}; {where}",
                 param="data",
             )
 

@@ -250,7 +250,7 @@ class Runs:
             raise BadInput(f"{path.name} cannot be read: {error.strerror}") from error
         except ValidationError as error:
             raise BadInput(
-                f"{path.name} is not that of a comparison: {error.error_count()} problems in a line"
+                f"{path.name} is not from a comparison: a line has {error.error_count()} problems"
             ) from error
 
     def worst(self, name: str, arm: str, baseline: str, number: int, *, is_gained: bool) -> list[Query]:

@@ -252,7 +252,7 @@ class ModelEntry(Frozen):
     def _resolve_source(cls, text: str, info: ValidationInfo) -> str:
         if info.data.get("backend", "infinity") != "infinity":
             if not text:
-                raise ValueError("must be the name that the servers know the model by, got nothing")
+                raise ValueError("must be the model's name on the servers, got nothing")
             return text
         source = Source.parse(text)
         if source.kind != "folder":

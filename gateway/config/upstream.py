@@ -25,7 +25,7 @@ def _check_url(text: str) -> str:
     except ValueError:  # a port above 65535, or an unclosed bracket
         raise wrong from None
     if parts.username or parts.password:
-        raise ValueError("must not hold a user or a password; use `api_key`")
+        raise ValueError("must not contain a user name or password; use `api_key`")
     if parts.scheme not in {"http", "https"} or not parts.hostname or port == 0 or parts.query or parts.fragment:
         raise wrong
     if not text.isprintable() or " " in text:
@@ -140,7 +140,7 @@ class Upstream(Frozen):
     def _check_fields(self) -> Upstream:
         for name in _OWN_FIELDS:
             if name in self.extra_body:
-                raise ValueError(f"`extra_body` must not hold `{name}`, which the gateway sends itself")
+                raise ValueError(f"`extra_body` must not contain `{name}`, which the gateway sends itself")
             if name == self.task_field:
                 raise ValueError(f"`task_field` must not be `{name}`, which the gateway uses for something else")
         if self.task_field is not None and not self.tasks:

@@ -178,7 +178,7 @@ class Compare:
 
     def _jobs(self) -> Jobs:
         if self._comparisons.jobs is None:
-            raise NotFound("GATEWAY_RUNS_DIR is not set, so there is no place for comparisons")
+            raise NotFound("comparisons are turned off: set GATEWAY_RUNS_DIR to a folder")
         return self._comparisons.jobs
 
     def _unfinished(self, known: Sequence[Run]) -> list[Job]:

@@ -143,7 +143,8 @@ class Batcher:
             is_low = job.priority is Priority.LOW
             why = ", as requests of low priority do while others take all of the model's time" if is_low else ""
             raise DeadlineExceeded(
-                f"not done within the time limit: {pending.num_missing} of {len(job.texts)} texts were still waiting{why}"
+                f"the request did not finish within its time limit: {pending.num_missing} of {len(job.texts)} texts "
+                f"were still waiting{why}"
             ) from None
         finally:
             self._forget(pending)

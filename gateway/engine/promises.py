@@ -22,7 +22,7 @@ def require_promised(
     """
     folder, width = checkpoint.folder, checkpoint.width
     if encoded.dense.shape != (1, width):
-        raise LoadError(f"{folder}: the model gives {encoded.dense.shape[-1]} numbers, promised are {width}")
+        raise LoadError(f"{folder}: the model gives {encoded.dense.shape[-1]} numbers, expected {width}")
     found = {Output.DENSE: encoded.dense}
     if encoded.sparse is not None:
         found[Output.SPARSE] = encoded.sparse.values
@@ -33,7 +33,7 @@ def require_promised(
         if not is_right or vectors.shape[1] != checkpoint.token_width:
             raise LoadError(
                 f"{folder}: the model gives {len(vectors)} vectors of {vectors.shape[1]} numbers for {num_tokens} tokens, "
-                f"promised are {checkpoint.token_width}"
+                f"expected {checkpoint.token_width}"
             )
     missing = [output for output in outputs if output not in found]
     if missing:

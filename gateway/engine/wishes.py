@@ -65,7 +65,7 @@ def _require_no_vectors(entry: ModelEntry) -> None:
     ]
     asked += [] if entry.outputs == (Output.DENSE,) else ["outputs"]
     if asked:
-        raise LoadError(f"{', '.join(asked)} cannot be set: this model scores texts, and gives no vectors")
+        raise LoadError(f"{', '.join(asked)} cannot be set: this model scores texts and returns no vectors")
 
 
 def _outputs(entry: ModelEntry, checkpoint: Checkpoint) -> tuple[Output, ...]:
@@ -106,11 +106,11 @@ def _tasks(entry: ModelEntry, checkpoint: Checkpoint) -> dict[str, str]:
     if checkpoint.has_sides:
         tasks = {**dict.fromkeys(RETRIEVAL, ""), **tasks}
         if others := [task for task in tasks if task not in RETRIEVAL]:
-            raise LoadError(f"the task {others[0]!r} cannot be: this model has queries and documents only")
+            raise LoadError(f"the task {others[0]!r} is not supported: this model has only queries and documents")
     if checkpoint.adapters:
         bare = [task for task in tasks if task not in checkpoint.adapters]
         if bare:  # without an adapter, its texts would be in a space for which no task was trained
-            raise LoadError(f"the task {bare[0]!r} has no adapter; there are: {', '.join(checkpoint.adapters)}")
+            raise LoadError(f"the task {bare[0]!r} has no adapter; tasks with one: {', '.join(checkpoint.adapters)}")
     default = entry.default_task
     if default is None and checkpoint.layout is Layout.JINA_V5:
         raise LoadError(

@@ -82,7 +82,7 @@ class Body:
         """
         self._check_size(self._declared_bytes)
         if self._is_streamed and self._content_encoding.strip().lower() not in ("", "identity"):
-            raise UnsupportedEncoding("a file must be uploaded without `Content-Encoding`: as it is, not compressed")
+            raise UnsupportedEncoding("a file must be uploaded uncompressed, without `Content-Encoding`")
         self._decoder = decoder_for(self._content_encoding)
         if self._is_streamed:
             self._memory.resize(_STREAMED_BYTES)

@@ -49,9 +49,11 @@ class Multipart:
     def __init__(self, content_type: str) -> None:
         boundary = read_parameter(content_type, "boundary")
         if content_type.partition(";")[0].strip().lower() != "multipart/form-data" or boundary is None:
-            raise BadInput("the body must be `multipart/form-data` with a boundary, as a client's upload of a file is")
+            raise BadInput(
+                "the body must be `multipart/form-data` with a boundary, the form in which clients upload files"
+            )
         if not 0 < len(boundary) <= _MAX_BOUNDARY or not boundary.isascii():
-            raise BadInput(f"the boundary of the body must have 1 to {_MAX_BOUNDARY} characters of ASCII")
+            raise BadInput(f"the boundary of the body must have 1 to {_MAX_BOUNDARY} ASCII characters")
         self._delimiter = b"\r\n--" + boundary.encode()
         self._held = bytearray(b"\r\n")  # the body may begin with the first delimiter
         self._state = _State.BEFORE

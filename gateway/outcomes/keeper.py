@@ -80,7 +80,7 @@ class Keeper:
                 found = list(islice(reader.log(self._num_read), _MAX_READ_AT_ONCE))
             except sqlite3.Error as error:  # the file is damaged further on
                 raise StartError(
-                    f"{self._store.path} cannot be read: {error}; move it away to begin a new one"
+                    f"{self._store.path} cannot be read: {error}; move it away to start with a new one"
                 ) from error
         self._num_read = max([self._num_read, *(number for number, _exposure in found)])
         return [exposure for _number, exposure in found]
@@ -116,19 +116,20 @@ class Keeper:
                 return await asyncio.wrap_future(self._thread.submit(self._post, experiment, outcomes))
         except TimeoutError as error:
             raise OutcomesUnavailable(
-                f"the disk of the file of experiments did not answer in {_PATIENCE_S:g} s: send the outcomes again with the "
-                "same ids, as they may be kept or not",
+                f"the disk did not respond in {_PATIENCE_S:g} s, so the outcomes may be stored or not: send them again "
+                "with the same ids",
                 retry_after_s=5,
             ) from error
         except StoreFull as error:
             raise OutcomesUnavailable(
-                f"no outcome was kept: {self._store.path.name} has the size that GATEWAY_STATE_MAX_BYTES allows, or the "
+                f"no outcome was stored: {self._store.path.name} has reached GATEWAY_STATE_MAX_BYTES, or the "
                 "disk is full",
                 is_permanent=True,
             ) from error
         except StoreBusy as error:
             raise OutcomesUnavailable(
-                f"no outcome was kept: the file of experiments cannot be written now: {error}", retry_after_s=5
+                f"no outcome was stored: the file of experiments cannot be written at the moment: {error}",
+                retry_after_s=5,
             ) from error
 
     async def report(self, experiment: Experiment, mismatch: str | None) -> OutcomesReport:

@@ -57,7 +57,7 @@ def changed_experiments(old: Registry, new: Registry) -> dict[str, str]:
             moves = ", ".join(f"{move} {share:.1%}" for move, share in moved_units(before, after).items()) or "none"
             changes[name] = f"{_arms(before)} -> {_arms(after)}; counts start over; units that move: {moves}"
         else:
-            changes[name] = "changed; counts go on"
+            changes[name] = "changed; counts continue"
     return changes
 
 

@@ -137,7 +137,7 @@ class Names:
             raise self._not_found(name, client)
         known = self._known[written.name]
         if not self.allows(client, written.name):
-            raise ModelNotAllowed(f"this API key is not for model {known.id!r}", param="model")
+            raise ModelNotAllowed(f"this API key may not use model {known.id!r}", param="model")
         return known if written == Written(written.name) else _with_parts(known, written, name)
 
     def shown(self, name: str) -> str:
@@ -171,7 +171,7 @@ class Names:
         guess = _similar(name, [*names, *(source for source in self._sources if self.allows(client, source))])
         hint = f" (did you mean {guess!r}?)" if guess else ""
         return ModelNotFound(
-            f"no model is called {cut(self.shown(name))!r}{hint}; there are: {', '.join(names) or 'none'}",
+            f"no model is called {cut(self.shown(name))!r}{hint}; available: {', '.join(names) or 'none'}",
             param="model",
         )
 

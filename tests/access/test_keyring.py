@@ -78,7 +78,7 @@ async def test_several_keys_of_the_environment_and_the_file(tmp_path: Path) -> N
     assert [await name_of(key) for key in ("four", "five")] == [
         f"key-{key_digest(key)[:8]}" for key in ("four", "five")
     ]
-    with pytest.raises(Unauthorized, match="not known"):
+    with pytest.raises(Unauthorized, match="not valid"):
         await name_of("six")
     with pytest.raises(Unauthorized, match="is required"):
         await keyring.identify(None, "10.0.0.1")
@@ -98,7 +98,7 @@ async def test_a_key_ends_when_it_expires(tmp_path: Path) -> None:
     keyring = Keyring(Settings(api_keys_file=path))
 
     assert (await keyring.identify(key_digest("two"), "")).name == "new"
-    with pytest.raises(Unauthorized, match="the API key of old has expired on 2026-01-01"):
+    with pytest.raises(Unauthorized, match="the API key of old expired on 2026-01-01"):
         await keyring.identify(key_digest("one"), "")
 
 
@@ -292,7 +292,7 @@ async def test_without_a_file_nothing_is_checked() -> None:
 
 
 async def test_a_client_is_found_by_its_name_while_its_key_is_valid(tmp_path: Path, checks_often: None) -> None:
-    """As a batch does, which may go on after a restart before any request has come."""
+    """A batch does this: after a restart, it may continue before any request has come."""
     path = tmp_path / "keys.yaml"
     old = entry("old", "two", ", expires: 2020-01-01")
     write(path, old, entry("first", "one"), entry("other", "three", ", expires: 2999-01-01"))

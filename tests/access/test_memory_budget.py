@@ -1,4 +1,4 @@
-"""The memory for requests is divided among clients, and what does not fit is refused."""
+"""The memory for requests is divided among clients, and a request that does not fit is refused."""
 
 from __future__ import annotations
 

@@ -101,7 +101,7 @@ async def test_tokens_are_charged_as_they_were_used(quotas: Quotas) -> None:
 
     headers = await use(quotas, one, 60)
     assert (headers["x-ratelimit-limit-tokens"], headers["x-ratelimit-remaining-tokens"]) == ("100", "40")
-    headers = await use(quotas, one, 60)  # what one request takes may go over
+    headers = await use(quotas, one, 60)  # a single request may exceed the limit
     assert headers["x-ratelimit-remaining-tokens"] == "0"
     refused: dict[str, str] = {}
     with pytest.raises(RateLimited, match=r"\(100 tokens per minute\); retry in") as caught:

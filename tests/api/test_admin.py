@@ -20,7 +20,7 @@ VectorsOf = Callable[..., np.ndarray]
 Connect = Callable[..., Awaitable[httpx.AsyncClient]]
 CheckError = Callable[..., str]
 ADMIN = "operator-key"
-OFF = "/admin/reload is for the operator, who has no key yet: set GATEWAY_ADMIN_KEY"
+OFF = "/admin/reload requires the operator's key, and none is configured: set GATEWAY_ADMIN_KEY"
 KEY_NEEDED = "/admin/reload needs the operator's key: send `Authorization: Bearer KEY`"
 
 
@@ -165,5 +165,5 @@ async def test_only_a_ready_model_with_golden_vectors_is_compared(
 
     assert "has no golden vectors here" in check_error(await verify("plain"), 400, "invalid_input")
     assert "there is no such file" in check_error(await verify("mini"), 400, "invalid_input")
-    assert "there are: mini, plain" in check_error(await verify("none"), 404, "model_not_found")
+    assert "available: mini, plain" in check_error(await verify("none"), 404, "model_not_found")
     check_error(await verify("mini", "wrong"), 403, "forbidden", type_="permission_error")

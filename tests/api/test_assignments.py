@@ -174,7 +174,7 @@ async def test_a_unit_outside_the_split_gets_the_control_arm_and_the_reason(
     assert answer.headers["x-gateway-assignment"] == reason
 
 
-async def test_a_forced_arm_is_what_a_request_with_that_header_would_get(
+async def test_a_forced_arm_is_the_arm_of_a_request_with_that_header(
     client: httpx.AsyncClient, check_error: CheckError
 ) -> None:
     assigned = await ask(client, unit_in("mini"), **{"x-arm": "new"})
@@ -194,8 +194,8 @@ async def test_many_units_are_assigned_at_once_in_their_order(client: httpx.Asyn
 @pytest.mark.parametrize(
     ("units", "message"),
     [
-        ([], "`units` has 0 units; 1 to 1000 are accepted"),
-        (["u"] * 1001, "`units` has 1001 units; 1 to 1000 are accepted"),
+        ([], "`units` has 0 units; it must have 1 to 1000"),
+        (["u"] * 1001, "`units` has 1001 units; it must have 1 to 1000"),
         (["u", ""], "a unit must have 1 to 256 bytes, got 0"),
         ([" "], "must not be blank"),
         ([" "], "a unit must not be blank"),
@@ -240,7 +240,7 @@ async def test_an_unknown_experiment_is_a_404(client: httpx.AsyncClient, check_e
         await client.get("/v1/experiments/exq/assignment", params={"unit": "u"}),
         await client.post("/v1/experiments/exq/assignment", json={"units": ["u"]}),
     ):
-        assert "no experiment is called 'exq'; there are: exp" in check_error(answer, 404, "experiment_not_found")
+        assert "no experiment is called 'exq'; available: exp" in check_error(answer, 404, "experiment_not_found")
 
 
 async def test_a_key_for_another_model_may_not_ask(connect: Connect, tmp_path: Path, check_error: CheckError) -> None:
@@ -317,7 +317,7 @@ async def test_an_experiment_may_take_units_from_names_alone(connect: Connect) -
     assert (without.headers["x-gateway-arm"], without.headers["x-gateway-assignment"]) == ("mini", "no_unit")
 
 
-async def test_names_with_a_slash_still_mean_what_they_meant(connect: Connect) -> None:
+async def test_names_with_a_slash_keep_their_meaning(connect: Connect) -> None:
     """An experiment may have the id of a model's owner, and another the id of the first and a slash."""
     arms = ({"model": "mini", "weight": 1}, {"model": "jina", "weight": 1})
     experiments = [experiment(id=name, arms=arms) for name in ("owner", "team", "exp", "exp/two")]
@@ -364,7 +364,7 @@ async def test_every_dialect_takes_a_unit_in_its_name(
         assert (answer.headers["x-gateway-arm"], answer.headers["x-gateway-assignment"]) == (arm_of(unit), "unit")
 
 
-async def test_an_odd_unit_in_a_path_is_encoded_once_more(client: httpx.AsyncClient) -> None:
+async def test_an_odd_unit_in_a_path_is_encoded_twice(client: httpx.AsyncClient) -> None:
     name = f"exp/{quote('a/b', safe='')}"
 
     answer = await client.post(f"/tei/{quote(name)}/embed", json={"inputs": "a"})
@@ -441,7 +441,7 @@ SECRET = "ada-lovelace"
 
 @dataclasses.dataclass
 class Seen:
-    """What a request leaves behind: its log lines, and its spans as JSON."""
+    """The traces of a request: its log lines, and its spans as JSON."""
 
     lines: list[Any]
     spans: list[str]

@@ -1,4 +1,4 @@
-"""What a balancer, a probe or a proxy in front sees: HEAD, and a prefix of the path."""
+"""HEAD requests and path prefixes, as balancers, probes and proxies send them."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ async def test_head_is_get_without_the_body(client: httpx.AsyncClient, path: str
         assert head.headers["content-length"] == read.headers["content-length"]
 
 
-async def test_head_tells_what_get_would(connect: Connect) -> None:
+async def test_head_has_the_headers_of_get(connect: Connect) -> None:
     loading = await connect(has_started=False)
 
     assert (await loading.head("/health/ready")).status_code == 503

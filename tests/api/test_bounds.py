@@ -1,4 +1,4 @@
-"""What a request costs is bounded, on every path: memory before the work, time on the event loop."""
+"""The cost of a request is bounded, on every path: memory before the work, time on the event loop."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def reserved() -> float:
 
 @pytest.fixture(autouse=True)
 def _all_is_given_back() -> Iterator[None]:
-    """Check that no request keeps anything of the budget, whatever came of it."""
+    """Check that every request has returned its part of the budget."""
     yield
     assert reserved() == 0
 
@@ -128,7 +128,7 @@ async def test_tokens_that_wait_are_counted(connect: Connect, ranker: Any) -> No
         ("/tei/mini/decode", {"ids": [1] * 100_000}),
     ],
 )
-async def test_what_is_taken_apart_into_tokens_is_counted(
+async def test_texts_that_are_split_into_tokens_are_counted(
     connect: Connect, wide: Any, path: str, body: dict[str, object]
 ) -> None:
     client = await connect(wide, aliases=ALIAS, **SMALL)
@@ -268,7 +268,7 @@ def test_a_body_without_a_length_is_reserved_as_it_comes(serve: Serve) -> None:
         wait_until(lambda: reserved() == 0)
 
 
-async def test_texts_count_as_what_they_take(connect: Connect) -> None:
+async def test_texts_count_with_the_memory_they_take(connect: Connect) -> None:
     """One emoji makes four bytes of each letter."""
     client = await connect(**SMALL)
     body = {"model": "mini", "input": "😀" + "a" * 9_000_000}
@@ -517,7 +517,7 @@ async def test_other_codings_are_refused_with_those_that_are_supported(
 
 
 @pytest.mark.parametrize("coding", ENCODERS)
-async def test_a_body_that_is_not_what_it_is_said_to_be_is_a_bad_request(
+async def test_a_body_in_another_charset_than_its_header_names_is_a_bad_request(
     client: httpx.AsyncClient, check_error: CheckError, coding: str
 ) -> None:
     response = await client.post("/v1/embeddings", content=b'{"input": "a"}', headers={"content-encoding": coding})
@@ -549,7 +549,7 @@ async def test_another_encoding_than_utf_8_is_named(
 
 
 @pytest.mark.parametrize("charset", ["latin-1", "utf-8", "x", "x; charset*=utf-8''y; charset*0=z"])
-async def test_what_is_utf_8_is_read_whatever_it_is_said_to_be(client: httpx.AsyncClient, charset: str) -> None:
+async def test_utf_8_is_read_with_any_declared_charset(client: httpx.AsyncClient, charset: str) -> None:
     response = await client.post(
         "/v1/embeddings",
         content='{"model": "mini", "input": "é"}'.encode(),
@@ -562,7 +562,7 @@ async def test_what_is_utf_8_is_read_whatever_it_is_said_to_be(client: httpx.Asy
 # ---------------------------------------------------------------------------------------------------------- JSON, read
 
 
-def test_what_is_outside_of_strings_is_found_however_it_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_values_outside_strings_are_counted_for_any_split_of_the_body(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = random.Random(1)
     for size in (3, 5, 7, 64):
         monkeypatch.setattr(json_body, "_PIECE_BYTES", size)

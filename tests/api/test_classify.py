@@ -41,7 +41,7 @@ FUNCTIONS = {LabelFunction.SOFTMAX: softmax, LabelFunction.SIGMOID: sigmoid, Lab
 
 @pytest.fixture
 def jobs() -> list[EmbedJob]:
-    """What the classifier was asked."""
+    """The requests that the classifier received."""
     return []
 
 
@@ -216,7 +216,7 @@ async def test_the_limit_of_inputs_is_a_setting(connect: Connect, make_labeler: 
 
 
 @pytest.mark.parametrize("path", ["/v1/classify", "/predict"])
-async def test_what_is_too_long_is_cut_unless_refused(
+async def test_long_texts_are_cut_unless_truncate_is_false(
     client: httpx.AsyncClient, jobs: list[EmbedJob], path: str
 ) -> None:
     field = "inputs" if path == "/predict" else "input"
@@ -314,7 +314,7 @@ async def test_without_a_name_the_only_classifier_is_meant(
     assert (await classify(several, model="other")).json()["model"] == "other"
 
 
-async def test_the_card_says_what_the_labels_are(client: httpx.AsyncClient) -> None:
+async def test_the_card_lists_the_labels(client: httpx.AsyncClient) -> None:
     card = (await client.get("/v1/models/labeler")).json()
 
     assert (card["kind"], card["labels"], card["label_function"]) == ("classify", list(LABELS), "softmax")

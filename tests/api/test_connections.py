@@ -1,4 +1,4 @@
-"""What a client may send over a connection besides a request in one piece, and what it gets: always an answer."""
+"""Requests in pieces, half-closed connections and other odd uses of a connection always get an answer."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def post(*headers: bytes, host: bytes = b"host: gateway", body: bytes = BODY) ->
 
 
 class HeldBackend(FakeBackend):
-    """Takes its time for the text ``slow``, until it is let go or cancelled."""
+    """Takes its time for the text ``slow``, until it is released or canceled."""
 
     def __init__(self) -> None:
         super().__init__(fake_info("mini"))
@@ -248,7 +248,7 @@ def test_a_client_of_http_1_0_gets_nothing_that_it_does_not_know(
 
 
 @pytest.mark.parametrize("is_reset", [False, True])
-def test_what_is_computed_for_a_client_that_has_left_is_cancelled(
+def test_the_work_for_a_client_that_has_left_is_canceled(
     connect: Callable[..., socket.socket], backend: HeldBackend, is_reset: bool
 ) -> None:
     connection = connect()
@@ -261,9 +261,7 @@ def test_what_is_computed_for_a_client_that_has_left_is_cancelled(
     assert backend.was_cancelled.wait(PATIENCE_S)
 
 
-def test_so_is_what_came_before_the_last_request_of_a_connection(
-    connect: Callable[..., socket.socket], backend: HeldBackend
-) -> None:
+def test_so_are_earlier_requests_of_the_connection(connect: Callable[..., socket.socket], backend: HeldBackend) -> None:
     before = sample("gateway_requests_total", path="/v1/embeddings", status="499")
     connection = connect()
     connection.sendall(SLOW + LIVE)
@@ -386,10 +384,10 @@ def test_a_client_that_never_reads_fills_neither_the_log_nor_its_connection(
     assert "Exception in ASGI application" not in caplog.text
 
 
-def test_after_what_is_no_request_the_client_may_still_finish(
+def test_after_an_invalid_request_the_client_may_still_finish(
     connect: Callable[..., socket.socket], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Closed at once, the connection would be reset by what the client still sends, and the answer lost."""
+    """If it were closed immediately, the client's next bytes would reset the connection, and the answer would be lost."""
     monkeypatch.setattr("gateway.http.protocol._LINGER_S", 2 * PATIENCE_S)
     connection = connect(shutdown_grace_s=4 * PATIENCE_S)
     connection.sendall(b"garbage\r\n\r\n")
@@ -502,7 +500,7 @@ def test_every_form_of_a_target_is_answered(connect: Callable[..., socket.socket
     assert answer_of(connection)[0] == status
 
 
-def test_the_server_as_a_whole_says_what_it_can(connect: Callable[..., socket.socket]) -> None:
+def test_options_for_the_whole_server_lists_its_methods(connect: Callable[..., socket.socket]) -> None:
     connection = connect(api_keys=["sk-right-key"])
     connection.sendall(b"OPTIONS * HTTP/1.1\r\nhost: gateway\r\nx-api-key: sk-right-key\r\n\r\n")
     answer = http.client.HTTPResponse(connection)
@@ -570,7 +568,7 @@ def test_headers_without_end_are_not_collected(connect: Callable[..., socket.soc
 
 
 @pytest.mark.parametrize("size", [99_999_999, 10**30])
-def test_who_asks_before_sending_too_much_is_refused_and_may_go_on(
+def test_a_client_that_asks_before_a_large_body_is_refused_and_may_continue(
     connect: Callable[..., socket.socket], size: int
 ) -> None:
     connection = connect()

@@ -1,4 +1,4 @@
-"""What every client may rely on: one table for each rule of the HTTP contract."""
+"""The HTTP contract that every client may rely on: one table for each rule."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ async def test_a_wrong_method_gets_the_right_one(
         pytest.param({"x-unknown": "1", "accept": "text/html"}, id="unknown headers"),
     ],
 )
-async def test_a_body_is_json_whatever_its_content_type(client: httpx.AsyncClient, headers: dict[str, str]) -> None:
+async def test_a_body_is_json_with_any_content_type(client: httpx.AsyncClient, headers: dict[str, str]) -> None:
     response = await send(client, '{"input": "é"}'.encode(), **headers)
 
     assert response.status_code == 200
@@ -500,7 +500,7 @@ WRONG_VALUES = [
         for value, got in wrong
     ],
 )
-async def test_a_field_with_a_wrong_value_is_named_with_what_would_be_right(
+async def test_an_error_names_the_wrong_field_and_its_valid_values(
     client: httpx.AsyncClient, check_error: CheckError, field: str, value: Any, expected: str, got: str
 ) -> None:
     response = await embed(client, **{field: value})
@@ -605,7 +605,7 @@ async def test_an_unknown_model_gets_all_names(
 ) -> None:
     message = check_error(await embed(client, model=name), 404, "model_not_found", param="model")
 
-    assert message == f"no model is called {name!r}{hint}; there are: mini, jina, team/small, default, jina-query"
+    assert message == f"no model is called {name!r}{hint}; available: mini, jina, team/small, default, jina-query"
 
 
 # ---------------------------------------------------------------------------------------------------- 6: dimensions
@@ -1019,13 +1019,13 @@ async def test_bearer_counts_before_the_other_headers(connect: Connect) -> None:
         pytest.param({"authorization": 'Bearer ""'}, "an API key is required", id="empty, in quotes"),
         pytest.param({"authorization": "Basic"}, "an API key is required", id="Basic, empty"),
         pytest.param({"authorization": "Digest abc"}, "an API key is required", id="another scheme"),
-        pytest.param({"authorization": "sk-wrong"}, "the API key is not known here", id="wrong, without Bearer"),
-        pytest.param({"x-api-key": "sk-wrong"}, "the API key is not known here", id="wrong x-api-key"),
+        pytest.param({"authorization": "sk-wrong"}, "the API key is not valid", id="wrong, without Bearer"),
+        pytest.param({"x-api-key": "sk-wrong"}, "the API key is not valid", id="wrong x-api-key"),
         pytest.param({"authorization": f"Basic {KEY}"}, "an API key is required", id="Basic"),
-        pytest.param({"authorization": "Bearer sk-wrong"}, "the API key is not known here", id="wrong"),
-        pytest.param({"authorization": f"Bearer {KEY}x"}, "the API key is not known here", id="longer"),
-        pytest.param({"authorization": f"Bearer {KEY[:-1]}"}, "the API key is not known here", id="shorter"),
-        pytest.param({"authorization": b"Bearer \xff"}, "the API key is not known here", id="not ASCII"),
+        pytest.param({"authorization": "Bearer sk-wrong"}, "the API key is not valid", id="wrong"),
+        pytest.param({"authorization": f"Bearer {KEY}x"}, "the API key is not valid", id="longer"),
+        pytest.param({"authorization": f"Bearer {KEY[:-1]}"}, "the API key is not valid", id="shorter"),
+        pytest.param({"authorization": b"Bearer \xff"}, "the API key is not valid", id="not ASCII"),
     ],
 )
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The page at ``/docs``: what it suggests works here, with keys too, and other APIs' paths are on it."""
+"""The page at ``/docs``: its examples work here, with keys too, and it has the paths of other APIs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ async def schema_of(client: httpx.AsyncClient) -> dict[str, Any]:
 
 
 async def test_every_example_is_answered(connect: Connect) -> None:
-    """Also of other APIs: what the page fills in when one presses "Try it out"."""
+    """Also for other APIs: the values that the page fills in after "Try it out"."""
     client = await connect()
     tried = []
     for path, operations in (await schema_of(client))["paths"].items():

@@ -103,7 +103,7 @@ async def test_a_repeated_vote_changes_nothing_and_each_voter_sees_all_pairs(ope
         ("/nothing/votes", {"turn": 0, "choice": "tie"}, 404, "no duel is called"),
     ],
 )
-async def test_a_wrong_request_says_what_is_wrong(
+async def test_a_wrong_request_names_the_problem(
     operator: httpx.AsyncClient, path: str, body: dict, status: int, message: str
 ) -> None:
     if path == "/votes":

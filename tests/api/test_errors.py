@@ -1,4 +1,4 @@
-"""Whatever goes wrong, the client gets an answer that says so, and no other client notices."""
+"""After every kind of failure, the client gets an answer with the reason, and no other client notices."""
 
 from __future__ import annotations
 
@@ -340,7 +340,7 @@ def test_a_client_that_asks_before_it_sends_is_spared_the_upload(serve: Serve, l
 
 
 class SlowBackend(FakeBackend):
-    """Takes a minute for the text ``slow``, and tells when such a job begins and when it is cancelled."""
+    """Takes a minute for the text ``slow``, and reports when such a job begins and when it is canceled."""
 
     def __init__(self) -> None:
         self.has_begun = threading.Event()
@@ -363,7 +363,7 @@ def count(status: int) -> float:
     return metrics.REGISTRY.get_sample_value("gateway_requests_total", labels) or 0
 
 
-def test_the_work_of_a_client_that_has_gone_is_cancelled(
+def test_the_work_of_a_client_that_has_gone_is_canceled(
     serve: Serve, make_model: MakeModel, log_of_errors: io.StringIO
 ) -> None:
     backend = SlowBackend()

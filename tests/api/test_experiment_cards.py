@@ -1,4 +1,5 @@
-"""An experiment under ``/v1/models`` and on the paths of other servers: it says what it is, and names no one space."""
+"""An experiment under ``/v1/models`` and on the paths of other servers: its card has its kind, and does not name a "
+"single space."""
 
 from __future__ import annotations
 
@@ -95,7 +96,7 @@ async def test_an_experiment_between_spaces_has_none_and_lists_its_arms(connect:
     }
 
 
-async def test_a_card_says_of_each_arm_what_its_vectors_are(connect: Connect) -> None:
+async def test_a_card_describes_the_vectors_of_each_arm(connect: Connect) -> None:
     client = await connect(experiments=[experiment()])
 
     for name in ("exp", "exp:query"):
@@ -141,7 +142,7 @@ async def test_an_experiment_within_one_space_names_it(connect: Connect, make_mo
 
 
 @pytest.mark.parametrize("late", [0, 1])
-async def test_what_is_not_known_of_every_arm_is_left_out(connect: Connect, make_model: MakeModel, late: int) -> None:
+async def test_a_field_that_is_unknown_for_an_arm_is_null(connect: Connect, make_model: MakeModel, late: int) -> None:
     models = [make_model(name) for name in ("mini", "jina")]
     models[late] = make_model(models[late].id, state=ModelState.FAILED, reason="failed to load: no weights")
     client = await connect(*models, experiments=[experiment()], aliases={})

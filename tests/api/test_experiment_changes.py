@@ -1,4 +1,4 @@
-"""New weights and the end of an experiment: who would move, who may do it, and what is written."""
+"""New weights and the end of an experiment: the units that move, the keys that may change them, and the written file."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ async def test_a_preview_says_who_moves_and_changes_nothing(file: File) -> None:
 @pytest.mark.parametrize(
     ("weights", "message"),
     [
-        ({"three": 1}, "has no arm 'three'; there are: one, two"),
+        ({"three": 1}, "has no arm 'three'; available: one, two"),
         ({"one": -1}, "must be a number from 0 to"),
         ({"one": 1e300}, "must be a number from 0 to"),
         ({"one": 0, "two": 0}, "at least one arm needs a weight above 0"),
@@ -126,9 +126,9 @@ async def test_the_operator_ends_an_experiment_once(file: File, check_error: Che
         assigned = (await client.get("/v1/experiments/exp/assignment", params={"unit": "ada"})).json()
         again = await client.post("/admin/experiments/exp/end", headers=ADMIN)
 
-    assert answer.json()["experiments"]["exp"] == "changed; counts go on"
+    assert answer.json()["experiments"]["exp"] == "changed; counts continue"
     assert (assigned["arm"], assigned["reason"], assigned["counted"]) == ("one", "ended", False)
-    assert "has ended on" in check_error(again, 400, "invalid_input")
+    assert " ended on " in check_error(again, 400, "invalid_input")
     assert "    end: 2" in file.text
 
 

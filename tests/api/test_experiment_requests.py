@@ -1,4 +1,4 @@
-"""Requests of an experiment: whose unit they are of, what their answers say, and where their errors are counted."""
+"""Requests of an experiment: their unit, their answers, and the arm that counts their errors."""
 
 from __future__ import annotations
 
@@ -179,7 +179,7 @@ async def test_a_client_stays_in_its_arm_when_its_key_is_exchanged(connect: Conn
         ({"authorization": 'Bearer ""'}, {}),
     ],
 )
-async def test_what_is_empty_is_no_unit(
+async def test_an_empty_value_is_not_a_unit(
     client: httpx.AsyncClient, headers: dict[str, str], fields: dict[str, object]
 ) -> None:
     answer = await embed(client, headers, **fields)
@@ -333,7 +333,7 @@ async def test_metrics_have_the_experiment_and_the_arm(client: httpx.AsyncClient
 
 
 def test_the_command_asks_a_gateway_that_is_served(serve: Serve) -> None:
-    """Over a real socket; how it prints what it hears is tested apart."""
+    """Over a real socket; another test checks the printed text."""
     num_new = sum(arm_of(unit) == "new" for unit in UNITS)
     with serve(experiments=[experiment()], api_keys=["key-1"]) as (host, port):
         url = f"http://{host}:{port}"
@@ -343,7 +343,7 @@ def test_the_command_asks_a_gateway_that_is_served(serve: Serve) -> None:
 
         assert [one.id for one in ask_experiments(url, "key-1").data] == ["exp"]
         shown = ask_evidence(f"{url}/v1/", "exp", "key-1\n")
-        with pytest.raises(StartError, match=r"answers 404: no experiment is called 'other'; there are: exp$"):
+        with pytest.raises(StartError, match=r"answers 404: no experiment is called 'other'; available: exp$"):
             ask_evidence(url, "other", "key-1")
         for key in (None, "wrong", "schlüssel"):
             with pytest.raises(

@@ -153,7 +153,7 @@ async def test_an_unknown_id_gets_the_known_ones(
 
     message = check_error(await client.get("/v1/experiments/mini"), 404, "experiment_not_found")
 
-    assert message == f"no experiment is called 'mini'; there are: {known}"
+    assert message == f"no experiment is called 'mini'; available: {known}"
 
 
 async def test_units_are_logged_and_counted_after_a_restart(gateway_with: GatewayWith, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""No request holds the event loop for more than 50 ms, whatever it brings: others are answered meanwhile.
+"""No request of any kind holds the event loop for more than 50 ms: others are answered in the meantime.
 
 The loop is held by its own thread, between two waits for its sockets, and by a worker thread, in a call that keeps the
 interpreter's lock. Both are measured in CPU time of the thread, which a busy machine does not count; as it still slows a

@@ -73,7 +73,7 @@ async def test_it_is_for_no_other(
         await embed(client, "key", model), 403, "model_not_allowed", param="model", type_="permission_error"
     )
 
-    assert told == f"this API key is not for model {model or 'default'!r}"
+    assert told == f"this API key may not use model {model or 'default'!r}"
 
 
 async def test_spaces_and_experiments_are_shown_to_those_who_may_use_them(

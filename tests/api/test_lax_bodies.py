@@ -88,9 +88,7 @@ def read(body: type[RequestBody], name: str, value: object) -> object:
 
 
 @pytest.mark.parametrize(("body", "name", "kind"), FIELDS)
-def test_a_value_that_is_written_as_a_string_means_what_it_says(
-    body: type[RequestBody], name: str, kind: object
-) -> None:
+def test_a_value_written_as_a_string_keeps_its_meaning(body: type[RequestBody], name: str, kind: object) -> None:
     if kind is bool:
         assert [read(body, name, value) for value in ("true", "True", "TRUE", "1", 1, " true ")] == [True] * 6
         assert [read(body, name, value) for value in ("false", "False", "0", 0, 0.0)] == [False] * 5
@@ -128,7 +126,7 @@ def test_an_empty_text_is_a_text() -> None:
 
 @pytest.fixture
 def jobs() -> list[EmbedJob]:
-    """What the models were asked."""
+    """The requests that the models received."""
     return []
 
 

@@ -1,4 +1,4 @@
-"""What a connection may cost: slow, endless and broken requests, over a real socket."""
+"""The limits of a connection: slow, endless and broken requests, over a real socket."""
 
 from __future__ import annotations
 
@@ -100,7 +100,9 @@ def test_an_answer_may_take_longer_than_headers(serve: Serve, make_model: Callab
 
 def test_headers_without_an_end_end_the_connection(connections: Callable[..., socket.socket]) -> None:
     endless = connections(max_header_bytes=4096)
-    with contextlib.suppress(ConnectionResetError, BrokenPipeError):  # the server has hung up on what it did not read
+    with contextlib.suppress(
+        ConnectionResetError, BrokenPipeError
+    ):  # the server has closed the connection without reading everything
         endless.sendall(GET + b"x-more: ")
         for _ in range(2000):
             endless.sendall(b"x" * 1024)
@@ -223,7 +225,7 @@ def test_trailers_without_an_end_end_the_connection(
     endless = connections(max_header_bytes=4096)
     endless.sendall(begun + b"b: ")
 
-    assert flood(endless, trailers) < 20_000_000  # what the sockets' own buffers hold
+    assert flood(endless, trailers) < 20_000_000  # the size of the sockets' own buffers
     assert is_served(connections())
 
 
@@ -266,7 +268,7 @@ EARLY = GET + b"content-length: 100000\r\n\r\n"  # is answered before its body h
     [(GET + b"\r\n", b"\r\n"), (EARLY, b"x"), (EARLY, b""), (EARLY, b"x" * 99_999)],
     ids=["empty line", "a byte of a body", "no body", "not all of a body"],
 )
-def test_what_is_begun_after_an_answer_must_end_in_time(
+def test_a_request_that_begins_after_an_answer_must_end_in_time(
     connections: Callable[..., socket.socket], first: bytes, then: bytes
 ) -> None:
     slow = connections(header_timeout_s=0.4, max_header_bytes=200_000)
@@ -329,7 +331,7 @@ def test_an_answer_that_is_not_read_is_not_kept(serve: Serve, make_model: Callab
 def test_an_answer_that_is_read_slowly_is_sent_to_its_end(
     serve: Serve, make_model: Callable[..., object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is larger than what the sockets hold, so that the gateway has to wait for its client, and looks again and again."""
+    """It is larger than the sockets' buffers, so the gateway has to wait for its client, and checks repeatedly."""
     looks: list[int] = []
     check_sent = BoundedProtocol._check_sent
 
@@ -369,7 +371,7 @@ NOTHING = b'{"model": "nothing-%04d", "input": "a"}' + b" " * 1000
 def test_requests_that_are_sent_without_a_pause_are_taken_a_few_at_a_time(
     serve: Serve, monkeypatch: pytest.MonkeyPatch, request_: bytes
 ) -> None:
-    """All are answered, in order; but what the gateway holds of them is no more than a packet, however many come."""
+    """All are answered, in order; but the gateway holds at most one packet of them, for any number of them."""
     most = {"pipeline": 0, "held": 0}
     take_held = BoundedProtocol._take_held
 

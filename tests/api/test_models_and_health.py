@@ -1,4 +1,4 @@
-"""What the gateway says about itself: its models, its health, its metrics, its documentation."""
+"""The gateway's information about itself: its models, its health, its metrics, its documentation."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ async def test_models_that_are_ready_are_listed_first(connect: Connect, make_mod
     assert [card["id"] for card in (await client.get("/v1/models")).json()["data"]] == ["a", "b", "off", "late"]
 
 
-async def test_a_card_tells_what_a_client_must_know_to_choose(client: httpx.AsyncClient) -> None:
+async def test_a_card_has_the_facts_that_a_client_needs_to_choose(client: httpx.AsyncClient) -> None:
     card = (await client.get("/v1/models/jina")).json()
 
     spaces = card.pop("spaces")
@@ -150,7 +150,7 @@ async def test_an_unknown_model_gets_all_names(client: httpx.AsyncClient, check_
     message = check_error(await client.get(f"/v1/models/{name}"), 404, "model_not_found", param="model")
 
     assert message.startswith("no model is called ")
-    assert message.endswith("; there are: mini, jina, team/small, default, jina-query")
+    assert message.endswith("; available: mini, jina, team/small, default, jina-query")
 
 
 async def test_a_task_that_a_model_does_not_have_is_refused(client: httpx.AsyncClient, check_error: CheckError) -> None:
@@ -308,7 +308,7 @@ async def test_requests_texts_and_tokens_are_counted(client: httpx.AsyncClient) 
         assert of_mini("gateway_stage_duration_seconds_count", stage=stage) == 1
 
 
-async def test_what_clients_make_up_is_no_label(client: httpx.AsyncClient) -> None:
+async def test_invented_names_of_clients_are_not_labels(client: httpx.AsyncClient) -> None:
     """Each value of a label is kept forever."""
     for path in ("/made-up", "/v1/made-up", "/v1/models/made-up", "/health/made-up", "/static-offline-docs/made-up"):
         await client.get(path)

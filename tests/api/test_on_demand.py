@@ -74,9 +74,7 @@ async def states_in(client: httpx.AsyncClient, path: str) -> dict[str, str]:
     return {model["id"]: model["state"] for model in body.get("data") or body["models"]}
 
 
-async def test_what_is_known_of_a_model_is_known_before_it_is_loaded(
-    gateway: Gateway, client: httpx.AsyncClient
-) -> None:
+async def test_a_model_is_described_before_it_is_loaded(gateway: Gateway, client: httpx.AsyncClient) -> None:
     cards = {card["id"]: card for card in (await client.get("/v1/models")).json()["data"]}
 
     assert {card["state"] for card in cards.values()} == {"unloaded"}
@@ -194,7 +192,9 @@ async def test_the_operator_loads_and_unloads(gateway: Gateway, client: httpx.As
 
 
 @pytest.mark.parametrize("action", ["load", "unload"])
-async def test_what_the_operator_cannot_do_has_a_reason(gateway: Gateway, check_error: CheckError, action: str) -> None:
+async def test_a_refused_action_of_the_operator_has_a_reason(
+    gateway: Gateway, check_error: CheckError, action: str
+) -> None:
     gateway.entries.append(ModelEntry(id="twin", source="package:twin", enabled=True))
     gateway.entries.append(make_entry("off").model_copy(update={"enabled": False}))
     async with await gateway.start() as client:
@@ -203,7 +203,7 @@ async def test_what_the_operator_cannot_do_has_a_reason(gateway: Gateway, check_
             return await client.post(f"/admin/models/{model}/{action}", headers=headers)
 
         check_error(await ask("two", {}), 403, "forbidden", type_="permission_error")
-        assert "there are: team/one, two, twin, off" in check_error(await ask("three"), 404, "model_not_found")
+        assert "available: team/one, two, twin, off" in check_error(await ask("three"), 404, "model_not_found")
         message = check_error(await ask("twin"), 400, "invalid_input")
         assert (
             message
@@ -257,7 +257,7 @@ async def test_a_similar_path_is_shown_as_the_documentation_writes_it(
 # ---------------------------------------------------------------------------------------------------------- reloading
 
 
-async def test_a_reload_keeps_what_is_loaded_and_replaces_what_has_changed(
+async def test_a_reload_keeps_loaded_models_and_replaces_changed_ones(
     gateway: Gateway, client: httpx.AsyncClient
 ) -> None:
     machine = gateway.machine

@@ -70,7 +70,7 @@ async def test_ollama_errors_are_a_string(connect: Connect, body: dict, status: 
     assert isinstance(response.json()["error"], str)
 
 
-async def test_ollama_lists_what_can_be_asked_for(connect: Connect, make_model: MakeModel) -> None:
+async def test_ollama_lists_the_names_that_clients_may_use(connect: Connect, make_model: MakeModel) -> None:
     client = await connect(
         make_model("up"), make_model("down", state=ModelState.LOADING), aliases={"default": "up", "late": "down"}
     )

@@ -152,7 +152,7 @@ async def test_an_outcome_that_is_sent_again_counts_once(client: httpx.AsyncClie
 
 
 async def test_they_survive_a_kill_and_a_restart(start: Start, tmp_path: Path) -> None:
-    """What was answered with 202 is on the disk: the second process opens the file while the first still has it."""
+    """Outcomes that got a 202 are on the disk: a second process opens the file while the first still has it open."""
     client = await start()
     await embed_for(client, UNITS[:40])
     await post(client, *(outcome(unit) for unit in UNITS[:20]))
@@ -181,7 +181,7 @@ async def test_replicas_that_share_the_folder_are_united(start: Start) -> None:
         assert sum(arm["units_with_outcome"] for arm in found["arms"]) == 10
 
 
-async def test_only_what_happened_after_the_first_request_counts(client: httpx.AsyncClient) -> None:
+async def test_only_outcomes_after_the_first_request_count(client: httpx.AsyncClient) -> None:
     await post(client, outcome("early"))
     await embed_for(client, ["early", "late"])
     await post(client, outcome("late"))
@@ -358,7 +358,7 @@ async def test_without_a_folder_the_error_says_what_to_set(start: Start, check_e
     assert [line["experiments"] for line in lines if line["event"] == "outcomes_not_kept"] == [["exp"]]
     message = check_error(await client.request(method, PATH, json=[outcome("u")]), 404, "not_found")
 
-    assert message == "this gateway keeps no outcomes: set GATEWAY_STATE_DIR to a folder on a local disk"
+    assert message == "outcomes are turned off: set GATEWAY_STATE_DIR to a folder on a local disk"
     assert (await client.get("/v1/experiments/exp")).json()["outcomes"] is None
 
 
@@ -427,7 +427,7 @@ async def test_other_names_cannot_crowd_out_the_deciding_outcome(
     assert (await report_of(client))["outcomes"] == 1
 
 
-async def test_a_full_file_is_a_permanent_503_and_requests_go_on(start: Start, check_error: CheckError) -> None:
+async def test_a_full_file_is_a_permanent_503_and_requests_continue(start: Start, check_error: CheckError) -> None:
     client = await start(state_max_bytes=1024 * 1024)
     refused = None
     for number in range(40):
@@ -488,7 +488,7 @@ async def test_no_text_of_a_wrong_outcome_comes_into_the_list_of_errors(client: 
         assert "secret" not in (await client.get("/v1/errors")).text
 
 
-async def test_a_damaged_file_is_a_503_and_requests_and_the_stop_go_on(
+async def test_a_damaged_file_is_a_503_and_requests_and_the_shutdown_still_work(
     start: Start, check_error: CheckError, tmp_path: Path
 ) -> None:
     client = await start()
@@ -506,7 +506,7 @@ async def test_a_damaged_file_is_a_503_and_requests_and_the_stop_go_on(
 
     answer = await client.post(PATH, json=[outcome(f"u{i}") for i in range(100)])
 
-    assert "cannot be written now" in check_error(answer, 503, "outcomes_unavailable", type_="server_error")
+    assert "cannot be written at the moment" in check_error(answer, 503, "outcomes_unavailable", type_="server_error")
     check_error(await client.get(PATH), 503, "outcomes_unavailable", type_="server_error")
     await embed_for(client, ["bob"])
 

@@ -1,4 +1,4 @@
-"""What a key may use is what it may see: each name, with each kind of key, at each endpoint."""
+"""A key sees exactly the names that it may use: each name, with each kind of key, at each endpoint."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ async def gateway(connect: Connect, models: list[Model], make_model: MakeModel, 
 
 
 @pytest.mark.parametrize("key", KEYS)
-async def test_a_key_sees_the_card_of_what_it_may_use(gateway: Gateway, key: str) -> None:
+async def test_a_key_sees_the_cards_of_the_names_it_may_use(gateway: Gateway, key: str) -> None:
     for name in NAMES:
         used = await gateway.uses(key, name)
         card = await gateway.ask(key, "GET", f"/v1/models/{name}")
@@ -169,7 +169,7 @@ async def test_the_lists_have_every_name_that_a_key_may_use_and_no_other(gateway
     assert len({card["id"] for card in cards}) == len(cards)
     assert [tag["name"] for tag in tags] == [*bare, *aliases, *experiments]
     assert [one["id"] for one in listed] == experiments
-    told = re.search(r"; there are: (.*)", unknown.json()["message"])
+    told = re.search(r"; available: (.*)", unknown.json()["message"])
     assert told
     assert told[1] == (", ".join([*bare, *aliases, *experiments]) or "none")
 
@@ -224,7 +224,7 @@ async def test_the_spaces_of_a_key_are_those_that_its_vectors_can_be_in(gateway:
 
 
 @pytest.mark.parametrize("key", KEYS)
-async def test_no_answer_names_what_a_key_may_not_use(gateway: Gateway, key: str) -> None:
+async def test_no_answer_has_a_name_that_the_key_may_not_use(gateway: Gateway, key: str) -> None:
     """The places that could reveal other names: lists, and messages that list names."""
     hidden = [name for name in ("team/small", "judge", "rank-exp", "plain", "default") if not is_allowed(key, name)]
     answers = [

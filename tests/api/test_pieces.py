@@ -59,7 +59,9 @@ def test_a_piece_is_not_written_before_it_is_asked_for() -> None:
 @pytest.mark.parametrize("encoding", list(Encoding))
 @pytest.mark.parametrize("has_dense", [True, False])
 @pytest.mark.parametrize("others", [(), ("sparse",), ("multivector",), ("sparse", "multivector")])
-def test_an_answer_is_what_one_go_would_write(encoding: Encoding, has_dense: bool, others: tuple[str, ...]) -> None:
+def test_the_pieces_of_an_answer_equal_the_answer_in_one_piece(
+    encoding: Encoding, has_dense: bool, others: tuple[str, ...]
+) -> None:
     rng = np.random.default_rng(7)
     vectors = rng.standard_normal((3, 16)).astype(np.float32)
     sparse = [SparseVector(np.array([1, i + 2]), np.array([0.5, 0.25], np.float32)) for i in range(3)]

@@ -1,4 +1,4 @@
-"""The header x-gateway-priority: what a request may say, and that every path passes it on."""
+"""The header x-gateway-priority: its valid values, and that every path passes it on."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ REQUESTS = [
 
 @pytest.fixture
 def jobs() -> list[EmbedJob]:
-    """What the models were asked."""
+    """The requests that the models received."""
     return []
 
 

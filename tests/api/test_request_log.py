@@ -1,4 +1,4 @@
-"""The log line of a refused request says what was asked for and why it was refused, and never a text."""
+"""The log line of a refused request has the request's options and the reason, and never a text."""
 
 from __future__ import annotations
 

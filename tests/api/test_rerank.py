@@ -36,7 +36,7 @@ def sigmoid(score: float) -> float:
 
 @pytest.fixture
 def jobs() -> list[EmbedJob]:
-    """What the reranker was asked."""
+    """The requests that the reranker received."""
     return []
 
 
@@ -82,7 +82,7 @@ async def test_a_model_without_vectors_has_no_space_to_expect(
 # ----------------------------------------------------------------------------------------------------------- answers
 
 
-async def test_the_answer_has_what_every_client_looks_for(client: httpx.AsyncClient) -> None:
+async def test_the_answer_has_the_fields_of_every_client(client: httpx.AsyncClient) -> None:
     response = await rerank(client, model="ranker")
 
     content = response.json()
@@ -253,7 +253,7 @@ async def test_the_limit_of_inputs_is_a_setting(connect: Connect, make_ranker: M
     assert (await rerank(client, documents=["a", "b", "c"])).status_code == 400
 
 
-async def test_what_is_too_long_is_cut_unless_refused(client: httpx.AsyncClient, check_error: CheckError) -> None:
+async def test_long_texts_are_cut_unless_truncate_is_false(client: httpx.AsyncClient, check_error: CheckError) -> None:
     assert results_of(await rerank(client, "/rerank", texts=[LONG]))
     assert results_of(await rerank(client, "/rerank", texts=[LONG], truncate=True))
 
@@ -271,7 +271,7 @@ async def test_what_is_too_long_is_cut_unless_refused(client: httpx.AsyncClient,
         ({"truncate": False, "truncation_direction": "left"}, Truncate.REFUSE),
     ],
 )
-async def test_what_is_cut_reaches_the_model(
+async def test_the_cut_texts_reach_the_model(
     client: httpx.AsyncClient, jobs: list[EmbedJob], fields: dict[str, Any], truncate: Truncate
 ) -> None:
     results_of(await rerank(client, **fields, documents=["a"]))
@@ -547,7 +547,9 @@ async def test_a_failure_of_the_model_is_reported_and_counted(
         ),
     ],
 )
-async def test_what_clients_send_is_answered(client: httpx.AsyncClient, path: str, body: dict[str, Any]) -> None:
+async def test_the_requests_of_known_clients_are_answered(
+    client: httpx.AsyncClient, path: str, body: dict[str, Any]
+) -> None:
     results = results_of(await rerank(client, path, model="ranker", **body))
 
     assert results[0]["index"] == 1

@@ -1,4 +1,4 @@
-"""The gateway does what its own OpenAPI schema says, for whatever can be made from that schema."""
+"""The gateway follows its own OpenAPI schema, for all kinds of requests that the schema allows."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ RIGHT = configure(schemathesis.GenerationMode.POSITIVE, expected_statuses=["2xx"
 right = schemathesis.openapi.from_dict(narrowed(APP), config=RIGHT)
 right.app = APP
 
-# More is understood than the schema says, "true" for true say: test_lax_bodies.py has what is, test_contract.py what not.
+# The gateway accepts more than the schema, such as "true" for true: test_lax_bodies.py and test_contract.py test that.
 TOO_STRICT = [negative_data_rejection]
 bounded = settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
@@ -123,7 +123,7 @@ def test_every_answer_is_as_the_schema_says(cases: st.SearchStrategy[schemathesi
 
 
 @pytest.mark.parametrize("cases", operations(right, schemathesis.GenerationMode.POSITIVE))
-def test_whatever_the_schema_allows_is_embedded(cases: st.SearchStrategy[schemathesis.Case]) -> None:
+def test_every_request_that_the_schema_allows_is_embedded(cases: st.SearchStrategy[schemathesis.Case]) -> None:
     check_answers(cases)
 
 

@@ -48,7 +48,7 @@ async def test_each_model_task_and_size_is_in_one_space(client: httpx.AsyncClien
     assert len({card["id"].rpartition("@")[2] for card in cards}) == len(cards) == 1 + 4 * 3 + 1
 
 
-async def test_a_card_tells_what_the_vectors_are(client: httpx.AsyncClient) -> None:
+async def test_a_card_describes_the_vectors(client: httpx.AsyncClient) -> None:
     models = (await client.get("/v1/models")).json()["data"]
 
     first, *_, last = await spaces(client)

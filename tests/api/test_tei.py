@@ -159,7 +159,7 @@ async def test_truncate_false_refuses_a_long_text(client: httpx.AsyncClient) -> 
     assert "8 tokens" in error(response, 422, "Validation")
 
 
-async def test_headers_tell_what_it_took(client: httpx.AsyncClient) -> None:
+async def test_headers_have_the_time_and_tokens_of_a_request(client: httpx.AsyncClient) -> None:
     response = await client.post("/embed", json={"inputs": ["one two", "three"]})
 
     assert response.headers["x-compute-characters"] == "12"
@@ -307,7 +307,7 @@ async def test_wrong_ids(client: httpx.AsyncClient, ids: object) -> None:
     assert "`ids` must be" in error(await client.post("/decode", json={"ids": ids}), 422, "Validation")
 
 
-async def test_what_would_make_a_huge_answer_is_refused(client: httpx.AsyncClient) -> None:
+async def test_a_request_for_a_huge_answer_is_refused(client: httpx.AsyncClient) -> None:
     long = await client.post("/tokenize", json={"inputs": ["a" * MAX_CHARACTERS, "b"]})
     many = await client.post("/decode", json={"ids": [1] * (MAX_IDS + 1)})
 

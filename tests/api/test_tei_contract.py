@@ -73,7 +73,7 @@ def operation(path: str, where: str) -> Any:
 
 @pytest.mark.parametrize("where", PLACES)
 @pytest.mark.parametrize("path", ANSWERS)
-def test_what_the_contract_allows_is_answered(path: str, where: str) -> None:
+def test_requests_that_the_contract_allows_are_answered(path: str, where: str) -> None:
     """Or it is refused for what only the model can tell: which sizes and prompts there are."""
     statuses = set()
 
@@ -83,7 +83,7 @@ def test_what_the_contract_allows_is_answered(path: str, where: str) -> None:
         response = case.call()
         statuses.add(response.status_code)
         validate_answer(path, response.status_code, response.json())
-        # In JSON Schema 1.0 is an integer; neither TEI nor the gateway takes it for one.
+        # In JSON Schema, 1.0 is an integer; TEI and the gateway reject it.
         if response.status_code == 422 and not has_float(case.body):
             assert any(word in response.json()["error"] for word in ("`dimensions`", "task")), (
                 case.body,
@@ -97,7 +97,7 @@ def test_what_the_contract_allows_is_answered(path: str, where: str) -> None:
 
 @pytest.mark.parametrize("where", PLACES)
 @pytest.mark.parametrize("path", REQUESTS)
-def test_what_the_contract_does_not_allow_gets_tei_s_errors(path: str, where: str) -> None:
+def test_requests_that_the_contract_forbids_get_tei_s_errors(path: str, where: str) -> None:
     statuses = set()
 
     @bounded[where]

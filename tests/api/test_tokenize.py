@@ -90,7 +90,7 @@ async def test_many_tokens_are_written_whole(client: httpx.AsyncClient) -> None:
         ({"input": "a", "model": "jina", "task": "cooking"}, 400, "invalid_input", "cooking"),
     ],
 )
-async def test_wrong_requests_say_what_is_wrong(
+async def test_wrong_requests_get_an_error_with_the_problem(
     client: httpx.AsyncClient, body: dict[str, object], status: int, code: str, message: str
 ) -> None:
     answer = await client.post("/v1/tokenize", json=body)

@@ -147,6 +147,6 @@ def make_entry(name: str, idle_unload_s: float | None = None) -> ModelEntry:
 
 
 async def settle() -> None:
-    """Let all tasks go on as far as they can."""
+    """Let all tasks run until they wait."""
     for _ in range(30):
         await asyncio.sleep(0)

@@ -41,7 +41,7 @@ def expected(texts: list[str] = TEXTS, weights: str = "first") -> np.ndarray[Any
 
 
 class States:
-    """Takes what a backend reports."""
+    """Collects the reports of a backend."""
 
     def __init__(self) -> None:
         self.reported: list[tuple[ModelState, str]] = []
@@ -57,7 +57,7 @@ class States:
 
 async def wait_until(look: Callable[[], Any]) -> Any:
     async with asyncio.timeout(PATIENCE_S):
-        while (found := look()) is None or found is False:  # noqa: ASYNC110  what is looked at has no event
+        while (found := look()) is None or found is False:  # noqa: ASYNC110  the condition has no event
             await asyncio.sleep(0.02)
     return found
 

@@ -40,12 +40,12 @@ class StandIn:
 
     Attributes:
         weights: of the model it runs; another name is another model behind the same one.
-        fault: what happens to a request for vectors; nothing when empty.
+        fault: the fault of requests for vectors; empty for none.
         fault_on: the fault happens to requests with this word in one of their texts, and to no others; to all when empty.
         host: the address that it listens on.
         certificate: a file with a certificate and its key, for TLS.
         task_field: in which it reads the task; ``""``: in none.
-        encodings: what it takes as ``encoding_format``; ``None``: a request without it.
+        encodings: the accepted values of ``encoding_format``; ``None``: a request without it.
         refused: texts that it refuses, with the whole request.
         rewrite: changes an answer, parsed, before it is sent.
         respond: makes the answer to a request for vectors, if it does not return ``None``.
@@ -53,7 +53,7 @@ class StandIn:
         bodies: of the requests for vectors, as they came; ``headers`` likewise.
         delay_s: before an answer.
         most_at_once: requests that were there together.
-        breaches: of TEI's contract, in what was asked of ``/embed`` and what was answered; nothing that was commanded.
+        breaches: of TEI's contract, in requests to ``/embed`` and their answers, except commanded ones.
     """
 
     port: int = 0
@@ -187,7 +187,7 @@ class StandIn:
         return self.respond(body) if self.respond else None
 
     async def _fail(self, texts: list[str], error: Callable[[int, str], Response]) -> Response | None:
-        """Do what was commanded; ``error`` writes an error as the dialect has it."""
+        """Cause the commanded fault; ``error`` writes an error in the dialect's form."""
         if not any(self.fault_on in text for text in texts):
             return None
         if self.key is not None and self.headers[-1].get("authorization") != f"Bearer {self.key}":
@@ -236,7 +236,7 @@ class StandIn:
 
 
 class _Server(uvicorn.Server):
-    """Begins and ends at once, where uvicorn looks every tenth of a second, and ends what is being answered."""
+    """Begins and ends at once, where uvicorn looks every tenth of a second, and ends running requests."""
 
     def __init__(self, config: uvicorn.Config) -> None:
         super().__init__(config)

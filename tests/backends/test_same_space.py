@@ -99,7 +99,7 @@ async def adopt(other: Model | None, turn: Turn = right, **changes: Any) -> Mode
 ANGLE = float(np.arccos(0.999))
 
 
-async def test_it_takes_over_what_makes_the_space() -> None:
+async def test_it_copies_the_settings_that_define_the_space() -> None:
     info = await adopt(await near())
 
     assert info.id == "far"
@@ -142,7 +142,7 @@ async def test_one_vector_of_another_direction_is_too_many(text: str, task: str 
 
 
 @pytest.mark.parametrize("angle", [float("nan"), np.pi])
-async def test_what_is_not_a_direction_or_the_opposite_one_is_refused(angle: float) -> None:
+async def test_vectors_in_another_or_the_opposite_direction_are_refused(angle: float) -> None:
     with pytest.raises(LoadError, match="its vectors are not those of near"):
         await adopt(await near(), only(golden.TEXTS[2], None, angle))
 

@@ -73,7 +73,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 async def cycles(large: Path, small: Path, runtime: str) -> tuple[list[np.ndarray], list[str], list[float]]:
     """Load, use and unload a large model; return its vectors, its states, and MiB: before, loaded, unloaded, loaded, ..."""
-    first = make_backend(small, runtime)  # what the libraries keep for good is theirs from now on
+    first = make_backend(small, runtime)  # the libraries keep some memory permanently from now on
     await first.start(lambda _state, _reason: None)
     await first.embed(job())
     await first.unload()
@@ -97,7 +97,7 @@ def run_cycles(large: Path, small: Path, runtime: str) -> tuple[list[np.ndarray]
 
 @pytest.mark.parametrize("runtime", ["openvino", "torch"])
 def test_unloading_returns_the_memory(large: Path, small: Path, runtime: str) -> None:
-    # In a process with nothing else in it: what other tests leave comes and goes.
+    # In a separate process, because memory that other tests leave comes and goes.
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         vectors, states, mib = pool.submit(run_cycles, large, small, runtime).result()
 

@@ -106,7 +106,7 @@ MANY = b"".join(_LINE.replace(b"@", b"%d" % number) for number in range(50_001))
 
 
 async def looked_at(look: Callable[[], Awaitable[Any]], is_right: Callable[[Any], bool]) -> Any:
-    """Look until what is seen is right, and return it."""
+    """Check until the result is right, and return it."""
     async with asyncio.timeout(PATIENCE_S):
         while not is_right(found := await look()):  # noqa: ASYNC110  another client has no event either
             await asyncio.sleep(0.01)
@@ -212,7 +212,7 @@ async def test_lines_that_fail_are_in_the_error_file_and_the_others_in_the_outpu
     assert error["response"]["body"]["error"]["param"] == "input"
 
 
-async def test_what_a_full_queue_or_a_model_that_loads_refuses_is_asked_again(start: Start) -> None:
+async def test_a_request_that_a_full_queue_or_a_loading_model_refuses_is_sent_again(start: Start) -> None:
     refusals = iter([ModelNotReady("loading", retry_after_s=None), InferenceFailed("once"), InferenceFailed("twice")])
 
     def refuse(_job: EmbedJob) -> None:
@@ -490,7 +490,7 @@ async def test_without_keys_all_clients_share_their_batches(start: Start) -> Non
 
 async def test_more_batches_than_a_key_may_have_open_are_refused(start: Start) -> None:
     served = await start(batch_max_open=2)
-    served.deployment.is_draining = True  # nothing goes on
+    served.deployment.is_draining = True  # no batch continues
     client = served.client()
     file = await client.files.create(file=("a.jsonl", jsonl(line("a"))), purpose="batch")
 
@@ -499,7 +499,7 @@ async def test_more_batches_than_a_key_may_have_open_are_refused(start: Start) -
 
     first = await create()
     await create()
-    with pytest.raises(openai.RateLimitError, match="2 batches have not ended"):
+    with pytest.raises(openai.RateLimitError, match="2 batches that have not ended"):
         await create()
     with pytest.raises(openai.BadRequestError, match=f"in use by {first.id}"):
         await client.files.delete(file.id)
@@ -508,7 +508,7 @@ async def test_more_batches_than_a_key_may_have_open_are_refused(start: Start) -
 # ---------------------------------------------------------------------------------------------------------- canceling
 
 
-async def test_a_batch_that_is_canceled_keeps_what_was_answered(start: Start) -> None:
+async def test_a_canceled_batch_keeps_its_answers(start: Start) -> None:
     served = await start()
     client = served.client()
     file = await client.files.create(file=("a.jsonl", jsonl(*(line(f"r{i}") for i in range(500)))), purpose="batch")
@@ -531,7 +531,7 @@ async def test_a_batch_that_is_canceled_keeps_what_was_answered(start: Start) ->
 # ------------------------------------------------------------------------------------------------------------- restart
 
 
-async def test_a_batch_goes_on_after_a_restart_where_it_was(start: Start) -> None:
+async def test_a_batch_continues_where_it_was_after_a_restart(start: Start) -> None:
     first = await start()
     client = first.client()
     content = jsonl(*(line(f"r{i}") for i in range(500)))
@@ -573,7 +573,7 @@ async def test_a_key_that_is_gone_ends_its_batches(start: Start) -> None:
     assert second.jobs == []
 
 
-# -------------------------------------------------------------------------------------------------- what goes wrong
+# -------------------------------------------------------------------------------------------------- errors
 
 
 async def test_a_line_that_can_be_read_but_not_passed_on_fails_with_its_number(start: Start) -> None:

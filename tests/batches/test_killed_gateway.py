@@ -41,7 +41,7 @@ def wait_for(client: OpenAI, batch: Batch, number: int) -> Batch:
         time.sleep(0.02)
 
 
-def test_a_gateway_that_is_killed_in_the_middle_of_a_batch_goes_on_with_it(tmp_path: Path) -> None:
+def test_a_gateway_that_is_killed_in_the_middle_of_a_batch_continues_it(tmp_path: Path) -> None:
     folder = str(tmp_path / "batches")
     with gateway_to_kill(tmp_path, GATEWAY_BATCH_DIR=folder) as (gateway, process):
         client = OpenAI(base_url=gateway.base_url, api_key="any")

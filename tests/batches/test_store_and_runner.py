@@ -1,4 +1,4 @@
-"""A folder of batches: what it survives, and what it refuses."""
+"""A folder of batches: the faults that it survives, and the files that it refuses."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def test_a_database_that_is_held_by_another_program_is_a_503(
     other = sqlite3.connect(tmp_path / "batches" / "batches.sqlite3", isolation_level=None)
     other.execute("BEGIN IMMEDIATE")
 
-    with pytest.raises(BatchesUnavailable, match="cannot be written now"):
+    with pytest.raises(BatchesUnavailable, match="cannot be written at the moment"):
         add_file(store)
 
     other.execute("ROLLBACK")
@@ -212,7 +212,7 @@ def test_a_disk_that_is_nearly_full_takes_nothing_more(open_store: OpenStore, mo
         add_file(store)
 
 
-def test_a_write_that_fails_midway_is_a_full_disk_and_counts_as_what_it_left(open_store: OpenStore) -> None:
+def test_a_write_that_fails_midway_is_a_full_disk_and_counts_with_the_bytes_it_left(open_store: OpenStore) -> None:
     store = open_store()
     file_id = store.new_id()
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -308,7 +308,7 @@ def test_a_process_that_is_killed_at_any_moment_answers_each_line_once(open_stor
     assert file.num_bytes == store.path(file.id).stat().st_size
 
 
-async def test_what_is_not_answered_within_the_window_is_in_the_error_file(open_store: OpenStore) -> None:
+async def test_requests_without_an_answer_in_the_window_are_in_the_error_file(open_store: OpenStore) -> None:
     now = [NOW]
     store = open_store(now=lambda: now[0])
     batch = new_batch(store, 250)

@@ -136,7 +136,7 @@ async def test_a_compressed_upload_is_refused(start: Start, tmp_path: Path, enco
     response = await served.http.post("/files", content=bomb, headers=headers)
 
     assert response.status_code == 415
-    assert "as it is, not compressed" in response.json()["message"]
+    assert "must be uploaded uncompressed" in response.json()["message"]
     assert contents(tmp_path) == []
 
 
@@ -176,7 +176,7 @@ async def test_a_form_that_is_wrong_is_refused_and_leaves_nothing(
     ],
     ids=["json", "empty", "no file", "cut off"],
 )
-async def test_what_is_no_upload_is_refused(
+async def test_an_invalid_upload_is_refused(
     start: Start,  # noqa: F811
     tmp_path: Path,
     body: bytes,

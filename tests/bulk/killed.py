@@ -33,7 +33,7 @@ _EVENTS = ("open", "os.rename", "os.truncate", "os.listdir", "os.scandir")
 
 
 def work(source_path: str, sink_path: str, kill_at_call: int = 0) -> None:
-    """Do what is left of the job."""
+    """Do the rest of the job."""
     calls = 0
 
     def on_call(_texts: Sequence[str]) -> None:
@@ -63,7 +63,7 @@ def _work_and_be_killed(source_path: str, sink_path: str, dice: random.Random) -
         case 1:
             kill_at_event = dice.randint(1, 40)
         case _:
-            # The default action of this signal ends a process at once, whatever it is doing.
+            # The default action of this signal ends a process immediately.
             signal.setitimer(signal.ITIMER_REAL, dice.uniform(0.001, _LONGEST_S))
     events = 0
 

@@ -1,4 +1,4 @@
-"""``gateway embed --cluster``: one call is one replica's, all are busy, and what is served meanwhile comes first."""
+"""``gateway embed --cluster``: each call goes to one replica, all replicas are busy, and requests come first."""
 
 from __future__ import annotations
 

@@ -389,7 +389,7 @@ def test_a_list_of_errors_never_replaces_another_file(kind: str, tmp_path: Path)
     assert write(tmp_path / "same.jsonl", ["one", ""]).read_bytes() == source.read_bytes()
 
 
-def test_restart_deletes_only_what_the_job_has_written(tmp_path: Path) -> None:
+def test_restart_deletes_only_the_files_of_the_job(tmp_path: Path) -> None:
     source = write(tmp_path / "docs.jsonl", ["one", "two", "three"])
     manifest = tmp_path / "m.sqlite3"
     command = (source, "--model", "mini", "--manifest", manifest, "--shard-rows", "1", "--to")

@@ -1,4 +1,4 @@
-"""Which fields of a record make a row, and what is said of those that do not."""
+"""Which fields of a record make a row, and the errors about the others."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ def test_json_lines_have_the_same_columns(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
-def test_all_files_have_the_columns_of_the_first_whatever_comes_later(tmp_path: Path) -> None:
+def test_all_files_have_the_columns_of_the_first(tmp_path: Path) -> None:
     opened(tmp_path).write(0, embedded(rows({"n": 1, "score": 1, "tags": ["a"]}, {"score": 0.5}), is_full=False))
     later = rows({"n": "many", "new": {"deep": True}, "tags": "b", "score": True}, {"n": 2**70, "score": 3})
     opened(tmp_path).write(1, embedded(later, is_full=False))  # by another process, which reads the columns

@@ -1,4 +1,4 @@
-"""Files as a source: formats, places, positions, and what is said of bad ones."""
+"""Files as a source: formats, places, positions, and the errors about bad ones."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def rows_of(source: FileSource) -> list[Row]:
 
 
 @pytest.mark.parametrize("name", WRITERS)
-def test_each_format_gives_its_rows_and_goes_on_after_any_of_them(name: str, tmp_path: Path) -> None:
+def test_each_format_gives_its_rows_and_continues_after_any_of_them(name: str, tmp_path: Path) -> None:
     source = opened(WRITERS[name](tmp_path / name))
     rows = rows_of(source)
     is_csv = name == "docs.csv"
@@ -393,7 +393,7 @@ def random_bytes(dice: random.Random) -> Iterator[bytes]:
 
 @pytest.mark.usefixtures("short_lines")
 @pytest.mark.parametrize("ending", ["jsonl", "csv"])
-def test_whatever_a_file_holds_it_is_read_to_its_end_or_refused_and_any_position_goes_on(
+def test_a_file_with_any_content_is_read_to_its_end_or_refused_and_continues_from_any_position(
     ending: str, tmp_path: Path
 ) -> None:
     path = tmp_path / f"docs.{ending}"

@@ -1,4 +1,4 @@
-"""Each row exactly once: whatever ends the job, the next process goes on; and what is refused."""
+"""Each row exactly once: after every kind of end, the next process continues. And the jobs that are refused."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def jobs(tmp_path: Path) -> Jobs:
 GOOD = [f"d{i}" for i in range(NUM_ROWS) if not is_bad(i)]
 
 
-def test_a_job_counts_what_it_has_done(jobs: Jobs) -> None:
+def test_a_job_counts_its_rows(jobs: Jobs) -> None:
     outcome = jobs.run()
     assert outcome.is_finished
     assert jobs.ids() == GOOD
@@ -154,7 +154,7 @@ def test_a_job_counts_what_it_has_done(jobs: Jobs) -> None:
     assert jobs.ids() == GOOD
 
 
-def test_ctrl_c_writes_what_is_embedded_and_the_next_run_goes_on(jobs: Jobs) -> None:
+def test_ctrl_c_writes_the_embedded_rows_and_the_next_run_continues(jobs: Jobs) -> None:
     def run(num_calls: int) -> Outcome:
         calls: list[int] = []
         asked: list[asyncio.Event] = []
@@ -191,7 +191,7 @@ def test_a_model_that_fails_midway_loses_nothing_that_was_embedded(jobs: Jobs) -
     assert jobs.ids() == GOOD
 
 
-def test_stop_ends_right_before_the_bad_row_and_skip_goes_on_from_there(jobs: Jobs) -> None:
+def test_stop_ends_right_before_the_bad_row_and_skip_continues_from_there(jobs: Jobs) -> None:
     with pytest.raises(BulkError, match=r"docs\.jsonl:8: the text in field `text` is missing\. The rows before it are"):
         jobs.run(on_error="stop")
     assert jobs.ids() == GOOD[:7]
@@ -244,7 +244,7 @@ class Broken:
         self._sink.write(shard, batch)
 
 
-def test_a_store_that_goes_away_midway_is_named_and_the_next_run_goes_on(jobs: Jobs) -> None:
+def test_a_store_that_goes_away_midway_is_named_and_the_next_run_continues(jobs: Jobs) -> None:
     with pytest.raises(BulkError, match="store: the connection was closed"):
         jobs.run(sink=Broken(open_folder(str(jobs.folder), "text"), 3))
     done = len(jobs.ids())
@@ -275,7 +275,7 @@ class GoneSource:
             yield row
 
 
-def test_a_source_that_goes_away_midway_is_named_and_the_next_run_goes_on(jobs: Jobs) -> None:
+def test_a_source_that_goes_away_midway_is_named_and_the_next_run_continues(jobs: Jobs) -> None:
     gone = GoneSource(open_files([str(jobs.source)], FieldNames()), 100)
     with pytest.raises(BulkError, match="gone: no answer"):
         jobs.run(source=gone)
@@ -284,7 +284,7 @@ def test_a_source_that_goes_away_midway_is_named_and_the_next_run_goes_on(jobs: 
     assert jobs.ids() == GOOD
 
 
-def test_a_planned_shard_gets_the_same_rows_whatever_the_size_is_now(jobs: Jobs) -> None:
+def test_a_planned_shard_gets_the_same_rows_after_a_change_of_the_size(jobs: Jobs) -> None:
     """A killed process may have written them."""
     source = open_files([str(jobs.source)], FieldNames())
     with closing(Manifest(jobs.folder / "_manifest.sqlite3")) as manifest:
@@ -423,7 +423,7 @@ def test_a_database_of_another_program_is_no_manifest(tmp_path: Path) -> None:
         Manifest(tmp_path / "shop.db")
 
 
-def test_ids_are_found_again_whatever_they_are(tmp_path: Path) -> None:
+def test_ids_of_all_kinds_are_found_again(tmp_path: Path) -> None:
     ids: list[int | str] = [1, "1", -(2**63), 2**64, 2**70, "x" * 1000, "ü", "\0", ""]
     with closing(Manifest(tmp_path / "m.sqlite3")) as manifest:
         manifest.commit(0, Shard(0, Counts(), None), ids)
@@ -527,7 +527,7 @@ def test_a_block_has_a_bounded_size(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert [block.num_items for block in reader.read(None, 0)] == [2, 2, 2, 2]
 
 
-def test_vectors_come_back_in_the_order_of_the_rows_whatever_their_lengths(tmp_path: Path) -> None:
+def test_vectors_of_texts_of_all_lengths_come_back_in_the_order_of_the_rows(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     lengths = rng.integers(1, 99, 300).tolist()
     path = tmp_path / "docs.jsonl"

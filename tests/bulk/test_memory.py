@@ -7,8 +7,8 @@ from bench.embed import Flatness, Speed, measure_memory, show
 
 def test_memory_stays_flat_over_many_rows() -> None:
     memory = measure_memory("fake", 200_000, shard_rows=1024)
-    # Whatever it kept of a row would take 400 bytes at least: 40 MB from one of these quarters to the other. The allocator's
-    # own growth ends with the first few seconds.
+    # If it kept anything of a row, that would take at least 400 bytes: 40 MB from one of these quarters to the other. The
+    # allocator's own growth ends with the first few seconds.
     assert memory.median_mib(0.75, 1) - memory.median_mib(0.25, 0.5) < 25
 
 

@@ -1,4 +1,4 @@
-"""What was stored is read back, whatever happened to the process or to the end of the file."""
+"""Stored values are read back, even after the process was killed or the file was cut."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_another_run_finds_them_and_says_how_many(tmp_path: Path) -> None:
         assert cache.num_reused == 1
 
 
-def test_a_file_next_to_the_vectors_names_what_they_depend_on(tmp_path: Path) -> None:
+def test_a_file_next_to_the_vectors_lists_everything_that_they_depend_on(tmp_path: Path) -> None:
     folder = tmp_path / "not" / "there"
     with CacheFolder(folder) as cache:
         cache.rows(IDENTITY, VECTOR)

@@ -1,4 +1,4 @@
-"""The memory has a limit, whatever a client sends; what is used stays."""
+"""The memory has a limit for all requests of clients, and used entries stay."""
 
 from __future__ import annotations
 

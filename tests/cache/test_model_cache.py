@@ -1,4 +1,4 @@
-"""With a cache, every answer and every error is what it would be without."""
+"""With a cache, every answer and every error is the same as without one."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def make_cache(max_bytes: int = ROOMY, **changes: bool) -> ModelCache:
 
 
 async def outcome(embed: Callable[[EmbedJob], Awaitable[Embeddings]], job: EmbedJob) -> object:
-    """Return everything about an answer except its times and what was cached, or what is wrong."""
+    """Return everything about an answer except its times and its cached texts, or the error."""
     try:
         answer = await embed(job)
     except RequestError as error:
@@ -163,7 +163,7 @@ async def test_only_the_texts_that_are_not_known_are_computed() -> None:
     assert cache.hit_rate == 4 / 8
 
 
-async def test_what_was_computed_for_more_outputs_answers_for_fewer() -> None:
+async def test_an_entry_with_more_outputs_answers_for_fewer() -> None:
     model, cache = Model(), make_cache()
     await cache.embed(job("a", outputs=frozenset(EVERYTHING)), INFO, model.embed)
     for outputs in ({Output.DENSE}, {Output.SPARSE}, {Output.SPARSE, Output.MULTIVECTOR}):
@@ -171,7 +171,7 @@ async def test_what_was_computed_for_more_outputs_answers_for_fewer() -> None:
     assert model.asked == ["a"]
 
 
-async def test_a_text_that_fits_is_known_whatever_would_be_cut() -> None:
+async def test_a_text_that_fits_is_known_for_each_way_of_truncation() -> None:
     model, cache = Model(), make_cache()
     long = "a b c d e f g"
     await cache.embed(job("a", long), INFO, model.embed)
@@ -193,7 +193,7 @@ async def test_a_text_that_fits_is_known_whatever_would_be_cut() -> None:
     ],
     ids=lambda changes: next(iter(changes)),
 )
-async def test_what_is_no_plain_text_is_computed_each_time(changes: dict[str, object]) -> None:
+async def test_inputs_other_than_plain_texts_are_computed_each_time(changes: dict[str, object]) -> None:
     model, cache = Model(), make_cache()
     await cache.embed(job("a"), INFO, model.embed)
     for _ in range(2):
@@ -348,7 +348,7 @@ async def test_servers_say_how_many_tokens_a_request_has() -> None:
     assert (some.num_cached, sum(some.num_tokens)) == (1, 3 + 2)
 
 
-async def test_servers_do_not_say_what_they_cut() -> None:
+async def test_servers_do_not_report_what_they_cut() -> None:
     model, cache = Model(), make_cache(is_remote=True)
     for _ in range(2):
         for truncate in (Truncate.END, Truncate.START):
@@ -358,7 +358,7 @@ async def test_servers_do_not_say_what_they_cut() -> None:
     assert len(model.asked) == 4
 
 
-async def test_the_metrics_say_what_it_does() -> None:
+async def test_the_metrics_of_a_cache() -> None:
     def value(metric: object, *labels: str) -> float:
         return metrics.values(metric).get(("metered", *labels), 0.0)
 

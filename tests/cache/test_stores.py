@@ -1,4 +1,4 @@
-"""Entries on a disk and in a real Redis: they are found again, and whatever happens to either, every request is answered."""
+"""Entries on a disk and in a real Redis: they are found again, and every request is answered, even if one of them fails."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def same(one: Embeddings, other: Embeddings) -> bool:
 
 
 @both
-async def test_a_new_process_finds_what_the_last_one_computed(place: Callable[[], Store], caches: Caches) -> None:
+async def test_a_new_process_finds_the_entries_of_the_last_one(place: Callable[[], Store], caches: Caches) -> None:
     await caches.make(place()).embed(job(*TEXTS, outputs=ALL), INFO, Model().embed)
     await caches.close()
     model = Model()
@@ -113,7 +113,7 @@ async def test_a_new_process_finds_what_the_last_one_computed(place: Callable[[]
 
 
 @both
-async def test_what_is_too_much_for_the_memory_is_still_found(place: Callable[[], Store], caches: Caches) -> None:
+async def test_entries_beyond_the_memory_limit_are_still_found(place: Callable[[], Store], caches: Caches) -> None:
     texts, model = [f"text {i}" for i in range(200)], Model()
     cache = caches.make(place(), max_bytes=6000)
     await cache.embed(job(*texts), INFO, model.embed)
@@ -135,7 +135,7 @@ async def test_a_text_that_was_cut_at_the_other_end_is_not_found(place: Callable
 
 
 @both
-async def test_what_was_wrong_is_forgotten_by_all(place: Callable[[], Store], caches: Caches) -> None:
+async def test_wrong_entries_are_forgotten_by_all(place: Callable[[], Store], caches: Caches) -> None:
     """Also by replicas that share a Redis, and by the next process."""
     first = caches.make(place())
     await first.embed(job(*TEXTS), INFO, Model().embed)
@@ -147,7 +147,7 @@ async def test_what_was_wrong_is_forgotten_by_all(place: Callable[[], Store], ca
     assert found.num_cached == 1
 
 
-async def test_a_replica_does_not_use_what_another_has_forgotten(redis_server: Redis, caches: Caches) -> None:
+async def test_a_replica_does_not_use_entries_that_another_has_forgotten(redis_server: Redis, caches: Caches) -> None:
     one, other = (caches.make(RedisStore(redis_server.uri, 60, 10.0)) for _ in range(2))
     await one.embed(job("shared"), INFO, Model().embed)
     await caches.flush()
@@ -236,7 +236,7 @@ async def test_a_redis_that_does_not_answer_costs_one_request_a_moment(
         assert time.monotonic() - started < 5
 
 
-async def test_what_could_not_be_forgotten_is_forgotten_before_redis_is_used_again(
+async def test_forgetting_that_failed_is_repeated_before_redis_is_used_again(
     redis_server: Redis, caches: Caches, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = RedisStore(redis_server.uri, 60, 10.0)
@@ -320,7 +320,7 @@ async def test_files_that_are_damaged_while_they_are_open(tmp_path: Path, caches
     assert len(model.asked) > 80
 
 
-async def test_the_disk_has_a_limit_and_keeps_what_is_used(tmp_path: Path, caches: Caches) -> None:
+async def test_the_disk_has_a_limit_and_keeps_used_entries(tmp_path: Path, caches: Caches) -> None:
     limit = 40_000
     cache, model = caches.make(DiskStore(tmp_path, limit), max_bytes=3000), Model()
     await cache.embed(job("often"), INFO, model.embed)
@@ -352,7 +352,7 @@ async def test_a_folder_is_for_one_process(tmp_path: Path, caches: Caches) -> No
 
 
 async def test_a_full_disk(tmp_path: Path, caches: Caches, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was written before it was full is found, and what comes when there is room again is kept."""
+    """Entries from before it was full are found, and new ones are kept once there is room again."""
     cache, is_full = caches.make(DiskStore(tmp_path, 2**30), max_bytes=3000), [False]
     write = disk_store.RowFile.add
 

@@ -1,4 +1,4 @@
-"""Captured queries: which texts are kept, what is written of them, and that no request waits or fails for it."""
+"""Captured queries: which texts are kept, in which form, and that no request waits or fails because of that."""
 
 from __future__ import annotations
 
@@ -175,7 +175,7 @@ def test_without_a_capture_its_package_is_not_imported() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-# --------------------------------------------------------------------------------------------------- what is written
+# --------------------------------------------------------------------------------------------------- the written lines
 
 
 async def test_a_line_has_the_text_and_a_keyed_hash_of_the_unit(serve: Serve, tmp_path: Path) -> None:
@@ -408,7 +408,7 @@ async def test_a_capture_that_cannot_work_is_found_before_models_load(
         await serve("{queries: 1.0, to: q.jsonl, scrub: gateway.capture.scrubbing:unmask}")
 
 
-async def test_a_reload_keeps_what_is_unchanged_and_stops_what_is_gone(serve: Serve, tmp_path: Path) -> None:
+async def test_a_reload_keeps_unchanged_captures_and_stops_removed_ones(serve: Serve, tmp_path: Path) -> None:
     client = await serve()
     deployment: Deployment = client.deployment  # type: ignore[attr-defined]
     before = deployment.captures

@@ -106,7 +106,7 @@ app({arguments!r})
 def test_every_command_that_reads_models_yaml_names_it_alike(command: str) -> None:
     text = " ".join(CliRunner().invoke(app, [command, "--help"]).stdout.split())
 
-    assert "--models FILE The file of models. By default GATEWAY_MODELS, or models.yaml." in text
+    assert "--models FILE File of models. By default GATEWAY_MODELS, or models.yaml." in text
 
 
 @pytest.mark.parametrize("command", [["check"], ["lock"], ["models"], ["verify", "x"], ["serve"]], ids=" ".join)

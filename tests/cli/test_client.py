@@ -62,7 +62,7 @@ def ask() -> Callable[..., GatewayClient]:
     return ask
 
 
-async def test_a_request_says_what_is_wanted(ask: Callable[..., GatewayClient]) -> None:
+async def test_a_request_has_all_wanted_options(ask: Callable[..., GatewayClient]) -> None:
     requests: list[httpx.Request] = []
     client = ask(ok([1, 2], [3, 4]), ok([1]), requests=requests)
     embedded = await client.embed("mini", ["a", "b"], "retrieval.query", 2, "mini@0123456789ab")
@@ -104,7 +104,7 @@ async def test_a_request_says_what_is_wanted(ask: Callable[..., GatewayClient]) 
         (ok([1], [2]), "returned 2 vectors for 1 texts"),
         (httpx.ConnectError("Connection refused"), "no gateway answers at http://gateway: Connection refused"),
         (httpx.ConnectTimeout(""), "no gateway answers at http://gateway: it takes too long"),
-        (httpx.UnsupportedProtocol("no http"), "cannot be asked: UnsupportedProtocol"),
+        (httpx.UnsupportedProtocol("no http"), "cannot be reached: UnsupportedProtocol"),
     ],
 )
 async def test_an_error_that_a_retry_cannot_help_is_raised_at_once(

@@ -1,4 +1,4 @@
-"""``gateway download`` fetches what models need and says what it does; then a gateway serves without a network."""
+"""``gateway download`` downloads the files of models and reports its steps; then a gateway serves without a network."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def run(models: Path, *names: str) -> tuple[int, str, str]:
     return result.exit_code, result.stdout, result.stderr
 
 
-def test_what_would_be_loaded_is_fetched_with_its_size_license_and_cache(
+def test_models_that_would_load_are_downloaded_with_size_license_and_cache(
     hub: Hub, models: Path, tmp_path: Path
 ) -> None:
     status, said, errors = run(models)
@@ -129,11 +129,11 @@ def test_a_disk_that_is_too_small_for_all_together_is_said_first(
     status, _, errors = run(models)
 
     assert status == 1
-    assert "600 kB are to be downloaded, and 400 kB are free" in errors
+    assert "600 kB would be downloaded, but only 400 kB are free" in errors
     assert hub.fetched() == []
 
 
-def test_a_stop_keeps_what_has_arrived(hub: Hub, models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stop_keeps_the_received_bytes(hub: Hub, models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fetch = fetching.fetch
 
     def stop(done: int, _total: int) -> None:
@@ -153,7 +153,7 @@ def test_a_stop_keeps_what_has_arrived(hub: Hub, models: Path, monkeypatch: pyte
     assert hub.ranges() == ["bytes=110000-"]
 
 
-def test_a_disk_that_is_full_in_the_middle_is_said_and_the_next_attempt_goes_on(
+def test_a_disk_that_fills_up_is_reported_and_the_next_attempt_continues(
     hub: Hub, models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fetch = fetching.fetch

@@ -1,4 +1,4 @@
-"""``gateway experiments``: what it prints, from a gateway's answer or from exposure logs, and what it says on failure."""
+"""``gateway experiments``: its output, from a gateway's answer or from exposure logs, and its errors."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def gateway_answers(monkeypatch: pytest.MonkeyPatch) -> Answering:
 
 
 def run(*arguments: object) -> tuple[int, str, str]:
-    """Run the command; return its status, and what it printed with single spaces and without the table's lines."""
+    """Run the command; return its status, and its output with single spaces and without the table's lines."""
     result = CliRunner().invoke(app, ["experiments", *map(str, arguments)])
     assert not isinstance(result.exception, Exception), result.exception
     bare = "".join(" " if char in "│┃┏┓┗┛┡┩┳╇┴━─├┤┼└┘┌┐" else char for char in result.stdout)
@@ -222,8 +222,8 @@ def error(message: str) -> dict[str, dict[str, str]]:
         (never, "the gateway (http://127.0.0.1:8000) has not answered for 10 s"),
         (break_off, "the gateway (http://127.0.0.1:8000) broke off the connection: RemoteProtocolError"),
         (
-            lambda _: httpx.Response(404, json=error("no experiment is called 'exp'; there are: none")),
-            "the gateway (http://127.0.0.1:8000) answers 404: no experiment is called 'exp'; there are: none",
+            lambda _: httpx.Response(404, json=error("no experiment is called 'exp'; available: none")),
+            "the gateway (http://127.0.0.1:8000) answers 404: no experiment is called 'exp'; available: none",
         ),
         (
             lambda _: httpx.Response(401, json=error("an API key is required")),
@@ -288,8 +288,8 @@ def test_the_weights_come_from_the_registry_of_the_settings(
 def test_wrong_arguments_are_errors(models: Path, tmp_path: Path) -> None:
     log = tmp_path / "none.jsonl"
 
-    assert run("exp", "exp-2")[2] == "only one experiment can be shown at a time, also got: exp-2\n"
-    assert run("--exposures", log)[2].startswith("--exposures: name the experiment first: ")
+    assert run("exp", "exp-2")[2] == "only one experiment can be shown at a time, but got also exp-2\n"
+    assert run("--exposures", log)[2].startswith("--exposures needs an experiment: ")
     assert run("x", "--models", models, "--exposures", log)[2] == f"{models}: no experiment 'x'; known: exp\n"
     assert run("exp", "--models", models, "--exposures", log) == (
         1,

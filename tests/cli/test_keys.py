@@ -1,4 +1,4 @@
-"""``gateway key`` makes what the file of keys takes, or puts it there; ``gateway check`` reads that file too."""
+"""``gateway key`` makes an entry for the file of keys, or adds it there; ``gateway check`` reads that file too."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ async def test_a_made_key_opens_with_its_entry(tmp_path: Path) -> None:
     keyring = Keyring(load_settings({"GATEWAY_API_KEYS_FILE": str(file)}))
 
     assert made.exit_code == 0
-    assert key not in made.stdout  # what is put into the file does not hold the key
+    assert key not in made.stdout  # the entry for the file does not contain the key
     assert (await keyring.identify(key_digest(key), "127.0.0.1")).name == "search-team"
     await keyring.close()
 

@@ -69,7 +69,7 @@ def changes(
     checkpoints: Checkpoints = AT_HAND,
     locked: Checkpoints = AT_HAND,
 ) -> list[str]:
-    """Lock the registry, change it, and return in what it differs from its lock."""
+    """Lock the registry, change it, and return its differences from its lock."""
     path = tmp_path / "models.yaml"
     path.write_text(REGISTRY)
     lock = make_lock(load_registry(path, {}), None, describe(locked))
@@ -77,7 +77,7 @@ def changes(
     return differences(load_registry(path, {}), lock, describe(checkpoints))
 
 
-def test_what_has_not_changed_differs_in_nothing(tmp_path: Path) -> None:
+def test_an_unchanged_registry_has_no_differences(tmp_path: Path) -> None:
     assert changes(tmp_path) == []
 
 
@@ -339,7 +339,7 @@ def test_a_lock_of_before_with_an_absolute_folder_is_still_read(tmp_path: Path) 
 
 
 def test_an_alias_of_a_model_without_a_checkpoint_has_the_space_of_its_default_task(tmp_path: Path) -> None:
-    """The task of the alias, else the model's default: what the lock already says of that task."""
+    """The task of the alias, else the model's default, which the lock already has."""
     more = "plain: jina\n  tasked: {model: mini, task: query}\n  queries: {model: jina, task: query}"
     text = REGISTRY.replace("queries: {model: jina, task: query}", more)
     registry = registry_in(tmp_path / "here", text)
@@ -422,7 +422,7 @@ experiments:
 def test_a_registry_that_could_not_start_is_refused(
     run: Callable[..., tuple[int, str]], tmp_path: Path, command: list[str]
 ) -> None:
-    """What must hold between models is known once their checkpoints have been read, as it is here."""
+    """The rules between models can be checked once their checkpoints have been read, as they are here."""
     assert run("lock")[0] == 0
     (tmp_path / "models.yaml").write_text(TWO_SPACES)
 
@@ -432,7 +432,7 @@ def test_a_registry_that_could_not_start_is_refused(
     assert "the arms of experiment 'split' are not in one space" in output
 
 
-def test_check_names_what_it_has_not_checked(run: Callable[..., tuple[int, str]], tmp_path: Path) -> None:
+def test_check_names_the_models_it_has_not_checked(run: Callable[..., tuple[int, str]], tmp_path: Path) -> None:
     hub = f"  - {{id: far, source: owner/far, revision: {COMMIT}, enabled: false}}\naliases"
     (tmp_path / "models.yaml").write_text(BUNDLED.replace("aliases", hub))
     run("lock")

@@ -1,4 +1,4 @@
-"""What is printed for people: `gateway models` counts what the models before have taken, and names are shown as they are."""
+"""Output for people: `gateway models` counts the memory of the models before, and names are shown unchanged."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def registry_of(*models: ModelEntry) -> Registry:
     return Registry(path=Path("models.yaml"), version=1, models=models)
 
 
-# ------------------------------------------------------------------------------------------------ what would load
+# ------------------------------------------------------------------------------------------------ models that would load
 
 
 def test_a_model_that_the_ones_before_leave_no_room_for_is_refused(
@@ -57,7 +57,7 @@ def test_a_model_that_the_ones_before_leave_no_room_for_is_refused(
     assert not plans.is_sound
 
 
-def test_models_that_are_loaded_on_demand_may_share_what_the_others_leave(
+def test_models_that_are_loaded_on_demand_may_share_the_rest_of_the_memory(
     monkeypatch: pytest.MonkeyPatch, printed: Printed
 ) -> None:
     # Each needs about 220 MiB: room for the one that stays, and one of the others at a time.
@@ -142,7 +142,7 @@ def hub_says(monkeypatch: pytest.MonkeyPatch, answer: int | str, license_name: s
     monkeypatch.setattr(forecast, "available_bytes", lambda _device: 24 * 2**30)
 
 
-def test_a_model_of_the_hub_says_what_a_download_would_bring_and_whether_it_fits(
+def test_a_model_of_the_hub_shows_its_download_and_whether_it_fits(
     monkeypatch: pytest.MonkeyPatch, printed: Printed
 ) -> None:
     hub_says(monkeypatch, 2_291_000_000)
@@ -156,7 +156,7 @@ def test_a_model_of_the_hub_says_what_a_download_would_bring_and_whether_it_fits
     assert plans.is_sound
 
 
-def test_a_hub_that_does_not_answer_leaves_what_is_known_of_the_shipped_models(
+def test_without_an_answer_of_the_hub_the_shipped_models_have_known_sizes(
     monkeypatch: pytest.MonkeyPatch, printed: Printed
 ) -> None:
     hub_says(monkeypatch, "no route to host")
@@ -210,7 +210,7 @@ def test_brackets_in_a_name_or_reason_are_shown(tmp_path: Path, printed: Printed
     assert "nowhere[bundled]:smile:" in printed()
 
 
-def test_checks_are_printed_with_the_name_of_what_was_measured(printed: Printed) -> None:
+def test_checks_are_printed_with_the_name_of_the_measure(printed: Printed) -> None:
     checks = [
         Check("the published text", "tokens", "17", "17", is_passed=True),
         Check("no task: '[red]a'", "cosine", "0.900000", "at least 0.9995", is_passed=False),
@@ -225,7 +225,7 @@ def test_checks_are_printed_with_the_name_of_what_was_measured(printed: Printed)
     assert said.endswith("mini[a]: 1 of 2 are off")
 
 
-# --------------------------------------------------------------------------------------------------- what is served
+# --------------------------------------------------------------------------------------------------- the start table
 
 
 def deployment_of(models: Mapping[str, object], **more: object) -> Deployment:
@@ -335,7 +335,7 @@ async def test_without_a_model_that_is_ready_no_command_is_suggested(printed: Pr
 
 
 def test_devices_are_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is free is what was free before the first of them, less what each will take."""
+    """The free memory is that before the first of them, minus the memory that each will take."""
     asked: list[str] = []
     monkeypatch.setattr(
         forecast, "available_bytes", lambda device: asked.append(device) or devices.available_bytes(device)

@@ -1,4 +1,4 @@
-"""The examples run as their README says, and show what they say."""
+"""The examples run as described in their README, and print the promised output."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_an_unknown_model_ends_with_the_known_names(gateway: Gateway) -> None:
     done = run("--base-url", gateway.base_url, "--model", "bge-m4")
 
     assert done.returncode == 1
-    assert f"there are: {MODEL}" in done.stderr
+    assert f"available: {MODEL}" in done.stderr
     assert "Traceback" not in done.stderr
 
 

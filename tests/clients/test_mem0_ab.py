@@ -127,7 +127,7 @@ def test_a_gateway_without_the_experiment_ends_the_example_with_the_reason(gatew
     done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
 
     assert done.returncode == 1
-    assert "The gateway refuses: no experiment is called 'mem0-ab'; there are: none" in done.stderr
+    assert "The gateway refuses: no experiment is called 'mem0-ab'; available: none" in done.stderr
     assert "Traceback" not in done.stderr
 
 

@@ -91,7 +91,7 @@ def memory_of(config: Path) -> Iterator[Any]:
 
 @pytest.fixture
 def gateway_move(tmp_path: Path) -> Callable[..., str]:
-    """Return a function that runs `gateway move`, and returns what it printed."""
+    """Return a function that runs `gateway move`, and returns its output."""
 
     def run(*options: object, code: int = 0) -> str:
         environ = {**os.environ, "XDG_STATE_HOME": str(tmp_path / "state"), "EMBEDDINGS_API_KEY": "sk-of-the-tests"}

@@ -1,4 +1,4 @@
-"""The commands of docs/move.md do what the page says."""
+"""The commands of docs/move.md work as the page describes."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ def test_openai_node_embeds(
     assert answer["model"] == MODEL
     assert answer["usage"]["prompt_tokens"] > 0
     vectors = answer["vectors"]
-    if fields.get("encoding_format") == "base64":  # then it hands on what came
+    if fields.get("encoding_format") == "base64":  # then it passes the answer on
         vectors = [np.frombuffer(base64.b64decode("".join(characters)), "<f4") for characters in vectors]
     assert_same_vectors(vectors, embed(*TEXTS))
 

@@ -1,4 +1,4 @@
-"""The commands and the program of the README do what it says."""
+"""The commands and the program of the README work as described."""
 
 from __future__ import annotations
 

@@ -73,7 +73,7 @@ def registry_of(*entries: ModelEntry, **parts: Any) -> Registry:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the folder of all fake models, into which their replicas write notes.
 
-    It is one for all tests: what a gateway leaves on the cluster is there for the next one, if it asks for the same.
+    All tests share it: models that a gateway leaves on the cluster are there for the next one with the same entry.
     """
     return tmp_path_factory.mktemp("fakes")
 
@@ -142,7 +142,7 @@ async def until_in_thread(condition: Callable[[], object], timeout_s: float = 24
 
 
 class Traffic:
-    """Clients that ask without a pause until they are stopped, and what they got.
+    """Clients that send requests without a pause until they are stopped, and their answers.
 
     Attributes:
         failed: answers other than 200.

@@ -31,7 +31,7 @@ def make(entry: ModelEntry, _settings: Settings, _on_card_lost: Callable[[str], 
 
 
 class Diary(FakeBackend):
-    """A fake that writes what happens to it into a folder: that it has started, and begun or canceled texts."""
+    """A fake that records its events in a folder: its start, and begun and canceled texts."""
 
     def __init__(self, info: object, *, delay_s: float, folder: Path) -> None:
         super().__init__(info, delay_s=delay_s)  # type: ignore[arg-type]

@@ -16,7 +16,7 @@ async def serve(name: str, num_batches: int) -> None:
     """Serve until the process is ended.
 
     Args:
-        num_batches: what its metrics say that it has computed.
+        num_batches: the batches that it has computed, by its metrics.
     """
     info = fake_info("mini", 8)
     backend = FakeBackend(info)

@@ -93,7 +93,7 @@ def lines(model: Model) -> list[Any]:
 
 async def until(condition: Any) -> None:
     async with asyncio.timeout(30):
-        while not condition():  # noqa: ASYNC110  what it waits for has no event
+        while not condition():  # noqa: ASYNC110  the condition has no event
             await asyncio.sleep(0.005)
 
 
@@ -102,7 +102,7 @@ async def num_cached(model: Model) -> int | None:
     return (await model.embed(job)).num_cached
 
 
-async def test_a_replica_that_is_found_wrong_empties_the_cache_while_the_others_go_on(
+async def test_a_replica_with_wrong_vectors_empties_the_cache_while_the_others_continue(
     served: tuple[Model, list[Host]],
 ) -> None:
     model, hosts = served
@@ -186,12 +186,12 @@ def test_other_versions_of_ray_and_python_are_named() -> None:
     text = _unreachable("auto", error)
 
     assert "Ray: 2.9.0 Python: 3.12.1 This process on node was started with: Ray: 2.60.0 Python: 3.11.7" in text
-    assert text.endswith("Ray and Python must be of the same version on all machines")
+    assert text.endswith("all machines must have the same versions of Ray and Python")
 
 
 @pytest.mark.parametrize("address", ["ray://10.0.0.1:10001", "local"])
 def test_another_kind_of_address_in_the_environment_is_refused(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
     monkeypatch.setenv("RAY_ADDRESS", address)
 
-    with pytest.raises(StartError, match=f"RAY_ADDRESS names, which is {address}: set it to the HOST:PORT"):
+    with pytest.raises(StartError, match=f"in RAY_ADDRESS, which is {address}: set RAY_ADDRESS to the HOST:PORT"):
         Cluster("auto").connect()

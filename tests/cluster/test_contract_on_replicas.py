@@ -1,4 +1,5 @@
-"""The tests of ``tests/api/test_contract.py`` that see what a model gets and returns, behind connections to replicas."""
+"""The tests of ``tests/api/test_contract.py`` that see the requests and answers of a model, behind connections to "
+"replicas."""
 
 from __future__ import annotations
 

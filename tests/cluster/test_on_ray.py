@@ -1,4 +1,5 @@
-"""Gateways on a simulated cluster of three machines: what is deployed, who answers, and what dies without a loss."""
+"""Gateways on a simulated cluster of three machines: deployments, the replicas that answer, and the processes that "
+"die without a lost request."""
 
 from __future__ import annotations
 
@@ -27,7 +28,7 @@ StartFront = Callable[..., Any]
 Noted = Callable[[str], list[str]]
 
 
-# What a front needs to notice that a replica is gone is far less; that it waits for a silence to end would be more.
+# A front notices much sooner that a replica is gone; if it waited for a timeout, it would take longer.
 LONGEST_GAP_S = 4.0
 
 
@@ -101,7 +102,7 @@ async def test_a_machine_that_goes_costs_no_request_and_its_replica_moves(
     await until_usable(on_cards, ON_CARDS, 2)
 
 
-async def test_serving_goes_on_without_the_controller(simulated: Simulated, traffic: Traffic, noted: Noted) -> None:
+async def test_serving_continues_without_the_controller(simulated: Simulated, traffic: Traffic, noted: Noted) -> None:
     [controller] = simulated.processes("ray::ServeController")
     controller.kill()
     await traffic.more(100)
@@ -121,7 +122,7 @@ async def names_of(model: str) -> list[str]:
     return [name for name in await asyncio.to_thread(Cluster("auto").deployed) if name.startswith(f"gateway-{model}-")]
 
 
-async def test_a_reload_does_not_remove_what_another_gateway_uses_and_moves_without_a_failure(
+async def test_a_reload_does_not_remove_models_that_another_gateway_uses_and_moves_without_a_failure(
     start_front: StartFront, entry: MakeEntry
 ) -> None:
     from gateway.cluster.command import describe, look, prune

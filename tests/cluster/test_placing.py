@@ -1,4 +1,4 @@
-"""What a replica must know, without a cluster."""
+"""The description that a replica needs, without a cluster."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_a_file_that_cannot_be_sent_is_an_error_of_its_model_that_names_it(
     assert str(refused.value).startswith(f"{bad}: ")
 
 
-def test_the_name_of_a_deployment_changes_with_what_its_vectors_depend_on_and_with_nothing_else(tmp_path: Path) -> None:
+def test_the_name_of_a_deployment_changes_only_with_settings_that_its_vectors_depend_on(tmp_path: Path) -> None:
     golden = tmp_path / "golden.json"
     golden.write_text("{}")
     name = spec_of(golden=str(golden)).name
@@ -119,7 +119,7 @@ def test_a_replica_that_cannot_use_its_card_is_refused_and_says_why() -> None:
 
     old = "on the CPU, because an NVIDIA GeForce RTX 3090 is here, but driver 550 is too old"
     with pytest.raises(
-        LoadError, match="mini has reserved a graphics card, and would run on the CPU, because an NVIDIA"
+        LoadError, match="mini has reserved a graphics card, but would run on the CPU, because an NVIDIA"
     ):
         require_card(spec_of(True), fake_info("mini", device="cpu", notes=(old,)))
     require_card(spec_of(True), fake_info("mini", device="cuda:0", notes=("other processes hold 20.0 GiB of cuda:0",)))

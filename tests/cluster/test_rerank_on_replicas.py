@@ -1,4 +1,4 @@
-"""The tests of ``tests/api/test_rerank.py`` that see what a model gets and returns, behind connections to replicas."""
+"""The tests of ``tests/api/test_rerank.py`` that see the requests and answers of a model, behind connections to replicas."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from tests.api.test_rerank import (  # noqa: F401  its tests
     test_a_failure_of_the_model_is_reported_and_counted,
     test_a_limit_for_each_document_reaches_the_model,
     test_huge_scores_do_not_overflow,
+    test_long_texts_are_cut_unless_truncate_is_false,
     test_models_and_spaces_tell_the_kinds_apart,
     test_quotas_count_the_tokens_of_all_pairs,
-    test_the_answer_has_what_every_client_looks_for,
-    test_what_is_cut_reaches_the_model,
-    test_what_is_too_long_is_cut_unless_refused,
+    test_the_answer_has_the_fields_of_every_client,
+    test_the_cut_texts_reach_the_model,
 )
 from tests.cluster.wired import wired, wires  # noqa: F401  a fixture
 

@@ -1,4 +1,4 @@
-"""The tests of ``tests/api/test_tei.py`` that see what a model gets and returns, behind connections to replicas."""
+"""The tests of ``tests/api/test_tei.py`` that see the requests and answers of a model, behind connections to replicas."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.api.test_tei import (  # noqa: F401  its tests
     test_embed_all_has_its_own_limit,
     test_embed_sparse,
     test_errors_of_the_backend,
-    test_headers_tell_what_it_took,
+    test_headers_have_the_time_and_tokens_of_a_request,
     test_many_at_a_time_each_get_their_own_tokens,
     test_similarity_is_the_cosine,
     test_states_are_in_their_own_space,

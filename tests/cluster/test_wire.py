@@ -1,4 +1,4 @@
-"""A replica's host and a front's line, connected in one process: what travels, and what happens when something breaks."""
+"""A replica's host and a front's line, connected in one process: their messages, and their behavior after a failure."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ async def hosted(
 
 async def until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(10):
-        while not condition():  # noqa: ASYNC110  what it waits for has no event
+        while not condition():  # noqa: ASYNC110  the condition has no event
             await asyncio.sleep(0.005)
 
 

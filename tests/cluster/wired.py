@@ -51,13 +51,13 @@ class Wired:
         await self._inner.stop()
 
     def __setattr__(self, name: str, value: object) -> None:
-        """Set what the tests set on the fake there."""
+        """Set the attributes that the tests set on the fake there."""
         object.__setattr__(self._inner if name == "_on_embed" else self, name, value)
 
 
 @pytest.fixture
 async def wires() -> AsyncIterator[AsyncExitStack]:
-    """Close what the models have opened."""
+    """Close everything that the models have opened."""
     async with AsyncExitStack() as stack:
         yield stack
 

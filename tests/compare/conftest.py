@@ -1,4 +1,4 @@
-"""A gateway in this process whose models know nothing but words, and which counts what it is asked."""
+"""A gateway in this process whose models know only words, and which counts its requests."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def word_vectors(texts: Sequence[str], width: int, model: str) -> np.ndarray:
 
 
 class CountingTransport(httpx.AsyncBaseTransport):
-    """Passes requests on to an application and keeps what was asked; ``before`` may answer or raise in its place."""
+    """Passes requests on to an application and keeps the requests; ``before`` may answer or raise in its place."""
 
     def __init__(self, app: object) -> None:
         self._inner = httpx.ASGITransport(app)
@@ -70,14 +70,14 @@ class CountingTransport(httpx.AsyncBaseTransport):
         return await self._inner.handle_async_request(request)
 
     def texts(self, model: str | None = None) -> list[str]:
-        """Return every text that was embedded, less those that only ask what a model is."""
+        """Return every text that was embedded, less those that only ask for a model's description."""
         bodies = [body for body in self.embedded if model in (None, body["model"])]
         return [text for body in bodies for text in body["input"] if text != PROBE]
 
 
 @dataclass(frozen=True, slots=True)
 class FakeGateway:
-    """A gateway, a client of it, and what it was asked."""
+    """A gateway, a client of it, and the requests that it received."""
 
     client: GatewayClient
     transport: CountingTransport
@@ -184,7 +184,7 @@ Browse = Callable[[str], tuple[str, str]]
 
 @pytest.fixture
 def browse(tmp_path: Path) -> Browse:
-    """Return a function that opens a page in Chromium and returns what became of it, and what it complained about."""
+    """Return a function that opens a page in Chromium and returns the result, and its errors."""
     chromium = find("chromium", "chromium")
 
     def open_page(html: str) -> tuple[str, str]:

@@ -50,7 +50,7 @@ ANSWERS = [
 
 @dataclass(frozen=True, slots=True)
 class Likeness:
-    """An arm of the example: how well it ranks, and what it costs."""
+    """An arm of the example: its quality and its cost."""
 
     name: str
     skill: float
@@ -59,7 +59,7 @@ class Likeness:
     p50_s: float
     texts_per_s: float
     blur: float = 0
-    """Noise on top of the model's own: what is lost when its vectors are cut."""
+    """Noise in addition to the model's own: the loss when its vectors are cut."""
 
     @property
     def model(self) -> str:

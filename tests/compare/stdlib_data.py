@@ -101,7 +101,7 @@ def _pairs() -> list[tuple[str, str]]:
         for _, thing in sorted(inspect.getmembers(module), key=lambda member: member[0]):
             members = [thing, *vars(thing).values()] if inspect.isclass(thing) else [thing]
             for member in members:
-                # What a library has put into a module may be of no module.
+                # Objects that a library has put into a module may belong to no module.
                 if not (inspect.isfunction(member) or inspect.isclass(member)) or not (
                     member.__module__ or ""
                 ).startswith(name):

@@ -1,4 +1,4 @@
-"""Agreement is what its definition says, at the ends of the scale and between."""
+"""Agreement follows its definition, at the ends of the scale and in between."""
 
 from __future__ import annotations
 

@@ -140,7 +140,7 @@ async def test_a_failed_model_is_an_error_at_once(start_gateway: StartGateway, m
 
 async def test_an_unknown_model_is_an_error(start_gateway: StartGateway) -> None:
     gateway = await start_gateway()
-    with pytest.raises(StartError, match=r"answers 404: no model is called 'absent'; there are: plain, tasks"):
+    with pytest.raises(StartError, match=r"answers 404: no model is called 'absent'; available: plain, tasks"):
         await plan_arm(gateway.client, arm("absent"))
 
 

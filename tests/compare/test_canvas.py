@@ -1,4 +1,4 @@
-"""Scales end in round numbers, and drawings escape what they write."""
+"""Scales end in round numbers, and drawings escape their texts."""
 
 from __future__ import annotations
 

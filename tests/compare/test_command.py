@@ -1,4 +1,4 @@
-"""``gateway compare`` at the command line: how it finds a gateway, and what it says when it cannot compare."""
+"""``gateway compare`` at the command line: how it finds a gateway, and its errors when it cannot compare."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_wrong_data_is_said_before_anything_loads(tmp_path: Path, write_data: Wr
         (["a", "b", "--split", "dev"], "the splits are: test"),
     ],
 )
-def test_what_is_wrong_is_one_line(write_data: WriteData, arguments: list[str], message: str) -> None:
+def test_an_error_is_one_line(write_data: WriteData, arguments: list[str], message: str) -> None:
     if "--models" not in arguments and "--url" not in arguments:
         arguments = [*arguments, "--url", "http://127.0.0.1:1"]
     result = compare(*arguments, "--data", str(write_data()), "--no-cost")
@@ -160,7 +160,7 @@ def test_without_a_key_none_is_sent(closed_gateway: tuple[str, Asked], write_dat
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (["one", "absent"], "models.yaml: no model is called 'absent'; there are: one, other, searcher, ab"),
+        (["one", "absent"], "models.yaml: no model is called 'absent'; available: one, other, searcher, ab"),
         (["one", ""], "models.yaml: no model is called ''"),
         (["searcher:passage", "one"], "already means the task 'query': remove `:passage`"),
         (["one", "ab"], "ab is an experiment, which uses several models: name those"),

@@ -212,7 +212,7 @@ async def notes(gateway: FakeGateway, data: Path, *arms: str) -> str:
 
 
 async def test_notes(gateway: FakeGateway, write_data: WriteData) -> None:
-    """What a reader must know is said, and what does not apply is not."""
+    """The report has all notes that apply, and no others."""
     few = await notes(gateway, write_data(), "plain", "tasks")
     assert "The search is exact" in few
     assert "3 queries are too few to tell models apart; at least 50 are needed." in few
@@ -239,7 +239,7 @@ async def test_an_instruction_for_queries_alone_is_noted(gateway: FakeGateway, w
 async def test_arms_that_are_not_judged_alike_get_no_verdict_until_they_are(
     gateway: FakeGateway, write_data: WriteData, tmp_path: Path
 ) -> None:
-    """Judged is what the worse arm finds, so that it looks better; the form that is written then tells the truth."""
+    """Only the worse arm's documents are judged, so it looks better. With the file to fill in, the truth is found."""
     made = many_queries(80)
     whole = write_data(**made)
     arms = ("tasks@8", "tasks")

@@ -36,7 +36,7 @@ def arm(name: str, model: str = "", dimensions: int = 8) -> PlannedArm:
 
 
 class SteadyClient(GatewayClient):
-    """Takes so many seconds a text for each model, but a minute for the first two requests; and keeps what it is asked.
+    """Takes so many seconds per text for each model, but a minute for the first two requests; and keeps its requests.
 
     Args:
         noise: standard deviation of the logarithm of each time.

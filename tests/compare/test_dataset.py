@@ -141,7 +141,7 @@ def test_split(tmp_path: Path, splits: list[str], asked: str | None, taken: str)
     assert read(tmp_path, files, asked).split == taken
 
 
-def test_judgments_of_what_is_not_there_are_dropped_and_noted(tmp_path: Path) -> None:
+def test_judgments_of_missing_documents_are_dropped_and_noted(tmp_path: Path) -> None:
     dataset = read(tmp_path, {**FILES, "qrels/test.tsv": QRELS + "q9\td1\t1\nq9\td2\t1\nq1\td9\t1\nq3\td9\t1\n"})
     assert dataset.judgments == {"q2": {"d1": 2, "d3": 0}, "q1": {"7": 1}}
     assert dataset.notes[1:] == (
@@ -159,7 +159,7 @@ def test_notes_queries_without_a_relevant_document_and_empty_texts(tmp_path: Pat
     )
 
 
-def test_sample_keeps_what_is_judged(tmp_path: Path) -> None:
+def test_sample_keeps_judged_documents(tmp_path: Path) -> None:
     corpus = CORPUS + "".join(f'{{"_id": "x{number}", "text": "other"}}\n' for number in range(100))
     folder = write(tmp_path, {**FILES, "corpus.jsonl": corpus})
     one, again, other = (read_dataset(folder, None, max_documents=10, seed=seed) for seed in (0, 0, 1))
@@ -215,7 +215,7 @@ def test_refuses(tmp_path: Path, name: str, content: str | bytes, message: str) 
     assert message in str(error.value)
 
 
-def test_refuses_what_is_missing(tmp_path: Path) -> None:
+def test_missing_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CompareError, match="nowhere: is not a folder"):
         read_dataset(tmp_path / "nowhere", None)
     with pytest.raises(CompareError, match=r"queries\.jsonl: there is no such file"):

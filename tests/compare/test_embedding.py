@@ -59,7 +59,7 @@ async def test_vectors_are_those_of_the_model_in_the_order_of_the_texts(
     assert set(gateway.transport.expected_spaces[-len(bodies) :]) == {arm.passages.native_space}
 
 
-async def test_a_cut_vector_is_what_the_gateway_gives_for_that_size(
+async def test_a_cut_vector_equals_the_gateways_vector_of_that_size(
     start_gateway: StartGateway, tmp_path: Path
 ) -> None:
     """But for rounding. Native vectors are embedded once for all sizes, normalized or not."""
@@ -92,8 +92,8 @@ async def test_equal_texts_are_embedded_once(start_gateway: StartGateway, tmp_pa
     assert vectors[0].tolist() == vectors[2].tolist() != vectors[1].tolist()
 
 
-async def test_an_interrupted_run_goes_on_where_it_was(start_gateway: StartGateway, tmp_path: Path) -> None:
-    """At most what was in flight is lost: three requests."""
+async def test_an_interrupted_run_continues_where_it_was(start_gateway: StartGateway, tmp_path: Path) -> None:
+    """At most the requests in flight are lost: three of them."""
     gateway = await start_gateway()
     arm = await planned(gateway, "plain")
     num_batches = 0
@@ -153,7 +153,7 @@ async def test_a_canceled_run_leaves_no_request_behind(start_gateway: StartGatew
     assert asyncio.all_tasks() == {asyncio.current_task()}
 
 
-async def test_a_model_that_is_exchanged_meanwhile_is_noticed(start_gateway: StartGateway, tmp_path: Path) -> None:
+async def test_a_model_that_is_exchanged_in_between_is_noticed(start_gateway: StartGateway, tmp_path: Path) -> None:
     gateway = await start_gateway()
     arm = await planned(gateway, "plain")
     other = await planned(gateway, "raw")

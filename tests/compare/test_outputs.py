@@ -1,4 +1,4 @@
-"""What is written is read back as it was, and measured by others as it was measured here."""
+"""Written files are read back unchanged, and other tools measure the same values."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ TWIN = replace(JINA, name="jina-embeddings-v3@1024")
 
 
 class Page(HTMLParser):
-    """What a browser finds in a page: elements, what it would load, the text that is seen, and the scripts."""
+    """The contents of a page: its elements, the URLs that it would load, its visible text, and its scripts."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -142,7 +142,7 @@ def test_the_figures_of_the_table_are_those_of_the_comparison(comparison: Compar
     assert "ir-measures 0.4.3" in page.words
 
 
-def test_plots_and_tables_say_what_they_are(page: Page, html: str) -> None:
+def test_plots_and_tables_have_titles_and_descriptions(page: Page, html: str) -> None:
     plots = [attributes for attributes in page.all("svg") if attributes.get("role") == "img"]
     assert len(plots) == len(drawings_of(html)) == len(page.all("figure"))
     assert all(len(str(attributes["aria-label"])) > 40 for attributes in plots)
@@ -214,7 +214,7 @@ def test_histograms_count_every_query_once() -> None:
     assert [sum(map(int, found)) for found in counts] == [73, 73, 73, 73]
 
 
-def test_what_would_show_nothing_is_not_drawn() -> None:
+def test_an_empty_plot_is_not_drawn() -> None:
     assert "plot-latency" not in drawings_of(render_page(make_comparison(has_cost=False)))
     one_size = drawings_of(render_page(make_comparison(JINA, BGE)))
     assert "plot-sizes" not in one_size

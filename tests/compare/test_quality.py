@@ -50,7 +50,7 @@ def test_hand_computed() -> None:
     st.dictionaries(st.sampled_from([f"d{number}" for number in range(130)]), st.integers(-1, 3), min_size=1),
     st.integers(1, 130),
 )
-def test_every_measure_is_as_defined_whatever_scores_are_equal(
+def test_every_measure_follows_its_definition_with_any_equal_scores(
     documents: list[str], judged: dict[str, int], num_scores: int
 ) -> None:
     ranking = [(document, -float(min(place, num_scores))) for place, document in enumerate(documents)]
@@ -61,7 +61,7 @@ def test_every_measure_is_as_defined_whatever_scores_are_equal(
 
 
 def test_ties_are_why_the_order_is_given() -> None:
-    """What is said of ir-measures: of equal scores, nDCG takes the greater id first, and RR@10 the smaller one."""
+    """The rules of ir-measures: of equal scores, nDCG takes the greater id first, and RR@10 the smaller one."""
     run = {"q": {"a": 0.5, "b": 0.5}}
     values = {
         str(one.measure): one.value

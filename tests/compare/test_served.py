@@ -175,7 +175,7 @@ def test_odd_ids_come_through(url: str, write_data: WriteData, tmp_path: Path, b
 
 
 class StuckBackend(WordsBackend):
-    """Embeds a question of what it is and the first batch of texts; and then for longer than anybody waits."""
+    """Embeds the first request and the first batch of texts, and then takes longer than the test waits."""
 
     async def embed(self, job: EmbedJob) -> Embeddings:
         if any(text.startswith("long") for text in job.texts):
@@ -183,7 +183,7 @@ class StuckBackend(WordsBackend):
         return await super().embed(job)
 
 
-def test_an_interruption_is_quiet_and_keeps_what_was_embedded(
+def test_an_interruption_is_quiet_and_keeps_the_vectors(
     serve: Serve, make_model: MakeModel, write_data: WriteData, tmp_path: Path
 ) -> None:
     documents = {f"s{i}": f"short {i}" for i in range(64)} | {f"l{i}": f"long text number {i}" for i in range(64)}
@@ -197,7 +197,7 @@ def test_an_interruption_is_quiet_and_keeps_what_was_embedded(
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            # A shell starts what is in the background deaf to it.
+            # A process that a shell starts in the background ignores this signal.
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # noqa: PLW1509
         )
         try:

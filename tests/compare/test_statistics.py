@@ -292,7 +292,7 @@ def test_queries_are_paired_by_their_ids() -> None:
         ([-0.1, 0.1] * 30, Verdict.INCONCLUSIVE),
         ([0.1, 0.2] * 24 + [0.1], Verdict.TOO_FEW_QUERIES),
         ([0.1, 0.2] * 25, Verdict.BETTER),
-        # Only what differs says anything.
+        # Only queries that differ are evidence.
         ([0.1, 0.2] * 7 + [0.0] * 60, Verdict.TOO_FEW_DIFFER),
         ([0.1, 0.2] * 7 + [0.1] + [0.0] * 35, Verdict.BETTER),
         ([0.0] * 60, Verdict.TOO_FEW_DIFFER),
@@ -359,7 +359,7 @@ def test_more_arms_need_more_to_be_as_good() -> None:
     assert {one.verdict for one in with_verdicts([near] * 6, 0.01)} == {Verdict.INCONCLUSIVE}
 
 
-def test_says_what_would_have_been_found() -> None:
+def test_it_gives_the_difference_that_would_have_been_found() -> None:
     values = np.random.default_rng(0).normal(0, 0.24, 400)
     (found,) = with_verdicts([compared((values - values.mean()).tolist())], 0.0)
     assert found.detectable == pytest.approx(2.8 * 0.24 / 20, rel=0.1)

@@ -1,6 +1,6 @@
 """``gateway compare`` on real texts, with a model and two that are known to be worse.
 
-What is cut from a model must show: of its six layers four, or of its 384 dimensions, which were not trained to be cut, all
+A cut of the model must show: four of its six layers, or of its 384 dimensions, which were not trained to be cut, all
 but 32.
 """
 
@@ -50,7 +50,7 @@ aliases: {alias: full}
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """A comparison that was made: its files and what it printed."""
+    """A finished comparison: its files and its output."""
 
     folder: Path
     stdout: str
@@ -146,7 +146,7 @@ def test_every_query_and_the_page_are_written(run: Run) -> None:
 
 
 class Steps(Silent):
-    """Keeps what was begun."""
+    """Keeps the started processes."""
 
     def __init__(self) -> None:
         self.begun: list[str] = []

@@ -1,4 +1,4 @@
-"""The tables say what was found, whole in any terminal, and without judgments nothing of quality."""
+"""The tables show all results in terminals of any width, and no quality without judgments."""
 
 from __future__ import annotations
 

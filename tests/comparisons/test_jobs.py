@@ -1,4 +1,4 @@
-"""Comparisons in separate processes: their progress, their end, and what a strange program may do."""
+"""Comparisons in separate processes: their progress, their end, and the behavior of faulty programs."""
 
 from __future__ import annotations
 
@@ -161,8 +161,8 @@ async def test_a_program_that_cannot_be_started_is_a_failure(
         (Wanted("new", ("one", "--out=/etc"), "mine"), "'--out=/etc' is not a model's name"),
         (Wanted("new", ("one", "a\nb"), "mine"), "is not a model's name"),
         (Wanted("new", ("one", ""), "mine"), "is not a model's name"),
-        (Wanted("new", ARMS, "../../etc"), "there is no data set '../../etc'; there are: mine"),
-        (Wanted("new", ARMS, "empty"), "there is no data set 'empty'"),
+        (Wanted("new", ARMS, "../../etc"), "no data set is called '../../etc'; available: mine"),
+        (Wanted("new", ARMS, "empty"), "no data set is called 'empty'"),
     ],
 )
 async def test_what_cannot_be_compared_is_refused_before_anything_runs(

@@ -38,7 +38,7 @@ def test_a_source_is_parsed(text: str, source: Source) -> None:
 @pytest.mark.parametrize(
     "text", ["e5", "a/b/c", "package:", "package:1", "package:a/../b", "package:a//b", ".e5/x", ""]
 )
-def test_what_is_not_a_source_is_refused(text: str) -> None:
+def test_an_invalid_source_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="must be a hub repo such as `BAAI/bge-m3`, a folder"):
         Source.parse(text)
 

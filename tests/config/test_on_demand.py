@@ -81,7 +81,7 @@ def test_wrong_values_are_refused_with_the_reason(tmp_path: Path, keys: str, pro
         ),
     ],
 )
-def test_what_must_not_wait_for_a_load_is_refused(tmp_path: Path, more: str, problem: str) -> None:
+def test_models_that_must_not_wait_for_a_load_are_refused(tmp_path: Path, more: str, problem: str) -> None:
     assert problems_of(tmp_path, TWO + more) == [problem]
 
 

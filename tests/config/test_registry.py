@@ -58,7 +58,7 @@ def entry(lines: str) -> str:
     return f"version: 1\nmodels:\n  - id: mini\n{indented}"
 
 
-# ----------------------------------------------------------------------------------------------------- what is read
+# ----------------------------------------------------------------------------------------------------- reading
 
 
 def test_the_shipped_file_is_valid() -> None:
@@ -290,7 +290,7 @@ def test_a_file_that_is_not_a_yaml_mapping_is_placed(
     ],
     ids=["tab", "deeper", "colon", "mapping"],
 )
-def test_what_is_no_yaml_is_reported_with_what_to_do(tmp_path: Path, text: str, advice: str) -> None:
+def test_invalid_yaml_is_reported_with_the_remedy(tmp_path: Path, text: str, advice: str) -> None:
     [problem] = problems_of(tmp_path, text)
 
     assert "is not valid YAML: " in problem.message
@@ -400,7 +400,7 @@ def test_the_folder_of_a_user_that_does_not_exist_is_refused(tmp_path: Path) -> 
 
 
 def test_a_source_is_remembered_as_it_was_written(tmp_path: Path) -> None:
-    """For what holds on other machines too: the lock."""
+    """For values that are valid on other machines too: the lock."""
     text = "version: 1\nmodels:\n  - {id: a, source: '${WHERE}/e5'}\n  - {id: b, source: package:w}\n"
     registry = load(tmp_path, text, WHERE="./weights")
 

@@ -137,7 +137,7 @@ def test_a_list_is_split_at_commas(name: str, text: str, values: tuple[str, ...]
 
 
 @pytest.mark.parametrize("text", ["app.example.com", "ftp://a", "https://a.example/path", "https://a,", "**"])
-def test_what_is_not_an_origin_is_refused(text: str) -> None:
+def test_an_invalid_origin_is_refused(text: str) -> None:
     (problem,) = problems_of({"GATEWAY_CORS_ORIGINS": text})
 
     assert problem.message.startswith("must be origins such as `https://app.example.com`, or `*`, got ")
@@ -151,7 +151,7 @@ def test_a_root_path_is_kept_without_its_last_slash(text: str, prefix: str) -> N
 
 
 @pytest.mark.parametrize("text", ["ai", "/a//b", "/a b", "https://a/b", "/ü"])
-def test_what_is_not_a_root_path_is_refused(text: str) -> None:
+def test_an_invalid_root_path_is_refused(text: str) -> None:
     (problem,) = problems_of({"GATEWAY_ROOT_PATH": text})
 
     assert problem.message.startswith("must be a path such as `/embeddings-gateway`, got ")

@@ -72,7 +72,7 @@ def test_a_base_url_is_kept_without_its_last_slash(tmp_path: Path, url: str, kep
         "http://gpu/v\u200b1",
     ],
 )
-def test_what_is_not_a_base_url_is_refused(tmp_path: Path, url: str) -> None:
+def test_an_invalid_base_url_is_refused(tmp_path: Path, url: str) -> None:
     found = problem(tmp_path, f'{{urls: ["{url}"]}}')
 
     assert "must be a URL such as `http://gpu:8080` or `http://gpu:8000/v1`, got" in found
@@ -95,11 +95,11 @@ def test_names_are_not_looked_up_all_the_time(tmp_path: Path, interval: object) 
 def test_a_password_in_a_url_is_refused_and_not_shown(tmp_path: Path, user: str) -> None:
     found = problem(tmp_path, f'{{urls: ["http://{user}@gpu:8000"]}}')
 
-    assert "must not hold a user or a password; use `api_key`" in found
+    assert "must not contain a user name or password; use `api_key`" in found
     assert "secret" not in found
 
 
-def test_what_is_not_set_has_its_default(tmp_path: Path) -> None:
+def test_unset_fields_have_their_defaults(tmp_path: Path) -> None:
     upstream = read(tmp_path, f"{{urls: [{URL}]}}")
 
     assert (upstream.timeout_s, upstream.connect_timeout_s, upstream.probe_interval_s) == (60.0, 2.0, 10.0)
@@ -144,9 +144,9 @@ def test_what_cannot_be_a_key_is_refused(tmp_path: Path, key: str, message: str)
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        ("extra_body: {model: x}", "`extra_body` must not hold `model`, which the gateway sends itself"),
-        ("extra_body: {input: x}", "`extra_body` must not hold `input`"),
-        ("extra_body: {inputs: x}", "`extra_body` must not hold `inputs`"),
+        ("extra_body: {model: x}", "`extra_body` must not contain `model`, which the gateway sends itself"),
+        ("extra_body: {input: x}", "`extra_body` must not contain `input`"),
+        ("extra_body: {inputs: x}", "`extra_body` must not contain `inputs`"),
         (
             "extra_body: {encoding_format: binary}",
             "`extra_body.encoding_format` must be `base64`, `float` or `null`, got",
@@ -223,7 +223,7 @@ def test_a_backend_and_its_upstream_belong_together(tmp_path: Path) -> None:
         ("source: ./near, same_space_as: other", "`same_space_as` is for models on other servers"),
         (
             f"backend: tei, source: '', upstream: {{urls: [{URL}]}}",
-            "must be the name that the servers know the model by",
+            "must be the model's name on the servers",
         ),
     ]:
         path.write_text(f"version: 1\nmodels:\n  - {{id: far, {lines}}}\n  - {{id: other, source: ./other}}\n")

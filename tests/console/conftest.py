@@ -1,4 +1,4 @@
-"""A browser for the pages: what it says on its console is a failure, and so is a request to elsewhere."""
+"""A browser for the pages: a message on its console is a failure, and so is a request to another host."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ OpenPage = Callable[..., "contextmanager[Page]"]
 
 @pytest.fixture
 def visit(browser: Browser) -> Callable[..., Any]:
-    """Return a context manager that gives an empty page, and checks at its end what the browser complained about."""
+    """Return a context manager that gives an empty page, and checks at its end that the browser had no complaints."""
 
     @contextmanager
     def visit(url: str, *, theme: str = "light", expected: tuple[str, ...] = (), **options: Any) -> Iterator[Page]:

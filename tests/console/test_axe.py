@@ -1,4 +1,4 @@
-"""What is vendored is what its publisher published."""
+"""The vendored file is the one that its publisher published."""
 
 from __future__ import annotations
 

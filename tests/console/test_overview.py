@@ -33,7 +33,7 @@ def test_a_browser_that_asks_for_the_root_gets_the_console(gateway: Gateway, vis
         assert page.locator("h1").inner_text() == "2 of 3 models answer"
 
 
-def test_the_overview_says_what_is_wrong_and_what_to_do(gateway: Gateway, visit: Callable[..., Any]) -> None:
+def test_the_overview_shows_problems_and_remedies(gateway: Gateway, visit: Callable[..., Any]) -> None:
     with visit(gateway.url) as page:
         page.goto(f"{gateway.url}/console")
         todo = page.locator(".todo > li")
@@ -83,7 +83,7 @@ def test_figures_are_asked_for_again_and_can_be_paused(gateway: Gateway, visit: 
             client.post("/v1/embeddings", json={"model": "nothing-like-it", "input": "x"})
         page.clock.run_for(5_100)
         page.locator("table.errors", has_text="nothing-like-it").wait_for()
-        assert page.locator("details[open]").count() == 1  # what was open stays open
+        assert page.locator("details[open]").count() == 1  # an open element stays open
         page.locator("[data-pause]").click()
         assert page.locator("[data-pause]").inner_text() == "go on"
         requests: list[str] = []

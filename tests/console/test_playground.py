@@ -151,7 +151,7 @@ def test_a_link_keeps_the_texts_behind_the_hash(gateway: Gateway, visit: Callabl
         assert not any("ada" in url.split("#")[0] for url in requests)
 
 
-def test_snippets_are_what_the_arm_sends(gateway: Gateway, visit: Callable[..., Any]) -> None:
+def test_snippets_equal_the_requests_of_the_arm(gateway: Gateway, visit: Callable[..., Any]) -> None:
     with visit(gateway.url) as page:
         fill(page, gateway.url, "jina-query@32", query="it's")
         page.get_by_role("button", name="Run").click()

@@ -1,7 +1,7 @@
 """Run Datadog's own code, in its separate environment: the Agent's OpenMetrics check, and the models of its API.
 
-Reads from standard input, as JSON, an instance of the check, what the gateway exports, and objects for the API. Writes what
-the check sends and what the API does not know.
+Reads from standard input, as JSON, an instance of the check, the gateway's metrics, and objects for the API. Writes the
+metrics that the check sends, and the fields that the API does not know.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ MODELS = {
 
 
 def scraped(instance: dict[str, Any], exported: str) -> dict[str, Any]:
-    """Run the check against a server that exports this text; return what it sends."""
+    """Run the check against a server that exports this text; return the metrics that it sends."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:

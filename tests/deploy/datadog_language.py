@@ -154,7 +154,7 @@ def check(asked: Asked) -> None:
 
 @dataclass(frozen=True)
 class Condition:
-    """What a metric monitor compares, over which time, and with what."""
+    """The comparison of a metric monitor: its value, its time window, and its threshold."""
 
     how: str
     minutes: int

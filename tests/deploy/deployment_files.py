@@ -1,4 +1,4 @@
-"""Reads what is under deploy/, and the Dockerfiles, for the tests next to it."""
+"""Reads the files in deploy/, and the Dockerfiles, for the tests next to it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Instruction:
 
     @property
     def words(self) -> list[str]:
-        """What it says without its options."""
+        """The instruction without its options."""
         return [word for word in self.value.split() if not word.startswith("--")]
 
     @property

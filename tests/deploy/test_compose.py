@@ -119,7 +119,7 @@ def test_ports_are_the_hosts_own() -> None:
 
 
 @SERVICES
-def test_what_is_mounted_exists(name: str) -> None:
+def test_mounted_files_exist(name: str) -> None:
     files = [source for source, _ in mounts(GPU["services"][name]) if source.startswith(".")]
 
     assert [file for file in files if not (COMPOSE / file).exists()] == []
@@ -164,7 +164,7 @@ def test_what_experiments_write_is_on_a_volume() -> None:
     assert settings.exposure_log.parent == settings.state_dir
 
 
-def test_what_the_user_has_set_reaches_the_gateway() -> None:
+def test_variables_of_the_user_reach_the_gateway() -> None:
     environ = GPU["services"]["gateway"]["environment"]
 
     # Without a value, Compose takes that of the shell or of .env, and leaves the variable out if neither has it.

@@ -133,7 +133,7 @@ def test_every_alert_has_a_monitor() -> None:
     assert {monitor["name"].split(":")[0] for monitor in MONITORS.values()} == ALERTS.keys()
 
 
-def test_terraform_has_what_the_texts_name() -> None:
+def test_terraform_has_the_variables_of_the_texts() -> None:
     text = (DATADOG / "main.tf").read_text()
     named = {name for monitor in MONITORS.values() for name in re.findall(r"\$\{(\w+)\}", json.dumps(monitor))}
     (block,) = re.findall(r"texts = \{\n(.*?)\n  \}", text, re.DOTALL)
@@ -190,7 +190,7 @@ def test_the_settings_of_the_agent_are_those_of_the_names() -> None:
         "count(v: v<=2.5):embedding_gateway.queue_texts{model:a}.as_count()",
     ],
 )
-def test_a_query_for_what_does_not_exist_would_be_found(query: str) -> None:
+def test_a_query_for_a_missing_metric_would_be_found(query: str) -> None:
     (asked,) = queries(query)
 
     with pytest.raises(NotAQuery):
@@ -208,18 +208,18 @@ def test_a_query_for_what_does_not_exist_would_be_found(query: str) -> None:
         "sum:a.b{model:a",
     ],
 )
-def test_what_is_no_query_would_be_found(expression: str) -> None:
+def test_an_invalid_query_would_be_found(expression: str) -> None:
     with pytest.raises(NotAQuery):
         queries(expression)
 
 
 @pytest.mark.parametrize("query", ["avg(last_5x):sum:a{b:c} > 1", "sum:a{b:c} > 1", "avg(last_8d):sum:a{b:c} > 1"])
-def test_what_is_no_condition_would_be_found(query: str) -> None:
+def test_an_invalid_condition_would_be_found(query: str) -> None:
     with pytest.raises(NotAQuery):
         condition(query)
 
 
-def test_what_a_query_asks_for_is_found() -> None:
+def test_the_metrics_of_a_query_are_found() -> None:
     (first, second) = queries(
         "1 - default_zero(count(v: v<=2.5):a.b{$env AND NOT c:d*}) / p99.9:e{f IN (g,h)} by {i,j}.as_rate()"
     )

@@ -95,5 +95,5 @@ def test_the_api_knows_every_key_and_value(datadog: Any) -> None:
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_what_the_api_does_not_know_would_be_found(datadog: Any, name: str) -> None:
+def test_fields_that_the_api_does_not_know_would_be_found(datadog: Any, name: str) -> None:
     assert datadog["problems"][f"broken {name}"]

@@ -1,4 +1,4 @@
-"""The Dockerfiles keep to what makes an image small, safe and repeatable. `make image-proof` builds and runs them."""
+"""The Dockerfiles follow the rules for small, safe and repeatable images. `make image-proof` builds and runs them."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_it_runs_as_a_numbered_user_without_a_shell_between(dockerfile: Path) ->
 
 
 @DOCKERFILES
-def test_what_it_copies_exists_and_reaches_the_builder(dockerfile: Path) -> None:
+def test_copied_files_exist_and_reach_the_builder(dockerfile: Path) -> None:
     ignored = (ROOT / ".dockerignore").read_text().splitlines()
     passed = [line[1:] for line in ignored if line.startswith("!")]
     names = [name.rstrip("/") for name in copied(dockerfile)]
@@ -102,7 +102,7 @@ def test_the_image_sets_settings_that_the_gateway_takes() -> None:
     assert str(settings.models) == "/app/models.yaml"
 
 
-def test_what_is_written_goes_to_volumes() -> None:
+def test_written_files_go_to_volumes() -> None:
     environ, volumes = image_environ(), [i.value for i in last_stage(DOCKERFILE)["VOLUME"]]
 
     assert volumes == ["/cache", "/state"]
@@ -112,7 +112,7 @@ def test_what_is_written_goes_to_volumes() -> None:
 
 
 def test_a_container_sees_no_gpu_that_it_did_not_ask_for() -> None:
-    # With this variable, NVIDIA's runtime gives every GPU of a node to any pod, whatever its limits say.
+    # With this variable, NVIDIA's runtime gives every GPU of a node to any pod, regardless of its limits.
     assert "NVIDIA_VISIBLE_DEVICES" not in image_environ()
 
 

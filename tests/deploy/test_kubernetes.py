@@ -41,7 +41,7 @@ from tests.deploy.test_datadog import check_of, same_settings
 from tests.telemetry.observed import rules as prometheus_rules
 
 COMPONENTS = ["autoscaling", "monitoring", "datadog", "egress"]
-"""What an overlay leaves to its user, as comments."""
+"""The optional lines of an overlay, as comments."""
 OVERLAYS = pytest.mark.parametrize("overlay", ["gpu", "cpu", "gpu+", "cpu+"])
 """As they are, and with all of their components."""
 WITH_COMPONENTS = pytest.mark.parametrize("overlay", ["gpu+", "cpu+"])
@@ -50,7 +50,7 @@ VERSIONS = pytest.mark.parametrize("version", ["1.30", kubernetes_validate.lates
 
 RULES = DEPLOY / "prometheus" / "rules.yml"
 RELEASE_S = 20
-"""What a pod has left, after requests have had their time, to release the models; as deployment.yaml says."""
+"""The seconds that a pod has left to release the models after its requests have ended, as in deployment.yaml."""
 
 Object = dict[str, Any]
 
@@ -268,7 +268,7 @@ def test_the_operator_has_the_rules_of_prometheus(overlay: str) -> None:
 
 
 @OVERLAYS
-def test_what_is_probed_and_scraped_answers_on_the_operators_port(
+def test_probes_and_scrapes_are_answered_on_the_operators_port(
     overlay: str, make_model: Callable[..., Any], make_fleet: Callable[..., Any]
 ) -> None:
     probes = [container(overlay)[f"{name}Probe"]["httpGet"] for name in ("startup", "liveness", "readiness")]
@@ -288,7 +288,7 @@ def test_what_is_probed_and_scraped_answers_on_the_operators_port(
 def test_a_pod_has_time_to_answer_and_to_end(overlay: str) -> None:
     settings, spec = settings_of(overlay), pod(overlay)["spec"]
 
-    # Endpoints learn of a deletion when the pod does; the gateway goes on answering while they learn of it.
+    # Endpoints learn of a deletion when the pod does; the gateway keeps answering until they have.
     assert settings.drain_delay_s >= 5
     assert spec["terminationGracePeriodSeconds"] == settings.drain_delay_s + settings.shutdown_grace_s + RELEASE_S
     startup = container(overlay)["startupProbe"]

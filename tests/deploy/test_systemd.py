@@ -50,7 +50,7 @@ def test_the_unit_starts_the_gateway_again_after_a_lost_card() -> None:
     assert f"exit code {EXIT_CARD_LOST}" in PAGE
 
 
-def test_what_the_gateway_writes_is_where_the_unit_lets_it_write() -> None:
+def test_the_unit_lets_the_gateway_write_all_of_its_files() -> None:
     environ = dict(value.split("=", 1) for value in values("Environment"))
     settings = load_settings({name: value for name, value in environ.items() if name.startswith("GATEWAY_")})
 
@@ -59,7 +59,7 @@ def test_what_the_gateway_writes_is_where_the_unit_lets_it_write() -> None:
     assert settings.log_format == "json"
 
 
-def test_the_unit_runs_what_make_install_makes() -> None:
+def test_the_unit_runs_the_program_of_make_install() -> None:
     [folder] = values("WorkingDirectory")
 
     assert values("ExecStart") == [f"{folder}/.venv/bin/gateway serve"]

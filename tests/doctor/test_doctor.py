@@ -1,4 +1,4 @@
-"""``gateway doctor`` says what is wrong with a machine, and what to do; a broken machine does not end it."""
+"""``gateway doctor`` reports the problems of a machine and their remedies; a broken machine does not end it."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def texts(findings: list[Finding]) -> str:
 
 @dataclass(frozen=True)
 class Situation:
-    """A card, a driver and a torch, and what the doctor says about them; nothing if all is well."""
+    """A card, a driver and a torch, and the doctor's findings; empty if all is well."""
 
     driver: FakeDriver
     torch: str = "2.13.0"
@@ -400,7 +400,7 @@ def test_a_token_is_tried(monkeypatch: pytest.MonkeyPatch, write: Write, token: 
 # ------------------------------------------------------------------------------------------------------------ the models
 
 
-def test_a_model_of_the_hub_says_what_is_downloaded_under_which_license(write: Write) -> None:
+def test_a_model_of_the_hub_shows_its_download_and_license(write: Write) -> None:
     findings = examine(write(FAR.replace("}", ", enabled: true}")))
 
     [model] = [finding for finding in findings if finding.check == "model"]
@@ -415,7 +415,7 @@ def test_a_model_of_the_hub_says_what_is_downloaded_under_which_license(write: W
     assert next_steps(findings) == ["gateway download", "gateway serve"]
 
 
-def test_a_license_that_must_be_accepted_says_how_and_what_would_follow(
+def test_a_license_that_must_be_accepted_shows_how_and_the_consequences(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, write: Write
 ) -> None:
     install(monkeypatch, FakeDriver([RTX_3090]))
@@ -537,7 +537,7 @@ def test_programs_get_json(monkeypatch: pytest.MonkeyPatch, write: Write) -> Non
     } <= {finding["check"] for finding in report["findings"]}
 
 
-def test_a_port_in_use_by_what_does_not_speak_http_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_port_in_use_by_another_protocol_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
 

@@ -218,7 +218,7 @@ def write_json(path: Path, content: object) -> None:
 
 
 def save_modules(folder: Path, pooling: Mapping[str, object] | None, *, is_normalized: bool = True) -> None:
-    """Write what makes a transformers checkpoint one of sentence-transformers, in the form of its release 2."""
+    """Add the files that make a transformers checkpoint one of sentence-transformers, in the form of its release 2."""
     kinds = ["Transformer"] + ["Pooling"] * (pooling is not None) + ["Normalize"] * is_normalized
     rows = [
         {

@@ -1,4 +1,4 @@
-"""Matrix products add up in float16 only in forwards that may, whatever runs next to them."""
+"""Matrix products accumulate in float16 only in forward passes that allow it, next to any other work."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_the_switch_is_on_only_during_a_forward_that_may_have_it() -> None:
     assert not is_on()
     with ACCUMULATION.forward(in_float16=True):
         assert is_on()
-        with ACCUMULATION.forward(in_float16=False):  # of another model, or the same text once more
+        with ACCUMULATION.forward(in_float16=False):  # of another model, or the same text again
             assert not is_on()
             with ACCUMULATION.forward(in_float16=True):
                 assert not is_on()

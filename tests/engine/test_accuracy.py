@@ -99,7 +99,7 @@ def test_a_text_alone_has_the_vector_of_sentence_transformers(
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_a_text_has_the_same_vector_whatever_else_is_in_its_batch(
+def test_a_text_has_the_same_vector_in_every_batch(
     bundled_encoder: Encoder, expected: dict[str, Any], seed: int
 ) -> None:
     names = list(TEXTS)

@@ -26,7 +26,7 @@ def admission() -> Admission:
 
 @pytest.fixture
 def waiting() -> Iterator[ExitStack]:
-    """What is admitted and waits until the test ends."""
+    """Admitted requests that wait until the test ends."""
     with ExitStack() as stack:
         yield stack
 
@@ -60,7 +60,7 @@ def test_a_request_that_fails_is_no_longer_counted(admission: Admission, make_jo
     assert (admission.num_texts, admission.num_tokens) == (0, 0)
 
 
-def test_a_long_text_counts_with_what_the_model_reads_of_it(admission: Admission, make_job: MakeJob) -> None:
+def test_a_long_text_counts_with_the_tokens_that_the_model_reads(admission: Admission, make_job: MakeJob) -> None:
     with admission.admit(make_job("x" * 10_000)):
         assert admission.num_tokens == 50
 

@@ -1,4 +1,4 @@
-"""Every request gets an answer, and only the right one, whatever a model, a caller or the clock does."""
+"""Every request gets an answer, and only the right one, with faulty models, callers and clocks."""
 
 from __future__ import annotations
 
@@ -187,7 +187,7 @@ async def test_the_stages_of_a_request_are_parts_of_its_time(
     assert sum(timings.stages.values()) <= total_s
 
 
-async def test_what_runs_on_two_devices_at_once_is_not_counted_twice(
+async def test_time_on_two_devices_in_parallel_is_not_counted_twice(
     start_batcher: StartBatcher, make_job: MakeJob, encoder: Any
 ) -> None:
     other = NumberEncoder()
@@ -279,7 +279,7 @@ async def test_out_of_memory_names_the_tokens_of_the_text_and_is_permanent(
     assert (error.status, error.is_permanent, error.retry_after_s) == (500, True, None)
 
 
-async def test_what_a_failed_request_still_has_in_the_queue_is_not_computed(
+async def test_the_queued_texts_of_a_failed_request_are_not_computed(
     start_batcher: StartBatcher, make_job: MakeJob, encoder: Any
 ) -> None:
     batcher = await start_batcher(max_batch_tokens=1)
@@ -481,7 +481,7 @@ async def test_a_fault_in_one_replica_s_thread_costs_the_batch_in_its_hands_alon
     monkeypatch: pytest.MonkeyPatch,
     loop_errors: list[dict[str, Any]],
 ) -> None:
-    """Another one goes on with what it holds, and what is queued stays there."""
+    """Another one continues with its batch, and queued texts stay in the queue."""
     other, second = NumberEncoder(), Gate()
     batcher = await start_batcher(max_batch_tokens=1, others=[other])
     held = {"1": gate, "2": second}
@@ -525,7 +525,7 @@ async def test_a_question_goes_to_the_replica_that_is_asked(
     assert [one.computed for one in (encoder, *others)] == [[], [7] * 5, []]
 
 
-async def test_a_question_to_a_replica_is_not_answered_by_what_another_computes(
+async def test_a_question_to_a_replica_is_not_answered_by_another_replica(
     start_batcher: StartBatcher, make_job: MakeJob, encoder: Any, gate: Gate
 ) -> None:
     """Identical texts are computed once, but a broken replica would then seem well."""
@@ -624,7 +624,7 @@ async def test_long_texts_are_tokenized_a_few_at_a_time(
 # --------------------------------------------------------------------------------------------- deadline, cancellation
 
 
-async def test_past_its_deadline_a_request_ends_and_what_it_had_queued_is_not_computed(
+async def test_past_its_deadline_a_request_ends_and_its_queued_texts_are_not_computed(
     start_batcher: StartBatcher, make_job: MakeJob, encoder: Any, gate: Gate
 ) -> None:
     batcher = await start_batcher(max_batch_tokens=1)
@@ -667,7 +667,7 @@ async def test_the_deadline_holds_while_tokenizing(
     assert isinstance(error, DeadlineExceeded)
 
 
-async def test_a_cancelled_request_leaves_the_queue(
+async def test_a_canceled_request_leaves_the_queue(
     start_batcher: StartBatcher, make_job: MakeJob, encoder: Any, gate: Gate, loop_errors: list[dict[str, Any]]
 ) -> None:
     batcher = await start_batcher(max_batch_tokens=1)
@@ -689,7 +689,7 @@ async def test_a_cancelled_request_leaves_the_queue(
     assert not loop_errors
 
 
-async def test_a_request_cancelled_during_its_forward_does_not_disturb_the_rest_of_the_batch(
+async def test_a_request_canceled_during_its_forward_does_not_disturb_the_rest_of_the_batch(
     start_batcher: StartBatcher, make_job: MakeJob, encoder: Any, gate: Gate, loop_errors: list[dict[str, Any]]
 ) -> None:
     batcher = await start_batcher()
@@ -911,7 +911,7 @@ async def test_a_lost_card_answers_all_requests_at_once(
 
 
 @pytest.mark.parametrize("hangs", [True, False])
-async def test_what_a_lost_card_leaves_in_the_queue_is_computed_on_the_other_one(
+async def test_the_queued_texts_of_a_lost_card_are_computed_on_the_other_one(
     start_batcher: StartBatcher, make_job: MakeJob, encoder: Any, hangs: bool, loop_errors: list[dict[str, Any]]
 ) -> None:
     other, gates = NumberEncoder(), [Gate(), Gate()]
@@ -996,7 +996,7 @@ OUTCOMES = {
     "too long": {"ContextLengthExceeded"},
     "no number": {"ValueError"},
 }
-"""What may come of a request, by its kind: never that of another."""
+"""The possible results of a request, by its kind: never the result of another request."""
 
 
 @pytest.mark.parametrize("num_replicas", [1, 2])

@@ -1,4 +1,4 @@
-"""The state of the cards for a scrape: what the driver says, and a scrape that fails for no card."""
+"""The state of the cards for a scrape: the driver's values, and a scrape that no card can fail."""
 
 from __future__ import annotations
 

@@ -76,7 +76,7 @@ def test_a_card_that_fits_is_used(look: Look) -> None:
     assert not machine.is_unsure
 
 
-# What a machine is, and what the gateway says about it: the reason, and the whole sentence.
+# Machines, and the gateway's message about each: the reason, and the whole sentence.
 OBSTACLES: dict[str, tuple[dict[str, object], Reason, str]] = {
     "driver 550, torch from PyPI": (
         {"version": "550.54.14", "cuda": 12040},
@@ -447,7 +447,7 @@ def test_only_torch_can_tell_where_the_driver_does_not_answer(
     assert machine.is_unsure == is_unsure
 
 
-def test_a_driver_that_has_been_installed_meanwhile_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_driver_that_is_installed_later_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     driver = FakeDriver([FakeCard()], error=pynvml.NVML_ERROR_LIBRARY_NOT_FOUND)
     install(monkeypatch, driver)
     assert read_driver() == Failure(pynvml.NVML_ERROR_LIBRARY_NOT_FOUND, "NVML Shared Library Not Found")

@@ -123,7 +123,7 @@ async def test_a_duplicate_that_comes_while_its_twin_is_computed_gets_its_result
     assert blocked.encoder.computed == [0, 5]
 
 
-async def test_what_was_computed_before_is_computed_again(
+async def test_a_text_that_was_computed_before_is_computed_again(
     start_batcher: StartBatcher, make_job: MakeJob, encoder: NumberEncoder
 ) -> None:
     """There is no cache: texts are shared while they are in flight."""
@@ -148,7 +148,7 @@ async def test_each_caller_counts_its_own_tokens_and_cuts(blocked: Blocked, make
     assert blocked.computed == [7]
 
 
-async def test_what_is_handed_out_twice_is_not_one_array(blocked: Blocked, make_job: MakeJob) -> None:
+async def test_a_shared_result_is_a_separate_array_for_each_request(blocked: Blocked, make_job: MakeJob) -> None:
     tasks = [await blocked.queue(make_job("7", caller=caller)) for caller in "ab"]
     blocked.open()
     first, second = [await task for task in tasks]
@@ -161,7 +161,7 @@ async def test_what_is_handed_out_twice_is_not_one_array(blocked: Blocked, make_
     assert not np.shares_memory(first.vectors, second.vectors)
 
 
-# -------------------------------------------------------------------------------------------------- what is not equal
+# -------------------------------------------------------------------------------------------------- different texts
 
 
 @pytest.mark.parametrize(
@@ -171,7 +171,7 @@ async def test_what_is_handed_out_twice_is_not_one_array(blocked: Blocked, make_
         pytest.param({"task": "7"}, id="instruction"),
     ],
 )
-async def test_what_differs_is_not_shared(blocked: Blocked, make_job: MakeJob, others: dict[str, Any]) -> None:
+async def test_different_texts_are_not_shared(blocked: Blocked, make_job: MakeJob, others: dict[str, Any]) -> None:
     tasks = [await blocked.queue(make_job("7", **more)) for more in ({}, others)]
 
     blocked.open()
@@ -234,7 +234,7 @@ async def test_token_ids_are_compared_as_a_whole(blocked: Blocked, make_job: Mak
 # ------------------------------------------------------------------------------------------------- the twin goes away
 
 
-async def test_the_twin_still_waits_when_the_first_owner_is_cancelled_in_the_queue(
+async def test_the_twin_still_waits_when_the_first_owner_is_canceled_in_the_queue(
     blocked: Blocked, make_job: MakeJob
 ) -> None:
     first, second = [await blocked.queue(make_job("7", "8", caller=caller)) for caller in "ab"]
@@ -247,7 +247,7 @@ async def test_the_twin_still_waits_when_the_first_owner_is_cancelled_in_the_que
     assert blocked.computed == [7, 8]
 
 
-async def test_the_twin_gets_its_result_when_the_first_owner_is_cancelled_during_the_forward(
+async def test_the_twin_gets_its_result_when_the_first_owner_is_canceled_during_the_forward(
     start_batcher: StartBatcher, make_job: MakeJob, encoder: NumberEncoder, gate: Gate
 ) -> None:
     batcher = await start_batcher()

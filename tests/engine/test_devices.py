@@ -129,7 +129,7 @@ def test_cuda_numbers_the_cards(see: See, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_cuda_names_a_slice_as_it_names_a_card(see: See, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The driver's description has what is free, and who else is there."""
+    """The driver's description has the free memory, and the other processes."""
     part = FakeCard("NVIDIA H100 MIG 1g.10gb", (0, 0), 10 * GIB, 3 * GIB, "MIG-1")
     see(FakeCard("NVIDIA H100", (9, 0), slices=[part]))
     install_cuda(monkeypatch, [FakeCard(part.name, (9, 0), 10 * GIB, uuid="GPU-1")])
@@ -180,7 +180,7 @@ def test_a_card_that_is_full_is_left_out_where_another_has_room(
     assert leave_out_full(setting, choose_devices(setting), needed) == expected
 
 
-def test_what_an_operator_should_know_about_the_devices(see: See) -> None:
+def test_notes_about_the_devices_for_the_operator(see: See) -> None:
     see(GT_1030, RTX_3090, NEAR_FULL)
 
     assert device_notes("auto", ("cuda:1",)) == (

@@ -126,7 +126,7 @@ def raised(error: BaseException, before: BaseException, *, is_cause: bool) -> Ba
         except BaseException:
             if is_cause:
                 raise error from before
-            raise error  # noqa: B904  what is tested
+            raise error  # noqa: B904  the tested case
     except BaseException as caught:
         return caught
 
@@ -192,7 +192,7 @@ def test_whether_a_device_computes(monkeypatch: pytest.MonkeyPatch) -> None:
 # --------------------------------------------------------------------------------------------------------------- loads
 
 
-def test_what_a_load_does_on_a_card_has_a_limit() -> None:
+def test_the_work_of_a_load_on_a_card_has_a_time_limit() -> None:
     end = threading.Event()
 
     with pytest.raises(CardLost, match=r"^cuda:0 has not ended its work after 0 s$"):
@@ -200,7 +200,7 @@ def test_what_a_load_does_on_a_card_has_a_limit() -> None:
     end.set()
 
 
-def test_what_a_load_does_on_a_card_gives_its_result_or_its_error() -> None:
+def test_the_work_of_a_load_on_a_card_gives_its_result_or_its_error() -> None:
     def fail() -> None:
         raise KeyError("an error")
 

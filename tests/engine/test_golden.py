@@ -84,7 +84,7 @@ def turned(vector: Any, cosine: float) -> Any:
 # ----------------------------------------------------------------------------------------------------- record, compare
 
 
-def test_what_was_recorded_is_what_is_read_and_computed(entry: ModelEntry, tmp_path: Path) -> None:
+def test_recorded_vectors_equal_the_read_and_the_computed_ones(entry: ModelEntry, tmp_path: Path) -> None:
     plan = plan_load(entry)
     reference = load_reference(plan)
     path = tmp_path / "new" / "folder" / "tiny.json"
@@ -198,7 +198,7 @@ MALFORMED: dict[str, str | bytes] = {
     "a task that is a number": content(vectors=[{**ROW, "task": 1}]),
     "a vector of numbers": content(vectors=[{**ROW, "vector": [1.0, 0.0]}]),
     "a vector that is no base64": content(vectors=[{**ROW, "vector": "A"}]),
-    "a vector with what is no base64 in it": content(vectors=[{**ROW, "vector": "AACA PwAAAAA="}]),
+    "a vector with characters that are not base64": content(vectors=[{**ROW, "vector": "AACA PwAAAAA="}]),
     "a vector cut short": content(vectors=[{**ROW, "vector": "AACAPwAA"}]),
 }
 
@@ -484,13 +484,13 @@ def test_verify_records(registry: Path, entry: ModelEntry) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["unchecked", "--record"], "set `golden: golden/unchecked.json` for unchecked to say where to store them"),
+        (["unchecked", "--record"], "unchecked has no file for golden vectors: set `golden: golden/unchecked.json`"),
         (["nothing"], "no model 'nothing'; known: tiny, bare, unchecked"),
         (["bare"], "the Python package 'no_such_package' is not installed"),
     ],
     ids=["nowhere to record", "no such model", "cannot be loaded"],
 )
-def test_verify_says_what_it_cannot_do(registry: Path, arguments: list[str], message: str) -> None:
+def test_verify_names_missing_files_and_settings(registry: Path, arguments: list[str], message: str) -> None:
     result = verify(registry, *arguments)
 
     assert result.exit_code == 1

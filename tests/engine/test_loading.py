@@ -83,7 +83,7 @@ def test_a_model_that_was_loaded_before_leaves_nothing_behind(make_checkpoint: M
         gc.collect()
         return sum(issubclass(type(one), type) for one in gc.get_objects())
 
-    classes_after_loading()  # what is imported and registered the first time stays
+    classes_after_loading()  # modules that are imported and registered the first time stay
 
     assert classes_after_loading() == classes_after_loading()
 
@@ -175,7 +175,7 @@ PLAN_REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
     "float16 on a CPU": ({"dtype": "float16"}, "dtype float16 is about eight times slower than float32 on a CPU"),
     "OpenVINO on a card": (
         {"runtime": "openvino", "device": "cuda:0"},
-        "runtime openvino is for the CPU, and this model runs on cuda:0; use runtime: torch or auto",
+        "runtime openvino runs on CPUs only, and this model is on cuda:0; use runtime: torch or auto",
     ),
     "no such device": ({"device": "cuda:7"}, "device cuda:7 cannot be used: "),
     "another hash": ({"sha256": {"model.safetensors": "0" * 64}}, "model.safetensors: its sha256 is 53aa5117"),
@@ -458,7 +458,7 @@ def test_code_that_is_trusted_runs_and_is_held_to_the_width_that_is_promised(
         )
     )
 
-    with pytest.raises(LoadError, match="the model gives 64 numbers, promised are 32"):
+    with pytest.raises(LoadError, match="the model gives 64 numbers, expected 32"):
         load_checkpoint(folder, trust_remote_code=True, runtime="torch")
 
 

@@ -94,7 +94,7 @@ EVENTS = st.one_of(
 
 @settings(max_examples=200)
 @given(events=st.lists(EVENTS, max_size=60), priorities=st.lists(st.sampled_from(Priority), min_size=8, max_size=8))
-def test_whatever_happens_low_priority_is_served_only_while_nothing_else_waits(
+def test_low_priority_is_served_only_while_nothing_else_waits(
     events: list[tuple[str, int, list[int] | None]], priorities: list[Priority]
 ) -> None:
     batches = BatchQueue(60)

@@ -78,7 +78,7 @@ def test_all_shards_are_counted(checkpoint: Checkpoint, tmp_path: Path) -> None:
     assert plan_memory(replace(checkpoint, weights=shards), "float32", "torch", 256, 2048).weights_bytes == 1200
 
 
-def test_a_batch_costs_what_its_tokens_cost(checkpoint: Checkpoint) -> None:
+def test_the_memory_of_a_batch_is_that_of_its_tokens(checkpoint: Checkpoint) -> None:
     small, large = (
         plan_memory(checkpoint, "float32", "torch-packed", 256, tokens).batch_bytes for tokens in (2048, 4096)
     )
@@ -190,7 +190,7 @@ def test_the_limit_of_a_container_counts(
 
 
 def test_files_that_a_container_would_evict_count_as_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was read from checkpoints stays in memory until it is needed otherwise."""
+    """Pages that were read from checkpoints stay in memory until it is needed."""
     stat = "anon 1000\ninactive_anon 700\ninactive_file 2500\nactive_file 300\n"
     for name, text in (("_CGROUP_LIMIT", "5000"), ("_CGROUP_USED", "4000"), ("_CGROUP_STAT", stat)):
         (tmp_path / name).write_text(text)

@@ -1,4 +1,4 @@
-"""The memory that is planned for texts is what a forward takes: not less, and not many times as much."""
+"""The planned memory of texts fits a forward pass: it is not less, and not many times as much."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def planned_bytes(model: PreTrainedModel, dtype: str, lengths: Sequence[int]) ->
         ("t5", "bfloat16"),
     ],
 )
-def test_a_forward_takes_what_is_planned(model_type: str, dtype: str) -> None:
+def test_a_forward_takes_the_planned_memory(model_type: str, dtype: str) -> None:
     model = make_model(model_type, dtype, max(map(max, LENGTHS)))
 
     for lengths in LENGTHS:

@@ -95,7 +95,7 @@ def test_a_request_is_small_up_to_the_share(sizes: list[int], num_bulk: int) -> 
     assert Counter(caller for caller, _size in taken(queue, 100, 25)) == {"other": 2, "bulk": num_bulk}
 
 
-def test_what_is_left_of_a_large_request_is_not_small() -> None:
+def test_the_rest_of_a_large_request_does_not_count_as_small() -> None:
     queue = queue_of(waiters(handle("bulk"), [5] * 40), waiters(handle("other"), [5] * 12))
     assert Counter(taken(queue, 100, 25)) == {("other", 5): 10, ("bulk", 5): 10}
 
@@ -108,7 +108,7 @@ def test_small_requests_join_a_text_that_is_larger_than_its_share() -> None:
     assert taken(queue, 100, 25) == [("bulk", 30), ("x", 3), ("y", 3), ("z", 3)]
 
 
-def test_the_first_text_of_a_batch_is_taken_whatever_its_size() -> None:
+def test_the_first_text_of_a_batch_is_taken_with_any_size() -> None:
     queue = queue_of(waiters(handle("bulk"), [200, 200]), waiters(handle("other"), [3]))
 
     batches = [taken(queue, 100, 25) for _ in range(3)]
@@ -265,7 +265,7 @@ def test_callers_with_a_backlog_get_the_same_tokens(
     budget: int,
     visits: list[tuple[str, int]],
 ) -> None:
-    """The difference stays below one batch and one largest waiter, whatever other callers come and go."""
+    """The difference stays below one batch and one largest waiter, while other callers come and go."""
     queue, backlog = FairQueue(), 40 * 300
     for caller, pattern, num_requests in zip("ab", sizes, requests, strict=True):
         for _ in range(num_requests):
@@ -300,7 +300,7 @@ WAIT = st.tuples(st.just("wait"), st.integers(1, 5), st.just(None))
     events=st.lists(st.one_of(ADD, TAKE, CANCEL, WAIT), max_size=60),
     deadlines=st.lists(st.integers(1, 30) | st.just(FOREVER), min_size=8, max_size=8),
 )
-def test_whatever_happens_each_wanted_entry_is_taken_once(
+def test_each_wanted_entry_is_taken_exactly_once(
     events: list[tuple[str, int, list[int] | None]], deadlines: list[float]
 ) -> None:
     queue = FairQueue()
@@ -389,7 +389,7 @@ def test_a_shared_computation_comes_when_the_first_of_its_owners_is_served() -> 
 
 
 def test_who_is_served_first_pays_and_the_others_do_not() -> None:
-    """If both paid for what they share, c would get a half instead of its third."""
+    """If both paid for their shared text, c would get a half instead of its third."""
     a, b, c = (handle(caller) for caller in "abc")
     shared = [computation_of(10) for _ in range(100)]
     queue = FairQueue()
@@ -404,7 +404,7 @@ def test_who_is_served_first_pays_and_the_others_do_not() -> None:
 
 
 class LedgerQueue(FairQueue):
-    """Keeps what each caller has paid."""
+    """Keeps the tokens that each caller has paid."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -541,7 +541,7 @@ class Flight:
     deadlines=st.lists(st.integers(1, 30) | st.just(FOREVER), min_size=8, max_size=8),
     sizes=st.lists(st.integers(0, 40), min_size=12, max_size=12),
 )
-def test_whatever_happens_what_is_shared_is_computed_once_and_for_all_who_want_it(
+def test_a_shared_text_is_computed_once_for_all_requests_that_want_it(
     events: list[tuple[str, int, list[int] | None]], deadlines: list[float], sizes: list[int]
 ) -> None:
     flight = Flight(deadlines, sizes)

@@ -1,4 +1,4 @@
-"""The stages of a request are parts of its time, whatever happened at once."""
+"""The stages of a request add up to its time, even if they overlap."""
 
 from __future__ import annotations
 

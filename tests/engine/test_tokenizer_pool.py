@@ -113,7 +113,7 @@ async def test_a_text_that_is_no_longer_needed_is_not_read(held: Readings, gate:
     assert held.order == ["next"]
 
 
-async def test_what_a_step_raises_is_raised_for_who_waits(held: Readings, gate: Gate) -> None:
+async def test_an_error_of_a_step_is_raised_for_its_waiter(held: Readings, gate: Gate) -> None:
     def fail() -> Steps[None]:
         yield 1
         raise SystemExit(3)

@@ -40,7 +40,7 @@ def waiters(some: TokenSequences) -> list[Waiter]:
 
 
 class Delivered:
-    """Takes finished batches, in whatever thread."""
+    """Takes finished batches, in any thread."""
 
     def __init__(self) -> None:
         self.batches: list[FinishedBatch] = []
@@ -264,7 +264,7 @@ def test_vectors_that_cannot_be_handed_out_count_as_failures(monkeypatch: pytest
 # -------------------------------------------------------------------------------------------------------------- batch_queue
 
 
-def test_a_thread_that_waits_is_woken_for_what_another_has_left(start: Start, delivered: Delivered) -> None:
+def test_a_waiting_thread_is_woken_for_the_rest_of_anothers_batch(start: Start, delivered: Delivered) -> None:
     """One request, queued in one go, keeps all replicas busy."""
     batch_queue = BatchQueue(max_batch_tokens=4)
     together = threading.Barrier(3)
@@ -282,7 +282,7 @@ def test_a_thread_that_waits_is_woken_for_what_another_has_left(start: Start, de
     assert all(isinstance(result, Encoded) for batch in delivered.batches for result in batch.results)
 
 
-def test_idle_threads_share_out_what_one_of_them_could_take(start: Start, delivered: Delivered) -> None:
+def test_idle_threads_divide_the_work_that_one_of_them_could_take(start: Start, delivered: Delivered) -> None:
     batch_queue = BatchQueue(max_batch_tokens=10_000)
     together = threading.Barrier(3)
     encoders = [NumberEncoder() for _ in range(3)]
@@ -297,7 +297,7 @@ def test_idle_threads_share_out_what_one_of_them_could_take(start: Start, delive
     assert [len(encoder.computed) for encoder in encoders] == [10, 10, 10]
 
 
-def test_what_is_little_is_not_shared_out(start: Start, delivered: Delivered) -> None:
+def test_little_work_is_not_divided(start: Start, delivered: Delivered) -> None:
     batch_queue = BatchQueue(max_batch_tokens=10_000)
     encoders = [NumberEncoder() for _ in range(3)]
     for encoder in encoders:
@@ -450,7 +450,7 @@ def test_a_part_of_a_batch_that_is_done_is_progress() -> None:
     assert seen[1] == encoder.progressed_at != seen[0]
 
 
-def test_a_closed_queue_ends_its_threads_and_leaves_what_is_queued(start: Start, delivered: Delivered) -> None:
+def test_a_closed_queue_ends_its_threads_and_keeps_queued_texts(start: Start, delivered: Delivered) -> None:
     batch_queue = BatchQueue(max_batch_tokens=1)
     encoder, gate = NumberEncoder(), Gate()
     encoder.on_forward = gate
@@ -467,7 +467,7 @@ def test_a_closed_queue_ends_its_threads_and_leaves_what_is_queued(start: Start,
     assert idle.thread.is_alive()
 
 
-def test_a_cleared_queue_forgets_what_is_queued(start: Start, delivered: Delivered) -> None:
+def test_a_cleared_queue_forgets_queued_texts(start: Start, delivered: Delivered) -> None:
     batch_queue = BatchQueue(max_batch_tokens=1)
     batch_queue.add(waiters(sequences(range(10))))
 
@@ -479,7 +479,7 @@ def test_a_cleared_queue_forgets_what_is_queued(start: Start, delivered: Deliver
     assert delivered.texts == [99]
 
 
-def test_a_fault_of_the_workers_own_code_is_reported_and_the_thread_goes_on(
+def test_a_fault_of_the_workers_own_code_is_reported_and_the_thread_continues(
     start: Start, delivered: Delivered, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     batch_queue = BatchQueue(max_batch_tokens=1)
@@ -536,7 +536,7 @@ def test_a_fault_that_recurs_is_a_failure_of_its_replica(
 
 
 class OverflowingEncoder(NumberEncoder):
-    """Gives infinity for a number above 100, unless its products add up in float32; for one above 1,000 whatever they do.
+    """Gives infinity for a number above 100, unless its products add up in float32; for one above 1,000 in any case.
 
     Attributes:
         exact: the numbers of each batch that was computed exactly.
@@ -740,7 +740,7 @@ def test_small_batches_say_nothing_of_the_rate() -> None:
     assert sizes_of(batch_queue, 2) == [1000] * 2
 
 
-def test_the_rate_is_learned_from_what_is_computed(start: Start, delivered: Delivered) -> None:
+def test_the_rate_is_learned_from_computed_batches(start: Start, delivered: Delivered) -> None:
     batch_queue = BatchQueue(max_batch_tokens=1000)
     encoder = NumberEncoder()
     encoder.on_forward = lambda _batch: time.sleep(1.0)

@@ -260,7 +260,7 @@ def test_a_log_that_is_closed_closes_its_file(tmp_path: Path) -> None:
     assert path.name not in open_files()
 
 
-def test_a_log_that_is_let_go_closes_its_file(tmp_path: Path) -> None:
+def test_a_released_log_closes_its_file(tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
     log = open_log(path)
     log.write(FIRST)

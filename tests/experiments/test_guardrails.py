@@ -1,4 +1,4 @@
-"""Guard-rails by unit: heavy users and long texts do not decide them, and a slow or failing arm is found."""
+"""Guardrails by unit: heavy users and long texts do not decide them, and a slow or failing arm is found."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_a_request_without_a_unit_counts_as_one() -> None:
 
 
 def test_units_with_sums_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever ids a client makes up; units that have sums go on."""
+    """Even with invented ids of a client; units that have sums continue."""
     monkeypatch.setattr("gateway.experiments.arms.MAX_SUMS", 10)
     generation = Generation("now")
     for number in [*range(20), 0]:

@@ -101,5 +101,5 @@ def test_units_for_no_width_at_all_are_bounded() -> None:
     assert units_needed(1.0, 0.0) >= 10**12
 
 
-def test_a_difference_says_what_it_is() -> None:
+def test_a_difference_has_its_verdict() -> None:
     assert Difference(0.1, 0.0, 0.2, 1.0, 400).num == 400

@@ -110,7 +110,7 @@ def test_ramping_an_arm_up_moves_no_unit_out_of_it(steps: list[int]) -> None:
 def test_raising_one_weight_moves_units_into_that_arm_alone(
     weights: list[int], data: st.DataObject, units: list[str]
 ) -> None:
-    """Whatever the other arms are: none of their units changes places between them."""
+    """For any other arms: none of their units moves between them."""
     names = [f"arm{i}" for i in range(len(weights))]
     raised = data.draw(st.sampled_from(names))
     more = {name: weight + (name == raised) * 17 for name, weight in zip(names, weights, strict=True)}

@@ -120,7 +120,7 @@ def test_units_whose_requests_fail_stay_in_their_arm(make_experiment: MakeExperi
     assert (arm.units, arm.unanswered_units) == (4, 3)
 
 
-def test_time_outs_and_hang_ups_are_latencies_of_at_least_what_they_took(
+def test_time_outs_and_hang_ups_count_as_latencies_of_at_least_their_time(
     make_experiment: MakeExperiment, make_record: MakeRecord
 ) -> None:
     """Without them an arm that answers 5 % of its requests never has the p95 of one that answers all."""
@@ -134,7 +134,7 @@ def test_time_outs_and_hang_ups_are_latencies_of_at_least_what_they_took(
 
     assert [arm.p50_s, arm.p95_s, arm.p99_s] == pytest.approx([0.1, 0.1, 30.0], rel=0.02)
     assert arm.at_least == ["p99_s"]
-    assert arm.tokens_per_s == pytest.approx(100)  # of what was answered
+    assert arm.tokens_per_s == pytest.approx(100)  # of answered requests
 
 
 def test_requests_outside_the_split_are_counted_by_reason(
@@ -288,7 +288,7 @@ def test_the_units_of_several_logs_are_united(
     assert report.units_since == earliest
 
 
-def test_the_earliest_exposure_counts_in_whatever_order_they_come(make_experiment: MakeExperiment) -> None:
+def test_the_earliest_exposure_counts_in_any_order(make_experiment: MakeExperiment) -> None:
     stats = ExperimentStats(None)
     times = [f"2026-01-0{day}T00:00:00.000+00:00" for day in (2, 1, 3)]
 
@@ -436,7 +436,7 @@ def test_each_set_of_weights_is_counted_since_it_came(
     stats.record(make_record(None, generation="q"))
 
     assert stats.report(experiment, "p", "t0").since == "t0"  # served before the first request came
-    assert stats.report(experiment, "q", "t9").since == "t2"  # a reload was taken back: the counts went on
+    assert stats.report(experiment, "q", "t9").since == "t2"  # a reload was undone: the counts continued
     assert stats.report(experiment, "never asked", "t8").since == "t8"
 
 
@@ -497,7 +497,7 @@ FULL_DISK = Path("/dev/full")
 
 @pytest.mark.skipif(not FULL_DISK.exists(), reason="needs /dev/full")
 @pytest.mark.parametrize("who", ["a unit that was not written", "another unit", "the end"])
-def test_what_a_full_disk_did_not_take_is_written_when_there_is_room(
+def test_lines_that_a_full_disk_rejected_are_written_when_there_is_room(
     tmp_path: Path, make_record: MakeRecord, who: str
 ) -> None:
     path = tmp_path / "exposures.jsonl"

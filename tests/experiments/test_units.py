@@ -81,7 +81,7 @@ def test_many_units_take_about_ten_bytes_each() -> None:
         tracemalloc.stop()
 
     assert num_bytes / len(units) < 12
-    assert 10 * units_module.MAX_UNITS <= 80_000_000  # so a full set takes what its comment says
+    assert 10 * units_module.MAX_UNITS <= 80_000_000  # so a full set takes the bytes in its comment
 
 
 def test_a_unit_is_added_to_many_as_quickly_as_to_few() -> None:
@@ -154,7 +154,7 @@ def test_a_set_that_is_full_takes_no_more(monkeypatch: pytest.MonkeyPatch) -> No
         pytest.param(0.001, 0.95, True, id="all would be longer"),
     ],
 )
-def test_a_quantile_says_if_it_would_be_longer_without_what_was_cut(cut_s: float, share: float, is_least: bool) -> None:
+def test_a_quantile_shows_if_cut_latencies_would_make_it_longer(cut_s: float, share: float, is_least: bool) -> None:
     latencies = LatencyHistogram()
     for i in range(95):
         latencies.observe(1.0 + i / 10)

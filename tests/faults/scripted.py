@@ -1,4 +1,4 @@
-"""A model that does what its texts tell it to, on the real engine, and clients for it."""
+"""A model that follows commands in its texts, on the real engine, and clients for it."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ class Gateway:
 
 
 class Bystanders:
-    """Clients that go on embedding while something else goes wrong.
+    """Clients that keep embedding during a fault.
 
     Attributes:
         statuses: of every answer so far.

@@ -1,4 +1,4 @@
-"""What a model can do to a gateway, over a real socket and while others are served."""
+"""Faults of a model in a gateway, over a real socket and while others are served."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A body comes whole, within its bounds, and what it may hold is reserved as it comes."""
+"""A body arrives complete, within its limits, and its memory is reserved as it arrives."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ class Upload:
     """A body whose pieces have all arrived, and its client has gone after them.
 
     Attributes:
-        left: what has not been received.
-        memory: what the request holds.
+        left: the messages that have not been received.
+        memory: the reservation of the request.
     """
 
     def __init__(
@@ -122,7 +122,7 @@ async def test_no_body_is_taken_for_compressed() -> None:
 @pytest.mark.parametrize(
     ("num_bytes", "held"), [(0, 0), (1, 64 * KIB), (64 * KIB, 64 * KIB), (64 * KIB + 1, 128 * KIB), (MIB, MIB)]
 )
-async def test_what_is_declared_is_reserved_before_it_comes(num_bytes: int, held: int) -> None:
+async def test_a_declared_length_is_reserved_in_advance(num_bytes: int, held: int) -> None:
     upload = Upload([b""], content_length=str(num_bytes))
 
     upload.body.admit()
@@ -130,7 +130,7 @@ async def test_what_is_declared_is_reserved_before_it_comes(num_bytes: int, held
     assert upload.memory.num_bytes == held
 
 
-async def test_what_is_not_declared_is_reserved_as_it_comes() -> None:
+async def test_an_undeclared_length_is_reserved_as_it_arrives() -> None:
     upload = Upload([b"a", b"a" * 64 * KIB, b"a", b"a" * MIB])
     upload.body.admit()
     held = [upload.memory.num_bytes]
@@ -141,7 +141,7 @@ async def test_what_is_not_declared_is_reserved_as_it_comes() -> None:
     assert held == [0, 64 * KIB, 128 * KIB, 128 * KIB, MIB + 128 * KIB]
 
 
-async def test_a_decoded_body_is_reserved_with_what_its_decoder_holds() -> None:
+async def test_a_decoded_body_is_reserved_with_its_decoders_memory() -> None:
     sent = gzip.compress(bytes(MIB))
     upload = Upload([sent[:-20], sent[-20:]], content_encoding="gzip", content_length=str(len(sent)))
 
@@ -163,7 +163,7 @@ async def test_only_large_bodies_wait_for_others(coding: str, num_bytes: int, is
     assert bool(upload.pace.num_bytes) == is_slowed
 
 
-# ---------------------------------------------------------------------------------------------------------- what is left
+# ---------------------------------------------------------------------------------------------------------- unread bodies
 
 
 async def test_an_unread_body_is_received_up_to_a_limit() -> None:

@@ -41,7 +41,7 @@ def decoded(coding: str, data: bytes, step: int = 1 << 16) -> bytes:
 
 @pytest.mark.parametrize("coding", CODINGS)
 @pytest.mark.parametrize("step", [1, 7, 1000, 1 << 20])
-def test_what_was_compressed_comes_back(coding: str, step: int) -> None:
+def test_a_compressed_body_is_restored(coding: str, step: int) -> None:
     text = TEXT if step > 7 else TEXT[:5000]
 
     assert decoded(coding, CODINGS[coding](text), step) == text
@@ -77,7 +77,7 @@ def test_a_bomb_comes_in_pieces(coding: str) -> None:
         (lambda _data: TEXT, "is not valid"),
     ],
 )
-def test_what_is_broken_is_said_to_be(coding: str, damage: Callable[[bytes], bytes], message: str) -> None:
+def test_a_broken_body_is_reported(coding: str, damage: Callable[[bytes], bytes], message: str) -> None:
     with pytest.raises(BadInput, match=message):
         decoded(coding, damage(CODINGS[coding](TEXT)))
 

@@ -30,7 +30,7 @@ async def test_they_pass_in_their_order() -> None:
     assert passed == list(range(10))
 
 
-async def test_what_was_not_used_is_not_saved_up() -> None:
+async def test_unused_allowance_is_not_saved() -> None:
     pace = Pace(1_000_000)
     await pace.take(1_000)
     await asyncio.sleep(0.2)

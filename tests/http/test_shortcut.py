@@ -100,7 +100,7 @@ class Leaving(Request):
         super().__init__({"type": "http", "method": "POST", "path": "/", "headers": []}, receive)
 
 
-async def test_work_is_canceled_when_its_client_leaves_and_the_task_goes_on() -> None:
+async def test_work_is_canceled_when_its_client_leaves_and_the_task_continues() -> None:
     request = Leaving()
     canceled = asyncio.Event()
 

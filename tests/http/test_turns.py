@@ -16,7 +16,7 @@ def turns() -> Turns:
 
 
 class Recorder:
-    """Work that waits until it may go on, and notes in which order it was done."""
+    """Work that waits until it may continue, and records the order of its turns."""
 
     def __init__(self, turns: Turns) -> None:
         self._turns = turns
@@ -24,7 +24,7 @@ class Recorder:
         self.may_go_on = threading.Event()
 
     async def hold(self) -> asyncio.Task[None]:
-        """Take the thread, so that what comes after it has to wait."""
+        """Take the thread, so that later work has to wait."""
         task = asyncio.create_task(self._turns.run("holder", 1, lambda: self.may_go_on.wait(10) and None))
         await asyncio.sleep(0)
         return task
@@ -33,7 +33,7 @@ class Recorder:
         return asyncio.create_task(self._turns.run(name[0], cost, lambda: self.done.append(name)))
 
 
-async def test_it_returns_what_the_work_returns_and_raises_what_it_raises(turns: Turns) -> None:
+async def test_it_returns_the_result_of_the_work_or_raises_its_error(turns: Turns) -> None:
     assert await turns.run("a", 1, threading.current_thread) is not threading.current_thread()
     with pytest.raises(ZeroDivisionError):
         await turns.run("a", 1, lambda: 1 // 0)

@@ -71,7 +71,7 @@ def url() -> Iterator[str]:
 
 
 def load(url: str, folder: Path, *options: str) -> tuple[int, str, dict[str, Any]]:
-    """Run a short load test; return its exit code, what it printed, and its results by target."""
+    """Run a short load test; return its exit code, its output, and its results by target."""
     texts = folder / "texts.txt"
     texts.write_text(SENTENCES)
     common = ["--host", url, "--texts", str(texts), "--out", str(folder), "--slot-s", "5", "--loglevel", "WARNING"]

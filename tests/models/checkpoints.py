@@ -77,7 +77,7 @@ def make_transformer(folder: Path, model_type: str, tokenizer: PreTrainedTokeniz
         },
     )
     model = T5EncoderModel(config) if model_type == "t5" else AutoModel.from_config(config, dtype=torch.float32)
-    for name, weight in model.named_parameters():  # what is always 0 or 1 at first would hide mistakes
+    for name, weight in model.named_parameters():  # a weight that is always 0 or 1 at first would hide mistakes
         if weight.ndim == 1:
             nn.init.normal_(weight, float("norm" in name.lower() and name.endswith("weight")), 0.1)
     model.save_pretrained(folder)

@@ -148,7 +148,7 @@ def make_plain(tmp_path: Path, plain_original: Callable[..., Path]) -> Callable[
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """An encoder, and what can be asked of it in one line."""
+    """An encoder, with short methods for tests."""
 
     encoder: Encoder
 

@@ -71,7 +71,7 @@ def make_cross_encoder(folder: Path, model_type: str, **changes: object) -> None
     )
     model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
     for name, weight in model.named_parameters():
-        if weight.ndim == 1:  # what is always 0 or 1 at first would hide mistakes
+        if weight.ndim == 1:  # a weight that is always 0 or 1 at first would hide mistakes
             nn.init.normal_(weight, float("norm" in name.lower() and name.endswith("weight")), 0.1)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -1,7 +1,7 @@
 """Tiny checkpoints as their publishers wrote them, with random weights, and their mathematics written a second time.
 
 The publishers' code is not run: the functions here follow its description, over tensors of the published names, one text
-at a time and without padding. They share nothing with what is tested.
+at a time and without padding. They share no code with the tested modules.
 """
 
 from __future__ import annotations

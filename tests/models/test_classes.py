@@ -252,7 +252,7 @@ def test_a_model_that_predicts_words_and_names_no_class_is_refused(
 
 
 @pytest.mark.parametrize("name", ["classifier.weight", "score.weight", "qa_outputs.weight"])
-def test_a_head_without_its_class_is_refused_unless_a_pooling_says_what_a_vector_is(
+def test_a_head_without_its_class_is_refused_unless_a_pooling_defines_the_vector(
     name: str, make_plain: MakePlain
 ) -> None:
     folder = make_plain("bert")

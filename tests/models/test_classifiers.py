@@ -124,7 +124,7 @@ def test_the_checkpoint_says_how_numbers_become_scores(
 
 
 @pytest.mark.parametrize("problem_type", [None, "regression", "multi_label_classification"])
-def test_one_label_is_a_score_whatever_it_was_trained_for(
+def test_one_label_is_a_score_for_every_problem_type(
     problem_type: str | None, make_reranker: MakeReranker, copy: Copy, edit_json: EditJson
 ) -> None:
     folder = copy(make_reranker("bert"))
@@ -182,7 +182,7 @@ def test_labels_that_the_weights_do_not_have_are_refused(
     folder = copy(make_reranker("bert", num_labels=3))
     edit_json(folder / "config.json", id2label={"0": "a", "1": "b"})
 
-    with pytest.raises(LoadError, match="the head gives 3 numbers, promised are 2 labels"):
+    with pytest.raises(LoadError, match="the head gives 3 numbers, expected 2 for its labels"):
         load(folder)
 
 

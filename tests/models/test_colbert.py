@@ -309,7 +309,9 @@ def test_a_limit_of_the_registry_counts_for_documents_and_queries(stanford: Path
 
 
 def test_another_task_is_refused(native: Path) -> None:
-    with pytest.raises(LoadError, match="the task 'separation' cannot be: this model has queries and documents only"):
+    with pytest.raises(
+        LoadError, match="the task 'separation' is not supported: this model has only queries and documents"
+    ):
         plan_load(entry(native, prompts={"clustering": "x"}))
 
 
@@ -333,7 +335,7 @@ def test_settings_belong_to_the_fingerprint(stanford: Path, copy: Copy) -> None:
         ("2_MultiVectorMask/config.json", {"other": 1}, "other is not supported"),
         ("3_Normalize/config.json", {"module_input_name": "sentence_embedding"}, "must normalize token_embeddings"),
         ("1_Dense/config.json", {"module_input_name": "sentence_embedding"}, "must read and write token_embeddings"),
-        ("1_Dense/config.json", {"out_features": 23}, "have 24 dimensions, promised are 23"),
+        ("1_Dense/config.json", {"out_features": 23}, "have 24 dimensions, expected 23"),
         (
             "sentence_bert_config.json",
             {"query_expansion": {"strategy": "other"}},
@@ -343,7 +345,7 @@ def test_settings_belong_to_the_fingerprint(stanford: Path, copy: Copy) -> None:
         (
             "sentence_bert_config.json",
             {"query_expansion": {"strategy": "min", "length": 9, "token": "[no]"}},
-            r"no token to put behind a query: the tokenizer has no \[no\]",
+            r"no token to append to a query: the tokenizer has no \[no\]",
         ),
         ("sentence_bert_config.json", {"query_length": "long"}, "query_length must be a positive number of tokens"),
         ("config_sentence_transformers.json", {"prompts": ["x"]}, "prompts must be an object of texts by name"),
@@ -395,7 +397,7 @@ def test_a_stanford_checkpoint_without_its_settings_is_refused(stanford: Path, c
     folder = copy(stanford)
     (folder / "artifact.metadata").unlink()
 
-    with pytest.raises(LoadError, match=r"artifact\.metadata: no such file: nothing says how long"):
+    with pytest.raises(LoadError, match=r"artifact\.metadata: no such file, and it defines the lengths"):
         plan_load(entry(folder))
 
 

@@ -224,7 +224,7 @@ async def test_another_run_embeds_nothing(m3: Path, connect: Connect, dataset: D
         ("tiny+dense", "returns only: multivector"),
     ],
 )
-async def test_what_a_model_does_not_have(
+async def test_outputs_that_a_model_does_not_have_are_refused(
     stanford: Path, connect: Connect, dataset: Dataset, tmp_path: Path, name: str, message: str
 ) -> None:
     http = await connect(entry(stanford))
@@ -232,7 +232,7 @@ async def test_what_a_model_does_not_have(
         await ranked(http, name, dataset, tmp_path)
 
 
-def test_candidates_are_fewer_than_what_is_asked_for_later() -> None:
+def test_there_are_fewer_candidates_than_requested_later() -> None:
     assert fusion.CANDIDATES > DEPTH
 
 

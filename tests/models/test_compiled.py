@@ -101,7 +101,7 @@ def test_segments_are_kept(make_reranker: Callable[..., Path], start: Start, tra
 
 
 def test_the_head_is_the_checkpoints_at_each_start(bert: Path, start: Start, edit_json: Callable[..., None]) -> None:
-    """Only the transformer is kept: pooling and what follows are read again."""
+    """Only the transformer is kept: pooling and the later layers are read again."""
     first = Loaded(start(bert)).vectors(SENTENCES)
     edit_json(bert / "1_Pooling" / "config.json", pooling_mode="cls")
     second = Loaded(start(bert)).vectors(SENTENCES)
@@ -109,7 +109,7 @@ def test_the_head_is_the_checkpoints_at_each_start(bert: Path, start: Start, edi
 
 
 @pytest.mark.parametrize("change", ["config.json", "max_tokens", "dtype"])
-def test_whatever_the_numbers_depend_on_makes_another_entry(
+def test_everything_that_the_numbers_depend_on_makes_another_entry(
     change: str, bert: Path, start: Start, traces: list[Path], edit_json: Callable[..., None], cache: Path
 ) -> None:
     if change == "dtype" and len(os.sched_getaffinity(0)) < 2:

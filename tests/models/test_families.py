@@ -1,4 +1,4 @@
-"""Each architecture gives the vectors that sentence-transformers gives; what would not is refused."""
+"""Each architecture gives the same vectors as sentence-transformers; others are refused."""
 
 from __future__ import annotations
 
@@ -213,7 +213,8 @@ def test_a_window_is_kept_in_rows_of_several_texts(wide_window: Path, load: Load
 def test_a_compiled_model_sees_what_transformers_own_sees(
     name: str, changes: dict[str, object], make_family: MakeFamily, copy: Copy, edit_json: EditJson, load: Load
 ) -> None:
-    """If it did not, this would be refused; with a window longer than what is compared on load it would not be noticed."""
+    """If it did not, this would be refused; with a window longer than the texts of the comparison on load, the "
+    "difference would go unnoticed."""
     folder = copy(make_family(name))
     edit_json(folder / "config.json", **changes)
 
@@ -292,7 +293,7 @@ def test_another_activation_is_another_model(distilbert: Path, edit_json: EditJs
         ({"module_input_name": "token_embeddings"}, "only a plain layer"),
         ({"module_output_name": "other"}, "only a plain layer"),
         ({"activation_function": "torch.nn.modules.activation.Softsign"}, "activation Softsign is not supported"),
-        ({"out_features": 32}, "the vectors have 48 dimensions, promised are 32"),
+        ({"out_features": 32}, "the vectors have 48 dimensions, expected 32"),
     ],
 )
 def test_a_dense_layer_that_computes_something_else_is_refused(
@@ -330,7 +331,7 @@ def test_a_dense_layer_for_another_width_is_refused(distilbert: Path, load: Load
     layer = {f"linear.{name}": tensor for name, tensor in linear_head(32, 48).items()}
     torch.save(layer, distilbert / "2_Dense" / "pytorch_model.bin")
 
-    with pytest.raises(LoadError, match="takes 32 numbers, but what it is to read has 64"):
+    with pytest.raises(LoadError, match="expects 32 numbers, but its input has 64"):
         load(distilbert, "torch")
 
 

@@ -1,4 +1,4 @@
-"""Errors name what a folder holds instead of a model: adapters, pointers, other forms of weights, incomplete files."""
+"""Errors describe a folder without a model: adapters, pointers, other forms of weights, incomplete files."""
 
 from __future__ import annotations
 
@@ -69,11 +69,11 @@ def only(folder: Path, **files: str) -> Path:
     [
         (
             {"adapter_config_dot_json": '{"base_model_name_or_path": "org/base"}'},
-            "holds a PEFT adapter .* of org/base: merge it",
+            "contains a PEFT adapter .* of org/base: merge it",
         ),
         (
             {"adapter_config_dot_json": "{}", "config_dot_json": "{}"},
-            "holds a PEFT adapter .* of a model that it does not name",
+            "contains a PEFT adapter .* of a model that it does not name",
         ),
         (
             {"model-Q4_K_M_dot_gguf": "GGUF"},
@@ -164,7 +164,7 @@ def test_weights_that_transformers_would_not_read_are_not_taken_for_the_models(m
 
 @pytest.mark.parametrize("method", ["bitsandbytes", "gptq", "awq", "fp8", "compressed-tensors", "of a later release"])
 def test_quantized_weights_are_named(method: str, make_plain: MakePlain, edit_json: EditJson) -> None:
-    """transformers asks for a package, or passes over what it does not know."""
+    """transformers asks for a package, or ignores unknown methods."""
     folder = make_plain("qwen3")
     save_modules(folder, pooling="lasttoken")
     edit_json(folder / "config.json", quantization_config={"quant_method": method, "bits": 4})

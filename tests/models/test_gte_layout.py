@@ -1,4 +1,4 @@
-"""GTE as published, `model_type: new`, gives the numbers of its publisher's formulas; what differs is refused."""
+"""GTE as published, `model_type: new`, gives the numbers of its publisher's formulas; variants are refused."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def test_stella_gives_its_publishers_numbers(stella: Path, load: Load, cosines: 
     np.testing.assert_allclose(vectors, theirs, atol=1e-4)
 
 
-def test_a_model_without_segments_and_what_a_file_leaves_out(tmp_path: Path, load: Load, cosines: Cosines) -> None:
+def test_a_model_without_segments_and_missing_keys_of_a_file(tmp_path: Path, load: Load, cosines: Cosines) -> None:
     """gte-base-en-v1.5 has no segments. The publisher's defaults are not transformers'."""
     tokenizer = unigram_tokenizer()
     left_out = ("layer_norm_eps", "rope_scaling", "rope_theta", "hidden_act", "pack_qkv", "max_position_embeddings")

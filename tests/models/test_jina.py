@@ -1,4 +1,4 @@
-"""Jina v3: each task gives what PEFT gives, mixed in any batch, whatever computes it."""
+"""Jina v3: each task gives the vectors of PEFT, mixed in any batch, with every runtime."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_a_model_that_gives_the_published_numbers_is_verified(published_model: M
     assert all(check.is_passed for check in checks), checks
 
 
-def test_what_serves_is_compared_with_the_published_numbers(
+def test_the_served_model_is_compared_with_the_published_numbers(
     published_model: ModelEntry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An adapter that the serving runtime mistakes for another, as no comparison with the reference alone would show."""
@@ -484,7 +484,7 @@ def test_a_task_without_its_adapter_is_refused(changed: Path) -> None:
     (changed / "separation" / "adapter_config.json").unlink()
 
     assert "separation" not in plan(changed).tasks
-    with pytest.raises(LoadError, match=r"'separation' has no adapter; there are: retrieval\.query, "):
+    with pytest.raises(LoadError, match=r"'separation' has no adapter; tasks with one: retrieval\.query, "):
         plan(changed, prompts={"clustering": "Cluster: "})
 
 

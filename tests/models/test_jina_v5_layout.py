@@ -33,7 +33,7 @@ Cosines = Callable[[np.ndarray, np.ndarray], np.ndarray]
 EditJson = Callable[..., None]
 Reference = Callable[[str, str], np.ndarray]
 
-# Of each task here: the adapter, and what the publisher puts before a text.
+# For each task: the adapter, and the publisher's prefix of a text.
 TASKS = {
     "retrieval.query": ("retrieval", "Query: "),
     "retrieval.passage": ("retrieval", "Document: "),

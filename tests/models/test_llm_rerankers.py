@@ -302,7 +302,7 @@ def test_a_score_may_be_the_logit_of_one_token(modular: Path, copy: Copy, edit_j
     ("template", "reason"),
     [
         (CHATML, "is not a model that embeds"),
-        (RERANKER.replace("{{ document }}", "{{ document | trim }}"), "changes the texts that it is given"),
+        (RERANKER.replace("{{ document }}", "{{ document | trim }}"), "changes the given texts"),
         (
             RERANKER.replace("{{ query }}", "{{ 0 }}").replace("{{ document }}", "{{ document }}{{ query }}"),
             "puts the document before the query",
@@ -392,7 +392,7 @@ def test_a_converted_reranker_with_a_template_for_pairs_gives_sentence_transform
 
 
 def test_without_a_template_a_converted_reranker_is_refused(converted: Path) -> None:
-    with pytest.raises(LoadError, match="For a model that was trained from Qwen3-Reranker: set instruction"):
+    with pytest.raises(LoadError, match="For a model that was trained from Qwen3-Reranker, set `instruction`"):
         plan_load(entry(converted))
 
 
@@ -401,7 +401,7 @@ def test_an_instruction_is_for_no_other_model(
 ) -> None:
     for folder, hint in (
         (make_reranker("bert"), "does not$"),
-        (make_family("bert"), "for a model that embeds: prompts"),
+        (make_family("bert"), "for a model that embeds, use `prompts`"),
     ):
         with pytest.raises(LoadError, match=hint):
             plan_load(entry(folder, instruction="any"))
@@ -410,7 +410,7 @@ def test_an_instruction_is_for_no_other_model(
 # ------------------------------------------------------------------------------------------------------------- limits
 
 
-def test_what_is_cut_and_what_is_refused(modular: Path) -> None:
+def test_long_pairs_are_cut_or_refused(modular: Path) -> None:
     encoder = load(modular)
     [whole] = tokens(encoder, QUERY, [DOCUMENTS[0]])
     [cut, start] = (tokens(encoder, QUERY, [DOCUMENTS[4]], truncate)[0] for truncate in (Truncate.END, Truncate.START))
@@ -429,7 +429,7 @@ def test_what_is_cut_and_what_is_refused(modular: Path) -> None:
 
 
 def test_a_limit_that_the_template_alone_fills_is_refused(modular: Path) -> None:
-    with pytest.raises(LoadError, match="the template alone takes the 20 tokens"):
+    with pytest.raises(LoadError, match="the template alone takes all 20 tokens"):
         load(modular, max_tokens=20)
 
 

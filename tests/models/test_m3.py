@@ -231,7 +231,7 @@ def test_heads_without_a_pooling_are_refused(m3: Path, copy: Copy) -> None:
 def test_a_head_for_another_width_is_refused(broken_head: Path, load: Load) -> None:
     torch.save(linear_head(32, 1), broken_head)
 
-    with pytest.raises(LoadError, match="takes 32 numbers, but what it is to read has 64"):
+    with pytest.raises(LoadError, match="expects 32 numbers, but its input has 64"):
         load(broken_head.parent, "reference")
 
 

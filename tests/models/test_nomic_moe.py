@@ -1,4 +1,4 @@
-"""Nomic's mixture of experts, as published, gives the numbers of its publisher's formulas; what differs is refused."""
+"""Nomic's mixture of experts, as published, gives the numbers of its publisher's formulas; variants are refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a card would be given: the packed forward at full size on fake tensors, and its numbers with the kernel's checks."""
+"""The packed forward pass of a card: at full size on fake tensors, and its numbers with the kernel's checks."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_the_whole_way_of_a_batch_fits_a_card(model_type: str, merges: bool) -> 
         assert on_host(states.pool_spans(spans)) == (7, model.config.hidden_size)
 
 
-# What is not packed: transformers' own code, padded. The best-known models, with few layers.
+# Models that are not packed: transformers' own code, padded. The best-known models, with few layers.
 PADDED = {
     "modernbert": {"hidden_size": 768, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1152},
     "qwen3": {"hidden_size": 1024, "num_hidden_layers": 2, "intermediate_size": 3072, "head_dim": 128},
@@ -99,7 +99,7 @@ PADDED = {
 
 @pytest.mark.parametrize("model_type", PADDED)
 @pytest.mark.parametrize("lengths", [[16, 1, 300, 40], [12]], ids=["a batch", "a text"])
-def test_what_is_padded_fits_a_card_too(model_type: str, lengths: Sequence[int]) -> None:
+def test_padded_models_fit_a_card_too(model_type: str, lengths: Sequence[int]) -> None:
     changes = {"pad_token_id": 0, **PADDED[model_type]}
     with fake_card():
         attention = None if model_type in ("mpnet", "deberta-v2") else "sdpa"
@@ -245,7 +245,7 @@ def test_every_packed_family(
     assert cosines(vectors, load(folder, "reference").vectors(TEXTS)).min() > LIMITS["float16"]
 
 
-def test_float32_is_what_the_kernel_does_not_take() -> None:
+def test_the_kernel_does_not_accept_float32() -> None:
     """Otherwise the tests above would not show that the kernel's checks are made."""
     texts = Texts(torch.tensor([0, 2], dtype=torch.int32), [2])
     with kernel_on_the_cpu():

@@ -1,4 +1,4 @@
-"""Decoders that embed, EuroBERT and T5: what is special about each, and what looks like one of them and is refused."""
+"""Decoders that embed, EuroBERT and T5: their special properties, and similar models that are refused."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def theirs(folder: Path) -> np.ndarray:
     return SentenceTransformer(str(folder), device="cpu").encode(list(TEXTS), normalize_embeddings=True)
 
 
-def sees_what_follows(model: Any, folder: Path) -> bool:
+def sees_later_tokens(model: Any, folder: Path) -> bool:
     """Return whether the state of a text's second token depends on its last one."""
     ids = model.encoder.tokenize(["near vectors mean near texts"], None, Truncate.END)[0].ids
     rows = [list(ids), [*ids[:-2], ids[1], ids[-1]]]
@@ -72,7 +72,7 @@ def test_attention_looks_where_the_configuration_says(
     folder = make_family(model_type, **changes)
     model = load(folder, "torch")
 
-    assert sees_what_follows(model, folder) == is_two_way
+    assert sees_later_tokens(model, folder) == is_two_way
     assert cosines(model.alone(TEXTS), theirs(folder)).min() > 0.99999
     assert cosines(model.vectors(TEXTS), theirs(folder)).min() > 0.99999
 

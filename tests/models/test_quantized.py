@@ -106,7 +106,7 @@ def test_calibrating_again_replaces_ranges_of_other_weights(calibrate: Calibrate
 @pytest.mark.parametrize(
     ("model", "texts", "content", "message"),
     [
-        ("bare", "texts.txt", None, "set `ranges: ranges/bare.json` for bare to say where to store them"),
+        ("bare", "texts.txt", None, "bare has no file for ranges: set `ranges: ranges/bare.json`"),
         ("other", "texts.txt", None, "no model 'other'; known: tiny, bare"),
         ("tiny", "none.txt", None, "none.txt: there is no such file"),
         ("tiny", "few.txt", b"one\none\n", "few.txt: has 1 texts; at least 2 are needed"),
@@ -115,7 +115,7 @@ def test_calibrating_again_replaces_ranges_of_other_weights(calibrate: Calibrate
         ("tiny", "unknown.txt", "狐\nfox\n".encode(), "tiny cannot embed the texts: input[0] has no token"),
     ],
 )
-def test_what_is_wrong_is_one_line(
+def test_an_error_is_one_line(
     calibrate: Calibrate, tmp_path: Path, model: str, texts: str, content: bytes | None, message: str
 ) -> None:
     if content is not None:

@@ -396,7 +396,7 @@ def test_a_template_without_pairs_is_refused(make_reranker: MakeReranker, copy: 
 
 
 @pytest.mark.parametrize("model_type", TYPES)
-def test_the_plan_says_what_it_is(
+def test_the_plan_describes_the_reranker(
     model_type: str, make_reranker: MakeReranker, make_family: Callable[..., Path]
 ) -> None:
     info = plan_load(entry(make_reranker(model_type))).info
@@ -443,7 +443,7 @@ def test_a_reranker_has_no_golden_vectors_to_record(make_reranker: MakeReranker,
     [
         ("classifier.weight", None, "cannot read a head of .*: KeyError: 'classifier.weight'"),
         ("bert.pooler.dense.weight", None, "cannot read a head of .*: KeyError: 'bert.pooler.dense.weight'"),
-        ("classifier.weight", (1, 32), "takes 32 numbers, but what it is to read has 64"),
+        ("classifier.weight", (1, 32), "expects 32 numbers, but its input has 64"),
     ],
 )
 def test_a_head_that_does_not_belong_is_refused(
@@ -463,7 +463,7 @@ def test_a_head_that_does_not_belong_is_refused(
 def test_an_embedding_model_that_was_a_classifier_still_embeds(
     make_family: Callable[..., Path], copy: Copy, edit_json: EditJson
 ) -> None:
-    """What sentence-transformers' files pool is an embedding, whatever class the weights were saved from."""
+    """With a Pooling in sentence-transformers' files, a model embeds, for weights of any class."""
     folder = copy(make_family("bert"))
     edit_json(folder / "config.json", architectures=["BertForSequenceClassification"])
 

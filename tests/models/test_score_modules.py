@@ -119,7 +119,7 @@ def test_the_modules_are_part_of_the_fingerprint(ettin: Path, copy: Copy) -> Non
             {"module_output_name": None},
             "modules Transformer, Pooling, Dense, LayerNorm, Dense are not supported",
         ),
-        ("4_Dense", {"out_features": 2}, "the head gives 1 numbers, promised are 2 labels"),
+        ("4_Dense", {"out_features": 2}, "the head gives 1 numbers, expected 2 for its labels"),
     ],
 )
 def test_modules_that_compute_something_else_are_refused(

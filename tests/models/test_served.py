@@ -1,4 +1,4 @@
-"""Every row of docs/models.md is held by a test, and says what the code does."""
+"""Every row of docs/models.md has a test, and describes the code's behavior."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sizes in ``config.json`` are those of the weights, whatever the publisher calls them."""
+"""Sizes in ``config.json`` are those of the weights, under any name that the publisher uses."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def test_sizes_that_the_weights_do_not_bear_out_are_refused(
 
 @pytest.mark.parametrize("pad_token_id", [0, 1, 3])
 @pytest.mark.parametrize("runtime", ["torch", "packed"])
-def test_positions_are_counted_from_behind_the_padding_id_whatever_it_is(
+def test_positions_are_counted_from_behind_any_padding_id(
     pad_token_id: int, runtime: str, make_plain: MakePlain, load: Load, cosines: Cosines
 ) -> None:
     folder = make_plain("roberta", pad_token_id=pad_token_id, max_position_embeddings=50)

@@ -197,7 +197,7 @@ def test_a_text_without_a_known_token_is_refused_by_its_index(tmp_path: Path, te
         encoder.tokenize(["fox", text], None, Truncate.END)
 
 
-def test_what_is_cut_is_reported(tmp_path: Path) -> None:
+def test_a_cut_text_is_reported(tmp_path: Path) -> None:
     encoder = load(save_model2vec(tmp_path, wordpiece_tokenizer(), max_length=LENGTH))
     texts = ["fox", "a " * 50, " " * 1000 + "fox", "inhabitants" * 100]
 
@@ -267,7 +267,7 @@ def test_texts_that_lose_their_start_are_refused(tmp_path: Path) -> None:
     module = StaticEmbedding(tokenizer.backend_tokenizer, embedding_weights=table(len(tokenizer)))
     SentenceTransformer(modules=[module], device="cpu").save(str(tmp_path), create_model_card=False)
 
-    with pytest.raises(LoadError, match="truncation at another side than the right is not supported"):
+    with pytest.raises(LoadError, match="truncation on a side other than the right is not supported"):
         load(tmp_path)
 
 

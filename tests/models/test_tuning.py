@@ -1,4 +1,4 @@
-"""What a card computes faster than torch's functions: its numbers on a CPU, and that it serves only where it pays off."""
+"""Kernels that are faster than torch's functions on a card: their numbers on a CPU, and their use only if they pay off."""
 
 from __future__ import annotations
 
@@ -431,4 +431,4 @@ def test_a_model_can_be_untuned(jina: Path, load: Load, monkeypatch: pytest.Monk
 
     untune(runtime)
 
-    assert runtime.forward(features).flat.shape[0] == 9  # what was prepared before can still be computed
+    assert runtime.forward(features).flat.shape[0] == 9  # prepared graphs can still be computed

@@ -210,7 +210,7 @@ async def test_a_query_that_is_cut_makes_every_score_one_of_a_cut_pair(client: h
         ("colbert", {"query": " ".join(SENTENCES)}, "maximum context length is 12 tokens, however query[0] has"),
     ],
 )
-async def test_what_is_too_long_is_refused_if_the_request_says_so(
+async def test_long_texts_are_refused_if_truncate_is_false(
     client: httpx.AsyncClient, model: str, fields: dict[str, Any], message: str
 ) -> None:
     response = await rerank(client, model, truncate=False, **fields)
@@ -241,7 +241,7 @@ async def test_what_is_too_long_is_refused_if_the_request_says_so(
         ),
     ],
 )
-async def test_what_a_model_cannot_score_by_is_a_400(
+async def test_an_output_that_a_model_cannot_score_by_is_a_400(
     client: httpx.AsyncClient, model: str, score_by: object, message: str
 ) -> None:
     response = await rerank(client, model, score_by=score_by)
@@ -320,7 +320,7 @@ async def test_dense_vectors_of_a_model_without_any_are_a_400(
     assert message in response.text.replace("\\", "")
 
 
-async def test_cards_and_spaces_say_what_a_model_returns(client: httpx.AsyncClient) -> None:
+async def test_cards_and_spaces_list_the_outputs_of_a_model(client: httpx.AsyncClient) -> None:
     cards = {card["id"]: card for card in (await client.get("/v1/models")).json()["data"]}
     spaces = (await client.get("/v1/spaces")).json()["data"]
 

@@ -37,7 +37,7 @@ def unigram_tokenizer(
 def sentencepiece_tokenizer(
     cls: str, sep: str, pad: str = "<pad>", *, starts_with_space: bool
 ) -> PreTrainedTokenizerFast:
-    """Return a tokenizer as Gemma, Llama 2 and Mistral have it: BPE over `▁`, bytes for what it does not know."""
+    """Return a tokenizer as Gemma, Llama 2 and Mistral have it: BPE over `▁`, bytes for unknown characters."""
     prepend = [normalizers.Prepend("▁")] if starts_with_space else []
     learned = Tokenizer(models.BPE())
     learned.normalizer = normalizers.Sequence([*prepend, normalizers.Replace(" ", "▁")])

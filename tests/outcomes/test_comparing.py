@@ -53,7 +53,7 @@ def test_an_outcome_belongs_to_the_last_exposure_of_its_unit_until_then() -> Non
     assert np.isnan(joined.before).all()
 
 
-def test_what_was_before_belongs_to_the_unit_whenever_it_is_posted() -> None:
+def test_a_value_from_before_belongs_to_the_unit_at_any_time_of_the_post() -> None:
     exposures = exposed(branches(0.5, 0.5), [0, 1, 1], [7, 8, 9], [10, 10, 10])
 
     joined = join(exposures, posted((7, 3, 4, 5, True), (7, 1, 4, 50, True), (9, 2, 1, 5, True), (9, 5, 1, 50, False)))
@@ -239,7 +239,7 @@ def test_generations_of_another_model_are_left_out() -> None:
     assert (found.num_generations, found.units) == (1, 200)
 
 
-def test_what_was_before_narrows_the_interval() -> None:
+def test_values_from_before_narrow_the_interval() -> None:
     rng = np.random.default_rng(36)
     num = 2_000
     arm = rng.integers(0, 2, num)

@@ -205,4 +205,4 @@ def test_a_file_that_cannot_be_read_is_named(models: Path, experiment: Experimen
 
     assert none == (1, "", f"the file {tmp_path / 'none.csv'} cannot be read: No such file or directory\n")
     assert not_utf8[2].startswith(f"{latin} cannot be read: 'utf-8' codec can't decode byte 0xe9")
-    assert alone == (1, "", "--outcomes: also name the exposures of the units: --exposures FILE...\n")
+    assert alone == (1, "", "--outcomes needs the exposures of the units: add --exposures FILE...\n")

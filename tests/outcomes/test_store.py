@@ -1,4 +1,4 @@
-"""The file of experiments: what was confirmed survives a kill, several processes write it, and bad files are refused."""
+"""The file of experiments: confirmed outcomes survive a kill, several processes write it, and bad files are refused."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def store(path: Path) -> Iterator[Store]:
     store.close()
 
 
-def test_what_is_kept_is_read_back(store: Store, path: Path) -> None:
+def test_stored_outcomes_are_read_back(store: Store, path: Path) -> None:
     store.expose([exposure(1), exposure(2**64 - 1, "b", answered=False), exposure(1)])
     store.keep("exp", [outcome(1, unit=-1, value=0.5, of=2.0, is_before=True), outcome(2)])
     store.keep("other", [outcome(1)])
@@ -91,7 +91,7 @@ def test_exposures_of_unknown_arms_are_left_out(store: Store, path: Path) -> Non
         assert reader.exposures("exp").unit.tolist() == [2]
 
 
-def test_the_log_goes_on_where_it_was(store: Store, path: Path) -> None:
+def test_the_log_continues_where_it_was(store: Store, path: Path) -> None:
     store.expose([exposure(1), exposure(2)])
     with Reader(path) as reader:
         number, _ = list(reader.log())[-1]
@@ -109,7 +109,7 @@ def test_the_first_decision_stays(store: Store, path: Path) -> None:
         assert reader.decisions("exp", "none") == {}
 
 
-def test_what_was_confirmed_survives_a_kill(path: Path) -> None:
+def test_confirmed_outcomes_survive_a_kill(path: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from gateway.outcomes.store import NewOutcome, Store\n"
         "store = Store(Path(sys.argv[1]), 2**30)\n"
@@ -167,7 +167,7 @@ def test_a_file_that_another_process_holds_is_busy(store: Store, path: Path, mon
     assert store.keep("exp", [outcome(1)]).stored == 1
 
 
-def test_a_full_file_keeps_what_it_has(tmp_path: Path) -> None:
+def test_a_full_file_keeps_its_contents(tmp_path: Path) -> None:
     store = Store(tmp_path / "x.sqlite3", MB)
     stored = 0
     with contextlib.suppress(StoreFull):

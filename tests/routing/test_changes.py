@@ -1,4 +1,4 @@
-"""What a reload says has changed of aliases and experiments."""
+"""The changes of aliases and experiments that a reload reports."""
 
 from __future__ import annotations
 
@@ -58,8 +58,8 @@ def test_aliases_are_listed_in_the_order_of_the_files() -> None:
     ("changes", "told"),
     [
         ({}, None),
-        ({"end": "2099-01-01"}, "changed; counts go on"),
-        ({"exclude": ("me",)}, "changed; counts go on"),
+        ({"end": "2099-01-01"}, "changed; counts continue"),
+        ({"exclude": ("me",)}, "changed; counts continue"),
         (
             {"salt": "other"},
             "one 1, new 0.5 -> one 1, new 0.5; counts start over; units that move: *one -> new 2*%*",

@@ -93,7 +93,7 @@ def test_anything_else_is_not_found_and_all_names_are_listed(router: Router, nam
     assert message == f"no model is called {name!r}"
     assert guess in ("", "'mini'?)", "'jina'?)")
     names = "jina, mini, team/small, team/large, default, jina-query, matching"
-    assert caught.value.message.endswith(f"; there are: {names}")
+    assert caught.value.message.endswith(f"; available: {names}")
 
 
 def test_an_id_wins_over_the_source_of_another_model(make_model: MakeModel, make_fleet: MakeFleet) -> None:
@@ -260,7 +260,7 @@ def test_a_model_answers_as_soon_as_it_is_ready(make_model: MakeModel, make_flee
     assert router.resolve("late", None).model is late
 
 
-# ------------------------------------------------------------------------------------------------- what may be meant
+# ------------------------------------------------------------------------------------------------- names that are available
 
 
 @pytest.mark.parametrize(
@@ -288,13 +288,13 @@ def test_the_error_for_a_name_that_is_nearly_right_suggests_the_right_one(
     assert ("did you mean" in caught.value.message) is (meant is not None)
 
 
-def test_what_may_be_meant_is_a_name_that_the_caller_may_use(router: Router) -> None:
+def test_an_error_suggests_only_names_that_the_caller_may_use(router: Router) -> None:
     client = Client("mem0", models=frozenset({"default"}))
 
     for name in ("jinaai/jina-V3", "Jina", "JINA-QUERY"):
         with pytest.raises(ModelNotFound) as caught:
             router.choose(name, client)
-        assert caught.value.message == f"no model is called {name!r}; there are: default"
+        assert caught.value.message == f"no model is called {name!r}; available: default"
 
 
 # ----------------------------------------------------------------------------------------- names that weights are known by

@@ -157,7 +157,7 @@ def test_of_a_model_that_was_not_read_any_task_may_be_named(split: Put) -> None:
     assert broken_rules(*split(aliases=[alias])) == []
 
 
-def test_what_is_not_known_breaks_no_rule(split: Put) -> None:
+def test_an_unknown_space_breaks_no_rule(split: Put) -> None:
     registry, _fleet = split(("separation", "nonsense"), aliases=ALIASES)
 
     assert broken_rules(registry, {}) == []

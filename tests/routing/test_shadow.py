@@ -198,7 +198,7 @@ async def test_a_sample_of_the_requests_is_copied(make_shadows: MakeShadows, sec
     ("error", "code"),
     [(InferenceFailed("it raised"), "inference_failed"), (RuntimeError("unexpected"), "internal_error")],
 )
-async def test_an_error_of_the_second_model_is_counted_and_the_next_copy_goes_on(
+async def test_an_error_of_the_second_model_is_counted_and_the_next_copy_runs(
     make_shadows: MakeShadows, second: Second, counted: Callable[[str], float], error: Exception, code: str
 ) -> None:
     router, shadows = make_shadows()
@@ -393,7 +393,7 @@ async def test_after_a_stop_nothing_is_taken_up(
     assert queued() == 0
 
 
-async def test_what_was_offered_just_before_a_stop_is_dropped_once(
+async def test_copies_that_are_offered_just_before_a_stop_are_dropped_once(
     make_shadows: MakeShadows, second: Second, counted: Callable[[str], float]
 ) -> None:
     router, shadows = make_shadows()

@@ -54,7 +54,7 @@ def test_a_space_is_the_same_in_every_process() -> None:
         pytest.param(space(with_instruction("text-matching", "match:")), id="a space in the instruction"),
     ],
 )
-def test_what_makes_vectors_incomparable_changes_the_space(other: str) -> None:
+def test_every_setting_that_makes_vectors_incomparable_changes_the_space(other: str) -> None:
     assert other.partition("@")[2] != space().partition("@")[2]
 
 

@@ -20,7 +20,7 @@ _SUFFIXES = {
     "gauge": [""],
     "histogram": ["_bucket", "_sum", "_count"],
 }
-# What Prometheus adds to every series, and what its client library counts of the process.
+# The labels that Prometheus adds to every series, and the metrics that its client library counts of the process.
 _LABELS = {"job", "instance"}
 _PROCESS = {"up", "process_resident_memory_bytes", "process_cpu_seconds_total", "process_open_fds"}
 _WORDS = {"by", "on", "and", "or", "unless", "group_left", "group_right", "ignoring", "without", "bool"}
@@ -66,7 +66,7 @@ def asked(expression: str) -> Iterator[tuple[str, set[str]]]:
 def grouped(expression: str) -> Iterator[tuple[set[str], str]]:
     """Yield the labels that an expression groups or joins by, each with the part whose series must have them.
 
-    That is what follows in parentheses, as in ``sum by (label) (part)``, and for a join the whole expression.
+    That is the text in parentheses, as in ``sum by (label) (part)``, and for a join the whole expression.
     """
     for match in re.finditer(r"\b(by|without|on|ignoring)\s*\(([^)]*)\)\s*", expression):
         labels = {label.strip() for label in match[2].split(",") if label.strip()}

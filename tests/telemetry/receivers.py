@@ -1,4 +1,4 @@
-"""Stand-ins for what takes traces: an OTLP receiver over HTTP or gRPC, and a Datadog Agent. All on this machine."""
+"""Fake receivers of traces: an OTLP receiver over HTTP or gRPC, and a Datadog Agent. All on this machine."""
 
 from __future__ import annotations
 

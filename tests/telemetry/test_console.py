@@ -42,12 +42,12 @@ def test_a_request_is_a_short_line() -> None:
     assert rendered(REQUEST) == f"{CLOCK} POST /v1/embeddings 200 24 ms mini 1 text 1,205 tokens search"
 
 
-def test_a_refused_request_says_what_was_asked_for_and_why() -> None:
+def test_a_refused_request_is_shown_with_its_model_and_reason() -> None:
     refused = {**REQUEST, "status": 404, "ms": 1.23, "model": "minni", "error_code": "model_not_found"}
-    refused |= {"reason": "no model 'minni'; there are: mini", "num_texts": None, "num_tokens": None}
+    refused |= {"reason": "no model 'minni'; available: mini", "num_texts": None, "num_tokens": None}
 
     assert rendered(refused) == (
-        f"{CLOCK} POST /v1/embeddings 404 1.2 ms minni model_not_found no model 'minni'; there are: mini search"
+        f"{CLOCK} POST /v1/embeddings 404 1.2 ms minni model_not_found no model 'minni'; available: mini search"
     )
 
 
@@ -85,7 +85,7 @@ def test_an_event_without_the_values_of_its_sentence_shows_those_that_it_has() -
     assert said("model_loading", model="on-demand") == f"{CLOCK} model_loading model=on-demand"
 
 
-def test_what_a_file_names_cannot_steer_the_terminal() -> None:
+def test_names_from_files_cannot_control_the_terminal() -> None:
     assert said("model_ready", model="\x1b[2J{url}\n", seconds=1) == f"{CLOCK} \\x1b[2J{{url}}\\n: ready after 1 s"
 
 
@@ -97,7 +97,7 @@ def test_another_event_has_its_values_and_is_marked_when_it_is_a_warning() -> No
     assert rendered({**event, "level": "warning"}) == f"{CLOCK} warning: model_loaded model=mini seconds=3.2"
 
 
-def test_what_a_client_sent_cannot_steer_the_terminal() -> None:
+def test_text_from_clients_cannot_control_the_terminal() -> None:
     line = rendered({**REQUEST, "model": "\x1b[2J\x07evil\r\n09:00:00 POST"})
 
     assert "\x1b" not in line

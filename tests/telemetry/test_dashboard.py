@@ -37,7 +37,7 @@ def test_every_series_and_label_exists(expression: str) -> None:
         ('absent(up{job="x"})', [("up", {"job"})]),
     ],
 )
-def test_what_an_expression_asks_for_is_found(expression: str, expected: list[tuple[str, set[str]]]) -> None:
+def test_the_metrics_of_an_expression_are_found(expression: str, expected: list[tuple[str, set[str]]]) -> None:
     assert list(asked(expression)) == expected
 
 
@@ -49,7 +49,7 @@ def test_what_an_expression_asks_for_is_found(expression: str, expected: list[tu
         ("sum(x)", []),
     ],
 )
-def test_what_an_expression_groups_by_is_found(expression: str, expected: list[tuple[set[str], str]]) -> None:
+def test_the_groups_of_an_expression_are_found(expression: str, expected: list[tuple[set[str], str]]) -> None:
     assert list(grouped(expression)) == expected
 
 
@@ -64,7 +64,7 @@ def test_every_metric_of_a_model_is_shown_or_alerts() -> None:
     assert unused <= {"gateway_shadow_texts", "gateway_shadow_tokens", "gateway_shadow_queue"}
 
 
-def test_what_is_generated_is_up_to_date() -> None:
+def test_generated_files_are_up_to_date() -> None:
     assert stale() == []
 
 

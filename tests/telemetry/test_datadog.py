@@ -22,7 +22,7 @@ STAGES = {"tokenize", "queue", "inference"}
 
 @dataclass(frozen=True)
 class Traced:
-    """What the Agent and the log of a gateway have after a request that succeeded and one that failed."""
+    """The Agent's traces and the log of a gateway after a request that succeeded and one that failed."""
 
     spans: list[Span]
     paths: set[str]
@@ -72,7 +72,7 @@ def test_a_request_is_one_trace_with_the_span_of_the_request_and_ours(traced: Tr
     assert {traced.named(stage).parent_id for stage in STAGES} == {embeddings.span_id}
 
 
-def test_the_spans_hold_what_they_hold_elsewhere(traced: Traced) -> None:
+def test_the_spans_have_the_same_attributes_as_elsewhere(traced: Traced) -> None:
     request = traced.named("POST /v1/embeddings").attributes
     assert request["service"] == "embedding-gateway"
     assert request["http.status_code"] == "200"

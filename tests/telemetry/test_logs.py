@@ -364,7 +364,7 @@ def test_libraries_draw_no_progress_bars_among_the_lines_unless_asked_to(monkeyp
 
 
 @pytest.mark.usefixtures("restored_logging")
-def test_flushing_the_logs_writes_what_is_queued(pipe: tuple[int, TextIO], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flushing_the_logs_writes_queued_lines(pipe: tuple[int, TextIO], monkeypatch: pytest.MonkeyPatch) -> None:
     reader, stream = pipe
     monkeypatch.setattr(sys, "stderr", stream)
     configure_logs("info", "json")

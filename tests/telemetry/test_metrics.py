@@ -72,7 +72,7 @@ async def test_a_request_is_seen_in_every_stage(deployment: Deployment) -> None:
     assert found["gateway_build_info"] == {(("version", __version__),): 1}
 
 
-async def test_a_model_says_what_it_is_and_where_it_is_in_its_life(deployment: Deployment) -> None:
+async def test_a_model_has_metrics_of_its_info_and_its_state(deployment: Deployment) -> None:
     transport = httpx.ASGITransport(create_app(deployment))
     async with httpx.AsyncClient(transport=transport, base_url="http://gateway") as client:
         found = await scrape(client)
@@ -91,7 +91,7 @@ async def test_a_model_says_what_it_is_and_where_it_is_in_its_life(deployment: D
     assert info.keys() == {"model", "source", "revision", "space", "dtype", "device", "runtime"}
 
 
-async def test_what_is_counted_of_a_model_goes_when_the_model_does(deployment: Deployment) -> None:
+async def test_the_metrics_of_a_model_are_removed_with_it(deployment: Deployment) -> None:
     transport = httpx.ASGITransport(create_app(deployment))
     async with httpx.AsyncClient(transport=transport, base_url="http://gateway") as client:
         for model in ("measured", "other"):
@@ -109,7 +109,7 @@ async def test_what_is_counted_of_a_model_goes_when_the_model_does(deployment: D
     assert 'gateway_embed_requests_total{arm="",experiment="",model="other",outcome="ok",task=""} ' in after
 
 
-async def test_no_label_is_made_of_what_a_client_sends(deployment: Deployment) -> None:
+async def test_no_label_contains_text_of_a_client(deployment: Deployment) -> None:
     made_up = "made-up-by-a-client"
     transport = httpx.ASGITransport(create_app(deployment))
     async with httpx.AsyncClient(transport=transport, base_url="http://gateway") as client:

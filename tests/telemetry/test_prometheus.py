@@ -1,4 +1,4 @@
-"""A real Prometheus scrapes a gateway that serves, evaluates the rules, and answers what the dashboard asks."""
+"""A real Prometheus scrapes a gateway that serves, evaluates the rules, and answers the dashboard's queries."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ SHOWN = {
     "Where the time goes",
     "p95 of stages",
     "State",
-    "What they are",
+    "Models",
     "Resident memory",
     "CPU",
     "Open files",

@@ -123,7 +123,7 @@ def test_a_context_is_shown_unless_it_is_suppressed_and_a_circle_ends() -> None:
         except KeyError:
             if is_hidden:
                 raise ValueError("outer") from None
-            raise ValueError("outer")  # noqa: B904  what is tested
+            raise ValueError("outer")  # noqa: B904  the tested case
 
     assert "During handling" in format_traceback(raised(lambda: handle(is_hidden=False)))
     assert "inner" not in format_traceback(raised(lambda: handle(is_hidden=True))).rsplit("\n", 1)[-1]

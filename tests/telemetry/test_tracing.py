@@ -266,7 +266,7 @@ async def test_a_name_that_no_model_has_is_in_no_span_name(
 
 
 @pytest.mark.parametrize(("method", "name"), [("GET", "GET"), ("MADE-UP", "HTTP")])
-async def test_what_a_client_makes_up_is_in_no_name(
+async def test_invented_names_of_clients_are_in_no_span_name(
     client: httpx.AsyncClient, exporter: InMemorySpanExporter, method: str, name: str
 ) -> None:
     path = "/made/up" * 100
@@ -311,7 +311,7 @@ async def test_probes_and_scrapes_are_not_traced(
     assert set(by_name(exporter)) == {"GET /v1/models"}
 
 
-async def test_what_the_caller_does_not_sample_is_not_recorded(
+async def test_a_trace_that_the_caller_does_not_sample_is_not_recorded(
     client: httpx.AsyncClient, exporter: InMemorySpanExporter, backend: Backend, lines: list[EventDict]
 ) -> None:
     assert (await embed(client, headers=NOT_SAMPLED)).status_code == 200
@@ -333,7 +333,7 @@ async def test_a_log_line_names_its_trace(
         assert (line["event"], line["trace_id"], line["span_id"]) == (line["event"], TRACE_ID, span_id)
 
 
-async def test_the_context_goes_on_with_what_the_gateway_sends(
+async def test_the_context_is_sent_with_the_gateways_own_requests(
     client: httpx.AsyncClient, exporter: InMemorySpanExporter, backend: Backend
 ) -> None:
     await embed(client, headers={**SAMPLED, "baggage": "tenant=a"})

@@ -75,7 +75,7 @@ def test_the_last_spans_are_sent_when_the_gateway_stops(traced: Traced) -> None:
     assert {traced.span(stage).parent_id for stage in stages} == {embeddings.span_id}
 
 
-def test_what_the_model_did_is_in_the_trace(traced: Traced) -> None:
+def test_the_work_of_the_model_is_in_the_trace(traced: Traced) -> None:
     attributes = traced.span("embeddings default").attributes
     assert attributes["gen_ai.response.model"] == MODEL
     assert attributes["gen_ai.usage.input_tokens"] == traced.answer["usage"]["prompt_tokens"]
@@ -180,7 +180,7 @@ def test_a_package_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch, pro
             pass
 
 
-def test_what_the_sdk_refuses_stops_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings_that_the_sdk_refuses_stop_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
     set_environ(monkeypatch, OTEL_TRACES_EXPORTER="console", OTEL_BSP_MAX_QUEUE_SIZE="1")
 
     with pytest.raises(StartError, match="max_export_batch_size must be less than"):  # noqa: SIM117

@@ -158,7 +158,7 @@ def in_order(items: Sequence[_Object], num_texts: int) -> Sequence[_Object]:
         if not 0 <= place < num_texts:
             raise WrongAnswer(f"the index {place} for {num_texts} texts")
         if place in by_index:
-            raise WrongAnswer(f"the index {place} twice, or left out of two vectors")
+            raise WrongAnswer(f"the index {place} twice, or two vectors without an index")
         by_index[place] = item
     return [by_index[place] for place in range(num_texts)]
 

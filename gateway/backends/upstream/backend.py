@@ -174,7 +174,7 @@ class UpstreamBackend:
             limit, num_before, which = limit // _LOW_PART, self._num_low_texts, " of low priority"
         if num_before and num_before + len(job.texts) > limit:
             raise Overloaded(
-                f"model {self._entry.id!r} is full: {num_before} texts{which} are on their way, this request has "
+                f"model {self._entry.id!r} is full: {num_before} texts{which} are in progress, and this request has "
                 f"{len(job.texts)}; the limit is {limit}",
                 retry_after_s=1,
             )
@@ -282,7 +282,7 @@ class UpstreamBackend:
     def _check_blank(self, server: Server, prepared: Sequence[str], places: range) -> None:
         if server.quirks is not None and (refused := server.quirks.first_refused(prepared)) is not None:
             raise BadInput(
-                f"text {places[refused]} is blank, and {server.name}, where model {self._entry.id!r} runs, takes no blank "
+                f"text {places[refused]} is blank, and {server.name}, where model {self._entry.id!r} runs, rejects blank "
                 "texts: leave it out",
                 param="input",
             )
@@ -302,7 +302,7 @@ class UpstreamBackend:
 
     async def vocabulary(self) -> Vocabulary:
         raise UnsupportedOutput(
-            f"model {self._entry.id!r} runs elsewhere, and its tokenizer is not here", param="model"
+            f"model {self._entry.id!r} runs on another server, and its tokenizer is not on this one", param="model"
         )
 
     # -------------------------------------------------------------------------------------------------------- end

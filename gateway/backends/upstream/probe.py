@@ -142,8 +142,8 @@ async def _check_texts(server: Server, tasks: Tasks, vectors: Vectors) -> None:
         alone = (await _embed(server, tasks, [text], None)).vectors[0]
         if cosine(alone, vector) < SAME_MODEL_COSINE:
             raise LoadError(
-                f"{server.name} gives {text[:40]!r} another vector alone than among several texts: vectors do not come in "
-                "the order of the texts, or differ from request to request"
+                f"{server.name} returns a different vector for {text[:40]!r} alone than among several texts: its "
+                "vectors are not in the order of the texts, or differ from request to request"
             )
 
 

@@ -62,14 +62,14 @@ class Resolver:
         """
         key = (host, port)
         if key in self._hanging and key in self._running:  # no further waiters, which would add up
-            raise NotResolved("timeout", f"the resolver still has not answered for {host!r}")
+            raise NotResolved("timeout", f"the resolver still has not responded for {host!r}")
         try:
             answer = asyncio.wrap_future(self._running.get(key) or self._begin(key))
             addresses = await asyncio.wait_for(answer, self._timeout_s)
         except TimeoutError:
             self._hanging.add(key)
             raise NotResolved(
-                "timeout", f"the resolver has not answered for {host!r} in {self._timeout_s:g} s"
+                "timeout", f"the resolver has not responded for {host!r} in {self._timeout_s:g} s"
             ) from None
         except (OSError, ValueError) as error:  # a label that is too long is a ValueError
             raise NotResolved(

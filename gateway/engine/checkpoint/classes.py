@@ -96,7 +96,7 @@ def require_model_type(config: Mapping[str, Json], folder: Path) -> str:
         method = config["quantization_config"]
         name = method.get("quant_method", "unnamed") if isinstance(method, dict) else method
         raise LoadError(
-            f"{folder}: quantized weights (quantization_config, {name}) are not supported: take the repository with the "
+            f"{folder}: quantized weights (quantization_config, {name}) are not supported: use the repository with the "
             "weights in float16, bfloat16 or float32"
         )
     if model_type != "gemma2" and (cap := config.get("attn_logit_softcapping")):
@@ -135,13 +135,13 @@ def require_known_code(folder: Path, config: Mapping[str, Json], model_type: str
         if (model_type, name) not in _SAME_MATHEMATICS and not is_two_way:
             raise LoadError(
                 f"{folder}: it has its own code ({name}, in auto_map) that would change what {model_type!r} computes: "
-                "without that code its vectors would be wrong. If you trust the code: trust_remote_code: true"
+                "without that code, its vectors would be wrong. If you trust the code, set trust_remote_code: true"
             )
     tokenizer, is_same = _own_tokenizer(folder, config, model_type)
     if tokenizer is not None and not is_same and not trust_remote_code:
         raise LoadError(
-            f"{folder}: its tokenizer has its own code ({tokenizer}, in auto_map): without that code texts might become "
-            "other tokens. If you trust the code: trust_remote_code: true"
+            f"{folder}: its tokenizer has its own code ({tokenizer}, in auto_map): without that code, texts might be "
+            "split into other tokens. If you trust the code, set trust_remote_code: true"
         )
     return False
 
@@ -174,7 +174,7 @@ def require_embedder(folder: Path, config: Mapping[str, Json], model_type: str, 
         return
     what = what or f"it is not the class of transformers for {model_type!r}"
     raise LoadError(
-        f"{folder}: {name} is not a model that embeds: {what}. There is no modules.json with a Pooling that says how its "
+        f"{folder}: {name} is not a model that embeds: {what}. There is no modules.json with a Pooling that defines how its "
         "token states become the vector of a text"
     )
 

@@ -285,9 +285,7 @@ def _read_pylate(
 def _read_stanford(folder: Path, config: Mapping[str, Json]) -> Colbert:
     path = folder / "artifact.metadata"
     if not path.exists():
-        raise LoadError(
-            f"{path}: no such file: nothing says how long queries and documents are, and which markers they have"
-        )
+        raise LoadError(f"{path}: no such file, and it defines the lengths and markers of queries and documents")
     metadata = read_object(path)
     shape = read_shapes(weights_files(folder)).get(f"{STANFORD_PROJECTION}.weight")
     if shape is None or len(shape) != 2:

@@ -76,8 +76,8 @@ def require_disk_space(repositories: Sequence[Repository]) -> None:
     missing, free = sum(one.missing_bytes for one in repositories), free_bytes(cache_folder())
     if missing > free:
         raise LoadError(
-            f"{format_size(missing)} are to be downloaded, and {format_size(free)} are free in {cache_folder()}: make room, "
-            "or set HF_HOME to a folder on another disk"
+            f"{format_size(missing)} would be downloaded, but only {format_size(free)} are free in {cache_folder()}: "
+            "make room, or set HF_HOME to a folder on another disk"
         )
 
 

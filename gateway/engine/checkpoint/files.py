@@ -71,8 +71,8 @@ def require_model(folder: Path) -> None:
     if adapter.exists():
         base = read_object(adapter).get("base_model_name_or_path")
         raise LoadError(
-            f"{folder}: holds a PEFT adapter (adapter_config.json) of {base or 'a model that it does not name'}: merge it "
-            "into its base model (`merge_and_unload`), save that, and serve the result"
+            f"{folder}: contains a PEFT adapter (adapter_config.json) of {base or 'a model that it does not name'}: "
+            "merge it into its base model (`merge_and_unload`), save that, and serve the result"
         )
     path = folder / "config.json"
     if not path.exists():

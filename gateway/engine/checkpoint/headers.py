@@ -68,6 +68,6 @@ def _require_wide(path: Path, narrow: Mapping[str, str]) -> None:
     for name, dtype in narrow.items():
         if name.endswith("weight"):  # a table of constants may have such a type
             raise LoadError(
-                f"{path}: {name} is quantized ({dtype}), which is not supported: take the repository with the weights in "
+                f"{path}: {name} is quantized ({dtype}), which is not supported: use the repository with the weights in "
                 "float16, bfloat16 or float32"
             )

@@ -303,9 +303,7 @@ def require_known(config: Mapping[str, Json], known: Iterable[str], path: Path) 
     """
     unknown = [key for key in config if key not in known]
     if unknown:
-        raise LoadError(
-            f"{path}: {', '.join(unknown)} is not supported: it is not known whether it changes the vectors"
-        )
+        raise LoadError(f"{path}: {', '.join(unknown)} is not supported: it might change the vectors")
 
 
 # ------------------------------------------------------------------------------------------------- the model as a whole

@@ -89,7 +89,7 @@ def read_pair_template(folder: Path, instruction: str | None, *, is_declared: bo
         raise LoadError(f"{where} has no place for an instruction (a message of the role 'system')")
     for query, document in _PROBES:
         if render(_messages(instruction, query, document)) != f"{before}{query}{between}{document}{after}":
-            raise LoadError(f"{where} changes the texts that it is given, which is not supported")
+            raise LoadError(f"{where} changes the given texts, which is not supported")
     return PairTemplate(before, between, after)
 
 

@@ -66,8 +66,8 @@ def read_ranking(
         ranking = _read(folder, root, config, scores, is_plain=is_plain, source=source, instruction=instruction)
     if instruction is not None and ranking.template is None:
         raise LoadError(
-            f"{folder}: instruction is for a model that reads a query and a text by a template, which this one does not"
-            + ("; for a model that embeds: prompts" if ranking.classifier is None else "")
+            f"{folder}: `instruction` is only for models that read a query and a text in a template, and this model does not"
+            + ("; for a model that embeds, use `prompts`" if ranking.classifier is None else "")
         )
     return ranking
 
@@ -108,7 +108,7 @@ def _read(
         if template is None and is_plain and classifier.pooling is Pooling.LAST and has_chat_template(root):
             raise LoadError(
                 f"{folder}: its chat template has no place for a query and a document, and without a template the scores of "
-                "an LLM are almost random. For a model that was trained from Qwen3-Reranker: set instruction"
+                "an LLM are almost random. For a model that was trained from Qwen3-Reranker, set `instruction`"
             )
         found = Ranking(classifier, template, is_pooled=False)
     if prompt is not None and found.template is None:

@@ -300,7 +300,9 @@ def _require_embedder(
             )
         return
     if modules.pooling is None:
-        raise LoadError(f"{folder}/modules.json: lists a Transformer and no Pooling: nothing makes a vector of a text")
+        raise LoadError(
+            f"{folder}/modules.json: lists a Transformer and no Pooling, so token states do not become the vector of a text"
+        )
     if modules.own_code:
         raise LoadError(f"{folder}/modules.json: {modules.own_code[0]} is the checkpoint's own code, which is not run")
 

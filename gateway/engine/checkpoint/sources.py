@@ -87,7 +87,7 @@ def require_readable(entry: ModelEntry) -> None:
     instead = INSTEAD_OF.get(entry.source.lower())
     if instead is not None:
         raise LoadError(
-            f"{entry.source} needs its own code, which does not run with this transformers: take source: {instead}, the "
+            f"{entry.source} needs its own code, which does not run with this transformers: set source: {instead}, the "
             "same model in transformers' form"
         )
 
@@ -227,7 +227,9 @@ def verify_sha256(folder: Path, expected: Mapping[str, str]) -> None:
             raise LoadError(f"{name}: pinned by sha256 in the registry, but not in {folder}")
         got = file_sha256(path)
         if got != wanted:
-            raise LoadError(f"{name}: its sha256 is {got}, but the registry pins {wanted}: not the file that was meant")
+            raise LoadError(
+                f"{name}: its sha256 is {got}, but the registry pins {wanted}: the file is not the pinned one"
+            )
 
 
 def file_sha256(path: Path) -> str:

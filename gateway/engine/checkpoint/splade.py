@@ -144,8 +144,8 @@ def _without_modules(folder: Path, max_active: int | None) -> Splade | None:
         return None
     if (folder / _IDF).exists():
         raise LoadError(
-            f"{folder}: has weights for queries ({_IDF}) and no modules.json, which says how its documents are weighted: "
-            "take a revision with modules.json"
+            f"{folder}: has weights for queries ({_IDF}) and no modules.json, which defines how its documents are weighted: "
+            "use a revision with modules.json"
         )
     return Splade(max_active=max_active)
 

@@ -79,7 +79,7 @@ def _truncation_length(path: Path) -> int | None:
     if not isinstance(truncation, dict):
         return None
     if truncation.get("direction", "Right") != "Right":
-        raise LoadError(f"{path}: truncation at another side than the right is not supported: a text is cut at its end")
+        raise LoadError(f"{path}: truncation on a side other than the right is not supported: texts are cut at the end")
     return as_length(truncation.get("max_length"))
 
 

@@ -33,7 +33,9 @@ class ChatPairTokenizer(Tokenizer):
             if start + self._tail != self._encode(template.before + text + template.after, has_special=False):
                 raise ValueError("the template's end does not begin with a special token")
         if self._num_fixed >= max_tokens:
-            raise ValueError(f"the template alone takes the {max_tokens} tokens of the limit, without any text")
+            raise ValueError(
+                f"the template alone takes all {max_tokens} tokens of the limit and leaves none for a text"
+            )
 
     def read_query(self, query: str) -> Steps[str]:
         """Return the query unchanged: it is tokenized with each text, because both may share a token with the template."""

@@ -29,7 +29,9 @@ def choose_runtime(setting: str, device: str, dtype: str, model_type: str) -> st
     if setting in ("reference", "packed"):
         return "torch" if setting == "reference" else "torch-packed"
     if setting == "openvino" and device != "cpu":
-        raise LoadError(f"runtime openvino is for the CPU, and this model runs on {device}; use runtime: torch or auto")
+        raise LoadError(
+            f"runtime openvino runs on CPUs only, and this model is on {device}; use runtime: torch or auto"
+        )
     is_installed = find_spec("openvino") is not None
     if setting == "openvino" and not is_installed:
         raise LoadError("runtime openvino: the package openvino is not installed; use runtime: torch or auto")

@@ -92,7 +92,7 @@ def query_tokenizer(tokenizer: Any, colbert: Colbert, max_tokens: int) -> Tokeni
     if expansion.token is not None:
         mask_id = tokenizer.get_vocab().get(expansion.token)
     if mask_id is None:
-        raise LoadError(f"no token to put behind a query: the tokenizer has no {expansion.token or 'mask token'}")
+        raise LoadError(f"no token to append to a query: the tokenizer has no {expansion.token or 'mask token'}")
     return QueryTokenizer(fast, max_tokens, expansion, int(mask_id))
 
 

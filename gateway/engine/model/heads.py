@@ -145,7 +145,9 @@ class ScoreHead(nn.Module):
                 require_inputs(folder, linear, width)
                 width = linear.out_features
         if width != len(classifier.labels):
-            raise LoadError(f"{folder}: the head gives {width} numbers, promised are {len(classifier.labels)} labels")
+            raise LoadError(
+                f"{folder}: the head gives {width} numbers, expected {len(classifier.labels)} for its labels"
+            )
         self.requires_grad_(False)
 
     def forward(self, states: TokenStates, spans: Sequence[Sequence[tuple[int, int]] | None]) -> torch.Tensor:
@@ -226,7 +228,7 @@ def reading(where: Path, what: str) -> Iterator[None]:
 
 def require_inputs(where: Path, layer: nn.Linear, num_in: int) -> None:
     if layer.in_features != num_in:
-        raise LoadError(f"{where}: takes {layer.in_features} numbers, but what it is to read has {num_in}")
+        raise LoadError(f"{where}: expects {layer.in_features} numbers, but its input has {num_in}")
 
 
 class Dense(nn.Module):
@@ -255,7 +257,7 @@ class Dense(nn.Module):
         require_inputs(folder, self.linear, num_in)
         self.out_features = self.linear.out_features
         if self.out_features != config.width:
-            raise LoadError(f"{folder}: the vectors have {self.out_features} dimensions, promised are {config.width}")
+            raise LoadError(f"{folder}: the vectors have {self.out_features} dimensions, expected {config.width}")
         self.activation = ACTIVATIONS[config.activation]()
         self.residual: nn.Module | None = None
         if config.has_residual:

@@ -53,7 +53,7 @@ def load_model(
     if unknown := unknown_tensors(report["unexpected_keys"], checkpoint):
         raise LoadError(
             f"{checkpoint.folder}: the weights hold {unknown[:3]} ({len(unknown)} in all), which {type(model).__name__} "
-            "does not use: the checkpoint computes something else, or more"
+            "does not use: the checkpoint computes something different or additional"
         )
     if _has_growing_rope(model.config):
         raise LoadError(

@@ -37,7 +37,9 @@ class PairTokenizer(Tokenizer):
         self._after = template.ids[second_end:]
         self._room = max_tokens - len(self._before) - len(self._between) - len(self._after)
         if self._room < 1:
-            raise ValueError(f"a pair alone takes the {max_tokens} tokens of the limit, without any text")
+            raise ValueError(
+                f"the special tokens of a pair take all {max_tokens} tokens of the limit and leave none for a text"
+            )
         # The offset of the second segment from the end of the query: after the tokens between, or before one of them.
         self._segment_offset: int | None = None
         if has_segments and any(types):

@@ -55,7 +55,7 @@ def test_without_any_index_the_order_is_that_of_the_answer(absent: object) -> No
     assert read(answer(absent, absent, absent)) == ROWS
 
 
-def test_a_writer_that_leaves_out_what_is_0_leaves_out_the_first() -> None:
+def test_a_writer_that_leaves_out_zeros_leaves_out_the_first_index() -> None:
     assert read(answer(2, 1, ...)) == ROWS[::-1]
 
 
@@ -64,7 +64,7 @@ def test_a_writer_that_leaves_out_what_is_0_leaves_out_the_first() -> None:
     [
         ((0, 1, 1), "the index 1 twice"),
         ((0, 0, 0), "the index 0 twice"),
-        ((1, ..., ...), "the index 0 twice, or left out of two vectors"),
+        ((1, ..., ...), "the index 0 twice, or two vectors without an index"),
         ((0, 1, 3), "the index 3 for 3 texts"),
         ((-1, 0, 1), "the index -1 for 3 texts"),
         (("0", "1", "2"), "the index '0', which is not a whole number"),
@@ -118,7 +118,7 @@ def test_a_vector_is_numbers_or_base64(embedding: object) -> None:
         (0.5, "'0.5' in place of a vector"),
     ],
 )
-def test_what_is_not_a_vector_is_refused(embedding: object, problem: str) -> None:
+def test_a_value_that_is_not_a_vector_is_refused(embedding: object, problem: str) -> None:
     with pytest.raises(WrongAnswer, match=problem) as caught:
         read_vectors([embedding])
     assert not isinstance(caught.value, BadVectors)
@@ -186,7 +186,7 @@ def test_a_byte_order_mark_is_passed_over() -> None:
     assert read(b"\xef\xbb\xbf" + answer(0, 1, 2)) == ROWS
 
 
-# ------------------------------------------------------------------------------------------------- what is no answer
+# ------------------------------------------------------------------------------------------------- invalid answers
 
 
 @pytest.mark.parametrize(
@@ -209,7 +209,7 @@ def test_a_byte_order_mark_is_passed_over() -> None:
         (b'{"data": []}', "0 vectors for 1 texts"),
     ],
 )
-def test_what_is_not_an_answer_of_openais_is_refused(content: bytes, problem: str) -> None:
+def test_an_answer_without_openais_form_is_refused(content: bytes, problem: str) -> None:
     with pytest.raises(WrongAnswer, match=problem):
         OPENAI.read(content, {}, 1)
 
@@ -224,7 +224,7 @@ def test_what_is_not_an_answer_of_openais_is_refused(content: bytes, problem: st
         (b"[[[1.0]]]", "token vectors"),
     ],
 )
-def test_what_is_not_an_answer_of_teis_is_refused(content: bytes, problem: str) -> None:
+def test_an_answer_without_teis_form_is_refused(content: bytes, problem: str) -> None:
     with pytest.raises(WrongAnswer, match=problem):
         TEI.read(content, {}, 1)
 

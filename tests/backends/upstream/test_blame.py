@@ -1,4 +1,4 @@
-"""Who pays for what goes wrong on another server: the text, the request or the server that it is due to, and no one else."""
+"""A failure on another server costs only its cause: the text, the request or the server."""
 
 from __future__ import annotations
 
@@ -231,7 +231,7 @@ async def test_a_busy_server_is_not_taken_for_a_broken_one(server: StandIn) -> N
     assert states.reported == []
 
 
-async def test_a_server_that_answers_others_meanwhile_is_not_taken_for_hung(server: StandIn) -> None:
+async def test_a_server_that_answers_others_in_the_meantime_does_not_count_as_hung(server: StandIn) -> None:
     """It is too slow for the probe, and not hung: a client's request is answered in the same time."""
     states = States()
     async with loaded(entry(server, upstream={"timeout_s": 1.0}), states) as backend:
@@ -375,7 +375,7 @@ async def test_another_server_is_asked_for_a_text_that_one_cannot_embed(servers:
             np.testing.assert_array_equal(embeddings.vectors, expected([POISON]))
 
 
-async def test_a_server_is_not_asked_again_for_what_it_would_fail_at_again(servers: tuple[StandIn, StandIn]) -> None:
+async def test_a_server_does_not_get_a_request_again_that_would_fail_again(servers: tuple[StandIn, StandIn]) -> None:
     """One server gives no vector for a text, and the other one breaks the connection off: only that is worth repeating."""
     async with loaded(entry(*servers, upstream={"max_retries": 6})) as backend:
         servers[0].fault, servers[1].fault = "nan", "half"
@@ -415,7 +415,7 @@ async def test_too_many_texts_for_a_server_are_sent_in_parts(server: StandIn, st
 
     np.testing.assert_array_equal(embeddings.vectors, expected())
     assert sum(embeddings.num_tokens) == 3 * len(TEXTS)
-    # What one client's long texts need says nothing of the next one's.
+    # The time of one client's long texts does not predict the next client's.
     assert refused == (3 if "html" in message or "tokens" in message else 0)
 
 
@@ -510,7 +510,7 @@ async def test_the_key_is_not_repeated(server: StandIn) -> None:
     assert sum("no such key: …" in text for text in said) == 5
 
 
-async def test_an_error_with_status_200_is_what_it_says(server: StandIn) -> None:
+async def test_an_error_with_status_200_counts_as_an_error(server: StandIn) -> None:
     async with loaded(entry(server)) as backend:
 
         def answer(error: object) -> None:
@@ -552,16 +552,14 @@ async def test_when_to_come_back_is_passed_on(server: StandIn, status: str, head
     assert error.retry_after_s == seconds
 
 
-# ------------------------------------------------------------------------------------------------------- what is shown
+# ------------------------------------------------------------------------------------------------------- metrics and log
 
 
 def sample(name: str, **labels: str) -> float:
     return metrics.REGISTRY.get_sample_value(name, labels) or 0.0
 
 
-async def test_requests_are_counted_by_server_and_by_what_came_of_them(
-    server: StandIn, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_requests_are_counted_by_server_and_result(server: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watch_module, "_LOOK_S", 1000.0)
     monkeypatch.setattr(watch_module, "_SETTLE_S", 1000.0)  # trials would count as well
     async with loaded(entry(server, id="counted", upstream={"timeout_s": 3.0, "max_retries": 0})) as backend:
@@ -617,7 +615,7 @@ async def test_what_waits_is_shown_while_it_waits(server: StandIn) -> None:
 
 
 @pytest.mark.parametrize("fault", ["", "500", "400"])
-async def test_the_limit_counts_what_is_on_its_way_and_not_what_has_been(server: StandIn, fault: str) -> None:
+async def test_the_limit_counts_running_texts_and_not_finished_ones(server: StandIn, fault: str) -> None:
     async with loaded(entry(server, upstream={"max_retries": 0}), max_queue_texts=15) as backend:
         server.fault, server.fault_on = fault, POISON
         for _ in range(5):

@@ -1,4 +1,4 @@
-"""When a server is sent requests, when it is tried, and what has no say in that."""
+"""When a server gets requests, when it gets a trial, and which events do not matter."""
 
 from __future__ import annotations
 

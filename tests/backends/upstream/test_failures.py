@@ -1,4 +1,4 @@
-"""What an answer with another status than 200 means, without a server."""
+"""The meaning of answers with a status other than 200, without a server."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a server takes, and what a task does to a text, without a server."""
+"""The values that a server accepts, and the effect of a task on a text, without a server."""
 
 from __future__ import annotations
 

@@ -128,7 +128,7 @@ async def test_an_address_is_not_asked_before_its_check_has_ended(pods: Pods) ->
     assert not any("a text of a client" in str(body) for body in slow.bodies)
 
 
-async def test_an_address_that_is_gone_ends_what_it_has_and_then_its_metrics(pods: Pods) -> None:
+async def test_a_removed_address_finishes_its_requests_and_then_loses_its_metrics(pods: Pods) -> None:
     await pods.add(1)
     leaving = await pods.add(2)
     async with loaded(pods.entry(), resolver=pods.resolver) as backend:

@@ -87,7 +87,7 @@ async def test_a_server_that_ignores_tasks_is_refused(server: StandIn, kind: str
 
 
 async def test_each_two_tasks_must_differ(server: StandIn) -> None:
-    """One of three is not known to the server, and gets what another one gets."""
+    """One of three is not known to the server, and gets the vectors of another one."""
     server.rewrite = None
     known = {"query": "query", "passage": "passage", "clustering": "query"}
     plain = server.vector
@@ -114,7 +114,7 @@ async def test_a_server_that_ignores_the_only_task_is_refused(server: StandIn, t
     assert "gives the same vectors with the task 'search', sent as `task`, and without a task" in reason
 
 
-async def test_a_task_may_be_what_the_server_does_without_one(server: StandIn) -> None:
+async def test_a_task_may_equal_the_servers_behavior_without_one(server: StandIn) -> None:
     plain = server.vector
     server.vector = lambda text, task: plain(text, task or "passage")  # type: ignore[method-assign]
     async with loaded(entry(server, upstream={"tasks": TASKS})) as backend:
@@ -186,7 +186,7 @@ async def test_a_default_task_that_the_model_does_not_have_is_refused(server: St
         assert reason == f"default_task is 'separation', but the model's tasks are: {known}"
 
 
-def test_what_is_sent_next_to_a_text_is_part_of_what_the_model_is(server: StandIn) -> None:
+def test_fields_that_are_sent_next_to_a_text_are_part_of_the_models_identity(server: StandIn) -> None:
     plain = {"upstream": {"tasks": TASKS}}
     variants = [
         fingerprint(server, **plain),
@@ -332,7 +332,7 @@ async def test_a_server_that_is_too_busy_to_be_asked_is_not_judged(server: Stand
     assert len(server.bodies) == 1
 
 
-async def test_a_server_that_comes_back_is_asked_again_what_it_takes(server: StandIn) -> None:
+async def test_a_server_that_comes_back_is_tested_again(server: StandIn) -> None:
     states = States()
     async with loaded(entry(server), states) as backend:
         server.fault = "500"
@@ -429,7 +429,7 @@ async def test_where_no_blank_text_is_taken_the_text_is_named_before_it_is_sent(
         for blank, place in (("", 1), ("\n\t", 2), ("\u3000", 7)):
             texts = list(TEXTS)
             texts[place] = blank
-            with pytest.raises(BadInput, match=f"text {place} is blank, and .* takes no blank texts: leave it out"):
+            with pytest.raises(BadInput, match=f"text {place} is blank, and .* rejects blank texts: leave it out"):
                 await backend.embed(job(texts))
         sent = [text for body in server.bodies for text in body.get("input", body.get("inputs"))]
         await backend.embed(job())
@@ -489,7 +489,7 @@ def without_index(*, is_reversed: bool = False, is_turned: bool = False) -> Call
 async def test_vectors_without_an_index_are_taken_in_order(server: StandIn) -> None:
     server.rewrite = without_index()
     async with loaded(entry(server, upstream={"tasks": TASKS})) as backend:
-        # What it takes, then all texts with each task, and once each alone.
+        # The test of its abilities, then all texts with each task, and each text once alone.
         assert sorted(len(body["input"]) for body in server.bodies) == [1] * (3 + 6) + [6] * 3
         np.testing.assert_array_equal((await backend.embed(job())).vectors, expected())
 
@@ -512,7 +512,7 @@ async def test_a_server_that_leaves_out_the_index_0_is_understood(server: StandI
 async def test_a_server_that_gives_texts_the_vectors_of_others_is_refused(
     server: StandIn, kind: str, has_index: bool, disorder: dict[str, bool]
 ) -> None:
-    """An ``index`` can say what is not so; TEI's answer has none."""
+    """An ``index`` can be wrong; TEI's answer has none."""
 
     def rewrite(answer: Any) -> Any:
         if kind == "tei":
@@ -523,7 +523,7 @@ async def test_a_server_that_gives_texts_the_vectors_of_others_is_refused(
     server.rewrite = rewrite
     reason = await why_not_loaded(UpstreamBackend(entry(server, kind=kind), Settings()))
 
-    assert "another vector alone than among several texts" in reason
+    assert "alone than among several texts" in reason
 
 
 @pytest.mark.parametrize("is_constant", [True, False])
@@ -537,7 +537,7 @@ async def test_vectors_that_say_nothing_of_a_text_are_refused(server: StandIn, i
     server.rewrite = rewrite
     reason = await why_not_loaded(UpstreamBackend(entry(server), Settings()))
 
-    assert ("the same vector for every text" if is_constant else "another vector alone than among several") in reason
+    assert ("the same vector for every text" if is_constant else "alone than among several texts") in reason
 
 
 async def test_tasks_of_different_widths_are_refused(server: StandIn) -> None:
@@ -563,17 +563,17 @@ async def test_an_answer_with_another_status_of_success_is_one(server: StandIn, 
         np.testing.assert_allclose((await backend.embed(job())).vectors, expected(), rtol=1e-6)
 
 
-# ------------------------------------------------------------------------------------------------------- what it says
+# ------------------------------------------------------------------------------------------------------- its description
 
 
-async def test_a_server_that_does_not_say_what_it_is_may_give_vectors(server: StandIn) -> None:
+async def test_a_server_without_a_description_may_return_vectors(server: StandIn) -> None:
     for response in (Response(status_code=500), Response(status_code=403), Response(b"<html>")):
         server.models_response = response
         info = await info_of(entry(server))
         assert info.max_tokens == 8192
 
 
-async def test_what_holds_for_all_servers_is_what_the_weakest_says(servers: tuple[StandIn, StandIn]) -> None:
+async def test_the_limits_of_all_servers_are_those_of_the_weakest(servers: tuple[StandIn, StandIn]) -> None:
     servers[0].max_texts, servers[1].max_texts = 8, 3
     async with loaded(entry(*servers, kind="tei")) as backend:
         for server in servers:
@@ -585,7 +585,7 @@ async def test_what_holds_for_all_servers_is_what_the_weakest_says(servers: tupl
 
 
 async def test_numbers_are_asked_for_in_small_parts(server: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They take long to read, and nothing else happens meanwhile."""
+    """They take long to read, and block everything else."""
     monkeypatch.setattr("gateway.backends.upstream.backend._MAX_NUMBERS", WIDTH * 4)
     sizes = []
     for server.speaks_base64 in (True, False):
@@ -637,7 +637,7 @@ async def test_an_answer_is_read_up_to_what_vectors_can_need(server: StandIn, ma
     assert states.reported == []
 
 
-async def test_the_limit_lets_through_whatever_vectors_may_look_like(server: StandIn) -> None:
+async def test_the_limit_accepts_every_form_of_vectors(server: StandIn) -> None:
     """Numbers of twenty places, indented, with each text repeated."""
 
     def rewrite(answer: Any) -> Any:
@@ -689,7 +689,7 @@ async def test_an_error_is_read_no_further_than_its_message_can_be(server: Stand
     assert peak < 20 * MEGABYTE
 
 
-async def test_what_a_server_says_of_itself_is_read_up_to_a_limit(server: StandIn) -> None:
+async def test_a_servers_description_is_read_up_to_a_limit(server: StandIn) -> None:
     server.models_response = endless(200)
     tracemalloc.start()
     try:
@@ -733,7 +733,7 @@ async def test_an_answer_that_never_ends_ends_with_the_time(server: StandIn) -> 
         b"HTTP/1.1 200 OK\r\ncontent-encoding: br\r\ncontent-length: 4\r\n\r\nabcd",
     ],
 )
-async def test_what_does_not_speak_http_is_an_upstream_that_fails(server: StandIn, answer: bytes) -> None:
+async def test_a_server_that_does_not_speak_http_is_a_failed_upstream(server: StandIn, answer: bytes) -> None:
     async def speak(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
         writer.write(answer)

@@ -1,4 +1,4 @@
-"""Models that run on other servers: what they are asked, what comes back, and what happens when they fail."""
+"""Models that run on other servers: the requests to them, their answers, and their failures."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ from gateway.types import ModelState, Priority, Truncate
 from tests.backends.remote import PATIENCE_S, TEXTS, States, entry, expected, job, loaded, wait_until
 from tests.backends.stand_in import MODEL, WIDTH, StandIn, vector_of
 
-# ---------------------------------------------------------------------------------------------- what is sent and read
+# ---------------------------------------------------------------------------------------------- requests and answers
 
 
-async def test_what_a_model_is_said_to_be(server: StandIn) -> None:
+async def test_the_description_of_a_model(server: StandIn) -> None:
     async with loaded(entry(server, dimensions=(8,))) as backend:
         info = await backend.plan()
 
@@ -170,7 +170,7 @@ async def test_nothing_is_known_of_a_model_before_it_is_planned(server: StandIn)
     await backend.stop()
 
 
-async def test_an_openai_server_may_call_its_models_what_it_likes(server: StandIn) -> None:
+async def test_an_openai_server_may_have_any_names_for_its_models(server: StandIn) -> None:
     async with loaded(entry(server, source="acme/other")) as backend:
         await backend.embed(job())
 
@@ -327,7 +327,7 @@ async def test_another_model_behind_the_same_name_is_shut_out(server: StandIn) -
 
 
 async def test_other_vectors_of_one_of_two_servers_are_reported_once(servers: tuple[StandIn, StandIn]) -> None:
-    """A cache of the model is emptied then, and the model goes on with the other server."""
+    """A cache of the model is emptied then, and the model continues with the other server."""
     states = States()
     async with loaded(entry(*servers), states, golden_interval_s=0.2) as backend:
         servers[0].weights = "other"
@@ -443,7 +443,7 @@ async def test_low_priority_may_have_a_quarter_of_the_texts_on_their_way(server:
         waiting = asyncio.create_task(backend.embed(job(["a"] * 8, priority=Priority.LOW)))
         await wait_until(lambda: len(server.bodies) > 0)
         with pytest.raises(
-            Overloaded, match="8 texts of low priority are on their way, this request has 3; the limit is 10"
+            Overloaded, match="8 texts of low priority are in progress, and this request has 3; the limit is 10"
         ):
             await backend.embed(job(["b"] * 3, priority=Priority.LOW))
         waiting.cancel()

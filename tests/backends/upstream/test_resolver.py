@@ -14,7 +14,7 @@ from tests.backends.remote import wait_until
 
 
 class Blocking:
-    """A look-up that hangs until it is let go, and counts how often it was begun."""
+    """A look-up that hangs until it is released, and counts how often it began."""
 
     def __init__(self) -> None:
         self.begun = 0

@@ -56,7 +56,7 @@ class HashModel:
 
 @dataclass
 class Models:
-    """The models, and what happens when they are called.
+    """The models, and the effect of a call.
 
     Attributes:
         texts: that were embedded.

@@ -1,4 +1,4 @@
-"""A later pass reads what has changed since the one before, where the store can tell, and misses nothing."""
+"""If the store can report changes, a later pass reads only those since the last one, and misses none."""
 
 from __future__ import annotations
 

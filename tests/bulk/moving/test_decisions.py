@@ -106,7 +106,7 @@ def test_after_the_flip_nothing_that_was_written_into_the_second_collection_is_l
 def run_pass(
     first: dict[int, bytes], second: dict[int, bytes], bases: dict[int, Base], *, is_flipped: bool = True
 ) -> None:
-    """Do what is decided for each item."""
+    """Carry out the decision for each item."""
     for row_id in range(4):
         content = first.get(row_id)
         action = decide(content, second.get(row_id), bases.get(row_id, NEW), is_flipped=is_flipped)

@@ -32,7 +32,7 @@ print("done", flush=True)
 """
 
 
-def test_a_killed_move_goes_on_and_ends_with_the_same_content(pgvector: str, tmp_path: Path) -> None:
+def test_a_killed_move_continues_and_ends_with_the_same_content(pgvector: str, tmp_path: Path) -> None:
     shop = Shop(pgvector, f"killed_{uuid.uuid4().hex[:8]}")
     shop.put({n: f"word{n % 5} text {n}" for n in range(600)})
     chance = random.Random(5)

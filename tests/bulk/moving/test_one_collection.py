@@ -64,7 +64,7 @@ async def test_the_items_get_a_second_vector_and_stay_as_they_are(
     assert (move.stage, move.pairs[0].new, len(models.texts)) == (Stage.COPIED, one.collection, 50)
 
 
-async def test_what_applications_write_meanwhile_gets_the_second_vector_too(
+async def test_items_that_applications_write_in_between_get_the_second_vector_too(
     one: Shop, models: Models, tmp_path: Path, console: Console
 ) -> None:
     """A new item has none, a changed one has a stale one, and in Qdrant a replaced one has lost it."""
@@ -124,7 +124,9 @@ async def test_the_way_back_needs_the_right_old_model(
     check_vectors(one, "embedding", "old")
 
 
-async def test_what_does_not_fit_is_refused(one: Shop, models: Models, tmp_path: Path, console: Console) -> None:
+async def test_a_second_vector_that_does_not_fit_is_refused(
+    one: Shop, models: Models, tmp_path: Path, console: Console
+) -> None:
     with pytest.raises(BulkError, match="goes with neither --into nor --alias"):
         await start(request_for(one, into_vector="second", into="other"), tmp_path, console)
     with pytest.raises(BulkError, match=r"is the old vector itself|which vector of .* is the old one"):

@@ -93,7 +93,7 @@ async def test_the_check_finds_vectors_of_another_model_of_the_same_width_and_fo
     assert "20 of 50 sampled items have vectors that differ from the model's vectors of their texts" in mixed
     with pytest.raises(BulkError, match=r"run `gateway move check` first, or add --force"):
         await flip(move, tmp_path, console, forces=False)
-    assert 1000 in copy.content(), "what the move did not write is not deleted"
+    assert 1000 in copy.content(), "an item that the move did not write is not deleted"
 
 
 async def test_captured_queries_are_embedded_with_both_models(
@@ -141,7 +141,7 @@ async def test_flip_late_writes_back_and_finish(
     move = await back(move, tmp_path, console, "old")
     assert any_shop.store.aliases()[alias] == any_shop.collection
     found = {row_id: text for row_id, (text, _payload) in any_shop.content().items()}
-    assert found[200] == "word2 new writer", "what was written into the new collection is in the old one"
+    assert found[200] == "word2 new writer", "an item that was written into the new collection is in the old one"
     assert 2 not in found
     any_shop.check_vectors()
 
@@ -155,7 +155,7 @@ async def test_flip_late_writes_back_and_finish(
 
 
 @pytest.mark.parametrize("seed", range(2))
-async def test_a_move_that_is_killed_at_any_moment_goes_on(
+async def test_a_move_that_is_killed_at_any_moment_continues(
     shop: Shop, models: Models, tmp_path: Path, console: Console, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("gateway.bulk.moving.passes._SHARD_ROWS", 8)
@@ -293,7 +293,7 @@ async def test_a_move_while_an_application_writes_ends_with_the_same_content(
 
 
 @pytest.mark.parametrize("is_patient", [True, False])
-async def test_a_store_that_goes_away_midway_is_waited_for_and_later_the_move_goes_on(
+async def test_the_move_waits_for_a_store_that_goes_away_midway_and_continues_later(
     pgvector: str,
     postgres: str,
     is_patient: bool,

@@ -30,11 +30,11 @@ _LONGEST_S = 0.2
 
 
 def work(source_url: str, sink_url: str, state: Path, outputs: Sequence[str], kill_after_s: float = 0.0) -> None:
-    """Do what is left of the job, and be killed some time after the first text is embedded."""
+    """Do the rest of the job, and be killed some time after the first text is embedded."""
 
     def on_call(_texts: Sequence[str]) -> None:
         if kill_after_s and signal.getitimer(signal.ITIMER_REAL)[0] == 0:
-            # The default action of this signal ends a process at once, whatever it is doing.
+            # The default action of this signal ends a process immediately.
             signal.setitimer(signal.ITIMER_REAL, kill_after_s)
 
     embedder = FakeEmbedder(outputs=outputs, on_call=on_call)

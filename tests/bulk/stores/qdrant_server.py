@@ -1,6 +1,6 @@
 """A server with Qdrant's REST interface in front of Qdrant's own engine in Python, and with faults on demand.
 
-No package brings Qdrant's server. What the client sends and reads is real, and so are the answers' contents.
+No package brings Qdrant's server. The client's requests are real, and so are the contents of the answers.
 """
 
 from __future__ import annotations

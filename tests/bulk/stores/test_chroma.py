@@ -95,7 +95,7 @@ def test_a_new_collection_has_the_distance_of_the_space(
     assert configuration["hnsw"]["space"] == space
 
 
-def test_reading_goes_on_after_a_position_while_items_come_and_go(
+def test_reading_continues_after_a_position_while_items_come_and_go(
     url: str, client: ClientAPI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("gateway.bulk.stores.chroma_source._PAGE", 8)

@@ -36,7 +36,7 @@ def test_rows_come_back_with_their_ids_text_and_payload(url: str) -> None:
     assert table.search().where("n = 2").to_list()[0]["text"] == "six"
 
 
-def test_a_later_row_keeps_what_does_not_fit_into_the_columns(url: str) -> None:
+def test_a_later_row_keeps_values_that_do_not_fit_into_the_columns(url: str) -> None:
     write(url, [row("a", "x", {"n": 1})])
     write(url, [row("b", "y", {"n": "two", "new": [1]})], shard=1)
     assert by_id(url)["b"] == ("y", {"n": "two", "new": [1]})
@@ -88,7 +88,9 @@ def test_ids_that_do_not_fit_are_refused(url: str, rows: list[Row], message: str
     assert message in str(caught.value)
 
 
-def test_reading_goes_on_in_the_same_version_while_the_table_changes(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reading_continues_in_the_same_version_while_the_table_changes(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("gateway.bulk.stores.lancedb_source._BATCH", 4)
     write(url, [row(n, f"text {n}") for n in range(20)])
     store, name = open_url(url)

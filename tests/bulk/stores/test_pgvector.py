@@ -209,7 +209,7 @@ def test_a_copy_of_a_table_with_too_wide_an_index_gets_another_type(url: str, sq
         write(url.replace("docs", "new2"), [], WIDE, Keeping(like="gone"))
 
 
-def test_ids_of_an_identity_go_on_after_those_that_were_copied(url: str, sql: psycopg.Connection) -> None:
+def test_ids_of_an_identity_continue_after_the_copied_ones(url: str, sql: psycopg.Connection) -> None:
     sql.execute("CREATE TABLE docs (id int GENERATED ALWAYS AS IDENTITY PRIMARY KEY, v vector(4), body text)")
     sql.execute("INSERT INTO docs (v, body) VALUES ('[1,2,3,4]', 'a'), ('[1,2,3,4]', 'b')")
     rows = [found for found in read(url, FieldNames(text="body")) if isinstance(found, Row)]
@@ -266,7 +266,7 @@ def test_a_character_that_postgresql_cannot_store_is_a_problem_of_its_row(url: s
 
 def test_a_vector_is_added_next_to_the_first(url: str, sql: psycopg.Connection) -> None:
     write(url, [row(1, "a", {"k": 1}), row(2, "b")])
-    write(url, [row(1, "a"), row(3, "deleted meanwhile")], WIDE, Keeping(vector="wide", updates=True))
+    write(url, [row(1, "a"), row(3, "deleted in between")], WIDE, Keeping(vector="wide", updates=True))
     assert by_id(url) == {1: ("a", {"k": 1}), 2: ("b", {})}
     store = store_of(url)
     assert store.describe("docs").notes == {"embedding": NOTE, "wide": WIDE}
@@ -440,7 +440,7 @@ def test_a_server_that_stays_away_ends_the_work(postgres: str, monkeypatch: pyte
     session.close()
 
 
-def test_what_a_server_refuses_is_not_asked_again(postgres: str) -> None:
+def test_a_request_that_a_server_refuses_is_not_repeated(postgres: str) -> None:
     session = Session(lambda: psycopg.connect(postgres, autocommit=True))
     asked = []
 

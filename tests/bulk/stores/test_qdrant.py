@@ -256,7 +256,7 @@ def test_a_second_vector_is_added_to_items_that_stay_as_they_are(url: str) -> No
 
 
 @pytest.mark.usefixtures("_small_pages")
-def test_reading_goes_on_after_a_position_while_points_come_and_go(url: str) -> None:
+def test_reading_continues_after_a_position_while_points_come_and_go(url: str) -> None:
     write(url, [row(n, f"text {n}") for n in range(0, 120, 2)] + [row(str(uuid.UUID(int=n)), "u") for n in range(3)])
     store, collection = open_url(url)
     source = store.source(collection, FieldNames(text="text"))
@@ -370,7 +370,7 @@ def test_items_since_a_point_in_time(url: str) -> None:
 
 
 @pytest.mark.usefixtures("_small_pages")
-def test_digests_find_what_changed_in_one_pass(url: str) -> None:
+def test_digests_find_the_changes_in_one_pass(url: str) -> None:
     store = store_of(url)
     write(url, [row(n, f"text {n}", {"a": n, "b": [n]}) for n in range(40)] + [row("x", "mapped")])
     write(

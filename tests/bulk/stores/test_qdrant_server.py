@@ -83,7 +83,7 @@ def test_a_moment_away_does_not_matter(url: str, server: QdrantServer, fault: st
     store.close()
 
 
-def test_a_server_that_stays_away_ends_the_job_which_can_go_on(url: str, server: QdrantServer) -> None:
+def test_a_server_that_stays_away_ends_the_job_which_can_continue(url: str, server: QdrantServer) -> None:
     store, name = open_url(url)
     sink = store.sink(name, Keeping())
     store.close()
@@ -100,7 +100,7 @@ def test_a_server_that_stays_away_ends_the_job_which_can_go_on(url: str, server:
     assert set(by_id(url)) == {1, 2}
 
 
-def test_a_reader_goes_on_after_a_server_that_went_away(
+def test_a_reader_continues_after_a_server_that_went_away(
     url: str, server: QdrantServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("gateway.bulk.stores.qdrant_source._PAGE", 4)

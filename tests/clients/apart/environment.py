@@ -44,7 +44,7 @@ class Environment:
         self._process.stdin.write(json.dumps({"function": function, "arguments": arguments}) + "\n")
         self._process.stdin.flush()
         line = self._process.stdout.readline()
-        assert line, f"the process has ended with {self._process.wait(10)}; what it said is in the output of the test"
+        assert line, f"the process has ended with {self._process.wait(10)}; its output is in the output of the test"
         answer = json.loads(line)
         if "error" in answer:
             raise ClientError(answer["error"], answer["message"], answer["trace"])

@@ -1,6 +1,6 @@
 """Runs the functions of ``calls`` on request, in the environment that it is started in: a line of JSON in, one out.
 
-Whatever a library prints goes to stderr. A library that looks up another host gets an error, and so does the test.
+All output of libraries goes to stderr. A library that looks up another host gets an error, and so does the test.
 """
 
 import json
@@ -11,7 +11,7 @@ import traceback
 
 import calls
 
-# LiteLLM asks the hub how long a model's texts may be, to tell what they cost, and goes on without an answer.
+# LiteLLM asks the hub how long a model's texts may be, to compute their price, and continues without an answer.
 LOOKED_UP_IN_VAIN = "huggingface.co"
 
 

@@ -1,4 +1,4 @@
-// Does with OpenAI's client for Node, or with the AI SDK, what one line of JSON on the input says, and writes what came back.
+// Reads a request as one line of JSON, sends it with OpenAI's client for Node or with the AI SDK, and writes the answer.
 
 import { createOpenAICompatible } from "@ai-sdk/openai-compatible";
 import { embedMany } from "ai";

@@ -33,7 +33,7 @@ Respond = Callable[[dict[str, Any], int], Reply]
 
 @dataclass(slots=True)
 class StandIn:
-    """A running judge, and what it was asked.
+    """A running judge, and the requests that it received.
 
     Attributes:
         bodies: of all requests, in order.
@@ -52,7 +52,7 @@ class StandIn:
 
 
 def texts_of(body: dict[str, Any]) -> tuple[str, str]:
-    """Return the query and the document of a request, and only what is between its tags, to the letter."""
+    """Return the query and the document of a request, exactly the text between its tags."""
     parts = _DATA.fullmatch(body["messages"][-1]["content"])
     assert parts is not None, body["messages"][-1]["content"]
     return parts["query"], parts["document"]

@@ -1,4 +1,4 @@
-"""The grade is read from whatever a chat model writes around it, and nothing else is taken for one."""
+"""The grade is found in any text around it, and nothing else counts as a grade."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_the_grade_in_a_text(text: str, grade: int | None) -> None:
         b"null",
     ],
 )
-def test_what_is_not_a_completion_is_unreadable(content: bytes) -> None:
+def test_an_answer_that_is_not_a_completion_is_unreadable(content: bytes) -> None:
     assert read_answer(content) == Answer(Outcome.UNREADABLE)
 
 
@@ -89,7 +89,7 @@ def test_content_in_parts() -> None:
         ("m", {"prompt_tokens": 10**30}),
     ],
 )
-def test_a_grade_is_not_lost_because_of_what_is_around_it(model: object, usage: object) -> None:
+def test_a_grade_is_not_lost_because_of_other_fields(model: object, usage: object) -> None:
     choice = {"message": {"content": '{"grade": 2}'}}
     answer = read_answer(json.dumps({"choices": [choice], "model": model, "usage": usage}).encode())
     assert (answer.grade, answer.prompt_tokens, answer.completion_tokens) == (2, 0, 0)

@@ -46,7 +46,7 @@ def test_people_see_neither_arm_nor_grade_and_no_formula() -> None:
     assert {text for _query, _document, _score, text, _ in lines} == {f'query {i} with "quotes"' for i in range(3)}
 
 
-def test_what_people_fill_in_is_read(tmp_path: Path) -> None:
+def test_the_grades_of_people_are_read(tmp_path: Path) -> None:
     dataset = make_dataset()
     pool = make_pool(make_rankings(dataset), 0)
     people = {query: {document: place for place, document in enumerate(dataset.documents)} for query in dataset.queries}

@@ -61,7 +61,7 @@ def test_without_consent_it_stops(judging: Judging, message: str) -> None:
 
 
 @pytest.mark.parametrize("judging", [asking(is_agreed=True), asking(4_000_000)])
-def test_with_consent_it_goes_on(judging: Judging, capsys: pytest.CaptureFixture[str]) -> None:
+def test_with_consent_it_continues(judging: Judging, capsys: pytest.CaptureFixture[str]) -> None:
     judging.agree(PRICE, Console(width=400))
     assert "The judge needs 4,000 requests" in capsys.readouterr().out
 
@@ -88,8 +88,8 @@ def test_mistakes_are_found_before_anything_is_embedded(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--judge", "http://127.0.0.1:1"], "--judge and --judge-model are needed together"),
-        (["--judge-model", "m"], "--judge and --judge-model are needed together"),
+        (["--judge", "http://127.0.0.1:1"], "--judge and --judge-model belong together"),
+        (["--judge-model", "m"], "--judge and --judge-model belong together"),
         (["--judge-check", "f.tsv"], "--judge-check needs --judge and --judge-model"),
         (["--judge", "127.0.0.1", "--judge-model", "m"], "--judge 127.0.0.1: must be an address"),
     ],

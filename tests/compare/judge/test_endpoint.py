@@ -1,4 +1,4 @@
-"""A judge behind a socket: what it accepts is found out, what may succeed later is repeated, and nothing hangs."""
+"""A judge behind a socket: the client finds its abilities, repeats requests that may succeed later, and never hangs."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def picky(body: dict[str, Any], _number: int) -> Reply:
     return completion('<think>hm</think> {"reason": "", "grade": 1}')
 
 
-async def test_what_it_does_not_accept_is_left_out(start_judge: StartJudge) -> None:
+async def test_fields_that_it_does_not_accept_are_left_out(start_judge: StartJudge) -> None:
     judge = start_judge(picky)
 
     answers = await ask(judge.url, times=3)
@@ -94,7 +94,7 @@ async def test_one_that_accepts_nothing_is_said(start_judge: StartJudge) -> None
     assert len(judge.bodies) <= 24
 
 
-async def test_what_may_succeed_later_is_repeated(start_judge: StartJudge) -> None:
+async def test_requests_that_may_succeed_later_are_repeated(start_judge: StartJudge) -> None:
     soon = format_datetime(datetime.now(UTC) - timedelta(seconds=5), usegmt=True)
     failures = [
         refusal(429, "slow down", retry_after="0.01"),
@@ -193,7 +193,7 @@ def test_the_address(text: str, url: str) -> None:
 @pytest.mark.parametrize(
     "text", ["localhost:8080", "ftp://host", "http://", "http://host:99999", "http://h\n", "http://h#x"]
 )
-def test_what_is_not_an_address(text: str) -> None:
+def test_an_invalid_address_is_refused(text: str) -> None:
     with pytest.raises(CompareError, match=r"--judge .*"):
         chat_url(text)
 

@@ -391,8 +391,8 @@ asyncio.run(run(make_world(), sys.argv[1], Path(sys.argv[2])))
 """
 
 
-async def test_a_killed_run_goes_on_where_it_was(start_judge: StartJudge, tmp_path: Path) -> None:
-    """SIGKILL while requests are under way: what was answered is not asked again."""
+async def test_a_killed_run_continues_where_it_was(start_judge: StartJudge, tmp_path: Path) -> None:
+    """SIGKILL while requests are running: answered requests are not sent again."""
     world, reached = make_world(), threading.Event()
     has_been_killed = threading.Event()
 

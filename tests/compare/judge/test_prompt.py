@@ -1,4 +1,4 @@
-"""The prompt: what the judge gets is data between tags that a document cannot close."""
+"""The prompt: query and document are data between tags that a document cannot close."""
 
 from __future__ import annotations
 

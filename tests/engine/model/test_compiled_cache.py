@@ -97,7 +97,7 @@ def test_an_entry_that_was_not_used_for_a_month_goes_when_another_comes(cache: C
     assert cache.find(other) is not None
 
 
-def test_what_others_keep_in_the_folder_stays(cache: CompiledCache, tmp_path: Path) -> None:
+def test_files_of_others_in_the_folder_stay(cache: CompiledCache, tmp_path: Path) -> None:
     """An operator may name a folder that is not for this cache alone, such as /var/cache."""
     theirs = [tmp_path / "compiled" / name for name in ("photos", "fedcba98", KEY.upper())]
     then = time.time() - 365 * 24 * 3600
@@ -126,7 +126,7 @@ def test_an_entry_that_cannot_be_written_is_used(cache: CompiledCache, monkeypat
     assert cache.find(KEY) is not None
 
 
-def test_an_entry_that_vanishes_meanwhile_is_no_obstacle(
+def test_an_entry_that_vanishes_in_between_is_no_obstacle(
     cache: CompiledCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "compiled"

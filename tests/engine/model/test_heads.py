@@ -1,4 +1,4 @@
-"""Heads compute what their formulas say, on states that can be checked by eye; weights that do not fit are refused."""
+"""Heads follow their formulas, on states that can be checked by eye; weights that do not fit are refused."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_only_the_texts_that_want_it_have_a_sparse_vector(tmp_path: Path) -> Non
     ("weights", "message"),
     [
         (linear([[1.0, 0.0], [0.0, 1.0]]), "must give 1 number per token, gives 2"),
-        (linear([[1.0, 0.0, 0.0]]), "takes 3 numbers, but what it is to read has 2"),
+        (linear([[1.0, 0.0, 0.0]]), "expects 3 numbers, but its input has 2"),
         ({"bias": torch.zeros(1)}, "cannot read a linear layer"),
     ],
 )
@@ -106,7 +106,7 @@ def test_a_multi_vector_has_a_vector_of_norm_1_for_each_token_but_the_first(tmp_
 def test_a_multi_vector_head_for_another_width_is_refused(tmp_path: Path) -> None:
     torch.save(linear([[1.0, 0.0, 0.0]]), tmp_path / "head.pt")
 
-    with pytest.raises(LoadError, match="takes 3 numbers, but what it is to read has 2"):
+    with pytest.raises(LoadError, match="expects 3 numbers, but its input has 2"):
         MultiVectorHead(tmp_path / "head.pt", 2)
 
 
@@ -195,8 +195,8 @@ WEIGHT, BIAS = {"linear.weight": torch.ones(2, 2)}, {"linear.bias": torch.ones(2
         (WEIGHT | BIAS, {"bias": False}, "holds linear.bias, linear.weight, but its configuration linear.weight"),
         (WEIGHT | BIAS | {"norm": torch.ones(2)}, {}, "holds linear.bias, linear.weight, norm, but its configuration"),
         (BIAS, {}, "cannot read a Dense layer: KeyError: 'linear.weight'"),
-        ({"linear.weight": torch.ones(2, 3)} | BIAS, {}, "takes 3 numbers, but what it is to read has 2"),
-        (WEIGHT | BIAS, {"out_features": 3}, "the vectors have 2 dimensions, promised are 3"),
+        ({"linear.weight": torch.ones(2, 3)} | BIAS, {}, "expects 3 numbers, but its input has 2"),
+        (WEIGHT | BIAS, {"out_features": 3}, "the vectors have 2 dimensions, expected 3"),
         (WEIGHT | BIAS, {"activation": "SiLU"}, "SiLU is not supported; supported: Identity, Tanh, GELU, ReLU"),
     ],
 )
@@ -263,10 +263,10 @@ def test_a_score_is_the_head_of_the_first_state(without: tuple[str, ...], rerank
         ({"norm_weight": None}, "cannot read a head of BertForSequenceClassification: KeyError: 'norm.weight'"),
         (
             {"out_weight": torch.ones(2, 2), "out_bias": torch.ones(2)},
-            "the head gives 2 numbers, promised are 1 labels",
+            "the head gives 2 numbers, expected 1 for its labels",
         ),
-        ({"out_weight": torch.ones(1, 3)}, "takes 3 numbers, but what it is to read has 2"),
-        ({"dense_weight": torch.ones(2, 3)}, "takes 3 numbers, but what it is to read has 2"),
+        ({"out_weight": torch.ones(1, 3)}, "expects 3 numbers, but its input has 2"),
+        ({"dense_weight": torch.ones(2, 3)}, "expects 3 numbers, but its input has 2"),
         ({"norm_bias": torch.ones(3)}, "cannot read a head of BertForSequenceClassification: RuntimeError"),
     ],
 )

@@ -1,4 +1,4 @@
-"""What a tokenizer makes little of costs little to read, and gives the tokens of the whole text."""
+"""Text of which a tokenizer makes few tokens costs little to read, and gives the tokens of the whole text."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_megabytes_that_are_few_tokens_are_hardly_given_to_the_tokenizer(
 
 @pytest.mark.parametrize("truncate", [Truncate.END, Truncate.START])
 @pytest.mark.parametrize(("kind", "name", "text"), CASES, ids=[f"{kind}, {name}" for kind, name, _text in CASES])
-def test_what_stands_behind_or_before_them_is_cut_where_the_whole_text_is(
+def test_text_before_or_after_them_is_cut_where_the_whole_text_is(
     kind: str, name: str, text: str, truncate: Truncate
 ) -> None:
     words = "near vectors mean near texts. " * 200
@@ -167,7 +167,7 @@ def test_the_bundled_model_s_tokenizer_is_one_whose_long_runs_are_known(bundled_
 
 @pytest.mark.parametrize("text", ["word " * 60_000, "a" * 300_000, "漢" * 300_000, "." * 300_000])
 def test_no_step_reads_more_than_it_has_said(text: str) -> None:
-    """What one client's text holds a thread for is bounded, and is known before."""
+    """The time that one client's text keeps a thread busy is bounded, and known in advance."""
     counting = Counting(fresh("WordPiece"))
     tokenizer = Tokenizer(counting, 64)  # type: ignore[arg-type]
     steps = tokenizer.read([text] * 3, "", Truncate.END)

@@ -53,9 +53,7 @@ def pairs(
         pytest.param("$A:0 $B:1", True, [3, 4, 6, 7], 2, id="nothing around them"),
     ],
 )
-def test_a_pair_is_what_the_template_says(
-    template: str, has_segments: bool, ids: list[int], second: int | None
-) -> None:
+def test_a_pair_follows_the_template(template: str, has_segments: bool, ids: list[int], second: int | None) -> None:
     made = PairTokenizer(tokenizer(template), 20, has_segments=has_segments)
 
     [row] = tokenize_pairs(made, "q r", ["a b"], Truncate.END)
@@ -69,8 +67,8 @@ def test_a_pair_is_what_the_template_says(
     [
         ("[CLS] $B [SEP] $A [SEP]", 20, "puts no query before a text"),
         ("[CLS] $A [SEP] $B [SEP] $A", 20, "puts no query before a text"),
-        (BERT, 3, "a pair alone takes the 3 tokens of the limit"),
-        (BERT, 2, "a pair alone takes the 2 tokens of the limit"),
+        (BERT, 3, "the special tokens of a pair take all 3 tokens of the limit"),
+        (BERT, 2, "the special tokens of a pair take all 2 tokens of the limit"),
         ("[CLS]:1 $A:1 [SEP]:1 $B:0 [SEP]:0", 20, "marks other tokens than those of the text"),
         ("[CLS]:0 $A:1 [SEP]:1 $B:1 [SEP]:1", 20, "marks other tokens than those of the text"),
         ("[CLS]:0 $A:0 [SEP]:0 $B:0 [SEP]:1", 20, "marks other tokens than those of the text"),
@@ -111,7 +109,7 @@ def test_the_largest_id_may_be_one_of_the_template() -> None:
         pytest.param("q r s q r", "", 7, Truncate.END, [1, 3, 4, 5, 3, 2, 2], True, id="a query alone is too long"),
     ],
 )
-def test_what_is_too_long_is_cut(
+def test_long_pairs_are_cut(
     query: str, text: str, max_tokens: int, truncate: Truncate, ids: list[int], is_cut: bool
 ) -> None:
     [(got, _second, was_cut)] = pairs(query, [text], max_tokens, truncate=truncate)

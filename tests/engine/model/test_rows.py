@@ -50,7 +50,7 @@ def test_each_text_is_in_one_forward_and_one_row(lengths: list[int], width: int)
         assert len(texts) == 1 or tokens_of(layout) <= MAX_FORWARD_TOKENS + LONGEST_SHARED
 
 
-def test_texts_of_one_forward_are_laid_out_whatever_their_lengths() -> None:
+def test_texts_of_all_lengths_are_laid_out_in_one_forward() -> None:
     assert lay_out([300, 40, 30, 20], 384) == Layout([[0], [1, 2, 3]], 304)
     assert lay_out([20], 384) == Layout([[0]], 32)
     assert lay_out([5, 9, 30], 384) == Layout([[2, 1, 0]], 48)

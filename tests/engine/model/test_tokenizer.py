@@ -204,11 +204,11 @@ def test_a_huge_text_does_not_stop_other_threads(bundled_encoder: Encoder, text:
 
 @pytest.mark.parametrize("truncate", [Truncate.END, Truncate.START])
 @pytest.mark.parametrize("around", ["", " " * 1_000_000], ids=["words", "words in white space"])
-def test_tokenizing_costs_what_is_kept_not_what_was_sent(
+def test_the_cost_of_tokenizing_depends_on_the_kept_part_of_a_text(
     bundled_encoder: Encoder, truncate: Truncate, around: str
 ) -> None:
     text = f"{around}{LOREM * 100_000}{around}"  # 5.7 million characters: some 4 s if it were tokenized whole
-    started = time.process_time()  # what others do on this machine does not count
+    started = time.process_time()  # other processes on this machine do not count
 
     bundled_encoder.tokenizer.tokenize([text], "query: ", truncate)
 
