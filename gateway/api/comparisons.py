@@ -116,7 +116,7 @@ class Comparisons:
         known = self.captured()
         if name not in known:
             names = ", ".join(known) or "none"
-            raise BadInput(f"{cut(name)!r} has no `capture` in models.yaml; there are: {names}", param="captured")
+            raise BadInput(f"{cut(name)!r} has no `capture` in models.yaml; available: {names}", param="captured")
         return known[name]
 
     def address(self, request: Request) -> str:

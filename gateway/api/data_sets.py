@@ -130,7 +130,7 @@ class DataSets:
     def _require(self, request: Request) -> Path:
         require_operator(request, self._settings.admin_key)
         if self._comparisons.jobs is None:
-            raise NotFound("GATEWAY_RUNS_DIR is not set, so there is no place for data sets")
+            raise NotFound("data sets are turned off: set GATEWAY_RUNS_DIR to a folder")
         return self._comparisons.jobs.data_folder
 
 

@@ -285,7 +285,7 @@ class DuelRoutes:
     def _require(self, request: Request) -> Duels:
         require_operator(request, self._endpoint.settings.admin_key)
         if self._duels is None:
-            raise NotFound("GATEWAY_RUNS_DIR is not set, so there are no comparisons and no duels")
+            raise NotFound("comparisons and duels are turned off: set GATEWAY_RUNS_DIR to a folder")
         return self._duels
 
 

@@ -370,7 +370,9 @@ def _failure(error: OSError) -> Exception:
         return _full(str(error.strerror))
     if isinstance(error, FileNotFoundError):
         return error
-    return BatchesUnavailable(f"the folder of batches cannot be written at the moment: {error.strerror}", retry_after_s=5)
+    return BatchesUnavailable(
+        f"the folder of batches cannot be written at the moment: {error.strerror}", retry_after_s=5
+    )
 
 
 def _full(reason: str) -> StorageFull:

@@ -143,7 +143,7 @@ class DuelPages:
     def _duels(self, request: Request) -> Duels:
         self._compare.runs(request)  # for the operator only
         if self._compare.duels is None:
-            raise NotFound("GATEWAY_RUNS_DIR is not set, so there are no comparisons and no duels")
+            raise NotFound("comparisons and duels are turned off: set GATEWAY_RUNS_DIR to a folder")
         return self._compare.duels
 
     async def _open(self, request: Request) -> Open:

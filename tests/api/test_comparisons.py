@@ -122,7 +122,7 @@ async def test_events_follow_a_comparison_and_its_judge_is_asked_only_after_cons
         ({"judge": {"url": "http://host", "model": ""}}, "needs the address of an API, and the name of a model"),
         ({"judge": {"url": "http://host", "model": "m", "key": "a\nb"}}, "a character that no key has"),
         ({"judge": {"url": "http://host"}}, "judge"),
-        ({"captured": "mini"}, "'mini' has no `capture` in models.yaml; there are: none"),
+        ({"captured": "mini"}, "'mini' has no `capture` in models.yaml; available: none"),
     ],
 )
 async def test_a_wrong_judge_or_capture_is_refused_before_anything_runs(

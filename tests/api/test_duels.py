@@ -129,4 +129,4 @@ async def test_only_the_operator_votes(operator: httpx.AsyncClient, connect: Con
     without = await connect(admin_key="operator-key")
     answer = await without.get("/admin/duels", headers=OPERATOR)
     assert answer.status_code == 404
-    assert "GATEWAY_RUNS_DIR is not set" in answer.json()["message"]
+    assert "set GATEWAY_RUNS_DIR to a folder" in answer.json()["message"]
