@@ -278,7 +278,7 @@ def test_digests_are_in_the_order_of_the_keys(url: str, store: MovableStore, ids
 
 @pytest.mark.parametrize("kind", MOVABLE)
 @pytest.mark.usefixtures("_small_pages")
-def test_digests_find_what_changed_in_one_pass(url: str, store: MovableStore) -> None:
+def test_digests_find_the_changes_in_one_pass(url: str, store: MovableStore) -> None:
     name, copy = name_of(url), f"{name_of(url)}_copy"
     write(url, [row(n, f"text {n}", {"a": n, "b": [n]}) for n in range(20)])
     write(url.replace(name, copy), [row(n, f"text {n}", {"b": [n], "a": n}) for n in range(20)])
