@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import get_args
 
 from fastapi import APIRouter, Request
 
@@ -11,8 +12,9 @@ from gateway.api.wire import responses
 from gateway.config.registry import Experiment
 from gateway.config.wording import cut
 from gateway.deployment import Deployment
-from gateway.errors import ExperimentNotFound, ModelNotAllowed, OutcomesUnavailable
-from gateway.experiments.report import ExperimentList, ExperimentReport, describe_experiment
+from gateway.errors import BadInput, ExperimentNotFound, ModelNotAllowed, OutcomesUnavailable
+from gateway.experiments.arrivals import Step
+from gateway.experiments.report import ExperimentList, ExperimentReport, UnitsOverTime, describe_experiment
 from gateway.experiments.stats import ExperimentStats
 from gateway.http.context import RequestContext
 from gateway.outcomes.keeper import Keeper
@@ -61,6 +63,24 @@ class Experiments:
         mismatch = next((ratio.verdict for ratio in ratios if ratio is not None and ratio.mismatch), None)
         return report.model_copy(update={"outcomes": await self._keeper.report(experiment, mismatch)})
 
+    async def retrieve_units(self, request: Request, experiment_id: str, step: str = "hour") -> UnitsOverTime:
+        """Show when the units of each arm arrived, by hour or by day."""
+        known = next((name for name in get_args(Step) if name == step), None)
+        if known is None:
+            raise BadInput(f"`step` must be `hour` or `day`, got {cut(step)!r}", param="step")
+        return await self.units(find_experiment(self._deployment, request, experiment_id), known)
+
+    async def units(self, experiment: Experiment, step: Step) -> UnitsOverTime:
+        """Return when the units arrived, with those of other replicas that share the file.
+
+        Raises:
+            OutcomesUnavailable: the file of experiments cannot be read now.
+        """
+        if self._keeper is not None:
+            await self._count_units_of_others(self._keeper)
+        generation = self._deployment.router.generation(experiment.id)
+        return self._stats.units_over_time(experiment, generation, step)
+
     async def _count_units_of_others(self, keeper: Keeper) -> None:
         """Count the units that other replicas, which share the file, have had since."""
         while exposures := await keeper.read_new():
@@ -96,5 +116,11 @@ def experiments_router(handlers: Experiments) -> APIRouter:
     """Return the routes of the experiments, with and without ``/v1``."""
     router = APIRouter(tags=["Experiments"])
     add(router, "/experiments", handlers.list_experiments, responses(ExperimentList))
+    add(
+        router,
+        "/experiments/{experiment_id:path}/units",
+        handlers.retrieve_units,
+        responses(UnitsOverTime, BadInput, ModelNotAllowed, ExperimentNotFound, OutcomesUnavailable),
+    )
     add(router, "/experiments/{experiment_id:path}", handlers.retrieve_experiment, _ANSWERS)
     return router

@@ -19,6 +19,7 @@ from gateway.api.experiment_changes import (
 from gateway.api.experiments import find_experiment
 from gateway.config.editing import Change
 from gateway.config.registry import Experiment
+from gateway.console.arrivals import MAX_BARS, ArrivalsView, view_arrivals
 from gateway.console.charts import Scale
 from gateway.console.outcomes import OutcomeView, decided, view_outcomes
 from gateway.console.parts import Parts
@@ -179,6 +180,14 @@ class Experiments:
     def _generation(self, experiment: Experiment) -> str:
         return self._parts.deployment.router.generation(experiment.id)
 
+    def _arrivals(self, experiment: Experiment) -> ArrivalsView | None:
+        """Return the drawing of the units over time, by hour or, for a longer time, by day."""
+        stats, generation = self._parts.stats, self._generation(experiment)
+        by_hour = stats.units_over_time(experiment, generation, "hour")
+        if len(by_hour.data) <= MAX_BARS:
+            return view_arrivals(by_hour)
+        return view_arrivals(stats.units_over_time(experiment, generation, "day"))
+
     def _done(self, request: Request, experiment: Experiment, message: str) -> Response:
         text = f"models.yaml was written and is served. {experiment.id}: {message}."
         return self._parts.done(request, f"/experiments/{quote(experiment.id)}", text)
@@ -223,6 +232,7 @@ class Experiments:
             no_outcomes=no_outcomes,
             spaces={label: info.space() if info else None for label, info in infos.items()},
             whiskers=_whiskers(report),
+            arrivals=self._arrivals(experiment),
             shares=[_share(report, index) for index in range(len(report.evidence))],
             unit=unit,
             assignment=assignment,

@@ -7,6 +7,7 @@ import secrets
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 
+from gateway.experiments.arrivals import Arrivals
 from gateway.experiments.exposures import Exposure
 from gateway.experiments.sample_ratio import RatioProcess
 from gateway.experiments.units import MAX_UNITS, LatencyHistogram, UnitSet, UnitSums
@@ -130,6 +131,7 @@ class Generation:
     unit_ratio: RatioProcess = field(default_factory=RatioProcess)
     request_ratio: RatioProcess = field(default_factory=RatioProcess)
     is_ratio_known: bool = True
+    arrivals: Arrivals = field(default_factory=Arrivals)
 
     def record(self, request: RequestRecord) -> None:
         """Count a request, but not its unit."""
@@ -152,6 +154,7 @@ class Generation:
             return exposure.answered and arm.unanswered.discard(unit)
         if not exposure.answered:
             arm.unanswered.add(unit)
+        self.arrivals.add(exposure.time, exposure.arm)
         self.units_since = min(self.units_since or exposure.time, exposure.time)
         self.sources[exposure.source or "unknown"].units += 1
         if exposure.share is None:

@@ -133,6 +133,25 @@ class ExperimentReport(ExperimentCard):
     )
 
 
+class UnitsAtTime(_Report):
+    """The units that arrived in an hour or a day."""
+
+    time: str = Field(description="Its begin, in UTC. Times without a new unit are left out.")
+    units: Sequence[int] = Field(description="New units of each arm, in the order of `arms`.")
+
+
+class UnitsOverTime(_Report):
+    """When the units of an experiment arrived, under its present weights."""
+
+    object: Literal["units"] = "units"
+    experiment: str
+    generation: str
+    step: Literal["hour", "day"]
+    arms: Sequence[str]
+    expected: Sequence[float] = Field(description="The share of the units that the weights give to each arm.")
+    data: Sequence[UnitsAtTime] = Field(description="The last 92 days, earliest first.")
+
+
 def describe_experiment(experiment: Experiment) -> ExperimentCard:
     """Return the card of an experiment."""
     return ExperimentCard(

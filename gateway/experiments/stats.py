@@ -9,9 +9,17 @@ from typing import Literal
 
 from gateway.config.registry import Experiment
 from gateway.experiments.arms import ArmCounts, Generation, RequestRecord
+from gateway.experiments.arrivals import Step
 from gateway.experiments.exposures import Exposure, ExposureLog, now, read_exposures
 from gateway.experiments.guardrails import guardrails
-from gateway.experiments.report import ArmReport, ExperimentReport, UnitSource, describe_experiment
+from gateway.experiments.report import (
+    ArmReport,
+    ExperimentReport,
+    UnitsAtTime,
+    UnitSource,
+    UnitsOverTime,
+    describe_experiment,
+)
 from gateway.experiments.sample_ratio import ArmCount, SampleRatio, check_sample_ratio
 from gateway.experiments.sequence import ALPHA
 from gateway.experiments.units import MAX_UNITS
@@ -140,6 +148,24 @@ class ExperimentStats:
             warnings=[
                 *_warn_of_no_units(experiment, sum(arm.requests for arm in arms), counted.uncounted),
                 *_warn_of_large_units(arms),
+            ],
+        )
+
+    def units_over_time(self, experiment: Experiment, generation: str, step: Step) -> UnitsOverTime:
+        """Return when the units arrived under the current weights."""
+        counted = self._experiments.get(experiment.id, OrderedDict()).get(generation)
+        arrived = {} if counted is None else counted.arrivals.by(step)
+        labels = [arm.label for arm in experiment.arms]
+        total = sum(arm.weight for arm in experiment.arms)
+        return UnitsOverTime(
+            experiment=experiment.id,
+            generation=generation,
+            step=step,
+            arms=labels,
+            expected=[arm.weight / total for arm in experiment.arms],
+            data=[
+                UnitsAtTime(time=time.isoformat(), units=[by_arm.get(label, 0) for label in labels])
+                for time, by_arm in arrived.items()
             ],
         )
 

@@ -380,6 +380,7 @@ async def test_the_schema_shows_each_path_once(client: httpx.AsyncClient) -> Non
         "/v1/experiments/{experiment_id}/preview",
         "/v1/experiments/{experiment_id}/outcomes",
         "/v1/experiments",
+        "/v1/experiments/{experiment_id}/units",
         "/v1/experiments/{experiment_id}",
         "/v1/live",
         "/v1/shadows",

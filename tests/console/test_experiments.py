@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
-from tests.console.served import HOSTILE, OPERATOR, Gateway, serving, usual_models
+from gateway.experiments.exposures import Exposure
+from gateway.experiments.split import Split
+from tests.console.served import HOSTILE, OPERATOR, SEARCH, Gateway, serving, usual_models
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -97,6 +102,28 @@ def test_the_experiments_are_accessible(
         page.get_by_label("bge").fill("70")
         page.get_by_role("button", name="Show the change").click()
         check_everywhere(page, "experiment")
+
+
+def test_units_over_time_are_drawn_with_the_share_that_was_asked_for(
+    tmp_path: Path, visit: Callable[..., Any], check_everywhere: Callable[[Any, str], None]
+) -> None:
+    log = tmp_path / "exposures.jsonl"
+    generation = Split(SEARCH).generation
+    with log.open("w") as lines:
+        for number in range(400):
+            time = datetime(2026, 11, 20, tzinfo=UTC) + timedelta(minutes=7 * number)
+            arm = "bge" if number % 2 else "jina"
+            exposure = Exposure(time.isoformat(), "search-exp", generation, arm, f"{number:016x}", arm, None, 0.5)
+            lines.write(json.dumps(asdict(exposure)) + "\n")
+    with serving(exposure_log=log) as served, visit(served.url) as page:
+        page.goto(f"{served.url}/console/experiments/search-exp")
+        shown = page.locator("section", has=page.locator("#arrivals"))
+        assert shown.locator("rect").count() == 47
+        assert shown.get_by_role("img").get_attribute("aria-label") == "bge has 50.0 % of the units, 50.0 % asked for"
+        by_day = httpx.get(f"{served.url}/v1/experiments/search-exp/units?step=day").json()
+        assert [sum(row["units"]) for row in by_day["data"]] == [206, 194]
+        assert httpx.get(f"{served.url}/v1/experiments/search-exp/units?step=week").status_code == 400
+        check_everywhere(page, "experiment-units")
 
 
 # ------------------------------------------------------------------------------------------------------- by the operator
