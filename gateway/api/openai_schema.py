@@ -99,6 +99,7 @@ class EmbeddingsBody(RequestBody):
         "the end (`START`, `left`), or answer 400 (`false`, `NONE`).",
         title=TRUNCATION,
     )
+    truncation: Truncation = Field(None, description="Same as `truncate`; Voyage's name.", title=TRUNCATION)
     truncation_direction: Direction = Field(
         None,
         description="Where texts that are too long are cut: at their end (`right`, the default) or their start.",
@@ -157,7 +158,9 @@ class EmbeddingsBody(RequestBody):
 
     @property
     def wanted_truncation(self) -> Truncate:
-        return wanted_truncation(self.truncate, self.truncation_direction)
+        values = {"truncate": self.truncate, "truncation": self.truncation}
+        name = resolve_synonyms(**{field: value and value.value for field, value in values.items()})
+        return wanted_truncation(Truncate(name) if name else None, self.truncation_direction)
 
     @property
     def wanted_outputs(self) -> tuple[Output, ...]:

@@ -11,7 +11,8 @@ import pytest
 
 from gateway.api.assignments import UnitsBody
 from gateway.api.classify_schema import ClassifyBody
-from gateway.api.comparisons import ComparisonBody
+from gateway.api.comparisons import AgreementBody, ComparisonBody, JudgeBody
+from gateway.api.duels import DuelBody, VoteBody
 from gateway.api.experiment_changes import WeightsBody
 from gateway.api.json_body import RequestBody
 from gateway.api.ollama import OllamaEmbedBody
@@ -51,6 +52,10 @@ LEAST: dict[type[RequestBody], dict[str, Any]] = {
     OwnTokenizeBody: {"input": "a"},
     ComparisonBody: {"name": "a", "arms": ["a", "b"], "data": "a"},
     WeightsBody: {"weights": {"a": 1}},
+    JudgeBody: {"url": "a", "model": "a"},
+    AgreementBody: {"agree": True},
+    DuelBody: {"comparison": "a", "baseline": "a", "arm": "b"},
+    VoteBody: {"turn": 1, "choice": "tie"},
 }
 
 
@@ -240,6 +245,35 @@ async def test_the_direction_of_tei(
 
     assert response.status_code == 200, response.text
     assert [job.truncate for job in jobs] == [expected]
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"truncation": True}, Truncate.END),
+        ({"truncation": False}, Truncate.REFUSE),
+        ({"truncation": "false", "truncate": "NONE"}, Truncate.REFUSE),
+        ({"truncation": True, "truncate": "START"}, Truncate.START),
+        ({"truncation": None, "truncate": ""}, Truncate.END),
+    ],
+)
+async def test_voyages_name_for_it(
+    client: httpx.AsyncClient, jobs: list[EmbedJob], fields: dict[str, object], expected: Truncate
+) -> None:
+    response = await client.post("/v1/embeddings", json={"input": "a", **fields})
+
+    assert response.status_code == 200, response.text
+    assert [job.truncate for job in jobs] == [expected]
+
+
+async def test_two_names_for_it_must_agree(client: httpx.AsyncClient) -> None:
+    response = await client.post("/v1/embeddings", json={"input": "a", "truncate": "START", "truncation": False})
+
+    assert response.status_code == 400
+    message = response.json()["message"]
+    assert message.startswith("`truncate` says the string ")
+    assert "`truncation` says the string " in message
+    assert message.endswith(": they mean the same, leave one out")
 
 
 async def test_two_ends_of_a_text_contradict_each_other(client: httpx.AsyncClient) -> None:
