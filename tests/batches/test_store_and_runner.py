@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import random
@@ -85,6 +86,43 @@ def test_two_processes_cannot_share_a_folder(open_store: OpenStore, tmp_path: Pa
 
     assert other.returncode != 0
     assert "is in use by another process: each gateway needs a separate folder" in other.stderr
+
+
+def test_a_process_that_is_refused_a_folder_holds_nothing_of_it(open_store: OpenStore, tmp_path: Path) -> None:
+    open_store()
+
+    def num_open() -> int:
+        number = 0
+        for link in Path("/proc/self/fd").iterdir():
+            with contextlib.suppress(FileNotFoundError):  # that of the folder of descriptors itself
+                number += link.readlink().is_relative_to(tmp_path)
+        return number
+
+    before = num_open()
+    with pytest.raises(StartError) as caught:
+        Store(tmp_path / "batches", 1 << 30)
+
+    assert num_open() == before, caught  # which holds the frames
+    assert before > 0
+
+
+def test_what_is_synced_survives_a_power_cut(open_store: OpenStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The content, and the folder's entry for it."""
+    synced: list[Path] = []
+    monkeypatch.setattr(os, "fsync", lambda number: synced.append(Path(f"/proc/self/fd/{number}").readlink()))
+    store = open_store()
+    file = add_file(store)
+
+    assert synced == [store.path(file.id), store.path(file.id).parent]
+
+
+def test_a_client_s_batches_are_listed_and_no_other_s(open_store: OpenStore) -> None:
+    store = open_store()
+    ids = [new_batch(store).id for _ in range(3)]
+    other = new_batch(store, owner="another")
+
+    assert [batch.id for batch in store.batches("someone", Page())] == ids[::-1]
+    assert [batch.id for batch in store.batches("another", Page())] == [other.id]
 
 
 @pytest.mark.parametrize("content", [b"this is no database" * 100, b"SQLite format 3\x00" + b"\xff" * 5000])
