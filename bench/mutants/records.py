@@ -100,7 +100,7 @@ _TESTS_OF = {
         "test_fallbacks",
     ),
     "gateway/routing/names.py": ("routing/test_router", "routing/test_rules", "routing/test_changes"),
-    "gateway/service.py": _OF_THE_SERVICE,
+    "gateway/service.py": (*_OF_THE_SERVICE, "capture/test_capture"),
     "gateway/computing.py": _OF_THE_SERVICE,
 }
 
