@@ -140,6 +140,29 @@ def test_a_record_is_good_where_lines_and_modules_have_moved(tmp_path):
     assert tests == {"if value < low:": [test], "return low": [test], "return min(value, high)": [], "return a + 1": []}
 
 
+def test_a_record_is_good_for_both_parts_of_a_module_that_was_split(tmp_path):
+    for name, text in {"gateway/toy.py": TOY, "tests/test_toy.py": TOY_TESTS}.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    test = "tests/test_toy.py::test_low"
+    Records(tmp_path, tmp_path / "records").save(
+        "tests/test_toy.py",
+        {IMPORT: Trace(lines={"gateway/toy.py": {2, 9}}), test: Trace(lines={"gateway/toy.py": {4, 5}})},
+    )
+    clamp, never_tested = TOY.split("\n\n\n")
+    (tmp_path / "gateway/toy.py").write_text(never_tested)
+    (tmp_path / "gateway/limits.py").write_text("import x\n" + clamp)
+
+    records = Records(tmp_path, tmp_path / "records")
+    [lowered] = [
+        one
+        for one in mutants_of("gateway/limits.py", "import x\n" + clamp)
+        if one.after == "return None" and one.line == 6
+    ]
+
+    assert [candidate.test for candidate in records.candidates(lowered, ["tests/test_toy.py"], 1)] == [test]
+
+
 def test_each_module_of_the_core_has_tests():
     modules = [f"gateway/{name}.py" for name in CORE]
 

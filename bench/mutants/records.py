@@ -36,8 +36,10 @@ NOT_RECORDED = (
 _VERSION = 2
 # Of the time that a recorded test took by the clock, this share counts at least: it may only have waited.
 _WAITING = 0.2
-# A module that has this share of its lines in common with a removed one is taken for the same module.
+# A module that has this share of its lines from one that was removed or changed has moved, or was a part of it.
 _MOVED = 0.5
+# A line with fewer characters may be in any module.
+_TELLING = 8
 
 # The tests of modules whose tests are not in the file or folder named after them.
 _OF_THE_SERVICE = ("test_service", "api/test_contract", "api/test_quantized", "api/test_rerank", "api/test_tei")
@@ -153,6 +155,7 @@ class Records:
         self._folder = folder
         self._loaded: dict[str, _Record] = {}
         self._weights_of: dict[str, Mapping[str, float]] = {}
+        self._hashes: dict[str, str] = {}
 
     def has(self, file: str) -> bool:
         """Whether the file has a record, and has not changed since."""
@@ -275,10 +278,16 @@ class Records:
         if module in part.sources:
             return module
         new = (self._project / module).read_text(encoding="utf-8")
-        gone = [name for name in part.sources if not (self._project / name).exists()]
-        likeness = {name: _likeness(self._old_text(part, name), new) for name in gone}
+        changed = [name for name in part.sources if self._now(name) != part.sources[name]]
+        likeness = {name: _likeness(self._old_text(part, name), new) for name in changed}
         best = max(likeness, key=lambda name: likeness[name], default=None)
         return best if best is not None and likeness[best] > _MOVED else None
+
+    def _now(self, name: str) -> str:
+        if name not in self._hashes:
+            path = self._project / name
+            self._hashes[name] = _hash(path.read_bytes()) if path.exists() else ""
+        return self._hashes[name]
 
     def _old_text(self, part: _Part, module: str) -> str:
         return (self._folder / "sources" / part.sources[module]).read_text(encoding="utf-8")
@@ -349,9 +358,11 @@ def old_lines(old: str, new: str, first: int, last: int) -> frozenset[int]:
 
 @lru_cache(maxsize=4096)
 def _likeness(old: str, new: str) -> float:
-    """Return the share of their lines that two texts have in common."""
-    lines, other_lines = set(old.splitlines()), set(new.splitlines())
-    return len(lines & other_lines) / max(1, len(lines | other_lines))
+    """Return the share of the lines of ``new`` that are in ``old``, without imports and lines like those of any module."""
+    lines = {
+        line for line in new.splitlines() if len(line.strip()) > _TELLING and not line.startswith(("from ", "import "))
+    }
+    return len(lines & set(old.splitlines())) / max(1, len(lines))
 
 
 def _blocks(matcher: difflib.SequenceMatcher[str]) -> list[difflib.Match]:
