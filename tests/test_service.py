@@ -358,6 +358,17 @@ async def test_memory_is_reserved_for_more_weights_than_are_usual_once_they_are_
     assert reserved == [3 * 3 * 8 * 4 + 3 * 12 * 4096, *further]
 
 
+async def test_a_model_without_token_states_has_its_other_outputs(make_service: MakeService) -> None:
+    backend = StubBackend()
+    service = make_service(backend, has_states=False)
+
+    with pytest.raises(UnsupportedOutput, match="does not return un-pooled token vectors"):
+        await service.embed(request(outputs=[Output.STATES]))
+    assert backend.jobs == []
+
+    assert (await service.embed(request())).has_dense
+
+
 async def test_chunks_of_one_text_have_dense_vectors_only(make_service: MakeService) -> None:
     backend = StubBackend()
     service = make_service(backend, can_chunk_late=True, outputs=(Output.DENSE, Output.SPARSE))
