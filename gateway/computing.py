@@ -109,7 +109,7 @@ def _check_space(space: str, sent: str | None, choice: Choice) -> None:
 
 
 def _text_bytes(info: ModelInfo, outputs: frozenset[Output]) -> int:
-    """Return the bytes of output per text, whatever its length."""
+    """Return the bytes of output per text of any length."""
     num_weights = min(info.max_weights, _USUAL_WEIGHTS) if Output.SPARSE in outputs else 0
     return _DENSE_COPIES * _FLOAT_BYTES * info.width + _SPARSE_BYTES * num_weights
 

@@ -43,7 +43,7 @@ class Observer:
                 # Clients that gave up count as failures; otherwise a slow arm would look better.
                 self._record_error(choice, request, ClientDisconnected(""), time.monotonic() - started)
                 raise
-            except Exception as error:  # an arm that fails, in whatever way, must not look unused
+            except Exception as error:  # an arm that fails in any way must not look unused
                 failure = error if isinstance(error, RequestError) else InternalError("")
                 self._record_error(choice, request, failure, time.monotonic() - started)
                 raise

@@ -129,7 +129,7 @@ class ModelInfo:
         width: native dimensions of a dense vector; 0 for a model without one.
         dimensions: every accepted size of a dense vector, largest (``width``) first.
         token_width: dimensions of a vector in the multi-vector output; 0 without that output.
-        max_weights: the most weights that a text may have in the sparse output, whatever its length; 0 for one per token.
+        max_weights: the most weights that a text may have in the sparse output, for any length; 0 for one per token.
         rerank: for a model that embeds: the outputs, with weights, by which it scores texts against a query; may be
             empty.
         is_mean_maxsim: multi-vectors are compared by the mean over the query's vectors, rather than by the sum.

@@ -1,4 +1,4 @@
-"""Read a request's body: JSON, whatever its content type says, and the fields that every dialect has.
+"""Read a request's body: JSON with any content type, and the fields that every dialect has.
 
 Unknown fields are ignored; `null` means absent, and so does an empty string in an optional field. Clients that are built
 from forms and templates send `"true"`, `"512"` and `512.0`: a value that can mean only one thing is accepted. Any other
@@ -23,7 +23,7 @@ Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | Non
 T = TypeVar("T", bool, int, str)
 
 SMALL_BYTES = 64 * 1024
-"""A body of at most this size is parsed within a millisecond, whatever its content."""
+"""A body of at most this size is parsed within a millisecond, with any content."""
 
 _BOM = b"\xef\xbb\xbf"
 # UTF-32's marks come first, because they begin with those of UTF-16.

@@ -41,7 +41,7 @@ class Stopwatch:
     """Measures for how long the same forwards have been running, in time that the watchdog has seen pass.
 
     A process that was stopped, or a machine that was asleep, has not computed meanwhile: between two looks no more than
-    ``longest_look_s`` counts, whatever the clock says.
+    ``longest_look_s`` counts, regardless of the clock.
 
     Attributes:
         busiest: place of the forward that has been running longest at the last look.

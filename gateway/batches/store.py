@@ -243,7 +243,7 @@ class Store:
 
     @property
     def num_bytes(self) -> int:
-        """The bytes that count towards the quota."""
+        """The bytes that count toward the quota."""
         return self._num_bytes
 
     # ------------------------------------------------------------------------------------------------------ files

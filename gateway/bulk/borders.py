@@ -18,7 +18,7 @@ import unicodedata
 from bisect import bisect_left, bisect_right
 
 _CLOSERS = "[\"'”’»›)\\]）」』】》〉]*+"
-# Each pattern scans a run of marks once, whatever its length.
+# Each pattern scans a run of marks once, for any length.
 _ENDS = re.compile(rf"\n\s*+|(?<![.!?…])[.!?…]++{_CLOSERS}(?=\s)|[。！？｡]++{_CLOSERS}|[।॥؟۔։።፧፨។៕။]++{_CLOSERS}")
 # Matches the text before a full stop that ends no sentence: a single letter, or a number that begins a line.
 _NO_END = re.compile(r"(?:^|[\s(])[^\W\d_]$|(?:^|\n)[ \t]*\d+$")

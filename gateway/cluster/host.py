@@ -145,7 +145,7 @@ class Host:
             connection.send("error", key, self._error_of(error))
 
     def _error_of(self, error: Exception) -> RequestError:
-        """Return the error that the front answers with, whatever has failed: this process goes on."""
+        """Return the error that the front answers with, for every failure: this process continues."""
         if isinstance(error, RequestError):
             return error.with_traceback(None)
         log.error("replica_failed", exc_info=error)

@@ -1,4 +1,4 @@
-"""The front's end of the connection to one replica: send jobs and receive answers, whatever happens to the replica."""
+"""The front's end of the connection to one replica: send jobs and receive answers, even if the replica fails."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ _READING = {
     "p_holm": "corrected for the number of arms, not for that of the measures; only nDCG@10 has a verdict",
     "query_time, texts_per_s": "median ratios of an arm to the baseline; their intervals hold all at once",
 }
-# Windows refuses files of these names, whatever their ending.
+# Windows refuses files of these names with any ending.
 _RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\.|$)", re.IGNORECASE)
 
 

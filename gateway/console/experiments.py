@@ -291,7 +291,7 @@ def _conclude_from_units(report: ExperimentReport, outcomes: Sequence[OutcomeVie
 
 
 def _whiskers(report: ExperimentReport) -> list[Whisker]:
-    """Return the drawings of the guard-rails that have an interval: latency as a ratio, errors as a difference."""
+    """Return the drawings of the guardrails that have an interval: latency as a ratio, errors as a difference."""
     indices = {arm.arm: index for index, arm in enumerate(report.evidence)}
     drawn = []
     for one in report.guardrails:

@@ -34,11 +34,11 @@ class RequestContext:
 
     Attributes:
         client: the sender.
-        memory: the part of the budget that the request holds; released when it ends, for whatever reason.
+        memory: the part of the budget that the request holds; released when it ends, for any reason.
         body: the body, on its way in.
         sent: the headers of the request.
         path: the path without doubled slashes, and without the prefix under which a proxy serves the gateway.
-        headers: additional headers for the answer, whatever it is.
+        headers: additional headers for every kind of answer.
         reason: why the request was refused, without quotations of the client's texts; `param` is the field at fault.
         asked: the model as the client named it, for the log of a request that no model answered.
         api_key: hex sha256 of the key that the request carries, even where no key is required.

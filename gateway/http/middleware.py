@@ -103,7 +103,7 @@ class Identification:
 
 
 class Record:
-    """Records each request in metrics, span and log when it ends, for whatever reason, and releases its memory."""
+    """Records each request in metrics, span and log when it ends, for any reason, and releases its memory."""
 
     def __init__(self, app: ASGIApp, errors: RecentErrors) -> None:
         self._app = app
@@ -137,7 +137,7 @@ class Record:
 
 
 class ErrorExit:
-    """Answers every request that fails, whatever the cause, and notes the error in the context."""
+    """Answers every request that fails, for any cause, and notes the error in the context."""
 
     def __init__(self, app: ASGIApp, is_draining: Callable[[], bool]) -> None:
         self._app = app

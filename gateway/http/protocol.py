@@ -144,7 +144,7 @@ class BoundedProtocol(HttpToolsProtocol):
     def eof_received(self) -> bool | None:  # type: ignore[override]  # uvicorn's returns nothing, asyncio's may
         """Keep answering a client that has only finished sending.
 
-        A client that has left looks the same until data is sent to it, so its work is cancelled a little later.
+        A client that has left looks the same until data is sent to it, so its work is canceled a little later.
         """
         if self._held:
             self._is_end_due = True

@@ -28,7 +28,7 @@ class Quirks:
     Attributes:
         encoding: sent as ``encoding_format``.
         blank: the replacement for an empty text, one of ``BLANKS``; ``None`` if the server refuses all of them.
-        has_numbers: whether the server writes vectors as numbers, whatever encoding was requested.
+        has_numbers: whether the server writes vectors as numbers for every requested encoding.
     """
 
     encoding: Encoding

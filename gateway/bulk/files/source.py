@@ -135,7 +135,7 @@ class FileSource:
         made = None
         if self.fields.id is None:
             made = str(uuid.uuid5(_MADE_IDS, f"{file.name}:{record.number}:{digest(record.content).hex()}"))
-        # A field that the user names is kept, whatever its name.
+        # A field that the user names is kept under any name.
         content = restored(record.content) if self.fields.payload is None else record.content
         return self.fields.row(content, place, position, made)
 

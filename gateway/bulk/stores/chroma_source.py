@@ -100,7 +100,7 @@ class ChromaSource(ItemSource):
         self._connection.close()
 
     def _find(self, position: Position) -> _Item:
-        """Return the item at a position, which deletions may have moved towards the beginning."""
+        """Return the item at a position, which deletions may have moved toward the beginning."""
         match position:
             case [int() as offset, str() as item_id]:
                 pass

@@ -55,7 +55,7 @@ class Place:
         return f"{scheme}://{user}{host}:{self.port}" + (f"/{self.path}" if self.path else "")
 
     def is_same_collection(self, other: Place) -> bool:
-        """Return whether both are one collection, whatever their options are."""
+        """Return whether both are one collection, regardless of their options."""
         same = (self.kind, self.collection, self.host, self.port, self.path)
         if same != (other.kind, other.collection, other.host, other.port, other.path):
             return False
