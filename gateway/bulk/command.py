@@ -29,8 +29,7 @@ from gateway.bulk.progress import show_progress
 from gateway.bulk.report import Report
 from gateway.bulk.rows import BulkError, Json, Sink, Source, SpaceNote
 from gateway.cli.console import make_console, say
-from gateway.config.registry import Registry
-from gateway.config.settings import Settings
+from gateway.cli.models import OwnModels, RunningGateway
 from gateway.config.wording import count
 from gateway.telemetry.logs import configure_logs
 
@@ -38,22 +37,6 @@ INTERRUPTED = 130
 """The exit code after Ctrl-C that shells use."""
 
 _MANIFEST, _ERRORS, _SUMMARY = "_manifest.sqlite3", "_errors.jsonl", "_manifest.json"
-
-
-@dataclass(frozen=True, slots=True)
-class RunningGateway:
-    """A running gateway that embeds over HTTP."""
-
-    url: str
-    api_key: str | None
-
-
-@dataclass(frozen=True, slots=True)
-class OwnModels:
-    """Models to load in this process."""
-
-    registry: Registry
-    settings: Settings
 
 
 @dataclass(frozen=True, slots=True)

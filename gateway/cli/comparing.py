@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from gateway.cli.models import models_at
 from gateway.cli.options import API_KEY_ENV, ApiKeyOption, ModelsOption
-from gateway.config.registry import load_registry
-from gateway.config.settings import load_settings
 from gateway.errors import StartError
 
 if TYPE_CHECKING:
@@ -103,7 +102,7 @@ def compare(  # noqa: PLR0913, PLR0917  an argument for each option
     Reports quality, differences and cost as tables, JSON, run files, and a page with plots.
     """
     try:
-        from gateway.compare.command import OwnModels, RunningGateway, default_cache, run_comparison
+        from gateway.compare.command import default_cache, run_comparison
         from gateway.compare.comparison import CompareRequest
         from gateway.compare.judge.command import make_judging
     except ModuleNotFoundError as error:
@@ -125,11 +124,7 @@ def compare(  # noqa: PLR0913, PLR0917  an argument for each option
     judging = None
     if wanted := _judge_request(judge, judge_model, judge_key_env, cache, judge_check, judge_budget):
         judging = make_judging(wanted, is_agreed=yes, asks_program=progress == "json")
-    if url is not None:
-        gateway: RunningGateway | OwnModels = RunningGateway(url, os.environ.get(api_key_env))
-    else:
-        settings = load_settings(os.environ, models=models)
-        gateway = OwnModels(load_registry(settings.models, os.environ), settings)
+    gateway = models_at(url, api_key_env, models)
     run_comparison(request, gateway, out, judging, is_progress_json=progress == "json")
 
 

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from gateway.cli.models import models_at
 from gateway.cli.options import API_KEY_ENV, ApiKeyOption, ModelsOption
-from gateway.config.registry import load_registry
-from gateway.config.settings import load_settings
 
 if TYPE_CHECKING:
     from gateway.bulk.chunking import Chunking
@@ -146,7 +145,7 @@ def embed(  # noqa: PLR0913, PLR0917  an argument for each option
     tasks, uses the task of documents (retrieval.passage) unless --model names another.
     """
     from gateway.bulk.asked import ask
-    from gateway.bulk.command import EmbedRequest, OwnModels, RunningGateway, run_embed
+    from gateway.bulk.command import EmbedRequest, run_embed
     from gateway.bulk.fields import FieldNames
     from gateway.types import Truncate
 
@@ -165,11 +164,7 @@ def embed(  # noqa: PLR0913, PLR0917  an argument for each option
         restarts=restart,
         price_per_hour=price_per_hour,
     )
-    if url is not None:
-        gateway: RunningGateway | OwnModels = RunningGateway(url, os.environ.get(api_key_env))
-    else:
-        settings = load_settings(os.environ, models=models, cluster=cluster)
-        gateway = OwnModels(load_registry(settings.models, os.environ), settings)
+    gateway = models_at(url, api_key_env, models, cluster)
     raise typer.Exit(run_embed(request, gateway, as_json=as_json))
 
 

@@ -7,7 +7,6 @@ import logging
 import os
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from rich.text import Text
 from gateway.cli.client import GatewayClient, connect
 from gateway.cli.console import make_console
 from gateway.cli.in_process import in_process_client
+from gateway.cli.models import OwnModels, RunningGateway
 from gateway.compare.arms import parse_arms
 from gateway.compare.comparison import CompareRequest, compare
 from gateway.compare.dataset import Dataset, read_dataset
@@ -29,30 +29,12 @@ from gateway.compare.search import Ranking
 from gateway.compare.table import print_comparison
 from gateway.compare.unjudged import write_to_judge
 from gateway.config.files import write_whole
-from gateway.config.registry import Registry
-from gateway.config.settings import Settings
 from gateway.errors import CompareError
 from gateway.telemetry.logs import configure_logs
 
 # Longer than the gateway's own default time limit for a request.
 _TIMEOUT_S = 330.0
 _PATIENCE_S = 600.0
-
-
-@dataclass(frozen=True, slots=True)
-class RunningGateway:
-    """A gateway to ask over HTTP."""
-
-    url: str
-    api_key: str | None
-
-
-@dataclass(frozen=True, slots=True)
-class OwnModels:
-    """Models to load in this process."""
-
-    registry: Registry
-    settings: Settings
 
 
 def run_comparison(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import httpx
+import pytest_asyncio
 
 from gateway.app import create_app
 from gateway.config.registry import Alias, ModelEntry, Registry
@@ -35,3 +36,16 @@ async def connecting() -> AsyncIterator[Connect]:
             return await stack.enter_async_context(httpx.AsyncClient(transport=transport, base_url="http://gateway"))
 
         yield connect
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module", name="connect")
+async def connect_in_module() -> AsyncIterator[Connect]:
+    """Return a function that starts a gateway, which serves to the end of the module, and returns a client of it."""
+    async with connecting() as connect:
+        yield connect
+
+
+def entry(model_id: str, folder: Path, **fields: Any) -> ModelEntry:
+    """Return the entry of a checkpoint that torch computes exactly on the CPU."""
+    fields = {"device": "cpu", "enabled": True, "dtype": "float32", "runtime": "torch", **fields}
+    return ModelEntry(id=model_id, source=str(folder), **fields)

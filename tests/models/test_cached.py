@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,8 @@ import pytest
 import pytest_asyncio
 
 from gateway.config.cache import CacheConfig
-from gateway.config.registry import ModelEntry
 from tests.models.checkpoints import MAX_TOKENS, SENTENCES
-from tests.models.in_process import Connect, connecting
+from tests.models.in_process import Connect, connect_in_module, entry  # noqa: F401
 
 # One gateway serves all tests: engines take longer to start than to answer.
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -22,17 +20,6 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 LONG = " ".join(SENTENCES * MAX_TOKENS)
 TEXTS = [*SENTENCES[:3], LONG, "", SENTENCES[1]]  # one of them twice
 SIZES = (64, 16)
-
-
-def entry(model_id: str, folder: Path, **fields: Any) -> ModelEntry:
-    fields = {"device": "cpu", "enabled": True, "dtype": "float32", "runtime": "torch", **fields}
-    return ModelEntry(id=model_id, source=str(folder), **fields)
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def connect() -> AsyncIterator[Connect]:
-    async with connecting() as connect:
-        yield connect
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")

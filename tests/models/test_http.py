@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,10 @@ import pytest_asyncio
 import torch
 
 from gateway.backends.infinity import InfinityBackend
-from gateway.config.registry import ModelEntry
 from gateway.telemetry import metrics
 from gateway.types import Embeddings, EmbedJob, Output, SparseVector, Timings
 from tests.models.checkpoints import JINA_TASKS, MAX_TOKENS, TEXTS
-from tests.models.in_process import Connect, connecting
+from tests.models.in_process import Connect, connect_in_module, entry  # noqa: F401
 
 # One gateway serves all tests that only read: engines take longer to start than to answer.
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -39,18 +38,6 @@ INSTRUCTIONS = {
 }
 SIZES = (64, 48, 32, 16, 8)
 SUBSETS = [subset for size in (1, 2, 3) for subset in combinations(["dense", "sparse", "multivector"], size)]
-
-
-def entry(model_id: str, folder: Path, **fields: Any) -> ModelEntry:
-    fields = {"device": "cpu", "enabled": True, "dtype": "float32", "runtime": "torch", **fields}
-    return ModelEntry(id=model_id, source=str(folder), **fields)
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def connect() -> AsyncIterator[Connect]:
-    """Return a function that starts a gateway, which serves to the end of the module, and returns a client of it."""
-    async with connecting() as connect:
-        yield connect
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")

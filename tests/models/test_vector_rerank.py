@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,10 @@ import pytest
 import pytest_asyncio
 from sentence_transformers import MultiVectorEncoder, SparseEncoder
 
-from gateway.config.registry import ModelEntry
 from gateway.engine.loading import plan_load
 from gateway.errors import LoadError
 from tests.models.checkpoints import MAX_TOKENS, SENTENCES
-from tests.models.in_process import Connect, connecting
+from tests.models.in_process import Connect, connect_in_module, entry  # noqa: F401
 
 # One gateway serves all tests: engines take longer to start than to answer.
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -25,18 +24,6 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 QUERY = "What is the capital of Germany; near texts?"
 DOCUMENTS = [*SENTENCES, "near vectors, near texts " * 30, "", "fox"]
 ALL = ("dense", "sparse", "multivector")
-
-
-def entry(model_id: str, folder: Path, **fields: Any) -> ModelEntry:
-    fields = {"device": "cpu", "enabled": True, "dtype": "float32", "runtime": "torch", **fields}
-    return ModelEntry(id=model_id, source=str(folder), **fields)
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def connect() -> AsyncIterator[Connect]:
-    """Return a function that starts a gateway, which serves to the end of the module, and returns a client of it."""
-    async with connecting() as connect:
-        yield connect
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, closing, contextmanager
 from dataclasses import dataclass, replace
@@ -13,7 +12,7 @@ from rich.console import Console
 
 from gateway.bulk.asked import PASSAGE_TASK, Asked, ask
 from gateway.bulk.chunking import ModelTokens
-from gateway.bulk.command import OwnModels, RunningGateway, open_embedder, stop_on_signals
+from gateway.bulk.command import open_embedder, stop_on_signals
 from gateway.bulk.embedder import Embedder, TextVectors
 from gateway.bulk.moving.checking import allowed_changes
 from gateway.bulk.moving.ledger import Ledger
@@ -25,8 +24,7 @@ from gateway.bulk.progress import show_progress
 from gateway.bulk.rows import BulkError, SpaceNote
 from gateway.bulk.stores.protocol import MovableStore, Place
 from gateway.cli.console import say
-from gateway.config.registry import load_registry
-from gateway.config.settings import load_settings
+from gateway.cli.models import models_at
 from gateway.config.wording import count
 from gateway.types import Truncate
 
@@ -87,15 +85,8 @@ def asked_of(move: Move, model: str | None = None, *, for_queries: bool = False,
 @asynccontextmanager
 async def embedder_of(move: Move, asked: Asked, console: Console) -> AsyncIterator[Embedder]:
     """Load a model, or find it at the move's gateway."""
-    async with open_embedder(asked, _models_of(move), console) as embedder:
+    async with open_embedder(asked, models_at(move.url, move.api_key_env, move.models), console) as embedder:
         yield _Flattened(embedder) if move.flattens else embedder
-
-
-def _models_of(move: Move) -> RunningGateway | OwnModels:
-    if move.url is not None:
-        return RunningGateway(move.url, os.environ.get(move.api_key_env))
-    settings = load_settings(os.environ, models=move.models)
-    return OwnModels(load_registry(settings.models, os.environ), settings)
 
 
 @contextmanager

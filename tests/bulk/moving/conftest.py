@@ -82,7 +82,7 @@ def models(monkeypatch: pytest.MonkeyPatch) -> Models:
         yield HashModel(asked.name, found.called)
 
     monkeypatch.setattr(work, "open_embedder", open_embedder)
-    monkeypatch.setattr(work, "_models_of", lambda _move: None)
+    monkeypatch.setattr(work, "models_at", lambda *_: None)
     return found
 
 

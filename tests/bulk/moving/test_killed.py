@@ -24,7 +24,7 @@ async def open_embedder(asked, _models, _console):
     yield HashModel(asked.name, lambda _texts: time.sleep(0.01))
 
 url, collection, folder = sys.argv[1:]
-work.open_embedder, work._models_of, passes._SHARD_ROWS = open_embedder, lambda _move: None, 16
+work.open_embedder, work.models_at, passes._SHARD_ROWS = open_embedder, lambda *_: None, 16
 shop = Shop(url, collection)
 print("starts", flush=True)
 asyncio.run(steps.start(request_for(shop), Path(folder), Console(stderr=True)))
