@@ -10,6 +10,7 @@ from typing import Any, Final, Protocol
 import structlog
 
 from gateway.backends.base import Replica, Report, unreported
+from gateway.cluster.command import ask
 from gateway.cluster.deploying import NOT_STARTED, Cluster
 from gateway.cluster.discovery import DIRECTORY
 from gateway.cluster.line import Line
@@ -110,7 +111,24 @@ class RayBackend:
         self._is_ready = True
         if self._spec is not None:
             self._run(self._warn_of_missing(self._spec))
+            self._run(self._warn_of_others(self._spec))
         return info
+
+    async def _warn_of_others(self, spec: Spec) -> None:
+        """Log once, after a while, if another gateway has another entry for this model: a reload or rollout has ended."""
+        await asyncio.sleep(_PLACE_S)
+        cluster = self._site.cluster
+        for other in await asyncio.to_thread(cluster.others, spec.name):
+            if num_fronts := (await ask(cluster, other)).num_fronts:
+                log.warning(
+                    "gateways_differ",
+                    model=self._entry.id,
+                    deployment=spec.name,
+                    other=other.name,
+                    gateways=num_fronts,
+                    reason="other gateways have another entry, other settings or another version for this model, so their "
+                    "vectors may differ; `gateway cluster status` shows both",
+                )
 
     async def _warn_of_missing(self, spec: Spec) -> None:
         """Log once, after a while, if there are fewer replicas than the registry wants: no machine has room for them."""

@@ -11,7 +11,9 @@ from typing import Final
 from gateway.cluster.deploying import Cluster, Deployed
 from gateway.cluster.discovery import DIRECTORY
 from gateway.cluster.line import Line
+from gateway.cluster.placing import stem_of
 from gateway.cluster.pool import Pool
+from gateway.config.wording import enumerate_names
 
 # How long to wait for the replicas' status, in seconds.
 _PATIENCE_S: Final = 3.0
@@ -33,10 +35,11 @@ class Found:
 async def look(cluster: Cluster) -> list[Found]:
     """Ask the cluster and each replica for their status."""
     found = await asyncio.to_thread(cluster.deployed)
-    return await asyncio.gather(*(_ask(cluster, deployed) for deployed in found.values()))
+    return await asyncio.gather(*(ask(cluster, deployed) for deployed in found.values()))
 
 
-async def _ask(cluster: Cluster, deployed: Deployed) -> Found:
+async def ask(cluster: Cluster, deployed: Deployed) -> Found:
+    """Ask the replicas of a deployment for their status."""
     pool = Pool(deployed.name, lambda: None)
     await asyncio.to_thread(cluster.watch, deployed.name)
     end_watch = DIRECTORY.watch(deployed.name, pool.update)
@@ -81,6 +84,19 @@ def describe(found: Found) -> list[str]:
     return [head, *reason, *(_line(line) for line in found.lines)]
 
 
+def differing(found: Sequence[Found]) -> list[str]:
+    """Return a line for each model that gateways use with different entries, settings or versions."""
+    used: dict[str, list[str]] = {}
+    for one in found:
+        if one.num_fronts:
+            used.setdefault(stem_of(one.deployed.name), []).append(one.deployed.name)
+    return [
+        f"gateways differ in a model's entry, settings or version: {enumerate_names(names)} are in use"
+        for names in used.values()
+        if len(names) > 1
+    ]
+
+
 def _line(line: Line) -> str:
     load = line.load
     work = f"{load.num_requests} requests, {load.num_texts} texts in progress" if load.num_requests else "idle"
@@ -98,7 +114,9 @@ def run_status(address: str) -> list[str]:
         found = asyncio.run(look(cluster))
     finally:
         cluster.disconnect()
-    return [text for one in found for text in describe(one)] or ["no gateway has models on this cluster"]
+    return [*(text for one in found for text in describe(one)), *differing(found)] or [
+        "no gateway has models on this cluster"
+    ]
 
 
 def run_prune(address: str) -> list[str]:

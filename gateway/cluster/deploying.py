@@ -19,7 +19,7 @@ from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get
 from ray.serve.api import RunTarget
 from ray.serve.exceptions import RayServeException
 
-from gateway.cluster.placing import LOCAL, PREFIX, Spec, actor_options, scaling_options
+from gateway.cluster.placing import LOCAL, PREFIX, Spec, actor_options, scaling_options, stem_of
 from gateway.cluster.replica import DRAIN_S, NAMESPACE, Replica, begun_key, fingerprint_key
 from gateway.errors import StartError
 
@@ -158,6 +158,14 @@ class Cluster:
     def look(self, name: str) -> Deployed:
         """Return the deployment with a name; its status is ``NOT_STARTED`` if Serve does not know it."""
         return self.deployed().get(name) or Deployed(name, NOT_STARTED, "")
+
+    def others(self, name: str) -> Sequence[Deployed]:
+        """Return the running deployments of the same model with another entry, other settings or another version."""
+        return [
+            one
+            for one in self.deployed().values()
+            if one.name != name and stem_of(one.name) == stem_of(name) and one.num_running
+        ]
 
     def delete(self, names: Sequence[str]) -> None:
         """Delete deployments. Their replicas finish the work in progress."""

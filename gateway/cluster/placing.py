@@ -83,6 +83,11 @@ class Spec:
         return self.entry.replicas or Replicas()
 
 
+def stem_of(name: str) -> str:
+    """Return the part of a deployment's name that says which model it is, without the hash."""
+    return name.rpartition("-")[0]
+
+
 def make_spec(entry: ModelEntry, settings: Settings, *, has_cards: bool, make_backend: str = MAKE_INFINITY) -> Spec:
     """Return everything that a replica must know about its model.
 

