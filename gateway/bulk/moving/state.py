@@ -183,6 +183,7 @@ def find_move(folder: Path, name: str | None) -> Move:
     if name is not None:
         if name not in moves:
             same = [move for move in moves.values() if name in (move.pairs[0].old, move.pairs[0].new, move.alias)]
+            same = [move for move in same if move.stage is not Stage.FINISHED] or same
             if len(same) == 1:
                 return same[0]
             hint = f"; the moves are {enumerate_names(moves)}" if moves else "; there are no moves"
