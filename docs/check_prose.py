@@ -48,6 +48,8 @@ WORDS: Final = {
     r"held against": "compared with, checked against",
     r"the same command goes on": "the same command continues",
     r"point of time": "point in time",
+    r"guard-rails?": "guardrail",
+    r"towards": "toward",
     # British spelling.
     r"\w*(?:normal|token|util|serial|initial|organ|optim|recogn|summar|minim|maxim|real|general|special|synchron|final"
     r"|parallel|prior|standard|categor|quant|vector|emphas|apolog|author|capital|character|critic|custom|memor|stabil"
