@@ -709,3 +709,21 @@ async def test_open_files_are_closed_at_the_end(gateway: Gateway, tmp_path: Path
         await deployment.stop()
 
     assert sorted(closed) == ["exposures", "quotas"]
+
+
+async def test_each_model_has_the_backend_that_its_entry_names(tmp_path: Path) -> None:
+    path = tmp_path / "models.yaml"
+    path.write_text(
+        """\
+version: 1
+models:
+  - {id: here, source: ./here, enabled: true}
+  - {id: later, source: ./later, enabled: true, load: on_demand}
+  - {id: there, source: there, enabled: true, backend: openai, upstream: {urls: ["http://127.0.0.1:9"], model: there}}
+"""
+    )
+
+    deployment = Deployment(load_registry(path, {}), Settings())
+
+    backends = {model.entry.id: type(model.backend).__name__ for model in deployment.fleet}
+    assert backends == {"here": "InfinityBackend", "later": "OnDemandBackend", "there": "UpstreamBackend"}

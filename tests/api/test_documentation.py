@@ -79,6 +79,20 @@ async def test_the_described_input_is_what_is_accepted(connect: Connect, value: 
     assert validator.is_valid(value) is (answer.status_code == 200), answer.text
 
 
+async def test_each_described_default_is_a_described_value(connect: Connect) -> None:
+    schemas = (await schema_of(await connect()))["components"]["schemas"]
+    defaults = [
+        (name, field, shape)
+        for name, schema in schemas.items()
+        for field, shape in schema.get("properties", {}).items()
+        if "default" in shape and "$ref" not in str(shape)
+    ]
+
+    assert len(defaults) > 20
+    for name, field, shape in defaults:
+        assert Draft202012Validator(shape).is_valid(shape["default"]), (name, field, shape)
+
+
 async def test_each_path_of_another_api_is_a_route(connect: Connect) -> None:
     client = await connect()
     others = [path for path in (await schema_of(client))["paths"] if path.startswith(("/tei/", "/api/", "/openai/"))]

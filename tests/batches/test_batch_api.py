@@ -649,6 +649,7 @@ async def test_lines_that_a_restart_no_longer_accepts_fail_and_the_others_are_an
         error = errors["a"]["response"]["body"]["error"]
         assert (error["type"], error["code"], error["param"]) == ("invalid_request_error", "line_too_long", "body")
         assert "1024" in error["message"]
+        assert batch.usage.total_tokens == 3  # of the line that was answered
 
 
 async def test_files_can_be_deleted_while_they_are_listed(start: Start) -> None:
