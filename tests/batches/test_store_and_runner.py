@@ -22,7 +22,7 @@ import pytest
 
 from gateway.batches import runner as runner_module
 from gateway.batches import store as store_module
-from gateway.batches.lines import Answered, Line, read_lines
+from gateway.batches.lines import Answered, Line, in_one_space, read_lines
 from gateway.batches.runner import Runner
 from gateway.batches.store import Page, Store
 from gateway.batches.values import Batch, BatchesUnavailable, Purpose, Status, StorageFull, StoredFile
@@ -283,6 +283,24 @@ def test_pages_together_are_the_whole_list(open_store: OpenStore, limit: int, is
 
 
 # --------------------------------------------------------------------------------------------------------------- lines
+
+
+def test_an_answer_in_another_space_than_the_batch_is_an_error_that_names_both() -> None:
+    line, answered = Line("r1", "mini", b"{}"), Answered(200, "req", b"{}", num_tokens=2, space="mini@aaaaaaaaaaaa")
+    other = replace(answered, space="mini@bbbbbbbbbbbb")
+
+    first, spaces = in_one_space({}, line, answered)
+    assert (first, spaces) == (answered, {"": "mini@aaaaaaaaaaaa"})
+    assert in_one_space(spaces, line, answered) == (answered, spaces)
+    refused, after = in_one_space(spaces, line, other)
+    error = json.loads(refused.body)["error"]
+
+    assert (refused.status, refused.request_id, refused.num_tokens, after) == (412, "req", 0, spaces)
+    assert (error["type"], error["code"], error["param"]) == ("invalid_request_error", "space_mismatch", "model")
+    assert "mini@aaaaaaaaaaaa" in error["message"]
+    assert "mini@bbbbbbbbbbbb" in error["message"]
+    other_task = replace(line, task="retrieval.query")
+    assert in_one_space(spaces, other_task, other)[1] == {**spaces, "retrieval.query": "mini@bbbbbbbbbbbb"}
 
 
 def test_lines_are_read_from_any_line_on(tmp_path: Path) -> None:
