@@ -14,7 +14,8 @@ import select
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from math import isfinite
 from typing import Final, TextIO
 
 import orjson
@@ -99,8 +100,17 @@ def _as_json(event: EventDict, default: Callable[[object], object]) -> str:
     try:
         line = orjson.dumps(event, default, _AS_STRINGS)
     except TypeError:  # a number of more than 64 bits, a lone surrogate, a key that is not a string
-        return json.dumps(event, default=default)
+        return json.dumps(_plain(event), default=default)
     return line.decode() if line.isascii() else json.dumps(orjson.loads(line))
+
+
+def _plain(value: object) -> object:
+    """Return a value with strings as keys, and with null for numbers that JSON does not have."""
+    if isinstance(value, float) and not isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 class _Lines:

@@ -199,17 +199,22 @@ def test_a_stream_in_memory_has_its_line_at_once(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.usefixtures("restored_logging")
-def test_a_line_is_json_whatever_numbers_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "others", [{}, {"tokens": 2**70}, {"counts": {2: [math.nan]}, "unit": "a \ud83d"}], ids=["few", "large", "nested"]
+)
+def test_a_line_is_json_whatever_numbers_it_has(monkeypatch: pytest.MonkeyPatch, others: dict[str, Any]) -> None:
     """``NaN``, as Python writes it, is not JSON, and a collector would drop the line."""
     monkeypatch.setattr(sys, "stderr", output := io.StringIO())
     configure_logs("info", "json")
 
-    structlog.get_logger("gateway.test").info("measured", seconds=math.nan, share=math.inf)
+    structlog.get_logger("gateway.test").info("measured", seconds=math.nan, share=math.inf, **others)
 
     def refuse(name: str) -> None:
         raise AssertionError(name)
 
-    assert json.loads(output.getvalue(), parse_constant=refuse)["seconds"] is None
+    line = json.loads(output.getvalue(), parse_constant=refuse)
+    assert line["seconds"] is None
+    assert {name: line[name] for name in others} == json.loads(json.dumps(others).replace("NaN", "null"))
 
 
 @pytest.mark.parametrize("through", ["logging", "structlog"])
