@@ -244,14 +244,15 @@ class Runs:
             if path.stat().st_size > _MAX_QUERIES_BYTES:
                 raise BadInput(f"{path.name} has more than {_MAX_QUERIES_BYTES:,} bytes; use `report.html`")
             with path.open("rb") as lines:
-                for _number, line in zip(range(_MAX_QUERIES), lines, strict=False):
-                    yield Query.model_validate_json(line)
+                for number, line in zip(range(1, _MAX_QUERIES + 1), lines, strict=False):
+                    try:
+                        yield Query.model_validate_json(line)
+                    except ValidationError as error:
+                        raise BadInput(
+                            f"{path.name} is not from a comparison: line {number}, {_first_problem(error)}"
+                        ) from error
         except OSError as error:
             raise BadInput(f"{path.name} cannot be read: {error.strerror}") from error
-        except ValidationError as error:
-            raise BadInput(
-                f"{path.name} is not from a comparison: a line has {error.error_count()} problems"
-            ) from error
 
     def worst(self, name: str, arm: str, baseline: str, number: int, *, is_gained: bool) -> list[Query]:
         """Return the queries where an arm loses most, or gains most, against the baseline."""
@@ -269,7 +270,13 @@ class Runs:
         except OSError as error:
             return Run(path.name, None, f"results.json cannot be read: {error.strerror}")
         except ValidationError as error:
-            return Run(path.name, None, f"results.json is not that of a comparison: {error.error_count()} problems")
+            return Run(path.name, None, f"results.json is not from a comparison: {_first_problem(error)}")
+
+
+def _first_problem(error: ValidationError) -> str:
+    problem = error.errors(include_url=False, include_input=False)[0]
+    place = ".".join(map(str, problem["loc"]))
+    return f"{place}: {problem['msg']}" if place else problem["msg"]
 
 
 def _judge(file: Path) -> JudgeResults | None:

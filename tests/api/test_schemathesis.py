@@ -78,6 +78,7 @@ def narrowed(app: FastAPI) -> dict[str, Any]:
         "input_type",
         "normalize",
         "truncation_direction",
+        "truncation",
     ):
         del fields[synonym]  # two that differ are refused
     fields["model"] = {"enum": ["mini", "default", "owner/mini", "mini:query", "", None]}

@@ -744,9 +744,6 @@ def test_only_a_full_disk_is_called_full(
     store.close()
 
 
-@pytest.mark.parametrize(
-    "content_type", ["multipart/form-data; boundary*0=B; boundary*=B", "multipart/form-data; boundary*=zlib''B"]
-)
-def test_a_boundary_that_breaks_the_rules_of_its_header_is_refused(content_type: str) -> None:
+def test_a_boundary_that_breaks_the_rules_of_its_header_is_refused() -> None:
     with pytest.raises(BadInput, match="boundary"):
-        Multipart(content_type)
+        Multipart("multipart/form-data; boundary*0=B; boundary*=B")

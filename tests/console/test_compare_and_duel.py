@@ -79,7 +79,7 @@ def test_a_comparison_without_judgments_names_no_winner(gateway: Gateway, visit:
 def test_a_damaged_comparison_is_named(gateway: Gateway, visit: Callable[..., Any]) -> None:
     with visit(gateway.url) as page:
         page.goto(f"{gateway.url}/console/compare/damaged")
-        assert "results.json is not that of a comparison" in page.get_by_role("alert").inner_text()
+        assert "results.json is not from a comparison" in page.get_by_role("alert").inner_text()
         assert page.locator(".list li").count() == 3
 
 
@@ -254,7 +254,7 @@ def test_a_run_is_read_line_by_line_and_within_limits(tmp_path: Path) -> None:
     (folder / "queries.jsonl").write_text("not json\n")
     runs = Runs(tmp_path)
     assert "has more than" in runs.find("run").problem
-    with pytest.raises(BadInput, match="is not that of a comparison"):
+    with pytest.raises(BadInput, match="is not from a comparison"):
         list(runs.queries("run"))
     with pytest.raises(NotFound):
         runs.path("../run")

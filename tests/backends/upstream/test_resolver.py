@@ -74,8 +74,8 @@ async def test_a_resolver_that_hangs_has_one_thread_and_the_loop_runs_on(blockin
     outcomes = [await asyncio.gather(resolver.resolve("a", 80), return_exceptions=True) for _ in range(5)]
 
     assert [type(outcome) for [outcome] in outcomes] == [NotResolved] * 5
-    assert str(outcomes[0][0]) == "the resolver has not answered for 'a' in 0.05 s"
-    assert str(outcomes[4][0]) == "the resolver still has not answered for 'a'"
+    assert str(outcomes[0][0]) == "the resolver has not responded for 'a' in 0.05 s"
+    assert str(outcomes[4][0]) == "the resolver still has not responded for 'a'"
     assert blocking.begun == 1
     assert threading.active_count() == before + 1
 

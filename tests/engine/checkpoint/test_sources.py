@@ -181,7 +181,7 @@ def test_a_repository_that_only_its_own_code_can_read_names_the_one_to_take(sour
         lambda: locate(entry(source, COMMIT), may_download=may_download),
         lambda: Forecaster().forecast(entry(source, COMMIT)),
     ):
-        with pytest.raises(LoadError, match="take source: jinaai/jina-embeddings-v3-hf, the same model"):
+        with pytest.raises(LoadError, match="set source: jinaai/jina-embeddings-v3-hf, the same model"):
             refused()
 
 
