@@ -16,6 +16,7 @@ from gateway.api.endpoint import Endpoint
 from gateway.api.json_body import Flag, Number, PositiveInteger, RequestBody, Texts
 from gateway.api.wire import AnswerBody, error_responses, request_body, responses
 from gateway.comparisons.dueling import Duels
+from gateway.comparisons.grading import Grading
 from gateway.comparisons.jobs import Captured, Job, Jobs, JudgeChoice, Wanted
 from gateway.comparisons.runs import Results, Run, Runs
 from gateway.config.wording import cut
@@ -90,7 +91,7 @@ class Comparisons:
     """The handlers, and the comparisons of the gateway.
 
     Attributes:
-        runs, jobs, duels: ``None`` without a folder for them, ``runs_dir``.
+        runs, jobs, duels, grading: ``None`` without a folder for them, ``runs_dir``.
     """
 
     def __init__(self, endpoint: Endpoint, runs: Runs | None, jobs: Jobs | None) -> None:
@@ -98,6 +99,7 @@ class Comparisons:
         self.runs = runs
         self.jobs = jobs
         self.duels = None if runs is None else Duels(runs)
+        self.grading = None if runs is None else Grading(runs)
         self._num_streams = 0
 
     def captured(self) -> dict[str, Captured]:
@@ -129,7 +131,7 @@ class Comparisons:
 
     async def list_comparisons(self, request: Request) -> ComparisonList:
         """List the comparisons, and the data sets for another one."""
-        runs, jobs = self._require(request)
+        runs, jobs = self.require(request)
         known = await asyncio.to_thread(runs.latest)
         names = {run.name for run in known}
         cards = [_of_job(job) for job in jobs.all() if job.wanted.name not in names]
@@ -139,7 +141,7 @@ class Comparisons:
 
     async def start(self, request: Request) -> ComparisonCard:
         """Start a comparison. One runs at a time; look at its progress as often as you like."""
-        _runs, jobs = self._require(request)
+        _runs, jobs = self.require(request)
         body = await self._endpoint.read(request, ComparisonBody.parse)
         captured = None if body.captured is None else self.find_captured(body.captured)
         judge = None if body.judge is None else JudgeChoice(**body.judge.model_dump())
@@ -148,23 +150,23 @@ class Comparisons:
 
     async def retrieve(self, request: Request, name: str) -> ComparisonCard:
         """Return the progress of a comparison, or its results."""
-        runs, jobs = self._require(request)
+        runs, jobs = self.require(request)
         return await find_card(runs, jobs, name, has_results=True)
 
     async def events(self, request: Request, name: str) -> StreamingResponse:
         """Follow a comparison as server-sent events: `progress` at each change, then `end`; each with its card."""
-        self._require(request)
+        self.require(request)
         return await self.stream(name)
 
     async def answer(self, request: Request, name: str) -> ComparisonCard:
         """Agree to the price of the judge, or go on without the judge."""
-        _runs, jobs = self._require(request)
+        _runs, jobs = self.require(request)
         body = await self._endpoint.read(request, AgreementBody.parse)
         return _of_job(await jobs.answer(name, is_agreed=body.agree))
 
     async def stop(self, request: Request, name: str) -> ComparisonCard:
         """Stop a comparison that is running. The vectors that it has are kept for the next one."""
-        _runs, jobs = self._require(request)
+        _runs, jobs = self.require(request)
         return _of_job(await jobs.stop(name))
 
     async def stream(self, name: str) -> StreamingResponse:
@@ -204,11 +206,27 @@ class Comparisons:
         finally:
             self._num_streams -= 1
 
-    def _require(self, request: Request) -> tuple[Runs, Jobs]:
+    def require(self, request: Request) -> tuple[Runs, Jobs]:
+        """Return the parts that every operation needs.
+
+        Raises:
+            Forbidden: the client is not the operator.
+            NotFound: there is no folder for comparisons.
+        """
         require_operator(request, self._endpoint.settings.admin_key)
         if self.runs is None or self.jobs is None:
             raise NotFound(_NO_FOLDER)
         return self.runs, self.jobs
+
+    def require_grading(self) -> Grading:
+        """Return the grading by people. The caller has checked the reader's rights.
+
+        Raises:
+            NotFound: there is no folder for comparisons.
+        """
+        if self.grading is None:
+            raise NotFound(_NO_FOLDER)
+        return self.grading
 
 
 async def find_card(runs: Runs, jobs: Jobs, name: str, *, has_results: bool = False) -> ComparisonCard:

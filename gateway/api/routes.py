@@ -16,6 +16,7 @@ from gateway.api.endpoint import Endpoint
 from gateway.api.experiment_changes import experiment_changes_router, operators_changes_router
 from gateway.api.experiments import Experiments, experiments_router
 from gateway.api.files import files_router
+from gateway.api.grading import grading_router
 from gateway.api.ollama import ollama_router
 from gateway.api.openai import openai_router
 from gateway.api.outcomes import outcomes_router
@@ -57,6 +58,7 @@ def operator_routers(endpoint: Endpoint, comparisons: Comparisons) -> list[APIRo
         comparisons_router(comparisons),
         data_sets_router(comparisons, endpoint.settings),
         duels_router(endpoint, comparisons.duels),
+        grading_router(endpoint, comparisons),
     ]
 
 

@@ -128,6 +128,26 @@ def compare(  # noqa: PLR0913, PLR0917  an argument for each option
     run_comparison(request, gateway, out, judging, is_progress_json=progress == "json")
 
 
+def judge_check(
+    folder: Annotated[Path, typer.Argument(help="Folder with the results of `gateway compare --judge`.")],
+) -> None:
+    """Compute the verdict on a judge and its comparison again, after people have graded judge_check.tsv.
+
+    Needs neither the models nor the judge: it reads the files of the comparison, and replaces judge.json and report.html.
+    """
+    try:
+        from gateway.cli.console import make_console
+        from gateway.compare.judge.recheck import check_again
+        from gateway.compare.judge.sentences import print_report
+    except ModuleNotFoundError as error:
+        raise StartError(f"{error.name} is not installed: pip install 'embedding-gateway[compare]'") from error
+    console = make_console()
+    report, written = check_again(folder)
+    print_report(report, console)
+    for line in ("\nWritten:", *(f"  {path}" for path in written)):
+        console.print(line, soft_wrap=True)
+
+
 def _judge_request(
     url: str | None, model: str | None, key_env: str, cache: Path, check: Path | None, max_tokens: int | None
 ) -> JudgeRequest | None:

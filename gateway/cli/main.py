@@ -23,7 +23,7 @@ from typer.core import TyperGroup
 
 from gateway import __version__
 from gateway.cli.clustering import cluster as cluster_commands
-from gateway.cli.comparing import compare
+from gateway.cli.comparing import compare, judge_check
 from gateway.cli.embedding import embed
 from gateway.cli.experimenting import experiments
 from gateway.cli.moving import move
@@ -359,6 +359,9 @@ def calibrate(
 
 
 app.command()(compare)
+
+
+app.command()(judge_check)
 
 
 app.command()(embed)

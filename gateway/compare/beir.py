@@ -12,7 +12,6 @@
 from __future__ import annotations
 
 import csv
-import io
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from typing import Any
 
 import orjson
 
+from gateway.comparisons.sheet import Tabs
 from gateway.config.files import open_regular
 from gateway.config.wording import cut
 from gateway.errors import CompareError
@@ -36,22 +36,6 @@ _NEARLY_ALL = 0.9
 
 Judgments = dict[str, dict[str, int]]
 """Score by document by query."""
-
-
-class Tabs(csv.excel_tab):
-    """Columns separated by tabs, in quotes where needed, as spreadsheets read and write them."""
-
-    lineterminator = "\n"
-
-
-def form_line(columns: Sequence[str]) -> bytes:
-    """Return a line of a form that people fill in using a spreadsheet.
-
-    Without quotes around it, a text that begins with ``"`` would swallow the lines after it.
-    """
-    buffer = io.StringIO()
-    csv.writer(buffer, Tabs).writerow(columns)
-    return buffer.getvalue().encode(errors="replace")
 
 
 @dataclass(frozen=True, slots=True)

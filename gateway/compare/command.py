@@ -21,14 +21,13 @@ from gateway.compare.arms import parse_arms
 from gateway.compare.comparison import CompareRequest, compare
 from gateway.compare.dataset import Dataset, read_dataset
 from gateway.compare.judge.command import Declined, Judging, show_judged
-from gateway.compare.outputs import RESULTS, write_results
+from gateway.compare.outputs import RESULTS, write_page, write_results
 from gateway.compare.page import render_page
 from gateway.compare.progress import progress_on
 from gateway.compare.results import Comparison
 from gateway.compare.search import Ranking
 from gateway.compare.table import print_comparison
 from gateway.compare.unjudged import write_to_judge
-from gateway.config.files import write_whole
 from gateway.errors import CompareError
 from gateway.telemetry.logs import configure_logs
 
@@ -77,7 +76,7 @@ def run_comparison(
         failure = error  # the comparison is worth its page without the judge
     if judged is not None:
         written += show_judged(judged, dataset, folder, request.seed, console)
-    written.append(_write_page(render_page(comparison, judged.report if judged else None), folder))
+    written.append(write_page(render_page(comparison, judged.report if judged else None), folder))
     to_judge = write_to_judge(comparison, dataset, folder)
     written += [to_judge] if to_judge else []
     for line in ("\nWritten:", *(f"  {path}" for path in written)):
@@ -131,15 +130,6 @@ def _check_folder(folder: Path) -> None:
         raise CompareError(f"--out {folder}: {there} is not a folder")
     if not os.access(there, os.W_OK | os.X_OK):
         raise CompareError(f"--out {folder}: {there} is not writable")
-
-
-def _write_page(page: str, folder: Path) -> Path:
-    path = folder / "report.html"
-    try:
-        write_whole(path, page)
-    except OSError as error:
-        raise CompareError(f"{path} cannot be written: {error.strerror}") from error
-    return path
 
 
 def default_cache(environ: Mapping[str, str]) -> Path:

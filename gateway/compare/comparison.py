@@ -163,6 +163,7 @@ def _queries(dataset: Dataset, rankings: Mapping[str, Ranking], qualities: Mappi
                 },
                 overlap={arm: overlap(_ids(rankings[arm][query]), first) for arm in others},
                 rbo={arm: rank_biased_overlap(_ids(rankings[arm][query]), first) for arm in others},
+                group=dataset.groups.get(query),
             )
         )
     return results

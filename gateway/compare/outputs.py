@@ -17,6 +17,7 @@ from gateway.config.files import write_whole
 from gateway.errors import CompareError
 
 RESULTS = "results.json"
+QUERIES = "queries.jsonl"
 _MAX_NAME = 100
 _READING = {
     "interval": "95 % for each arm and measure by itself, not for all at once; null where too little varies",
@@ -53,7 +54,7 @@ def write_results(comparison: Comparison, rankings: Mapping[str, Ranking], folde
     names = file_names(rankings)
     contents: list[tuple[Path, Iterable[bytes]]] = [
         (folder / RESULTS, [_json(whole, orjson.OPT_INDENT_2)]),
-        (folder / "queries.jsonl", (_json(query) for query in comparison.queries)),
+        (folder / QUERIES, (_json(query) for query in comparison.queries)),
         *((folder / "runs" / f"{names[arm]}.trec", _run_lines(arm, rankings[arm])) for arm in rankings),
     ]
     for path, lines in contents:
@@ -63,6 +64,20 @@ def write_results(comparison: Comparison, rankings: Mapping[str, Ranking], folde
         except OSError as error:
             raise CompareError(f"{path}: cannot be written: {error.strerror or error}") from error
     return [path for path, _ in contents]
+
+
+def write_page(page: str, folder: Path) -> Path:
+    """Write ``report.html`` into the folder of a comparison.
+
+    Raises:
+        CompareError: the file cannot be written.
+    """
+    path = folder / "report.html"
+    try:
+        write_whole(path, page)
+    except OSError as error:
+        raise CompareError(f"{path} cannot be written: {error.strerror}") from error
+    return path
 
 
 def file_names(arms: Iterable[str]) -> dict[str, str]:

@@ -254,6 +254,7 @@ class QueryResult:
         quality: value of each measure by arm; empty without judgments.
         overlap: overlap@10 with the baseline, by arm, without the baseline.
         rbo: rank-biased overlap with the baseline, by arm, without the baseline.
+        group: the group of a query that depends on others.
     """
 
     id: str
@@ -262,6 +263,7 @@ class QueryResult:
     quality: Mapping[str, Mapping[str, float]]
     overlap: Mapping[str, float]
     rbo: Mapping[str, float]
+    group: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

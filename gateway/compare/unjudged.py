@@ -13,10 +13,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from gateway.compare.beir import HEADER, form_line
+from gateway.compare.beir import HEADER
 from gateway.compare.dataset import Dataset
 from gateway.compare.results import Comparison, Contrast, Verdict
 from gateway.compare.search import Ranking
+from gateway.comparisons.sheet import form_line
 from gateway.config.files import write_whole
 from gateway.errors import CompareError
 

@@ -208,7 +208,7 @@ class Jobs:
         if job is None or job.state != "running":
             raise NotFound(f"no comparison {cut(name)!r} is running")
         job.state = "stopped"
-        await _end(job.process)
+        await end_process(job.process)
         await job.ended()
         return job
 
@@ -275,13 +275,13 @@ class Jobs:
             with suppress(OSError):  # requests of others come first
                 os.setpriority(os.PRIO_PROCESS, process.pid, _NICE)
             if job.state != "running":  # it was stopped before there was a process
-                await _end(process)
+                await end_process(process)
             await _follow(process, job, last)
             code = await process.wait()
         except OSError as error:
             last.append(f"the command cannot be started: {error.strerror}")
         except BaseException:
-            await _end(job.process)
+            await end_process(job.process)
             raise
         finally:
             give_back()
@@ -333,12 +333,17 @@ def _check_judge(judge: JudgeChoice) -> None:
 
 def _environment(environ: Mapping[str, str], key: str, judge: JudgeChoice | None = None) -> dict[str, str]:
     """Return the variables of the command: without the gateway's secrets, and with a key, but no proxy, for its requests."""
-    kept = {name: value for name, value in environ.items() if not name.upper().startswith("GATEWAY_")}
+    kept = without_settings(environ)
     for name in ("NO_PROXY", "no_proxy"):
         kept[name] = "*"
     if judge is not None and judge.key:
         kept["JUDGE_API_KEY"] = judge.key
     return kept | {"EMBEDDINGS_API_KEY": key, "PYTHONUNBUFFERED": "1"}
+
+
+def without_settings(environ: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables of a process without the gateway's settings, some of which are secrets."""
+    return {name: value for name, value in environ.items() if not name.upper().startswith("GATEWAY_")}
 
 
 async def _follow(process: asyncio.subprocess.Process, job: Job, last: deque[str]) -> None:
@@ -366,7 +371,7 @@ async def _follow(process: asyncio.subprocess.Process, job: Job, last: deque[str
             last.append(text)
 
 
-async def _end(process: asyncio.subprocess.Process | None) -> None:
+async def end_process(process: asyncio.subprocess.Process | None) -> None:
     """End a process, by force if it does not go."""
     if process is None or process.returncode is not None:
         return

@@ -12,10 +12,13 @@ from typing import Final
 
 from pydantic import AliasChoices, BaseModel, Field, ValidationError
 
+from gateway.comparisons.scale import MIN_KAPPA
+from gateway.comparisons.sheet import CHECK_FILE
 from gateway.config.wording import cut
 from gateway.errors import BadInput, NotFound
 
 PRIMARY: Final = "nDCG@10"
+UNUSABLE: Final = "judge cannot be used"
 MAX_RUNS: Final = 200
 _MAX_RESULTS_BYTES: Final = 4 * 1024**2
 _MAX_QUERIES_BYTES: Final = 32 * 1024**2
@@ -110,13 +113,35 @@ class JudgeContrast(BaseModel):
     """An arm against the baseline by a judge's grades.
 
     Attributes:
+        people: the difference by people's grades of the queries that they checked; ``None`` without a check.
         corrected: the difference corrected by people's grades; ``None`` without a check.
     """
 
     arm: str
     judged: JudgeFigure
+    people: JudgeFigure | None = None
     corrected: JudgeFigure | None = None
     verdict: str
+
+    @property
+    def figure(self) -> JudgeFigure:
+        """The difference to show: of people alone if the judge cannot be used, else corrected by them if they checked it."""
+        if self.verdict == UNUSABLE and self.people is not None:
+            return self.people
+        return self.corrected or self.judged
+
+
+class JudgeCheck(BaseModel):
+    """The agreement of a judge with the people who checked it."""
+
+    num_queries: int = Field(description="Queries whose documents people graded completely.")
+    num_pairs: int = Field(description="The documents of these queries.")
+    kappa: JudgeFigure = Field(description="Cohen's kappa with quadratic weights, with its 95 % interval.")
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether the judge agrees enough with people for a verdict."""
+        return self.kappa.low >= MIN_KAPPA
 
 
 class JudgeResults(BaseModel):
@@ -125,6 +150,7 @@ class JudgeResults(BaseModel):
     bottom_line: str
     sentences: Sequence[str]
     contrasts: Sequence[JudgeContrast]
+    check: JudgeCheck | None = Field(None, description="The check by people, if there was one.")
 
 
 class Results(BaseModel):
@@ -222,6 +248,10 @@ class Runs:
     def has(self, name: str) -> bool:
         """Return whether a comparison has results."""
         return self.is_name(name) and _changed(self.folder / name / "results.json") is not None
+
+    def has_check(self, name: str) -> bool:
+        """Return whether a comparison has documents for people to grade."""
+        return self.is_name(name) and _changed(self.folder / name / CHECK_FILE) is not None
 
     def path(self, name: str) -> Path:
         """Return the folder of a comparison, which is always inside of this one.

@@ -24,6 +24,7 @@ from gateway.comparisons.runs import (
     Run,
     Runs,
 )
+from gateway.comparisons.scale import MIN_KAPPA
 from gateway.config.wording import count
 from gateway.console.charts import Scale
 from gateway.console.parts import Parts
@@ -223,6 +224,8 @@ class Compare:
             quality=None if results is None else _quality(results),
             costs=None if results is None else _costs(results),
             judged=None if results is None or results.judge is None else _judged(results, results.judge),
+            has_check=await asyncio.to_thread(runs.has_check, run.name),
+            min_kappa=MIN_KAPPA,
             problem=problem,
             arms=arms,
             arm=arm,
@@ -283,10 +286,10 @@ def _costs(results: Results) -> Forest | None:
 
 
 def _judged(results: Results, judge: JudgeResults) -> list[tuple[JudgeContrast, Whisker | None, str]]:
-    """Return the differences by a judge, corrected by people if they checked it, with the position of no difference."""
+    """Return the differences by a judge and its check, with the position of no difference."""
     found = {contrast.arm: contrast for contrast in judge.contrasts}
     known = [found[arm.name] for arm in results.arms if arm.name in found]
-    figures = [contrast.corrected or contrast.judged for contrast in known]
+    figures = [contrast.figure for contrast in known]
     forest = _forest([Interval(mean=one.mean, low=one.low, high=one.high) for one in figures], 0.0)
     return [(contrast, whisker, forest.zero) for contrast, whisker in zip(known, forest.whiskers, strict=True)]
 

@@ -13,6 +13,7 @@ from gateway.console.access import Gate
 from gateway.console.compare import Compare
 from gateway.console.duel import DuelPages
 from gateway.console.experiments import Experiments
+from gateway.console.grade import GradePages
 from gateway.console.overview import Overview
 from gateway.console.parts import Parts
 from gateway.console.playground import Playground
@@ -115,7 +116,7 @@ def console_router(
     router = APIRouter(include_in_schema=False)
     site, overview, playground = Site(pages), Overview(parts), Playground(parts)
     experiments, compare = Experiments(parts), Compare(parts, comparisons)
-    duel = DuelPages(parts, compare)
+    duel, grade = DuelPages(parts, compare), GradePages(parts, compare, comparisons)
 
     router.add_api_route("/", site.root)
     router.add_api_route(f"{ROOT}/static/{{name}}", site.file)
@@ -142,18 +143,28 @@ def console_router(
         ("/duel/{run}/{duel}/end", duel.end, "POST"),
         ("/duel/{run}/{duel}/qrels.tsv", duel.qrels, "GET"),
         ("/duel/{run}/{duel}/votes.jsonl", duel.votes, "GET"),
+        *_compare_paths(compare, grade),
+        *_experiment_paths(experiments),
+    ):
+        router.add_api_route(ROOT + path, pages.guard(handler), methods=[method])
+    return router
+
+
+def _compare_paths(compare: Compare, grade: GradePages) -> tuple[tuple[str, Handler, str], ...]:
+    return (
         ("/compare", compare.first, "GET"),
         ("/compare/{run}", compare.show, "GET"),
         ("/compare/{run}/stop", compare.stop, "POST"),
         ("/compare/{run}/answer", compare.answer, "POST"),
         ("/compare/{run}/events", compare.events, "GET"),
+        ("/compare/{run}/grade", grade.show, "GET"),
+        ("/compare/{run}/grade", grade.grade, "POST"),
+        ("/compare/{run}/grade/undo", grade.undo, "POST"),
+        ("/compare/{run}/verdict", grade.conclude, "POST"),
         ("/new-comparison", compare.ask, "GET"),
         ("/new-comparison", compare.start, "POST"),
         ("/data-sets", compare.upload, "POST"),
-        *_experiment_paths(experiments),
-    ):
-        router.add_api_route(ROOT + path, pages.guard(handler), methods=[method])
-    return router
+    )
 
 
 def _experiment_paths(experiments: Experiments) -> tuple[tuple[str, Handler, str], ...]:

@@ -14,6 +14,7 @@ from gateway.api.classify_schema import ClassifyBody
 from gateway.api.comparisons import AgreementBody, ComparisonBody, JudgeBody
 from gateway.api.duels import DuelBody, VoteBody
 from gateway.api.experiment_changes import WeightsBody
+from gateway.api.grading import GradeBody
 from gateway.api.json_body import RequestBody
 from gateway.api.ollama import OllamaEmbedBody
 from gateway.api.openai_schema import EmbeddingsBody
@@ -56,6 +57,7 @@ LEAST: dict[type[RequestBody], dict[str, Any]] = {
     AgreementBody: {"agree": True},
     DuelBody: {"comparison": "a", "baseline": "a", "arm": "b"},
     VoteBody: {"turn": 1, "choice": "tie"},
+    GradeBody: {"query": "a", "document": "a", "grade": 1},
 }
 
 

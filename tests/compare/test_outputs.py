@@ -14,11 +14,12 @@ import ir_measures
 import numpy as np
 import pytest
 
-from gateway.compare.beir import add_judgments, form_line
+from gateway.compare.beir import add_judgments
 from gateway.compare.outputs import file_names, write_results
 from gateway.compare.quality import measure
 from gateway.compare.results import MEASURES, Comparison
 from gateway.compare.search import Ranking, make_ranking, search
+from gateway.comparisons.sheet import form_line
 from gateway.errors import CompareError
 from tests.compare.results_example import BGE, JINA, make_comparison
 

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import re
 import resource
+import shutil
 import signal
 import sys
 import time
@@ -21,8 +22,11 @@ from gateway.comparisons.dueling import DuelFolder
 from gateway.comparisons.duels import MAX_PAIRS, Duel, Vote, draw, qrels, stand
 from gateway.comparisons.jobs import Jobs
 from gateway.comparisons.runs import Query, Runs
+from gateway.comparisons.scale import SCALE
+from gateway.comparisons.sheet import CHECK_FILE, Sheet
 from gateway.console.duel import _seconds_since
 from gateway.errors import BadInput, NotFound
+from tests.compare.judge.folders import make_judged_folder
 from tests.compare.judge.stand_in import Reply, graded, serve_judge, texts_of
 from tests.compare.results_example import BGE, JINA, make_comparison
 from tests.console.served import HOSTILE, OPERATOR, Gateway, serving
@@ -37,6 +41,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     judged = dataclasses.replace(judged, queries=[hostile, *judged.queries[1:]], notes=[HOSTILE])
     write_results(judged, {}, folder / "support faq")
     write_results(make_comparison(JINA, BGE, num_queries=60, has_judgments=False), {}, folder / "not-judged")
+    make_judged_folder(folder / "judged", tmp_path_factory.mktemp("cache"))
+    shutil.copytree(folder / "judged", folder / "judged-too")
     (folder / "damaged").mkdir()
     (folder / "damaged" / "results.json").write_text("{}")
     (folder / ".hidden").mkdir()
@@ -80,7 +86,7 @@ def test_a_damaged_comparison_is_named(gateway: Gateway, visit: Callable[..., An
     with visit(gateway.url) as page:
         page.goto(f"{gateway.url}/console/compare/damaged")
         assert "results.json is not from a comparison" in page.get_by_role("alert").inner_text()
-        assert page.locator(".list li").count() == 3
+        assert page.locator(".list li").count() == 5
 
 
 @pytest.mark.parametrize("name", ["..%2Fsecret", "%2e%2e", ".hidden", "nothing", "a%00b", "x" * 300])
@@ -176,6 +182,93 @@ def test_the_pages_are_accessible(
         check_everywhere(page, "duel")
         page.get_by_role("button", name="End, and show the names").click()
         check_everywhere(page, "duel-done")
+
+
+# -------------------------------------------------------------------------------------------------------------- grades
+
+
+def test_people_grade_documents_by_keys_and_the_verdict_follows(
+    gateway: Gateway, runs: Path, visit: Callable[..., Any], check_everywhere: Callable[[Any, str], None]
+) -> None:
+    folder = runs / "judged"
+
+    def press(page: Any, key: str) -> None:
+        with page.expect_navigation():
+            page.keyboard.press(key)
+
+    def scores() -> list[int | None]:
+        return [row.score for row in Sheet((folder / CHECK_FILE).read_bytes()).pairs.values()]
+
+    with visit(gateway.url) as page:
+        page.goto(f"{gateway.url}/console/compare/judged")
+        assert (
+            page.locator("h1").inner_text()
+            == "The judge prefers new to old: let people check the judge before you switch."
+        )
+        page.get_by_role("link", name="Grade documents").click()
+        assert "0 of 480 documents, 0 of 60 whole queries; a verdict needs 50" in page.locator(".head").inner_text()
+        assert [button.split("\n")[-1] for button in page.locator(".grades button").all_inner_texts()] == [
+            meaning.removeprefix("The document ").removesuffix(".") for meaning in SCALE
+        ]
+        first, query = page.locator(".sheet p").inner_text(), page.locator("h1").inner_text()
+        check_everywhere(page, "grade")
+        press(page, "3")
+        second = page.locator(".sheet p").inner_text()
+        press(page, "s")
+        third = page.locator(".sheet p").inner_text()
+        press(page, "0")
+        assert len({first, second, third}) == 3
+        assert scores()[:4] == [3, None, 0, None]
+        press(page, "u")
+        assert page.locator(".sheet p").inner_text() == third
+        assert scores()[:4] == [3, None, None, None]
+        page.get_by_text("Several people").click()
+        page.get_by_label("Your name").fill("Bob & Ada")
+        page.get_by_role("button", name="Use").click()
+        assert page.locator("h1").inner_text() != query
+        page.locator(".grades button").nth(2).click()
+        page.wait_for_load_state()
+        assert scores().count(2) == 1
+        assert page.get_by_label("Your name").input_value() == "Bob & Ada"
+        people = Sheet((folder / CHECK_FILE).read_bytes())
+        for row in list(people.pairs.values())[:-1]:
+            grade = int(row.document_text.split()[2])
+            people = Sheet(b"".join(people.with_score(row.query, row.document, grade)))
+        (folder / CHECK_FILE).write_bytes(b"".join(people.with_score("", "", None)))
+        page.reload()
+        press(page, page.locator(".sheet p").inner_text().split()[2])
+        assert page.locator("h1").inner_text() == "All documents have a grade"
+        check_everywhere(page, "grade-done")
+        page.get_by_role("button", name="Compute the verdict with these grades").click(timeout=60_000)
+        page.wait_for_url("**/console/compare/judged", timeout=60_000)
+        assert (
+            page.locator("h1").inner_text()
+            == "Switch to new: by the judge, corrected by people, it is better than old."
+        )
+        said = page.locator("section", has=page.locator("#judge")).inner_text()
+        assert "People graded 60 queries with 480 documents. Kappa is 1.00, 95 % interval 1.00 to 1.00" in said
+        assert "well enough for a verdict" in said
+        check_everywhere(page, "compare-checked")
+
+
+def test_grades_need_no_script_and_no_grade_is_overwritten(gateway: Gateway, runs: Path) -> None:
+    path = "/console/compare/judged-too/grade"
+    row = list(Sheet((runs / "judged-too" / CHECK_FILE).read_bytes()).pairs.values())[7]
+    form = {"query": row.query, "document": row.document}
+    with httpx.Client(base_url=gateway.url, headers={"origin": gateway.url}, follow_redirects=True) as client:
+        assert row.document in client.get(path, params={"after": 7}).text
+        assert client.post(path, data={**form, "grade": "4"}).status_code == 400
+        graded = client.post(path, data={**form, "grade": "1"})
+        assert str(graded.url).endswith("/grade?after=8")
+        assert "1 of 480 documents" in graded.text
+        assert "had a grade already" in client.post(path, data={**form, "grade": "2"}).text
+        again = client.post(f"{path}/undo", data={"grader": ""})
+        assert str(again.url).endswith("/grade?after=7")
+        assert row.document in again.text
+        assert "Nothing was taken back" in client.post(f"{path}/undo", data={"grader": "carl"}).text
+        assert client.get(path, params={"after": "x"}).status_code == 400
+        assert client.get("/console/compare/support%20faq/grade").status_code == 404
+        assert "a verdict needs 50" in client.post("/console/compare/judged-too/verdict").text
 
 
 # --------------------------------------------------------------------------------------------------------------- pure

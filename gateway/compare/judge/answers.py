@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from gateway.compare.judge.values import MAX_GRADE
+from gateway.comparisons.scale import MAX_GRADE
 
 # Match the innermost braces, because models without a schema often write text around the object.
 _OBJECT = re.compile(r"\{[^{}]*\}")

@@ -1,29 +1,18 @@
-"""The check by people: a file with pairs to grade, blind to the judge and the arms, written and read back.
-
-``judge_check.tsv`` has one line per pair, with queries and their documents in random order::
-
-    query-id <tab> corpus-id <tab> score <tab> query <tab> document
-
-People fill in ``score`` with 0 to 3 by the same rubric as the judge.
-"""
+"""The check by people: the file with pairs to grade, written and read back; see :mod:`gateway.comparisons.sheet`."""
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from gateway.compare.beir import Tabs, form_line, read_lines
+from gateway.compare.beir import read_lines
 from gateway.compare.dataset import Dataset
 from gateway.compare.judge.pool import draw_checked
 from gateway.compare.judge.prompt import cut
-from gateway.compare.judge.values import MAX_GRADE, Grades, Pair
+from gateway.compare.judge.values import Grades, Pair
+from gateway.comparisons.sheet import CHECK_FILE, HEADER, form_line, parse_rows
 from gateway.config.wording import count
 from gateway.errors import CompareError
-
-CHECK_FILE = "judge_check.tsv"
-_HEADER = ("query-id", "corpus-id", "score", "query", "document")
-_NUM_READ_COLUMNS = 3
 
 
 def check_lines(dataset: Dataset, pool: Sequence[Pair], seed: int, people: Grades | None = None) -> Iterator[bytes]:
@@ -33,7 +22,7 @@ def check_lines(dataset: Dataset, pool: Sequence[Pair], seed: int, people: Grade
         pool: the pairs in random order.
         people: known grades, which are filled in.
     """
-    yield form_line(_HEADER)
+    yield form_line(HEADER)
     by_query = _by_query(pool)
     for query in draw_checked(list(dataset.queries), dataset.groups, seed):
         for document in by_query.get(query, ()):
@@ -50,38 +39,12 @@ def read_check(path: Path) -> dict[str, dict[str, int]]:
         CompareError: the file cannot be read, or a line is wrong.
     """
     grades: dict[str, dict[str, int]] = {}
-    for number, (place, line) in enumerate(read_lines(path)):
-        query, document, text = _columns(place, line)
-        if number == 0:
-            if (query, document, text) != _HEADER[:_NUM_READ_COLUMNS]:
-                raise CompareError(f"{place}: the header is missing: the first line must be {', '.join(_HEADER)}")
-            continue
-        if not text:
-            continue
-        if text not in map(str, range(MAX_GRADE + 1)):
-            raise CompareError(f"{place}: the score must be 0, 1, 2 or 3, or empty, and is {text!r}")
-        score = int(text)
-        if grades.setdefault(query, {}).setdefault(document, score) != score:
-            raise CompareError(
-                f"{place}: query {query!r} and document {document!r} have score {score}, and "
-                f"{grades[query][document]} earlier"
-            )
+    for row in parse_rows(read_lines(path)):
+        if row.score is not None:
+            grades.setdefault(row.query, {})[row.document] = row.score
     if not grades:
         raise CompareError(f"{path}: has no score; fill in the column `score` with 0, 1, 2 or 3")
     return grades
-
-
-def _columns(place: str, line: bytes) -> tuple[str, str, str]:
-    try:
-        columns = [column.strip() for column in next(csv.reader([line.decode()], Tabs))]
-    except UnicodeDecodeError as error:
-        raise CompareError(f"{place}: is not UTF-8: {error.reason} at byte {error.start + 1}") from error
-    except csv.Error as error:
-        raise CompareError(f"{place}: cannot be read: {error}") from error
-    if len(columns) < _NUM_READ_COLUMNS:
-        raise CompareError(f"{place}: must have the columns {', '.join(_HEADER)}, separated by tabs")
-    query, document, score = columns[:_NUM_READ_COLUMNS]
-    return query, document, score
 
 
 def complete_queries(

@@ -14,7 +14,8 @@ import numpy as np
 import numpy.typing as npt
 from scipy import stats
 
-from gateway.compare.judge.values import MAX_GRADE, Figure, Grades
+from gateway.compare.judge.values import Figure, Grades
+from gateway.comparisons.scale import MAX_GRADE
 
 Floats = npt.NDArray[np.float64]
 

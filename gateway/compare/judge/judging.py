@@ -90,7 +90,7 @@ async def judge(request: JudgeRequest, subject: Subject, consent: Consent, repor
                 await grader.ask(missing, reporter.step(f"judge {request.model}: pairs", len(missing)))
             asked = describe(address, endpoint, sorted(grader.known_models(questions)))
             report = make_report(subject, asked, Graded(grader, questions, again, num_known), checked)
-    return Judged(replace(report, notes=[*notes, *report.notes]), pool, people)
+    return Judged(replace(report, check_notes=notes), pool, people)
 
 
 def _open_store(request: JudgeRequest, address: httpx.URL, order: int) -> GradeStore:

@@ -10,11 +10,16 @@ import orjson
 
 from gateway.compare.beir import HEADER
 from gateway.compare.dataset import Dataset
-from gateway.compare.judge.check import CHECK_FILE, check_lines
+from gateway.compare.judge.check import check_lines
 from gateway.compare.judge.judging import Judged
 from gateway.compare.judge.sentences import judge_bottom_line, judge_sentences
+from gateway.compare.judge.values import JudgeReport
+from gateway.comparisons.sheet import CHECK_FILE
 from gateway.config.files import write_whole
 from gateway.errors import CompareError
+
+REPORT_FILE = "judge.json"
+GRADES_FILE = "judge_grades.tsv"
 
 
 def write_judgments(judged: Judged, dataset: Dataset, folder: Path, seed: int) -> list[Path]:
@@ -32,12 +37,9 @@ def write_judgments(judged: Judged, dataset: Dataset, folder: Path, seed: int) -
     Raises:
         CompareError: a file cannot be written.
     """
-    report = asdict(judged.report)
-    report |= {"bottom_line": judge_bottom_line(judged.report), "sentences": judge_sentences(judged.report)}
-    del report["grades"]
     contents: list[tuple[str, Iterable[bytes]]] = [
-        ("judge.json", [orjson.dumps(report, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)]),
-        ("judge_grades.tsv", _grade_lines(judged)),
+        (REPORT_FILE, [report_json(judged.report)]),
+        (GRADES_FILE, _grade_lines(judged)),
         (CHECK_FILE, check_lines(dataset, judged.pool, seed, judged.people)),
     ]
     written = []
@@ -50,6 +52,14 @@ def write_judgments(judged: Judged, dataset: Dataset, folder: Path, seed: int) -
             raise CompareError(f"{path}: cannot be written: {error.strerror or error}") from error
         written.append(path)
     return written
+
+
+def report_json(report: JudgeReport) -> bytes:
+    """Return the content of ``judge.json``."""
+    content = asdict(report)
+    content |= {"bottom_line": judge_bottom_line(report), "sentences": judge_sentences(report)}
+    del content["grades"]
+    return orjson.dumps(content, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
 
 
 def _grade_lines(judged: Judged) -> Iterator[bytes]:

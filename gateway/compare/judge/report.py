@@ -9,7 +9,6 @@ import httpx
 
 from gateway.compare.dataset import Dataset
 from gateway.compare.judge.answers import Outcome
-from gateway.compare.judge.check import CHECK_FILE
 from gateway.compare.judge.endpoint import ChatEndpoint
 from gateway.compare.judge.grading import Grader, Question
 from gateway.compare.judge.inference import kappa, self_agreement
@@ -18,6 +17,7 @@ from gateway.compare.judge.prompt import MAX_DOCUMENT_CHARACTERS, ORDERS, prompt
 from gateway.compare.judge.values import Asked, Grades, JudgeReport, PeopleCheck, SelfAgreement, Usage
 from gateway.compare.judge.verdicts import MAX_UNJUDGED_SHARE, Evidence, conclude, levels
 from gateway.compare.search import Ranking
+from gateway.comparisons.sheet import CHECK_FILE
 from gateway.config.wording import count
 from gateway.errors import CompareError
 
@@ -82,7 +82,7 @@ def make_report(subject: Subject, asked: Asked, graded: Graded, checked: Grades 
     """
     grades = _grades(graded, list(subject.dataset.queries))
     unjudged = graded.grader.unjudged(graded.questions)
-    check = None if checked is None else _check(checked, grades, subject)
+    check = None if checked is None else check_by_people(checked, grades, subject.seed)
     unjudged_share = len(unjudged) / len(graded.questions)
     evidence = Evidence(subject.rankings, grades, checked or {}, check, unjudged_share, subject.dataset.groups)
     repeats, tally = _self_agreement(graded), graded.grader.tally
@@ -115,7 +115,16 @@ def _grades(graded: Graded, queries: Sequence[str]) -> dict[str, dict[str, int]]
     return {query: dict(sorted(scores.items())) for query, scores in found.items() if scores}
 
 
-def _check(checked: Grades, grades: Grades, subject: Subject) -> PeopleCheck:
+def check_by_people(checked: Grades, grades: Grades, seed: int) -> PeopleCheck:
+    """Compare the judge's grades with those of people.
+
+    Args:
+        checked: people's grades of the completely checked queries.
+        seed: the seed of the interval of kappa.
+
+    Raises:
+        CompareError: there is nothing to compare.
+    """
     if not checked:
         raise CompareError(
             f"no query of the check is complete: each document that {CHECK_FILE} lists for it needs a score"
@@ -125,7 +134,7 @@ def _check(checked: Grades, grades: Grades, subject: Subject) -> PeopleCheck:
     return PeopleCheck(
         num_queries=len(checked),
         num_pairs=sum(map(len, checked.values())),
-        kappa=kappa(checked, grades, _NUM_RESAMPLES, subject.seed),
+        kappa=kappa(checked, grades, _NUM_RESAMPLES, seed),
     )
 
 

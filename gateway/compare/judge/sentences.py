@@ -6,15 +6,16 @@ from rich.console import Console
 
 from gateway.cli.console import say
 from gateway.compare.judge.values import Figure, JudgeContrast, JudgeReport, JudgeVerdict, PeopleCheck
-from gateway.compare.judge.verdicts import MAX_UNJUDGED_SHARE, MIN_KAPPA
+from gateway.compare.judge.verdicts import MAX_UNJUDGED_SHARE
 from gateway.compare.results import PRIMARY_MEASURE
 from gateway.compare.sentences import fixed, p_value, percent, signed
 from gateway.compare.statistics import MIN_QUERIES, MIN_UNTIED
+from gateway.comparisons.scale import MIN_CHECKED, MIN_KAPPA
 from gateway.config.wording import count
 
 _WITHOUT_CHECK = (
-    "A judge has a taste, and may share it with an arm, so this is no verdict on quality. For one, let people fill in "
-    "judge_check.tsv, and run again with --judge-check FILE."
+    "A judge has a taste, and may share it with an arm, so this is no verdict on quality. For one, let people grade the "
+    "documents of judge_check.tsv: in the console, or in a spreadsheet and then `gateway judge-check FOLDER`."
 )
 _TEMPLATES = {
     JudgeVerdict.BETTER: "{arm} is better than {baseline}: {measure} {both}. By the judge alone: {judged}.",
@@ -32,7 +33,7 @@ _TEMPLATES = {
     ),
     JudgeVerdict.TOO_FEW_CHECKED: (
         "People checked too few queries to tell {arm} from {baseline}: {num_checked} whole ones, {num_untied} of which tell "
-        "the arms apart; at least {min_queries} and {min_untied} are needed."
+        "the arms apart; at least {min_checked} and {min_untied} are needed."
     ),
     JudgeVerdict.TOO_MANY_UNJUDGED: "No verdict on {arm}: {unjudged} of the pairs have no grade, and the limit is {limit}.",
     JudgeVerdict.UNUSABLE: (
@@ -72,7 +73,7 @@ def judge_sentences(report: JudgeReport) -> list[str]:
         *([_check_sentence(check)] if check else []),
         *(contrast_sentence(report, one) for one in report.contrasts),
         *([] if check else [_WITHOUT_CHECK]),
-        *(f"Note: {note}" for note in report.notes),
+        *(f"Note: {note}" for note in (*report.check_notes, *report.notes)),
     ]
 
 
@@ -122,6 +123,7 @@ def contrast_sentence(report: JudgeReport, one: JudgeContrast) -> str:
         unjudged=f"{100 * report.unjudged_share:.1f} %",
         limit=percent(MAX_UNJUDGED_SHARE),
         min_queries=MIN_QUERIES,
+        min_checked=MIN_CHECKED,
         min_untied=MIN_UNTIED,
         min_kappa=MIN_KAPPA,
     )

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Self
 
-from gateway.compare.judge.values import MAX_GRADE
+from gateway.comparisons.scale import MAX_GRADE
 from gateway.errors import CompareError
 
 

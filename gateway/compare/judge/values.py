@@ -9,7 +9,6 @@ from enum import StrEnum
 Grades = Mapping[str, Mapping[str, int]]
 """Grades, 0 to 3, by query and document."""
 
-MAX_GRADE = 3
 DEPTH = 10
 """The number of documents of each arm that are graded for a query."""
 
@@ -153,6 +152,7 @@ class JudgeReport:
         contrasts: the contrast of each arm except the baseline.
         notes: caveats.
         grades: the judge's grades.
+        check_notes: caveats on the check by people.
     """
 
     asked: Asked
@@ -167,6 +167,7 @@ class JudgeReport:
     contrasts: Sequence[JudgeContrast]
     notes: Sequence[str]
     grades: Grades = field(repr=False)
+    check_notes: Sequence[str] = ()
 
     @property
     def unjudged_share(self) -> float:

@@ -12,12 +12,10 @@ from gateway.compare.quality import measure
 from gateway.compare.results import PRIMARY_MEASURE
 from gateway.compare.search import Ranking
 from gateway.compare.statistics import ALPHA, MIN_QUERIES, MIN_UNTIED, TIE, holm
+from gateway.comparisons.scale import MIN_CHECKED, MIN_KAPPA
 
 MAX_UNJUDGED_SHARE = 0.02
 """Above this share of ungraded pairs, there is no verdict."""
-
-MIN_KAPPA = 0.4
-"""A judge can be used if its kappa is above this with 95 % confidence."""
 
 Values = Mapping[str, float]
 
@@ -139,7 +137,7 @@ def _verdict(evidence: Evidence, found: JudgeContrast) -> JudgeVerdict:
 
 
 def _checked_verdict(check: PeopleCheck, num_checked: int, found: JudgeContrast) -> JudgeVerdict:
-    if num_checked < MIN_QUERIES:
+    if num_checked < MIN_CHECKED:
         return JudgeVerdict.TOO_FEW_CHECKED
     if check.kappa.low < MIN_KAPPA:
         return JudgeVerdict.UNUSABLE

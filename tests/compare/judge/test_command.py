@@ -9,10 +9,13 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from typer.testing import CliRunner
 
+from gateway.cli.main import app
 from gateway.compare.judge.command import Judging, make_judging
 from gateway.compare.judge.judging import JudgeRequest
 from gateway.compare.judge.price import Price, estimate_price
+from gateway.comparisons.sheet import CHECK_FILE, Sheet
 from gateway.errors import CompareError
 from tests.compare.conftest import MakeModel, WriteData
 from tests.compare.judge.conftest import StartJudge
@@ -135,6 +138,30 @@ def test_a_comparison_with_a_judge(
     assert "&lt;b&gt;stand-in" in page
     assert report["asked"]["prompt_sha256"] in page
     assert "secret" not in page + result.stdout + result.stderr + json.dumps(report)
+
+    # People grade the file, and the verdict needs neither the gateway nor the judge.
+    asked, path = len(judge.bodies), out / CHECK_FILE
+    check = Sheet(path.read_bytes())
+    for row in check.pairs.values():
+        score = grade(row.query_text, row.document_text)
+        check = Sheet(b"".join(check.with_score(row.query, row.document, score)))
+    path.write_bytes(b"".join(check.with_score("", "", None)))
+    checked = CliRunner().invoke(app, ["judge-check", str(out)])
+    assert checked.exit_code == 0, checked.stderr
+    assert "kappa 1.00 (95 % interval 1.00 to 1.00)" in checked.stdout
+    assert f"Written:\n  {out / 'judge.json'}\n  {out / 'report.html'}\n" in checked.stdout
+    whole_run = compare(tmp_path, *arguments, "--out", tmp_path / "third", "--judge-check", path)
+    assert whole_run.exit_code == 0, whole_run.stderr
+    assert len(judge.bodies) == asked
+    contrasts = [json.loads((folder / "judge.json").read_text())["contrasts"] for folder in (out, tmp_path / "third")]
+    assert contrasts[0] == contrasts[1]
+    assert contrasts[0][0]["verdict"] == "worse"
+
+
+def test_a_folder_without_a_judge_is_no_traceback(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["judge-check", str(tmp_path)])
+    assert result.exit_code == 1
+    assert "judge_check.tsv: there is no such file" in result.stderr
 
 
 def test_a_terminal_without_an_input_is_no_consent(monkeypatch: pytest.MonkeyPatch) -> None:

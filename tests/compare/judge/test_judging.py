@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 
 from gateway.compare.dataset import Dataset
-from gateway.compare.judge.check import CHECK_FILE
 from gateway.compare.judge.endpoint import chat_url
 from gateway.compare.judge.judging import Judged, JudgeRequest, _open_store, judge
 from gateway.compare.judge.outputs import write_judgments
@@ -26,6 +25,7 @@ from gateway.compare.judge.sentences import judge_sentences
 from gateway.compare.judge.store import StoredGrade
 from gateway.compare.judge.values import JudgeVerdict
 from gateway.compare.progress import Silent
+from gateway.comparisons.sheet import CHECK_FILE
 from gateway.errors import CompareError
 from tests.compare.judge.conftest import StartJudge
 from tests.compare.judge.stand_in import Reply, completion, graded, refusal, texts_of
@@ -223,7 +223,8 @@ async def test_queries_that_are_checked_in_part_do_not_count(tmp_path: Path) -> 
     assert again.report.contrasts[0].verdict is JudgeVerdict.TOO_FEW_CHECKED
     assert "40 whole ones" in "\n".join(judge_sentences(again.report))
     assert any(
-        "20 queries are checked in part, and left out: 20 documents have no score" in one for one in again.report.notes
+        "20 queries are checked in part, and left out: 20 documents have no score" in one
+        for one in again.report.check_notes
     )
     # The new file has the known grades.
     write_judgments(again, world.subject.dataset, tmp_path / "again", 0)

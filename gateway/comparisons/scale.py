@@ -1,0 +1,26 @@
+"""The scale of the grades for a pair of query and document, and how many of people's grades a verdict needs.
+
+The judge's prompt, its check and the pages for people share these values, so that all of them grade by the same words.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+SCALE: Final = (
+    "The document has nothing to do with the query.",
+    "The document is about the subject of the query, but does not answer it.",
+    "The document answers the query in part, or its answer is unclear or hidden among other things.",
+    "The document is about the query and contains its answer.",
+)
+"""The meaning of each grade, from 0."""
+
+MAX_GRADE: Final = len(SCALE) - 1
+
+WHAT_COUNTS: Final = "Grade what the document says, not its length, its style, or whether you believe it."
+
+MIN_CHECKED: Final = 50
+"""The number of queries, with all their documents, that people must grade before a verdict."""
+
+MIN_KAPPA: Final = 0.4
+"""A judge can be used if its kappa is above this with 95 % confidence."""
