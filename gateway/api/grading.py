@@ -69,7 +69,7 @@ class GradingCard(AnswerBody):
     documents: int
     whole_queries: int = Field(description="Queries whose documents all have a grade. Only these count.")
     queries: int
-    needed: int = Field(description="The number of whole queries that a verdict needs.")
+    needed: int = Field(description="Whole queries before `POST …/verdict`. Fewer than 50 give kappa, but no verdict.")
     next: PairToGrade | None = Field(description="`null` if all documents have a grade.")
     can_undo: bool = Field(description="Whether `POST …/grades/undo` has a grade of this person to take back.")
     counted: bool | None = Field(

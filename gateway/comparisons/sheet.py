@@ -25,6 +25,7 @@ CHECK_FILE: Final = "judge_check.tsv"
 HEADER: Final = ("query-id", "corpus-id", "score", "query", "document")
 _SCORE: Final = HEADER.index("score")
 _NUM_READ_COLUMNS: Final = 3
+_MAX_PAIRS: Final = 50_000  # 60 queries with the first ten documents of some arms are far fewer
 _MARK: Final = b"\xef\xbb\xbf"
 
 
@@ -50,7 +51,7 @@ class Row:
 
     Attributes:
         query, document: their ids.
-        score: the grade by people; ``None`` if there is none yet.
+        score: the grade by people; ``None`` before they grade it.
         query_text, document_text: empty if a spreadsheet has removed the columns.
     """
 
@@ -111,12 +112,14 @@ class Sheet:
         content: the content of the file.
 
     Raises:
-        CompareError: a line is wrong.
+        CompareError: a line is wrong, or there are too many.
     """
 
     def __init__(self, content: bytes) -> None:
         self._lines = list(io.BytesIO(content))
         filled = [number for number, line in enumerate(self._lines) if _bare(line, number).strip()]
+        if len(filled) > _MAX_PAIRS + 1:
+            raise CompareError(f"{CHECK_FILE}: has {len(filled) - 1:,} pairs; the limit is {_MAX_PAIRS:,}")
         places = ((f"{CHECK_FILE}:{number + 1}", _bare(self._lines[number], number)) for number in filled)
         self._numbers: defaultdict[tuple[str, str], list[int]] = defaultdict(list)
         pairs: dict[tuple[str, str], Row] = {}

@@ -90,7 +90,7 @@ def view_arrivals(units: UnitsOverTime) -> ArrivalsView | None:
         Line(arm, _points(shares[arm][-MAX_BARS:], low, high), _height(units.expected[arm], low, high)) for arm in arms
     ]
     said = ", ".join(
-        f"{units.arms[arm]} has {percent(shares[arm][-1], 1)} of the units, {percent(units.expected[arm], 1)} asked for"
+        f"{units.arms[arm]} has {percent(shares[arm][-1], 1)} of the units, {percent(units.expected[arm], 1)} by the weights"
         for arm in arms
     )
     return ArrivalsView(bars, lines, units.step, rows[0].time, rows[-1].time, low, high, said)

@@ -259,11 +259,11 @@ def _conclude(report: ExperimentReport, outcomes: Sequence[OutcomeView]) -> Conc
     """Return the conclusion that the figures allow now."""
     if report.mismatch:
         ratio = report.sample_ratio if report.sample_ratio.mismatch else report.request_ratio or report.sample_ratio
-        return Conclusion("bad", "The split is not as asked for: trust no comparison", f"{ratio.verdict}.")
+        return Conclusion("bad", "The split does not match the weights: trust no comparison", f"{ratio.verdict}.")
     if not report.running:
         return Conclusion("", "Not running", "The first arm answers all requests.")
     if report.warnings:
-        return Conclusion("warn", "These figures tell little", " ".join(f"{warning}." for warning in report.warnings))
+        return Conclusion("warn", "These figures say little", " ".join(f"{warning}." for warning in report.warnings))
     if not any(arm.requests or arm.units for arm in report.evidence):
         return Conclusion("", "No requests yet", f"Clients send `model: {report.id}` and a unit.")
     return _conclude_from_units(report, outcomes)
@@ -285,9 +285,11 @@ def _conclude_from_units(report: ExperimentReport, outcomes: Sequence[OutcomeVie
         return Conclusion(
             "",
             "Too early: keep it running",
-            f"{num_units:,} units so far; an arm is compared from {least:,} on, if enough of them differ.",
+            f"{num_units:,} units so far; the gateway compares an arm from {least:,} units on, if enough of them differ.",
         )
-    return Conclusion("good", "The split is as asked for", "No arm was found slower or less reliable than the first.")
+    return Conclusion(
+        "good", "The split matches the weights", "No arm was found slower or less reliable than the first."
+    )
 
 
 def _whiskers(report: ExperimentReport) -> list[Whisker]:

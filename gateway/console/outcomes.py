@@ -117,7 +117,9 @@ def _view(outcome: OutcomeReport, indices: Mapping[str, int], *, is_doubtful: bo
 
 
 def _what(outcome: OutcomeReport) -> str:
-    kind = {"unit": "sum of each unit", "mean": "mean of each unit", "ratio": "all values by all chances"}[outcome.per]
+    kind = {"unit": "sum of each unit", "mean": "mean of each unit", "ratio": "all values divided by all chances"}[
+        outcome.per
+    ]
     if not outcome.primary:
         return kind
     margin = "" if outcome.margin is None else f", differences within ±{outcome.margin:g} do not matter"
@@ -147,7 +149,7 @@ def _next(one: OutcomeComparison) -> str:
         parts.append(f"about {one.units_needed:,} are needed")
     if one.look_again is not None:
         parts.append(f"look again on {read_time(one.look_again):%Y-%m-%d}")
-    return ", ".join(parts) + ". Looking before costs nothing."
+    return ", ".join(parts) + ". You can look earlier without harm."
 
 
 def _mean(arm: OutcomeArm, digits: int) -> ArmMean:

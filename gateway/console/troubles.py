@@ -77,7 +77,7 @@ def _of_models(models: Sequence[LiveModel]) -> Iterator[Trouble]:
                 model.id,
                 "does not answer",
                 sentence(model.reason or "it failed"),
-                "Mend the cause, then read models.yaml again: a model that has failed is loaded again then.",
+                "Fix the cause, then reload models.yaml: the gateway loads the model again.",
                 can_reload=True,
             )
         elif model.state == "recovering":
@@ -86,9 +86,9 @@ def _of_models(models: Sequence[LiveModel]) -> Iterator[Trouble]:
             yield Trouble(
                 "bad",
                 model.id,
-                "returns other vectors than it should",
+                "returns wrong vectors",
                 f"Its lowest cosine to a golden vector is {model.golden_cosine:.5f}, the limit is {model.golden_limit:.5f}.",
-                "The model is reloaded. If it stays so, the weights or the device are at fault.",
+                "The gateway reloads the model. If the vectors stay wrong, the weights or the device are faulty.",
                 line=f"gateway verify {model.id}",
             )
 
@@ -133,7 +133,9 @@ def _of_experiment(report: ExperimentReport) -> Trouble | None:
             link,
         )
     if report.warnings:
-        return Trouble("warn", report.id, "tells little", " ".join(map(sentence, report.warnings)), "", link)
+        return Trouble(
+            "warn", report.id, "has figures that say little", " ".join(map(sentence, report.warnings)), "", link
+        )
     return None
 
 

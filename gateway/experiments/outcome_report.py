@@ -44,7 +44,7 @@ class OutcomeComparison(_Report):
         description="Units of both arms that make the interval narrow enough for a difference of the margin."
     )
     look_again: str | None = Field(
-        description="When that many will have come at the present rate. Looking before costs nothing."
+        description="When that many will have come at the current rate. You can look earlier without harm."
     )
 
 

@@ -57,6 +57,11 @@ def test_a_pair_in_two_lines_is_one_pair() -> None:
         Sheet(twice + form_line(("q1", "d1", "3", "", "")))
 
 
+def test_a_file_with_very_many_pairs_is_refused() -> None:
+    with pytest.raises(CompareError, match="has 60,000 pairs; the limit is 50,000"):
+        Sheet(PLAIN[: PLAIN.index(b"\n") + 1] + b"q\td\t\n" * 60_000)
+
+
 @pytest.mark.parametrize(
     "content", [b"", b"\n\n", b"a\tb\tc\n", PLAIN + b"q\td\t4\n", PLAIN + b"\xff\n", PLAIN + b"q\n"]
 )

@@ -109,7 +109,12 @@ def test_comparisons_hold_texts_so_a_clients_key_does_not_open_them(runs: Path) 
         httpx.Client(base_url=served.url, headers={"origin": served.url}) as client,
     ):
         client.post("/console/sign-in", data={"key": "client-secret", "next": "/console"})
-        for path in ("/console/compare", "/console/compare/not-judged", "/console/duel"):
+        for path in (
+            "/console/compare",
+            "/console/compare/not-judged",
+            "/console/compare/judged/grade",
+            "/console/duel",
+        ):
             assert client.get(path).status_code == 403
 
 
@@ -418,7 +423,7 @@ def test_a_comparison_is_started_and_followed_to_its_result(
         page.get_by_role("link", name="New comparison").click()
         check_everywhere(page, "compare-new")
         page.get_by_label("Name", exact=True).fill("../out")
-        page.get_by_label("Measure latency").uncheck()
+        page.get_by_label("Also measure latency").uncheck()
         page.get_by_role("button", name="Start").click()
         assert "The name of a comparison has" in page.get_by_role("alert").inner_text()
         assert page.get_by_label("Arm 2").input_value() == "bge"
@@ -486,10 +491,10 @@ def test_files_are_dropped_and_a_judge_is_asked_after_its_price_was_shown(
         page.get_by_text("Let a chat model grade").click()
         page.get_by_label("Address of an OpenAI-style API").fill(judge.url)
         page.get_by_label("Model", exact=True).fill("stand-in")
-        page.get_by_label("Key; empty").fill("judge-secret")
+        page.get_by_label("Key (empty").fill("judge-secret")
         check_everywhere(page, "compare-new-judge")
         page.get_by_label("Name", exact=True).fill("judged")
-        page.get_by_label("Measure latency").uncheck()
+        page.get_by_label("Also measure latency").uncheck()
         page.get_by_role("button", name="Start").click()
         page.get_by_role("heading", name="Ask the judge at this price?").wait_for(timeout=60_000)
         assert not judge.bodies

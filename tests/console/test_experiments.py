@@ -119,7 +119,9 @@ def test_units_over_time_are_drawn_with_the_share_that_was_asked_for(
         page.goto(f"{served.url}/console/experiments/search-exp")
         shown = page.locator("section", has=page.locator("#arrivals"))
         assert shown.locator("rect").count() == 47
-        assert shown.get_by_role("img").get_attribute("aria-label") == "bge has 50.0 % of the units, 50.0 % asked for"
+        assert (
+            shown.get_by_role("img").get_attribute("aria-label") == "bge has 50.0 % of the units, 50.0 % by the weights"
+        )
         by_day = httpx.get(f"{served.url}/v1/experiments/search-exp/units?step=day").json()
         assert [sum(row["units"]) for row in by_day["data"]] == [206, 194]
         assert httpx.get(f"{served.url}/v1/experiments/search-exp/units?step=week").status_code == 400
@@ -174,7 +176,7 @@ def test_the_operator_ramps_and_ends_an_experiment_with_a_confirmation(
         assert "jina answers all its requests" in asked.inner_text()
         assert "end:" not in file.read_text()
         check_everywhere(page, "experiment-ending")
-        page.get_by_role("link", name="Go on with it").click()
+        page.get_by_role("link", name="Keep it running").click()
         assert page.get_by_role("alert").count() == 0
         page.get_by_role("button", name="End the experiment").click()
         page.get_by_role("button", name="End it now").click()

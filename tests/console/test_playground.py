@@ -101,11 +101,11 @@ def test_the_page_shows_tokens_cuts_times_and_sizes(gateway: Gateway, visit: Cal
             .startswith("8")
         )
         reads = page.locator("section", has=page.locator("#reads")).inner_text()
-        assert "1 of them the instruction of retrieval.query" in reads
+        assert "1 of them from the instruction for retrieval.query" in reads
         assert "Text 5 is too long" in reads
         assert page.locator(".heat").count() == 2
         light = page.locator(".heat td").nth(3).evaluate("cell => getComputedStyle(cell).backgroundColor")
-        page.get_by_label("each its own").check()
+        page.get_by_label("separate scales").check()
         assert page.locator(".heat td").nth(3).evaluate("cell => getComputedStyle(cell).backgroundColor") != light
 
 

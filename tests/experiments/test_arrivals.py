@@ -68,7 +68,7 @@ def test_the_drawing_has_the_share_so_far_the_expected_share_and_the_new_units()
     assert (line.index, heights[-1]) == (1, pytest.approx(float(line.expected), abs=0.01))
     assert heights[1] < heights[-1] < heights[0]  # after one unit 0 %, after two 50 %, in the end 40 %
     assert all(0 <= height <= 40 for height in heights)
-    assert view.text == "two has 40.0 % of the units, 40.0 % asked for"
+    assert view.text == "two has 40.0 % of the units, 40.0 % by the weights"
 
 
 def test_long_times_are_cut_and_short_ones_not_drawn() -> None:

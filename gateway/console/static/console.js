@@ -194,7 +194,7 @@ document.addEventListener("keydown", (event) => {
   const field = event.target.closest("input, textarea, select");
   if (field && event.key === "Escape") field.blur();
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && field && field.form) field.form.requestSubmit();
-  if (field || help.open || event.ctrlKey || event.metaKey || event.altKey || !hasKeys) return;
+  if (field || help.open || event.repeat || event.ctrlKey || event.metaKey || event.altKey || !hasKeys) return;
   if (isGoing) {
     isGoing = false;
     const view = document.querySelector(`.views [data-key="${CSS.escape(event.key)}"]`);
