@@ -279,7 +279,7 @@ class Runs:
                         yield Query.model_validate_json(line)
                     except ValidationError as error:
                         raise BadInput(
-                            f"{path.name} is not from a comparison: line {number}, {_first_problem(error)}"
+                            f"{path.name} is not from a comparison: line {number}, {first_problem(error)}"
                         ) from error
         except OSError as error:
             raise BadInput(f"{path.name} cannot be read: {error.strerror}") from error
@@ -300,10 +300,10 @@ class Runs:
         except OSError as error:
             return Run(path.name, None, f"results.json cannot be read: {error.strerror}")
         except ValidationError as error:
-            return Run(path.name, None, f"results.json is not from a comparison: {_first_problem(error)}")
+            return Run(path.name, None, f"results.json is not from a comparison: {first_problem(error)}")
 
 
-def _first_problem(error: ValidationError) -> str:
+def first_problem(error: ValidationError) -> str:
     problem = error.errors(include_url=False, include_input=False)[0]
     place = ".".join(map(str, problem["loc"]))
     return f"{place}: {problem['msg']}" if place else problem["msg"]

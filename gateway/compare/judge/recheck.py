@@ -21,6 +21,7 @@ from gateway.compare.outputs import QUERIES, RESULTS, write_page
 from gateway.compare.page import render_page
 from gateway.compare.results import Comparison
 from gateway.compare.search import Ranking
+from gateway.comparisons.runs import first_problem
 from gateway.comparisons.sheet import CHECK_FILE
 from gateway.config.files import write_whole
 from gateway.errors import CompareError
@@ -70,7 +71,7 @@ def read_comparison(folder: Path) -> Comparison:
     try:
         return TypeAdapter(Comparison).validate_python(content)
     except ValidationError as error:
-        raise CompareError(f"{folder}: its results are not those of a comparison: {_first(error)}") from error
+        raise CompareError(f"{folder}: its results are not from a comparison: {first_problem(error)}") from error
 
 
 def _read_report(folder: Path) -> JudgeReport:
@@ -78,7 +79,7 @@ def _read_report(folder: Path) -> JudgeReport:
     try:
         return TypeAdapter(JudgeReport).validate_python({**_read_object(folder / REPORT_FILE), "grades": grades})
     except ValidationError as error:
-        raise CompareError(f"{folder / REPORT_FILE}: is not the report on a judge: {_first(error)}") from error
+        raise CompareError(f"{folder / REPORT_FILE}: is not the report on a judge: {first_problem(error)}") from error
 
 
 def _rankings(comparison: Comparison) -> dict[str, Ranking]:
@@ -104,11 +105,6 @@ def _parse(place: str, content: bytes) -> Any:
         return orjson.loads(content)
     except orjson.JSONDecodeError as error:
         raise CompareError(f"{place}: is not JSON: {error}") from error
-
-
-def _first(error: ValidationError) -> str:
-    first = error.errors(include_url=False, include_input=False)[0]
-    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
 
 
 def _write_report(report: JudgeReport, folder: Path) -> Path:

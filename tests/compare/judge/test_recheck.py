@@ -109,7 +109,7 @@ async def test_files_that_do_not_fit_are_named(tmp_path: Path) -> None:
     (folder / "results.json").write_text("[]")
     fails("must hold a JSON object")
     (folder / "results.json").write_text("{}")
-    fails("are not those of a comparison: created: Field required")
+    fails("are not from a comparison: ")
     (folder / "queries.jsonl").write_text("{\n")
     (folder / "results.json").write_text("{}")
     fails("queries.jsonl:1: is not JSON")
