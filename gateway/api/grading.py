@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Query, Request
-from pydantic import BaseModel, BeforeValidator, Field, WithJsonSchema
+from pydantic import BaseModel, BeforeValidator, Field
 
 from gateway.api.admin import require_operator
 from gateway.api.comparisons import ComparisonCard, Comparisons, find_card
@@ -22,12 +22,14 @@ _OPERATOR = "operator"
 _MAX_GRADER = 64
 _MAX_DIGITS = 9
 _ERRORS = (BadInput, Forbidden, NotFound)
-# Read by `read_place`, so that a wrong value gets this API's own error.
-_After = Annotated[
-    str,
-    WithJsonSchema({"type": "integer", "minimum": 0}),
-    Query(description="Look first after this `place`: to skip a pair, send its own."),
-]
+# Not a parameter of the handler, so that a wrong value gets this API's own error.
+_AFTER = {
+    "name": "after",
+    "in": "query",
+    "required": False,
+    "description": "Look first after this `place`: to skip a pair, send its own.",
+    "schema": {"type": "integer", "minimum": 0, "default": 0},
+}
 _Grader = Annotated[str, Query(description="Who grades. Several people get pairs of different queries.")]
 
 
@@ -114,14 +116,14 @@ def read_grader(name: str) -> str:
 
 
 def read_place(text: str) -> int:
-    """Return a place in the file.
+    """Return a place in the file, or one behind its end.
 
     Raises:
         BadInput: it is not a whole number from 0.
     """
-    if not (text.isdecimal() and text.isascii() and len(text) <= _MAX_DIGITS):
+    if not (text.isdecimal() and text.isascii()):
         raise BadInput(f"`after` must be a whole number from 0, got {cut(text)!r}", param="after")
-    return int(text)
+    return int(text) if len(text) <= _MAX_DIGITS else 10**_MAX_DIGITS
 
 
 class GradingRoutes:
@@ -131,11 +133,10 @@ class GradingRoutes:
         self._endpoint = endpoint
         self._comparisons = comparisons
 
-    async def next_pair(
-        self, request: Request, name: str, grader: _Grader = _OPERATOR, after: _After = "0"
-    ) -> GradingCard:
+    async def next_pair(self, request: Request, name: str, grader: _Grader = _OPERATOR) -> GradingCard:
         """Return the next query and document to grade, and how many are graded."""
-        return grading_card(await self._require(request).show(name, read_grader(grader), read_place(after)))
+        grading, after = self._require(request), read_place(request.query_params.get("after", "0"))
+        return grading_card(await grading.show(name, read_grader(grader), after))
 
     async def grade(self, request: Request, name: str) -> GradingCard:
         """Grade a document, and get the next one. The first grade of a document counts."""
@@ -164,7 +165,12 @@ def grading_router(endpoint: Endpoint, comparisons: Comparisons) -> APIRouter:
     router = APIRouter(tags=["Admin"])
     handlers = GradingRoutes(endpoint, comparisons)
     path = "/admin/comparisons/{name}"
-    router.add_api_route(f"{path}/grading", handlers.next_pair, responses=responses(GradingCard, *_ERRORS))
+    router.add_api_route(
+        f"{path}/grading",
+        handlers.next_pair,
+        responses=responses(GradingCard, *_ERRORS),
+        openapi_extra={"parameters": [_AFTER]},
+    )
     router.add_api_route(
         f"{path}/grades",
         handlers.grade,

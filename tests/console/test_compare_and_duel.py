@@ -211,6 +211,7 @@ def test_people_grade_documents_by_keys_and_the_verdict_follows(
             == "The judge prefers new to old: let people check the judge before you switch."
         )
         page.get_by_role("link", name="Grade documents").click()
+        page.wait_for_url("**/compare/judged/grade")
         assert "0 of 480 documents, 0 of 60 whole queries; a verdict needs 50" in page.locator(".head").inner_text()
         assert [button.split("\n")[-1] for button in page.locator(".grades button").all_inner_texts()] == [
             meaning.removeprefix("The document ").removesuffix(".") for meaning in SCALE
@@ -229,10 +230,11 @@ def test_people_grade_documents_by_keys_and_the_verdict_follows(
         assert scores()[:4] == [3, None, None, None]
         page.get_by_text("Several people").click()
         page.get_by_label("Your name").fill("Bob & Ada")
-        page.get_by_role("button", name="Use").click()
+        with page.expect_navigation():
+            page.get_by_role("button", name="Use").click()
         assert page.locator("h1").inner_text() != query
-        page.locator(".grades button").nth(2).click()
-        page.wait_for_load_state()
+        with page.expect_navigation():
+            page.locator(".grades button").nth(2).click()
         assert scores().count(2) == 1
         assert page.get_by_label("Your name").input_value() == "Bob & Ada"
         people = Sheet((folder / CHECK_FILE).read_bytes())
@@ -244,7 +246,7 @@ def test_people_grade_documents_by_keys_and_the_verdict_follows(
         press(page, page.locator(".sheet p").inner_text().split()[2])
         assert page.locator("h1").inner_text() == "All documents have a grade"
         check_everywhere(page, "grade-done")
-        page.get_by_role("button", name="Compute the verdict with these grades").click(timeout=60_000)
+        page.get_by_role("button", name="Compute the verdict with these grades").click()
         page.wait_for_url("**/console/compare/judged", timeout=60_000)
         assert (
             page.locator("h1").inner_text()
