@@ -118,6 +118,8 @@ class Grading:
         """
         async with self._lock:
             sheet, is_counted, is_new = await asyncio.to_thread(_change, await self._file(name), pair, None, score)
+            if pair not in sheet.pairs:
+                raise BadInput(f"{CHECK_FILE} has no query {cut(pair[0])!r} with document {cut(pair[1])!r}")
             if is_new:
                 self._grader(name, grader).given.append((pair, score))
             place = list(sheet.pairs).index(pair) + 1
@@ -136,11 +138,9 @@ class Grading:
             if not given:
                 return self._standing(name, await asyncio.to_thread(_read, path), grader, 0, is_counted=False)
             pair, score = given[-1]
-            try:
-                sheet, is_counted, _is_new = await asyncio.to_thread(_change, path, pair, score, None)
-            except _NoPair:  # removed from the file by hand
-                sheet, is_counted = await asyncio.to_thread(_read, path), False
+            sheet, is_counted, _is_new = await asyncio.to_thread(_change, path, pair, score, None)
             given.pop()
+            # A person may have removed the line from the file.
             place = list(sheet.pairs).index(pair) if pair in sheet.pairs else 0
             return self._standing(name, sheet, grader, place, is_counted=is_counted)
 
@@ -214,10 +214,6 @@ class Grading:
         )
 
 
-class _NoPair(BadInput):
-    """The file has no line for the pair."""
-
-
 def _read(path: Path) -> Sheet:
     """Read a file. Blocking.
 
@@ -233,22 +229,20 @@ def _read(path: Path) -> Sheet:
 
 
 def _change(path: Path, pair: tuple[str, str], before: int | None, after: int | None) -> tuple[Sheet, bool, bool]:
-    """Change the grade of a pair, if the file has the expected one. Blocking.
+    """Change the grade of a pair, if the file has the pair with the expected grade. Blocking.
 
     Returns:
         The file as it is now, whether it has the new grade, and whether this call has written it.
 
     Raises:
-        BadInput: the file has no such pair, or cannot be read or written.
+        BadInput: the file cannot be read or written.
     """
     try:
         with one_writer(path):  # another gateway may serve the same folder
             sheet = _read(path)
             row = sheet.pairs.get(pair)
-            if row is None:
-                raise _NoPair(f"{CHECK_FILE} has no query {cut(pair[0])!r} with document {cut(pair[1])!r}")
-            if row.score != before:
-                return sheet, row.score == after, False
+            if row is None or row.score != before:
+                return sheet, row is not None and row.score == after, False
             content = list(sheet.with_score(*pair, after))
             write_whole(path, content)
     except OSError as error:

@@ -100,7 +100,7 @@ def test_a_value_written_as_a_string_keeps_its_meaning(body: type[RequestBody], 
         assert [read(body, name, value) for value in ("true", "True", "TRUE", "1", 1, " true ")] == [True] * 6
         assert [read(body, name, value) for value in ("false", "False", "0", 0, 0.0)] == [False] * 5
     elif kind is int:
-        assert [read(body, name, value) for value in ("512", "512.0", 512.0, " 512 ", "+512")] == [512] * 5
+        assert [read(body, name, value) for value in ("3", "3.0", 3.0, " 3 ", "+3")] == [3] * 5
     elif kind is float:
         assert [read(body, name, value) for value in ("0.5", 0.5, " 0.5 ", "+0.50")] == [0.5] * 4
     else:
