@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Mapping
@@ -18,6 +19,7 @@ from gateway.access.memory import MemoryBudget
 from gateway.api.endpoint import Endpoint
 from gateway.api.json_body import NO_MODEL, Json, describe, parse_object
 from gateway.api.openai import OpenAIDialect
+from gateway.api.openai_schema import EmbeddingsBody
 from gateway.api.rerank import PATHS, Reranker
 from gateway.batches.lines import Answered, Line, WrongLine
 from gateway.batches.values import Batch, LineError
@@ -39,6 +41,12 @@ _MAX_ID_CHARACTERS = 512
 _AROUND_BYTES = 64 * 1024
 # An estimate of the vectors of a text with one vector per token: the tokens of a typical long text.
 _WEIGHT_OF_TOKENS = 1024
+# The fields of embeddings requests that may change the space: all but those that surely do not.
+_OPTIONS = sorted(
+    EmbeddingsBody.model_fields.keys()
+    - {"input", "model", "user", "truncate", "truncation", "truncation_direction", "late_chunking"}
+)
+_MAX_OPTIONS_BYTES = 200
 _HEADERS: Mapping[str, str] = {"content-type": "application/json", "x-gateway-priority": "low"}
 
 
@@ -101,8 +109,7 @@ class LineRequests:
         if len(written) > limit:
             raise WrongLine("line_too_long", f"`body` has {len(written)} bytes, the limit is {limit}.", "body")
         name = model if isinstance(model, str) and model not in NO_MODEL else None
-        task = body.get("task")
-        return Line(custom_id, name, written, _weight(body), task if isinstance(task, str) else "")
+        return Line(custom_id, name, written, _weight(body), _options_of(body))
 
     def refusal(self, batch: Batch) -> LineError | None:
         client = self._client(batch)
@@ -145,7 +152,7 @@ class LineRequests:
 
     def _request(self, batch: Batch, line: Line, client: Client, request_id: str) -> tuple[RequestContext, Request]:
         """Build a request in the form that the layers around the handlers give to HTTP requests."""
-        known = {"x-gateway-expect-space": space} if (space := batch.spaces.get(line.task)) is not None else {}
+        known = {"x-gateway-expect-space": space} if (space := batch.spaces.get(line.options)) is not None else {}
         headers = Headers({**_HEADERS, **known, "content-length": str(len(line.body))})
         memory = self._memory.open(client.name)
         messages: list[Message] = [{"type": "http.request", "body": line.body, "more_body": False}]
@@ -203,6 +210,16 @@ class _Sent:
 def _space_of(headers: Headers) -> str | None:
     """Return the space of an answer's vectors; those of an experiment's arms may be in several."""
     return None if "x-gateway-experiment" in headers else headers.get("x-gateway-space")
+
+
+def _options_of(body: Mapping[str, Json]) -> str:
+    """Return the fields of a body on which the space of its vectors depends, as JSON."""
+    options = {name: body[name] for name in _OPTIONS if body.get(name) is not None}
+    if not options:
+        return ""
+    written = orjson.dumps(options, option=orjson.OPT_SORT_KEYS)
+    # Values that no request may have can be long.
+    return written.decode() if len(written) <= _MAX_OPTIONS_BYTES else hashlib.sha256(written).hexdigest()
 
 
 def _weight(body: dict[str, Json]) -> int:

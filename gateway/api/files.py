@@ -6,7 +6,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, BinaryIO, Literal
 
 from fastapi import APIRouter, Request, Response
@@ -114,8 +114,11 @@ class FileRoutes:
                         await upload.take(event)
                 form.finish()
                 file = await upload.finish(owner)
-            except BaseException:
-                await runner.call(runner.store.abandon, upload.file_id)
+            except BaseException as error:
+                with suppress(BatchesUnavailable):  # the next start removes what is left
+                    await runner.call(runner.store.abandon, upload.file_id)
+                if isinstance(error, OSError):
+                    raise BatchesUnavailable(f"the file cannot be written: {error.strerror}") from error
                 raise
         return card_of(file)
 

@@ -13,10 +13,22 @@ import orjson
 from gateway.batches.values import MAX_LINES, Batch, LineError
 
 _MAX_ERRORS = 100
+# Lines including blank ones: a file of 200 MB of line breaks would keep a thread busy for half a minute.
+_MAX_WITH_BLANKS = 4 * MAX_LINES
+_MAX_OPTIONS = 256
+# The codes of OpenAI's API for requests without an answer.
+_UNANSWERED = {
+    "batch_expired": "This request could not be executed before the completion window expired.",
+    "batch_cancelled": "The batch was cancelled before this request was executed.",
+}
 
 
 class Interrupted(Exception):
     """The process is stopping, and the next process starts the work over."""
+
+
+class TooManyLines(Exception):
+    """The file has very many lines, most of them blank."""
 
 
 class WrongLine(Exception):
@@ -40,7 +52,7 @@ class Line:
     Attributes:
         body: the body as JSON.
         weight: an estimate of the answer's size, in vectors of one text.
-        task: the task that the body names, or an empty string.
+        options: the fields of the body on which the space of the answer depends, as JSON; empty without such fields.
         answered: the answer of a request that need not be sent, such as an error.
     """
 
@@ -48,7 +60,7 @@ class Line:
     model: str | None
     body: bytes
     weight: int = 1
-    task: str = ""
+    options: str = ""
     answered: Answered | None = None
 
 
@@ -98,25 +110,39 @@ class Requests(Protocol):
 
 
 class RawLine(NamedTuple):
-    """A line, and the offset of the next line in bytes."""
+    """A line.
+
+    Attributes:
+        number: the number of the line, from 1 and with blank lines, counted from where the reading began.
+        end: the offset of the next line in bytes.
+    """
 
     content: bytes
+    number: int
     end: int
     is_too_long: bool
 
 
 def read_lines(file: BinaryIO, max_bytes: int) -> Iterator[RawLine]:
-    """Yield the lines of a file that are not blank. Of a line that is too long, yield only the first bytes."""
+    """Yield the lines of a file that are not blank. Of a line that is too long, yield only the first bytes.
+
+    Raises:
+        TooManyLines: the file has more lines than a file of requests needs.
+    """
     end = file.tell()
+    number = 0
     while content := file.readline(max_bytes + 1):
+        number += 1
+        if number > _MAX_WITH_BLANKS:
+            raise TooManyLines
         end += len(content)
         is_too_long = len(content) > max_bytes and not content.endswith(b"\n")
         if is_too_long:
             while (rest := file.readline(max_bytes)) and not rest.endswith(b"\n"):
                 end += len(rest)
             end += len(rest)
-        if content.strip():
-            yield RawLine(content, end, is_too_long)
+        if is_too_long or content.strip():
+            yield RawLine(content, number, end, is_too_long)
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,29 +164,30 @@ def validate(path: Path, batch: Batch, requests: Requests, is_stopped: Callable[
     Raises:
         Interrupted: ``is_stopped`` returned ``True``.
     """
+    seen = _Seen()
     errors: list[LineError] = []
-    # The ids are hashed, so that 50,000 ids of any length take only a few MB.
-    ids: set[bytes] = set()
-    first: Line | None = None
-    number = 0
-    with path.open("rb") as file:
-        for number, raw in enumerate(read_lines(file, requests.max_line_bytes), start=1):
-            if is_stopped():
-                raise Interrupted
-            if number > MAX_LINES:
-                message = f"The file has more than {MAX_LINES:,} requests, which is the limit of a batch."
-                return Validated(number, None, (LineError("too_many_requests", message),))
-            try:
-                line = _read(raw, batch.endpoint, requests)
-                first = first or line
-                _check(line, first, ids)
-            except WrongLine as error:
-                errors.append(LineError(error.code, str(error), number, error.param))
-                if len(errors) == _MAX_ERRORS:
-                    break
-    if not number:
+    num_lines = 0
+    try:
+        with path.open("rb") as file:
+            for num_lines, raw in enumerate(read_lines(file, requests.max_line_bytes), start=1):
+                if is_stopped():
+                    raise Interrupted
+                if num_lines > MAX_LINES:
+                    raise TooManyLines
+                try:
+                    seen.add(_read(raw, batch.endpoint, requests))
+                except WrongLine as error:
+                    errors.append(LineError(error.code, str(error), raw.number, error.param))
+                    if len(errors) == _MAX_ERRORS:
+                        break
+    except TooManyLines:
+        message = f"The file has more than {MAX_LINES:,} requests, which is the limit of a batch."
+        if num_lines <= MAX_LINES:
+            message = f"The file has more than {_MAX_WITH_BLANKS:,} lines, which is the limit with blank lines."
+        errors = [LineError("too_many_requests", message)]
+    if not num_lines and not errors:
         errors.append(LineError("empty_file", "The input file has no requests."))
-    return Validated(number, None if first is None else first.model, tuple(errors))
+    return Validated(num_lines, seen.model, tuple(errors))
 
 
 def _read(raw: RawLine, endpoint: str, requests: Requests) -> Line:
@@ -181,21 +208,48 @@ def read_again(raw: RawLine, batch: Batch, requests: Requests) -> Line:
         return Line(error.custom_id, None, b"", answered=Answered(400, "", orjson.dumps({"error": problem})))
 
 
-def _check(line: Line, first: Line, ids: set[bytes]) -> None:
-    digest = hashlib.blake2b(line.custom_id.encode("utf-8", "surrogatepass"), digest_size=16).digest()
-    if digest in ids:
-        shown = line.custom_id[:100]
-        raise WrongLine(
-            "duplicate_custom_id", f"The custom_id {shown!r} was already used by an earlier line.", "custom_id"
-        )
-    ids.add(digest)
-    if line.model != first.model:
-        raise WrongLine(
-            "mismatched_model",
-            f"The provided model {str(line.model)[:100]!r} does not match expected model {str(first.model)[:100]!r}. "
-            "All requests of a batch must have the same model: use a separate batch for each model.",
-            "body.model",
-        )
+class _Seen:
+    """The lines of a file so far."""
+
+    def __init__(self) -> None:
+        self._first: Line | None = None
+        # The ids are hashed, so that 50,000 ids of any length take only a few MB.
+        self._ids: set[bytes] = set()
+        self._options: set[str] = set()
+
+    @property
+    def model(self) -> str | None:
+        return None if self._first is None else self._first.model
+
+    def add(self, line: Line) -> None:
+        """Add a line.
+
+        Raises:
+            WrongLine: the line does not fit the lines before it.
+        """
+        self._first = self._first or line
+        digest = hashlib.blake2b(line.custom_id.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+        if digest in self._ids:
+            shown = line.custom_id[:100]
+            raise WrongLine(
+                "duplicate_custom_id", f"The custom_id {shown!r} was already used by an earlier line.", "custom_id"
+            )
+        self._ids.add(digest)
+        if line.model != self.model:
+            raise WrongLine(
+                "mismatched_model",
+                f"The provided model {str(line.model)[:100]!r} does not match expected model {str(self.model)[:100]!r}. "
+                "All requests of a batch must have the same model: use a separate batch for each model.",
+                "body.model",
+            )
+        self._options.add(line.options)
+        if len(self._options) > _MAX_OPTIONS:
+            raise WrongLine(
+                "too_many_options",
+                f"The requests of this batch differ in their task, dimensions or encoding in more than {_MAX_OPTIONS} "
+                "ways, which is the limit: use several batches.",
+                "body",
+            )
 
 
 # --------------------------------------------------------------------------------------------------------- outputs
@@ -219,9 +273,9 @@ def in_one_space(spaces: Mapping[str, str], line: Line, answered: Answered) -> t
     """
     if answered.space is None:
         return answered, spaces
-    held = spaces.get(line.task)
+    held = spaces.get(line.options)
     if held is None:
-        return answered, {**spaces, line.task: answered.space}
+        return answered, {**spaces, line.options: answered.space}
     if held == answered.space:
         return answered, spaces
     message = (
@@ -232,10 +286,9 @@ def in_one_space(spaces: Mapping[str, str], line: Line, answered: Answered) -> t
     return Answered(412, answered.request_id, orjson.dumps({"error": problem})), spaces
 
 
-def expired_line(number: int, batch: Batch, custom_id: str) -> bytes:
-    """Return the line of the error file for a request that was not answered in time."""
-    message = "This request could not be executed before the completion window expired."
-    return _output(number, batch, custom_id, b"null", orjson.dumps({"code": "batch_expired", "message": message}))
+def unanswered_line(number: int, batch: Batch, custom_id: str, reason: str) -> bytes:
+    """Return the line of the error file for a request without an answer; the reason is `batch_expired` or another."""
+    return _output(number, batch, custom_id, b"null", orjson.dumps({"code": reason, "message": _UNANSWERED[reason]}))
 
 
 def _output(number: int, batch: Batch, custom_id: str, response: bytes, error: bytes) -> bytes:

@@ -6,19 +6,17 @@ removes everything else that a crash left behind. Only one process at a time may
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import json
-import os
-import secrets
 import sqlite3
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
+from gateway.batches.contents import Contents, full
 from gateway.batches.values import (
     KEPT_S,
     Batch,
@@ -26,7 +24,6 @@ from gateway.batches.values import (
     LineError,
     Purpose,
     Status,
-    StorageFull,
     StoredFile,
 )
 from gateway.config.files import OpenFile, why_unusable
@@ -35,9 +32,8 @@ from gateway.errors import BadInput, StartError
 
 _BUSY_S = 5.0
 _VERSION = 1
-# The least size of a file on disk, and in the quota: a client must not create millions of empty files.
-_LEAST_BYTES = 4096
-_FREE_BYTES = 64 * 1024 * 1024
+# The most batches of a client. A batch can take up to 100 KiB in the database, for metadata and errors.
+_MAX_KEPT = 10_000
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS files (
     seq INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, owner TEXT NOT NULL, filename TEXT NOT NULL,
@@ -59,7 +55,7 @@ class Page(NamedTuple):
     is_ascending: bool = False
 
 
-class Store:
+class Store(Contents):
     """The folder. All methods block on the disk: call them in one thread, outside the event loop.
 
     Args:
@@ -70,9 +66,7 @@ class Store:
     """
 
     def __init__(self, folder: Path, max_bytes: int, now: Callable[[], float] = time.time) -> None:
-        self.folder = folder
-        self._files = folder / "files"
-        self._max_bytes = max_bytes
+        super().__init__(folder / "files", max_bytes)
         self._now = now
         path = folder / "batches.sqlite3"
         try:
@@ -90,7 +84,7 @@ class Store:
         try:
             self._db = self._open(path)
             self._file = OpenFile(path)
-            self._num_bytes = self._tidy()
+            self._tidy()
         except (
             OSError,
             sqlite3.Error,
@@ -120,17 +114,11 @@ class Store:
         db.execute(f"PRAGMA user_version = {_VERSION}")
         return db
 
-    def _tidy(self) -> int:
-        """Remove the files without a row; return the size of the others in bytes."""
+    def _tidy(self) -> None:
+        """Remove the files without a row, which a crash left behind."""
         known = {row["id"] for row in self._read("SELECT id FROM files WHERE expires_at > 0")}
         known |= {name for batch in self.open_batches() for name in (batch.output_id, batch.error_id)}
-        num_bytes = 0
-        for path in self._files.iterdir():
-            if path.name in known:
-                num_bytes += _counted(path)
-            else:
-                path.unlink()
-        return num_bytes
+        self.keep_only(known)
 
     def close(self) -> None:
         """Close the database, and release the folder for other processes."""
@@ -161,90 +149,10 @@ class Store:
                 raise
         except sqlite3.Error as error:
             if getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_FULL:
-                raise _full("its disk is full") from error
+                raise full("its disk is full") from error
             raise BatchesUnavailable(
                 f"the database of batches cannot be written at the moment: {error}", retry_after_s=5
             ) from error
-
-    # ---------------------------------------------------------------------------------------------------- content
-
-    def path(self, file_id: str) -> Path:
-        """Return the path of a file's content."""
-        return self._files / file_id
-
-    def open(self, file_id: str) -> BinaryIO:
-        """Open the content of a file for reading."""
-        return self.path(file_id).open("rb")
-
-    def new_id(self) -> str:
-        """Return the id for a new file."""
-        return f"file-{secrets.token_hex(12)}"
-
-    def write(self, file_id: str, offset: int, data: bytes) -> int:
-        """Truncate a file to its first bytes, append data, and return its new size.
-
-        Raises:
-            StorageFull: the quota or the disk is full.
-        """
-        path = self.path(file_id)
-        before = _counted(path)
-        self.require_room(max(_LEAST_BYTES, offset + len(data)) - before)
-        try:
-            with path.open("r+b" if offset else "wb") as file:
-                file.seek(offset)
-                file.truncate()
-                file.write(data)
-        except OSError as error:
-            raise _failure(error) from error
-        finally:
-            self._num_bytes += _counted(path) - before
-        return offset + len(data)
-
-    def sync(self, *file_ids: str) -> None:
-        """Sync the content of files to disk.
-
-        Raises:
-            StorageFull: the content cannot be written.
-        """
-        try:
-            for path in (*map(self.path, file_ids), self._files):
-                descriptor = os.open(path, os.O_RDONLY)
-                try:
-                    os.fsync(descriptor)
-                finally:
-                    os.close(descriptor)
-        except OSError as error:
-            raise _failure(error) from error
-
-    def cut(self, file_id: str, num_bytes: int) -> None:
-        """Truncate a file to its first bytes, removing the leftovers of a crash."""
-        path = self.path(file_id)
-        before = _counted(path)
-        os.truncate(path, num_bytes)
-        self._num_bytes += _counted(path) - before
-
-    def require_room(self, num_bytes: int) -> None:
-        """Check that this number of additional bytes may be written.
-
-        Raises:
-            StorageFull: the quota or the disk would be full.
-        """
-        if self._num_bytes + num_bytes > self._max_bytes:
-            raise _full(f"its files take {self._num_bytes} of GATEWAY_BATCH_MAX_BYTES={self._max_bytes} bytes")
-        status = os.statvfs(self.folder)
-        if status.f_bavail * status.f_frsize < num_bytes + _FREE_BYTES:
-            raise _full("its disk is nearly full")
-
-    def discard(self, file_id: str) -> None:
-        """Remove the content of a file."""
-        path = self.path(file_id)
-        self._num_bytes -= _counted(path)
-        path.unlink(missing_ok=True)
-
-    @property
-    def num_bytes(self) -> int:
-        """The bytes that count toward the quota."""
-        return self._num_bytes
 
     # ------------------------------------------------------------------------------------------------------ files
 
@@ -295,8 +203,13 @@ class Store:
     # ---------------------------------------------------------------------------------------------------- batches
 
     def add_batch(self, batch: Batch) -> None:
-        """Store a new batch."""
+        """Store a new batch, and forget the oldest of its client that have ended if there are very many."""
         with self._writing() as db:
+            db.execute(
+                "DELETE FROM batches WHERE owner = :owner AND is_open = 0 AND seq <= "
+                "(SELECT seq FROM batches WHERE owner = :owner ORDER BY seq DESC LIMIT 1 OFFSET :kept)",
+                {"owner": batch.owner, "kept": _MAX_KEPT - 1},
+            )
             db.execute(
                 "INSERT INTO batches (id, owner, is_open, ended_at, data) VALUES (?, ?, 1, 0, ?)",
                 (batch.id, batch.owner, _dump(batch)),
@@ -354,32 +267,6 @@ class Store:
             values = [*values, page.after, values[0]]
         query = f"SELECT * FROM {table} WHERE {condition} ORDER BY seq {order} LIMIT ?"  # noqa: S608  no value of a client
         return self._read(query, *values, page.limit + 1)
-
-
-def _counted(path: Path) -> int:
-    """Return a file's share of the quota in bytes; 0 if it does not exist."""
-    try:
-        return max(_LEAST_BYTES, path.stat().st_size)
-    except FileNotFoundError:
-        return 0
-
-
-def _failure(error: OSError) -> Exception:
-    """Return the error for a client whose file cannot be written."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return _full(str(error.strerror))
-    if isinstance(error, FileNotFoundError):
-        return error
-    return BatchesUnavailable(
-        f"the folder of batches cannot be written at the moment: {error.strerror}", retry_after_s=5
-    )
-
-
-def _full(reason: str) -> StorageFull:
-    return StorageFull(
-        f"the folder of batches is full: {reason}. Delete files, or ask the operator to raise GATEWAY_BATCH_MAX_BYTES",
-        is_permanent=True,
-    )
 
 
 def _file_of(row: sqlite3.Row) -> StoredFile:

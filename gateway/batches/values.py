@@ -105,7 +105,7 @@ class Batch:
         output_bytes, error_bytes: how much of each file counts. Anything after that was written before a crash.
         output_kept_s: how long output and errors are kept, in seconds.
         end: the state after finalizing.
-        spaces: the space of the vectors so far, by the task of the request. Answers of experiments have no entry.
+        spaces: the space of the vectors so far, by the options of the request. Answers of experiments have no entry.
     """
 
     id: str

@@ -182,7 +182,8 @@ BATCH_JOBS_ENDED = Counter(
 )
 BATCH_LINES = Counter(
     "gateway_batch_api_lines",
-    "Requests of batches: `completed`, `failed`, `expired`, and `repeated` because a quota, a queue or a model refused one.",
+    "Requests of batches: `completed`, `failed`, `expired`, `cancelled`, and `repeated` because a quota, a queue or a model "
+    "refused one.",
     ["outcome"],
 )
 BATCH_BYTES = Gauge("gateway_batch_api_bytes", "Bytes of all files in GATEWAY_BATCH_DIR.")

@@ -294,6 +294,55 @@ async def test_the_last_line_needs_no_end_and_blank_lines_do_not_count(start: St
     assert batch.request_counts.completed == 2
 
 
+async def test_blank_lines_count_in_the_numbers_of_lines(start: Start) -> None:
+    client = (await start(max_body_bytes=1000)).client()
+    long_blank = b" " * 200_000 + jsonl(line("c"))
+
+    batch = await run(client, b"\r\n\n" + jsonl(line("a")) + b"  \n" + b"no json\n\n" + long_blank)
+
+    assert [(error.code, error.line) for error in batch.errors.data] == [("invalid_json_line", 5), ("line_too_long", 7)]
+    counts = batch.request_counts
+    assert (counts.total, counts.completed, counts.failed) == (0, 0, 0)
+
+
+async def test_a_file_of_line_breaks_keeps_no_thread_busy(start: Start) -> None:
+    client = (await start()).client()
+
+    batch = await run(client, jsonl(line("a")) + b"\n" * 10_000_000)
+
+    [error] = batch.errors.data
+    assert error.code == "too_many_requests"
+    assert "more than 200,000 lines" in error.message
+
+
+async def test_the_requests_of_a_batch_may_differ_in_what_they_ask_for(start: Start) -> None:
+    client = (await start()).client()
+    options: list[dict[str, Any]] = [
+        {},
+        {"normalized": False},
+        {"encoding_format": "base64"},
+        {"dimensions": 8},
+        {"normalize": False, "outputs": ["dense"]},
+        {"output_dtype": "binary"},
+        {"input_type": "query"},
+    ]
+    lines = [line(f"r{i}", **options[i % len(options)]) for i in range(350)]
+
+    batch = await run(client, jsonl(*lines))
+
+    assert (batch.request_counts.completed, batch.request_counts.failed) == (350, 0)
+
+
+async def test_the_ways_in_which_requests_may_differ_are_bounded(start: Start) -> None:
+    client = (await start()).client()
+
+    batch = await run(client, jsonl(*(line(f"r{i}", task=f"task {i}" + "x" * 400) for i in range(300))))
+
+    assert [(error.code, error.line) for error in batch.errors.data] == [
+        ("too_many_options", i) for i in range(257, 301)
+    ]
+
+
 async def test_no_more_than_a_hundred_errors_are_listed(start: Start) -> None:
     client = (await start()).client()
 
@@ -524,6 +573,8 @@ async def test_a_canceled_batch_keeps_its_answers(start: Start) -> None:
     assert batch.cancelled_at is not None
     found = await rows(client, batch.output_file_id)
     assert len(found) == batch.request_counts.completed < 500
+    canceled = [row["custom_id"] for row in await rows(client, batch.error_file_id)]
+    assert [row["custom_id"] for row in found] + canceled == [f"r{i}" for i in range(500)]
     with pytest.raises(openai.BadRequestError, match="Cannot cancel a batch with status 'cancelled'"):
         await client.batches.cancel(batch.id)
 

@@ -8,10 +8,12 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -20,7 +22,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from gateway.batches import runner as runner_module
+from gateway.batches import answering, recording
 from gateway.batches import store as store_module
 from gateway.batches.lines import Answered, Line, in_one_space, read_lines
 from gateway.batches.runner import Runner
@@ -266,6 +268,40 @@ def test_a_write_that_fails_midway_is_a_full_disk_and_counts_with_the_bytes_it_l
     assert store.path(file_id).read_bytes() == b"again"
 
 
+@pytest.mark.parametrize("gone", ["files", "all", "no folder"])
+def test_a_folder_that_is_gone_costs_its_own_requests_only(open_store: OpenStore, tmp_path: Path, gone: str) -> None:
+    store = open_store()
+    file = add_file(store)
+    shutil.rmtree(tmp_path / "batches" / ("" if gone == "all" else "files"))
+    if gone == "no folder":
+        (tmp_path / "batches" / "files").touch()
+
+    with pytest.raises((OSError, BatchesUnavailable)):
+        store.write(store.new_id(), 0, b"content")
+    store.discard(file.id)
+    with contextlib.suppress(BatchesUnavailable):  # the database is gone as well
+        store.remove_file(file.id)
+
+
+def test_no_more_batches_of_a_client_are_kept_than_the_limit(
+    open_store: OpenStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store_module, "_MAX_KEPT", 3)
+    store = open_store()
+    still_open = new_batch(store)
+    other = new_batch(store, owner="another")
+    made = []
+    for _ in range(5):
+        made.append(new_batch(store))
+        store.save(replace(made[-1], status=Status.COMPLETED))
+
+    assert [batch.id for batch in store.batches("someone", Page())] == [
+        *(batch.id for batch in made[:-4:-1]),
+        still_open.id,
+    ]
+    assert [batch.id for batch in store.batches("another", Page())] == [other.id]
+
+
 @pytest.mark.parametrize("limit", [1, 5, 7, 100])
 @pytest.mark.parametrize("is_ascending", [True, False])
 def test_pages_together_are_the_whole_list(open_store: OpenStore, limit: int, is_ascending: bool) -> None:
@@ -299,7 +335,7 @@ def test_an_answer_in_another_space_than_the_batch_is_an_error_that_names_both()
     assert (error["type"], error["code"], error["param"]) == ("invalid_request_error", "space_mismatch", "model")
     assert "mini@aaaaaaaaaaaa" in error["message"]
     assert "mini@bbbbbbbbbbbb" in error["message"]
-    other_task = replace(line, task="retrieval.query")
+    other_task = replace(line, options="retrieval.query")
     assert in_one_space(spaces, other_task, other)[1] == {**spaces, "retrieval.query": "mini@bbbbbbbbbbbb"}
 
 
@@ -310,7 +346,8 @@ def test_lines_are_read_from_any_line_on(tmp_path: Path) -> None:
         lines = list(read_lines(file, 10))
         for i, line in enumerate(lines):
             file.seek(line.end)
-            assert list(read_lines(file, 10)) == lines[i + 1 :]
+            rest = [one._replace(number=one.number - line.number) for one in lines[i + 1 :]]
+            assert list(read_lines(file, 10)) == rest
 
     assert [line.content.strip() for line in lines if not line.is_too_long] == [b"one", b"three", b"last"]
     assert [line.is_too_long for line in lines] == [False, True, False, True, False]
@@ -415,11 +452,18 @@ async def test_clients_take_turns_and_the_batches_of_one_come_one_after_the_othe
 async def test_a_disk_without_room_holds_a_batch_up_until_there_is_some(
     open_store: OpenStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runner_module, "_PAUSE_S", 0.01)
+    monkeypatch.setattr(recording, "_PAUSE_S", 0.01)
     store = open_store(max_bytes=150_000)
     large = add_file(store, b"x" * 120_000)
     batch = new_batch(store, 150)
-    runner = Runner(store, Slow())
+    answered: list[str] = []
+
+    class Counting(Slow):
+        async def answer(self, batch: Batch, line: Line) -> Answered:
+            answered.append(line.custom_id)
+            return await super().answer(batch, line)
+
+    runner = Runner(store, Counting())
     runner.start()
     await asyncio.sleep(0.3)
     before = await runner.find(batch.owner, batch.id)
@@ -430,6 +474,7 @@ async def test_a_disk_without_room_holds_a_batch_up_until_there_is_some(
     found = await end_of(runner, batch)
 
     assert found.status is Status.COMPLETED
+    assert answered == [f"r{i}" for i in range(150)]  # no answer was thrown away and computed again
     assert found.num_answered == 150
     assert len(rows(store, batch.output_id)) + len(rows(store, batch.error_id)) == 150
     await runner.stop()
@@ -449,10 +494,132 @@ async def test_an_input_that_is_gone_from_the_disk_ends_its_batch(open_store: Op
     await runner.stop()
 
 
+@pytest.mark.parametrize("gone", ["input", "output", "error", "all"])
+async def test_a_file_that_is_gone_after_a_restart_ends_its_batch_with_what_is_left(
+    open_store: OpenStore, gone: str
+) -> None:
+    store = open_store()
+    batch = new_batch(store, 600)
+    runner = Runner(store, Slow())
+    runner.start()
+    while not (await runner.find(batch.owner, batch.id)).num_failed:  # type: ignore[union-attr]  # noqa: ASYNC110
+        await asyncio.sleep(0.001)
+    await runner.stop()
+    store = open_store()
+    names = {"input": batch.input_id, "output": batch.output_id, "error": batch.error_id}
+    for name in names.values() if gone == "all" else [names[gone]]:
+        store.path(name).unlink()
+
+    runner = Runner(store, Slow())
+    runner.start()
+    found = await end_of(runner, batch)
+
+    assert found.status is Status.FAILED
+    assert [error.code for error in found.errors] == ["file_missing"]
+    kept = {name: store.file(batch.owner, names[name]) for name in ("output", "error")}
+    assert {name for name, file in kept.items() if file} == {"output", "error"} - (
+        {"input": set(), "all": set(names)}.get(gone, {gone})
+    )
+    if gone == "input":
+        assert len(rows(store, batch.output_id)) == found.num_completed > 0
+        assert len(rows(store, batch.error_id)) == found.num_failed > 0
+    await runner.stop()
+
+
+async def test_a_canceled_batch_lists_the_requests_that_were_not_executed(open_store: OpenStore) -> None:
+    store = open_store()
+    batch = new_batch(store, 1200)
+    runner = Runner(store, Slow())
+    runner.start()
+    while not (await runner.find(batch.owner, batch.id)).num_completed:  # type: ignore[union-attr]  # noqa: ASYNC110
+        await asyncio.sleep(0.001)
+
+    found = await runner.find(batch.owner, batch.id)
+    assert found is not None
+    await runner.cancel(found)
+    await runner.cancel(found)
+    found = await end_of(runner, batch)
+
+    assert (found.status, found.num_answered, found.num_total) == (Status.CANCELLED, 1200, 1200)
+    canceled = [row for row in rows(store, batch.error_id) if row["response"] is None]
+    assert len(canceled) > 500
+    assert {row["error"]["code"] for row in canceled} == {"batch_cancelled"}  # type: ignore[index]
+    ids = [str(row["custom_id"]) for row in [*rows(store, batch.output_id), *rows(store, batch.error_id)]]
+    assert sorted(ids) == sorted(f"r{i}" for i in range(1200))
+    await runner.stop()
+
+
+async def test_a_batch_that_waits_for_its_turn_is_canceled_at_once(open_store: OpenStore) -> None:
+    store = open_store()
+    first, second, third = (new_batch(store, 3) for _ in range(3))
+    store.save(replace(third, status=Status.CANCELLING))  # the process stopped in the middle of its cancelation
+    never = asyncio.Event()
+
+    class Stuck(Slow):
+        async def answer(self, batch: Batch, line: Line) -> Answered:
+            await never.wait()
+            return await super().answer(batch, line)
+
+    runner = Runner(store, Stuck())
+    runner.start()
+    await runner.cancel(second)
+    ended = [await end_of(runner, batch) for batch in (second, third)]
+
+    assert {found.status for found in ended} == {Status.CANCELLED}
+    assert {(found.num_total, found.error_bytes) for found in ended} == {(0, 0)}  # they were not checked
+    assert runner.num_open("someone") == 1
+    never.set()
+    assert (await end_of(runner, first)).status is Status.COMPLETED
+    await runner.stop()
+
+
+async def test_a_cancelation_does_not_wait_for_a_file_that_is_being_checked(open_store: OpenStore) -> None:
+    store = open_store()
+    large, other = new_batch(store, 5000), new_batch(store, 5, "another")
+    begun = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    class Checking(Slow):
+        def read(self, endpoint: str, line: bytes) -> Line:
+            loop.call_soon_threadsafe(begun.set)
+            time.sleep(0.002)
+            return super().read(endpoint, line)
+
+    runner = Runner(store, Checking())
+    runner.start()
+    await begun.wait()
+    await runner.cancel(large)
+
+    assert (await end_of(runner, large)).status is Status.CANCELLED
+    assert (await end_of(runner, other)).num_answered == 5
+    await runner.stop()
+
+
+async def test_a_batch_is_answered_while_the_file_of_another_client_is_checked(open_store: OpenStore) -> None:
+    store = open_store()
+    small, large = new_batch(store, 5, "another"), new_batch(store, 6)
+    may_end = threading.Event()
+
+    class Checking(Slow):
+        def read(self, endpoint: str, line: bytes) -> Line:
+            if b'"r5"' in line:
+                may_end.wait(20)
+            return super().read(endpoint, line)
+
+    runner = Runner(store, Checking())
+    runner.start()
+    assert (await end_of(runner, small)).num_answered == 5
+    assert not may_end.is_set()
+    may_end.set()
+
+    assert (await end_of(runner, large)).num_answered == 6
+    await runner.stop()
+
+
 async def test_a_refused_request_waits_as_long_as_it_takes(
     open_store: OpenStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runner_module, "_LONGEST_WAIT_S", 0.001)
+    monkeypatch.setattr(answering, "_LONGEST_WAIT_S", 0.001)
     store = open_store()
     batch = new_batch(store, 3)
     tries: list[str] = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -249,3 +250,23 @@ async def test_a_key_is_required(start: Start) -> None:  # noqa: F811
 
     for method, path in [("GET", "/files"), ("POST", "/files"), ("GET", "/batches"), ("POST", "/batches")]:
         assert (await served.http.request(method, path)).status_code == 401
+
+
+@pytest.mark.parametrize("gone", ["batches", "batches/files"])
+async def test_a_folder_that_was_removed_is_a_503(start: Start, tmp_path: Path, gone: str) -> None:  # noqa: F811
+    served = await start()
+    client = served.client()
+    file = await client.files.create(file=("a.jsonl", jsonl(line("a"))), purpose="batch")
+    shutil.rmtree(tmp_path / gone)
+
+    response = await upload(served, jsonl(line("a")))
+
+    assert response.status_code == 503
+    assert response.json()["error"]["code"] == "batches_unavailable"
+    with pytest.raises(openai.InternalServerError, match="cannot be read"):
+        await client.files.content(file.id)
+    if gone == "batches":
+        with pytest.raises(openai.InternalServerError, match="removed or replaced"):
+            await client.files.delete(file.id)
+    else:
+        assert (await client.files.delete(file.id)).deleted
