@@ -15,6 +15,11 @@ _NO_CODING = frozenset(("", "identity"))
 _PIECE_BYTES = 256 * 1024
 # The zstd decoder cannot limit its output. 4 bytes can decode to 128 KiB, so this many decode to 16 MiB at most.
 _ZSTD_INPUT_BYTES = 512
+# Of a frame, and of one without content.
+_ZSTD_FIRST_BYTES = frozenset((0x28, *range(0x50, 0x60)))
+_GZIP_MAGIC = b"\x1f\x8b"
+# The most members of a gzip body, and frames of a zstd body. `bgzip` writes one for each 64 KiB.
+_MAX_PARTS = 4096
 # The largest window that a zstd body may ask for, by RFC 9659.
 _ZSTD_WINDOW_BYTES = 8 * 1024 * 1024
 
@@ -65,14 +70,18 @@ def decoder_for(content_encoding: str) -> Decoder | None:
 
 
 class _Zlib:
-    """Decodes gzip, and deflate with zlib's frame (RFC 9110) or without it, as some clients send it."""
+    """Decodes gzip, and deflate with zlib's frame (RFC 9110) or without it, as some clients send it.
+
+    A gzip body may have several members (RFC 1952, section 2.2), as `cat` and `bgzip` write them.
+    """
 
     memory_bytes = 64 * 1024
 
     def __init__(self, name: str) -> None:
         self._name = name
         self._begin = b""
-        self._inflater = None if name == "deflate" else zlib.decompressobj(16 + zlib.MAX_WBITS)
+        self._inflater = None if name == "deflate" else _gzip_member()
+        self._num_members = 1
 
     def feed(self, data: bytes) -> Iterator[bytes]:
         if self._inflater is None:
@@ -83,21 +92,35 @@ class _Zlib:
             has_frame = self._begin[0] & 0x0F == 8 and int.from_bytes(self._begin[:2], "big") % 31 == 0
             self._inflater = zlib.decompressobj(zlib.MAX_WBITS if has_frame else -zlib.MAX_WBITS)
             data, self._begin = self._begin, b""
+        # What follows a member is copied each time, so only a part of the body is in the decoder.
+        for first in range(0, len(data), _PIECE_BYTES):
+            rest = data[first : first + _PIECE_BYTES]
+            while rest:
+                if self._inflater.eof:
+                    self._begin_member(rest)
+                yield from self._inflate(rest)
+                rest = self._inflater.unused_data
+
+    def _begin_member(self, data: bytes) -> None:
+        if self._name == "deflate" or not _GZIP_MAGIC.startswith(data[:2]):
+            raise _broken(self._name, "something follows its end")
+        self._num_members = _count_more(self._name, self._num_members)
+        self._inflater = _gzip_member()
+
+    def _inflate(self, data: bytes) -> Iterator[bytes]:
         inflater = self._inflater
-        has_more = bool(data)
+        assert inflater is not None  # noqa: S101
+        has_more = True
         while has_more and not inflater.eof:
             try:
                 piece = inflater.decompress(data, _PIECE_BYTES)
             except zlib.error as error:
                 raise _broken(self._name, str(error)) from None
             data = inflater.unconsumed_tail
-            has_more = (
-                bool(data) or len(piece) == _PIECE_BYTES
-            )  # the input may be consumed before all output is returned
+            # The input may be consumed before all output is returned.
+            has_more = bool(data) or len(piece) == _PIECE_BYTES
             if piece:
                 yield piece
-        if data or inflater.unused_data:
-            raise _broken(self._name, "something follows its end")
 
     def finish(self) -> None:
         if self._inflater is None or not self._inflater.eof:
@@ -105,27 +128,56 @@ class _Zlib:
 
 
 class _Zstd:
+    """Decodes zstd: one frame, or several (RFC 8878, section 3), as `pzstd` writes them."""
+
     memory_bytes = _ZSTD_WINDOW_BYTES
 
     def __init__(self) -> None:
-        self._frame = zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW_BYTES).decompressobj()
+        self._frame = _zstd_frame()
+        self._num_frames = 1
 
     def feed(self, data: bytes) -> Iterator[bytes]:
         for first in range(0, len(data), _ZSTD_INPUT_BYTES):
-            if self._frame.eof:
-                raise _broken("zstd", "something follows its end")
-            try:
-                piece = self._frame.decompress(data[first : first + _ZSTD_INPUT_BYTES])
-            except zstandard.ZstdError as error:
-                raise _broken("zstd", str(error)) from None
-            if piece:
-                yield piece
-        if self._frame.unused_data:
+            rest = data[first : first + _ZSTD_INPUT_BYTES]
+            while rest:
+                if self._frame.eof:
+                    self._begin_frame(rest)
+                try:
+                    piece = self._frame.decompress(rest)
+                except zstandard.ZstdError as error:
+                    raise _broken("zstd", str(error)) from None
+                if piece:
+                    yield piece
+                rest = self._frame.unused_data if self._frame.eof else b""
+
+    def _begin_frame(self, data: bytes) -> None:
+        if data[0] not in _ZSTD_FIRST_BYTES:
             raise _broken("zstd", "something follows its end")
+        self._num_frames = _count_more("zstd", self._num_frames)
+        self._frame = _zstd_frame()
 
     def finish(self) -> None:
         if not self._frame.eof:
             raise _broken("zstd", "it is cut short")
+
+
+def _gzip_member() -> zlib._Decompress:
+    return zlib.decompressobj(16 + zlib.MAX_WBITS)
+
+
+def _zstd_frame() -> zstandard.ZstdDecompressionObj:
+    return zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW_BYTES).decompressobj()
+
+
+def _count_more(name: str, number: int) -> int:
+    """Count one more part of a body.
+
+    Raises:
+        BadInput: the body has more parts than any client needs; they may be empty, and cost time nevertheless.
+    """
+    if number >= _MAX_PARTS:
+        raise _broken(name, f"it has more than {_MAX_PARTS} parts, which is the limit")
+    return number + 1
 
 
 def _broken(name: str, why: str) -> BadInput:

@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import Final, Protocol, TypeAlias
 
 from gateway.bulk.fields import TEXT_FIELDS, FieldNames, Fields, get, resolve_fields
-from gateway.bulk.rows import BadRow, Json, Position, Row, RowId
+from gateway.bulk.rows import BadRow, BulkError, Json, Position, Row, RowId
 from gateway.bulk.stores.protocol import Mark, Moment, Since
 
 SAMPLE: Final = 64
@@ -109,8 +109,14 @@ class KeysetSource(ItemSource):
         return f"{self.name} {self._identity} {self.fields}{since}"
 
     def read(self, after: Position | None = None) -> Iterator[Row | BadRow]:
-        """Yield the items after a position."""
-        last = after if isinstance(after, int | str) else None
+        """Yield the items after a position, or all items, page by page.
+
+        Raises:
+            BulkError: the position is not one of this store, or the collection cannot be read.
+        """
+        if after is not None and (isinstance(after, bool) or not isinstance(after, int | str)):
+            raise BulkError(f"{after!r} is not a position in {self.name}")
+        last = after
         while page := self._read_page(last):
             for row_id, payload in page:
                 last = row_id
