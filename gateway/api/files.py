@@ -17,7 +17,7 @@ from gateway.api.endpoint import add
 from gateway.api.json_body import Json, whole_number
 from gateway.api.wire import AnswerBody, error_responses, responses
 from gateway.batches.runner import Runner
-from gateway.batches.store import Page
+from gateway.batches.store import Page, Store
 from gateway.batches.values import KEPT_S, MAX_FILE_BYTES, BatchesUnavailable, Purpose, StoredFile
 from gateway.config.wording import cut
 from gateway.errors import BadInput, BodyTooLarge, NotFound, RateLimited, UnsupportedEncoding
@@ -122,20 +122,14 @@ class FileRoutes:
                 raise
         return card_of(file)
 
-    async def list_files(self, request: Request) -> FileList:
+    async def list_files(self, request: Request) -> Response:
         """List the files of the key."""
         runner = require_runner(self._runner)
         page = read_page(request, _MAX_FILES_LISTED, _MAX_FILES_LISTED)
         owner = owner_of(request, has_keys=self._has_keys)
         purpose = request.query_params.get("purpose") or None
-        files = await runner.call(runner.store.files, owner, page, purpose)
-        cards = [card_of(file) for file in files[: page.limit]]
-        return FileList(
-            data=cards,
-            first_id=cards[0].id if cards else None,
-            last_id=cards[-1].id if cards else None,
-            has_more=len(files) > page.limit,
-        )
+        content = await runner.call(_written_list, runner.store, owner, page, purpose)
+        return Response(content, media_type="application/json")
 
     async def retrieve_file(self, request: Request, file_id: str) -> FileCard:
         """Describe a file."""
@@ -252,6 +246,18 @@ async def _pieces(runner: Runner, content: BinaryIO, left: int) -> AsyncIterator
         while left and (piece := await runner.call(content.read, min(left, _PIECE_BYTES))):
             left -= len(piece)
             yield piece
+
+
+def _written_list(store: Store, owner: str, page: Page, purpose: str | None) -> str:
+    """Return a page as JSON. It can have 10,000 files, so this is for a thread: it would block other requests."""
+    files = store.files(owner, page, purpose)
+    cards = [card_of(file) for file in files[: page.limit]]
+    return FileList(
+        data=cards,
+        first_id=cards[0].id if cards else None,
+        last_id=cards[-1].id if cards else None,
+        has_more=len(files) > page.limit,
+    ).model_dump_json()
 
 
 def card_of(file: StoredFile) -> FileCard:
