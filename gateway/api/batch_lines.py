@@ -29,11 +29,12 @@ from gateway.http.body import Body
 from gateway.http.context import RequestContext
 from gateway.http.error_forms import ErrorForm, render_error
 from gateway.http.pace import Pace
-from gateway.types import Output, Priority
+from gateway.types import ModelKind, Output, Priority
 
 log = structlog.get_logger(__name__)
 
-ENDPOINTS = ("/v1/embeddings", "/v1/rerank")
+_KINDS = {"/v1/embeddings": ModelKind.EMBED, "/v1/rerank": ModelKind.RERANK}
+ENDPOINTS = tuple(_KINDS)
 """The paths of requests that a batch may contain."""
 
 _MAX_ID_CHARACTERS = 512
@@ -76,7 +77,8 @@ class LineRequests:
         try:
             content = parse_object(line)
         except RequestError as error:
-            raise WrongLine("invalid_json_line", f"This line is not parseable as valid JSON: {error.message}") from None
+            reason = error.message.replace("the request body", "it", 1)
+            raise WrongLine("invalid_json_line", f"This line is not parseable as valid JSON: {reason}") from None
         custom_id = content.get("custom_id")
         if not isinstance(custom_id, str) or not 0 < len(custom_id) <= _MAX_ID_CHARACTERS:
             what = f"a string of 1 to {_MAX_ID_CHARACTERS} characters"
@@ -119,9 +121,9 @@ class LineRequests:
         if batch.model is None:
             return None
         try:
-            self._endpoint.deployment.router.choose(batch.model, client)
+            self._endpoint.deployment.router.choose_for(_KINDS[batch.endpoint], batch.model, client)
         except RequestError as error:
-            return LineError(error.code, error.message, 1, "body.model")
+            return LineError(error.code, error.message, param="body.model")
         return None
 
     def _client(self, batch: Batch) -> Client | None:

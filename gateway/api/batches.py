@@ -201,14 +201,21 @@ def _read(content: dict[str, Json], owner: str, runner: Runner) -> Batch:
 def _metadata(value: Json) -> dict[str, str] | None:
     if value is None or value == "":
         return None
-    if not isinstance(value, dict) or len(value) > _MAX_METADATA:
-        raise BadInput(f"`metadata` must be an object of at most {_MAX_METADATA} pairs", param="metadata")
+    if not isinstance(value, dict):
+        raise BadInput(f"`metadata` must be an object, got {describe(value)}", param="metadata")
+    if len(value) > _MAX_METADATA:
+        raise BadInput(f"`metadata` has {len(value)} pairs, the limit is {_MAX_METADATA}", param="metadata")
     metadata: dict[str, str] = {}
     for key, text in value.items():
-        if not isinstance(text, str) or len(key) > _MAX_KEY or len(text) > _MAX_VALUE:
+        if len(key) > _MAX_KEY:
             raise BadInput(
-                f"`metadata` must have keys of at most {_MAX_KEY} and texts of at most {_MAX_VALUE} characters, see "
-                f"{cut(repr(key))}",
+                f"a key of `metadata` has {len(key)} characters, the limit is {_MAX_KEY}: {cut(repr(key))}",
+                param="metadata",
+            )
+        if not isinstance(text, str) or len(text) > _MAX_VALUE:
+            raise BadInput(
+                f"the value of {key!r} in `metadata` must be a string of at most {_MAX_VALUE} characters, got "
+                f"{describe(text)}",
                 param="metadata",
             )
         metadata[key] = text

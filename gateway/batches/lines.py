@@ -151,10 +151,12 @@ class Validated:
 
     Attributes:
         model: the model of all requests.
+        first_line: the number of the first request's line.
     """
 
     num_lines: int
     model: str | None
+    first_line: int
     errors: tuple[LineError, ...]
 
 
@@ -166,10 +168,11 @@ def validate(path: Path, batch: Batch, requests: Requests, is_stopped: Callable[
     """
     seen = _Seen()
     errors: list[LineError] = []
-    num_lines = 0
+    num_lines = first_line = 0
     try:
         with path.open("rb") as file:
             for num_lines, raw in enumerate(read_lines(file, requests.max_line_bytes), start=1):
+                first_line = first_line or raw.number
                 if is_stopped():
                     raise Interrupted
                 if num_lines > MAX_LINES:
@@ -187,7 +190,7 @@ def validate(path: Path, batch: Batch, requests: Requests, is_stopped: Callable[
         errors = [LineError("too_many_requests", message)]
     if not num_lines and not errors:
         errors.append(LineError("empty_file", "The input file has no requests."))
-    return Validated(num_lines, seen.model, tuple(errors))
+    return Validated(num_lines, seen.model, first_line, tuple(errors))
 
 
 def _read(raw: RawLine, endpoint: str, requests: Requests) -> Line:

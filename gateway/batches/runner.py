@@ -210,7 +210,7 @@ class Runner:
             return
         errors = found.errors
         if not errors and (refusal := self._requests.refusal(replace(batch, model=found.model))) is not None:
-            errors = (refusal,)
+            errors = (refusal if refusal.param is None else replace(refusal, line=found.first_line),)
         # As OpenAI's, a batch that fails here has no requests.
         num_total = 0 if errors else found.num_lines
         change = partial(replace, model=found.model, num_total=num_total, errors=errors)

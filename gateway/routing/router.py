@@ -109,11 +109,14 @@ class Router:
         task = one_task(known.id, arm.task, known.task)
         return Choice(self._model(arm.model), task, known.id, arm.model, known.space, assignment, known.experiment)
 
-    def choose_for(self, kind: ModelKind, name: str | None, client: Client, unit_source: UnitSource) -> Choice:
+    def choose_for(
+        self, kind: ModelKind, name: str | None, client: Client, unit_source: UnitSource | None = None
+    ) -> Choice:
         """Return the model that a name leads to, if it is of the kind that a request needs.
 
         Args:
-            name: see :meth:`choose`. A request to rerank or classify without a name gets the only model of that kind.
+            name, unit_source: see :meth:`choose`. A request to rerank or classify without a name gets the only model of
+                that kind.
 
         Raises:
             UnsupportedOutput: the model is of another kind; the message names those of this kind that the client may
