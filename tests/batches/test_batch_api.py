@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 from unittest.mock import Mock
 
 import httpx
@@ -197,6 +197,38 @@ async def test_a_line_gets_the_very_body_that_a_request_gets(start: Start, url: 
         written = written.replace(expected.headers["x-request-id"].encode(), response["request_id"].encode())
     assert b'"body":' + written + b"}" in content
     assert (batch.request_counts.completed, batch.request_counts.failed) == (is_ok, not is_ok)
+
+
+def missing_fields(kind: Any, content: Any, name: str = "") -> set[str]:
+    """Return the fields of a type of the client that a response lacks, at any depth."""
+    kinds = [kind, *get_args(kind)]
+    if isinstance(content, list):
+        return {field for item in content for one in kinds[1:] for field in missing_fields(one, item, name)}
+    missing: set[str] = set()
+    for one in kinds:
+        if isinstance(content, dict) and isinstance(one, type) and issubclass(one, openai.BaseModel):
+            missing |= {f"{name}.{field}" for field in one.model_fields.keys() - content.keys()}
+            for field, info in one.model_fields.items():
+                missing |= missing_fields(info.annotation, content.get(field), f"{name}.{field}")
+    return missing
+
+
+async def test_no_field_of_the_client_s_types_is_missing(start: Start) -> None:
+    client = (await start()).client()
+    good, bad = await run(client, jsonl(line("a"), line("b", input=7))), await run(client, b"no json\n")
+    raw = client.with_raw_response
+    file_id = good.input_file_id
+
+    found = [
+        (openai.types.Batch, await raw.batches.retrieve(good.id)),
+        (openai.types.Batch, await raw.batches.retrieve(bad.id)),
+        (openai.types.FileObject, await raw.files.retrieve(good.error_file_id)),
+        (openai.types.FileObject, await raw.files.create(file=("a.jsonl", b"x"), purpose="batch")),
+        (openai.types.FileDeleted, await raw.files.delete(file_id)),
+    ]
+
+    assert [missing_fields(kind, json.loads(answer.text)) for kind, answer in found] == [set()] * 5
+    assert missing_fields(openai.types.Batch, {"errors": {"data": [{}]}}) >= {".id", ".errors.data.line"}
 
 
 async def test_lines_that_fail_are_in_the_error_file_and_the_others_in_the_output(start: Start) -> None:
