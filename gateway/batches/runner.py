@@ -133,6 +133,9 @@ class Runner:
             if run.task is None and (is_next or run.batch.status is Status.CANCELLING):
                 busy.add(owner)
                 run.task = asyncio.create_task(self._run(run))
+        self._count()
+
+    def _count(self) -> None:
         for status in Status:
             if not status.is_final:
                 number = sum(run.batch.status is status for run in self._runs.values())
@@ -195,6 +198,7 @@ class Runner:
         """Change the state of a batch in memory and on disk, and add files, all or nothing."""
         times = {**run.batch.times, status.value: int(self._now())}
         await self._recorder.save(run, lambda batch: replace(change(batch), status=status, times=times), files)
+        self._count()
 
     async def _validate(self, run: Run) -> None:
         batch = run.batch

@@ -29,6 +29,7 @@ from gateway.batches.runner import Runner
 from gateway.batches.store import Page, Store
 from gateway.batches.values import Batch, BatchesUnavailable, Purpose, Status, StorageFull, StoredFile
 from gateway.errors import BadInput, StartError
+from gateway.telemetry import metrics
 from tests.batches.killed_runner import Slow
 
 NOW = 1_800_000_000.0
@@ -570,6 +571,33 @@ async def test_a_batch_that_waits_for_its_turn_is_canceled_at_once(open_store: O
     assert runner.num_open("someone") == 1
     never.set()
     assert (await end_of(runner, first)).status is Status.COMPLETED
+    await runner.stop()
+
+
+async def test_the_metric_of_open_batches_follows_their_states(open_store: OpenStore) -> None:
+    store = open_store()
+    batches = [new_batch(store, 3) for _ in range(2)]
+    begun, may_end = asyncio.Event(), asyncio.Event()
+
+    class Held(Slow):
+        async def answer(self, batch: Batch, line: Line) -> Answered:
+            begun.set()
+            await may_end.wait()
+            return await super().answer(batch, line)
+
+    def counted() -> dict[str, float]:
+        samples = metrics.BATCH_JOBS.collect()[0].samples
+        return {sample.labels["status"]: sample.value for sample in samples if sample.value}
+
+    runner = Runner(store, Held())
+    runner.start()
+    assert counted() == {"validating": 2}
+    await begun.wait()
+    assert counted() == {"validating": 1, "in_progress": 1}
+    may_end.set()
+    for batch in batches:
+        await end_of(runner, batch)
+    assert counted() == {}
     await runner.stop()
 
 
