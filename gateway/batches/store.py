@@ -157,7 +157,17 @@ class Store(Contents):
     # ------------------------------------------------------------------------------------------------------ files
 
     def add_file(self, file: StoredFile) -> None:
-        """Turn written content into a file."""
+        """Turn the written content of an upload into a file.
+
+        Raises:
+            StorageFull: the client's files would take more than what is left for the others.
+        """
+        [row] = self._read("SELECT total(num_bytes) AS held FROM files WHERE owner = ? AND expires_at > 0", file.owner)
+        held, free = int(row["held"]) + file.num_bytes, self._max_bytes - self.num_bytes
+        if file.owner and held > free:  # without keys, all files have one owner, which is ""
+            raise full(
+                f"the files of this key would take {held} bytes, and a key may take as much as remains free, {free}"
+            )
         with self._writing() as db:
             self._insert(db, file)
 

@@ -235,14 +235,32 @@ def test_the_quota_of_the_folder_holds(open_store: OpenStore, sizes: list[int]) 
 
     def fill() -> None:
         for size in sizes:
-            add_file(store, b"x" * size)
+            add_file(store, b"x" * size, owner="")
 
     with pytest.raises(StorageFull, match="GATEWAY_BATCH_MAX_BYTES=80000"):
         fill()
 
-    for file in store.files("someone", Page(limit=100)):
+    for file in store.files("", Page(limit=100)):
         store.remove_file(file.id)
-    add_file(store, b"x" * 60_000)
+    add_file(store, b"x" * 60_000, owner="")
+
+
+def test_a_client_leaves_room_for_others(open_store: OpenStore) -> None:
+    store = open_store(max_bytes=1_000_000)
+
+    add_file(store, b"x" * 400_000, "greedy")
+    with pytest.raises(
+        StorageFull, match="would take 800000 bytes, and a key may take as much as remains free, 200000"
+    ):
+        add_file(store, b"x" * 400_000, "greedy")
+    for file in store.files("greedy", Page()):
+        store.remove_file(file.id)
+    store.discard(next(store.path("x").parent.iterdir()).name)  # the refused upload
+    add_file(store, b"x" * 400_000, "greedy")
+    add_file(store, b"x" * 250_000, "modest")
+
+    without_keys = add_file(store, b"x" * 300_000, "")
+    assert store.file("", without_keys.id) == without_keys
 
 
 def test_a_disk_that_is_nearly_full_takes_nothing_more(open_store: OpenStore, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -455,7 +473,7 @@ async def test_a_disk_without_room_holds_a_batch_up_until_there_is_some(
 ) -> None:
     monkeypatch.setattr(recording, "_PAUSE_S", 0.01)
     store = open_store(max_bytes=150_000)
-    large = add_file(store, b"x" * 120_000)
+    large = add_file(store, b"x" * 120_000, owner="")
     batch = new_batch(store, 150)
     answered: list[str] = []
 
