@@ -24,7 +24,8 @@ api/endpoint api/openai api/openai_schema api/token_ids
 fleet backends/infinity backends/same_space
 backends/upstream/backend backends/upstream/breaker backends/upstream/dialects
 backends/upstream/probe backends/upstream/server
-batches/lines batches/runner batches/store bulk/chunking bulk/fields bulk/job bulk/manifest
+batches/answering batches/contents batches/lines batches/recording batches/runner batches/store
+bulk/chunking bulk/fields bulk/job bulk/manifest
 cache/entries cache/files cache/model_cache cache/stores cluster/line cluster/placing cluster/wire
 compare/comparison compare/cost compare/quality compare/search compare/statistics
 engine/admission engine/batcher golden engine/memory engine/model/adapters engine/model/heads engine/model/pairs
