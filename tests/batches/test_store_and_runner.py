@@ -521,7 +521,8 @@ async def test_a_file_that_is_gone_after_a_restart_ends_its_batch_with_what_is_l
     batch = new_batch(store, 600)
     runner = Runner(store, Slow())
     runner.start()
-    while not (await runner.find(batch.owner, batch.id)).num_failed:  # type: ignore[union-attr]  # noqa: ASYNC110
+    # The 64 answers that are written at once have 7 errors at most: with more, the first of them are recorded.
+    while (await runner.find(batch.owner, batch.id)).num_failed <= 7:  # type: ignore[union-attr]  # noqa: ASYNC110
         await asyncio.sleep(0.001)
     await runner.stop()
     store = open_store()
