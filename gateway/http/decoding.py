@@ -18,7 +18,7 @@ _ZSTD_INPUT_BYTES = 512
 # Of a frame, and of one without content.
 _ZSTD_FIRST_BYTES = frozenset((0x28, *range(0x50, 0x60)))
 _GZIP_MAGIC = b"\x1f\x8b"
-# The most members of a gzip body, and frames of a zstd body. `bgzip` writes one for each 64 KiB.
+# The most members of a gzip body, and frames of a zstd body. Of the tools, bgzip writes one for each 64 KiB.
 _MAX_PARTS = 4096
 # The largest window that a zstd body may ask for, by RFC 9659.
 _ZSTD_WINDOW_BYTES = 8 * 1024 * 1024
@@ -72,7 +72,7 @@ def decoder_for(content_encoding: str) -> Decoder | None:
 class _Zlib:
     """Decodes gzip, and deflate with zlib's frame (RFC 9110) or without it, as some clients send it.
 
-    A gzip body may have several members (RFC 1952, section 2.2), as `cat` and `bgzip` write them.
+    A gzip body may have several members (RFC 1952, section 2.2), as the tools cat and bgzip write them.
     """
 
     memory_bytes = 64 * 1024
@@ -128,7 +128,7 @@ class _Zlib:
 
 
 class _Zstd:
-    """Decodes zstd: one frame, or several (RFC 8878, section 3), as `pzstd` writes them."""
+    """Decodes zstd: one frame, or several (RFC 8878, section 3), as the tool pzstd writes them."""
 
     memory_bytes = _ZSTD_WINDOW_BYTES
 
