@@ -6,7 +6,7 @@ from typing import Any, TypeAlias
 
 from pydantic import BaseModel, ConfigDict
 
-from gateway.errors import InternalError, RequestError, Unauthorized
+from gateway.errors import BadInput, InternalError, RequestError, Unauthorized
 
 
 class AnswerBody(BaseModel):
@@ -113,7 +113,8 @@ def responses(
 
 def error_responses(*errors: type[RequestError]) -> Responses:
     """Describe the errors of an operation, including those of every operation."""
-    possible: tuple[type[RequestError], ...] = (*errors, Unauthorized, InternalError)
+    # Any operation refuses a request with a header that cannot be valid, such as an unknown priority.
+    possible: tuple[type[RequestError], ...] = (BadInput, *errors, Unauthorized, InternalError)
     return {
         error.status: {
             "model": ErrorBody,

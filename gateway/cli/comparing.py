@@ -131,7 +131,7 @@ def compare(  # noqa: PLR0913, PLR0917  an argument for each option
 def judge_check(
     folder: Annotated[Path, typer.Argument(help="Folder with the results of `gateway compare --judge`.")],
 ) -> None:
-    """Compute the verdict on a judge and its comparison again, after people have graded judge_check.tsv.
+    """Compute the verdict of a judge with people's grades.
 
     Needs neither the models nor the judge: it reads the files of the comparison, and replaces judge.json and report.html.
     """
