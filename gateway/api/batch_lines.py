@@ -116,7 +116,9 @@ class LineRequests:
     def refusal(self, batch: Batch) -> LineError | None:
         client = self._client(batch)
         if client is None:
-            message = f"{batch.owner}, the key that made this batch, is no longer valid here."
+            message = "This batch was made without a key, and now keys are required."
+            if batch.owner:
+                message = f"{batch.owner}, the key that made this batch, is no longer valid here."
             return LineError("invalid_api_key", message)
         if batch.model is None:
             return None
@@ -127,6 +129,8 @@ class LineRequests:
         return None
 
     def _client(self, batch: Batch) -> Client | None:
+        if not batch.owner and self._keyring:  # a key may have any name, but it did not make this batch
+            return None
         return self._keyring.named(batch.owner or "batches")
 
     async def answer(self, batch: Batch, line: Line) -> Answered:

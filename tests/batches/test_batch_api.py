@@ -657,6 +657,29 @@ async def test_a_key_that_is_gone_ends_its_batches(start: Start) -> None:
     assert second.jobs == []
 
 
+async def test_a_batch_without_a_key_does_not_run_with_one(start: Start, tmp_path: Path) -> None:
+    first = await start(api_keys=())
+    first.deployment.is_draining = True
+    client = first.client()
+    file = await client.files.create(file=("a.jsonl", jsonl(line("a"))), purpose="batch")
+    batch = await client.batches.create(input_file_id=file.id, endpoint="/v1/embeddings", completion_window="24h")
+    await first.deployment.stop()
+    keys = tmp_path / "keys.yaml"
+    digest = hashlib.sha256(KEYS[0].encode()).hexdigest()
+    keys.write_text(f"version: 1\nkeys:\n  - {{name: batches, sha256: {digest}}}\n")
+
+    second = await start(api_keys=(), api_keys_file=keys)
+    await second.client().files.list()  # which begins
+    runner = next(iter(second.app.state.on_start)).__self__  # type: ignore[attr-defined]
+    found = await looked_at(lambda: runner.find("", batch.id), lambda one: one.status.is_final)
+
+    assert found.status == "failed"
+    assert [error.message for error in found.errors] == [
+        "This batch was made without a key, and now keys are required."
+    ]
+    assert second.jobs == []
+
+
 # -------------------------------------------------------------------------------------------------- errors
 
 
