@@ -71,7 +71,12 @@ class Recorder:
     async def save(self, run: Run, change: Change, files: Sequence[StoredFile] = ()) -> None:
         """Change a batch in memory and on disk, and add files, all or nothing."""
         before = run.batch
-        run.batch = after = change(before)
+        after = change(before)
+        if after.status.is_final:  # its files can be read as soon as a client learns of the end
+            await self.call(self.store.save, after, *files)
+            run.batch = after
+            return
+        run.batch = after
         try:
             await self.call(self.store.save, after, *files)
         except BaseException:  # undo only this change: there may have been others in the meantime

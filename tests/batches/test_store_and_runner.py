@@ -513,6 +513,33 @@ async def test_an_input_that_is_gone_from_the_disk_ends_its_batch(open_store: Op
     await runner.stop()
 
 
+async def test_a_batch_has_not_ended_before_its_files_can_be_read(
+    open_store: OpenStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = open_store()
+    batch = new_batch(store, 5)
+    runner = Runner(store, Slow())
+    is_saving, may_save = threading.Event(), threading.Event()
+    save = store.save
+
+    def save_slowly(batch: Batch, *files: StoredFile) -> None:
+        if batch.status.is_final:
+            is_saving.set()
+            may_save.wait(20)
+        save(batch, *files)
+
+    monkeypatch.setattr(store, "save", save_slowly)
+    runner.start()
+    await asyncio.to_thread(is_saving.wait, 20)
+
+    assert (await runner.find(batch.owner, batch.id)).status is Status.FINALIZING  # type: ignore[union-attr]
+    may_save.set()
+    found = await end_of(runner, batch)
+    assert found.status is Status.COMPLETED
+    assert store.file(batch.owner, batch.output_id)
+    await runner.stop()
+
+
 @pytest.mark.parametrize("gone", ["input", "output", "error", "all"])
 async def test_a_file_that_is_gone_after_a_restart_ends_its_batch_with_what_is_left(
     open_store: OpenStore, gone: str
