@@ -117,13 +117,10 @@ class Batcher:
         if self._refusal is not None:
             raise self._refusal()
         with self._admission.admit(job):
-            pending = await self._finish(job, replica)
-        if pending.error is not None:
-            raise pending.error
-        return pending.embeddings(job.outputs, self._encoder.width)
+            return await self._finish(job, replica)
 
-    async def _finish(self, job: EmbedJob, replica: int | None) -> PendingRequest:
-        """Queue a job and wait until its request is done or has failed."""
+    async def _finish(self, job: EmbedJob, replica: int | None) -> Embeddings:
+        """Queue a job, wait until its request is done or has failed, and return its result or raise its error."""
         pending = PendingRequest(
             job.caller,
             job.deadline,
@@ -146,18 +143,22 @@ class Batcher:
                 f"the request did not finish within its time limit: {pending.num_missing} of {len(job.texts)} texts "
                 f"were still waiting{why}"
             ) from None
+        else:
+            if pending.error is not None:
+                raise pending.error
+            return pending.embeddings(job.outputs, self._encoder.width)
         finally:
             self._forget(pending)
-        return pending
 
     def _forget(self, pending: PendingRequest) -> None:
-        """Drop the remaining data of a request that has ended."""
+        """Drop the data of a request that has ended."""
         pending.is_live = False
         del self._pending[pending]
         for sequence in pending.sequences:  # empty unless the request ended early
             sequence.waiters = [waiter for waiter in sequence.waiters if waiter.handle is not pending]
             if not sequence.waiters and not sequence.is_taken:
                 self._sequences.pop(_key(sequence), None)
+        pending.release()
 
     # ------------------------------------------------------------------------------------------------ tokenizing
 

@@ -46,6 +46,12 @@ class PendingRequest(RequestHandle):
         if self.tokenizing is not None and not self.tokenizing.done():  # its turn will not come
             self.tokenizing.set_result([])
 
+    def release(self) -> None:
+        """Drop the texts and results. The queue remembers a request for a while, even one that has been answered."""
+        self.encoded.clear()
+        self.tokens.clear()
+        self.sequences.clear()
+
     def embeddings(self, outputs: frozenset[Output], width: int) -> Embeddings:
         rows = [self.encoded[i] for i in range(len(self.encoded))]
         num_tokens = [n for tokens in self.tokens for n in _token_counts(tokens)]

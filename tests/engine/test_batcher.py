@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
+import weakref
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import replace
 from typing import Any
@@ -1115,3 +1116,37 @@ async def test_an_engine_that_was_never_started_says_so(engine: Engine, make_job
 
 def test_an_engine_prints_as_infinitys_do(engine: Engine) -> None:
     assert str(engine).startswith("AsyncEmbeddingEngine(running=False")
+
+
+@pytest.mark.parametrize("is_canceled", [False, True], ids=["answered", "canceled"])
+async def test_a_request_that_has_ended_keeps_no_vectors_while_the_queue_remembers_it(
+    start_batcher: StartBatcher, make_job: MakeJob, encoder: Any, gate: Gate, is_canceled: bool
+) -> None:
+    kept: list[weakref.ref[Any]] = []
+    vectors = encoder.vectors
+
+    def remember(batch: list[list[int]]) -> list[Encoded]:
+        encoded = vectors(batch)
+        kept.extend(weakref.ref(one.dense) for one in encoded)
+        return encoded  # type: ignore[no-any-return]
+
+    encoder.vectors = remember
+    encoder.on_forward = lambda batch: gate(batch) if [9] in batch else None
+    batcher = await start_batcher(max_batch_tokens=1)
+    others = texts_of(range(9, 20))
+    request = asyncio.create_task(batcher.submit(make_job("1", *(others if is_canceled else []), caller="a")))
+    if not is_canceled:
+        bulk = asyncio.create_task(batcher.submit(make_job(*others, caller="b")))
+    await gate.reached()
+    if is_canceled:
+        assert kept[0]() is not None
+        request.cancel()
+    await asyncio.wait({request})
+    if not is_canceled:
+        del request
+
+    assert batcher.num_queued > 0
+    assert await becomes(lambda: kept[0]() is None)
+    gate.open()
+    if not is_canceled:
+        await bulk
