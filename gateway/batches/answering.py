@@ -7,6 +7,7 @@ import itertools
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -100,7 +101,8 @@ class Answering:
         has_more = True
         while run.batch.status is Status.IN_PROGRESS:
             if self._now() >= run.batch.expires_at:
-                await self.give_up(run, "batch_expired")
+                with suppress(StorageFull):  # the batch ends without room as well
+                    await self.give_up(run, "batch_expired")
                 return partial(replace, end=Status.EXPIRED)
             if (refusal := self._requests.refusal(run.batch)) is not None and refusal.code == "invalid_api_key":
                 return partial(replace, errors=(refusal,), end=Status.FAILED)

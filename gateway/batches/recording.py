@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TypeAlias, TypeVar
 
@@ -29,10 +29,16 @@ _PAUSE_S = 15.0
 
 @dataclass(eq=False, slots=True)
 class Run:
-    """A batch that has not ended. ``batch`` is replaced only on the event loop."""
+    """A batch that has not ended.
+
+    Attributes:
+        batch: its state on the disk; replaced only on the event loop.
+        changing: held while the state is changed.
+    """
 
     batch: Batch
     task: asyncio.Task[None] | None = None
+    changing: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,19 +75,16 @@ class Recorder:
         self._thread.shutdown()
 
     async def save(self, run: Run, change: Change, files: Sequence[StoredFile] = ()) -> None:
-        """Change a batch in memory and on disk, and add files, all or nothing."""
-        before = run.batch
-        after = change(before)
-        if after.status.is_final:  # its files can be read as soon as a client learns of the end
-            await self.call(self.store.save, after, *files)
-            run.batch = after
-            return
-        run.batch = after
-        try:
-            await self.call(self.store.save, after, *files)
-        except BaseException:  # undo only this change: there may have been others in the meantime
-            run.batch = replace(run.batch, **before.fields_unlike(after))
-            raise
+        """Change a batch on disk and then in memory, and add files, all or nothing. A batch has one change at a time.
+
+        Args:
+            change: may return the same batch, for no change.
+        """
+        async with run.changing:
+            after = change(run.batch)
+            if after is not run.batch:
+                await self.call(self.store.save, after, *files)
+                run.batch = after
 
     async def append(self, run: Run, answers: Answers) -> None:
         """Append answers to the files, and then record that they count."""

@@ -114,10 +114,11 @@ class Runner:
     async def cancel(self, batch: Batch) -> Batch:
         """Cancel a batch that has not ended, and return it."""
         run = self._runs.get(batch.id)
-        if run is None or run.batch.status not in (Status.VALIDATING, Status.IN_PROGRESS):
-            return batch if run is None else run.batch
-        await self._become(run, Status.CANCELLING)
-        self._begin()
+        if run is None:
+            return batch
+        while run.batch.status in (Status.VALIDATING, Status.IN_PROGRESS):
+            await self._become(run, Status.CANCELLING)
+            self._begin()
         return run.batch
 
     # ------------------------------------------------------------------------------------------------------ turns
@@ -195,9 +196,16 @@ class Runner:
     async def _become(
         self, run: Run, status: Status, change: Change = lambda batch: batch, files: Sequence[StoredFile] = ()
     ) -> None:
-        """Change the state of a batch in memory and on disk, and add files, all or nothing."""
-        times = {**run.batch.times, status.value: int(self._now())}
-        await self._recorder.save(run, lambda batch: replace(change(batch), status=status, times=times), files)
+        """Change the state of a batch on disk and in memory, and add files, unless another change of its state is first."""
+        before = run.batch.status
+
+        def changed(batch: Batch) -> Batch:
+            if batch.status is not before:
+                return batch
+            times = {**batch.times, status.value: int(self._now())}
+            return replace(change(batch), status=status, times=times)
+
+        await self._recorder.save(run, changed, files)
         self._count()
 
     async def _validate(self, run: Run) -> None:

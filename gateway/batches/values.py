@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
 
 from gateway.errors import RequestError
 
@@ -136,8 +135,3 @@ class Batch:
     def num_answered(self) -> int:
         """How many lines, from the beginning of the file, have an answer."""
         return self.num_completed + self.num_failed
-
-    def fields_unlike(self, other: Batch) -> dict[str, Any]:
-        """Return the fields whose values differ from another batch's, with the values of this batch."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: value for name, value in values.items() if value != getattr(other, name)}

@@ -540,6 +540,82 @@ async def test_a_batch_has_not_ended_before_its_files_can_be_read(
     await runner.stop()
 
 
+async def test_a_cancelation_that_comes_while_a_batch_fails_is_too_late(
+    open_store: OpenStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = open_store()
+    batch = new_batch(store, 0)  # without requests, it fails
+    runner = Runner(store, Slow())
+    is_saving, may_save = threading.Event(), threading.Event()
+    save = store.save
+
+    def save_slowly(batch: Batch, *files: StoredFile) -> None:
+        if batch.status is Status.FAILED:
+            is_saving.set()
+            may_save.wait(20)
+        save(batch, *files)
+
+    monkeypatch.setattr(store, "save", save_slowly)
+    runner.start()
+    await asyncio.to_thread(is_saving.wait, 20)
+    canceling = asyncio.create_task(runner.cancel(batch))
+    await asyncio.sleep(0)
+    may_save.set()
+
+    assert (await canceling).status is Status.FAILED
+    assert (await end_of(runner, batch)).status is Status.FAILED
+    assert store.batch(batch.owner, batch.id).status is Status.FAILED  # type: ignore[union-attr]
+    assert not store.open_batches()
+    await runner.stop()
+
+
+async def test_a_cancelation_stays_when_the_change_before_it_cannot_be_saved(
+    open_store: OpenStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = open_store()
+    batch = new_batch(store, 3)
+    runner = Runner(store, Slow())
+    is_saving, may_fail = threading.Event(), threading.Event()
+    save = store.save
+
+    def fail_once(batch: Batch, *files: StoredFile) -> None:
+        if batch.status is Status.IN_PROGRESS and not is_saving.is_set():
+            is_saving.set()
+            may_fail.wait(20)
+            raise BatchesUnavailable("the disk does not answer")
+        save(batch, *files)
+
+    monkeypatch.setattr(store, "save", fail_once)
+    monkeypatch.setattr(recording, "_PAUSE_S", 0.0)
+    runner.start()
+    await asyncio.to_thread(is_saving.wait, 20)
+    canceling = asyncio.create_task(runner.cancel(batch))
+    await asyncio.sleep(0)
+    may_fail.set()
+
+    assert (await canceling).status is Status.CANCELLING
+    assert (await end_of(runner, batch)).status is Status.CANCELLED
+    await runner.stop()
+
+
+async def test_an_expired_batch_ends_in_a_full_folder(open_store: OpenStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [NOW]
+    store = open_store(now=lambda: now[0])
+    batch = new_batch(store, 3)
+    now[0] += 90_000
+
+    def refuse(*_values: object) -> int:
+        raise StorageFull("full", is_permanent=True)
+
+    monkeypatch.setattr(store, "write", refuse)
+    runner = Runner(store, Slow(), lambda: now[0])
+    runner.start()
+    found = await end_of(runner, batch)
+
+    assert (found.status, found.num_total, found.num_answered) == (Status.EXPIRED, 3, 0)
+    await runner.stop()
+
+
 @pytest.mark.parametrize("gone", ["input", "output", "error", "all"])
 async def test_a_file_that_is_gone_after_a_restart_ends_its_batch_with_what_is_left(
     open_store: OpenStore, gone: str
