@@ -235,12 +235,9 @@ class Jobs:
             await self.stop(self.running.wanted.name)
 
     def _check(self, wanted: Wanted) -> None:
-        if not self._runs.is_name(wanted.name) or wanted.name == _DATA:
-            raise BadInput(
-                "the name of a comparison has 1 to 100 letters, digits, spaces and . _ - @, and begins with a letter or a "
-                "digit",
-                param="name",
-            )
+        self._runs.check_name(wanted.name, "comparison")
+        if wanted.name == _DATA:
+            raise BadInput(f"{_DATA!r} is the folder of the data sets: choose another name", param="name")
         if os.path.lexists(self._runs.path(wanted.name)):
             raise BadInput(f"there is a comparison {wanted.name!r} already: choose another name", param="name")
         if not 2 <= len(wanted.arms) <= MAX_ARMS:

@@ -231,8 +231,22 @@ class Runs:
 
     @staticmethod
     def is_name(name: str) -> bool:
-        """Return whether a comparison may have this name."""
+        """Return whether a comparison or a data set may have this name."""
         return _NAME.fullmatch(name) is not None
+
+    @classmethod
+    def check_name(cls, name: str, what: str) -> None:
+        """Check the name of a new comparison or data set.
+
+        Raises:
+            BadInput: nothing may have this name.
+        """
+        if not cls.is_name(name):
+            raise BadInput(
+                f"the name of a {what} has 1 to 100 ASCII letters, digits, spaces and . _ - @, and begins with a letter, a "
+                f"digit, _ or @; got {cut(name)!r}",
+                param="name",
+            )
 
     def find(self, name: str) -> Run:
         """Return a comparison.

@@ -32,6 +32,8 @@ _JUDGMENT_NAMES: Final = (
     ("corpus-id", "corpus_id", "document", "document-id", "document_id"),
     ("score", "grade", "relevance"),
 )
+# The columns that are read; data sets have others, such as BEIR's `metadata`, with any values.
+_READ: Final = frozenset(("title", "text", "group", *_ID_NAMES, *(name for names in _JUDGMENT_NAMES for name in names)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,11 +70,7 @@ def store_data_set(folder: Path, name: str, tables: Mapping[str, Table]) -> Stor
     Raises:
         BadInput: a table is missing or wrong, the name is taken, or the folder cannot be written.
     """
-    if not Runs.is_name(name):
-        raise BadInput(
-            "the name of a data set has 1 to 100 letters, digits, spaces and . _ - @, and begins with a letter or a digit",
-            param="name",
-        )
+    Runs.check_name(name, "data set")
     for field in ("documents", "queries") if "judgments" in tables else ("documents",):
         if field not in tables:
             raise BadInput(f"the form has no file `{field}`", param=field)
@@ -93,7 +91,7 @@ def store_data_set(folder: Path, name: str, tables: Mapping[str, Table]) -> Stor
 
 
 def remove_data_set(folder: Path, name: str) -> None:
-    """Delete a data set.
+    """Delete a data set; only the link, if it is one.
 
     Raises:
         NotFound: there is no such data set.
@@ -101,10 +99,15 @@ def remove_data_set(folder: Path, name: str) -> None:
     """
     if not Runs.is_name(name) or not (folder / name).is_dir():
         raise NotFound(f"no data set is called {cut(name)!r}")
+    path = folder / name
     try:
-        shutil.rmtree(folder / name)
+        path = path.rename(folder / f".old-{secrets.token_hex(6)}")  # first, so that no comparison finds half of it
+        if path.is_symlink():
+            path.unlink()
+        else:
+            shutil.rmtree(path)
     except OSError as error:
-        raise BadInput(f"{folder / name} cannot be deleted: {error.strerror}") from error
+        raise BadInput(f"{path} cannot be deleted: {error.strerror}") from error
 
 
 def _write(folder: Path, name: str, parts: Sequence[tuple[str, Iterator[str]]]) -> None:
@@ -113,7 +116,7 @@ def _write(folder: Path, name: str, parts: Sequence[tuple[str, Iterator[str]]]) 
         folder.mkdir(parents=True, exist_ok=True)
         if os.path.lexists(folder / name):
             raise BadInput(f"there is a data set {name!r} already: choose another name", param="name")
-        if sum(1 for path in folder.iterdir() if path.is_dir()) >= MAX_DATA_SETS:
+        if sum(1 for path in folder.iterdir() if Runs.is_name(path.name) and path.is_dir()) >= MAX_DATA_SETS:
             raise BadInput(f"{folder} has {MAX_DATA_SETS} data sets: remove some")
         for place, lines in parts:
             path = temporary / place
@@ -148,7 +151,7 @@ def _texts(table: Table, most: int, columns: Sequence[str]) -> dict[str, dict[st
         if any(character.isspace() for character in id_):
             raise _wrong(table, number, f"the id {cut(id_)!r} contains white space")
         if id_ in rows:
-            raise _wrong(table, number, f"the id {cut(id_)!r} is not the first of its kind")
+            raise _wrong(table, number, f"an earlier text has the id {cut(id_)!r} too")
         if len(rows) >= most:
             raise _wrong(table, number, f"the file has more than {most:,} texts")
         kept = {column: row[column].strip() for column in columns if column != "text" and row.get(column, "").strip()}
@@ -213,7 +216,22 @@ def _json_rows(table: Table, text: str) -> Iterator[tuple[int, dict[str, str]]]:
             raise _wrong(table, number, "the line is not JSON") from error
         if not isinstance(row, dict):
             raise _wrong(table, number, "the line is not a JSON object")
-        yield number, {str(key).lower(): str(value) for key, value in row.items() if value is not None}
+        names = {key: key.lower() for key, value in row.items() if value is not None}
+        yield number, {name: _value(table, number, name, row[key]) for key, name in names.items() if name in _READ}
+
+
+def _value(table: Table, number: int, name: str, value: object) -> str:
+    """Return a value of a JSON object as text. Ids and scores may be numbers."""
+    if isinstance(value, bool | list | dict):
+        got = "true or false" if isinstance(value, bool) else "a list" if isinstance(value, list) else "an object"
+        raise _wrong(table, number, f"`{name}` must be a string, got {got}")
+    text = str(value)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = error.object[error.start]
+        raise _wrong(table, number, f"`{name}` contains half a surrogate pair, {half!r}, which is not text") from None
+    return text
 
 
 def _csv_rows(table: Table, text: str) -> Iterator[tuple[int, dict[str, str]]]:
@@ -226,7 +244,8 @@ def _csv_rows(table: Table, text: str) -> Iterator[tuple[int, dict[str, str]]]:
         for cells in lines:
             number = lines.line_num
             if names is None:
-                names = _names(table, cells)
+                # Some exports begin with a blank line.
+                names = _names(table, cells) if any(cells) else None
                 continue
             if any(cell.strip() for cell in cells[len(names) :]):
                 raise _wrong(table, number, f"the line has {count(len(cells), 'column')}, not {len(names)}")

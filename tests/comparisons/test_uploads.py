@@ -45,6 +45,8 @@ def test_three_tables_become_a_data_set_that_compare_reads(tmp_path: Path) -> No
         table("documents", '\ufeffText;ID\r\nfirst;1\r\n"second, and more";2\r\n'),
         table("documents", '{"_id": 1, "text": "first"}\n\n{"text": "second, and more"}\n', "my.jsonl"),
         table("documents", "first\n\n  second, and more\n", "my.txt"),
+        table("documents", '\n\ntext\nfirst\n"second, and more"\n'),
+        table("documents", '{"text": "first", "metadata": {}, "tags": ["\\ud83d"]}\n{"text": "second, and more"}\n'),
     ],
 )
 def test_each_kind_of_file_is_understood(tmp_path: Path, documents: Table) -> None:
@@ -65,12 +67,19 @@ def test_each_kind_of_file_is_understood(tmp_path: Path, documents: Table) -> No
         ),
         ({"documents": "text\n\n"}, "documents: 'my.csv' has no texts"),
         ({"documents": b"text\n\xff\n"}, "documents: 'my.csv' is not UTF-8 at byte 6"),
-        ({"documents": "id,text\n1,a\n1,b\n"}, "line 3 of 'my.csv': the id '1' is not the first of its kind"),
+        ({"documents": "id,text\n1,a\n1,b\n"}, "line 3 of 'my.csv': an earlier text has the id '1' too"),
         ({"documents": "id,text\na b,c\n"}, "the id 'a b' contains white space"),
         ({"documents": "id,text\n1,a,b\n"}, "line 2 of 'my.csv': the line has 3 columns, not 2"),
         ({"documents": 'text\n"open\n'}, "the line cannot be read: unexpected end of data"),
         ({"documents": f"text\n{'x' * 100_001}\n"}, "the text has 100,001 characters, the limit is 100,000"),
         ({"documents": '{"text": "a"}\n{\n'}, "line 2 of 'my.csv': the line is not JSON"),
+        (
+            {"documents": '{"text": "\\ud83d x"}\n'},
+            "`text` contains half a surrogate pair, '\\ud83d', which is not text",
+        ),
+        ({"documents": '{"text": "a", "_id": "\\udc00"}\n'}, "`_id` contains half a surrogate pair"),
+        ({"documents": '{"text": ["a"]}\n'}, "line 1 of 'my.csv': `text` must be a string, got a list"),
+        ({"documents": '{"text": true}\n'}, "`text` must be a string, got true or false"),
         ({"documents": DOCUMENTS, "judgments": "query-id,corpus-id,score\n"}, "the form has no file `queries`"),
         (
             {"documents": DOCUMENTS, "queries": QUERIES, "judgments": "1,d1,1\n"},
@@ -118,3 +127,29 @@ def test_a_data_set_is_deleted(tmp_path: Path) -> None:
     for name in ("mine", "../x", ""):
         with pytest.raises(NotFound, match="no data set is called"):
             remove_data_set(tmp_path, name)
+
+
+def test_a_link_to_a_data_set_is_deleted_alone(tmp_path: Path) -> None:
+    store(tmp_path / "elsewhere", documents=DOCUMENTS)
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "mine").symlink_to(tmp_path / "elsewhere" / "mine")
+
+    remove_data_set(data, "mine")
+
+    assert not list(data.iterdir())
+    assert (tmp_path / "elsewhere" / "mine" / "corpus.jsonl").is_file()
+
+
+def test_a_data_set_that_cannot_be_deleted_whole_is_gone_from_the_list(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store(tmp_path, documents=DOCUMENTS)
+
+    def fail(_path: Path) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("shutil.rmtree", fail)
+    with pytest.raises(BadInput, match=r"/\.old-[0-9a-f]{12} cannot be deleted: Permission denied"):
+        remove_data_set(tmp_path, "mine")
+    assert not (tmp_path / "mine").exists()
