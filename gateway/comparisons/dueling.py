@@ -12,19 +12,23 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from gateway.comparisons.duels import Choice, Duel, Standing, Vote, draw, make_vote, now, stand
-from gateway.comparisons.runs import Runs
+from gateway.comparisons.runs import Runs, first_problem
 from gateway.config.files import write_whole
 from gateway.config.wording import cut
 from gateway.errors import BadInput, NotFound
 
 _MAX_DUELS: Final = 100
 _MAX_FILE_BYTES: Final = 4 * 1024**2
+_END_BYTES: Final = 4096  # a full file still has room for the line that ends the duel
+_DUEL, _VOTES = "duel.json", "votes.jsonl"
 _NAME: Final = re.compile(r"[0-9]{8}-[0-9]{6}-[0-9a-f]{6}")
+
+M = TypeVar("M", bound=BaseModel)
 
 
 def _append(path: Path, line: bytes) -> None:
@@ -63,7 +67,7 @@ class DuelFolder:
         name = f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
         try:
             (self._folder / name).mkdir(parents=True)
-            write_whole(self._folder / name / "duel.json", duel.model_dump_json())
+            write_whole(self._folder / name / _DUEL, duel.model_dump_json())
         except OSError as error:
             raise BadInput(
                 f"{self._folder / name} cannot be written: {error.strerror}; duels are kept there"
@@ -77,14 +81,23 @@ class DuelFolder:
             NotFound: there is no duel of this name.
             BadInput: the files of the duel cannot be read.
         """
-        if not _NAME.fullmatch(name) or not (self._folder / name / "duel.json").is_file():
+        path = self._folder / name
+        if not _NAME.fullmatch(name) or not (path / _DUEL).is_file():
             raise NotFound(f"no duel is called {cut(name)!r}")
-        try:
-            duel = Duel.model_validate_json(self._bytes(name, "duel.json"))
-            lines = self._bytes(name, "votes.jsonl").splitlines()
-            return duel, [Vote.model_validate_json(line) for line in lines]
-        except ValidationError as error:
-            raise BadInput(f"the files of duel {name} are damaged: {error.error_count()} problems") from error
+        duel = _parse(Duel, f"{path / _DUEL}", self._bytes(name, _DUEL))
+        pair = next((turn.pair for turn in duel.turns if not 0 <= turn.pair < len(duel.pairs)), None)
+        if pair is not None:
+            raise BadInput(f"{path / _DUEL} is damaged: it has {len(duel.pairs)} pairs, and a turn shows pair {pair}")
+        votes: list[Vote] = []
+        for number, line in enumerate(self._bytes(name, _VOTES).splitlines(), 1):
+            place = f"{path / _VOTES}:{number}"
+            vote = _parse(Vote, place, line)
+            if vote.turn is not None and not 0 <= vote.turn < len(duel.turns):
+                raise BadInput(
+                    f"{place} is damaged: the duel has {len(duel.turns)} turns, and the vote is on {vote.turn}"
+                )
+            votes.append(vote)
+        return duel, votes
 
     def add(self, name: str, vote: Vote) -> None:
         """Append a vote.
@@ -92,12 +105,13 @@ class DuelFolder:
         Raises:
             BadInput: the file cannot be written, or is full.
         """
-        path = self._folder / name / "votes.jsonl"
-        line = json.dumps(vote.model_dump(exclude_defaults=True), ensure_ascii=False) + "\n"
+        path = self._folder / name / _VOTES
+        line = f"{json.dumps(vote.model_dump(exclude_defaults=True), ensure_ascii=False)}\n".encode()
+        most = _MAX_FILE_BYTES - (0 if vote.end else _END_BYTES)
         try:
-            if path.exists() and path.stat().st_size > _MAX_FILE_BYTES - len(line):
-                raise BadInput(f"{path} is full: begin another duel")
-            _append(path, line.encode())
+            if path.exists() and path.stat().st_size + len(line) > most:
+                raise BadInput(f"{path} is full, the limit is {most:,} bytes: end this duel, and begin another")
+            _append(path, line)
         except OSError as error:
             raise BadInput(f"{path} cannot be written: {error.strerror}; the vote was not counted") from error
 
@@ -111,6 +125,13 @@ class DuelFolder:
             return b""
         except OSError as error:
             raise BadInput(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _parse(kind: type[M], place: str, content: bytes) -> M:
+    try:
+        return kind.model_validate_json(content)
+    except ValidationError as error:
+        raise BadInput(f"{place} is damaged: {first_problem(error)}") from error
 
 
 @dataclass(frozen=True, slots=True)

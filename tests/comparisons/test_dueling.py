@@ -1,0 +1,82 @@
+"""The files of a duel: what a person or a crash can do to them, and their limit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from gateway.compare.outputs import write_results
+from gateway.comparisons import dueling
+from gateway.comparisons.dueling import Duels, Open
+from gateway.comparisons.runs import Runs
+from gateway.errors import BadInput
+from tests.compare.results_example import BGE, JINA, make_comparison
+
+RUN = "not judged"
+
+
+@pytest.fixture(scope="module")
+def duels(tmp_path_factory: pytest.TempPathFactory) -> Duels:
+    folder = tmp_path_factory.mktemp("runs")
+    write_results(make_comparison(JINA, BGE, num_queries=20, has_judgments=False), {}, folder / RUN)
+    return Duels(Runs(folder))
+
+
+async def begin(duels: Duels) -> tuple[str, Path]:
+    name = await duels.begin(RUN, JINA.name, BGE.name)
+    return name, duels._runs.folder / RUN / "duels" / name
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ('{"time": "", "voter": "v", "turn": 999, "choice": "tie"}', "turns, and the vote is on 999"),
+        ('{"time": "", "voter": "v", "turn": -1, "choice": "tie"}', "turns, and the vote is on -1"),
+        ('{"time": "", "voter": "v", "turn": 1, "choice": "maybe"}', "choice: Input should be"),
+        ('{"time": "", ', "Invalid JSON"),
+        ("", "Invalid JSON"),
+    ],
+)
+async def test_a_vote_that_was_damaged_by_hand_is_named_with_its_line(duels: Duels, line: str, problem: str) -> None:
+    name, folder = await begin(duels)
+    await duels.vote((RUN, name), "v", 0, "tie", ())
+    with (folder / "votes.jsonl").open("a") as file:
+        file.write(f"{line}\n")
+
+    with pytest.raises(BadInput) as caught:
+        await duels.open(RUN, name)
+    assert caught.value.message.startswith(f"{folder}/votes.jsonl:2 is damaged: ")
+    assert problem in caught.value.message
+    # The list of the duels shows the others as before.
+    assert (RUN, name) in [place for place in await duels.latest(100) if not isinstance(place, Open)]
+
+
+async def test_a_turn_without_its_pair_is_named(duels: Duels) -> None:
+    name, folder = await begin(duels)
+    content = json.loads((folder / "duel.json").read_text())
+    content["pairs"] = content["pairs"][:3]
+    (folder / "duel.json").write_text(json.dumps(content))
+    with pytest.raises(BadInput, match=r"duel.json is damaged: it has 3 pairs, and a turn shows pair 3"):
+        await duels.open(RUN, name)
+
+
+async def test_a_full_file_stays_readable_and_the_duel_can_be_ended(
+    duels: Duels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, folder = await begin(duels)
+    limit = (folder / "duel.json").stat().st_size + dueling._END_BYTES
+    monkeypatch.setattr(dueling, "_MAX_FILE_BYTES", limit)
+
+    async def vote_often() -> None:
+        for number in range(1000):  # each character of the name has four bytes
+            await duels.vote((RUN, name), f"{number}{'🚂' * 60}", 0, "tie", ())
+
+    with pytest.raises(BadInput, match=r"is full, the limit is [0-9,]+ bytes: end this duel, and begin another"):
+        await vote_often()
+    assert (folder / "votes.jsonl").stat().st_size <= limit - dueling._END_BYTES
+
+    await duels.end(RUN, name, "operator")
+
+    assert (await duels.open(RUN, name)).standing("operator").is_ended
