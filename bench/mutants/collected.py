@@ -10,7 +10,6 @@ import pickle
 import select
 import socket
 import sys
-import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -21,7 +20,7 @@ import pytest
 
 from bench.mutants.patching import patch
 from bench.mutants.plugin import Selection
-from bench.mutants.running import ARGUMENTS, Child, Workspace
+from bench.mutants.running import ARGUMENTS, Child, Workspace, end_with
 from bench.mutants.usage import Limits, Usage
 
 _PARENT_POLL_S = 5.0
@@ -121,26 +120,16 @@ class _Server:
     def _answer(self, session: pytest.Session, question: Mapping[str, Any]) -> None:
         pid = os.fork()
         if pid == 0:
-            self._run(session, question)
+            end_with(lambda: self._run(session, question))
         self._socket.sendall(b"%d\n" % pid)
         self._socket.sendall(b"%d\n" % os.waitpid(pid, 0)[1])
 
     def _run(self, session: pytest.Session, question: Mapping[str, Any]) -> None:
-        """Run the tests with the change, in a process that ends then."""
-        status = 1
-        try:
-            os.setsid()
-            result: dict[str, object] = {}
-            if patch(Path(question["module"]), question["before"], question["after"]):
-                result = _run_items(session, question["tests"])
-            (self._workspace.folder / "result").write_bytes(pickle.dumps(result))
-            status = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(status)
+        """Run the tests with the change in place, and write the result."""
+        result: dict[str, object] = {}
+        if patch(Path(question["module"]), question["before"], question["after"]):
+            result = _run_items(session, question["tests"])
+        (self._workspace.folder / "result").write_bytes(pickle.dumps(result))
 
 
 def _run_items(session: pytest.Session, tests: Sequence[str]) -> dict[str, object]:

@@ -23,6 +23,7 @@ import warnings
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import psutil
 
@@ -162,6 +163,24 @@ def preload(workspace: Workspace, files: Sequence[str]) -> None:
     gc.freeze()
 
 
+def end_with(work: Callable[[], None]) -> NoReturn:
+    """Run a function in a process that was just forked, as the leader of a new group, and end the process.
+
+    Its status is 0, or 1 if the function raises an exception.
+    """
+    status = 1
+    try:
+        os.setsid()
+        work()
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
 class Child:
     """A forked process that runs a function in a workspace and returns a dictionary; at a limit it is killed."""
 
@@ -172,7 +191,7 @@ class Child:
         sys.stdout.flush()
         self._pid = os.fork()
         if self._pid == 0:
-            self._run(work)
+            end_with(lambda: self._run(work))
         self._usage = Usage(self._pid)
 
     def _prepare(self, workspace: Workspace, limits: Limits, name: str) -> None:
@@ -185,25 +204,15 @@ class Child:
         self.given_up = ""
 
     def _run(self, work: Callable[[], Mapping[str, object]]) -> None:
-        status = 1
-        try:
-            os.setsid()
-            log = os.open(self._log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-            os.dup2(log, 1)
-            os.dup2(log, 2)
-            root = str(self.workspace.root)
-            os.chdir(root)
-            sys.path[:] = [root, *(path for path in sys.path if path not in ("", str(ROOT)))]
-            os.environ["PYTHONPATH"] = root
-            self._result.write_bytes(pickle.dumps(work()))
-            status = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(status)
+        log = os.open(self._log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        root = str(self.workspace.root)
+        os.chdir(root)
+        sys.path[:] = [root, *(path for path in sys.path if path not in ("", str(ROOT)))]
+        os.environ["PYTHONPATH"] = root
+        self._result.write_bytes(pickle.dumps(work()))
 
     def has_ended(self) -> bool:
         """Whether the process has ended; at a limit it is killed with its children, and ``given_up`` says which."""
