@@ -23,12 +23,16 @@ async def on_http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)  # noqa: S101  it is registered for nothing else
     context = RequestContext.of(request)
     path = context.path[:MAX_SHOWN_PATH]
+    route = getattr(request.scope.get("route"), "path", "")
     # TEI's clients post there; a GET comes from a curious person.
-    is_address = getattr(request.scope.get("route"), "path", None) in ("/", TEI_ADDRESS)
-    is_nowhere = is_address and context.method in ("GET", "HEAD")
+    is_nowhere = route in ("/", TEI_ADDRESS) and context.method in ("GET", "HEAD")
     if error.status_code == 405 and not is_nowhere:
-        allow = (error.headers or {}).get("Allow", "")
-        raise MethodNotAllowed(f"{context.method} is not allowed on {path}; use {allow}", allow=allow)
+        # The framework names the methods of only one of the path's routes; it has a few paths that are not ours.
+        known = (error.headers or {}).get("Allow", "").split(", ")
+        methods = sorted(request.app.state.methods.get(route, known))
+        raise MethodNotAllowed(
+            f"{context.method} is not allowed on {path}; use {' or '.join(methods)}", allow=", ".join(methods)
+        )
     if error.status_code in (404, 405):
         near = difflib.get_close_matches(path, request.app.state.shown_paths, n=1)
         hint = (

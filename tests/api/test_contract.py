@@ -108,6 +108,12 @@ async def test_a_wrong_path_gets_the_right_one(
         ("POST", "/v1/models", "GET"),
         ("DELETE", "/v1/models/mini", "GET"),
         ("POST", "/health", "GET"),
+        ("PUT", "/v1/files", "GET, POST"),
+        ("PUT", "/files", "GET, POST"),
+        ("PATCH", "/v1/files/file-1", "DELETE, GET"),
+        ("DELETE", "/v1/batches", "GET, POST"),
+        ("DELETE", "/v1/experiments/a/b", "GET"),
+        ("POST", "/openapi.json", "GET, HEAD"),
     ],
 )
 async def test_a_wrong_method_gets_the_right_one(
@@ -116,7 +122,7 @@ async def test_a_wrong_method_gets_the_right_one(
     response = await client.request(method, path)
 
     message = check_error(response, 405, "method_not_allowed")
-    assert message == f"{method} is not allowed on {path}; use {allow}"
+    assert message == f"{method} is not allowed on {path}; use {allow.replace(', ', ' or ')}"
     assert response.headers["allow"] == allow
 
 
