@@ -337,7 +337,9 @@ class BoundedProtocol(HttpToolsProtocol):
     def _count_bytes(self, num_bytes: int) -> None:
         """Count the bytes that the application does not see: headers, trailers, and bytes in between or too late."""
         self._num_bytes += num_bytes
-        if self._num_bytes > self.max_header_bytes:
+        if self._num_bytes > self.max_header_bytes and self._is_in_message and self.cycle.response_complete:
+            self.transport.close()  # the rest of a body whose request was refused, and counted, before
+        elif self._num_bytes > self.max_header_bytes:
             what = f"the request's headers or trailers have more than {self.max_header_bytes} bytes, which is the limit"
             self._refuse(HeadersTooLarge(what))
         elif self._is_in_head and len(self.headers) > MAX_HEADERS:

@@ -578,6 +578,20 @@ def test_a_client_that_asks_before_a_large_body_is_refused_and_may_continue(
     assert answer_of(connection, "POST")[0] in (413, 400)
 
 
+def test_the_rest_of_a_refused_body_is_no_second_error(connect: Callable[..., socket.socket]) -> None:
+    connection = connect(max_header_bytes=4096)
+    before = sample("gateway_errors_total", code="headers_too_large")
+    connection.sendall(
+        b"POST /v1/embeddings HTTP/1.1\r\nhost: x\r\nexpect: 100-continue\r\ncontent-length: 99999999\r\n\r\n"
+    )
+    assert answer_of(connection, "POST")[0] == 413
+
+    connection.sendall(b"x" * 10_000)
+    with contextlib.suppress(ConnectionResetError):
+        assert connection.recv(1) == b""
+    assert sample("gateway_errors_total", code="headers_too_large") == before
+
+
 @pytest.mark.parametrize("path", [b"/nothing", b"/v1/embeddings"])
 def test_an_error_leaves_the_connection_good(connect: Callable[..., socket.socket], path: bytes) -> None:
     connection = connect()
