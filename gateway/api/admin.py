@@ -30,6 +30,11 @@ from gateway.telemetry import metrics
 from gateway.telemetry.replica_metrics import merge
 from gateway.types import ModelState
 
+OPERATOR = "operator"
+"""The name of a person who gives none."""
+
+_MAX_PERSON = 64
+
 
 class ReloadAnswer(AnswerBody):
     """The registry was re-read, and is served."""
@@ -78,6 +83,21 @@ def require_operator(request: Request, key: SecretStr | None) -> None:
     sent = RequestContext.of(request).api_key
     if sent is None or not hmac.compare_digest(sent, key_digest(key.get_secret_value())):
         raise Forbidden(f"{path} needs the operator's key: send `Authorization: Bearer KEY`")
+
+
+def read_person(name: str, param: str) -> str:
+    """Return the name of a person who votes or grades with the operator's key.
+
+    Raises:
+        BadInput: it is empty or too long, or cannot be shown.
+    """
+    if not 0 < len(name) <= _MAX_PERSON:
+        raise BadInput(
+            f"`{param}` must have 1 to {_MAX_PERSON} characters, got {len(name)}: {cut(name)!r}", param=param
+        )
+    if not name.isprintable():
+        raise BadInput(f"`{param}` must have printable characters only, got {cut(name)!r}", param=param)
+    return name
 
 
 class Admin:

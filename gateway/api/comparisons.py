@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from typing import Literal
+from typing import Literal, TypeVar
 
 from fastapi import APIRouter, Request
 from fastapi.responses import StreamingResponse
@@ -22,10 +22,11 @@ from gateway.comparisons.runs import Results, Run, Runs
 from gateway.config.wording import cut
 from gateway.errors import BadInput, Forbidden, NotFound, RateLimited
 
-_NO_FOLDER = "comparisons are turned off: set GATEWAY_RUNS_DIR to a folder"
 _MAX_STREAMS = 100
 _LOOK_EVERY_S = 1.0  # whether the gateway is stopping
 _BEAT_EVERY_S = 15.0
+
+T = TypeVar("T")
 
 
 class JudgeBody(RequestBody):
@@ -176,13 +177,12 @@ class Comparisons:
             NotFound: there is no such comparison.
             RateLimited: too many streams are open.
         """
-        if self.runs is None or self.jobs is None:
-            raise NotFound(_NO_FOLDER)
-        await find_card(self.runs, self.jobs, name)
+        runs, jobs = required(self.runs), required(self.jobs)
+        await find_card(runs, jobs, name)
         if self._num_streams >= _MAX_STREAMS:
             raise RateLimited(f"{_MAX_STREAMS} streams of events are open already: ask for the card", retry_after_s=5)
         headers = {"cache-control": "no-store", "x-accel-buffering": "no"}  # the second is for nginx
-        events = self._events(self.runs, self.jobs, name)
+        events = self._events(runs, jobs, name)
         return StreamingResponse(events, media_type="text/event-stream", headers=headers)
 
     async def _events(self, runs: Runs, jobs: Jobs, name: str) -> AsyncIterator[str]:
@@ -214,19 +214,18 @@ class Comparisons:
             NotFound: there is no folder for comparisons.
         """
         require_operator(request, self._endpoint.settings.admin_key)
-        if self.runs is None or self.jobs is None:
-            raise NotFound(_NO_FOLDER)
-        return self.runs, self.jobs
+        return required(self.runs), required(self.jobs)
 
-    def require_grading(self) -> Grading:
-        """Return the grading by people. The caller has checked the reader's rights.
 
-        Raises:
-            NotFound: there is no folder for comparisons.
-        """
-        if self.grading is None:
-            raise NotFound(_NO_FOLDER)
-        return self.grading
+def required(part: T | None) -> T:
+    """Return a part of :class:`Comparisons`. The caller has checked the reader's rights.
+
+    Raises:
+        NotFound: there is no folder for comparisons.
+    """
+    if part is None:
+        raise NotFound("comparisons and duels are turned off: set GATEWAY_RUNS_DIR to a folder")
+    return part
 
 
 async def find_card(runs: Runs, jobs: Jobs, name: str, *, has_results: bool = False) -> ComparisonCard:

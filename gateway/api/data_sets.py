@@ -12,12 +12,10 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel, Field
 from pydantic.config import JsonDict
 
-from gateway.api.admin import require_operator
 from gateway.api.comparisons import Comparisons
 from gateway.api.files import clean_name
 from gateway.api.wire import AnswerBody, responses
 from gateway.comparisons.uploads import Stored, Table, remove_data_set, store_data_set
-from gateway.config.settings import Settings
 from gateway.errors import BadInput, BodyTooLarge, Forbidden, NotFound
 from gateway.http.multipart import Multipart, PartStart
 
@@ -106,9 +104,8 @@ async def read_data_form(request: Request) -> DataForm:
 class DataSets:
     """The handlers."""
 
-    def __init__(self, comparisons: Comparisons, settings: Settings) -> None:
+    def __init__(self, comparisons: Comparisons) -> None:
         self._comparisons = comparisons
-        self._settings = settings
 
     async def create_data_set(self, request: Request) -> DataSetCard:
         """Store documents, queries and judgments as a data set for comparisons."""
@@ -128,16 +125,14 @@ class DataSets:
         return DataSetDeleted(name=name)
 
     def _require(self, request: Request) -> Path:
-        require_operator(request, self._settings.admin_key)
-        if self._comparisons.jobs is None:
-            raise NotFound("data sets are turned off: set GATEWAY_RUNS_DIR to a folder")
-        return self._comparisons.jobs.data_folder
+        _runs, jobs = self._comparisons.require(request)
+        return jobs.data_folder
 
 
-def data_sets_router(comparisons: Comparisons, settings: Settings) -> APIRouter:
+def data_sets_router(comparisons: Comparisons) -> APIRouter:
     """Return the routes of the operator."""
     router = APIRouter(tags=["Admin"])
-    handlers = DataSets(comparisons, settings)
+    handlers = DataSets(comparisons)
     content = {"multipart/form-data": {"schema": DataSetForm.model_json_schema()}}
     form: dict[str, Any] = {"requestBody": {"required": True, "content": content}}
     router.add_api_route(

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Literal
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Query, Request, Response
 from pydantic import BaseModel, BeforeValidator, Field
 
-from gateway.api.admin import require_operator
+from gateway.api.admin import OPERATOR, read_person, require_operator
+from gateway.api.comparisons import required
 from gateway.api.endpoint import Endpoint
 from gateway.api.json_body import RequestBody, Texts, whole_number
 from gateway.api.wire import AnswerBody, error_responses, request_body, responses
@@ -19,9 +20,8 @@ from gateway.errors import BadInput, Forbidden, NotFound
 from gateway.experiments.preference import Ballot
 
 MAX_LISTED = 10
-_OPERATOR = "operator"
-_MAX_VOTER = 64
 _ERRORS = (BadInput, Forbidden, NotFound)
+_Voter = Annotated[str, Query(description="Who votes. Each voter sees all pairs.")]
 
 
 class DuelBody(RequestBody):
@@ -44,7 +44,7 @@ class VoteBody(RequestBody):
         json_schema_extra={"enum": list(CHOICES)},
     )
     marked: Texts = Field([], title="a list of strings", description="Documents on show that answer the query.")
-    voter: str = Field(_OPERATOR, title="a string", description="Who votes. Each voter sees all pairs.")
+    voter: str = Field(OPERATOR, title="a string", description="Who votes. Each voter sees all pairs.")
 
 
 class DuelText(BaseModel):
@@ -243,38 +243,38 @@ class DuelRoutes:
     async def list_duels(self, request: Request) -> DuelList:
         """List the last ten duels."""
         found = await self._require(request).latest(MAX_LISTED)
-        return DuelList(data=[duel_entry(known, _OPERATOR) for known in found])
+        return DuelList(data=[duel_entry(known, OPERATOR) for known in found])
 
     async def begin_duel(self, request: Request) -> DuelCard:
         """Begin a duel between two arms of a comparison."""
         duels = self._require(request)
         body = await self._endpoint.read(request, DuelBody.parse)
         name = await duels.begin(body.comparison, body.baseline, body.arm)
-        return duel_card(await duels.open(body.comparison, name), _OPERATOR)
+        return duel_card(await duels.open(body.comparison, name), OPERATOR)
 
-    async def retrieve_duel(self, request: Request, comparison: str, duel: str, voter: str = _OPERATOR) -> DuelCard:
+    async def retrieve_duel(self, request: Request, comparison: str, duel: str, voter: _Voter = OPERATOR) -> DuelCard:
         """Return the next pair of a voter, or the result."""
         duels = self._require(request)
-        return duel_card(await duels.open(comparison, duel), _voter(voter))
+        return duel_card(await duels.open(comparison, duel), read_person(voter, "voter"))
 
     async def vote(self, request: Request, comparison: str, duel: str) -> DuelCard:
         """Vote on the pair on show, and get the next one. To repeat a request changes nothing."""
         duels = self._require(request)
         body = await self._endpoint.read(request, VoteBody.parse)
-        voter, choice = _voter(body.voter), read_choice(body.choice)
+        voter, choice = read_person(body.voter, "voter"), read_choice(body.choice)
         counted = await duels.vote((comparison, duel), voter, body.turn, choice, body.marked)
         return duel_card(await duels.open(comparison, duel), voter, counted=counted)
 
-    async def undo_vote(self, request: Request, comparison: str, duel: str, voter: str = _OPERATOR) -> DuelCard:
+    async def undo_vote(self, request: Request, comparison: str, duel: str, voter: _Voter = OPERATOR) -> DuelCard:
         """Take back the last vote of a voter."""
         duels = self._require(request)
-        await duels.undo(comparison, duel, _voter(voter))
+        await duels.undo(comparison, duel, read_person(voter, "voter"))
         return duel_card(await duels.open(comparison, duel), voter)
 
-    async def end_duel(self, request: Request, comparison: str, duel: str, voter: str = _OPERATOR) -> DuelCard:
+    async def end_duel(self, request: Request, comparison: str, duel: str, voter: _Voter = OPERATOR) -> DuelCard:
         """End a duel for all voters, and get the result."""
         duels = self._require(request)
-        await duels.end(comparison, duel, _voter(voter))
+        await duels.end(comparison, duel, read_person(voter, "voter"))
         return duel_card(await duels.open(comparison, duel), voter)
 
     async def qrels(self, request: Request, comparison: str, duel: str) -> Response:
@@ -284,20 +284,7 @@ class DuelRoutes:
 
     def _require(self, request: Request) -> Duels:
         require_operator(request, self._endpoint.settings.admin_key)
-        if self._duels is None:
-            raise NotFound("comparisons and duels are turned off: set GATEWAY_RUNS_DIR to a folder")
-        return self._duels
-
-
-def _voter(name: str) -> str:
-    """Return a voter's name.
-
-    Raises:
-        BadInput: it is empty or too long, or cannot be shown.
-    """
-    if not 0 < len(name) <= _MAX_VOTER or not name.isprintable():
-        raise BadInput(f"`voter` must have 1 to {_MAX_VOTER} printable characters, got {cut(name)!r}", param="voter")
-    return name
+        return required(self._duels)
 
 
 def duels_router(endpoint: Endpoint, duels: Duels | None) -> APIRouter:

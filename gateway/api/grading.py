@@ -8,8 +8,8 @@ from typing import Annotated, Literal
 from fastapi import APIRouter, Query, Request
 from pydantic import BaseModel, BeforeValidator, Field
 
-from gateway.api.admin import require_operator
-from gateway.api.comparisons import ComparisonCard, Comparisons, find_card
+from gateway.api.admin import OPERATOR, read_person, require_operator
+from gateway.api.comparisons import ComparisonCard, Comparisons, find_card, required
 from gateway.api.endpoint import Endpoint
 from gateway.api.json_body import RequestBody, whole_number
 from gateway.api.wire import AnswerBody, request_body, responses
@@ -18,8 +18,6 @@ from gateway.comparisons.scale import MAX_GRADE, SCALE
 from gateway.config.wording import cut
 from gateway.errors import BadInput, Forbidden, NotFound
 
-_OPERATOR = "operator"
-_MAX_GRADER = 64
 _MAX_DIGITS = 9
 _ERRORS = (BadInput, Forbidden, NotFound)
 # Not a parameter of the handler, so that a wrong value gets this API's own error.
@@ -41,7 +39,7 @@ class GradeBody(RequestBody):
     grade: Annotated[int, Field(ge=0, le=MAX_GRADE), BeforeValidator(whole_number)] = Field(
         title=f"a whole number from 0 to {MAX_GRADE}", description="By the `scale`."
     )
-    grader: str = Field(_OPERATOR, title="a string", description="Who grades.")
+    grader: str = Field(OPERATOR, title="a string", description="Who grades.")
 
 
 class PairToGrade(BaseModel):
@@ -104,17 +102,6 @@ def grading_card(standing: Standing) -> GradingCard:
     )
 
 
-def read_grader(name: str) -> str:
-    """Return a person's name.
-
-    Raises:
-        BadInput: it is empty or too long, or cannot be shown.
-    """
-    if not 0 < len(name) <= _MAX_GRADER or not name.isprintable():
-        raise BadInput(f"`grader` must have 1 to {_MAX_GRADER} printable characters, got {cut(name)!r}", param="grader")
-    return name
-
-
 def read_place(text: str) -> int:
     """Return a place in the file, or one behind its end.
 
@@ -133,21 +120,21 @@ class GradingRoutes:
         self._endpoint = endpoint
         self._comparisons = comparisons
 
-    async def next_pair(self, request: Request, name: str, grader: _Grader = _OPERATOR) -> GradingCard:
+    async def next_pair(self, request: Request, name: str, grader: _Grader = OPERATOR) -> GradingCard:
         """Return the next query and document to grade, and how many are graded."""
         grading, after = self._require(request), read_place(request.query_params.get("after", "0"))
-        return grading_card(await grading.show(name, read_grader(grader), after))
+        return grading_card(await grading.show(name, read_person(grader, "grader"), after))
 
     async def grade(self, request: Request, name: str) -> GradingCard:
         """Grade a document, and get the next one. The first grade of a document counts."""
         grading = self._require(request)
         body = await self._endpoint.read(request, GradeBody.parse)
         pair = body.query, body.document
-        return grading_card(await grading.grade(name, read_grader(body.grader), pair, body.grade))
+        return grading_card(await grading.grade(name, read_person(body.grader, "grader"), pair, body.grade))
 
-    async def undo_grade(self, request: Request, name: str, grader: _Grader = _OPERATOR) -> GradingCard:
+    async def undo_grade(self, request: Request, name: str, grader: _Grader = OPERATOR) -> GradingCard:
         """Take back the last grade that a person gave since the gateway started, and get its pair again."""
-        return grading_card(await self._require(request).undo(name, read_grader(grader)))
+        return grading_card(await self._require(request).undo(name, read_person(grader, "grader")))
 
     async def conclude(self, request: Request, name: str) -> ComparisonCard:
         """Compute the verdict again with the grades of people. Neither a model nor the judge is asked."""
@@ -157,7 +144,7 @@ class GradingRoutes:
 
     def _require(self, request: Request) -> Grading:
         require_operator(request, self._endpoint.settings.admin_key)
-        return self._comparisons.require_grading()
+        return required(self._comparisons.grading)
 
 
 def grading_router(endpoint: Endpoint, comparisons: Comparisons) -> APIRouter:

@@ -56,7 +56,7 @@ def operator_routers(endpoint: Endpoint, comparisons: Comparisons) -> list[APIRo
     return [
         operators_changes_router(endpoint),
         comparisons_router(comparisons),
-        data_sets_router(comparisons, endpoint.settings),
+        data_sets_router(comparisons),
         duels_router(endpoint, comparisons.duels),
         grading_router(endpoint, comparisons),
     ]

@@ -10,7 +10,7 @@ from urllib.parse import quote
 
 from fastapi import Request, Response
 
-from gateway.api.comparisons import Comparisons
+from gateway.api.comparisons import Comparisons, required
 from gateway.api.data_sets import read_data_form
 from gateway.comparisons.jobs import Job, Jobs, JudgeChoice, Wanted
 from gateway.comparisons.runs import (
@@ -29,7 +29,7 @@ from gateway.config.wording import count
 from gateway.console.charts import Scale
 from gateway.console.parts import Parts
 from gateway.console.web import Form, chosen, read_form, visitor_of
-from gateway.errors import BadInput, Forbidden, NotFound, RequestError
+from gateway.errors import BadInput, Forbidden, RequestError
 from gateway.http.context import RequestContext
 
 _NUM_QUERIES = 10
@@ -178,9 +178,7 @@ class Compare:
         )
 
     def _jobs(self) -> Jobs:
-        if self._comparisons.jobs is None:
-            raise NotFound("comparisons are turned off: set GATEWAY_RUNS_DIR to a folder")
-        return self._comparisons.jobs
+        return required(self._comparisons.jobs)
 
     def _unfinished(self, known: Sequence[Run]) -> list[Job]:
         """Return the comparisons that were started here and have no results yet."""

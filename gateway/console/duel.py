@@ -10,6 +10,7 @@ from urllib.parse import quote
 
 from fastapi import Request, Response
 
+from gateway.api.comparisons import required
 from gateway.api.duels import MAX_LISTED, DuelCard, DuelText, duel_card, duel_entry, read_choice
 from gateway.comparisons.dueling import Duels, Open
 from gateway.comparisons.duels import TARGET, qrels
@@ -18,7 +19,6 @@ from gateway.console.charts import Scale
 from gateway.console.compare import Compare
 from gateway.console.parts import Parts
 from gateway.console.web import read_form, visitor_of
-from gateway.errors import NotFound
 
 _STEADY = 0.7
 _MOST_SECONDS = 86_400.0  # a longer time is not informative
@@ -142,9 +142,7 @@ class DuelPages:
 
     def _duels(self, request: Request) -> Duels:
         self._compare.runs(request)  # for the operator only
-        if self._compare.duels is None:
-            raise NotFound("comparisons and duels are turned off: set GATEWAY_RUNS_DIR to a folder")
-        return self._compare.duels
+        return required(self._compare.duels)
 
     async def _open(self, request: Request) -> Open:
         return await self._duels(request).open(request.path_params["run"], request.path_params["duel"])

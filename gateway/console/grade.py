@@ -6,8 +6,9 @@ from urllib.parse import quote, urlencode
 
 from fastapi import Request, Response
 
-from gateway.api.comparisons import Comparisons
-from gateway.api.grading import grading_card, read_grader, read_place
+from gateway.api.admin import read_person
+from gateway.api.comparisons import Comparisons, required
+from gateway.api.grading import grading_card, read_place
 from gateway.comparisons.grading import Grading, Standing
 from gateway.comparisons.scale import MAX_GRADE, MIN_CHECKED, SCALE, WHAT_COUNTS
 from gateway.config.wording import cut
@@ -63,11 +64,11 @@ class GradePages:
 
     def _grading(self, request: Request) -> Grading:
         self._compare.runs(request)  # for the operator only
-        return self._comparisons.require_grading()
+        return required(self._comparisons.grading)
 
     def _grader(self, request: Request, name: str) -> str:
         """Return the name that the reader has entered, or else that of the key."""
-        return read_grader(name) if name else visitor_of(request).client.name
+        return read_person(name, "grader") if name else visitor_of(request).client.name
 
     def _next(self, request: Request, standing: Standing, grader: str, note: str) -> Response:
         # The page looks again: from the place before the pair that it should show.

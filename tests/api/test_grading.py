@@ -93,8 +93,8 @@ async def test_the_verdict_has_the_agreement_of_the_judge(
         ({"grade": "good"}, "grade"),
         ({"query": "made up"}, "has no query 'made up'"),
         ({"query": None}, "query"),
-        ({"grader": "x" * 65}, "`grader` must have 1 to 64"),
-        ({"grader": "a\nb"}, "`grader` must have 1 to 64"),
+        ({"grader": "x" * 65}, "`grader` must have 1 to 64 characters, got 65"),
+        ({"grader": "a\nb"}, "`grader` must have printable characters only"),
     ],
 )
 async def test_a_wrong_grade_names_the_problem(operator: httpx.AsyncClient, change: dict, message: str) -> None:
