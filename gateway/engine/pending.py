@@ -47,7 +47,8 @@ class PendingRequest(RequestHandle):
             self.tokenizing.set_result([])
 
     def release(self) -> None:
-        """Drop the texts and results. The queue remembers a request for a while, even one that has been answered."""
+        """Drop texts, results and error. The queue remembers a request for a while, even one that has been answered."""
+        self.error = None  # the frames of its traceback hold the texts
         self.encoded.clear()
         self.tokens.clear()
         self.sequences.clear()

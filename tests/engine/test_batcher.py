@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import random
 import time
 import weakref
@@ -1150,3 +1151,20 @@ async def test_a_request_that_has_ended_keeps_no_vectors_while_the_queue_remembe
     gate.open()
     if not is_canceled:
         await bulk
+
+
+async def test_the_error_of_a_request_that_has_failed_is_freed_without_the_collector(
+    start_batcher: StartBatcher, make_job: MakeJob, encoder: Any
+) -> None:
+    batcher = await start_batcher()
+    encoder.on_forward = raise_for(0, RuntimeError("broken"))
+    gc.collect()
+    gc.disable()
+    try:
+        failed: Any = await answer(batcher.submit(make_job("0")))
+        assert isinstance(failed, InferenceFailed)
+        kept = weakref.ref(failed)
+        del failed
+        assert kept() is None  # the frames of its traceback hold the texts
+    finally:
+        gc.enable()
