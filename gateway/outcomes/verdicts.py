@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal, TypeAlias, get_args
 
 import numpy as np
@@ -62,13 +62,12 @@ def report_outcomes(
         earlier: the decisions of earlier looks, which remain valid.
         mismatch: why no verdict can be given, if the split is known to be wrong.
     """
-    exposures = _counted(experiment, exposures)
     reports, decided = [], {}
     primary = experiment.outcome
     names = ([primary.name] if primary else []) + [n for n in outcomes if primary is None or n != primary.name]
     for name in names:
-        posted = outcomes.get(name, _NONE)
-        joined = join(exposures, posted)
+        counted, posted = _counted(experiment, exposures, outcomes.get(name, _NONE))
+        joined = join(counted, posted)
         declared = primary if primary is not None and name == primary.name else None
         question = _question(experiment, declared) if declared else ""
         found = _Look(experiment, declared, joined, now, earlier(question) if declared else {}, mismatch)
@@ -83,16 +82,21 @@ def report_outcomes(
 _NONE = Outcomes(np.empty(0, np.int64), np.empty(0), np.empty(0), np.empty(0), np.empty(0, np.bool_))
 
 
-def _counted(experiment: Experiment, exposures: Exposures) -> Exposures:
-    """Return the exposures from the time on at which the counts begin."""
+def _counted(experiment: Experiment, exposures: Exposures, outcomes: Outcomes) -> tuple[Exposures, Outcomes]:
+    """Return the exposures and outcomes from the time on at which the counts begin, and those from before a unit's first."""
     if experiment.counts_from is None:
-        return exposures
-    is_counted = exposures.time >= experiment.counts_from.timestamp()
-    return replace(
-        exposures,
-        unit=exposures.unit[is_counted],
-        branch=exposures.branch[is_counted],
-        time=exposures.time[is_counted],
+        return exposures, outcomes
+    since = experiment.counts_from.timestamp()
+    units, posts = exposures.time >= since, (outcomes.time >= since) | outcomes.is_before
+    return (
+        Exposures(exposures.branches, exposures.unit[units], exposures.branch[units], exposures.time[units]),
+        Outcomes(
+            outcomes.unit[posts],
+            outcomes.value[posts],
+            outcomes.of[posts],
+            outcomes.time[posts],
+            outcomes.is_before[posts],
+        ),
     )
 
 
