@@ -268,6 +268,35 @@ def test_a_run_that_uses_too_much_is_stopped(code, limits, reason):
     assert reason in exceeded
 
 
+COLLECTS = """
+import sys
+from pathlib import Path
+from bench.mutants import collected
+from bench.mutants.running import Workspace
+from bench.mutants.usage import Limits
+
+collected._LIMITS = Limits(cpu_s=60, still_s=3, wall_s=60)
+folder = Path(sys.argv[1])
+waiting = collected.Collected(Workspace(folder / "copy", folder / "source"), ["tests/test_toy.py"])
+print(waiting.is_usable)
+waiting.close()
+"""
+
+
+@pytest.mark.parametrize(
+    ("content", "is_usable"),
+    [("def test_toy(): pass\n", True), ("import threading\n\nthreading.Event().wait()\n", False)],
+)
+def test_a_collection_that_does_not_end_is_given_up(tmp_path, content, is_usable):
+    (tmp_path / "source" / "tests").mkdir(parents=True)
+    (tmp_path / "source" / "tests" / "test_toy.py").write_text(content)
+    # A fork of this process would have its threads' locks without the threads.
+    command = [sys.executable, "-c", COLLECTS, str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True, env=environment)
+    assert ended.stdout.split() == [str(is_usable)]
+
+
 def test_a_process_that_waits_for_a_core_does_not_stand_still(monkeypatch):
     """Each of its threads has run for a twentieth of the time, and has waited for a core the rest of it."""
     times = iter([(0.0, 0.0), (0.05, 0.95)])

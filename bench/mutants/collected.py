@@ -23,6 +23,7 @@ from bench.mutants.plugin import Selection
 from bench.mutants.running import ARGUMENTS, Child, Workspace, end_with
 from bench.mutants.usage import Limits, Usage
 
+_POLL_S = 0.1
 _PARENT_POLL_S = 5.0
 _LIMITS = Limits(cpu_s=120.0, still_s=60.0, wall_s=600.0)
 
@@ -46,7 +47,14 @@ class Collected:
         theirs.close()
         self._socket = ours
         self._file = ours.makefile("rb")
-        self.is_usable = self._file.readline() == b"ready\n"
+        self.is_usable = self._is_ready()
+
+    def _is_ready(self) -> bool:
+        """Wait for the end of the collection, which is killed at a limit."""
+        while not select.select((self._socket,), (), (), _POLL_S)[0]:
+            if self._child.has_ended():
+                return False
+        return self._file.readline() == b"ready\n"
 
     def ask(self, question: Mapping[str, object]) -> int:
         """Let it fork for a change; return the process id."""
