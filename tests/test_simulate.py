@@ -149,8 +149,12 @@ def test_the_number_of_parts_follows_from_their_rate_and_the_planned_load() -> N
 
 
 def test_replicas_that_run_take_as_long_as_simulated() -> None:
-    """Over real HTTP, as the gateway sends them. A busy machine adds to the real ones."""
-    checked = check(seconds=2.5)
-
-    for real, simulated in zip(checked.real_ms, checked.simulated_ms, strict=True):
-        assert 0.8 * simulated < real < 1.8 * simulated
+    """Over real HTTP, as the gateway sends them. A busy machine adds to the real ones, but not in each of five runs."""
+    ratios = []
+    for _ in range(5):
+        checked = check(seconds=2.5)
+        ratios = [real / simulated for real, simulated in zip(checked.real_ms, checked.simulated_ms, strict=True)]
+        assert min(ratios) > 0.8
+        if max(ratios) < 1.8:
+            return
+    raise AssertionError(ratios)
