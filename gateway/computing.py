@@ -1,4 +1,4 @@
-"""Have one target compute the answer to a request: check what it asks for, embed or score its texts, check the result."""
+"""Have one target compute the answer to a request: check the options, embed or score the texts, check the result."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _SPARSE_BYTES = 12
 
 
 async def embed(target: Target, request: EmbedRequest, job: EmbedJob) -> EmbedAnswer:
-    """Check that a target can do what a request asks for, have it embed the texts, and finish the vectors."""
+    """Check that a target supports the options of a request, have it embed the texts, and finish the vectors."""
     info = target.info
     _check_outputs(info, request)
     dimensions = _dimensions(info, request.dimensions)
@@ -100,7 +100,7 @@ def _check_space(space: str, sent: str | None, choice: Choice) -> None:
         if choice.assignment is not None:
             advice = (
                 f". The request is in arm {choice.assignment.arm.label!r} of the experiment now: ask "
-                f"GET /v1/experiments/{choice.assignment.experiment}/assignment which collection belongs to it"
+                f"GET /v1/experiments/{choice.assignment.experiment}/assignment for the collection that belongs to it"
             )
         raise SpaceMismatch(  # a header can have 64 KiB
             f"the vectors would be in space {space}, but the request expects {cut(expected)}: they could not be compared "

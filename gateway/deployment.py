@@ -67,9 +67,9 @@ class Deployment:
 
     Attributes:
         resources: connections and files, which are closed once everything has stopped.
-        card_lost: why a card can compute nothing more in this process, which then has to end; normally empty.
-        on_card_lost: called once when that happens.
-        counting_since: when each experiment was first served with its present arms and weights, ISO 8601.
+        card_lost: the reason why a card can no longer compute in this process, which then has to end; normally empty.
+        on_card_lost: called once when a card is lost.
+        counting_since: the time when each experiment was first served with its present arms and weights, ISO 8601.
         errors, traffic: the last requests that failed; the rate and the latency of each model.
         changing: held from a change of the registry's file until it is served, so that changes come one after another.
     """
@@ -322,7 +322,7 @@ class Reloader:
         """Read the registry, load and warm up its models, and return both; log and count a refusal.
 
         Args:
-            served: the present fleet, whose models are kept where nothing has changed.
+            served: the present fleet; models with unchanged entries are kept.
 
         Raises:
             ReloadRefused: the file is wrong, a new model cannot be loaded, or a name would move to another space.
@@ -365,7 +365,7 @@ class Reloader:
 
 
 def _why_not_loaded(model: Model, before: Model | None) -> str:
-    """Return why a new model blocks a reload. A model that had already failed may fail again, unless it is required."""
+    """Return the reason why a new model blocks a reload. A model that had already failed may fail again, unless required."""
     if model.state is not ModelState.FAILED:
         return ""
     had_failed = before is not None and before.state is ModelState.FAILED and before.entry.loads_like(model.entry)

@@ -36,7 +36,7 @@ SITUATIONS: dict[str, tuple[FakeDriver, dict[str, Any], str]] = {
     "driver too old": (FakeDriver([RTX_3090], "550.54.14", 12040), {}, CU126),
     "driver much too old": (FakeDriver([RTX_3090], "470.256.02", 11040), {}, "upgrade the driver to 580 or newer"),
     "torch without CUDA": (FakeDriver([RTX_3090]), {"version": "2.13.0+cpu", "cuda": None}, "`make clean run`"),
-    "capability below 8.0": (FakeDriver([RTX_2080]), {}, "`device: cuda:0` in models.yaml uses it all the same"),
+    "capability below 8.0": (FakeDriver([RTX_2080]), {}, "`device: cuda:0` in models.yaml uses it anyway"),
     "card too old": (FakeDriver([FakeCard("NVIDIA GeForce GTX 1080", (6, 1))]), {}, CU126),
     "card off the bus": (
         FakeDriver([FakeCard(error=pynvml.NVML_ERROR_GPU_IS_LOST)]),

@@ -22,7 +22,7 @@ from gateway.telemetry import metrics
 
 log = structlog.get_logger(__name__)
 
-# How often the file is checked: one `stat`, which takes microseconds.
+# Seconds between checks of the file: one `stat`, which takes microseconds.
 _CHECK_EVERY_S = 1.0
 
 # So that scanners for leaked secrets recognize our keys. Only letters and digits follow: a double click selects all of it.
@@ -36,7 +36,7 @@ class Client:
 
     Attributes:
         name: for logs and fairness: the name of its key, or the network address if no keys are required.
-        models: the names that it may use; ``None`` for all.
+        models: the names that the client may use; ``None`` for all.
         requests_per_minute: 0 for no limit, as for the tokens.
     """
 
@@ -120,7 +120,7 @@ class Keyring:
     def named(self, name: str) -> Client | None:
         """Return the client that has a key under a name, if one of its keys is valid now.
 
-        Without any keys, everyone is that client.
+        Without any keys, every sender counts as that client.
         """
         if not self:
             return self._client(name)

@@ -93,7 +93,7 @@ class MemoryBudget:
         self._counted_at = now
 
     def _retry_after_s(self, missing: float) -> int:
-        """Return how long it takes to release ``missing`` bytes at the recent rate."""
+        """Return the seconds that it takes to release ``missing`` bytes at the recent rate."""
         self._count_released(0)
         rate = self._released / _RATE_WINDOW_S
         return math.ceil(min(120, missing / rate)) if rate > 0 else _RETRY_AFTER_S

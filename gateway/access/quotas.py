@@ -1,7 +1,7 @@
 """Quotas: the requests and tokens per minute of each client, counted by ``limits``.
 
-Windows are fixed: a minute begins with a client's first request and ends 60 s later. That takes one counter per client, the
-same in memory and in Redis, and is what OpenAI's headers can express.
+Windows are fixed: a minute begins with a client's first request and ends 60 s later. That takes one counter per client,
+in memory as in Redis, and OpenAI's headers can express it.
 
 The tokens of a request are known only after tokenization, so they are charged afterwards. While a request runs, an estimate
 is reserved, so that a client cannot send any number of requests on its last token. So a client can exceed its tokens by
@@ -36,11 +36,11 @@ _CHARACTERS_PER_TOKEN: Final = 4
 _REDIS_SCHEMES: Final = ("redis://", "rediss://", "unix://")
 _MAX_CONNECTIONS: Final = 16
 _STORAGE_TIMEOUT_S: Final = 0.5
-# How many windows' ends are cached; others are read from the storage again.
+# The number of cached windows' ends; others are read from the storage again.
 _MAX_ENDS: Final = 10_000
-# How long a failed storage is left alone, so that only one request waits for its timeout.
+# Seconds without attempts after the storage failed, so that only one request waits for its timeout.
 _SILENCE_S: Final = 5.0
-# How often expired counters are deleted.
+# Seconds between deletions of expired counters.
 _SWEEP_EVERY_S: Final = 30.0
 T = TypeVar("T")
 

@@ -31,7 +31,7 @@ from gateway.telemetry.replica_metrics import merge
 from gateway.types import ModelState
 
 OPERATOR = "operator"
-"""The name of a person who gives none."""
+"""The default name of a person."""
 
 _MAX_PERSON = 64
 
@@ -57,7 +57,7 @@ class ModelAnswer(AnswerBody):
 
     id: str
     state: str
-    seconds: float = Field(description="How long this took. A model finishes its work in flight before it is unloaded.")
+    seconds: float = Field(description="Duration. A model finishes its work in flight before it is unloaded.")
 
 
 class VerifyAnswer(AnswerBody):
@@ -65,9 +65,9 @@ class VerifyAnswer(AnswerBody):
 
     id: str
     ok: bool
-    problem: str | None = Field(description="What is wrong, with the text and the cosine.")
-    cosine: float = Field(description="The lowest to a golden vector.")
-    limit: float = Field(description="The lowest that the number format explains.")
+    problem: str | None = Field(description="The problem, with the text and the cosine; `null` if the vectors agree.")
+    cosine: float = Field(description="Lowest cosine to a golden vector.")
+    limit: float = Field(description="Lowest cosine that the number format explains.")
     seconds: float
 
 
@@ -118,7 +118,7 @@ class Admin:
         return Response(metrics.render(), media_type=CONTENT_TYPE_LATEST)
 
     async def replicas(self, request: Request) -> Response:
-        """Return the metrics of the replicas on a cluster, labeled `replica`. All fronts return the same: scrape one."""
+        """Return the metrics of a cluster's replicas, labeled `replica`. All fronts return the same metrics: scrape one."""
         if not self._are_metrics_open:
             require_operator(request, self._deployment.settings.admin_key)
         scraped = [model.backend for model in self._deployment.fleet if isinstance(model.backend, Scraped)]
@@ -127,7 +127,7 @@ class Admin:
         return Response(merged, media_type=CONTENT_TYPE_LATEST)
 
     async def reload(self, request: Request) -> ReloadAnswer:
-        """Re-read `models.yaml`. Everything is checked, loaded and warm before the switch; a failure changes nothing."""
+        """Re-read `models.yaml`. It is checked, and its models are loaded, before the switch; a failure changes nothing."""
         require_operator(request, self._deployment.settings.admin_key)
         return reload_answer(await self._deployment.reload())
 

@@ -27,7 +27,7 @@ def answer_headers(answer: Answer, timings: Timings, elapsed_s: float) -> dict[s
     if answer.space is not None:
         headers["x-gateway-space"] = answer.space
     if answer.task is not None:
-        headers["x-gateway-task"] = quote(answer.task)  # the registry may call a task anything
+        headers["x-gateway-task"] = quote(answer.task)  # a task may have any name in the registry
     if answer.assignment is not None:
         headers["x-gateway-experiment"] = answer.assignment.experiment
         headers["x-gateway-arm"] = answer.assignment.arm.label

@@ -32,8 +32,8 @@ class Sending(AnswerBody):
         description="The value of `model`: the experiment, the unit if the experiment takes it from the name, and the hash "
         "of the space. Vectors of another space are a 412."
     )
-    headers: dict[str, str] = Field(description="The same check by a header, for clients that can send one.")
-    unit_from: list[str] = Field(description="The places for the unit, of which a request needs one.")
+    headers: dict[str, str] = Field(description="Headers with the same check, for clients that can send headers.")
+    unit_from: list[str] = Field(description="Possible places of the unit; a request needs only one of them.")
 
 
 class AssignmentCard(AnswerBody):
@@ -41,13 +41,13 @@ class AssignmentCard(AnswerBody):
 
     object: Literal["assignment"] = "assignment"
     experiment: str
-    generation: str = Field(description="Identifies salt, arms and weights; with another one, units may have moved.")
+    generation: str = Field(description="Hash of salt, arms and weights; if it changes, units may have moved.")
     unit: str | None = Field(description="The unit as sent; `null` if the unit is the API key or missing.")
     arm: str
     model: str
     task: str | None = Field(description="The task of a request without one; `null` for a model without tasks.")
     width: int | None = Field(description="Dimensions of a full vector; `null` while the model is not known yet.")
-    space: str | None = Field(description="Of full vectors in this task. Name the collection after it.")
+    space: str | None = Field(description="Space of full vectors in this task. Name the collection after it.")
     state: str = Field(description="`ready` if the model answers now.")
     reason: str = Field(
         description="`unit` if the unit chose the arm. Otherwise a request is not counted: `forced`, `excluded`, "
@@ -85,7 +85,7 @@ class Assignments:
         request: Request,
         experiment_id: str,
         unit: Annotated[
-            str | None, Query(description="The unit. By default that of the request: its header or API key.")
+            str | None, Query(description="The unit. By default the request's own unit: its header or API key.")
         ] = None,
     ) -> AssignmentCard:
         """Return the arm of a unit, its model and its space. A unit counts only once texts are embedded."""
@@ -95,7 +95,7 @@ class Assignments:
     async def list_assignments(self, request: Request, experiment_id: str) -> AssignmentList:
         """Return the arms of several units, in their order."""
         units = (await self._endpoint.read(request, UnitsBody.parse)).units
-        # Taken once together with the router, because a reload may happen between two units.
+        # Read once together with the router, because a reload may happen between two units.
         experiment, router = find_experiment(self._deployment, request, experiment_id), self._deployment.router
         if not 0 < len(units) <= _MAX_UNITS:
             raise BadInput(f"`units` has {len(units)} units; it must have 1 to {_MAX_UNITS}", param="units")

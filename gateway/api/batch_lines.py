@@ -42,7 +42,7 @@ _MAX_ID_CHARACTERS = 512
 _AROUND_BYTES = 64 * 1024
 # An estimate of the vectors of a text with one vector per token: the tokens of a typical long text.
 _WEIGHT_OF_TOKENS = 1024
-# The fields of embeddings requests that may change the space: all but those that surely do not.
+# The fields of embeddings requests that may change the space: all except those that cannot.
 _OPTIONS = sorted(
     EmbeddingsBody.model_fields.keys()
     - {"input", "model", "user", "truncate", "truncation", "truncation_direction", "late_chunking"}
@@ -105,7 +105,7 @@ class LineRequests:
         model = body.get("model")
         try:
             written = orjson.dumps(body)
-        except orjson.JSONEncodeError as error:  # it can read deeper nesting than it can write
+        except orjson.JSONEncodeError as error:  # orjson can read deeper nesting than it can write
             raise WrongLine("invalid_request", f"`body` cannot be passed on: {error}.", "body") from None
         limit = self._endpoint.settings.max_body_bytes
         if len(written) > limit:
@@ -146,7 +146,7 @@ class LineRequests:
             await response(request.scope, request.receive, sent.send)
         except RequestError as error:
             return _failed(error, request_id, context.error_form)
-        except Exception:  # as over HTTP, a fault in the gateway fails only the request that meets it, not its batch
+        except Exception:  # as over HTTP, a fault in the gateway fails only the request that causes it, not the batch
             log.exception("unexpected_error", request_id=request_id, batch=batch.id)
             problem = InternalError(f"internal error; the log has more under request id {request_id}")
             return _failed(problem, request_id, context.error_form)

@@ -28,7 +28,7 @@ _MAX_METADATA, _MAX_KEY, _MAX_VALUE = 16, 64, 512
 
 
 class BatchProblem(AnswerBody):
-    """Why a batch failed."""
+    """A reason why a batch failed."""
 
     code: str
     message: str
@@ -37,14 +37,14 @@ class BatchProblem(AnswerBody):
 
 
 class BatchProblems(AnswerBody):
-    """OpenAI's list of them."""
+    """OpenAI's list of a batch's problems."""
 
     object: Literal["list"] = "list"
     data: list[BatchProblem]
 
 
 class RequestCounts(AnswerBody):
-    """Requests by their result."""
+    """The number of requests by result."""
 
     total: int
     completed: int
@@ -104,7 +104,7 @@ class BatchBody(AnswerBody):
     input_file_id: str = Field(description="A file with the purpose `batch`, of at most 50,000 lines.")
     endpoint: Literal["/v1/embeddings", "/v1/rerank"]
     completion_window: Literal["24h"]
-    metadata: dict[str, str] | None = Field(None, description="At most 16 pairs.")
+    metadata: dict[str, str] | None = Field(None, description="Your own keys and values, at most 16 pairs.")
     output_expires_after: dict[str, Any] | None = None
 
 
@@ -167,7 +167,7 @@ class BatchRoutes:
 
 
 def _read(content: dict[str, Json], owner: str, runner: Runner) -> Batch:
-    """Return a new batch, as a body describes it."""
+    """Return the new batch that a body describes."""
     input_id = content.get("input_file_id")
     if not isinstance(input_id, str) or not input_id:
         raise BadInput(f"`input_file_id` must be the id of a file, got {describe(input_id)}", param="input_file_id")

@@ -19,7 +19,7 @@ class CardProcess(BaseModel):
 
     pid: int
     name: str
-    memory_bytes: int | None = Field(description="`null` where the driver does not say.")
+    memory_bytes: int | None = Field(description="Memory that it uses; `null` if the driver does not report it.")
 
 
 class CardOfMachine(BaseModel):
@@ -33,18 +33,18 @@ class CardOfMachine(BaseModel):
     uuid: str
     total_bytes: int | None
     free_bytes: int | None = Field(description="Memory that no process uses.")
-    allocated_bytes: int | None = Field(description="By the tensors of this process.")
-    busy: float | None = Field(description="Fraction of the last sample period in which it computed.")
+    allocated_bytes: int | None = Field(description="Memory that the tensors of this process use.")
+    busy: float | None = Field(description="Fraction of the last sample period in which the card computed.")
     others: list[CardProcess] = Field(description="The other processes on it.")
-    problem: str | None = Field(description="Why models cannot use it.")
+    problem: str | None = Field(description="Reason why models cannot use it.")
 
 
 class CardList(AnswerBody):
     """The cards, in the order of the PCI bus."""
 
     object: Literal["list"] = "list"
-    driver: str | None = Field(description="Its version; `null` without a driver.")
-    problem: str | None = Field(description="Why the driver does not answer.")
+    driver: str | None = Field(description="Version of the driver; `null` without one.")
+    problem: str | None = Field(description="Reason why the driver does not respond.")
     data: list[CardOfMachine]
 
 

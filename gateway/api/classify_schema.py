@@ -46,7 +46,7 @@ class ClassifyBody(RequestBody):
     )
     model: ModelName | None = Field(
         None,
-        description="Model id, alias or source; may be left out where only one model classifies.",
+        description="Model id, alias or source; may be left out if only one model classifies.",
         title="a string",
     )
     raw_scores: Flag | None = Field(
@@ -56,18 +56,18 @@ class ClassifyBody(RequestBody):
         title="true or false",
     )
     use_activation: Flag | None = Field(
-        None, description="vLLM's: `false` is what `raw_scores: true` is.", title="true or false"
+        None, description="vLLM's field; `false` means `raw_scores: true`.", title="true or false"
     )
     activation: Flag | None = Field(None, description="Same as `use_activation`.", title="true or false")
     truncate: Truncation = Field(
         None,
-        description="What to do with a text that is too long: cut its end (`true`, `END`, `right`; the default) or its "
+        description="Handling of a text that is too long: cut its end (`true`, `END`, `right`; the default) or its "
         "start (`START`, `left`), or answer 400 (`false`, `NONE`).",
         title=TRUNCATION,
     )
     truncation_direction: Direction = Field(
         None,
-        description="Where a text that is too long is cut: at its end (`right`, the default) or its start.",
+        description="Side at which a text that is too long is cut: its end (`right`, the default) or its start.",
         title=DIRECTION,
     )
     user: User = Field(

@@ -34,19 +34,27 @@ class JudgeBody(RequestBody):
 
     url: str = Field(title="a string", description="The address of an OpenAI-style API.")
     model: str = Field(title="a string", description="The chat model, as its API names it.")
-    key: str = Field("", title="a string", description="Its key; by default the gateway's variable JUDGE_API_KEY.")
+    key: str = Field(
+        "", title="a string", description="The API's key; by default the gateway's variable JUDGE_API_KEY."
+    )
     max_tokens: PositiveInteger | None = Field(
-        None, title="a whole number from 1", description="Agree to this price; without it, `question` shows the price."
+        None,
+        title="a whole number from 1",
+        description="The price that you agree to; without it, `question` shows the price.",
     )
 
 
 class ComparisonBody(RequestBody):
     """``POST /admin/comparisons``."""
 
-    name: str = Field(title="a string", description="Of the comparison, and of the folder with its results.")
-    arms: Texts = Field(title="a list of strings", description="As for `gateway compare`, the baseline first.")
+    name: str = Field(title="a string", description="Name of the comparison, and of the folder with its results.")
+    arms: Texts = Field(
+        title="a list of strings", description="The arms, as for `gateway compare`, the baseline first."
+    )
     data: str = Field(title="a string", description="A folder in GATEWAY_RUNS_DIR/data.")
-    max_documents: PositiveInteger | None = Field(None, title="a whole number from 1", description="A sample.")
+    max_documents: PositiveInteger | None = Field(
+        None, title="a whole number from 1", description="Number of documents to sample; by default all."
+    )
     margin: Number | None = Field(None, ge=0, le=1, title="a number from 0 to 1", description="By default 0.01.")
     cost: Flag = Field(True, title="true or false", description="Whether to measure latency and throughput.")
     captured: str | None = Field(
@@ -68,31 +76,31 @@ class ComparisonCard(BaseModel):
 
     name: str
     state: Literal["running", "done", "failed", "stopped"]
-    created: str | None = Field(description="When it was started here, or ended.")
+    created: str | None = Field(description="Time when it was started here, or ended.")
     arms: list[str]
-    step: str | None = Field(description="What a running one is doing; counted by `done` and `total`.")
+    step: str | None = Field(description="Current step of a running comparison; `done` and `total` count its progress.")
     done: int | None
-    total: int | None = Field(description="0 while it is not known.")
+    total: int | None = Field(description="Size of the step; 0 while it is unknown.")
     question: str | None = Field(description="The price of the judge, while the comparison waits for `POST …/answer`.")
-    problem: str | None = Field(description="Why it failed, or why its results cannot be read.")
+    problem: str | None = Field(description="Reason why it failed, or why its results cannot be read.")
     bottom_line: str | None
-    results: Results | None = Field(default=None, description="Those of `results.json`; only of a single comparison.")
+    results: Results | None = Field(default=None, description="The contents of `results.json`; absent from lists.")
 
 
 class ComparisonList(AnswerBody):
-    """Those that were started here and have no results yet, then those with results, the latest first."""
+    """Comparisons that were started here and have no results yet, then those with results, the latest first."""
 
     object: Literal["list"] = "list"
     data: list[ComparisonCard]
-    data_sets: list[str] = Field(description="The values for `data`.")
-    captured: list[str] = Field(description="The values for `captured`.")
+    data_sets: list[str] = Field(description="Accepted values of `data`.")
+    captured: list[str] = Field(description="Accepted values of `captured`.")
 
 
 class Comparisons:
     """The handlers, and the comparisons of the gateway.
 
     Attributes:
-        runs, jobs, duels, grading: ``None`` without a folder for them, ``runs_dir``.
+        runs, jobs, duels, grading: ``None`` unless ``runs_dir`` names a folder for them.
     """
 
     def __init__(self, endpoint: Endpoint, runs: Runs | None, jobs: Jobs | None) -> None:
@@ -131,7 +139,7 @@ class Comparisons:
         return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
     async def list_comparisons(self, request: Request) -> ComparisonList:
-        """List the comparisons, and the data sets for another one."""
+        """List the comparisons, and the data sets for new ones."""
         runs, jobs = self.require(request)
         known = await asyncio.to_thread(runs.latest)
         names = {run.name for run in known}
@@ -166,7 +174,7 @@ class Comparisons:
         return _of_job(await jobs.answer(name, is_agreed=body.agree))
 
     async def stop(self, request: Request, name: str) -> ComparisonCard:
-        """Stop a comparison that is running. The vectors that it has are kept for the next one."""
+        """Stop a running comparison. Its vectors are kept for the next comparison."""
         _runs, jobs = self.require(request)
         return _of_job(await jobs.stop(name))
 
@@ -229,7 +237,7 @@ def required(part: T | None) -> T:
 
 
 async def find_card(runs: Runs, jobs: Jobs, name: str, *, has_results: bool = False) -> ComparisonCard:
-    """Return a comparison, as far as it is.
+    """Return a comparison in its current state.
 
     Raises:
         NotFound: there is no such comparison.
@@ -241,7 +249,7 @@ async def find_card(runs: Runs, jobs: Jobs, name: str, *, has_results: bool = Fa
         return _of_job(job)
     run = await asyncio.to_thread(runs.find, name)
     card = _of_run(run).model_copy(update={"results": run.results if has_results else None})
-    # A comparison whose judge failed has results nevertheless.
+    # A comparison has results even if its judge failed.
     return (
         card if job is None or not job.problem else card.model_copy(update={"state": job.state, "problem": job.problem})
     )
@@ -280,7 +288,7 @@ def _of_run(run: Run) -> ComparisonCard:
 
 
 def make_comparisons(endpoint: Endpoint, keyring: Keyring) -> Comparisons:
-    """Return the comparisons of a gateway, which end with it."""
+    """Return the comparisons of a gateway, which end with the gateway."""
     folder = endpoint.settings.runs_dir
     if folder is None:
         return Comparisons(endpoint, None, None)

@@ -26,13 +26,15 @@ _FILE: Final[JsonDict] = {"format": "binary"}
 class DataSetForm(BaseModel):
     """The form of an upload."""
 
-    name: str = Field(description="Of the data set, and of its folder.")
+    name: str = Field(description="Name of the data set, and of its folder.")
     documents: str = Field(
         description="CSV or TSV whose first line names the columns: `text`, and perhaps `id` and `title`; JSON lines; or "
         "`.txt` with a text in each line.",
         json_schema_extra=_FILE,
     )
-    queries: str | None = Field(None, description="The same, with `group` for `title`.", json_schema_extra=_FILE)
+    queries: str | None = Field(
+        None, description="A file in the same formats, with `group` instead of `title`.", json_schema_extra=_FILE
+    )
     judgments: str | None = Field(
         None, description="CSV or TSV with the columns `query-id`, `corpus-id` and `score`.", json_schema_extra=_FILE
     )

@@ -21,7 +21,7 @@ from gateway.experiments.preference import Ballot
 
 MAX_LISTED = 10
 _ERRORS = (BadInput, Forbidden, NotFound)
-_Voter = Annotated[str, Query(description="Who votes. Each voter sees all pairs.")]
+_Voter = Annotated[str, Query(description="Name of the voter. Each voter sees all pairs.")]
 
 
 class DuelBody(RequestBody):
@@ -36,15 +36,15 @@ class VoteBody(RequestBody):
     """``POST …/votes``."""
 
     turn: Annotated[int, Field(ge=0), BeforeValidator(whole_number)] = Field(
-        title="a whole number from 0", description="The `turn` of the pair on show."
+        title="a whole number from 0", description="The `turn` of the shown pair."
     )
     choice: str = Field(
         title=" or ".join(f'"{choice}"' for choice in CHOICES),
-        description="The better list, or `tie`, `bad` (both are), `skip`.",
+        description="The better list, or `tie`, `bad` (both lists are bad) or `skip`.",
         json_schema_extra={"enum": list(CHOICES)},
     )
-    marked: Texts = Field([], title="a list of strings", description="Documents on show that answer the query.")
-    voter: str = Field(OPERATOR, title="a string", description="Who votes. Each voter sees all pairs.")
+    marked: Texts = Field([], title="a list of strings", description="Shown documents that answer the query.")
+    voter: str = Field(OPERATOR, title="a string", description="Name of the voter. Each voter sees all pairs.")
 
 
 class DuelText(BaseModel):
@@ -55,9 +55,9 @@ class DuelText(BaseModel):
 
 
 class DuelPair(BaseModel):
-    """Two lists whose arms are hidden."""
+    """Two lists with hidden arms."""
 
-    turn: int = Field(description="Send it with the vote.")
+    turn: int = Field(description="Number of the pair, to send with the vote.")
     query: str
     left: Sequence[DuelText]
     right: Sequence[DuelText]
@@ -66,20 +66,20 @@ class DuelPair(BaseModel):
 class DuelStanding(BaseModel):
     """The votes so far, without the names of the arms."""
 
-    votes: int = Field(description="Without skips and repeated pairs.")
-    target: int = Field(description="Enough votes to find a preference of 70 %.")
+    votes: int = Field(description="Number of votes, without skips and repeated pairs.")
+    target: int = Field(description="Number of votes that is enough to find a preference of 70 %.")
     decided: int = Field(description="Votes for one list or the other; only these are evidence.")
     ties: int
     both_bad: int
     skipped: int
-    share: float = Field(description="Of the decided votes, the share of the arm with more of them.")
-    low: float = Field(description="Ends of an interval that is valid at any look.")
+    share: float = Field(description="Share of the decided votes that the leading arm has.")
+    low: float = Field(description="`low` and `high` are the ends of an interval that is valid at any look.")
     high: float
     shows_preference: bool
 
 
 class DuelResult(BaseModel):
-    """What the votes say, once the duel has ended or the voter has seen all pairs."""
+    """The result of the votes, once the duel has ended or the voter has seen all pairs."""
 
     verdict: str
     preferred: str | None = Field(description="The preferred arm; `null` if the votes do not decide.")
@@ -88,18 +88,18 @@ class DuelResult(BaseModel):
     for_baseline: int
     for_arm: int
     share: float = Field(description="The baseline's share of the decided votes.")
-    low: float = Field(description="Ends of an interval that is valid at any look.")
+    low: float = Field(description="`low` and `high` are the ends of an interval that is valid at any look.")
     high: float
     evidence: float = Field(description="The value of the e-process.")
-    threshold: float = Field(description="A preference shows from this evidence on.")
-    queries: int = Field(description="Of the comparison.")
-    different: int = Field(description="Those whose first five documents differ.")
-    repeated: int = Field(description="Pairs that were shown again with the sides swapped.")
-    consistent: int = Field(description="Those of them that got the same vote.")
+    threshold: float = Field(description="Least evidence that shows a preference.")
+    queries: int = Field(description="Number of queries of the comparison.")
+    different: int = Field(description="Number of queries for which the arms' first five documents differ.")
+    repeated: int = Field(description="Number of pairs that were shown again with the sides swapped.")
+    consistent: int = Field(description="Number of repeated pairs that got the same vote.")
     left_share: float = Field(description="The share of the decided votes that went to the left list.")
     prefers_side: bool = Field(description="Whether the votes show a preference for one side.")
     voters: int
-    judgments: int = Field(description="Rows of the judgments, see `/qrels`.")
+    judgments: int = Field(description="Number of rows of the judgments, see `/qrels`.")
 
 
 class DuelCard(AnswerBody):
@@ -114,7 +114,8 @@ class DuelCard(AnswerBody):
     pair: DuelPair | None = Field(description="The next pair of the voter; `null` at the end.")
     result: DuelResult | None = Field(description="`null` before the end, because votes are blind.")
     counted: bool | None = Field(
-        default=None, description="After a vote: `false` if the voter had voted on this pair, or another pair is next."
+        default=None,
+        description="After a vote: `false` if the voter had already voted on this pair, or another pair is next.",
     )
 
 
@@ -188,7 +189,7 @@ def _text(shown: Shown) -> DuelText:
 
 def _standing(standing: Standing) -> DuelStanding:
     preference = standing.preference
-    is_first = preference.share >= 0.5  # the figures of the leader, so that they do not say which arm leads
+    is_first = preference.share >= 0.5  # the leader's figures, so that they do not reveal which arm leads
     return DuelStanding(
         votes=standing.num_votes,
         target=TARGET,
@@ -233,7 +234,7 @@ class DuelRoutes:
     """The handlers.
 
     Args:
-        duels: ``None`` without a folder for comparisons, ``runs_dir``.
+        duels: ``None`` unless ``runs_dir`` names a folder for comparisons.
     """
 
     def __init__(self, endpoint: Endpoint, duels: Duels | None) -> None:
@@ -258,7 +259,7 @@ class DuelRoutes:
         return duel_card(await duels.open(comparison, duel), read_person(voter, "voter"))
 
     async def vote(self, request: Request, comparison: str, duel: str) -> DuelCard:
-        """Vote on the pair on show, and get the next one. To repeat a request changes nothing."""
+        """Vote on the shown pair, and get the next one. Repeating a request changes nothing."""
         duels = self._require(request)
         body = await self._endpoint.read(request, VoteBody.parse)
         voter, choice = read_person(body.voter, "voter"), read_choice(body.choice)

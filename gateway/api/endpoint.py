@@ -1,4 +1,4 @@
-"""The steps from a request to its answer that are the same in every dialect."""
+"""The steps from a request to its answer that all dialects share."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Endpoint:
     A dialect contributes three functions, see :data:`Parse`, :data:`Ask` and :data:`Write`.
 
     Attributes:
-        tokenizing: the thread that splits texts for requests that want their tokens.
+        tokenizing: the thread that tokenizes texts for requests that show tokens.
         on_start: called when the server begins, on its event loop.
     """
 
@@ -69,7 +69,7 @@ class Endpoint:
         self.settings = settings
         self._quotas = quotas
         self._turns = Turns("json")
-        # One at a time: it takes a core, which the models need more.
+        # One at a time, because it takes a core that the models need more.
         self.tokenizing = Turns("tokens")
         self.on_start: list[Callable[[], None]] = []
 
@@ -246,7 +246,7 @@ class Endpoint:
         Args:
             num_bytes: how much memory ``parts`` holds.
             note: called at the end, successful or not, with the seconds that writing took.
-            has_length: send the length first, for which everything is written twice.
+            has_length: send the length first, which requires writing everything twice.
         """
         RequestContext.of(request).memory.shrink(num_bytes + 3 * PIECE_BYTES)
         answer = Streamed(request, self._turns, parts, headers, note)
@@ -338,7 +338,7 @@ def unit_source(request: Request, user: object) -> UnitSource:
 
 
 def timeout_s(request: Request, limit_s: float) -> float:
-    """Return how long the client waits for its answer: OpenAI's clients send their timeout."""
+    """Return the seconds that the client waits for its answer: OpenAI's clients send their timeout."""
     limit_s = RequestContext.of(request).time_limit_s or limit_s
     try:
         patience_s = float(request.headers["x-stainless-read-timeout"])

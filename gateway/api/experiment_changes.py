@@ -1,4 +1,4 @@
-"""Change the weights of an experiment, end it, or count again, in ``models.yaml`` and at once; see first who would move."""
+"""Change the weights of an experiment, end it, or count again, in ``models.yaml`` and at once; preview moving units."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def reweighted(experiment: Experiment, weights: Mapping[str, float]) -> Experime
         weights: by arm; the other arms keep theirs.
 
     Raises:
-        BadInput: there is no such arm, a weight is not a number from 0 on, or all are 0.
+        BadInput: an arm does not exist, a weight is not a number from 0 on, or all weights are 0.
     """
     labels = [arm.label for arm in experiment.arms]
     for label, weight in weights.items():
@@ -74,10 +74,10 @@ def reweighted(experiment: Experiment, weights: Mapping[str, float]) -> Experime
 
 
 async def change_experiment(deployment: Deployment, experiment: Experiment, change: Change) -> Reloaded:
-    """Write a change into ``models.yaml``, and serve it. If it is refused, the file is as it was before.
+    """Write a change into ``models.yaml``, and serve it. If it is refused, the old file is restored.
 
     Raises:
-        BadInput: the file cannot be changed; the message says what to do by hand.
+        BadInput: the file cannot be changed; the message describes the change to make by hand.
         ReloadRefused: the registry is not accepted with the change.
     """
     async with deployment.changing:
@@ -94,14 +94,14 @@ async def change_experiment(deployment: Deployment, experiment: Experiment, chan
 
 
 class ExperimentChanges:
-    """The handlers: look at new weights, take them, or end the experiment."""
+    """The handlers: preview new weights, apply them, end the experiment, or count again."""
 
     def __init__(self, endpoint: Endpoint) -> None:
         self._endpoint = endpoint
         self._deployment = endpoint.deployment
 
     async def preview(self, request: Request, experiment_id: str) -> Preview:
-        """Show who moves with new weights. Nothing is changed."""
+        """Show the units that new weights would move. Nothing is changed."""
         weights = (await self._endpoint.read(request, WeightsBody.parse)).weights
         experiment = find_experiment(self._deployment, request, experiment_id)
         changed = reweighted(experiment, weights)

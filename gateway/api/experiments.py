@@ -39,7 +39,7 @@ class Experiments:
         )
 
     async def retrieve_experiment(self, request: Request, experiment_id: str) -> ExperimentReport:
-        """Show the arms of an experiment side by side, and whether the split is as it should be."""
+        """Show the arms of an experiment side by side, and whether the split matches the weights."""
         return await self.report(find_experiment(self._deployment, request, experiment_id))
 
     async def report(self, experiment: Experiment) -> ExperimentReport:
@@ -51,7 +51,7 @@ class Experiments:
         """
         if self._keeper is not None:
             await self._count_units_of_others(self._keeper)
-        current = self._deployment.registry.experiment(experiment.id)  # a reload may have come between
+        current = self._deployment.registry.experiment(experiment.id)  # a reload may have happened in the meantime
         if current is None:
             raise ExperimentNotFound(f"experiment {experiment.id!r} no longer exists: the registry was reloaded")
         experiment = current
@@ -82,7 +82,7 @@ class Experiments:
         return self._stats.units_over_time(experiment, generation, step)
 
     async def _count_units_of_others(self, keeper: Keeper) -> None:
-        """Count the units that other replicas, which share the file, have had since."""
+        """Count the new units of other replicas that share the file."""
         while exposures := await keeper.read_new():
             for first in range(0, len(exposures), _AT_ONCE):
                 self._stats.add(exposures[first : first + _AT_ONCE])

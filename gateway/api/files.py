@@ -25,7 +25,7 @@ from gateway.http.context import RequestContext
 from gateway.http.multipart import Multipart, PartStart
 
 LEAST_KEPT_S = 3600
-"""The shortest time for which a file is kept, as in OpenAI's API."""
+"""The shortest time that a file may be kept, as in OpenAI's API."""
 
 _PIECE_BYTES = 1024 * 1024
 _MAX_FIELD_BYTES = 4096
@@ -50,7 +50,7 @@ class FileCard(AnswerBody):
 
 
 class FileList(AnswerBody):
-    """Files, the last first unless `order` says otherwise."""
+    """Files, the latest first unless `order` is `asc`."""
 
     object: Literal["list"] = "list"
     data: list[FileCard]
@@ -75,7 +75,7 @@ class Upload(AnswerBody):
 
 
 def require_runner(runner: Runner | None) -> Runner:
-    """Return the runner, and let it begin if it has not.
+    """Return the runner, and start it if it has not started.
 
     Raises:
         NotFound: the gateway has no folder for them.
@@ -181,7 +181,7 @@ class FileRoutes:
 
 
 class _Upload:
-    """A form while it arrives: its file goes to the disk, its fields are kept."""
+    """A form while it arrives: its file is written to the disk, its fields are kept in memory."""
 
     def __init__(self, runner: Runner) -> None:
         self._runner = runner
@@ -249,7 +249,7 @@ async def _pieces(runner: Runner, content: BinaryIO, left: int) -> AsyncIterator
 
 
 def _written_list(store: Store, owner: str, page: Page, purpose: str | None) -> str:
-    """Return a page as JSON. It can have 10,000 files, so this is for a thread: it would block other requests."""
+    """Return a page as JSON. Call it in a thread: a page of 10,000 files would block other requests."""
     files = store.files(owner, page, purpose)
     cards = [card_of(file) for file in files[: page.limit]]
     return FileList(
@@ -284,7 +284,7 @@ def clean_name(name: str) -> str:
 
 
 def read_kept_s(anchor: Json, seconds: Json, field: str) -> int:
-    """Return how long a file is kept, in seconds.
+    """Return the number of seconds that a file is kept.
 
     Raises:
         BadInput: the fields do not have the form of OpenAI's API.

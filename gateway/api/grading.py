@@ -28,7 +28,7 @@ _AFTER = {
     "description": "Look first after this `place`: to skip a pair, send its own.",
     "schema": {"type": "integer", "minimum": 0, "default": 0},
 }
-_Grader = Annotated[str, Query(description="Who grades. Several people get pairs of different queries.")]
+_Grader = Annotated[str, Query(description="Name of the grader. Several people get pairs of different queries.")]
 
 
 class GradeBody(RequestBody):
@@ -37,19 +37,19 @@ class GradeBody(RequestBody):
     query: str = Field(title="a string", description="The query's id.")
     document: str = Field(title="a string", description="The document's id.")
     grade: Annotated[int, Field(ge=0, le=MAX_GRADE), BeforeValidator(whole_number)] = Field(
-        title=f"a whole number from 0 to {MAX_GRADE}", description="By the `scale`."
+        title=f"a whole number from 0 to {MAX_GRADE}", description="A grade of the `scale`."
     )
-    grader: str = Field(OPERATOR, title="a string", description="Who grades.")
+    grader: str = Field(OPERATOR, title="a string", description="Name of the grader.")
 
 
 class PairToGrade(BaseModel):
     """A query and a document, without the arm and the judge's grade."""
 
-    place: int = Field(description="In the file, from 1.")
+    place: int = Field(description="Number of the pair in the file, from 1.")
     query: str
     document: str
     query_text: str
-    document_text: str = Field(description="On one line, and cut as for the judge.")
+    document_text: str = Field(description="The document's text on one line, cut as for the judge.")
 
 
 class GradeMeaning(BaseModel):
@@ -60,18 +60,20 @@ class GradeMeaning(BaseModel):
 
 
 class GradingCard(AnswerBody):
-    """How far the grading of a comparison is, and the next pair of a person."""
+    """The progress of the grading of a comparison, and the next pair of a person."""
 
     object: Literal["grading"] = "grading"
     comparison: str
-    scale: Sequence[GradeMeaning] = Field(description="The judge grades by the same words.")
-    graded: int = Field(description="Documents with a grade.")
+    scale: Sequence[GradeMeaning] = Field(description="The grades; the judge uses the same definitions.")
+    graded: int = Field(description="Number of documents with a grade.")
     documents: int
-    whole_queries: int = Field(description="Queries whose documents all have a grade. Only these count.")
+    whole_queries: int = Field(description="Number of completely graded queries. Only these count.")
     queries: int
-    needed: int = Field(description="Whole queries before `POST …/verdict`. Fewer than 50 give kappa, but no verdict.")
-    next: PairToGrade | None = Field(description="`null` if all documents have a grade.")
-    can_undo: bool = Field(description="Whether `POST …/grades/undo` has a grade of this person to take back.")
+    needed: int = Field(
+        description="Number of completely graded queries for a verdict; with fewer, `POST …/verdict` gives only kappa."
+    )
+    next: PairToGrade | None = Field(description="The next pair; `null` if all documents have a grade.")
+    can_undo: bool = Field(description="Whether `POST …/grades/undo` can take back a grade of this person.")
     counted: bool | None = Field(
         default=None, description="After a grade or an undo: `false` if the file has another grade for the pair."
     )
@@ -137,7 +139,7 @@ class GradingRoutes:
         return grading_card(await self._require(request).undo(name, read_person(grader, "grader")))
 
     async def conclude(self, request: Request, name: str) -> ComparisonCard:
-        """Compute the verdict again with the grades of people. Neither a model nor the judge is asked."""
+        """Compute the verdict again with people's grades. Needs neither the models nor the judge."""
         await self._require(request).conclude(name)
         runs, jobs = self._comparisons.require(request)
         return await find_card(runs, jobs, name, has_results=True)

@@ -207,7 +207,7 @@ def describe(value: Json) -> str:
 
 # -------------------------------------------------------------------------------------------------------- fields
 
-# The second is what Infinity's own client sends without a model.
+# Infinity's own client sends the second one without a model.
 NO_MODEL = ("", "default/not-specified")
 """Names that mean "no model named"."""
 
@@ -263,7 +263,7 @@ Name: TypeAlias = Annotated[str, AfterValidator(lambda name: name[:_MAX_NAME_CHA
 """A name, such as a task's. An overlong name is cut, because looking it up would block the event loop."""
 
 ModelName: TypeAlias = Annotated[Name, AfterValidator(lambda name: None if name in NO_MODEL else name)]
-"""The name of a model; the values that mean "no model named" become ``None``."""
+"""The name of a model; values that mean "no model named" become ``None``."""
 
 
 def _short(value: Json) -> Json:
@@ -356,7 +356,7 @@ def wanted_truncation(truncate: Truncate | None, direction: Truncate | None) -> 
 
 
 def resolve_synonyms(**synonyms: T | None) -> T | None:
-    """Return the value of several fields that mean the same, of which a request should have one.
+    """Return the value of a field with several names; a request should use one of them.
 
     Raises:
         BadInput: two of them differ, so the request is ambiguous.

@@ -32,15 +32,21 @@ class LiveModel(BaseModel):
     waiting_texts: int = Field(description="Texts admitted and not yet answered.")
     waiting_tokens: int
     oldest_s: float = Field(description="Age of the oldest request that is not answered yet.")
-    requests_per_s: float = Field(description="In the last minute.")
-    requests: int = Field(description=f"In the last {NUM_MINUTES} minutes, errors included.")
+    requests_per_s: float = Field(description="Rate in the last minute.")
+    requests: int = Field(description=f"Requests in the last {NUM_MINUTES} minutes, errors included.")
     errors: int
-    requests_by_minute: Sequence[int] = Field(description=f"Of the last {NUM_MINUTES} minutes, the current one last.")
-    p50_s: float | None = Field(description="Of requests without an error; `null` without any.")
+    requests_by_minute: Sequence[int] = Field(
+        description=f"Requests in each of the last {NUM_MINUTES} minutes, the current one last."
+    )
+    p50_s: float | None = Field(
+        description="Latency of requests without an error; `null` if there are no such requests."
+    )
     p99_s: float | None
-    golden_cosine: float | None = Field(description="The lowest at the last check; `null` before one.")
+    golden_cosine: float | None = Field(description="Lowest cosine at the last check; `null` before the first check.")
     golden_limit: float | None
-    cache_hit_rate: float | None = Field(description="Share of all texts; `null` without a cache, or before any text.")
+    cache_hit_rate: float | None = Field(
+        description="Share of the texts that were cached; `null` without a cache, or before the first text."
+    )
 
 
 class LiveCard(BaseModel):
@@ -48,9 +54,9 @@ class LiveCard(BaseModel):
 
     device: str
     total_bytes: int | None
-    used_bytes: int | None = Field(description="By all processes.")
-    allocated_bytes: int | None = Field(description="By the tensors of this process.")
-    busy: float | None = Field(description="Fraction of the last sample period in which it computed.")
+    used_bytes: int | None = Field(description="Memory that all processes use.")
+    allocated_bytes: int | None = Field(description="Memory that the tensors of this process use.")
+    busy: float | None = Field(description="Fraction of the last sample period in which the card computed.")
 
 
 class Live(AnswerBody):
@@ -68,18 +74,20 @@ class ShadowCard(BaseModel):
     to: str
     sample: float
     waiting: int
-    outcomes: Mapping[str, int] = Field(description="Copies by `ok`, `dropped` or the error code, since the start.")
+    outcomes: Mapping[str, int] = Field(
+        description="Number of copies since the start, by `ok`, `dropped` or the error code."
+    )
 
 
 class ShadowList(AnswerBody):
-    """Every shadow whose two names the key may use."""
+    """Every shadow between two names that the key may use."""
 
     object: Literal["list"] = "list"
     data: list[ShadowCard]
 
 
 class ErrorCard(BaseModel):
-    """Equal failures: the same status, code, path, model and client."""
+    """Failures with the same status, code, path, model and client."""
 
     status: int
     code: str
@@ -117,7 +125,7 @@ class LiveHandlers:
         return ShadowList(data=shadow_cards(self._deployment, RequestContext.of(request).client))
 
     async def errors(self, request: Request) -> ErrorList:
-        """List the last errors: with API keys those of the key, else all of them."""
+        """List the last errors: if API keys are set, only the errors of the key."""
         client = RequestContext.of(request).client
         errors = (error for error in self._deployment.errors if not self._has_keys or error.facts.client == client.name)
         return error_list(errors)
@@ -204,7 +212,7 @@ def live_cards() -> list[LiveCard]:
 
 
 def shadow_cards(deployment: Deployment, client: Client) -> list[ShadowCard]:
-    """Return the shadows whose names a client may use."""
+    """Return the shadows between names that a client may use."""
     counts, waiting = metrics.values(metrics.SHADOW_REQUESTS), metrics.values(metrics.SHADOW_QUEUE)
     names = deployment.router.names
     return [

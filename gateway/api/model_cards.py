@@ -29,7 +29,7 @@ def find_card(name: str, router: Router, registry: Registry, client: Client) -> 
     """Return the card of a name. A task in the name becomes the card's default task.
 
     Raises:
-        ModelNotFound: nothing has that name.
+        ModelNotFound: no model, alias or experiment has that name.
         ModelNotAllowed: the client may not use it.
         BadInput: the name contains a task that the model does not have.
     """

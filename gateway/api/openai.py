@@ -189,7 +189,7 @@ def _token_ids(items: list[Json], where: str) -> TokenIds | None:
 
 
 def decode_items(items: Iterable[Item]) -> list[str]:
-    """Return the texts of items, some of which are token ids.
+    """Return the texts of items that may be token ids.
 
     Raises:
         BadInput: the token ids cannot be decoded.

@@ -76,7 +76,7 @@ class EmbeddingsBody(RequestBody):
     )
     encoding_format: EncodingName | None = Field(
         None,
-        description="The numbers of the vectors, and how they are written; `float` by default. `base64` and one of `int8`, "
+        description="Type and encoding of the numbers; `float` by default. `base64` and one of `int8`, "
         "`uint8`, `binary`, `ubinary`, in two of these fields, means base64 of those numbers' bytes.",
         title=_ENCODING,
     )
@@ -90,19 +90,19 @@ class EmbeddingsBody(RequestBody):
     )
     input_type: Name | None = Field(None, description="Same as `task`.", title="a string")
     normalized: Flag | None = Field(
-        None, description="Whether vectors have L2 norm 1; by default as the model does.", title="true or false"
+        None, description="Whether vectors have L2 norm 1; the default is the model's.", title="true or false"
     )
     normalize: Flag | None = Field(None, description="Same as `normalized`.", title="true or false")
     truncate: Truncation = Field(
         None,
-        description="What to do with texts that are too long: keep the start (`true`, `END`, `right`; the default), keep "
+        description="Handling of texts that are too long: keep the start (`true`, `END`, `right`; the default), keep "
         "the end (`START`, `left`), or answer 400 (`false`, `NONE`).",
         title=TRUNCATION,
     )
     truncation: Truncation = Field(None, description="Same as `truncate`; Voyage's name.", title=TRUNCATION)
     truncation_direction: Direction = Field(
         None,
-        description="Where texts that are too long are cut: at their end (`right`, the default) or their start.",
+        description="Side at which texts that are too long are cut: their end (`right`, the default) or their start.",
         title=DIRECTION,
     )
     late_chunking: Flag | None = Field(
@@ -110,7 +110,7 @@ class EmbeddingsBody(RequestBody):
     )
     outputs: Annotated[OutputNames, BeforeValidator(_listed)] | None = Field(
         None,
-        description="What to return for each text; `dense` by default.",
+        description="Outputs to return for each text; `dense` by default.",
         title="a list of `dense`, `sparse`, `multivector`",
     )
     user: User = Field(
@@ -200,35 +200,37 @@ class EmbeddingsAnswer(BaseModel):
 
 
 class ReplicaCard(AnswerBody):
-    """One of several that run a model: a server, or a process of a cluster."""
+    """A server, or a process of a cluster, that runs a model together with others."""
 
-    name: str = Field(description="As in the metrics: of a server, its address and port.")
+    name: str = Field(description="Name in the metrics; for a server, its address and port.")
     state: Literal["disabled", "unloaded", "downloading", "loading", "ready", "recovering", "failed", "stopped"]
-    reason: str | None = Field(default=None, description="Why it gets no requests.")
-    node: str | None = Field(default=None, description="The machine that it runs on, if that is known.")
-    device: str | None = Field(default=None, description="Its graphics card, if that is known.")
+    reason: str | None = Field(default=None, description="Reason why it gets no requests.")
+    node: str | None = Field(default=None, description="Its machine, if known.")
+    device: str | None = Field(default=None, description="Its graphics card, if known.")
 
 
 class ModelCard(AnswerBody):
-    """The properties that a client chooses a model by. Sizes and tasks are known once its checkpoint has been read."""
+    """The properties of a model. Sizes and tasks are known once its checkpoint has been read."""
 
     id: str
     object: Literal["model"] = "model"
     kind: Literal["embed", "rerank", "classify", "experiment"] | None = Field(
         default=None,
-        description="What it computes: embeddings, scores of pairs or of labels. An experiment does what its arms do.",
+        description="Kind of results: embeddings, or scores of pairs or labels. An experiment returns those of its arms.",
     )
     created: int = Field(description="Unix time at which the model became ready; 0 before.")
     owned_by: str
     stats: dict[str, float] = Field(default_factory=dict, description="Always empty; clients of Infinity ask for it.")
-    source: str | None = Field(default=None, description="Where the weights come from; `null` for an experiment.")
+    source: str | None = Field(default=None, description="Source of the weights; `null` for an experiment.")
     revision: str | None = None
     state: Literal["disabled", "unloaded", "downloading", "loading", "ready", "recovering", "failed", "stopped"]
-    reason: str | None = Field(default=None, description="Why the model is not ready, or how far its download is.")
+    reason: str | None = Field(
+        default=None, description="Reason why the model is not ready, or the progress of its download."
+    )
     license: str | None = Field(default=None, description="License of the weights, as `models.yaml` states it.")
     aliases: list[str] = Field(default_factory=list, description="Other names of the model that a request may send.")
     width: int | None = Field(
-        default=None, description="Native dimensions of a dense vector; `null` for a model without."
+        default=None, description="Native dimensions of a dense vector; `null` for a model without dense vectors."
     )
     dimensions: list[int] = Field(default_factory=list, description="Accepted values of `dimensions`.")
     max_tokens: int | None = None
@@ -238,15 +240,13 @@ class ModelCard(AnswerBody):
     outputs: list[str] = Field(default_factory=list)
     rerank: dict[str, float] = Field(
         default_factory=dict,
-        description="Of a model that embeds: the outputs by which `/v1/rerank` scores documents, and their weights.",
+        description="For a model that embeds: the outputs that `/v1/rerank` scores documents by, and their weights.",
     )
-    normalized: bool | None = Field(
-        default=None, description="Whether vectors have L2 norm 1 unless a request asks otherwise."
-    )
+    normalized: bool | None = Field(default=None, description="Whether vectors have L2 norm 1 by default.")
     labels: list[str] = Field(default_factory=list, description="The labels of a model that classifies.")
     label_function: Literal["softmax", "sigmoid", "none"] | None = Field(
         default=None,
-        description="How its numbers become scores: `softmax` if one label applies, `sigmoid` if any number do.",
+        description="Function from its numbers to scores: `softmax` if one label applies, `sigmoid` if several may apply.",
     )
     space: str | None = Field(
         default=None,
@@ -261,19 +261,19 @@ class ModelCard(AnswerBody):
     )
     notes: list[str] = Field(
         default_factory=list,
-        description="About where the model runs, such as a graphics card that is not used, and why.",
+        description="Remarks on the device, such as a graphics card that is not used, with the reason.",
     )
     replicas: list[ReplicaCard] = Field(
-        default_factory=list, description="Where a model runs that runs elsewhere: its servers, or its processes."
+        default_factory=list, description="The servers or processes of a model that runs elsewhere."
     )
 
 
 class ArmModelCard(AnswerBody):
-    """One arm of an experiment: the model that answers the requests in it."""
+    """One arm of an experiment: the model that answers its requests."""
 
     arm: str
     model: str
-    task: str | None = Field(description="The task of a request that names none.")
+    task: str | None = Field(description="Task of a request that names none.")
     weight: float
     state: str
     width: int | None = None

@@ -36,18 +36,22 @@ _ERRORS = (BadInput, ModelNotAllowed, ExperimentNotFound, NotFound, OutcomesUnav
 
 
 class OutcomesAnswer(AnswerBody):
-    """The outcomes were read, and those that count are on disk."""
+    """The outcomes were read, and the counted ones are on disk."""
 
     object: Literal["outcomes.posted"] = "outcomes.posted"
     received: int
     stored: int
-    repeated: int = Field(description="Had the `id` of one that is stored already.")
-    excluded: int = Field(description="Of units that the experiment excludes.")
-    too_many_of_unit: int = Field(description=f"Left out: their unit has {MAX_PER_UNIT:,} of that name already.")
-    unknown_unit: int = Field(
-        description="Left out: their unit sent no request for embeddings. Some are kept, as another replica may have got it."
+    repeated: int = Field(description="Left out: an outcome with their `id` is already stored.")
+    excluded: int = Field(description="Left out: the experiment excludes their unit.")
+    too_many_of_unit: int = Field(
+        description=f"Left out: their unit already has {MAX_PER_UNIT:,} outcomes of that name."
     )
-    too_many_names: int = Field(description=f"Left out: the experiment has outcomes of {MAX_NAMES} other names.")
+    unknown_unit: int = Field(
+        description="Left out: their unit sent no request for embeddings. Some are kept: another replica may have got it."
+    )
+    too_many_names: int = Field(
+        description=f"Left out: the experiment already has outcomes of {MAX_NAMES} other names."
+    )
 
 
 class OutcomeRoutes:

@@ -77,13 +77,13 @@ class RerankBody(RequestBody):
         None, description='Up to 2,048 (configurable), each a string or `{"text": "…"}`.'
     )
     texts: Annotated[Any, WithJsonSchema(_TEXTS_SCHEMA)] = Field(
-        None, description="Same as `documents`, for an answer of TEI's shape."
+        None, description="Same as `documents`, for an answer in TEI's shape."
     )
     model: ModelName | None = Field(
-        None, description="Model id, alias or source; may be left out where only one model reranks.", title="a string"
+        None, description="Model id, alias or source; may be left out if only one model reranks.", title="a string"
     )
     top_n: PositiveInteger | None = Field(
-        None, description="How many results to return, the best first; all by default.", title="a positive integer"
+        None, description="Number of results to return, the best first; all by default.", title="a positive integer"
     )
     return_documents: Flag | None = Field(
         None,
@@ -96,21 +96,21 @@ class RerankBody(RequestBody):
     )
     truncate: Truncation = Field(
         None,
-        description="What to do with a pair that is too long: cut the end of the document (`true`, `END`, `right`; the "
+        description="Handling of a pair that is too long: cut the end of the document (`true`, `END`, `right`; the "
         "default) or its start (`START`, `left`), or answer 400 (`false`, `NONE`).",
         title=TRUNCATION,
     )
     truncation_direction: Direction = Field(
         None,
-        description="Where a document that is too long is cut: at its end (`right`, the default) or its start.",
+        description="Side at which a document that is too long is cut: its end (`right`, the default) or its start.",
         title=DIRECTION,
     )
     max_tokens_per_doc: PositiveInteger | None = Field(
-        None, description="Where each document is cut in any case.", title="a positive integer"
+        None, description="Length in tokens at which each document is always cut.", title="a positive integer"
     )
     score_by: Annotated[Any, WithJsonSchema(_SCORE_BY_SCHEMA)] = Field(
         None,
-        description="For models that embed: the output that documents are scored by, several, or several with their "
+        description="For models that embed: the output to score documents by, or several, or several with "
         "weights; by default as the model's `rerank` in `/v1/models` says.",
     )
     user: User = Field(
@@ -198,7 +198,7 @@ class Reranked(BaseModel):
 
     index: int = Field(description="Place of the text in the request.")
     relevance_score: float = Field(
-        description="A larger one answers the query better; 0 to 1 unless `raw_scores`. Of a model that embeds: the "
+        description="A larger score means a better answer; 0 to 1 unless `raw_scores`. For a model that embeds: the "
         "similarity of the vectors."
     )
     document: DocumentText | str | None = Field(

@@ -27,9 +27,9 @@ class SpaceMember(BaseModel):
     model: str
     task: str | None
     state: str
-    names: list[str] = Field(description="The values of `model` that lead there.")
+    names: list[str] = Field(description="Values of `model` that return vectors of the space.")
     experiments: list[str] = Field(
-        description="Experiments some of whose requests get there: by their arm, or with the task."
+        description="Experiments that return vectors of the space for some requests, depending on the arm or the task."
     )
 
 
@@ -38,11 +38,12 @@ class SpaceCard(AnswerBody):
 
     id: str = Field(description="`NAME@HASH`; two ids with the same hash are the same space.")
     object: Literal["space"] = "space"
-    dimensions: int | None = Field(description="Of dense vectors; `null` for sparse and multi-vector ones alone.")
+    dimensions: int | None = Field(
+        description="Dimensions of dense vectors; `null` for sparse vectors and multi-vectors alone."
+    )
     outputs: list[str] = Field(description="The kind of vectors in the space.")
     precision: Precision = Field(
-        description="The types of numbers of the vectors. Binary vectors are the signs of float vectors, and in the "
-        "same space."
+        description="Number type of the vectors. Binary vectors are the signs of float vectors, and in the same space."
     )
     normalized: bool
     pooling: str
@@ -64,7 +65,7 @@ class Spaces:
         self._deployment = deployment
 
     async def list_spaces(self, request: Request) -> SpaceList:
-        """List the spaces that vectors can be in, and the names that lead there, as far as the key may use them."""
+        """List the spaces that vectors can be in, and the names of each, as far as the key may use them."""
         client = RequestContext.of(request).client
         return SpaceList(data=space_cards(self._deployment.router, self._deployment.fleet, client))
 

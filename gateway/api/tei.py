@@ -41,7 +41,7 @@ _BYTES_PER_TOKEN = 400
 # This many are written in less than a millisecond.
 _FEW_TOKENS = 500
 TEI_ADDRESS = "/tei/{model:path}"
-"""The address of one model, for clients that have no path."""
+"""The address of one model, for clients that cannot set a path."""
 # Paths that only answer GET, where a client posts to a model's address and a path.
 _ONLY_READ = ("info", "health")
 
@@ -305,7 +305,7 @@ def _token(token: Token) -> dict[str, object]:
 
 
 def _about(target: Target, content: bytes) -> Response:
-    """Return something about a model other than embeddings."""
+    """Answer a request about a model that is not for embeddings."""
     return Response(content, media_type="application/json", headers=_headers_about(target))
 
 

@@ -191,7 +191,7 @@ def describe_model(target: Target, settings: Settings) -> dict[str, Any]:
 
 
 def _model_type(info: ModelInfo) -> dict[str, object]:
-    if info.kind is ModelKind.RERANK:  # it has one label, and this is what transformers calls it
+    if info.kind is ModelKind.RERANK:  # it has one label, which transformers calls this
         return {"reranker": {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}}
     if info.kind is ModelKind.CLASSIFY:
         names = {str(i): label for i, label in enumerate(info.labels)}

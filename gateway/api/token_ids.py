@@ -1,7 +1,7 @@
 """Decode the token ids that some clients send instead of texts.
 
 LangChain's ``OpenAIEmbeddings`` sends ids of OpenAI's ``cl100k_base`` vocabulary by default. They are decoded back to
-the text they came from; they are never taken for ids of the served model, which would give a plausible wrong vector.
+their text; they are never read as ids of the served model, which would give a plausible wrong vector.
 """
 
 from __future__ import annotations

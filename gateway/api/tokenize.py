@@ -1,4 +1,4 @@
-"""The tokens that a model makes of a text, and where it cuts one that is too long: ``POST /v1/tokenize``."""
+"""Split a text into a model's tokens, and show where the model cuts a long one: ``POST /v1/tokenize``."""
 
 from __future__ import annotations
 
@@ -29,21 +29,25 @@ class TokenizeBody(RequestBody):
     """``POST /v1/tokenize``."""
 
     model: ModelName | None = Field(
-        None, title="a string", description="As for embeddings. By default the default model."
+        None, title="a string", description="The model, as for embeddings; by default the default model."
     )
     input: str | Texts = Field(title="a string or a list of strings")
-    task: Name | None = Field(None, title="a string", description="As for embeddings: its instruction is read first.")
-    add_special_tokens: Flag = Field(True, title="true or false", description="Whether to show those of the template.")
+    task: Name | None = Field(
+        None, title="a string", description="The task, as for embeddings; the tokens begin with its instruction."
+    )
+    add_special_tokens: Flag = Field(True, title="true or false", description="Whether to show the template's tokens.")
 
 
 class TokenCard(BaseModel):
     """One token."""
 
     id: int
-    text: str = Field(description="The part of the text that it covers; its own name if it covers none.")
-    special: bool = Field(description="It comes from the model's template.")
-    instruction: bool = Field(description="It comes from the instruction of the task.")
-    start: int | None = Field(description="Where the part begins in the text, in characters; `null` for the two above.")
+    text: str = Field(description="The part of the text that the token covers; the token's name if it covers none.")
+    special: bool = Field(description="Whether the token comes from the model's template.")
+    instruction: bool = Field(description="Whether the token comes from the instruction of the task.")
+    start: int | None = Field(
+        description="Position of the part in the text, in characters; `null` if `special` or `instruction`."
+    )
     stop: int | None
 
 
@@ -51,10 +55,10 @@ class TokenizedText(BaseModel):
     """The tokens of one text."""
 
     index: int
-    num_tokens: int = Field(description="All of them, also those after the cut.")
-    read_tokens: int = Field(description="How many the model reads.")
+    num_tokens: int = Field(description="Number of all tokens, including those after the cut.")
+    read_tokens: int = Field(description="Number of tokens that the model reads.")
     cut_at: int | None = Field(
-        description="Where the text is cut, in characters: the rest is not read. `null` if all of it is."
+        description="Position of the cut in characters; the model does not read the rest. `null` without a cut."
     )
     tokens: list[TokenCard]
 
@@ -78,7 +82,7 @@ def place_of_cut(tokens: Sequence[Token], limit: int, num_before: int) -> int | 
     """Return where a text is cut, in characters; ``None`` if the model reads all of it.
 
     Args:
-        limit: how many tokens the model reads, those of its template included.
+        limit: number of tokens that the model reads, including the template's.
         num_before: length of the instruction, which the tokens include.
     """
     if len(tokens) <= limit:

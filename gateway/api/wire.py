@@ -97,7 +97,7 @@ EXPECT_SPACE = {
 
 
 def request_body(body: type[BaseModel]) -> dict[str, Any]:
-    """Describe the body of an operation that reads it itself."""
+    """Describe the body of an operation whose handler reads the body."""
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": body.model_json_schema()}}}}
 
 

@@ -20,7 +20,7 @@ class Backend(Protocol):
     """Runs one model."""
 
     async def plan(self, report: Report = unreported) -> ModelInfo:
-        """Return the model's info without loading it, which is also useful when loading fails.
+        """Return the model's info without loading the model; it is also used if loading fails.
 
         Args:
             report: called on the event loop while the checkpoint is downloaded.
@@ -33,7 +33,7 @@ class Backend(Protocol):
         """Load the model, warm it up, and return its info.
 
         Args:
-            report: called on the event loop whenever the state of the model changes later on.
+            report: called on the event loop whenever the state of the model changes later.
 
         Raises:
             LoadError: the model cannot be served; the message says why.
@@ -63,13 +63,13 @@ class Backend(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Replica:
-    """One of several that run the same model: a server, or a process of a cluster.
+    """A server, or a process of a cluster, that runs a model together with others.
 
     Attributes:
-        name: as in the metrics.
-        reason: why it gets no requests; empty while it does.
-        node: the machine, if that is known.
-        device: its graphics card, if that is known.
+        name: the name in the metrics.
+        reason: the reason why it gets no requests; empty while it gets some.
+        node: the machine, if known.
+        device: its graphics card, if known.
     """
 
     name: str
@@ -84,7 +84,7 @@ class Replicated(Protocol):
     """A backend whose model runs in several places."""
 
     def replicas(self) -> Sequence[Replica]:
-        """Return them all, in a stable order."""
+        """Return all replicas, in a stable order."""
 
 
 @runtime_checkable
@@ -97,15 +97,15 @@ class Scraped(Protocol):
 
 @runtime_checkable
 class Removable(Protocol):
-    """A backend that has something elsewhere, which outlasts this process."""
+    """A backend with resources elsewhere that outlive this process."""
 
     async def remove(self) -> None:
-        """Stop, and remove what is elsewhere, unless another gateway uses it."""
+        """Stop, and remove these resources, unless another gateway uses them."""
 
 
 @runtime_checkable
 class Waiting(Protocol):
-    """A backend whose model may fit into memory later, when another program leaves it."""
+    """A backend whose model may fit into memory later, when another program ends."""
 
     async def may_fit(self) -> bool:
         """Return whether loading the model again is worth a try."""

@@ -18,7 +18,7 @@ def load_order(entries: Sequence[ModelEntry]) -> list[ModelEntry]:
     """Return the models of this process in loading order, so that no model waits for another's download.
 
     First the models of installed packages, which are small, then those with checkpoints on this machine, then those to
-    be downloaded, and last those loaded on demand, of which only the description is read.
+    be downloaded, and last those loaded on demand, which are only described.
     """
     from gateway.engine.checkpoint.sources import is_cached
 
@@ -29,7 +29,7 @@ def load_order(entries: Sequence[ModelEntry]) -> list[ModelEntry]:
 
 
 def why_disabled(entry: ModelEntry) -> str:
-    """Return why a model is disabled on this machine; empty if it is enabled.
+    """Return the reason why a model is disabled on this machine; empty if it is enabled.
 
     Imports torch only if the answer depends on it.
     """
@@ -42,7 +42,7 @@ def why_disabled(entry: ModelEntry) -> str:
 
 
 def _why_not_fetched(entry: ModelEntry) -> str:
-    """Return why a model's entry forbids the download of its checkpoint; empty if it does not, or none is needed."""
+    """Return the reason why an entry forbids the download of its checkpoint; empty if it is allowed or not needed."""
     from gateway.engine.checkpoint.sources import is_cached, require_license
 
     try:
@@ -53,7 +53,7 @@ def _why_not_fetched(entry: ModelEntry) -> str:
 
 
 def _why_no_card(setting: str) -> str:
-    """Return why a setting of ``device`` gets no card on this machine; empty if it gets one."""
+    """Return the reason why a value of ``device`` gets no card on this machine; empty if it gets one."""
     from gateway.engine.cards import read_machine
 
     machine = read_machine()

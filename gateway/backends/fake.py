@@ -48,8 +48,8 @@ class FakeBackend:
     embedded as one.
 
     Args:
-        info: the info of the model that it claims to be.
-        delay_s: how long each job takes.
+        info: the info of the model that it simulates.
+        delay_s: the duration of each job in seconds.
         on_embed: called first with each job; an exception that it raises becomes the backend's.
     """
 

@@ -76,7 +76,7 @@ class InfinityBackend:
         self._is_stopped = False
         self._may_hold_memory = False
         self._watch: asyncio.Task[None] | None = None
-        metrics.ENGINE_RESTARTS.labels(entry.id)  # at 0: the first restart is an increase then
+        metrics.ENGINE_RESTARTS.labels(entry.id)  # starts at 0, so that the first restart is an increase
         metrics.DEVICES_LOST.labels(entry.id)
 
     async def plan(self, report: Report = unreported) -> ModelInfo:

@@ -28,7 +28,7 @@ Failure: TypeAlias = Callable[[], RequestError]
 
 # The pause between two attempts to load a model, doubled after each failure.
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 2.0, 60.0
-# An estimate, from its size, of how long the first load of a model takes: reading, converting and compiling it.
+# An estimate of the duration of a model's first load, from its size: reading, converting and compiling.
 _LEAST_LOAD_S, _LOAD_BYTES_PER_S = 2.0, 250e6
 
 
@@ -65,7 +65,7 @@ class _Load:
 
     Attributes:
         outcome: the error of a failed load; ``None`` after a success.
-        num_waiting: how many jobs wait for the load; they count as in flight once it ends.
+        num_waiting: the number of jobs that wait for the load; they count as in flight once it ends.
     """
 
     outcome: asyncio.Future[Failure | None]
@@ -75,7 +75,7 @@ class _Load:
 
 
 class OnDemandBackend:
-    """The :class:`~gateway.backends.base.Backend` of a model that is only in memory while it is used.
+    """The :class:`~gateway.backends.base.Backend` of a model that is in memory only while it is used.
 
     ``start`` reads the checkpoint's description, but not its weights. The first job begins the load, and all jobs wait for
     it until their deadlines. At most one load is in progress, and it does not belong to a job, so canceling a job does
@@ -204,7 +204,7 @@ class OnDemandBackend:
         if self._is_loaded:
             self._close()
             self._leaving = self._run(self._leave(reason))
-        if self._leaving is not None:  # a caller that gives up must not stop this half-way
+        if self._leaving is not None:  # a caller that gives up must not interrupt this
             await asyncio.shield(self._leaving)
 
     # ----------------------------------------------------------------------------------------------------- loading
@@ -318,7 +318,7 @@ class OnDemandBackend:
             self._report(state, reason)
 
     def _remaining_s(self, load: _Load) -> float:
-        """Estimate how long a load in progress will still take."""
+        """Estimate the remaining seconds of a load in progress."""
         expected_s = self._last_load_s or _LEAST_LOAD_S + self.info.memory_bytes / _LOAD_BYTES_PER_S
         return max(0.0, expected_s - (self._clock.now() - load.began_at))
 

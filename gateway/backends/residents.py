@@ -28,7 +28,7 @@ class Resident(Protocol):
 
     @property
     def used_at(self) -> float:
-        """When it was last used, on the clock that all residents share."""
+        """The time of its last use, on the clock that all residents share."""
 
     async def leave(self, reason: str) -> None:
         """Accept no more work, finish the work in flight, and release the memory."""
@@ -59,7 +59,7 @@ class Residents:
         """Load a model when its turn comes.
 
         While there is too little memory, models are unloaded: first the one that has been idle for longest, then the
-        busy one that was used longest ago, after its work is done.
+        least recently used busy one, after its work is done.
 
         Raises:
             TooLittleMemory: there is too little memory even without the models that may be unloaded.

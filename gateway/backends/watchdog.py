@@ -1,4 +1,4 @@
-"""Watch an engine: does a forward hang, is a card lost, does a replica fail on everything, are its vectors still right."""
+"""Watch an engine for a hanging forward, a lost card, a replica that fails on every text, and wrong vectors."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ _QUESTIONS = ("Does it still work?", "The quick brown fox jumps over the lazy do
 
 @dataclass(frozen=True, slots=True)
 class Trouble:
-    """What is wrong with an engine.
+    """A problem of an engine.
 
     Attributes:
-        replica: the one whose card is lost; ``None`` if a reload may help.
+        replica: the replica with the lost card; ``None`` if a reload may help.
     """
 
     reason: str
@@ -38,10 +38,10 @@ class Trouble:
 
 
 class Stopwatch:
-    """Measures for how long the same forwards have been running, in time that the watchdog has seen pass.
+    """Measures how long forwards have been running, in the time that the watchdog has observed.
 
-    A process that was stopped, or a machine that was asleep, has not computed meanwhile: between two looks no more than
-    ``longest_look_s`` counts, regardless of the clock.
+    A stopped process, or a sleeping machine, computes nothing. So at most ``longest_look_s`` counts between two looks,
+    regardless of the clock.
 
     Attributes:
         busiest: place of the forward that has been running longest at the last look.
@@ -58,7 +58,7 @@ class Stopwatch:
         """Return the seconds of the forward that has been running longest; 0 if none is.
 
         Args:
-            busy_since: when each replica's forward began.
+            busy_since: the time at which each replica's forward began.
         """
         elapsed_s = min(now - self._looked_at, self._longest_look_s)
         self._looked_at = now
@@ -97,7 +97,7 @@ class Watchdog:
         return problem
 
     async def until_wrong(self, engine: Engine, lost: Collection[int]) -> Trouble:
-        """Watch an engine until something is wrong, and return that. While it is asked something, the watch goes on.
+        """Watch an engine until it has a problem, and return the problem. The watch continues during questions.
 
         Args:
             lost: replicas whose cards are known to be lost.
@@ -154,7 +154,7 @@ class Watchdog:
         return ""
 
     async def _ask(self, questions: Iterable[Awaitable[str]]) -> str:
-        """Return the first problem that a question finds; a model that cannot be asked counts as healthy."""
+        """Return the first problem that a question finds; a model that accepts no question counts as healthy."""
         for question in questions:
             try:
                 if reason := await question:

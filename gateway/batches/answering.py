@@ -23,9 +23,9 @@ _MAX_BYTES_IN_FLIGHT = 8 * 1024 * 1024
 # Answers wait in memory until all earlier ones are written. Together they may be as large as one large response.
 _MAX_WEIGHT_IN_FLIGHT = 2048
 _LONGEST_WAIT_S = 30.0
-# How often to try a request whose failure may be temporary, but may also be its own fault.
+# The number of attempts for a request if its failure may be temporary or its own fault.
 _MAX_TRIES = 3
-# How many lines without an answer are written at once.
+# The number of lines without an answer that are written at once.
 _GROUP = 500
 
 
@@ -57,7 +57,7 @@ class Answering:
     async def answer_all(self, run: Run) -> Change:
         """Answer the remaining lines until the file ends, the batch's time ends, or the batch is canceled.
 
-        Returns how the batch ends, unless it was canceled.
+        Returns the end of the batch, unless it was canceled.
         """
         with self._recorder.store.open(run.batch.input_id) as file:
             file.seek(run.batch.position)
@@ -101,7 +101,7 @@ class Answering:
         has_more = True
         while run.batch.status is Status.IN_PROGRESS:
             if self._now() >= run.batch.expires_at:
-                with suppress(StorageFull):  # the batch ends without room as well
+                with suppress(StorageFull):  # the batch ends even without room
                     await self.give_up(run, "batch_expired")
                 return partial(replace, end=Status.EXPIRED)
             if (refusal := self._requests.refusal(run.batch)) is not None and refusal.code == "invalid_api_key":

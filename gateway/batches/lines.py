@@ -71,7 +71,7 @@ class Answered:
     Attributes:
         body: the body as JSON, exactly as ``POST`` to the endpoint returns it.
         is_passing: another attempt may succeed, and the request did not cause the failure.
-        retry_after_s: how long to wait before another attempt, if known, in seconds.
+        retry_after_s: the seconds to wait before another attempt, if known.
         space: the space of its vectors; ``None`` if the batch may have vectors of several.
     """
 
@@ -103,7 +103,7 @@ class Requests(Protocol):
         """
 
     def refusal(self, batch: Batch) -> LineError | None:
-        """Return why the owner may not use a batch or its model; ``None`` if the owner may."""
+        """Return the reason why the owner may not use a batch or its model; ``None`` if the owner may."""
 
     async def answer(self, batch: Batch, line: Line) -> Answered:
         """Answer a request."""
@@ -113,7 +113,7 @@ class RawLine(NamedTuple):
     """A line.
 
     Attributes:
-        number: the number of the line, from 1 and with blank lines, counted from where the reading began.
+        number: the number of the line from 1, blank lines included, counted from the position where reading began.
         end: the offset of the next line in bytes.
     """
 
@@ -283,7 +283,7 @@ def in_one_space(spaces: Mapping[str, str], line: Line, answered: Answered) -> t
         return answered, spaces
     message = (
         f"The vectors of this batch are in {held}, and this one would be in {answered.space}: the model was changed "
-        "meanwhile. Make a new batch of all requests."
+        "in the meantime. Make a new batch of all requests."
     )
     problem = {"message": message, "type": "invalid_request_error", "param": "model", "code": "space_mismatch"}
     return Answered(412, answered.request_id, orjson.dumps({"error": problem})), spaces

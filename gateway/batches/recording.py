@@ -1,8 +1,8 @@
 """Record the progress of batches on disk.
 
-Answers are written in the order of the input. They are first written and synced, and then the batch's row records how
-much of the files counts. After a crash, the files are truncated to that size, and the requests after it are computed
-again. So each line is answered exactly once in the output, and none is lost.
+Answers are written in the order of the input. They are first written and synced, and then the batch's row records the
+sizes of the files that count. After a crash, the files are truncated to that size, and the requests after it are
+computed again. So each line is answered exactly once in the output, and none is lost.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ from gateway.telemetry import metrics
 log = structlog.get_logger(__name__)
 T = TypeVar("T")
 
-# How many batches, of different clients, are in progress; others wait.
+# The number of batches, of different clients, that are in progress; others wait.
 _MAX_AT_ONCE = 16
 _SWEEP_EVERY_S = 600.0
 
@@ -64,7 +64,7 @@ class Runner:
             self._begin()
 
     async def stop(self) -> None:
-        """Stop all batches where they are; the next start continues them from there."""
+        """Stop all batches; the next start continues them from there."""
         self._is_stopped = True
         tasks = [run.task for run in self._runs.values() if run.task is not None]
         tasks += [] if self._sweeper is None else [self._sweeper]
@@ -187,7 +187,7 @@ class Runner:
                     await self._become(run, Status.FINALIZING, end)
             case Status.CANCELLING:
                 if run.batch.num_total:  # it was validated
-                    with suppress(StorageFull):  # the batch ends without room as well
+                    with suppress(StorageFull):  # the batch ends even without room
                         await self._answering.give_up(run, "batch_cancelled")
                 await self._finish(run, Status.CANCELLED)
             case _:

@@ -1,7 +1,7 @@
 """Files and batches in a folder: content in files, everything else in SQLite. Survives a crash at any moment.
 
-A file counts once its row is in the database, and the row of a batch says how much of its output counts. The next start
-removes everything else that a crash left behind. Only one process at a time may use a folder.
+A file counts once its row is in the database, and the row of a batch has the size of the output that counts. The next
+start removes everything else that a crash left behind. Only one process at a time may use a folder.
 """
 
 from __future__ import annotations
@@ -160,7 +160,7 @@ class Store(Contents):
         """Turn the written content of an upload into a file.
 
         Raises:
-            StorageFull: the client's files would take more than what is left for the others.
+            StorageFull: the client's files would take more than remains free for other clients.
         """
         [row] = self._read("SELECT total(num_bytes) AS held FROM files WHERE owner = ? AND expires_at > 0", file.owner)
         held, free = int(row["held"]) + file.num_bytes, self._max_bytes - self.num_bytes

@@ -21,7 +21,7 @@ WINDOW_S = 24 * 3600
 """The time limit of a batch, in seconds."""
 
 KEPT_S = 30 * 24 * 3600
-"""How long a file is kept by default, and a batch after its end, in seconds."""
+"""The seconds that a file is kept by default, and a batch after its end."""
 
 
 class BatchesUnavailable(RequestError):
@@ -99,10 +99,10 @@ class Batch:
     Attributes:
         owner: the client that owns the batch.
         output_id, error_id: the ids of the files with answers and errors, which clients see once the batch has ended.
-        times: when the batch entered each of its states, in seconds since the epoch.
+        times: the time at which the batch entered each of its states, in seconds since the epoch.
         position: the input's offset of the first line without an answer, in bytes.
-        output_bytes, error_bytes: how much of each file counts. Anything after that was written before a crash.
-        output_kept_s: how long output and errors are kept, in seconds.
+        output_bytes, error_bytes: the size of each file that counts. Anything after that was written before a crash.
+        output_kept_s: the seconds that output and errors are kept.
         end: the state after finalizing.
         spaces: the space of the vectors so far, by the options of the request. Answers of experiments have no entry.
     """
@@ -133,5 +133,5 @@ class Batch:
 
     @property
     def num_answered(self) -> int:
-        """How many lines, from the beginning of the file, have an answer."""
+        """The number of lines, from the beginning of the file, that have an answer."""
         return self.num_completed + self.num_failed

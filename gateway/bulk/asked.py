@@ -1,4 +1,4 @@
-"""The vectors that a user asks for: a model by its name, a task, a size, outputs."""
+"""The vectors that a user requests: a model by its name, a task, a size, outputs."""
 
 from __future__ import annotations
 

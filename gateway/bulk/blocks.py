@@ -26,7 +26,7 @@ class Block:
     Attributes:
         rows: the rows to embed.
         bad: items that cannot be embedded.
-        num_items: how many items of the source the block covers.
+        num_items: the number of the source's items that the block covers.
         position: the position after the last item.
         ids: the items' ids, from which the manifest detects later duplicates.
         num_bytes: the approximate size of texts and payloads.
@@ -47,7 +47,7 @@ class BlockReader:
         seen: returns the subset of some ids that committed shards contain.
         max_rows: the most rows in a block.
         expand: splits rows; by default, each row is embedded whole.
-        problem: returns why the sink cannot store a row; empty if it can.
+        problem: returns the reason why the sink cannot store a row; empty if it can.
     """
 
     def __init__(

@@ -1,5 +1,5 @@
 # ruff: noqa: RUF001, RUF002  the full stops of many scripts look like others
-"""Where a text may be cut: between paragraphs and sentences, else between words, else between characters.
+"""Find the places to cut a text: between paragraphs and sentences, else between words, else between characters.
 
 The rules are short on purpose. A cut at an abbreviation does a chunk little harm, and no library knows the
 abbreviations of all languages: the maintained ones cover a few languages, or need a model.

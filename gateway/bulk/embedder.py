@@ -28,7 +28,7 @@ class TextVectors:
     Attributes:
         dense: ``(n, dimensions)`` float32; ``None`` without dense vectors.
         num_tokens: the tokens of all texts together, after truncation.
-        num_truncated: how many texts were cut.
+        num_truncated: the number of texts that were cut.
     """
 
     dense: Vectors | None
@@ -44,8 +44,8 @@ class Embedder(Protocol):
     Attributes:
         note: describes the space of the vectors.
         max_texts, max_characters: the limits of one call; a text with more characters gets a call to itself.
-        num_calls: how many concurrent calls keep the embedder busy.
-        block_texts: how many texts to sort by length at once.
+        num_calls: the number of concurrent calls that keep the embedder busy.
+        block_texts: the number of texts to sort by length at once.
     """
 
     note: SpaceNote

@@ -1,4 +1,4 @@
-"""Which fields of a record are the id, the text, the title and the payload of a row."""
+"""Choose the fields of a record that become the id, the text, the title and the payload of a row."""
 
 from __future__ import annotations
 

@@ -32,16 +32,16 @@ from gateway.service import EmbeddingService
 from gateway.types import Output, Priority
 
 _CALLER = "embed"
-# How many texts are sorted by length together. An interruption loses a block's progress, seconds of work on a CPU.
+# The number of texts that are sorted by length together. An interruption loses a block, seconds of work on a CPU.
 _BLOCK_TEXTS = 2048
 _CPU_BLOCK_TEXTS = 512
 _MULTIVECTOR_TEXTS = 64
-# The same for a cluster: a lost replica costs the work of one call, and the others take over its next calls.
+# The number for a cluster: a lost replica costs the work of one call, and other replicas take its next calls.
 _CALLS_PER_BLOCK = 8
 # The limit of a block with multi-vectors: 16,000 tokens of 1,024 dimensions are 64 MB.
 _MULTIVECTOR_CHARACTERS = 64_000
 _CHARACTERS = 1_000_000
-# How long to wait for a model that hung or failed to be reloaded.
+# The seconds to wait until a model that hung or failed is reloaded.
 _RECOVERY_S = 600.0
 
 

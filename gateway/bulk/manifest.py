@@ -37,7 +37,7 @@ _CACHE_KIB = 32 * 1024
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """How much work was done.
+    """The amount of work that was done.
 
     Attributes:
         items: items that were read from the source; a long item can become several rows.
@@ -87,8 +87,8 @@ class Progress:
         number: the number of the next shard.
         part: the number of the next shard in the sink.
         position: where reading continues; ``None`` for the beginning.
-        planned_items: how many items the next shard must have, because a killed process may have written it; 0
-            otherwise.
+        planned_items: the number of items that the next shard must have, because a killed process may have written it;
+            0 otherwise.
     """
 
     number: int
@@ -228,7 +228,7 @@ class Manifest:
         )
 
     def plan(self, number: int, items: int) -> None:
-        """Record how many items a shard has, before its sink gets it."""
+        """Record the number of a shard's items, before its sink gets the shard."""
         with self._transaction() as db:
             db.execute("INSERT OR REPLACE INTO shards (number, items) VALUES (?, ?)", (number, items))
 

@@ -39,7 +39,7 @@ async def remote_embedder(
     """Yield an embedder that sends requests to a running gateway.
 
     Args:
-        patience_s: how long to wait for a gateway that is busy, restarting or loading the model, in seconds.
+        patience_s: the seconds to wait for a gateway that is busy, restarting or loading the model.
 
     Raises:
         BulkError: the gateway does not answer or rejects the key or the model, or the name belongs to an experiment.

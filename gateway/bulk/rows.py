@@ -172,4 +172,4 @@ class Choosy(Protocol):
     """A sink that cannot store every row. Such rows are bad rows, which the job skips or stops at before it embeds them."""
 
     def problem(self, row: Row) -> str:
-        """Return why a row cannot be stored; empty if it can. Called in another thread than the other methods."""
+        """Return the reason why a row cannot be stored; empty if it can. Called in another thread than the other methods."""

@@ -49,7 +49,7 @@ def part_of(info: ModelInfo, job: EmbedJob, output: Output, *, is_remote: bool, 
     """Return the part that one output of a job belongs to.
 
     Args:
-        is_remote: other servers compute the output, and do not report which texts they cut.
+        is_remote: other servers compute the output, and do not report the texts that they cut.
         is_per_client: keys depend on the client and the text, and must differ from keys of a text alone.
     """
     rows = {
@@ -77,7 +77,7 @@ def pack(num_tokens: int, cut: Truncate | None, content: bytes) -> bytes:
     """Return an entry.
 
     Args:
-        cut: how the text was cut; ``None`` if it was not cut.
+        cut: the end at which the text was cut; ``None`` if it was not cut.
     """
     header = num_tokens | (0 if cut is None else _CUTS[cut] << _CUT_BITS)
     return header.to_bytes(_HEADER_BYTES, "little") + content
@@ -99,7 +99,7 @@ def unnoted(note: int, content: bytes) -> bytes:
 
 
 def answers(entry: bytes, truncate: Truncate) -> bool:
-    """Return whether an entry can serve a request, given how the request treats long texts."""
+    """Return whether an entry can serve a request with this treatment of long texts."""
     cut = note_of(entry) >> _CUT_BITS
     return not cut or cut == _CUTS[truncate]
 

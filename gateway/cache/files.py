@@ -22,7 +22,7 @@ from gateway.errors import StartError
 from gateway.types import SparseVector
 
 _RECORD = np.dtype([("key", f"V{KEY_BYTES}"), ("end", "<u8"), ("check", "<u4"), ("note", "<u4")])
-# How many new records are collected before they are merged into the sorted ones.
+# The number of new records that are collected before they are merged into the sorted ones.
 _LEAST_RECENT = 4096
 # A record with a damaged place must not cause gigabytes to be read.
 _LARGEST_BYTES = 2**26
@@ -217,7 +217,7 @@ class Ragged:
 
     Attributes:
         rows: the rows of all texts of a file, memory-mapped: ``(rows,)`` weights, or ``(rows, width)`` vectors.
-        places: where the rows of each text start and end.
+        places: the start and end of the rows of each text.
     """
 
     rows: npt.NDArray[Any]
@@ -247,7 +247,7 @@ class CacheFolder:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._open: dict[str, RowFile] = {}
-        self._num_reused = 0  # for files that were closed
+        self._num_reused = 0  # the entries of files that were closed
         self._stack = ExitStack()
 
     def __enter__(self) -> Self:

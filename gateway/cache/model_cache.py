@@ -192,7 +192,7 @@ class ModelCache:
             self._store.forget(list(self._parts.values()))
 
     def stats(self) -> MemoryStats:
-        """Return how much the memory holds."""
+        """Return the size of the entries in memory."""
         return MemoryStats(len(self._memory), self._memory.num_bytes)
 
     async def close(self) -> None:

@@ -1,4 +1,4 @@
-"""Entries in Redis, which replicas share and which survive a restart."""
+"""Entries in Redis, which replicas share, and which survive a restart."""
 
 from __future__ import annotations
 

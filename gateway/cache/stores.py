@@ -14,11 +14,11 @@ from gateway.telemetry import metrics
 
 log = structlog.get_logger(__name__)
 
-# How long to wait for a store, in seconds: computing most texts takes less.
+# The seconds to wait for a store: computing most texts takes less.
 PATIENCE_S = 0.25
 # The time limit of a write, in seconds; no request waits for writes.
 _WRITING_S = 5.0
-# How long a failed store is left alone, in seconds, so that not every request has to wait for it.
+# The seconds that a failed store is left alone, so that not every request has to wait for it.
 _SILENCE_S = 5.0
 # The limit of entries that wait to be written, in bytes; further ones are dropped.
 _MAX_WAITING_BYTES = 64 * 2**20
@@ -45,7 +45,7 @@ class Store(Protocol):
 class Guarded:
     """A store that never fails a request, and delays one by a quarter of a second at most once in five seconds.
 
-    Entries to be forgotten are forgotten before the store is used again.
+    It deletes entries that must be forgotten before it is used again.
 
     Args:
         model: the model's id, for the log and the metrics.
@@ -68,7 +68,7 @@ class Guarded:
                 async with asyncio.timeout(PATIENCE_S):
                     await self._forget_first()
                     return await self._store.get(part, keys)
-            except Exception as error:  # whatever a disk or server does, the texts can be computed
+            except Exception as error:  # the texts can be computed, whatever the error of the disk or server
                 self._note(error)
         return [None] * len(keys)
 

@@ -1,1 +1,1 @@
-"""Captured queries: a sample of what clients search for, for ``gateway compare --queries``. Imported only when one is on."""
+"""Captured queries: a sample of the clients' queries for ``gateway compare --queries``. Imported only if a capture is on."""

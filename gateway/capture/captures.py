@@ -1,4 +1,4 @@
-"""All captures of a registry, which select the queries among texts, and a sample of those."""
+"""All captures of a registry, which select a sample of the queries among texts."""
 
 from __future__ import annotations
 

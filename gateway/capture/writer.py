@@ -27,7 +27,7 @@ from gateway.telemetry import metrics
 log = structlog.get_logger(__name__)
 
 MAX_WAITING = 1_000
-"""How many texts may wait to be written; further ones are dropped."""
+"""The number of texts that may wait to be written; further ones are dropped."""
 MAX_CHARACTERS = 10_000
 """The length limit of a text in characters. A longer text is hardly a question, and a few would fill the memory."""
 MAX_BYTES_PER_DAY = 64 * 1024 * 1024

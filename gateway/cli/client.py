@@ -80,8 +80,8 @@ class GatewayClient:
 
     Args:
         http: a client whose base URL is the gateway's.
-        source: how results and errors name the gateway.
-        patience_s: seconds for which to repeat a request that may succeed later, because the model is loading, the
+        source: the gateway's name in results and errors.
+        patience_s: the seconds during which a request is repeated if it may succeed later: the model is loading, the
             queue is full, or the connection broke. With 0, each request is sent once.
     """
 
@@ -134,7 +134,7 @@ class GatewayClient:
         Args:
             precision: float, int8 or uint8; the numbers of the vectors are then integers.
             outputs: the representations to ask for.
-            truncate: how to treat texts that are too long.
+            truncate: the treatment of texts that are too long.
             is_late: the texts are consecutive chunks of one document.
 
         Raises:
@@ -245,7 +245,7 @@ class GatewayClient:
             answer = await self._http.request(method, path, content=content, headers=headers)
         except (httpx.ConnectError, httpx.ConnectTimeout) as error:
             failure = StartError(f"no gateway answers at {self.source}: {str(error) or 'it takes too long'}")
-            if self._has_answered:  # it may be restarting; otherwise, the address is wrong
+            if self._has_answered:  # the gateway may be restarting; otherwise, the address is wrong
                 return failure
             raise failure from error
         # Here and below, the message of the error is left out, because it can hold the key.
@@ -259,7 +259,7 @@ class GatewayClient:
     def _broken_off(self, error: httpx.TransportError) -> str:
         if isinstance(error, httpx.TimeoutException) and (timeout_s := self._http.timeout.read):
             return f"{self._name} has not answered for {timeout_s:.0f} s"
-        return f"{self._name} broke off the connection: {type(error).__name__}"
+        return f"{self._name} dropped the connection: {type(error).__name__}"
 
     def _refusal(self, answer: httpx.Response) -> Refused:
         hint = "; --api-key-env names the environment variable with the key" if answer.status_code == 401 else ""
@@ -301,7 +301,7 @@ async def connect(
 
     Args:
         url: the gateway's address, or that of its API, which ends with ``/v1``.
-        timeout_s: how long to wait for an answer.
+        timeout_s: the seconds to wait for an answer.
         patience_s: see :class:`GatewayClient`.
         headers: headers to send with every request.
 
@@ -345,12 +345,12 @@ def _base_url(text: str) -> str:
 
 
 def _count_listed(header: str) -> int:
-    """Return how many indices a header lists; ``0,3,+12`` lists two and counts twelve more."""
+    """Return the number of indices in a header; ``0,3,+12`` lists two and counts twelve more."""
     parts = [part for part in header.split(",") if part]
     return sum(int(part) if part.startswith("+") else 1 for part in parts)
 
 
 def _retry_after_s(answer: httpx.Response) -> float | None:
-    """Return the pause that an answer asks for; a date, which a proxy may write, is not read."""
+    """Return the pause that an answer requests in seconds; a date, as some proxies write it, is ignored."""
     text = answer.headers.get("retry-after", "")
     return float(text) if re.fullmatch(r"[1-9]\d{0,5}", text, re.ASCII) else None

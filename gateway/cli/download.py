@@ -45,7 +45,7 @@ def download(registry: Registry, named: Sequence[ModelEntry] = ()) -> bool:
             is_complete = False
             continue
         if repository is None:
-            say(console, f"{entry.id}: is here already, in {locate(entry, may_download=False)}")
+            say(console, f"{entry.id}: is already here, in {locate(entry, may_download=False)}")
         else:
             wanted.append((entry, repository))
             say(console, _announced(entry, repository))
@@ -58,7 +58,7 @@ def download(registry: Registry, named: Sequence[ModelEntry] = ()) -> bool:
 
 
 def _why_not(entry: ModelEntry, *, is_named: bool) -> str:
-    """Return why nothing is fetched for a model; an empty text if the hub has to be asked."""
+    """Return the reason why no file is fetched for a model; an empty text if the hub has to be asked."""
     if entry.is_remote:
         return "runs on other servers, so nothing is downloaded for it"
     if entry.parsed_source.kind != "hub":
@@ -88,7 +88,7 @@ def _fetch(console: Console, entry: ModelEntry, repository: Repository) -> bool:
         return False
     except KeyboardInterrupt:
         raise StartError(
-            f"{entry.id}: stopped. What has arrived is kept; the same command continues from there"
+            f"{entry.id}: stopped. The downloaded parts are kept, and the same command continues from there"
         ) from None
     return True
 

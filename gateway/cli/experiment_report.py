@@ -99,7 +99,7 @@ def read_evidence(
 
 
 def print_experiments(experiments: ExperimentList) -> None:
-    """Print the experiments, and how they split their requests."""
+    """Print the experiments, and the split of their requests."""
     console = make_console()
     if not experiments.data:
         say(console, "no experiments; declare them under `experiments` in models.yaml")
@@ -159,7 +159,7 @@ def _sentence(guardrail: Guardrail, control: str) -> str:
     """Return a guardrail as a sentence: the difference, with its interval."""
     what = f"{guardrail.metric} of {guardrail.arm} against {control}"
     if guardrail.estimate is None or guardrail.low is None or guardrail.high is None:
-        return f"{what}: not yet; needs {guardrail.least_units} units in each arm, of which enough differ"
+        return f"{what}: not yet; needs {guardrail.least_units} units in each arm, and enough of them must differ"
     if guardrail.metric == "latency":
         figures = (
             f"x {guardrail.estimate:.2f} ({guardrail.low:.2f} to {guardrail.high:.2f}) at equal length of the texts"

@@ -41,7 +41,7 @@ def experiments(
     ] = None,
     models: ModelsOption = None,
 ) -> None:
-    """Show how an experiment is going.
+    """Show the current figures of an experiment.
 
     Shows the arms side by side: requests, latency, errors, whether the split of units matches the weights, and which arm
     has the better outcomes.

@@ -38,7 +38,7 @@ class LockedModel(_Frozen):
 
     Attributes:
         prompts: the prompts in the registry. With the revision, they determine the spaces even without the checkpoint.
-        fingerprint: that of the checkpoint; ``None`` if the checkpoint was not on the machine.
+        fingerprint: the checkpoint's fingerprint; ``None`` if the checkpoint was not on the machine.
         spaces: the space of each task, with native dimensions. A model without tasks has one space, under the empty
             name. The spaces of int8 and uint8 vectors, which depend on the ranges, have the precision's name.
     """
@@ -102,7 +102,7 @@ class CheckpointInfos:
         return self._known[entry.id].info
 
     def get(self, model_id: str) -> _Read | None:
-        """Return the info that was read for a model, for the rules, which leave out disabled models themselves."""
+        """Return the info that was read for a model, as the rules need it; they leave out disabled models themselves."""
         return self._known.get(model_id)
 
 
@@ -227,8 +227,8 @@ def _changes(entry: ModelEntry, locked: LockedModel, fingerprint: str | None) ->
     """Yield each difference between a registry entry and its lock that can change the model's spaces.
 
     Args:
-        fingerprint: that of the checkpoint on this machine. If it equals the locked fingerprint, the weights are the
-            same, wherever they came from.
+        fingerprint: the fingerprint of the checkpoint on this machine. If it equals the locked fingerprint, the weights
+            are the same, wherever they came from.
     """
     # Older locks hold folders as absolute paths.
     has_moved = locked.source not in {entry.written_source, entry.source}
@@ -276,7 +276,7 @@ def read_lock(path: Path) -> Lock | None:
             f"{path}: is not a lock: {where}: {first['msg']}; write it again with `gateway lock`"
         ) from error
     if lock.version != VERSION:
-        raise StartError(f"{path}: is a lock of version {lock.version}, and this gateway reads version {VERSION}")
+        raise StartError(f"{path}: is a lock of version {lock.version}, but this gateway reads version {VERSION}")
     return lock
 
 

@@ -107,7 +107,7 @@ def start(  # noqa: PLR0913, PLR0917  an argument for each option
 
 @move.command()
 def status(name: NameArgument = None) -> None:
-    """Show how far moves have come, and the next command."""
+    """Show the progress of moves, and the next command."""
     from gateway.bulk.moving.command import show_status
 
     show_status(_folder(), name)

@@ -157,13 +157,13 @@ def print_checks(model: str, checks: Sequence[Check]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Whether and how one model would load.
+    """The plan of one model: whether it would load, and how.
 
     Attributes:
         verdict: ``yes``, ``on demand``, ``no``, ``off``, ``elsewhere``, or ``after a download``.
-        lines: how the model would run, or why it would not load.
+        lines: a description of how the model would run, or the reason why it would not load.
         info: the info of the model, if its checkpoint could be read.
-        forecast: how the model would run, if it would load.
+        forecast: the device, precision and memory, if the model would load.
     """
 
     model: str

@@ -74,7 +74,7 @@ def verify(entry: ModelEntry, settings: Settings) -> list[Check]:
     from gateway.engine.loading import load_engine, load_reference, plan_load
 
     plan = plan_load(entry)
-    # Loading would refuse a model whose vectors differ, instead of showing by how much.
+    # Loading would reject a model with different vectors, instead of showing the difference.
     engine = load_engine(plan, settings, checks_golden=False)
     serving = _Serving(plan, dict(zip(plan.devices, _by_device(engine.encoders, len(plan.devices)), strict=True)))
     checks = []

@@ -1,4 +1,4 @@
-"""A request router for Ray Serve that routes no requests: it only announces where the replicas are.
+"""A request router for Ray Serve that routes no requests: it only announces the addresses of the replicas.
 
 Serve pickles this module by value, and every process that has a handle unpickles a copy. So its state is in
 :mod:`gateway.cluster.discovery`, which is not copied.

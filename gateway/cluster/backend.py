@@ -24,7 +24,7 @@ from gateway.types import Embeddings, EmbedJob, ModelInfo, ModelState, Vocabular
 
 log = structlog.get_logger(__name__)
 
-# How often to ask Serve about a model that has no replica yet, in seconds.
+# The seconds between questions to Serve about a model that has no replica yet.
 _POLL_S: Final = 0.5
 # A model that no machine has room for fails after this time in seconds, and is retried later.
 _PLACE_S: Final = 60.0
@@ -141,7 +141,7 @@ class RayBackend:
                 model=self._entry.id,
                 running=num_running,
                 wanted=wanted,
-                reason=found.reason or "`gateway cluster status` shows what runs",
+                reason=found.reason or "`gateway cluster status` shows the running replicas",
             )
 
     def replicas(self) -> Sequence[Replica]:
@@ -153,7 +153,7 @@ class RayBackend:
         return await self._pool.metrics()
 
     def _note_fault(self, reason: str) -> None:
-        """Have the model's cache emptied, also if other replicas go on: the replica's last vectors may be wrong."""
+        """Empty the model's cache, even if other replicas work, because the replica's last vectors may be wrong."""
         if self._is_ready:
             self._report(ModelState.RECOVERING, reason)
             if self._pool.usable:

@@ -1,4 +1,4 @@
-"""``gateway cluster``: list what runs on the cluster, and remove deployments that no gateway uses."""
+"""``gateway cluster``: list the deployments on the cluster, and remove those that no gateway uses."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gateway.cluster.placing import stem_of
 from gateway.cluster.pool import Pool
 from gateway.config.wording import enumerate_names
 
-# How long to wait for the replicas' status, in seconds.
+# The seconds to wait for the replicas' status.
 _PATIENCE_S: Final = 3.0
 
 
@@ -24,7 +24,7 @@ class Found:
     """A deployment on the cluster, and its reachable replicas.
 
     Attributes:
-        num_fronts: how many gateways are connected to it; ``None`` if no replica answers.
+        num_fronts: the number of connected gateways; ``None`` if no replica answers.
     """
 
     deployed: Deployed
@@ -140,7 +140,7 @@ def _connect(address: str) -> Cluster:
 
 
 def address_of(asked: str | None) -> str:
-    """Return the address of the cluster: the given one, else the environment's, else that of this machine's cluster."""
+    """Return the address of the cluster: the given one, else the environment's, else this machine's."""
     from gateway.config.settings import load_settings
 
     set_there = load_settings(os.environ, cluster=asked).cluster

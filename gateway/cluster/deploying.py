@@ -45,9 +45,9 @@ class Deployed:
 
     Attributes:
         status: Serve's status, such as ``RUNNING``.
-        reason: why the deployment is not running; may be empty.
-        num_running: how many replicas run.
-        num_starting: how many replicas are starting, or waiting for resources.
+        reason: the reason why the deployment is not running; may be empty.
+        num_running: the number of running replicas.
+        num_starting: the number of replicas that are starting, or waiting for resources.
     """
 
     name: str
@@ -209,7 +209,7 @@ def _reason(*messages: str) -> str:
 
 
 def _checked(address: str) -> str:
-    """Return the address; for ``auto``, what Ray itself would take from the environment, if that is a cluster's.
+    """Return the address; for ``auto``, the environment's address that Ray itself would use, if it is a cluster's.
 
     Raises:
         StartError: ``RAY_ADDRESS`` is another kind of address.

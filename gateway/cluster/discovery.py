@@ -23,7 +23,7 @@ class Directory:
         self._watchers: dict[str, list[tuple[asyncio.AbstractEventLoop, Watcher]]] = {}
 
     def publish(self, name: str, places: Mapping[str, Place]) -> None:
-        """Record where the replicas of a deployment are. Ray Serve's thread calls this."""
+        """Record the addresses of a deployment's replicas. Ray Serve's thread calls this."""
         with self._lock:
             self._places[name] = places
             watchers = list(self._watchers.get(name, ()))

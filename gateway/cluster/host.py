@@ -20,7 +20,7 @@ from gateway.types import ModelInfo, ModelState
 log = structlog.get_logger(__name__)
 
 _GREETING_S: Final = 10.0
-# How often the fronts receive the load, in seconds.
+# The seconds between reports of the load to the fronts.
 _REPORT_S: Final = 0.25
 # The fronts receive a message at least this often, in seconds, as a sign of life.
 _SILENCE_S: Final = 1.0
@@ -45,7 +45,7 @@ class Host:
 
     Attributes:
         port: the port on which it listens, once started.
-        num_requests: how many jobs are in progress.
+        num_requests: the number of jobs in progress.
     """
 
     def __init__(self, backend: Backend, info: ModelInfo, secret: bytes, address: str) -> None:
@@ -193,10 +193,10 @@ class Host:
             connection.send("state", state, reason)
 
     def why_unwell(self, patience_s: float) -> str:
-        """Return why only another process can help; nothing while the model works, or may soon work again.
+        """Return the reason why only another process can help; empty while the model works, or may soon work again.
 
         Args:
-            patience_s: how long a model may be recovering.
+            patience_s: the seconds that a model may be recovering.
         """
         state, reason = self._state
         if state is ModelState.RECOVERING and time.monotonic() - self._state_since > patience_s:

@@ -25,7 +25,7 @@ _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 1.0
 _SILENCE_S: Final = 5.0
 # Prometheus waits for ten seconds by default.
 _METRICS_S: Final = 3.0
-# How long after a deadline to wait for the replica's own error, in seconds.
+# The seconds after a deadline to wait for the replica's own error.
 _GRACE_S: Final = 0.25
 
 
@@ -74,7 +74,7 @@ class Line:
         info: the model's info from the replica.
         load: the last load that the replica sent.
         is_leaving: the replica accepts no more jobs.
-        trouble: why the line is not connected.
+        trouble: the reason why the line is not connected.
     """
 
     def __init__(
@@ -110,11 +110,11 @@ class Line:
 
     @property
     def num_requests(self) -> int:
-        """How many jobs of this front are in progress."""
+        """The number of this front's jobs in progress."""
         return len(self._calls)
 
     def expected_s(self, work: int, usual_rate: float) -> float:
-        """Estimate how long additional work would take to finish, in seconds.
+        """Estimate the seconds until additional work would be finished.
 
         Args:
             usual_rate: the rate of a replica that has not measured its own yet, in characters per second.

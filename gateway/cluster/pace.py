@@ -1,4 +1,4 @@
-"""How fast a replica works, by which the fronts compare replicas of different speed."""
+"""The rate of a replica, by which the fronts compare replicas of different speed."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Final
 
 # The weight of a new measurement.
 _WEIGHT: Final = 0.3
-# An idle replica forgets its rate after this time in seconds: one that was slow once, such as at its first job, would
-# otherwise get no job that shows that it is no longer slow.
+# An idle replica forgets its rate after this time in seconds: otherwise a replica that was slow once, such as at its
+# first job, would get no job that shows its present rate.
 _FORGET_S: Final = 30.0
 
 

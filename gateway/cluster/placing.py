@@ -40,7 +40,7 @@ _SETTINGS: Final = (
     "cache_dir",
     "log_level",
 )
-# How long autoscaling waits before it adds or removes a replica, in seconds.
+# The seconds that autoscaling waits before it adds or removes a replica.
 UPSCALE_DELAY_S: Final = 5.0
 DOWNSCALE_DELAY_S: Final = 120.0
 LOOK_BACK_S: Final = 12.0
@@ -84,7 +84,7 @@ class Spec:
 
 
 def stem_of(name: str) -> str:
-    """Return the part of a deployment's name that says which model it is, without the hash."""
+    """Return the part of a deployment's name that identifies the model, without the hash."""
     return name.rpartition("-")[0]
 
 
@@ -133,7 +133,7 @@ def actor_options(spec: Spec) -> dict[str, Any]:
 
 
 def scaling_options(spec: Spec) -> dict[str, Any]:
-    """Return how many replicas Ray Serve runs."""
+    """Return the number of replicas that Ray Serve runs."""
     replicas = spec.replicas
     if replicas.most == replicas.min:
         return {"num_replicas": replicas.min}

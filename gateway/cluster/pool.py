@@ -20,9 +20,9 @@ from gateway.types import Embeddings, EmbedJob, ModelInfo, ModelState
 log = structlog.get_logger(__name__)
 
 # A job that was lost with its replica is sent to this many others, because computing an embedding twice is harmless. No
-# more than that, because the job itself may be what kills the replicas.
+# more than that, because the job itself may kill the replicas.
 _MAX_RETRIES: Final = 2
-# How long a job waits while there is no replica, in seconds: one may be about to be replaced.
+# The seconds that a job waits without a replica: a lost one may soon be replaced.
 PATIENCE_S: Final = 1.0
 _RETRY_AFTER_S: Final = 5
 # Comparing more replicas than this takes longer than it saves, as the simulation in docs/scale.md shows.
@@ -148,7 +148,7 @@ class Pool:
             nodes = {line.place.node for line in tried}
             lines = [line for line in lines if line.place.node not in nodes] or lines
             if lines:
-                some = random.sample(lines, min(len(lines), _MAX_COMPARED))  # in random order, for those that are equal
+                some = random.sample(lines, min(len(lines), _MAX_COMPARED))  # in random order, to break ties
                 usual = _usual_rate(some)
                 return min(some, key=lambda line: line.expected_s(work, usual))
             left_s = until - time.monotonic()
@@ -194,7 +194,7 @@ class Pool:
 
 
 def _usual_rate(lines: Sequence[Line]) -> float:
-    """Return the rate to expect of a new replica: the mean of the others, so that it gets as much work as they."""
+    """Return the expected rate of a new replica: the mean of the others, so that it gets an equal share."""
     known = [line.load.rate for line in lines if line.load.rate]
     return sum(known) / len(known) if known else 1.0
 

@@ -30,7 +30,7 @@ log = structlog.get_logger(__name__)
 
 NAMESPACE: Final = b"embedding-gateway"
 _EXIT_CARD_LOST: Final = 75
-# How long to send the last answers after a card is lost, before the process ends, in seconds.
+# The seconds to send the last answers after a card is lost, before the process ends.
 _LAST_ANSWERS_S: Final = 1.0
 DRAIN_S: Final = 60.0
 
@@ -152,7 +152,7 @@ def require_card(spec: Spec, planned: ModelInfo) -> None:
     """Refuse the CPU to a replica that has reserved a card: it would be slow, and keep the card from others.
 
     Raises:
-        LoadError: the card cannot be used; says why, and what to do.
+        LoadError: the card cannot be used; the message has the reason and the remedy.
     """
     if spec.num_gpus and planned.device == "cpu" and planned.notes:
         raise LoadError(f"{planned.id} has reserved a graphics card, but would run {'; '.join(planned.notes)}")

@@ -25,12 +25,12 @@ class Load:
     """The load of a replica.
 
     Attributes:
-        num_requests: how many requests of all fronts are in progress.
-        num_texts: how many texts these requests have.
+        num_requests: the number of requests in progress, of all fronts.
+        num_texts: the number of texts in these requests.
         work: the remaining work, in characters.
         others: the part of the work that belongs to other fronts.
-        rate: how many characters per second it processes while busy; 0 if unknown.
-        num_fronts: how many fronts are connected.
+        rate: the characters per second that it processes while busy; 0 if unknown.
+        num_fronts: the number of connected fronts.
     """
 
     num_requests: int = 0

@@ -138,7 +138,7 @@ def _entries(path: Path) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
         except orjson.JSONDecodeError as error:
             raise CompareError(f"{place}: is not JSON: {error.msg}") from error
         if not isinstance(entry, dict):
-            raise CompareError(f"{place}: must be a JSON object with _id and text, and is {_shown(entry)}")
+            raise CompareError(f"{place}: must be a JSON object with _id and text, got {_shown(entry)}")
         if "_id" not in entry:
             raise CompareError(f"{place}: has no _id; its keys: {', '.join(entry) or 'none'}")
         id_ = _id(place, entry, "_id")
@@ -155,7 +155,7 @@ def _id(place: str, entry: Mapping[str, Any], key: str) -> str:
     if isinstance(id_, int) and not isinstance(id_, bool):
         return str(id_)
     if not isinstance(id_, str) or not id_ or "\0" in id_:
-        raise CompareError(f"{place}: {key} must be a non-empty text or an integer, and is {_shown(id_)}")
+        raise CompareError(f"{place}: {key} must be a non-empty text or an integer, got {_shown(id_)}")
     if any(mark in id_ for mark in "\t\n\r"):
         raise CompareError(
             f"{place}: {key} has a tab or a line break, so no file of judgments can name it, and is {_shown(id_)}"
@@ -171,7 +171,7 @@ def _text(place: str, entry: Mapping[str, Any], key: str) -> str:
     if key not in entry:
         raise CompareError(f"{place}: has no {key}; its keys: {', '.join(entry)}")
     if not isinstance(entry[key], str):
-        raise CompareError(f"{place}: {key} must be a text, and is {_shown(entry[key])}")
+        raise CompareError(f"{place}: {key} must be a text, got {_shown(entry[key])}")
     return str(entry[key])
 
 
@@ -234,11 +234,9 @@ def _add(judgments: Judgments, path: Path, *, is_form: bool) -> int:
             continue
         score = _integer(text)
         if score is None:
-            raise CompareError(f"{place}: the score must be an integer, and is {_shown(text)}")
+            raise CompareError(f"{place}: the score must be an integer, got {_shown(text)}")
         if abs(score) > _MAX_SCORE:
-            raise CompareError(
-                f"{place}: the score must be from {-_MAX_SCORE:,} to {_MAX_SCORE:,}, and is {_shown(text)}"
-            )
+            raise CompareError(f"{place}: the score must be from {-_MAX_SCORE:,} to {_MAX_SCORE:,}, got {_shown(text)}")
         scores = judgments.setdefault(query, {})
         if scores.setdefault(document, score) != score:
             raise CompareError(
@@ -257,7 +255,7 @@ def _columns(place: str, line: bytes, *, is_form: bool) -> Sequence[str]:
     columns = [column.strip() for column in text.split("\t")]
     if len(columns) != 3 or not all(columns):
         raise CompareError(
-            f"{place}: must have 3 columns, separated by tabs (query-id, corpus-id, score), and is {_shown_line(columns)}"
+            f"{place}: must have 3 columns, separated by tabs (query-id, corpus-id, score), got {_shown_line(columns)}"
         )
     return columns
 

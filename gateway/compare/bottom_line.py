@@ -104,16 +104,16 @@ def _undecided(primary: Mapping[str, Contrast], baseline: Arm) -> BottomLine | N
         )
         return BottomLine(Advice.TOO_FEW_QUERIES, None, text)
     if Verdict.NOT_JUDGED_ALIKE in verdicts:
-        text = f"Judge more documents first: whether to replace {name} depends on those without a judgment."
+        text = f"Judge more documents first: the decision to replace {name} depends on documents without a judgment."
         return BottomLine(Advice.JUDGE_MORE, None, text)
     if Verdict.TOO_FEW_DIFFER in verdicts:
         level = baseline.quality[PRIMARY_MEASURE].mean
         if level >= EASY:
             text = (
-                f"These queries are too easy: {name} has {PRIMARY_MEASURE} {fixed(level)}. Take harder ones, or more."
+                f"These queries are too easy: {name} has {PRIMARY_MEASURE} {fixed(level)}. Use harder queries, or more."
             )
             return BottomLine(Advice.TOO_EASY, None, text)
-        text = f"Too few queries differ to decide whether to replace {name}: take more."
+        text = f"Too few queries differ to decide whether to replace {name}: use more queries."
         return BottomLine(Advice.TOO_FEW_DIFFER, None, text)
     return None
 

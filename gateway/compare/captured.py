@@ -24,8 +24,8 @@ def read_captured(path: Path, notes: list[str]) -> Queries:
         raise CompareError(f"{path}: cannot be read: {error.strerror}") from error
     if not files:
         raise CompareError(
-            f"{path}: there is no such file, and none of a day, such as {path.stem}-2026-11-25{path.suffix}: the capture "
-            "has kept nothing yet, or writes elsewhere"
+            f"{path}: there is no such file, and no file of a day, such as {path.stem}-2026-11-25{path.suffix}: the capture "
+            "has not kept any text yet, or writes elsewhere"
         )
     texts: dict[str, str] = {}
     groups: dict[str, str] = {}

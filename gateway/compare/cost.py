@@ -81,8 +81,8 @@ class _Series:
     """The requests of one arm, in the same rounds as those of all arms.
 
     Attributes:
-        seconds: of each request.
-        num_tokens: of each request.
+        seconds: the time of each request.
+        num_tokens: the number of tokens of each request.
     """
 
     seconds: list[float] = field(default_factory=list)

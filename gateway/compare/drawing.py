@@ -21,7 +21,7 @@ class Plot:
     Attributes:
         caption: an explanation of how to read the plot.
         arm: the arm that is drawn; empty if several are.
-        legend: the arms that are drawn, if several are.
+        legend: the arms that are drawn, if there are several.
         is_wide: whether the plot takes the whole width.
     """
 

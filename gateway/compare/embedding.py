@@ -121,7 +121,10 @@ async def _token_width(client: GatewayClient, arm: PlannedArm, side: Side, texts
 
 def _ready(arm: PlannedArm, native: Vectors) -> Vectors:
     """Cut native vectors to the arm's size, and reduce them to signs if the arm is binary."""
-    if arm.dimensions not in {0, arm.width}:  # 0 if they only select documents for a comparison of token vectors
+    if arm.dimensions not in {
+        0,
+        arm.width,
+    }:  # 0 if dense vectors only select documents for a comparison of token vectors
         native = finish(native, (len(native), arm.width), arm.dimensions, normalize=arm.is_normalized)
     if arm.precision in (Precision.BINARY, Precision.UBINARY):
         return np.where(native > 0, np.float32(1), np.float32(-1))

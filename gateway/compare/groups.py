@@ -38,7 +38,7 @@ def group_queries(
     found = f"{len(groups):,} of {len(judgments):,} queries share a relevant document with another query"
     if max(Counter(groups.values()).values()) > max(2, _LARGEST_SHARE * len(judgments)):
         notes.append(
-            f"{found}, through which most of them are linked, so they are counted as independent. If several queries come "
+            f"{found}. These links join most queries, so they are counted as independent. If several queries come "
             "from one document, topic or user, give them the same `group` in queries.jsonl: else differences may look "
             "clearer than they are."
         )

@@ -56,5 +56,5 @@ def parse_mix(text: str, parts: Sequence[str]) -> Mix:
     if len(set(outputs)) < len(outputs):
         raise CompareError(f"{text!r}: an output appears twice")
     if weights and (len(weights) < len(outputs) or len(outputs) == 1 or min(weights) <= 0):
-        raise CompareError(f"{text!r}: {_FORM}; a weight is above 0")
+        raise CompareError(f"{text!r}: {_FORM}; a weight must be above 0")
     return Mix(tuple(outputs), tuple(weights))

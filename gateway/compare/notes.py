@@ -23,19 +23,19 @@ def judgment_notes(dataset: Dataset, found: Conclusions) -> list[str]:
     notes = []
     if len(dataset.queries) < MIN_QUERIES:
         notes.append(
-            f"{len(dataset.queries)} queries are too few to tell models apart; at least {MIN_QUERIES} are needed."
+            f"{len(dataset.queries)} queries are too few to distinguish models; at least {MIN_QUERIES} are needed."
         )
     if lists_only_relevant(dataset.judgments):
         notes.append(
-            "Only relevant documents are listed: nothing separates those that were not judged from irrelevant ones. If the "
-            "judgments come from what one of these models found, they favor it."
+            "Only relevant documents are listed, so unjudged documents look like irrelevant ones. If the "
+            "judgments come from the results of one of these models, they favor it."
         )
     elif found.unlike:
         judged = {name: quality[JUDGED] for name, quality in found.qualities.items()}
         shares = ", ".join(f"{name} {sum(values.values()) / len(values):.2f}" for name, values in judged.items())
         notes.append(
-            f"The arms differ in how many of their first ten documents were judged ({shares}). A verdict is given only if "
-            "it is the same with documents without judgment counted as irrelevant, and left out. Judge those in "
+            f"The arms differ in the share of judged documents among their first ten ({shares}). A verdict is given only if "
+            "it is the same whether unjudged documents count as irrelevant or are left out. Judge those in "
             f"{TO_JUDGE}, and compare again with `--judged {TO_JUDGE}`."
         )
     return notes
@@ -66,7 +66,7 @@ def _of_mix(arm: PlannedArm) -> str:
     if Output.MULTIVECTOR in outputs and has_first_stage:
         reranked = (
             f" Token vectors were compared only with the documents that are among the first {CANDIDATES} by the model's "
-            "dense or sparse vectors: this is reranking, and finds nothing that those miss."
+            "dense or sparse vectors: this is reranking, and finds no other documents."
         )
     if len(outputs) == 1:
         return f"{name}:{reranked}" if reranked else ""
@@ -89,12 +89,12 @@ def _of_space(one: PlannedArm, other: PlannedArm) -> str:
     """Return a note on two arms in one space, which may still differ in their tasks."""
     names = f"{one.name.text} and {other.name.text}"
     if (one.queries.task, one.passages.task) == (other.queries.task, other.passages.task):
-        return f"{names} are of one space: any difference is one of rounding."
-    return f"{names} are of one space, and differ in the tasks that queries or documents are embedded with."
+        return f"{names} are in one space: any difference comes from rounding."
+    return f"{names} are in one space, and differ in the tasks that queries or documents are embedded with."
 
 
 def run_notes(cache: CacheFolder, *, measures_cost: bool) -> list[str]:
-    """Return notes on how the figures were made."""
+    """Return notes on the origin of the figures."""
     notes = ["The search is exact: the loss from the index of a vector database is not measured."]
     if cache.num_reused:
         notes.append(f"{cache.num_reused:,} vectors were embedded by an earlier run, and read from {cache.folder}.")

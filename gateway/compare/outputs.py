@@ -20,9 +20,9 @@ RESULTS = "results.json"
 QUERIES = "queries.jsonl"
 _MAX_NAME = 100
 _READING = {
-    "interval": "95 % for each arm and measure by itself, not for all at once; null where too little varies",
-    "p_holm": "corrected for the number of arms, not for that of the measures; only nDCG@10 has a verdict",
-    "query_time, texts_per_s": "median ratios of an arm to the baseline; their intervals hold all at once",
+    "interval": "95 % for each arm and measure separately, not for all at once; null if too few values vary",
+    "p_holm": "corrected for the number of arms, not of measures; only nDCG@10 has a verdict",
+    "query_time, texts_per_s": "median ratios of an arm to the baseline; their intervals hold simultaneously",
 }
 # Windows refuses files of these names with any ending.
 _RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\.|$)", re.IGNORECASE)

@@ -21,7 +21,7 @@ NUM_EXAMPLES = 24
 
 _LEAST_EXAMPLES, _MOST_EXAMPLES = 6, 20  # per arm: half of them losses, half of them gains
 
-_TEXT_CHARS = 400  # of a document or a query: enough to see the topic
+_TEXT_CHARS = 400  # the characters of a document or a query: enough to see the topic
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ _HEIGHT = 240
 
 
 def make_plots(comparison: Comparison) -> Sequence[Plot]:
-    """Make all plots for which the comparison has values, and which would show a difference."""
+    """Make all plots that the comparison has values for, and that would show a difference."""
     if not comparison.has_judgments:
         return list(make_histograms(comparison))
     return [
@@ -58,8 +58,8 @@ def _differences(comparison: Comparison) -> Plot:
     return Plot(
         id="plot-differences",
         title=f"Difference to {baseline}",
-        caption="Mean of the differences query by query, with its 95 % interval. If the interval holds 0, the "
-        "queries do not tell the two apart."
+        caption="Mean of the differences query by query, with its 95 % interval. If the interval contains 0, the "
+        "queries do not distinguish the two."
         + (" The intervals are not corrected for the number of arms; p is." if len(rows) > 1 else ""),
         svg=_point_rows(comparison, rows, are_differences=True).svg(label),
         legend=list(rows),

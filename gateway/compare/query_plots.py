@@ -10,8 +10,8 @@ from gateway.compare.results import PRIMARY_MEASURE, Comparison, QueryResult
 from gateway.compare.sentences import fixed, percent, signed
 from gateway.config.wording import cut
 
-_MAX_CHARACTERS = 100  # of the query text at a bar
-_NUM_TITLED = 150  # this many of the largest gains, and of the largest losses, name their query
+_MAX_CHARACTERS = 100  # the characters of the query text at a bar
+_NUM_TITLED = 150  # the number of largest gains, and of largest losses, that name their query
 _BARS_HEIGHT, _HISTOGRAM_HEIGHT = 220, 180
 
 _Row = Sequence[tuple[float, QueryResult]]
@@ -86,7 +86,8 @@ def make_histograms(comparison: Comparison) -> Iterator[Plot]:
         yield Plot(
             id=identity,
             title=f"{measure} of {name}",
-            caption=f"Queries by how alike {name} and {comparison.baseline.name} rank: 0 is nothing in common, 1 equal.",
+            caption=f"Queries by the similarity of the rankings of {name} and {comparison.baseline.name}: 0 is nothing in "
+            "common, 1 equal.",
             svg=_histogram(comparison, name, measure, counts, highest).svg(label),
             arm=name,
         )

@@ -156,7 +156,7 @@ class Arm:
         query_task: the task of the queries; ``None`` for a model without tasks.
         quality: mean of each measure over the queries; empty without judgments.
         cost: the cost; ``None`` if it was not measured.
-        source: where the model's weights come from; empty if the gateway does not say.
+        source: the source of the model's weights; empty if the gateway does not report it.
     """
 
     name: str
@@ -187,7 +187,7 @@ class Contrast:
         wins: number of queries in which the arm is better than the baseline.
         num_independent: number of queries, or of groups of dependent queries.
         num_untied: number of these that are not tied.
-        verdict: only for the primary measure; ``None`` for the others, as are the fields below.
+        verdict: the verdict on the primary measure; ``None`` for other measures, as are the fields below.
         detectable: the difference that such queries would show in 80 % of comparisons; ``None`` if too few differ.
         queries_needed: the number of such queries that would show a small difference as often.
         condensed: the difference without unjudged documents, if the arms are not judged alike.
@@ -292,7 +292,7 @@ class Comparison:
     """A whole comparison.
 
     Attributes:
-        created: when the comparison ended, ISO 8601 in UTC.
+        created: the time when the comparison ended, ISO 8601 in UTC.
         source: the gateway of the vectors: a URL, or ``in process``.
         num_resamples: number of resamples of the randomization test.
         margin: a smaller difference does not matter.

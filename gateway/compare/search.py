@@ -44,10 +44,10 @@ def search(
     """
     num_queries, num_documents = len(query_vectors), len(document_vectors)
     if depth < 1:
-        raise ValueError(f"depth must be at least 1, and is {depth}")
+        raise ValueError(f"depth must be at least 1, got {depth}")
     left_out = [None] * num_queries if excluded is None else excluded
     if len(left_out) != num_queries:
-        raise ValueError(f"excluded must be as long as the queries ({num_queries}), and is {len(left_out)}")
+        raise ValueError(f"excluded must be as long as the queries ({num_queries}), got {len(left_out)}")
     width = min(depth, num_documents)
     indices = np.full((num_queries, width), -1, dtype=np.int64)
     scores = np.full((num_queries, width), -np.inf, dtype=np.float32)

@@ -66,7 +66,7 @@ def verdict_sentence(comparison: Comparison, contrast: Contrast) -> str:
             said = f"{arm} is not worse than {baseline} by more than {within}, and may be better"
         case Verdict.TOO_FEW_QUERIES:
             number = len(comparison.queries)
-            said = f"{number:,} {'query is' if number == 1 else 'queries are'} too few to tell {arm} from {baseline}"
+            said = f"{number:,} {'query is' if number == 1 else 'queries are'} too few to distinguish {arm} from {baseline}"
         case Verdict.TOO_FEW_DIFFER:
             return f"{_few_differ(comparison, contrast)} {_figures(comparison, contrast)}."
         case Verdict.NOT_JUDGED_ALIKE:
@@ -92,13 +92,17 @@ def _few_differ(comparison: Comparison, contrast: Contrast) -> str:
     level = comparison.baseline.quality[contrast.measure].mean
     if not contrast.wins and not contrast.losses:
         each = f" at {fixed(level)}" if level in {0.0, 1.0} else ""
-        why = f"these queries are too easy to tell {names}" if level >= EASY else f"they do not tell {names}"
+        why = (
+            f"these queries are too easy to distinguish {names}"
+            if level >= EASY
+            else f"they do not distinguish {names}"
+        )
         return f"Every query is tied{each}: {why}:"
     if contrast.num_independent < contrast.wins + contrast.ties + contrast.losses:
         differ = f"{contrast.num_untied:,} of {count(contrast.num_independent, 'group')} of queries differ"
     else:
         differ = f"{contrast.ties:,} of {len(comparison.queries):,} queries are tied"
-    return f"{differ}: too few differ to tell {names}:"
+    return f"{differ}: too few differ to distinguish {names}:"
 
 
 def _not_judged_alike(contrast: Contrast) -> str:
@@ -129,7 +133,7 @@ def _rounded(number: int) -> str:
 
 
 def _beyond_interval(contrast: Contrast) -> str:
-    """Return why a difference whose interval excludes 0 is still inconclusive."""
+    """Return the reason why a difference is inconclusive although its interval excludes 0."""
     low, high = contrast.difference.low, contrast.difference.high
     if low is None or high is None or low <= 0 <= high:
         return ""
@@ -185,7 +189,7 @@ def cost_sentence(comparison: Comparison, arm: Arm) -> str:
     if arm.bytes_per_document != baseline.bytes_per_document:
         size += f" ({TIMES} {_two_digits(arm.bytes_per_document / baseline.bytes_per_document)})"
     elif arm is not baseline:
-        size += " (the same)"
+        size += " (equal)"
     return ", ".join([*parts, size])
 
 

@@ -31,9 +31,9 @@ SMALL_DIFFERENCE = 0.02
 """The report states the number of queries that would show this difference, or the margin if that is larger."""
 
 _POWER = 0.8
-_PRECISE = 1e-6  # of the ends of intervals
-_BITS = 8  # signs are drawn by the byte
-_ROUNDING = 1e-12  # relative: sums of the same numbers in another order count as equal
+_PRECISE = 1e-6  # the precision of the ends of intervals
+_BITS = 8  # eight signs are drawn at once
+_ROUNDING = 1e-12  # relative: sums of equal numbers in another order count as equal
 
 Floats = npt.NDArray[np.float64]
 
@@ -46,7 +46,7 @@ class Design:
         num_resamples: number of resamples of the randomization test.
         seed: seed of its draws.
         margin: a smaller difference does not matter; with 0, every difference matters.
-        groups: of queries that depend on each other, by query.
+        groups: the group of each query that depends on others, by query.
     """
 
     num_resamples: int = 100_000
@@ -89,7 +89,7 @@ def estimate(values: Mapping[str, float], groups: Mapping[str, str]) -> Estimate
     """Return the mean of values between 0 and 1, by query, with its 95 % t interval.
 
     Args:
-        groups: of queries that depend on each other, by query.
+        groups: the group of each query that depends on others, by query.
 
     Raises:
         ValueError: there are no values.
@@ -230,7 +230,7 @@ def contrast(
         baseline_values: the baseline's values for the same queries.
 
     Raises:
-        ValueError: the queries are not the same.
+        ValueError: the two have different queries.
     """
     if arm_values.keys() != baseline_values.keys():
         raise ValueError(f"{arm} and {baseline} have values of different queries, and cannot be compared in pairs")

@@ -78,7 +78,7 @@ class DuelFolder:
         """Return a duel and its votes.
 
         Raises:
-            NotFound: there is no duel of this name.
+            NotFound: no duel has this name.
             BadInput: the files of the duel cannot be read.
         """
         path = self._folder / name
@@ -165,7 +165,7 @@ class Duels:
 
         Raises:
             NotFound: there is no such comparison.
-            BadInput: the comparison has no such arms, or their lists are always the same.
+            BadInput: the comparison has no such arms, or their lists are always equal.
         """
         found = await asyncio.to_thread(self._runs.find, run)
         names = [] if found.results is None else [known.name for known in found.results.arms]
@@ -193,11 +193,11 @@ class Duels:
         marked: Iterable[str],
         seconds: float | None = None,
     ) -> bool:
-        """Add a vote, and return whether it counts: only the first vote of a voter for the pair on show does.
+        """Add a vote, and return whether it counts: only a voter's first vote on the shown pair does.
 
         Args:
             place: the names of the comparison and of the duel.
-            seconds: the time for which the pair was shown, if known.
+            seconds: the time that the pair was shown, if known.
 
         Raises:
             NotFound: there is no such duel.
@@ -220,7 +220,7 @@ class Duels:
         await self._note(run, name, Vote(time=now(), voter=voter, end=True))
 
     async def latest(self, most: int) -> list[Open | tuple[str, str]]:
-        """Return the last duels, latest first; only the names of a duel whose files cannot be read."""
+        """Return the last duels, latest first; a duel with unreadable files has only its names."""
         return await asyncio.to_thread(self._latest, most)
 
     def _latest(self, most: int) -> list[Open | tuple[str, str]]:

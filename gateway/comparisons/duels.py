@@ -19,7 +19,7 @@ TARGET: Final = 50
 """The requested number of votes: enough to find a preference of 70 %."""
 
 MANY_VOTERS: Final = 15
-"""With this many voters, a result no longer says how few they were."""
+"""With this many voters or more, the result does not mention their number."""
 
 DEPTH: Final = 5
 MAX_PAIRS: Final = 200
@@ -57,7 +57,8 @@ class Duel(BaseModel):
     """``duel.json``.
 
     Attributes:
-        num_queries, num_different: number of queries in the comparison, and of those whose first five documents differ.
+        num_queries, num_different: number of queries in the comparison, and of queries whose first five documents
+            differ.
     """
 
     baseline: str
@@ -237,7 +238,7 @@ def verdict(duel: Duel, standing: Standing) -> str:
     preference = standing.preference
     voters = f" for {standing.voters} voters" if 1 < standing.voters < MANY_VOTERS else ""
     if preference.preferred is None:
-        return f"Not decided: these votes do not tell {duel.arm} from {duel.baseline}{voters}"
+        return f"Not decided: these votes do not distinguish {duel.arm} from {duel.baseline}{voters}"
     if preference.preferred is Ballot.FIRST:
         return f"{duel.baseline} is preferred to {duel.arm}{voters}"
     return f"{duel.arm} is preferred to {duel.baseline}{voters}"

@@ -1,6 +1,7 @@
 """People grade the documents of ``judge_check.tsv`` one by one, and the verdict is computed again with their grades.
 
-The file is the only record. This process remembers only who grades which query now, and what each person can take back.
+The file is the only record. This process remembers only the queries that people grade now, and the grades that each
+person can take back.
 """
 
 from __future__ import annotations
@@ -34,13 +35,13 @@ _MAX_PROBLEM: Final = 1_000
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """How far the grading of a comparison is, and what a person grades next.
+    """The progress of the grading of a comparison, and the next pair of a person.
 
     Attributes:
         num_whole: number of queries whose documents all have a grade.
         next: the next pair; ``None`` if all have a grade.
         place: the place of ``next`` in the file, from 1.
-        can_undo: whether this person has a grade to take back.
+        can_undo: whether this person can take back a grade.
         is_counted: whether the last grade, or its removal, is in the file; ``None`` without one.
     """
 
@@ -70,8 +71,8 @@ class _Grader:
     """One person, in one comparison.
 
     Attributes:
-        query: the query of the pair on show.
-        seen_at: when it was shown.
+        query: the query of the shown pair.
+        seen_at: the time when it was shown.
         given: the last grades, each with its pair.
     """
 
@@ -96,7 +97,7 @@ class Grading:
         self._concluding = asyncio.Lock()
 
     async def show(self, name: str, grader: str, after: int = 0) -> Standing:
-        """Return the next pair for a person: of a query that no other person grades now, if there is one.
+        """Return the next pair for a person, if possible of a query that no other person grades now.
 
         Args:
             after: the place in the file after which to look first.
@@ -251,7 +252,7 @@ def _change(path: Path, pair: tuple[str, str], before: int | None, after: int | 
 
 
 async def _run_check(folder: Path) -> None:
-    """Run ``gateway judge-check``, a process apart, since it reads all results and needs libraries that this one does not.
+    """Run ``gateway judge-check`` in a separate process, because it reads all results and needs further libraries.
 
     Raises:
         BadInput: it fails, or takes too long.

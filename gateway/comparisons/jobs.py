@@ -1,6 +1,6 @@
 """Comparisons that run now: ``gateway compare`` in a separate process, with its progress read line by line.
 
-A process apart, since a comparison computes for minutes, holds a corpus in memory, and must be stoppable.
+It is a separate process, because a comparison computes for minutes, holds a corpus in memory, and must be stoppable.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ MAX_ARMS: Final = 6
 _MAX_ARM: Final = 200
 _MAX_JUDGE: Final = 1_000
 _LEAST_S_BETWEEN_CHANGES: Final = 0.2
-_MAX_JOBS: Final = 20  # that are remembered
+_MAX_JOBS: Final = 20  # the number of comparisons that are remembered
 _MAX_LINES: Final = 20
 _MAX_LINE_BYTES: Final = 64 * 1024
 _GRACE_S: Final = 5.0
@@ -77,9 +77,9 @@ class Wanted:
 
     Attributes:
         name: the name of the folder for its results.
-        arms: as for ``gateway compare``, the baseline first.
+        arms: the arms, as for ``gateway compare``, the baseline first.
         data: the name of a data set.
-        max_documents: ``None`` for all.
+        max_documents: the size of the sample; ``None`` for all documents.
         margin: the margin of the verdicts; ``None`` for the default.
         queries: queries that replace those of the data set.
     """
@@ -99,11 +99,11 @@ class Job:
     """A comparison that was started here.
 
     Attributes:
-        step: what it is doing, such as ``jina: documents``.
-        done, total: how many texts of this step; a total of 0 is not known.
+        step: the current step, such as ``jina: documents``.
+        done, total: the numbers of finished texts and of all texts of this step; a total of 0 is unknown.
         question: the judge's price, while the comparison waits for consent.
-        problem: why it failed.
-        task: follows it to its end.
+        problem: the reason why it failed.
+        task: the task that follows it to its end.
         version: the number of changes so far.
     """
 
@@ -127,7 +127,7 @@ class Job:
         self._changed = asyncio.Event()
 
     async def next_change(self, version: int, timeout_s: float) -> None:
-        """Wait until the version is another one. Changes in quick succession count as one."""
+        """Wait until the version changes. Changes in quick succession count as one."""
         await asyncio.sleep(min(timeout_s, _LEAST_S_BETWEEN_CHANGES))
         if self.version == version:
             with suppress(TimeoutError):
@@ -144,7 +144,7 @@ class Jobs:
 
     Args:
         runs: the folder of the results. Its folder ``data`` holds the data sets.
-        lend_key: for the requests to this gateway.
+        lend_key: returns the key for requests to this gateway.
     """
 
     def __init__(self, runs: Runs, lend_key: LendKey) -> None:
@@ -185,10 +185,10 @@ class Jobs:
             url: the address of this gateway.
 
         Raises:
-            BadInput: it cannot be made as it is asked for, or another one runs.
+            BadInput: the request is not valid, or another comparison runs.
         """
         await asyncio.to_thread(self._check, wanted)
-        if self.running is not None:  # after the check, between which and this line nothing else runs
+        if self.running is not None:  # after the check: nothing else runs between the check and this line
             raise BadInput(f"the comparison {self.running.wanted.name!r} is running: wait for it, or stop it")
         job = Job(wanted, datetime.now(UTC).replace(microsecond=0))
         self._jobs.pop(wanted.name, None)
@@ -213,7 +213,7 @@ class Jobs:
         return job
 
     async def answer(self, name: str, *, is_agreed: bool) -> Job:
-        """Agree to the price of the judge, or go on without it.
+        """Agree to the price of the judge, or continue without the judge.
 
         Raises:
             NotFound: no such comparison waits for an answer.
@@ -239,7 +239,7 @@ class Jobs:
         if wanted.name == _DATA:
             raise BadInput(f"{_DATA!r} is the folder of the data sets: choose another name", param="name")
         if os.path.lexists(self._runs.path(wanted.name)):
-            raise BadInput(f"there is a comparison {wanted.name!r} already: choose another name", param="name")
+            raise BadInput(f"a comparison {wanted.name!r} already exists: choose another name", param="name")
         if not 2 <= len(wanted.arms) <= MAX_ARMS:
             raise BadInput(f"{len(wanted.arms)} models were sent; 2 to {MAX_ARMS} are accepted", param="arms")
         for arm in wanted.arms:
@@ -269,9 +269,9 @@ class Jobs:
                 env=_environment(os.environ, key, job.wanted.judge),
                 limit=_MAX_LINE_BYTES,
             )
-            with suppress(OSError):  # requests of others come first
+            with suppress(OSError):  # requests of clients come first
                 os.setpriority(os.PRIO_PROCESS, process.pid, _NICE)
-            if job.state != "running":  # it was stopped before there was a process
+            if job.state != "running":  # it was stopped before the process started
                 await end_process(process)
             await _follow(process, job, last)
             code = await process.wait()
@@ -323,7 +323,7 @@ def _check_judge(judge: JudgeChoice) -> None:
         message = f"{cut(judge.url)!r} is not the address of an API, such as http://127.0.0.1:8080/v1"
         raise BadInput(message, param="judge")
     if address.username is not None:
-        raise BadInput("the address of the judge holds a password: send the key apart from it", param="judge")
+        raise BadInput("the address of the judge contains a password: send the key separately", param="judge")
     if not judge.key.isascii() or not judge.key.isprintable():
         raise BadInput("the key of the judge has a character that no key has", param="judge")
 
@@ -339,7 +339,7 @@ def _environment(environ: Mapping[str, str], key: str, judge: JudgeChoice | None
 
 
 def without_settings(environ: Mapping[str, str]) -> dict[str, str]:
-    """Return the variables of a process without the gateway's settings, some of which are secrets."""
+    """Return the variables of a process without the gateway's settings, which may be secrets."""
     return {name: value for name, value in environ.items() if not name.upper().startswith("GATEWAY_")}
 
 
@@ -349,7 +349,7 @@ async def _follow(process: asyncio.subprocess.Process, job: Job, last: deque[str
     while True:
         try:
             line = await process.stderr.readline()
-        except ValueError:  # a longer line than is read
+        except ValueError:  # the line is longer than the limit
             continue
         if not line:
             return
@@ -369,7 +369,7 @@ async def _follow(process: asyncio.subprocess.Process, job: Job, last: deque[str
 
 
 async def end_process(process: asyncio.subprocess.Process | None) -> None:
-    """End a process, by force if it does not go."""
+    """End a process; kill it if it does not end."""
     if process is None or process.returncode is not None:
         return
     with suppress(ProcessLookupError):

@@ -1,4 +1,4 @@
-"""The folder of comparisons: what `gateway compare --out` wrote there, read within limits."""
+"""The folder of comparisons: the results of `gateway compare --out`, read within limits."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class RunCost(BaseModel):
 
 
 class RunAgreement(BaseModel):
-    """How alike the rankings of an arm and the baseline are."""
+    """The similarity of the rankings of an arm and the baseline."""
 
     arm: str
     overlap: Interval
@@ -125,7 +125,7 @@ class JudgeContrast(BaseModel):
 
     @property
     def figure(self) -> JudgeFigure:
-        """The difference to show: of people alone if the judge cannot be used, else corrected by them if they checked it."""
+        """The difference to show: people's alone if the judge cannot be used, else the corrected one if there is a check."""
         if self.verdict == UNUSABLE and self.people is not None:
             return self.people
         return self.corrected or self.judged
@@ -173,7 +173,7 @@ class Results(BaseModel):
 
     @property
     def verdict(self) -> str | None:
-        """The recommendation: that of the judgments, or that of the judge without any; ``None`` in old files."""
+        """The recommendation by the judgments, or without judgments by the judge; ``None`` in old files."""
         if self.judge is not None and not self.dataset.num_judgments:
             return self.judge.bottom_line
         return self.bottom_line.text if self.bottom_line else None
@@ -206,7 +206,7 @@ class Run:
     """A comparison in the folder.
 
     Attributes:
-        results: ``None`` where they cannot be read; then ``problem`` has the reason.
+        results: the results; ``None`` if they cannot be read: then ``problem`` has the reason.
     """
 
     name: str
@@ -239,7 +239,7 @@ class Runs:
         """Check the name of a new comparison or data set.
 
         Raises:
-            BadInput: nothing may have this name.
+            BadInput: the name is not allowed.
         """
         if not cls.is_name(name):
             raise BadInput(
@@ -299,7 +299,7 @@ class Runs:
             raise BadInput(f"{path.name} cannot be read: {error.strerror}") from error
 
     def worst(self, name: str, arm: str, baseline: str, number: int, *, is_gained: bool) -> list[Query]:
-        """Return the queries where an arm loses most, or gains most, against the baseline."""
+        """Return the queries in which an arm loses most, or gains most, against the baseline."""
         changed = (query for query in self.queries(name) if query.gain(arm, baseline) * (1 if is_gained else -1) > 0)
         choose = nlargest if is_gained else nsmallest
         return choose(number, changed, key=lambda query: query.gain(arm, baseline))
@@ -334,7 +334,7 @@ def _judge(file: Path) -> JudgeResults | None:
 
 
 def _changed(file: Path) -> float | None:
-    """Return when a regular file was changed; ``None`` if it is not one, is gone by now, or may not be looked at."""
+    """Return the time of a regular file's last change; ``None`` for other files, and if the file cannot be examined."""
     try:
         found = file.stat()
     except OSError:

@@ -1,6 +1,6 @@
-"""The scale of the grades for a pair of query and document, and how many of people's grades a verdict needs.
+"""The scale of the grades for a pair of query and document, and the number of people's grades that a verdict needs.
 
-The judge's prompt, its check and the pages for people share these values, so that all of them grade by the same words.
+The judge's prompt, its check and the pages for people share these values, so that all use the same definitions.
 """
 
 from __future__ import annotations

@@ -69,7 +69,7 @@ def parse_rows(lines: Iterable[tuple[str, bytes]]) -> Iterator[Row]:
         lines: the lines that are not blank, each with its ``file:line``.
 
     Raises:
-        CompareError: a line is wrong, or gives a pair another grade than an earlier line.
+        CompareError: a line is wrong, or contradicts the grade of a pair in an earlier line.
     """
     known: dict[tuple[str, str], int] = {}
     for number, (place, line) in enumerate(lines):
@@ -80,7 +80,7 @@ def parse_rows(lines: Iterable[tuple[str, bytes]]) -> Iterator[Row]:
                 raise CompareError(f"{place}: the header is missing: the first line must be {', '.join(HEADER)}")
             continue
         if text and text not in map(str, range(MAX_GRADE + 1)):
-            raise CompareError(f"{place}: the score must be 0, 1, 2 or 3, or empty, and is {text!r}")
+            raise CompareError(f"{place}: the score must be 0, 1, 2 or 3, or empty, got {text!r}")
         score = int(text) if text else None
         if score is not None and known.setdefault((query, document), score) != score:
             earlier = known[query, document]

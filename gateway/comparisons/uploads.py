@@ -111,11 +111,11 @@ def remove_data_set(folder: Path, name: str) -> None:
 
 
 def _write(folder: Path, name: str, parts: Sequence[tuple[str, Iterator[str]]]) -> None:
-    temporary = folder / f".new-{secrets.token_hex(6)}"  # a hidden folder is no data set
+    temporary = folder / f".new-{secrets.token_hex(6)}"  # a hidden folder is not a data set
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if os.path.lexists(folder / name):
-            raise BadInput(f"there is a data set {name!r} already: choose another name", param="name")
+            raise BadInput(f"a data set {name!r} already exists: choose another name", param="name")
         if sum(1 for path in folder.iterdir() if Runs.is_name(path.name) and path.is_dir()) >= MAX_DATA_SETS:
             raise BadInput(f"{folder} has {MAX_DATA_SETS} data sets: remove some")
         for place, lines in parts:
@@ -137,7 +137,7 @@ def _line(row: Mapping[str, str]) -> str:
 def _texts(table: Table, most: int, columns: Sequence[str]) -> dict[str, dict[str, str]]:
     """Return the texts of a table by id, in BEIR's form.
 
-    The first line names the columns, one of which is ``text``. In a ``.txt`` file, each line is a text. Texts without an id
+    The first line names the columns, including ``text``. In a ``.txt`` file, each line is a text. Texts without an id
     are numbered from 1.
     """
     rows: dict[str, dict[str, str]] = {}
@@ -264,7 +264,7 @@ def _names(table: Table, cells: Sequence[str]) -> Sequence[str]:
         raise _wrong(table, 1, f"the first line must have the columns {usual}")
     if "text" not in names:
         raise _wrong(
-            table, 1, "the first line must name the columns, one of them `text`; for a text in each line, use .txt"
+            table, 1, "the first line must name the columns, including `text`; for a text in each line, use .txt"
         )
     return names
 

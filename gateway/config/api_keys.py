@@ -47,13 +47,15 @@ class KeyEntry(Frozen):
     models: DistinctListed[NonEmptyText] | None = Field(
         default=None,
         description="Names that the client may send as `model`. The id of a model allows all of its names; an alias or an "
-        "experiment allows only that name. A client sees only what it may use. Left out: all.",
+        "experiment allows only that name. A client sees only names that it may use. Left out: all.",
     )
     requests_per_minute: Positive | None = Field(default=None, description="Requests per minute; 429 beyond.")
     tokens_per_minute: Positive | None = Field(
         default=None, description="Tokens per minute, as counted by the models; 429 beyond."
     )
-    expires: Time | None = Field(default=None, description="When the keys expire: a time, or a date (its start).")
+    expires: Time | None = Field(
+        default=None, description="Time at which the keys expire: a time, or a date (its start)."
+    )
 
     @field_validator("sha256", mode="before")
     @classmethod

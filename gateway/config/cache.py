@@ -1,4 +1,4 @@
-"""The cache of a model: an entry's ``cache`` in ``models.yaml``. Off unless an entry asks for it."""
+"""The cache of a model: an entry's ``cache`` in ``models.yaml``. Off unless an entry turns it on."""
 
 from __future__ import annotations
 
@@ -46,24 +46,26 @@ class CacheConfig(Frozen):
 
     max_bytes: Size = Field(
         default=256 * 2**20,
-        description="Most memory that vectors take, such as `1GiB`; those not used for longest go first. Vectors of 384 "
+        description="Maximum memory for vectors, such as `1GiB`; the least recently used go first. Vectors of 384 "
         "dimensions take 1.8 kB per text, of 1,024 dimensions 4.4 kB.",
     )
     disk: NonEmptyText | None = Field(
         default=None,
-        description="Folder in which vectors are kept too, relative to this file. They are found after a restart. Each "
+        description="Folder that keeps vectors too, relative to this file, also after a restart. Each "
         "process needs its own.",
     )
-    disk_bytes: Size = Field(default=10 * 2**30, description="Most bytes that this model's vectors take in `disk`.")
+    disk_bytes: Size = Field(
+        default=10 * 2**30, description="Maximum number of bytes of this model's vectors in `disk`."
+    )
     redis: RedisUrl | None = Field(
         default=None,
-        description="Redis in which vectors are kept too, and shared with other replicas: `redis://HOST:PORT/DB`. With a "
+        description="Redis that keeps vectors too, and shares them between replicas: `redis://HOST:PORT/DB`. With a "
         "password, keep it out of the file: `${CACHE_REDIS_URL}`.",
     )
     redis_ttl_s: PositiveSeconds = Field(default=7 * 86_400.0, description="Seconds after which vectors leave Redis.")
     per_client: bool = Field(
         default=False,
-        description="Whether a client gets only vectors that were computed for itself. Otherwise it can see from the time, "
+        description="Whether a client gets only vectors that were computed for it. Otherwise it can see from the time, "
         "and from `x-gateway-cache`, that a text was embedded before.",
     )
 

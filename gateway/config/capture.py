@@ -1,4 +1,4 @@
-"""Capture: a sample of the queries under a name, kept for a comparison of models. Off unless an entry asks for it."""
+"""Capture: a sample of the queries under a name, kept for a comparison of models. Off unless an entry turns it on."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Capture(Frozen):
     )
     scrub: Scrub | None = Field(
         default=None,
-        description="`package.module:function` that returns a text without what must not be kept, or `None` to drop it; "
+        description="`package.module:function` that returns the part of a text that may be kept, or `None` to drop it; "
         "`gateway.capture.scrubbing:mask` replaces addresses, links and long numbers.",
     )
 

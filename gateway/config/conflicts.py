@@ -175,7 +175,7 @@ def _on_demand_conflicts(
 
 
 def _capture_conflicts(aliases: Mapping[str, Alias], experiments: Sequence[Experiment]) -> Iterator[Conflict]:
-    """Yield each capture that shares a file with another: neither one's days and scrub would hold for the file."""
+    """Yield each capture that shares a file with another: its `days` and `scrub` could not apply to the whole file."""
     captures: list[tuple[str, KeyPath, Capture | None]] = [
         *((alias.name, ("aliases", name), alias.capture) for name, alias in aliases.items()),
         *((experiment.id, ("experiments", index), experiment.capture) for index, experiment in enumerate(experiments)),

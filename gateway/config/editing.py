@@ -22,8 +22,8 @@ class Change:
 
     Attributes:
         weights: new weights by arm; other arms keep their weights.
-        end: when the experiment ends; ``None`` for no change.
-        counts_from: when its counts begin again; ``None`` for no change.
+        end: the time when the experiment ends; ``None`` for no change.
+        counts_from: the time when its counts begin again; ``None`` for no change.
     """
 
     weights: Mapping[str, float]

@@ -64,7 +64,7 @@ def read_bounded(path: Path, max_bytes: int) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class Style:
-    """How an editor has written a text file: with or without a byte order mark, and with which line breaks."""
+    """The style of a text file: its line breaks, and whether it has a byte order mark."""
 
     mark: str = ""
     line_break: str = "\n"
@@ -120,7 +120,7 @@ def write_whole(path: Path, content: str | Iterable[bytes], mode: int = 0o666) -
 
 
 def why_unusable(error: Exception) -> str:
-    """Return why a folder for the gateway's own files cannot be used, for a message that names the folder."""
+    """Return the reason why a folder for the gateway's own files cannot be used, for a message that names the folder."""
     if isinstance(error, FileExistsError):
         return "a folder of its path is a file"
     return (error.strerror if isinstance(error, OSError) else None) or str(error)
@@ -139,7 +139,7 @@ class OpenFile:
 
     @property
     def is_lost(self) -> bool:
-        """Whether the file was removed or replaced. What is written to it now will be gone with the process."""
+        """Whether the file was removed or replaced. Data that is written to it now is lost when the process ends."""
         try:
             return _identity(self._path) != self._identity
         except OSError:

@@ -11,7 +11,7 @@ _NO_COMMERCIAL_USE = re.compile(
 
 
 def forbids_commercial_use(license_name: str) -> bool:
-    """Return whether the name of a license says that commercial use is not allowed.
+    """Return whether the name of a license shows that commercial use is not allowed.
 
     Args:
         license_name: the name in ``models.yaml`` or on the model card, such as ``cc-by-nc-4.0``; empty if unknown.

@@ -43,12 +43,12 @@ class ModelEntry(Frozen):
     )
     backend: Literal["infinity", "openai", "tei"] = Field(
         default="infinity",
-        description="What computes the vectors. `infinity`: an engine in this process. `openai`: other servers with "
-        "OpenAI's embeddings API (vLLM, Infinity, Ollama, llama.cpp, Jina, OpenAI, another gateway like this "
-        "one). `tei`: Hugging Face's text-embeddings-inference.",
+        description="Engine or API that computes the vectors. `infinity`: an engine in this process. `openai`: other "
+        "servers with OpenAI's embeddings API (vLLM, Infinity, Ollama, llama.cpp, Jina, OpenAI, another gateway like "
+        "this one). `tei`: Hugging Face's text-embeddings-inference.",
     )
     source: str = Field(
-        description="Where the checkpoint is; for an upstream model, its name on the servers. A hub repo `owner/name`, a "
+        description="Source of the checkpoint; for an upstream model, its name on the servers. A hub repo `owner/name`, a "
         "folder (starts with `/`, `./`, `../` or `~`; relative to this file), or `package:NAME/sub/folder` in an "
         "installed Python package."
     )
@@ -65,8 +65,8 @@ class ModelEntry(Frozen):
     )
     license: NonEmptyText | None = Field(
         default=None,
-        description="License of the weights, such as `MIT`, shown in `/v1/models`. By default as on the hub's model card, "
-        "which is read before a download.",
+        description="License of the weights, such as `MIT`, shown in `/v1/models`. By default the license on the "
+        "hub's model card, which is read before a download.",
     )
     license_accepted: bool = Field(
         default=False,
@@ -83,8 +83,9 @@ class ModelEntry(Frozen):
     )
     load: Literal["eager", "on_demand"] = Field(
         default="eager",
-        description="When the model is loaded. `eager`: at the start, for good. `on_demand`: when a request needs it; it "
-        "leaves the memory when another model needs the room. At the start, only its description is read.",
+        description="Time at which the model is loaded. `eager`: at the start, for good. `on_demand`: when a request "
+        "needs it; it leaves the memory when another model needs the room. At the start, only its description is "
+        "read.",
     )
     idle_unload_s: PositiveSeconds | None = Field(
         default=None,
@@ -93,9 +94,9 @@ class ModelEntry(Frozen):
     )
     device: Device = Field(
         default="auto",
-        description="Where the model runs: `auto`, `cpu`, `cuda` or `cuda:N`, with the numbers of `nvidia-smi`. `auto`: "
-        "every graphics card of compute capability 8.0 or more that has room, or the CPU without one. `cuda`: the same, or "
-        "older cards, and never the CPU.",
+        description="Device of the model: `auto`, `cpu`, `cuda` or `cuda:N`, with the numbers of `nvidia-smi`. "
+        "`auto`: every graphics card of compute capability 8.0 or more that has room, or the CPU without one. "
+        "`cuda`: the same cards, or older cards, and never the CPU.",
     )
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
         default="auto",
@@ -138,11 +139,11 @@ class ModelEntry(Frozen):
         default=False,
         description="Whether float16 matrix products accumulate in float16: up to twice as fast on GeForce cards, no gain "
         "on others, and less exact. Needs `golden`; refused if the golden vectors leave their tolerance. While a model "
-        "without it computes, this one is exact as well, and slower: set it for all float16 models or for none.",
+        "without it computes, this one is also exact, and slower: set it for all float16 models or for none.",
     )
     merge_adapters: bool | None = Field(
         default=None,
-        description="Whether a card holds the weights once more for each task, with the task's adapter merged into them: "
+        description="Whether a card holds a copy of the weights for each task, with the task's adapter merged into it: "
         "faster, and 2.9 GB more for Jina v3. By default if a quarter of the card's free memory is enough for that.",
     )
     golden: NonEmptyText | None = Field(
@@ -177,12 +178,12 @@ class ModelEntry(Frozen):
     )
     replicas: Replicas | None = Field(
         default=None,
-        description="How many processes run the model on a Ray cluster. Without `GATEWAY_CLUSTER`, ignored.",
+        description="Number of processes that run the model on a Ray cluster. Without `GATEWAY_CLUSTER`, ignored.",
     )
     same_space_as: Name | None = Field(
         default=None,
-        description="Id of another model with the same weights, which may then be a fallback of this one, and this one of "
-        "it. Checked: the vectors of both must agree, or this model is not served. For `backend: openai` and "
+        description="Id of another model with the same weights; each may then be a fallback of the other. "
+        "Checked: the vectors of both must agree, or this model is not served. For `backend: openai` and "
         "`tei`.",
     )
     cache: CacheConfig | None = Field(

@@ -18,7 +18,7 @@ def field_problems(
     """Yield the problems of single fields; problems of the whole file have no path, and are left out.
 
     Args:
-        fields_at: returns the fields of the model to which the last key of a path belongs.
+        fields_at: returns the fields of the model that has the last key of a path.
     """
     for detail in error.errors(include_url=False):
         path: KeyPath = detail["loc"]

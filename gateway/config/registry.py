@@ -178,7 +178,7 @@ def _alias_entries(name: str, value: Value, document: Document) -> dict[str, Val
 
 
 def _fields_at(path: KeyPath) -> Mapping[str, FieldInfo]:
-    """Return the fields of the model to which the last key of a path belongs."""
+    """Return the fields of the model that has the last key of a path."""
     match path:
         case ("models", int(), *rest):
             parts = {"upstream": Upstream.model_fields, "replicas": Replicas.model_fields}

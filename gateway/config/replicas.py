@@ -1,4 +1,4 @@
-"""How many replicas of a model run on a cluster: an entry's ``replicas`` in ``models.yaml``."""
+"""The number of a model's replicas on a cluster: an entry's ``replicas`` in ``models.yaml``."""
 
 from __future__ import annotations
 
@@ -10,13 +10,16 @@ from gateway.config.fields import Frozen, Positive
 class Replicas(Frozen):
     """The replicas of a model on a Ray cluster. Each is one process."""
 
-    min: Positive = Field(default=1, description="The fewest replicas.")
+    min: Positive = Field(default=1, description="Minimum number of replicas.")
     max: Positive | None = Field(
-        default=None, description="The most replicas, which are started when there is work for them. By default `min`."
+        default=None,
+        description="Maximum number of replicas; those beyond `min` are started when there is work for them. By "
+        "default `min`.",
     )
     target_requests: Positive = Field(
         default=16,
-        description="Requests in progress per replica: with more on average, replicas are added, with fewer, removed.",
+        description="Requests in progress per replica: with more on average, replicas are added; with fewer, some "
+        "are removed.",
     )
     gpus: int | None = Field(
         default=None,

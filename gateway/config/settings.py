@@ -85,8 +85,8 @@ class Settings(BaseSettings):
     quota_storage: str = Field(
         default="memory://",
         min_length=1,
-        description="Where requests and tokens per minute are counted: `memory://`, or `redis://HOST:PORT/DB` for replicas "
-        "that count together.",
+        description="Storage for the counts of requests and tokens per minute: `memory://`, or "
+        "`redis://HOST:PORT/DB` for replicas that count together.",
     )
     admin_key: Annotated[SecretStr, AfterValidator(check_admin_key)] | None = Field(
         default=None,
@@ -138,7 +138,7 @@ class Settings(BaseSettings):
     keep_alive_s: float = Field(
         default=75.0,
         gt=0,
-        description="Seconds for which an idle connection is kept open. Set it higher than the idle timeout of the load "
+        description="Seconds that an idle connection is kept open. Set it higher than the idle timeout of the load "
         "balancer in front (60 s for most): otherwise the balancer may send a request just as the gateway closes "
         "the connection.",
     )
@@ -181,7 +181,7 @@ class Settings(BaseSettings):
     drain_delay_s: float = Field(
         default=0.0,
         ge=0,
-        description="Seconds for which new requests are still accepted on shutdown, while `/health/ready` answers 503: as "
+        description="Seconds that new requests are still accepted on shutdown, while `/health/ready` answers 503: as "
         "long as load balancers need to notice.",
     )
     forward_timeout_s: float = Field(
@@ -207,7 +207,7 @@ class Settings(BaseSettings):
     cache_dir: Annotated[Literal["off"] | Path | None, BeforeValidator(lower_off)] = Field(
         default=None,
         description="Folder for compiled copies of the models on the CPU, which make later starts faster: as large as the "
-        "weights in float32. `off`: none are kept. By default `embedding-gateway/compiled` in `$XDG_CACHE_HOME` or "
+        "weights in float32. `off`: no copies are kept. By default `embedding-gateway/compiled` in `$XDG_CACHE_HOME` or "
         "`~/.cache`.",
     )
     log_level: Annotated[Literal["debug", "info", "warning", "error"], BeforeValidator(lower)] = Field(
@@ -257,7 +257,7 @@ class Settings(BaseSettings):
     batch_max_open: int = Field(
         default=10,
         ge=1,
-        description="Maximum number of batches that a key may have queued or in progress; 429 beyond. They are done one "
+        description="Maximum number of batches that a key may have queued or in progress; 429 beyond. They run one "
         "after the other.",
     )
 

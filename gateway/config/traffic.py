@@ -77,11 +77,11 @@ class Outcome(Frozen):
         description="`unit`: the sum of a unit's values, 0 without any (conversions). `mean`: the mean of each unit, "
         "`value` / `of`, of units with an outcome (ratings). `ratio`: all values / all chances `of` (clicks per search).",
     )
-    better: Literal["more", "less"] = Field(default="more", description="Whether more of it is better, or less.")
+    better: Literal["more", "less"] = Field(default="more", description="Whether higher or lower values are better.")
     margin: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
         default=0.01,
-        description="The largest difference that does not matter, in the unit of the outcome: within it, arms are as good "
-        "as each other. Fix it before the experiment begins.",
+        description="The largest difference that does not matter, in the unit of the outcome: arms that differ by "
+        "less are as good as each other. Fix it before the experiment begins.",
     )
 
 
@@ -114,8 +114,8 @@ class Experiment(Frozen):
     end: Time | None = Field(default=None, description="End of the split; from then on, the first arm answers.")
     counts_from: Time | None = Field(
         default=None,
-        description="Begin of the counts: requests and outcomes before it are left out of all figures. Units stay in their "
-        "arms. Set it after a fault was repaired that made the figures wrong.",
+        description="Start of the counts: requests and outcomes before it are left out of all figures. Units stay in their "
+        "arms. Set it after you repaired a fault that made the figures wrong.",
     )
     force: HeaderSource | None = Field(
         default=None,

@@ -92,7 +92,7 @@ class Upstream(Frozen):
         description="Name of the model on the servers; by default `source`. Not sent to TEI, which serves one model.",
     )
     api_key: Secret | None = Field(
-        default=None, description="Sent as a bearer token. Keep it out of the file: `${VLLM_API_KEY}`."
+        default=None, description="Key, sent as a bearer token. Keep it out of the file: `${VLLM_API_KEY}`."
     )
     max_batch_texts: Positive | None = Field(
         default=None,
@@ -109,7 +109,7 @@ class Upstream(Frozen):
     connect_timeout_s: PositiveSeconds = Field(default=2.0, description="Seconds for establishing a connection.")
     max_retries: Annotated[int, Field(ge=0)] = Field(
         default=2,
-        description="How often a request is retried if a server did not respond or was too busy, on another server if "
+        description="Number of retries of a request if a server did not respond or was too busy, on another server if "
         "possible. A request that a server rejected as wrong is never retried.",
     )
     tasks: Mapping[NonEmptyText, NonEmptyText] = Field(

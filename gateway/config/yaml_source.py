@@ -64,7 +64,7 @@ class Document:
     Attributes:
         keys: place of each key of a mapping, by its path.
         values: place of each value, by its path.
-        unread: paths of values that could not be read, for which a problem is already recorded.
+        unread: paths of values that could not be read, each with a recorded problem.
     """
 
     file: str
@@ -105,7 +105,7 @@ class FileKind:
 
     Attributes:
         keys: the keys of its top level, for a message.
-        hint: how to name another file, for a message.
+        hint: the way to name another file, for a message.
         max_values: the maximum number of values and keys.
     """
 

@@ -89,7 +89,7 @@ class Gate:
         return self.is_public and bool(self._keyring)
 
     async def visitor(self, request: Request) -> Visitor | None:
-        """Return the reader of a page, or ``None`` if they must sign in first."""
+        """Return the reader of a page, or ``None`` if a reader must sign in first."""
         address = RequestContext.of(request).client.name
         session = self._find(request.cookies.get(self.cookie, ""))
         if session is not None:
@@ -151,7 +151,7 @@ class Gate:
 
 
 def check_origin(request: Request) -> None:
-    """Refuse a form that another site made a browser send; browsers name the site that a form comes from.
+    """Refuse a form from another site; browsers name the site that a form comes from.
 
     Raises:
         Forbidden: the form comes from elsewhere, or from no page at all.

@@ -67,7 +67,7 @@ def read_arm(text: str) -> ArmText:
     assert read is not None  # noqa: S101  the text is not empty, and the pattern fits every other
     size, precision, output = read["size"], read["precision"], Output(read["output"] or Output.DENSE)
     if output is not Output.DENSE and (size or precision):
-        raise BadInput(f"{cut(text)!r}: a size and a precision are those of dense vectors; leave out `+{output.value}`")
+        raise BadInput(f"{cut(text)!r}: only dense vectors have a size and a precision; leave out `+{output.value}`")
     return ArmText(text, read["name"], int(size) if size else None, Precision(precision or Precision.FLOAT), output)
 
 

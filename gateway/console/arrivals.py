@@ -1,4 +1,4 @@
-"""The drawing of an experiment's units over time: how many arrived, and the share of each arm so far. Pure."""
+"""The drawing of an experiment's units over time: the number of new units, and the share of each arm so far. Pure."""
 
 from __future__ import annotations
 

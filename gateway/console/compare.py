@@ -81,7 +81,7 @@ class Compare:
         if runs is None:
             return await self.first(request)
         job = self._jobs().find(request.path_params["run"])
-        # A comparison whose judge failed has results nevertheless.
+        # A comparison has results even if its judge failed.
         if job is not None and (job.state == "running" or not await asyncio.to_thread(runs.has, job.wanted.name)):
             known = await asyncio.to_thread(runs.latest)
             return self._parts.pages.render(
@@ -131,7 +131,7 @@ class Compare:
         return self._parts.done(request, f"/new-comparison?data={quote(stored.name)}", message)
 
     async def answer(self, request: Request) -> Response:
-        """Agree to the price of the judge, or go on without the judge."""
+        """Agree to the price of the judge, or continue without the judge."""
         self.runs(request)
         self._parts.require_operator(request)
         name = request.path_params["run"]

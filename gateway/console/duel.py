@@ -157,7 +157,7 @@ def _place(request: Request) -> str:
 
 
 def _seconds_since(shown_at: str) -> float | None:
-    """Return how long a pair was shown; ``None`` if the form does not state the start."""
+    """Return the seconds that a pair was shown; ``None`` if the form does not state the start."""
     try:
         seconds = datetime.now(UTC).timestamp() - float(shown_at)
     except ValueError:

@@ -17,7 +17,7 @@ from gateway.console.parts import Parts
 from gateway.console.web import read_form, visitor_of
 from gateway.errors import BadInput
 
-_LATE = "This document had a grade already, and keeps it."
+_LATE = "This document already had a grade, and keeps it."
 _NOT_UNDONE = "Nothing was taken back: the file has another grade now."
 
 
@@ -67,7 +67,7 @@ class GradePages:
         return required(self._comparisons.grading)
 
     def _grader(self, request: Request, name: str) -> str:
-        """Return the name that the reader has entered, or else that of the key."""
+        """Return the name that the reader has entered, or else the name of the key."""
         return read_person(name, "grader") if name else visitor_of(request).client.name
 
     def _next(self, request: Request, standing: Standing, grader: str, note: str) -> Response:

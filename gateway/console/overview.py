@@ -106,7 +106,9 @@ class Overview:
         self._parts.require_operator(request)
         found = await verify(self._parts.deployment, request.path_params["model"])
         text = f"{found.id}: the lowest cosine to a golden vector is {found.cosine:.5f}, the limit is {found.limit:g}"
-        return self._parts.done(request, "", f"{text}: {'as it should be' if found.ok else 'wrong vectors'}.")
+        return self._parts.done(
+            request, "", f"{text}: {'the vectors are right' if found.ok else 'the vectors are wrong'}."
+        )
 
     async def _change(self, request: Request, *, is_loading: bool) -> Response:
         self._parts.require_operator(request)

@@ -75,7 +75,7 @@ class Cell:
 
     Attributes:
         shade, own_shade: the shade of its value, on the common scale of all arms and on the scale of this arm.
-        moved: how many ranks the pair has moved up from the first arm, among all pairs; empty in that arm.
+        moved: the number of ranks that the pair has moved up from the first arm, among all pairs; empty in that arm.
         move_shade: from -4 (much less similar) to 4 (much more similar).
     """
 
@@ -174,7 +174,7 @@ def _read(form: Form) -> Asked:
 def _problem(asked: Asked) -> BadInput | None:
     """Return the error of a form, without the form's texts."""
     if asked.kind == "query" and not asked.query:
-        return BadInput("the query is empty: write what a person would ask", param="query")
+        return BadInput("the query is empty: write a question", param="query")
     least = 1 if asked.kind == "query" else 2
     if not least <= len(asked.candidates) <= MAX_TEXTS:
         return BadInput(

@@ -1,1 +1,1 @@
-"""``gateway doctor``: look at the machine, the hub and the registry, and say what to do."""
+"""``gateway doctor``: check the machine, the hub and the registry, and recommend the next steps."""

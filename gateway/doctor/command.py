@@ -1,4 +1,4 @@
-"""Run all checks, print them, and say what to run next."""
+"""Run all checks, print them, and recommend the next command."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _STYLES = {Status.OK: "green", Status.NOTE: "yellow", Status.TODO: "red"}
 
 
 def examine(models: Path | None) -> list[Finding]:
-    """Return the findings of all checks. Nothing is loaded or downloaded, and no check holds up or ends the others.
+    """Return the findings of all checks. Nothing is loaded or downloaded, and no check delays or ends the others.
 
     Args:
         models: the file of models; by default the file that the settings name.
@@ -70,7 +70,7 @@ def next_steps(findings: Sequence[Finding], models: Path | None = None) -> list[
 
 
 def _program() -> str:
-    """Return how this program is called in a shell: by its path, unless it is the one on the PATH."""
+    """Return the command that runs this program in a shell: its path, unless the program is on the PATH."""
     script = Path(sys.executable).with_name("gateway")
     if not script.exists():
         return f"{sys.executable} -m gateway"

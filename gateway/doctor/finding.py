@@ -11,7 +11,7 @@ from typing import TypeAlias
 
 
 class Status(StrEnum):
-    """How important a finding is."""
+    """The importance of a finding."""
 
     OK = "ok"
     NOTE = "note"
@@ -29,8 +29,8 @@ class Finding:
 
     Attributes:
         check: name of the check, such as ``disk``, or ``model`` for a model.
-        text: what was found, in one or several lines.
-        mend: how to fix it; empty if there is nothing to do.
+        text: the finding, in one or several lines.
+        mend: the remedy; empty if there is nothing to do.
         details: the finding in a form for programs.
     """
 
@@ -47,7 +47,7 @@ Look: TypeAlias = Callable[[], Sequence[Finding]]
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One part of the machine, and how long a look at it may take."""
+    """One part of the machine, and the time limit of its check."""
 
     name: str
     look: Look

@@ -38,7 +38,10 @@ def _hub() -> Iterator[Finding]:
     details: dict[str, Detail] = {"url": url, "proxy": proxy, "is_reachable": False, "is_offline": is_offline()}
     if is_offline():
         yield Finding(
-            "hub", Status.NOTE, "not asked, because HF_HUB_OFFLINE is set: only what is here is served", details=details
+            "hub",
+            Status.NOTE,
+            "not asked, because HF_HUB_OFFLINE is set: only downloaded models are served",
+            details=details,
         )
         return
     way = f"{url}{f', through {proxy}' if proxy else ''}"
@@ -63,7 +66,7 @@ def _token() -> Iterator[Finding]:
 
     try:
         token = get_token()
-    except OSError as error:  # from reading the file in HF_HOME; the disk check says more
+    except OSError as error:  # from reading the file in HF_HOME; the disk check has the details
         yield Finding("token", Status.NOTE, f"the token's file cannot be read: {error}", details={"is_set": False})
         return
     if token is None:
@@ -76,12 +79,12 @@ def _token() -> Iterator[Finding]:
         return
     try:
         answer = get_session().get(f"{endpoint()}/api/whoami-v2", headers=build_hf_headers(), timeout=_TIMEOUT_S)
-    except Exception:  # the hub check says why
+    except Exception:  # the hub check has the reason
         yield Finding("token", Status.OK, "HF_TOKEN is set, not tried", details={"is_set": True})
         return
     details = {"is_set": True, "is_valid": answer.status_code == 200}
     if answer.status_code == 401:
-        mend = f"make a new one on {endpoint()}/settings/tokens, or unset it"
+        mend = f"create a new one on {endpoint()}/settings/tokens, or unset it"
         yield Finding("token", Status.TODO, "the hub refuses HF_TOKEN: it is wrong or has expired", mend, details)
     else:
         yield Finding(

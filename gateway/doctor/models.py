@@ -1,4 +1,4 @@
-"""Look at the registry and each of its models: its download, whether it fits, and why it would not be served."""
+"""Check the registry and each of its models: its download, its memory, and the reasons why it would not be served."""
 
 from __future__ import annotations
 

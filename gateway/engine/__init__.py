@@ -1,7 +1,7 @@
 """The engine: Infinity's, with its scheduling and its embedders replaced. No other package imports torch.
 
 ``checkpoint`` finds and reads a model, ``loading`` builds it with ``model``, ``batcher`` takes requests, ``scheduler``
-decides what is next, ``worker`` computes it, and ``infinity`` holds them together.
+chooses the next batch, ``worker`` computes it, and ``infinity`` holds them together.
 """
 
 import os

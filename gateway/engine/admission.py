@@ -12,7 +12,7 @@ from gateway.errors import Overloaded
 from gateway.telemetry import metrics
 from gateway.types import EmbedJob, Priority
 
-# How much the newest batch counts in the measured rate.
+# The weight of the newest batch in the measured rate.
 _RATE_WEIGHT = 0.1
 _CHARS_PER_TOKEN = 4
 # A caller without other requests may queue this many texts even if others have filled the queue.
@@ -24,7 +24,7 @@ _LOW_PART = 4
 
 @dataclass(slots=True)
 class _Lane:
-    """The requests of one priority that have no answer yet, and how many texts and tokens they may have."""
+    """The requests of one priority that have no answer yet, and the limits of their texts and tokens."""
 
     max_texts: int
     max_tokens: int
@@ -92,7 +92,7 @@ class Admission:
             self._count(lane, -num_texts, -num_tokens)
 
     def note_rate(self, num_tokens: int, seconds: float) -> None:
-        """Learn from a batch how fast the model computes."""
+        """Update the measured rate of the model with a batch."""
         rate = num_tokens / max(seconds, 1e-6)
         self._tokens_per_s = rate + (1 - _RATE_WEIGHT) * ((self._tokens_per_s or rate) - rate)
 

@@ -36,9 +36,9 @@ from gateway.types import Embeddings, EmbedJob, Priority, Truncate
 
 log = structlog.get_logger(__name__)
 
-# How long a stop waits for the running batch.
+# The seconds that a stop waits for the running batch.
 _STOP_S = 10.0
-# When clients may try again after a card was lost: the process ends, is started again, and loads its models.
+# The seconds until clients may retry after a card was lost: the process ends, restarts, and loads its models.
 _RESTART_S = 20
 
 
@@ -81,7 +81,7 @@ class Batcher:
         self._model = model
         self._encoder = encoders[0]
         self._limits = limits
-        self._pending: dict[RequestHandle, PendingRequest] = {}  # by themselves, as waiters have them
+        self._pending: dict[RequestHandle, PendingRequest] = {}  # by the objects that waiters have
         self._sequences: dict[Hashable, TokenSequence] = {}
         self._admission = Admission(
             model, limits.max_queue_texts, limits.max_queue_tokens, self._encoder.tokenizer.max_tokens
@@ -302,12 +302,12 @@ class Batcher:
     # ---------------------------------------------------------------------------------------------------- health
 
     def oldest_s(self, priority: Priority = Priority.NORMAL) -> float:
-        """Return how long the oldest pending request of a priority has been waiting, 0 without one."""
+        """Return the seconds that the oldest pending request of a priority has been waiting, 0 without one."""
         oldest = next((one for one in self._pending.values() if one.priority is priority), None)
         return 0.0 if oldest is None else time.monotonic() - oldest.admitted_at
 
     def stats(self) -> SequenceStats:
-        """Return how many sequences are in flight, and how many texts wait for them."""
+        """Return the number of sequences in flight, and the number of texts that wait for them."""
         return SequenceStats(len(self._sequences), sum(len(one.waiters) for one in self._sequences.values()))
 
     @property
@@ -332,11 +332,11 @@ class Batcher:
         return not is_counted and self._batches.is_empty and self._tokenizers.is_empty
 
     def busy_since(self, replica: int) -> float | None:
-        """Return when a replica's running forward began (``time.monotonic()``); ``None`` without a running forward."""
+        """Return the time when a replica's running forward began (``time.monotonic()``); ``None`` without one."""
         return self._workers[replica].busy_since
 
     def num_failed_in_a_row(self, replica: int) -> int:
-        """Return how many consecutive batches on a replica have given only errors."""
+        """Return the number of consecutive batches on a replica that have given only errors."""
         return self._workers[replica].num_failed_in_a_row
 
     def give_up(self, error: Callable[[], RequestError]) -> None:
@@ -360,7 +360,7 @@ class Batcher:
 
     async def shutdown(self) -> None:
         """Stop after the running batch; requests that still wait get :class:`ShuttingDown`."""
-        if len(self.lost) == len(self._workers):  # already given up: a thread may hang
+        if len(self.lost) == len(self._workers):  # the batcher was given up: a thread may hang
             return
         self._refusal = _shutting_down
         self._batches.close()

@@ -1,8 +1,8 @@
-"""Find the graphics cards, decide whether each can be used, and say what to do about one that cannot.
+"""Find the graphics cards, decide whether each can be used, and give a remedy for those that cannot.
 
-This module does not import torch, because commands that load no model use it too. :func:`read_machine` looks at the
-machine, :meth:`Machine.obstacle_to` says why a setting gets no card, and :func:`find_obstacle` alone decides about a single
-card.
+This module does not import torch, because commands that load no model use it too. :func:`read_machine` examines the
+machine, :meth:`Machine.obstacle_to` returns the reason why a setting gets no card, and :func:`find_obstacle` alone
+decides about a single card.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ CUDA_12_INDEX = "https://download.pytorch.org/whl/cu126"
 
 # https://docs.nvidia.com/deploy/cuda-compatibility/minor-version-compatibility.html
 _LEAST_DRIVER = {13: 580, 12: 525}
-# https://github.com/pytorch/pytorch/blob/main/RELEASE.md#pytorch-cuda-support-matrix: for each version of CUDA, and those
-# up to the next, the compute capabilities for which the builds have kernels: the lowest, and the first that is too high.
+# https://github.com/pytorch/pytorch/blob/main/RELEASE.md#pytorch-cuda-support-matrix: for each version of CUDA, and
+# those up to the next, the compute capabilities that the builds have kernels for: the lowest, and the first that is too
+# high.
 _KERNELS = {(12, 0): ((5, 0), (10, 0)), (12, 8): ((7, 5), (99, 0)), (13, 0): ((7, 5), (99, 0))}
 _LEAST_ON_ARM = (8, 0)
 
@@ -39,7 +40,7 @@ _MAKEFILE = Path(__file__).parents[2] / "Makefile"
 
 
 class Reason(StrEnum):
-    """Why a card, or all cards, cannot be used; stable, for programs."""
+    """The kind of reason why a card, or all cards, cannot be used; stable, for programs."""
 
     NO_CARD = "no_card"
     NOT_NVIDIA = "not_nvidia"
@@ -59,11 +60,11 @@ class Reason(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Obstacle:
-    """Why a card, or all cards, cannot be used.
+    """The reason why a card, or all cards, cannot be used.
 
     Attributes:
-        what: half a sentence that says what is wrong, with versions.
-        mend: half a sentence that says what to do, with the command; empty if nothing can be done.
+        what: half a sentence with the problem and the versions.
+        mend: half a sentence with the remedy and its command; empty if nothing can be done.
     """
 
     reason: Reason
@@ -144,7 +145,7 @@ class Machine:
             problem = Obstacle(Reason.HIDDEN, what, "unset it, or list numbers that `nvidia-smi -L` shows")
         elif problem is None and self.cuda_error:
             if (known := _shared([find_obstacle(card, self.torch) for card in self.visible])) is not None:
-                return known  # the driver says more than CUDA does
+                return known  # the driver's message is more precise than CUDA's
             problem = Obstacle(Reason.CUDA_FAILED, f"CUDA does not start ({self.cuda_error})", _MEND_CUDA)
         if problem is None:
             return None
@@ -158,7 +159,7 @@ class Machine:
         return has_cuda and isinstance(self.driver, Failure) and self.cuda_error is None
 
     def obstacle_to(self, setting: str) -> Obstacle | None:
-        """Return why a value of ``device`` gets no card; ``None`` if it gets a card.
+        """Return the reason why a value of ``device`` gets no card; ``None`` if it gets a card.
 
         Args:
             setting: ``auto``, ``cuda`` or ``cuda:N``.
@@ -174,7 +175,7 @@ class Machine:
         return find_obstacle(self.visible[index], self.torch)
 
     def left_out(self, index: int) -> Obstacle | None:
-        """Return why ``device: auto`` leaves out a visible card; ``None`` if it uses the card."""
+        """Return the reason why ``device: auto`` leaves out a visible card; ``None`` if it uses the card."""
         card = self.visible[index]
         if (obstacle := find_obstacle(card, self.torch)) is not None or card.capability >= PACKING_CAPABILITY:
             return obstacle
@@ -182,7 +183,7 @@ class Machine:
             Reason.NOT_CHOSEN,
             f"{_a(card.name)} has compute capability {_dots(card.capability)}, and texts are packed from "
             f"{_dots(PACKING_CAPABILITY)} on",
-            f"`device: cuda:{index}` in models.yaml uses it all the same, with padding",
+            f"`device: cuda:{index}` in models.yaml uses it anyway, with padding",
         )
 
 
@@ -211,7 +212,7 @@ def read_torch() -> TorchBuild | None:
 
 
 def find_obstacle(card: Card, torch: TorchBuild | None) -> Obstacle | None:
-    """Return why a card cannot be used with a torch that is built for CUDA, regardless of a model's entry."""
+    """Return the reason why a card cannot be used with a torch for CUDA, regardless of a model's entry."""
     if card.error:
         return Obstacle(
             Reason.CARD_FAILED,
@@ -260,7 +261,7 @@ def _shared(obstacles: Sequence[Obstacle | None]) -> Obstacle | None:
 
 
 def _torch_obstacle(torch: TorchBuild | None, driver: Driver, where: Surroundings) -> Obstacle | None:
-    """Return why this torch cannot use any card with this driver."""
+    """Return the reason why this torch cannot use any card with this driver."""
     if torch is None:
         return Obstacle(Reason.NO_TORCH, "torch is not installed", "`make install`")
     if torch.is_rocm:
@@ -302,7 +303,7 @@ def _install(index: str, *, is_image: bool = False) -> str:
 
 
 def _absent(where: Surroundings) -> Obstacle:
-    """Return why no card is present, with a working driver or without a driver."""
+    """Return the reason why no card is present, with a working driver or without a driver."""
     if where.is_mac:
         return Obstacle(Reason.NOT_NVIDIA, "no accelerator is present that is supported; Apple's GPU (MPS) is not")
     if "NVIDIA" not in where.vendors and "AMD" in where.vendors:
@@ -333,7 +334,7 @@ _CONTAINER_MENDS = {
 
 
 def _driver_obstacle(failure: Failure, where: Surroundings) -> Obstacle:
-    """Return why the driver does not answer."""
+    """Return the reason why the driver does not answer."""
     if failure.code == _NO_LIBRARY and "NVIDIA" not in where.vendors and not where.is_wsl:
         return _absent(where)
     if where.is_wsl and failure.code in (_NO_LIBRARY, _NOT_LOADED):

@@ -188,7 +188,7 @@ class _Look:
         if self.mismatch or found.mismatch:
             return None, self.mismatch or (found.mismatch.verdict if found.mismatch else "")
         if found.difference is None:
-            return "not yet", f"needs {LEAST_UNITS} units in each arm, of which enough differ"
+            return "not yet", f"needs {LEAST_UNITS} units in each arm, and enough of them must differ"
         return _judge(found.difference, self.declared)
 
     def _look_again(self, arm: Arm, num_units: int, num_needed: int | None) -> str | None:

@@ -94,7 +94,7 @@ def test_a_second_time_nothing_is_fetched_and_the_hub_is_not_asked(
     status, said, _ = run(models, "one")
 
     assert status == 0
-    assert said.startswith("one: is here already, in ")
+    assert said.startswith("one: is already here, in ")
     assert hub.requests == []
 
 
@@ -145,7 +145,10 @@ def test_a_stop_keeps_the_received_bytes(hub: Hub, models: Path, monkeypatch: py
     monkeypatch.setattr(fetching, "fetch", fetch)
     hub.requests.clear()
 
-    assert (status, errors) == (1, "one: stopped. What has arrived is kept; the same command continues from there\n")
+    assert (status, errors) == (
+        1,
+        "one: stopped. The downloaded parts are kept, and the same command continues from there\n",
+    )
     status, said, _ = run(models, "one")
     assert status == 0
     assert said.startswith("one: 1")

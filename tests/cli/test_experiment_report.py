@@ -146,7 +146,7 @@ def test_the_arms_of_a_running_gateway_are_shown_side_by_side(
         "split of the units: no mismatch found, p = 1 at any look (chi-square 0.00, degrees of freedom 1)",
         "latency of second against one, by unit: x ",
         "at equal length of the texts: no difference found",
-        "errors of second against one: not yet; needs 100 units in each arm, of which enough differ",
+        "errors of second against one: not yet; needs 100 units in each arm, and enough of them must differ",
     ):
         assert row in printed
     assert " ms p99 (descriptive) " in printed
@@ -220,7 +220,7 @@ def error(message: str) -> dict[str, dict[str, str]]:
     [
         (refuse, "no gateway answers at http://127.0.0.1:8000: [Errno 111] Connection refused"),
         (never, "the gateway (http://127.0.0.1:8000) has not answered for 10 s"),
-        (break_off, "the gateway (http://127.0.0.1:8000) broke off the connection: RemoteProtocolError"),
+        (break_off, "the gateway (http://127.0.0.1:8000) dropped the connection: RemoteProtocolError"),
         (
             lambda _: httpx.Response(404, json=error("no experiment is called 'exp'; available: none")),
             "the gateway (http://127.0.0.1:8000) answers 404: no experiment is called 'exp'; available: none",

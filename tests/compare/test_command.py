@@ -82,7 +82,7 @@ def test_captured_queries_are_read_before_anything_loads(tmp_path: Path, write_d
     result = compare("one", "two", "--data", str(folder), "--queries", str(tmp_path / "kept" / "queries.jsonl"))
 
     assert result.exit_code == 1
-    assert "queries.jsonl: there is no such file, and none of a day" in result.output.replace("\n", " ")
+    assert "queries.jsonl: there is no such file, and no file of a day" in result.output.replace("\n", " ")
 
 
 def test_results_of_another_comparison_are_not_replaced(tmp_path: Path, write_data: WriteData) -> None:

@@ -86,7 +86,7 @@ async def test_small_vectors_are_arms_side_by_side(start_quantized: StartGateway
     assert {score == int(score) for name in names[1:] for hits in rankings[name].values() for _, score in hits} == {
         True
     }
-    assert not any("difference is one of rounding" in note for note in found.notes)
+    assert not any("difference comes from rounding" in note for note in found.notes)
     assert "".join(found.notes).count("by the dot product of their integers") == 1
 
 
@@ -215,19 +215,19 @@ async def test_notes(gateway: FakeGateway, write_data: WriteData) -> None:
     """The report has all notes that apply, and no others."""
     few = await notes(gateway, write_data(), "plain", "tasks")
     assert "The search is exact" in few
-    assert "3 queries are too few to tell models apart; at least 50 are needed." in few
+    assert "3 queries are too few to distinguish models; at least 50 are needed." in few
     assert "The cost was not measured." in few
     assert "of one space" not in few
-    assert "first ten documents were judged" not in few
+    assert "judged documents among their first ten" not in few
     enough = await notes(gateway, write_data(**many_queries(60)), "plain", "tasks")
     assert "too few" not in enough
 
 
 async def test_arms_of_one_space_are_noted(gateway: FakeGateway, write_data: WriteData) -> None:
     same = await notes(gateway, write_data(), "plain", "plain@32")
-    assert "plain and plain@32 are of one space: any difference is one of rounding." in same
+    assert "plain and plain@32 are in one space: any difference comes from rounding." in same
     tasks = await notes(gateway, write_data(), "tasks", "backwards")
-    assert "tasks and backwards are of one space, and differ in the tasks" in tasks
+    assert "tasks and backwards are in one space, and differ in the tasks" in tasks
 
 
 async def test_an_instruction_for_queries_alone_is_noted(gateway: FakeGateway, write_data: WriteData) -> None:
@@ -258,7 +258,7 @@ async def test_arms_that_are_not_judged_alike_get_no_verdict_until_they_are(
     assert found.contrasts[0].verdict == Verdict.NOT_JUDGED_ALIKE
     assert found.bottom_line.advice == Advice.JUDGE_MORE
     said = "\n".join(found.notes)
-    assert "The arms differ in how many of their first ten documents were judged (tasks@8 1.00, tasks 0." in said
+    assert "The arms differ in the share of judged documents among their first ten (tasks@8 1.00, tasks 0." in said
     assert "tasks and tasks@8 are not judged alike" in render_page(found)
 
     dataset = read_dataset(data, None)
@@ -286,7 +286,7 @@ async def test_lists_of_relevant_documents_alone_are_said_to_be_that(
     assert found.contrasts[0].verdict == Verdict.WORSE
     said = "\n".join(found.notes)
     assert "Only relevant documents are listed" in said
-    assert "first ten documents were judged" not in said
+    assert "judged documents among their first ten" not in said
     assert write_to_judge(found, read_dataset(data, None), tmp_path) is None
 
 

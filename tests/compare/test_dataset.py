@@ -75,7 +75,7 @@ def test_a_capture_that_kept_nothing_is_an_error_that_says_where_it_looked(tmp_p
     folder = write(tmp_path / "data", FILES)
 
     with pytest.raises(
-        CompareError, match=r"q.jsonl: there is no such file, and none of a day, such as q-2026-11-25.jsonl"
+        CompareError, match=r"q.jsonl: there is no such file, and no file of a day, such as q-2026-11-25.jsonl"
     ):
         read_dataset(folder, None, captured=tmp_path / "q.jsonl")
 
@@ -177,11 +177,11 @@ def test_sample_keeps_judged_documents(tmp_path: Path) -> None:
     [
         ("corpus.jsonl", CORPUS + "{", "corpus.jsonl:6: is not JSON: "),
         ("corpus.jsonl", b'{"_id": "a", "text": "\xff"}', "corpus.jsonl:1: is not JSON: "),
-        ("corpus.jsonl", '["a"]', "corpus.jsonl:1: must be a JSON object with _id and text, and is ['a']"),
+        ("corpus.jsonl", '["a"]', "corpus.jsonl:1: must be a JSON object with _id and text, got ['a']"),
         ("corpus.jsonl", '{"id": "a", "text": ""}', "corpus.jsonl:1: has no _id; its keys: id, text"),
         ("corpus.jsonl", '{"_id": "a", "body": ""}', "corpus.jsonl:1: has no text; its keys: _id, body"),
-        ("corpus.jsonl", '{"_id": "a", "text": 3}', "corpus.jsonl:1: text must be a text, and is 3"),
-        ("corpus.jsonl", '{"_id": "a", "text": "", "title": []}', "corpus.jsonl:1: title must be a text, and is []"),
+        ("corpus.jsonl", '{"_id": "a", "text": 3}', "corpus.jsonl:1: text must be a text, got 3"),
+        ("corpus.jsonl", '{"_id": "a", "text": "", "title": []}', "corpus.jsonl:1: title must be a text, got []"),
         ("corpus.jsonl", '{"_id": "", "text": ""}', "corpus.jsonl:1: _id must be a non-empty text"),
         ("corpus.jsonl", '{"_id": true, "text": ""}', "corpus.jsonl:1: _id must be a non-empty text or an"),
         ("corpus.jsonl", CORPUS + '{"_id": "7", "text": ""}', "corpus.jsonl:6: _id '7' appears twice"),
@@ -196,7 +196,7 @@ def test_sample_keeps_judged_documents(tmp_path: Path) -> None:
             "test.tsv:5: must have 3 columns, separated by tabs (query-id, corpus-",
         ),
         ("qrels/test.tsv", QRELS + "q1\t0\td1\t1\n", "test.tsv:5: must have 3 columns"),
-        ("qrels/test.tsv", QRELS + "q1\td1\tyes\n", "test.tsv:5: the score must be an integer, and is 'yes'"),
+        ("qrels/test.tsv", QRELS + "q1\td1\tyes\n", "test.tsv:5: the score must be an integer, got 'yes'"),
         (
             "qrels/test.tsv",
             QRELS + "q2\td1\t1\n",
@@ -325,9 +325,7 @@ def test_named_groups(tmp_path: Path) -> None:
     assert "4 queries belong to 2 groups, named in queries.jsonl." in " ".join(dataset.notes)
     other = read(tmp_path, queries_about([["d"]] * 5, {0: "ada", 1: "ada"}))
     assert other.summary().sha256 != dataset.summary().sha256
-    with pytest.raises(
-        CompareError, match=r"queries.jsonl:1: group must be a non-empty text or an integer, and is \[\]"
-    ):
+    with pytest.raises(CompareError, match=r"queries.jsonl:1: group must be a non-empty text or an integer, got \[\]"):
         read(tmp_path, queries_about([["d"]], {0: []}))
 
 
@@ -347,7 +345,7 @@ def test_few_that_share_and_all_that_are_linked_stay_apart(tmp_path: Path) -> No
     chain = [[f"d{number}", f"d{number + 1}"] for number in range(30)]
     linked = read(tmp_path, queries_about(chain))
     assert linked.groups == {}
-    assert "through which most of them are linked, so they are counted as independent" in " ".join(linked.notes)
+    assert "These links join most queries, so they are counted as independent" in " ".join(linked.notes)
 
 
 # ---------------------------------------------------------------------------------------------------------- more judgments
@@ -376,7 +374,7 @@ def test_filled_in_judgments_may_be_the_only_ones(tmp_path: Path) -> None:
             FORM.replace("q1\td2\t0", "q2\td1\t1"),
             "to_judge.tsv:2: query 'q2' and document 'd1' have score 1, and 2 earlier",
         ),
-        (FORM.replace("d2\t0", "d2\tyes"), "to_judge.tsv:2: the score must be an integer, and is 'yes'"),
+        (FORM.replace("d2\t0", "d2\tyes"), "to_judge.tsv:2: the score must be an integer, got 'yes'"),
         (FORM.replace("q1\td2\t0\task\tZurück", "q1 d2 0"), "to_judge.tsv:2: must have 3 columns"),
     ],
 )

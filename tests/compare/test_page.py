@@ -233,12 +233,12 @@ def test_an_arm_without_cost_is_named() -> None:
 def test_one_query(has_judgments: bool) -> None:
     page = Page(render_page(make_comparison(num_queries=1, has_judgments=has_judgments)))
     assert "1 query over" in page.words
-    assert ("1 query is too few to tell" in page.words) == has_judgments
+    assert ("1 query is too few to distinguish" in page.words) == has_judgments
 
 
 def test_too_few_queries_says_how_many() -> None:
     page = Page(render_page(make_comparison(num_queries=14)))
-    assert "14 queries are too few to tell bge-m3 from jina-embeddings-v3" in page.words
+    assert "14 queries are too few to distinguish bge-m3 from jina-embeddings-v3" in page.words
     assert Verdict.TOO_FEW_QUERIES in page.words
 
 

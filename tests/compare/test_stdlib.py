@@ -171,6 +171,6 @@ async def test_another_run_reads_the_vectors_and_finds_the_same(run: Run) -> Non
     assert [arm["quality"] for arm in arms] == [whole["quality"], cut["quality"], whole["quality"]]
     same = next(one for one in comparison.contrasts if one.arm == "full")
     assert (same.wins, same.losses, same.p, same.verdict) == (0, 0, 1.0, "too few differ")
-    assert "alias and full are of one space: any difference is one of rounding." in comparison.notes
+    assert "alias and full are in one space: any difference comes from rounding." in comparison.notes
     assert any("embedded by an earlier run, and read from" in note for note in comparison.notes)
     assert written[-1].read_text() == (run.out / "runs" / "full.trec").read_text()

@@ -162,23 +162,28 @@ def told(differences: Sequence[float], level: float = 0.5, margin: float = 0.01,
         (
             [0.0] * 80,
             1.0,
-            "Every query is tied at 1.000: these queries are too easy to tell bge-m3 from jina-embeddings-v3: nDCG@10 0.000 "
-            "(p = 1.000); 0 wins, 80 ties, 0 losses.",
-            "These queries are too easy: jina-embeddings-v3 has nDCG@10 1.000. Take harder ones, or more.",
+            "Every query is tied at 1.000: these queries are too easy to distinguish bge-m3 from jina-embeddings-v3: "
+            "nDCG@10 0.000 (p = 1.000); 0 wins, 80 ties, 0 losses.",
+            "These queries are too easy: jina-embeddings-v3 has nDCG@10 1.000. Use harder queries, or more.",
         ),
         (
             [0.0] * 80,
             0.5,
-            "Every query is tied: they do not tell bge-m3 from jina-embeddings-v3:",
-            "Too few queries differ to decide whether to replace jina-embeddings-v3: take more.",
+            "Every query is tied: they do not distinguish bge-m3 from jina-embeddings-v3:",
+            "Too few queries differ to decide whether to replace jina-embeddings-v3: use more queries.",
         ),
         (
             [0.1, -0.05] + [0.0] * 48,
             0.5,
-            "48 of 50 queries are tied: too few differ to tell bge-m3 from jina-embeddings-v3: nDCG@10 +0.001",
+            "48 of 50 queries are tied: too few differ to distinguish bge-m3 from jina-embeddings-v3: nDCG@10 +0.001",
             "Too few queries differ",
         ),
-        ([0.2], 0.5, "1 query is too few to tell bge-m3 from jina-embeddings-v3: nDCG@10 +0.200 (p = 1.000);", "Too few"),
+        (
+            [0.2],
+            0.5,
+            "1 query is too few to distinguish bge-m3 from jina-embeddings-v3: nDCG@10 +0.200 (p = 1.000);",
+            "Too few",
+        ),
         (
             [0.001, 0.002] * 25,
             0.5,

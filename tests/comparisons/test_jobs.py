@@ -156,7 +156,7 @@ async def test_a_program_that_cannot_be_started_is_a_failure(
         (Wanted("../out", ARMS, "mine"), "the name of a comparison has .*; got '../out'"),
         (Wanted("", ARMS, "mine"), "the name of a comparison has"),
         (Wanted("data", ARMS, "mine"), "'data' is the folder of the data sets: choose another name"),
-        (Wanted("done", ARMS, "mine"), "there is a comparison 'done' already"),
+        (Wanted("done", ARMS, "mine"), "a comparison 'done' already exists"),
         (Wanted("new", ("one",), "mine"), f"1 models were sent; 2 to {MAX_ARMS} are accepted"),
         (Wanted("new", ("one", "--out=/etc"), "mine"), "'--out=/etc' is not a model's name"),
         (Wanted("new", ("one", "a\nb"), "mine"), "is not a model's name"),

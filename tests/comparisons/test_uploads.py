@@ -63,7 +63,7 @@ def test_each_kind_of_file_is_understood(tmp_path: Path, documents: Table) -> No
         ({"queries": QUERIES}, "the form has no file `documents`"),
         (
             {"documents": "a,b\n1,2\n"},
-            "documents, line 1 of 'my.csv': the first line must name the columns, one of them `text`",
+            "documents, line 1 of 'my.csv': the first line must name the columns, including `text`",
         ),
         ({"documents": "text\n\n"}, "documents: 'my.csv' has no texts"),
         ({"documents": b"text\n\xff\n"}, "documents: 'my.csv' is not UTF-8 at byte 6"),
@@ -112,7 +112,7 @@ def test_a_name_stays_in_the_folder(tmp_path: Path, name: str) -> None:
 
 def test_a_data_set_is_not_replaced_and_the_folder_is_bounded(tmp_path: Path) -> None:
     store(tmp_path, documents=DOCUMENTS)
-    with pytest.raises(BadInput, match="there is a data set 'mine' already"):
+    with pytest.raises(BadInput, match="a data set 'mine' already exists"):
         store(tmp_path, documents=DOCUMENTS)
     for number in range(MAX_DATA_SETS - 1):
         (tmp_path / f"set {number}").mkdir()

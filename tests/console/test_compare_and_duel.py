@@ -268,7 +268,7 @@ def test_grades_need_no_script_and_no_grade_is_overwritten(gateway: Gateway, run
         graded = client.post(path, data={**form, "grade": "1"})
         assert str(graded.url).endswith("/grade?after=8")
         assert "1 of 480 documents" in graded.text
-        assert "had a grade already" in client.post(path, data={**form, "grade": "2"}).text
+        assert "already had a grade" in client.post(path, data={**form, "grade": "2"}).text
         again = client.post(f"{path}/undo", data={"grader": ""})
         assert str(again.url).endswith("/grade?after=7")
         assert row.document in again.text
@@ -442,7 +442,7 @@ def test_a_comparison_is_started_and_followed_to_its_result(
             body = {"name": "my first", "arms": ["jina", "bge"], "data": "small set"}
             again = client.post("/admin/comparisons", json=body)
         assert (card["state"], card["results"]["dataset"]["num_queries"]) == ("done", 6)
-        assert "there is a comparison 'my first' already" in again.json()["message"]
+        assert "a comparison 'my first' already exists" in again.json()["message"]
         page.get_by_role("link", name="Measure these again").click()
         assert [page.get_by_label(f"Arm {number}").input_value() for number in (1, 2, 3)] == ["jina", "bge", ""]
 

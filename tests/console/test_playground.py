@@ -237,7 +237,7 @@ def test_arms_are_read(text: str, name: str, dimensions: int | None, precision: 
 
 
 def test_a_size_of_sparse_weights_is_refused() -> None:
-    with pytest.raises(BadInput, match="those of dense vectors"):
+    with pytest.raises(BadInput, match="only dense vectors have"):
         read_arm("bge-m3@256+sparse")
 
 

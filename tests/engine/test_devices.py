@@ -202,7 +202,7 @@ def test_a_model_on_the_cpu_says_which_card_it_does_not_use(see: See) -> None:
     see(RTX_2080)
     assert device_notes("auto", choose_devices("auto")) == (
         "on the CPU, because an NVIDIA GeForce RTX 2080 Ti has compute capability 7.5, and texts are packed from 8.0 on: "
-        "`device: cuda:0` in models.yaml uses it all the same, with padding",
+        "`device: cuda:0` in models.yaml uses it anyway, with padding",
     )
     see()
     assert device_notes("auto", choose_devices("auto")) == ()

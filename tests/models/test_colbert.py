@@ -329,7 +329,7 @@ def test_settings_belong_to_the_fingerprint(stanford: Path, copy: Copy) -> None:
 @pytest.mark.parametrize(
     ("file", "changes", "message"),
     [
-        ("2_MultiVectorMask/config.json", {"keep_only_token_ids": [3]}, "it is for documents that are images"),
+        ("2_MultiVectorMask/config.json", {"keep_only_token_ids": [3]}, "for images as documents"),
         ("2_MultiVectorMask/config.json", {"skiplist_tasks": ["title"]}, "must be of query and document"),
         ("2_MultiVectorMask/config.json", {"skiplist_words": "x"}, "skiplist_words must be a list of words"),
         ("2_MultiVectorMask/config.json", {"other": 1}, "other is not supported"),

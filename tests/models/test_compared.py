@@ -200,7 +200,7 @@ async def test_a_comparison_of_the_outputs(m3: Path, connect: Connect, dataset: 
     assert "tiny+hybrid ranks by reciprocal rank fusion (k = 60) of the first 200 by dense, sparse." in notes
     assert "tiny+dense=0.5+sparse=0.5 ranks by the weighted mean of its similarities (dense 0.5, sparse 0.5)" in notes
     assert "Weights that were chosen by these judgments make it look better than it is." in notes
-    assert "is one of rounding" not in notes
+    assert "comes from rounding" not in notes
 
 
 async def test_another_run_embeds_nothing(m3: Path, connect: Connect, dataset: Dataset, tmp_path: Path) -> None:
@@ -250,7 +250,7 @@ def test_a_mix_of_another_form(name: str) -> None:
         ("a@256+sparse", "only dense vectors have a size or a precision"),
         ("a:binary+dense=1+sparse=1", "leave out the weights"),
         ("a:int8+dense+sparse", "cannot be combined with other outputs here"),
-        ("a+dense=0+sparse=1", "a weight is above 0"),
+        ("a+dense=0+sparse=1", "a weight must be above 0"),
     ],
 )
 def test_a_mix_that_makes_no_sense(name: str, message: str) -> None:

@@ -133,7 +133,7 @@ def test_a_missing_part_of_the_weights_is_named(form: str, make_plain: MakePlain
     last = [*parts][1]
     (folder / last).unlink()
 
-    with pytest.raises(LoadError, match=re.escape(f"lists 2 files with weights, and 1 are missing: {last}")):
+    with pytest.raises(LoadError, match=re.escape(f"lists 2 files with weights, but 1 are missing: {last}")):
         plan_load(entry(folder))
 
 

@@ -143,7 +143,7 @@ def in_order(items: Sequence[_Object], num_texts: int) -> Sequence[_Object]:
     serializers omit zero values.
 
     Raises:
-        WrongAnswer: there is not one item for each text.
+        WrongAnswer: the number of items is not the number of texts.
     """
     if len(items) != num_texts:
         raise WrongAnswer(f"{len(items)} vectors for {num_texts} texts")

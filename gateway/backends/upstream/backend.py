@@ -39,7 +39,7 @@ log = structlog.get_logger(__name__)
 # TEI takes bodies of 2 MB by default.
 _MAX_BATCH_CHARS = 500_000
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 2.0
-# English has four characters to a token; as the batcher estimates them.
+# English has four characters per token, which is also the batcher's estimate.
 _CHARS_PER_TOKEN = 4
 # Reading more numbers from one answer would block the event loop for more than 50 ms.
 _MAX_NUMBERS = 131_072
@@ -110,12 +110,12 @@ class UpstreamBackend:
         info = self._info or await self.plan()
         assert self._probe is not None  # noqa: S101  it has been planned
         if self._entry.golden is None and not self._has_warned:
-            self._has_warned = True  # servers that are absent are looked for again and again
+            self._has_warned = True  # absent servers are retried again and again
             log.warning(
                 "upstream_not_pinned",
                 model=self._entry.id,
-                hint="another model behind the same name is noticed while this process runs, and not from one start to the "
-                f"next: set `golden`, and write it with `gateway verify {self._entry.id} --record`",
+                hint="another model behind the same name is noticed while this process runs, but not after a restart. To "
+                f"change that, set `golden`, and write it with `gateway verify {self._entry.id} --record`",
             )
         self._pool.open(self._probe, self._settings.golden_interval_s, report)
         return info
@@ -236,7 +236,7 @@ class UpstreamBackend:
         raise given_up(self._entry.id, failure, places, self._pool.reasons, is_permanent=is_permanent)
 
     async def _ask(self, server: Server, texts: Sequence[str], task: str | None, job: EmbedJob) -> Answer:
-        """Send texts to a server; record errors that the client gets at once although the server may be at fault."""
+        """Send texts to a server; record errors that may be the server's fault although the client gets them at once."""
         is_low = job.priority is Priority.LOW
         if is_low:
             await self._take_low_turn(job)
@@ -248,7 +248,9 @@ class UpstreamBackend:
             raise DeadlineExceeded(reason) from error
         except ContextLengthExceeded:
             raise
-        except BadInput as error:  # some say so of a model that they no longer have, or of a key that has ended
+        except (
+            BadInput
+        ) as error:  # some servers respond like this if they no longer have the model, or if the key has expired
             self._note(server, Failure("refused", error.message))
             raise
         finally:

@@ -22,8 +22,8 @@ class Breaker:
         pause_s: seconds from the opening to the first trial.
 
     Attributes:
-        reason: why the breaker is open; empty while it is closed.
-        is_suspect: whether requests have failed in a way that calls for a trial.
+        reason: the reason why the breaker is open; empty while it is closed.
+        is_suspect: whether requests have failed in a way that requires a trial.
     """
 
     def __init__(self, pause_s: float) -> None:

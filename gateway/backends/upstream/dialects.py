@@ -92,7 +92,7 @@ class OpenAi:
         body: dict[str, Any] = {"model": self._model, "input": texts, "encoding_format": encoding, **self._extra}
         if task is not None:
             body[self._task_field] = task
-        if truncate is not Truncate.END:  # what OpenAI has no word for is said in those of the gateway itself
+        if truncate is not Truncate.END:  # OpenAI has no field for this, so the gateway's own field is used
             body["truncate"] = False if truncate is Truncate.REFUSE else "START"
         return _written(body, self._extra)
 

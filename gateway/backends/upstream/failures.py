@@ -40,7 +40,7 @@ _BATCH_WORDS = re.compile(
 
 
 class Failure(Exception):
-    """A server has not answered as it should. Another server may, or the same server later.
+    """A server has not answered correctly. Another server may, or this server later.
 
     Attributes:
         outcome: the kind of failure in one word, for the metrics.
@@ -49,7 +49,7 @@ class Failure(Exception):
         is_grave: whether this failure alone makes the server suspect, without further ones: the server returned
             unusable vectors, or may refuse every request.
         is_permanent: whether a retry by the client would get the same result.
-        bad_texts: indices of the texts for which the server returned an unusable vector; otherwise empty.
+        bad_texts: indices of texts with an unusable vector; otherwise empty.
     """
 
     def __init__(
@@ -124,7 +124,7 @@ def given_up(
     Args:
         failure: the last failure, if a server was asked.
         places: as in :meth:`Failure.error`.
-        reasons: otherwise, why no server was asked.
+        reasons: otherwise, the reasons why no server was asked.
         is_permanent: whether all servers refuse every request.
     """
     what = f"model {model!r} runs elsewhere"
@@ -145,7 +145,7 @@ def failure_of(
     """Return the failure or refusal that an answer with an error status means.
 
     Args:
-        server: its name, for messages; likewise the model.
+        server, model: their names, for messages.
         retry_after_s: as the answer says.
     """
     message, code = error_of(content)

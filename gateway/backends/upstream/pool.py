@@ -41,7 +41,7 @@ class Name:
     Attributes:
         url: the URL without ``dns+``.
         addresses: the addresses from the last successful look-up.
-        reason: why the last look-up failed; empty if it succeeded.
+        reason: the reason why the last look-up failed; empty if it succeeded.
     """
 
     url: str
@@ -102,7 +102,7 @@ class Pool:
     def __init__(self, model: str, dialect: Dialect, upstream: Upstream, resolver: Resolver) -> None:
         self.servers: list[Server] = []
         self.low_turns = Turns()
-        self._width = 0  # of the vectors; 0 while that is not known
+        self._width = 0  # the width of the vectors; 0 while unknown
         self._model = model
         self._dialect = dialect
         self._upstream = upstream
@@ -118,12 +118,12 @@ class Pool:
 
     @property
     def unresolved(self) -> list[str]:
-        """Why names could not be looked up."""
+        """The reasons why names could not be looked up."""
         return [name.reason for name in self._names if name.reason]
 
     @property
     def reasons(self) -> list[str]:
-        """Why servers get no requests, and why names could not be looked up."""
+        """The reasons why servers get no requests, and why names could not be looked up."""
         return [*self.unresolved, *(server.breaker.reason for server in self.servers)]
 
     @property
@@ -211,7 +211,7 @@ class Pool:
                 if self._update():
                     self.look()
                 await self._close_left()
-            except Exception:  # nothing that a resolver returns may be the end of this task
+            except Exception:  # no error of a resolver may end this task
                 log.exception("upstream_names_not_looked_up", model=self._model)
 
     async def _look_up(self) -> None:

@@ -64,13 +64,13 @@ async def take_probe(
     recorded: Sequence[GoldenVector] | None,
     unresolved: Sequence[str] = (),
 ) -> Probe:
-    """Return a model's probe: the recorded vectors, or those of its first server. All servers must return the same.
+    """Return a model's probe: the recorded vectors, or its first server's, which all servers must return.
 
     A server that does not answer is shut out. Once a server has answered, the remaining addresses of a name are left to
     the watch: checking a hundred would take long, and a wrong server must not keep the others from serving.
 
     Args:
-        unresolved: why names of servers have no address.
+        unresolved: the reasons why names of servers have no address.
 
     Raises:
         NotReachable: no server returns vectors.
@@ -114,7 +114,7 @@ async def _take(server: Server, tasks: Tasks) -> list[GoldenVector]:
     Raises:
         Failure: it does not answer.
         RequestError: it refuses the texts.
-        LoadError: it does not tell the tasks or the texts apart.
+        LoadError: it does not distinguish the tasks or the texts.
     """
     await server.learn()
     taken: list[GoldenVector] = []

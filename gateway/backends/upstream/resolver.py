@@ -45,7 +45,7 @@ class Resolver:
 
     Args:
         look_up: looks one name up, and blocks.
-        timeout_s: how long to wait for an answer.
+        timeout_s: the seconds to wait for an answer.
     """
 
     def __init__(self, look_up: LookUp = system_look_up, timeout_s: float = TIMEOUT_S) -> None:
@@ -81,7 +81,7 @@ class Resolver:
 
     def _begin(self, key: tuple[str, int]) -> Future[list[str]]:
         future: Future[list[str]] = Future()
-        future.set_running_or_notify_cancel()  # a waiter whose time is up must not cancel it for the others
+        future.set_running_or_notify_cancel()  # a waiter that times out must not cancel it for the others
         self._hanging.discard(key)
         self._running[key] = future
         # A daemon: the end of the process does not wait for it.
@@ -92,7 +92,7 @@ class Resolver:
         try:
             addresses = sorted({ipaddress.ip_address(text) for text in self._look_up(*key)}, key=_rank)
             answer, error = [str(address) for address in addresses], None
-        except Exception as failure:  # for the waiter to judge
+        except Exception as failure:  # the waiter handles it
             answer, error = [], failure
         self._running.pop(key, None)
         if error is None:

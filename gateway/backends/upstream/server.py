@@ -43,7 +43,7 @@ class Server:
         num_texts: the texts in flight to the server.
         width: dimensions of the vectors that the server must return; 0 while unknown.
         quirks: the server's quirks; ``None`` while unknown.
-        answered_at: when the server last answered a client's request correctly, on ``time.monotonic()``.
+        answered_at: the time of the last correct answer to a client's request, on ``time.monotonic()``.
         is_refusing: whether the server is shut out because it refuses every request, for example due to a wrong key.
         is_found: whether the server was found by looking up a name, rather than listed in the registry.
     """
@@ -120,7 +120,7 @@ class Server:
             is_trial: whether this request tests if the server works. A trial does not wait for clients' requests.
 
         Raises:
-            Failure: the server has not answered as it should.
+            Failure: the server has not answered correctly.
             TooLarge: the server takes fewer texts in one request.
             RequestError: the server refuses the texts: no server would take them.
             TimeoutError: the deadline has passed.
@@ -138,7 +138,7 @@ class Server:
         try:
             async with nullcontext() if is_trial else self._slots:
                 started = time.monotonic()
-                outcome = "abandoned"  # by a client that went away, or whose time was up
+                outcome = "abandoned"  # by a client that disconnected or timed out
                 try:
                     answer = await self._ask(texts, task, truncate, quirks)
                     outcome = "ok"
@@ -225,7 +225,7 @@ class Server:
                 reason = f"{self.name} has not answered within {self._timeout_s:g} s"
                 return Failure("timeout", reason, is_worth_repeating=False)
             case _:
-                return Failure("broken", f"{self.name} has broken the connection off ({type(error).__name__})")
+                return Failure("broken", f"{self.name} has dropped the connection ({type(error).__name__})")
 
     def note(self, failure: Failure) -> None:
         """Record a client's failed request. An overloaded server does work, so that failure does not count."""

@@ -60,6 +60,6 @@ def _by_task(values: Mapping[str, str], key: str) -> dict[str, str]:
         task = canonical_task(name)
         if found.setdefault(task, value) != value:
             raise LoadError(
-                f"`{key}` has two different values for the task {task!r}, of which {name!r} is another name"
+                f"`{key}` has two different values for the task {task!r}, because {name!r} is another name of it"
             )
     return found

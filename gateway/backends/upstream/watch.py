@@ -19,7 +19,7 @@ log = structlog.get_logger(__name__)
 
 _LOOK_S = 0.5
 _TRIALS_AT_ONCE = 32
-_SETTLE_S = 0.05  # what fails at the same moment calls for one trial
+_SETTLE_S = 0.05  # failures at the same moment need only one trial
 
 
 class Watch:
@@ -85,17 +85,15 @@ class Watch:
             problem = await self._probe.compare(server)
         except Failure as failure:
             self._judge(server, failure, started)
-        except Exception as error:  # nothing that a server does may be the end of the watch
-            server.shut_out(
-                f"{server.name} does not give the vectors that it is known for: {str(error) or repr(error)}"
-            )
+        except Exception as error:  # no error of a server may end the watch
+            server.shut_out(f"{server.name} no longer gives its known vectors: {str(error) or repr(error)}")
         else:
             if problem:
                 has_served = server.breaker.is_closed
                 server.shut_out(f"{server.name} gives other vectors than before, and may run another model: {problem}")
                 if (
                     has_served
-                ):  # its last vectors may be wrong: a cache of the model is emptied, also if other servers go on
+                ):  # its last vectors may be wrong, so a cache of the model is emptied even if other servers work
                     self._report(ModelState.RECOVERING, server.breaker.reason)
                     self._was_ready = False
             else:
@@ -109,7 +107,7 @@ class Watch:
         breaker = server.breaker
         is_busy = failure.outcome == "overloaded" or (failure.outcome == "timeout" and server.answered_at > started)
         if breaker.is_closed and is_busy:
-            breaker.postpone(time.monotonic())  # it works, for others
+            breaker.postpone(time.monotonic())  # it works for other requests
         elif breaker.is_closed and not breaker.is_suspect:
             server.note(failure)  # as good a reason to suspect it as a client's request
         else:

@@ -64,8 +64,8 @@ def open_files(places: Sequence[str], names: FieldNames, without: Sequence[str] 
 class FileSource:
     """The records of files, in the order of the files.
 
-    A row without an id gets one from the name of its file, the number of its line and its content. So two equal rows of a
-    job stay two, and in a store no row of ``a/part.jsonl`` replaces another one of ``b/part.jsonl``.
+    A row without an id gets one from its file's name, its line number and its content. So two equal rows of a job get
+    different ids, and in a store, rows of ``a/part.jsonl`` never replace rows of ``b/part.jsonl``.
 
     Args:
         files: one or more files.

@@ -68,8 +68,8 @@ class CheckReport:
     Attributes:
         first, second: items of the collections, or those with the old and with the new vector.
         vector: the name of the new vector, if both are in one collection.
-        pending: how many items a pass would change.
-        num_vectors: how many items' stored vectors were compared with the vectors of their texts.
+        pending: the number of items that a pass would change.
+        num_vectors: the number of stored vectors that were compared with the vectors of their texts.
         wrong_vectors: the ids of those items whose vectors differ.
         agreement: the similarity of the results; ``None`` if there were no queries.
     """
@@ -140,7 +140,7 @@ class CheckReport:
 
 
 def allowed_changes(num_items: int) -> int:
-    """Return how many changes in one pass count as few: the next pass and the pass after the flip copy them."""
+    """Return the most changes in a pass that count as few: the next pass and the pass after the flip copy them."""
     return max(10, num_items // 100)
 
 
@@ -210,7 +210,7 @@ def item_queries(store: MovableStore, first: Side, second: Side, text: str, ids:
 
 
 def agree(store: MovableStore, first: Side, second: Side, queries: Sequence[Query]) -> Agreement | None:
-    """Search both sides for each query, and return how alike the results are."""
+    """Search both sides for each query, and return the similarity of the results."""
     overlaps: list[tuple[str, float]] = []
     firsts: list[float] = []
     biased: list[float] = []

@@ -88,7 +88,7 @@ def _after_flip(move: Move) -> list[str]:
     if move.mem0 is not None:
         return [
             f"{move.mem0} now names {new} and {move.model}: restart the programs that use Mem0. Until all of them "
-            "have restarted, `gateway move sync` copies what the others write."
+            "have restarted, `gateway move sync` copies the writes of the others."
         ]
     if move.alias is not None:
         uses = f"the alias {move.alias} now points to {new}"
@@ -98,7 +98,7 @@ def _after_flip(move: Move) -> list[str]:
         uses = f"let applications search and write to {new}"
     return [
         f"{uses}; embed queries and new items with {move.model} from now on (x-gateway-expect-space: {move.space}). "
-        "Until all writers do, `gateway move sync` copies what they write into the old collection."
+        "Until all writers do, `gateway move sync` copies their writes from the old collection."
     ]
 
 

@@ -1,4 +1,4 @@
-"""Decide what to do with an item, by its content in both collections and when they were last equal. Pure.
+"""Choose the action for an item, by its content in both collections and at the time when they were last equal. Pure.
 
 Both collections may change: the first until the last writer has switched to the second, and the second from then on. So
 an item is overwritten only if the move itself wrote the second collection's version. This is a three-way merge; its
@@ -21,7 +21,7 @@ SortKey: TypeAlias = tuple[int, int | str]
 
 
 class Action(Enum):
-    """What to do with an item."""
+    """The action for an item."""
 
     NOTHING = "nothing"
     """Do nothing: both collections are up to date."""
@@ -43,7 +43,7 @@ class Base:
 
     Attributes:
         written: the digest that the second collection certainly has; ``None`` before the first write.
-        pending: those that it may have: processes may have ended while they wrote, one after another.
+        pending: the digests that it may have: several processes may have ended while they wrote.
     """
 
     written: Digest | None = None
@@ -90,7 +90,7 @@ class Item:
 def merge(
     streams: Sequence[Iterator[tuple[RowId, T]]], sort_key: Callable[[RowId], SortKey]
 ) -> Iterator[tuple[RowId, list[T | None]]]:
-    """Yield each id once, with what each stream has of it.
+    """Yield each id once, with the item of each stream.
 
     All streams are in the order of ``sort_key``, and only one item of each is in memory.
     """

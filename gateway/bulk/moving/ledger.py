@@ -88,7 +88,7 @@ class Ledger:
                 yield json.loads(row_id), Base(written, _apart(pending or b""))
 
     def plan(self, digests: Mapping[RowId, Digest]) -> None:
-        """Note the items that are about to be written, next to what earlier processes may have written of them."""
+        """Note the items that are about to be written, besides the versions that earlier processes may have written."""
         self._change(
             "INSERT INTO items (key, id, pending) VALUES (?, ?, ?) ON CONFLICT (key) DO UPDATE SET pending = "
             "CAST(coalesce(pending, x'') || excluded.pending AS BLOB) "
@@ -127,7 +127,7 @@ class Ledger:
 
     @property
     def mark(self) -> Mark | None:
-        """The moment that the last complete pass began; whatever was there before is in the ledger."""
+        """The moment at which the last complete pass began; the ledger has everything before it."""
         with self._using():
             row = self._db.execute("SELECT value FROM facts WHERE name = 'mark'").fetchone()
         return None if row is None else row[0]
@@ -144,7 +144,7 @@ class Ledger:
             self._db.execute("VACUUM INTO ?", (str(path),))
 
     def sample(self, number: int) -> dict[RowId, Digest]:
-        """Return random items that were written, with what was written."""
+        """Return random items that were written, with their digests."""
         with self._using():
             rows = self._db.execute(
                 "SELECT id, written FROM items WHERE written IS NOT NULL ORDER BY random() LIMIT ?", (number,)

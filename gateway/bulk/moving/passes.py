@@ -51,7 +51,7 @@ class PassCounts:
 
     @property
     def changes(self) -> int:
-        """How many items the pass changed."""
+        """The number of items that the pass changed."""
         return self.written + self.deleted
 
 
@@ -86,7 +86,7 @@ class Direction:
 
     @property
     def target(self) -> str:
-        """What is written, in words."""
+        """The name of the target, in words."""
         return f"{self.second}, vector {self.vector}" if self.is_one else self.second
 
 
@@ -104,7 +104,7 @@ class _Changes:
     """The source of a pass: the items of the first collection that must be written into the second.
 
     Args:
-        since: when an earlier pass began; ``None`` to compare all items.
+        since: the moment at which an earlier pass began; ``None`` to compare all items.
     """
 
     has_unique_ids = True
@@ -171,9 +171,9 @@ class _Changes:
             yield _Item(row_id, _digest(mine), _digest(held), known)
 
     def _changed_items(self, since: Mark) -> Iterator[_Item]:
-        """Yield those items whose payload may have changed since, or whose state is not clear; count the others.
+        """Yield the items that may have changed since, or that have an unclear state; count the others.
 
-        What applications changed in the second collection alone shows in a pass over all items.
+        A pass over all items finds the changes that applications made in the second collection alone.
         """
         way, counts = self._direction, self._counts
         streams: list[Iterator[tuple[RowId, object]]] = [way.reading.changes(way.first, since), self._ledger.bases()]
@@ -203,7 +203,7 @@ class _Changes:
             yield _Item(row_id, first.get(row_id), held, base)
 
     def _filled(self) -> Iterator[RowId]:
-        """Yield the items that have the further vector, of whichever text."""
+        """Yield the items that have the further vector, of any text."""
         way = self._direction
         return way.reading.filled(way.first, way.vector or "")
 
@@ -278,7 +278,7 @@ async def run_pass(
     """Run a pass; return its counts, and whether it was completed.
 
     Args:
-        is_full: compare all items, rather than what has changed since the last pass where the store can tell.
+        is_full: compare all items, even if the store can report the changes since the last pass.
         folder: the folder of the move's files.
         stop: ends the pass in an orderly way when set.
 

@@ -1,4 +1,4 @@
-"""What a move is to do, by the options of its first step: where, what is there, and the names of what is made."""
+"""Plan a move from the options of its first step: the store, its collections, and the names of the new ones."""
 
 from __future__ import annotations
 
@@ -46,10 +46,10 @@ class StartRequest:
 
 
 def places_of(request: StartRequest) -> tuple[Mem0 | None, Place]:
-    """Return Mem0's configuration, if it is one, and where the collection is.
+    """Return Mem0's configuration, if the move has one, and the place of the collection.
 
     Raises:
-        BulkError: the options do not say which collection, or contradict each other.
+        BulkError: the options name no collection, or contradict each other.
     """
     if request.into_vector is not None and (request.into or request.alias or request.mem0):
         raise BulkError(
@@ -133,10 +133,10 @@ def plan(request: StartRequest, known: Mem0 | None, place: Place, store: Movable
 
 
 def _first_vector(new: str, asked: str | None, info: CollectionInfo, store: str) -> str:
-    """Return the name of the old vector, next to which the new one comes.
+    """Return the name of the old vector; the new vector is stored next to it.
 
     Raises:
-        BulkError: it is not clear, or the new one has its name.
+        BulkError: it is ambiguous, or the new vector has its name.
     """
     others = [name for name in info.widths if name != new]
     if asked is None and len(others) != 1:

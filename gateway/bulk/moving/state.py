@@ -71,7 +71,7 @@ class Move:
         models: the registry from which to load the model.
         api_key_env: the name of the environment variable with the gateway's key.
         skips: leave items without a text behind.
-        was_flipped: the time from which applications were allowed to use the new collection.
+        was_flipped: applications have been allowed to use the new collection.
         log: the history of the move, for people.
     """
 
@@ -120,7 +120,7 @@ def new_name(collection: str, space: str) -> str:
     """Return a name for the copy of a collection, with the model and the hash of its space to make it unique.
 
     The name has at most 60 characters, because PostgreSQL cuts names longer than 63. If the collection's name must be
-    changed for that, a hash of it is added: the copies of two collections must never be the same.
+    changed for that, a hash of it is added: two collections must never have the same copy.
     """
     model, _, digest = space.rpartition("@")
     base = re.sub(r"[^0-9A-Za-z_]+", "_", collection)

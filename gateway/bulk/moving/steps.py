@@ -177,10 +177,10 @@ async def flip(move: Move, folder: Path, console: Console, *, forces: bool) -> M
         move = await _copy(work)
         if move.into_vector is not None:
             for pair in move.pairs:
-                # Of these payloads, the old vectors are right; of what applications write from now on, perhaps not.
+                # The old vectors of these payloads are right; those of later writes by applications may not be.
                 with work.ledger(pair) as ledger:
                     ledger.copy_to(old_ledger(work.files / pair.ledger))
-        # This is written before the flip: from now on, no pass may delete or replace what applications write.
+        # This is written before the flip: from now on, no pass may delete or replace the applications' writes.
         move = replace(move, was_flipped=True).at(Stage.FLIPPED, "flipped")
         write_move(folder, move)
         try:
@@ -209,7 +209,7 @@ def _use(move: Move, store: MovableStore, *, back: bool) -> Move:
 
 
 async def back(move: Move, folder: Path, console: Console, old_model: str | None) -> Move:
-    """Let applications use the old collection again, and copy what they wrote into the new one.
+    """Let applications use the old collection again, and copy back their writes into the new one.
 
     Raises:
         BulkError: the move was not flipped, or the old model is unknown. In the second case the flip itself is already
@@ -232,7 +232,7 @@ async def back(move: Move, folder: Path, console: Console, old_model: str | None
 
 
 async def _return_changes(move: Move, folder: Path, console: Console, model: str) -> None:
-    """Copy what applications wrote into the new collection back into the old one, embedded by the old model.
+    """Copy the applications' writes from the new collection back into the old one, embedded by the old model.
 
     Raises:
         BulkError: the old collection's vectors are of another model.

@@ -134,9 +134,9 @@ class Connection:
 
 
 def _pause_after(error: Exception) -> float | None:
-    """Return how long to wait before the same request may succeed; ``None`` if it never will."""
+    """Return the seconds to wait before the same request may succeed; ``None`` if it never will."""
     match error:
-        case _ if _FULL in str(error):  # it will not have more room soon
+        case _ if _FULL in str(error):  # the disk is full, and will not have room soon
             return None
         case httpx.HTTPStatusError() if error.response.status_code in (429, 500, 502, 503, 504):
             return 0.0

@@ -230,7 +230,7 @@ class MilvusStore:
             }
 
     def why_not_flip(self, name: str) -> str:
-        """Return why a name cannot become an alias; empty if it can, or already is one."""
+        """Return the reason why a name cannot become an alias; empty if it can, or already is one."""
         if name in self.collections():
             return (
                 f"{quote(name)} is the name of an existing collection, which an alias cannot have. Let applications "

@@ -139,7 +139,7 @@ class MilvusSink:
                 self._client.load_collection(self._collection.name, timeout=TIMEOUT_S)
 
     def problem(self, row: Row) -> str:
-        """Return why Milvus cannot store a row; empty if it can."""
+        """Return the reason why Milvus cannot store a row; empty if it can."""
         return "its id has the character U+0000, which Milvus cannot search for: remove it" if has_nul(row.id) else ""
 
     def _check_note(self, note: SpaceNote) -> None:

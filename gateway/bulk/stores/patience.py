@@ -9,7 +9,7 @@ from typing import Final, TypeVar
 Result = TypeVar("Result")
 
 PATIENCE_S: Final = 60.0
-"""How long a store may be unavailable: enough for a restart, or a failover to another replica."""
+"""The seconds that a store may be unavailable: enough for a restart, or a failover to another replica."""
 
 GOES_ON: Final = "run the same command again when the store is back, and it continues where it stopped"
 

@@ -279,13 +279,13 @@ class PgvectorStore:
         found: dict[str, tuple[str, int]] = {}
         for *names, definition, oid, shown, columns in views:
             view, table = _shown(*names[:3]), _shown(*names[3:])
-            has_all = shown == columns[: len(shown)]  # the table may have got others since
+            has_all = shown == columns[: len(shown)]  # the table may have gained columns since
             is_plain = view not in found and has_all and _PLAIN_VIEW.fullmatch(definition) is not None
             found[view] = (table if is_plain else "", oid)
         return found
 
     def why_not_flip(self, name: str) -> str:
-        """Return why a name cannot be redirected to another table as a view; empty if it can."""
+        """Return the reason why a name cannot be redirected to another table as a view; empty if it can."""
         name = str(read_name(name))
         if name in self.aliases():
             return ""

@@ -1,4 +1,4 @@
-"""What has changed in a table of PostgreSQL since a moment, by the transactions that wrote its rows.
+"""Find the changes in a table of PostgreSQL since a moment, by the transactions that wrote its rows.
 
 Each version of a row has the number of its transaction, in a column of the system. A mark is the lowest number of all
 transactions that had not ended: later changes of rows have that number or a higher one. So no change is missed, whatever an
@@ -25,9 +25,9 @@ from gateway.bulk.stores.protocol import Mark
 _CURSORS: Final = count()
 _PAGE: Final = 5_000
 _NUM_IDS: Final = 2**32
-"""Of transactions, as rows have them; then they begin again."""
+"""The number of transaction numbers in rows; then they begin again."""
 _FAR: Final = 2**30
-"""So many transactions after a mark, all rows count as changed, long before the numbers are ambiguous."""
+"""After this many transactions since a mark, all rows count as changed, long before the numbers are ambiguous."""
 # Another server, a replica that took over, and a restored backup have numbers of another history.
 _NOW: Final = """
 SELECT pg_snapshot_xmin(pg_current_snapshot())::text, (SELECT system_identifier::text FROM pg_control_system()),
@@ -37,7 +37,7 @@ FROM pg_class c JOIN pg_am a ON a.oid = c.relam WHERE c.oid = %s AND c.relkind =
 
 
 def mark(connection: Connection, table: Table) -> Mark | None:
-    """Return the present moment; ``None`` if the server does not tell, or keeps the table in another way."""
+    """Return the present moment; ``None`` if the server does not reveal it, or stores the table in another way."""
     found = _now(connection, table)
     return None if found is None else json.dumps(found)
 
@@ -47,7 +47,7 @@ def _now(connection: Connection, table: Table) -> dict[str, Any] | None:
         row = connection.execute(_NOW, [table.oid]).fetchone()
     except psycopg.OperationalError as error:
         raise away(table.place, error) from error
-    except psycopg.Error:  # of a server whose administrator does not let everyone ask
+    except psycopg.Error:  # the administrator may forbid these functions
         return None
     if row is None:
         return None
@@ -91,7 +91,7 @@ def _stream(connection: Connection, table: Table, query: sql.Composed) -> Iterat
 
 
 def is_later(transaction: int) -> sql.Composable:
-    """Return the condition that a row is of this transaction or a later one, by 32 of the bits."""
+    """Return the condition that a row is from this transaction or a later one, by the lower 32 bits."""
     return sql.SQL("mod(t.xmin::text::bigint - {} + {}, {}) < {}").format(
         sql.Literal(transaction % _NUM_IDS), sql.Literal(_NUM_IDS), sql.Literal(_NUM_IDS), sql.Literal(_NUM_IDS // 2)
     )

@@ -215,7 +215,7 @@ class PgvectorSink:
             self._session.call(lambda connection: self._write(connection, batch.rows, vectors))
 
     def problem(self, row: Row) -> str:
-        """Return why PostgreSQL cannot store a row; empty if it can."""
+        """Return the reason why PostgreSQL cannot store a row; empty if it can."""
         for name, value in (("id", row.id), ("text", row.text if self._keeping.text else ""), *row.payload.items()):
             if "\0" in name or has_nul(value):
                 shown = name.replace("\0", "\\0")

@@ -1,4 +1,4 @@
-"""A connection to PostgreSQL that is made again after the server has been away for a moment."""
+"""A connection to PostgreSQL that reconnects after the server was briefly unavailable."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ Result = TypeVar("Result")
 
 
 class Session:
-    """A connection, and the way to another one.
+    """A connection that can be replaced.
 
     Args:
         connect: raises `BulkError` if the server cannot be reached.
 
     Raises:
-        BulkError: the server cannot be reached now. It is more likely a wrong URL than a server that restarts.
+        BulkError: the server cannot be reached now, more likely because of a wrong URL than because of a restart.
     """
 
     def __init__(self, connect: Connect) -> None:
@@ -30,13 +30,13 @@ class Session:
         self.connection = connect()
 
     def call(self, work: Callable[[Connection], Result]) -> Result:
-        """Return the result of some work, which is done again, in a new connection, if the server goes away meanwhile.
+        """Return the result of some work; repeat the work over a new connection if the old one is lost.
 
         Args:
-            work: may be done twice, so it must not matter whether the first time had an effect.
+            work: may run twice, so it must not matter whether the first run had an effect.
 
         Raises:
-            BulkError: PostgreSQL refuses it, or stays away.
+            BulkError: PostgreSQL rejects it, or stays unavailable.
         """
 
         def attempt() -> Result:

@@ -69,7 +69,7 @@ class Place:
 
 
 Mark: TypeAlias = str
-"""A moment in a collection's life, as its store writes it down. Only the store understands it."""
+"""A moment in a collection's life, in the store's own notation. Only the store can interpret it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +182,7 @@ class MovableStore(Store, Protocol):
         """Return an id's sort key in the order of `digests`, which all collections of the store share."""
 
     def mark(self, collection: str, changed_at: str | None) -> Mark | None:
-        """Return the present moment for `changes`; ``None`` if the store could not tell what has changed since.
+        """Return the present moment for `changes`; ``None`` if the store cannot report changes.
 
         Args:
             changed_at: the field, as a path, that applications set to the time of each change of an item; ``None`` if
@@ -193,7 +193,7 @@ class MovableStore(Store, Protocol):
         """Yield the id of each item, and whether it may have changed since a moment, in the order of `digests`.
 
         Payloads are not read, where the store allows that. No change is missed. But a store without an order of changes
-        misses that of an application which does not set the field, or whose clock is slow by an hour.
+        misses the changes of an application that does not set the field, or has a clock that is slow by an hour.
         """
 
     def filled(self, collection: str, vector: str) -> Iterator[RowId]:
@@ -203,7 +203,7 @@ class MovableStore(Store, Protocol):
         """Delete a vector, of all items, and its note.
 
         Raises:
-            BulkError: the store cannot, or it is the only one.
+            BulkError: the store cannot delete it, or it is the only vector.
         """
 
     def delete_ids(self, collection: str, ids: Sequence[RowId]) -> None:
@@ -234,13 +234,13 @@ class MovableStore(Store, Protocol):
         """Return the collection that each alias or view points to."""
 
     def why_not_flip(self, name: str) -> str:
-        """Return why a name that applications use cannot be pointed to another collection; empty if it can."""
+        """Return the reason why a name cannot be pointed to another collection; empty if it can."""
 
     def flip(self, name: str, collection: str) -> None:
         """Point a name to another collection atomically: each request sees either the old or the new one. Reversible.
 
         Raises:
-            BulkError: `why_not_flip` has the reason.
+            BulkError: the name cannot be redirected; `why_not_flip` has the reason.
         """
 
     def delete_alias(self, name: str) -> None:

@@ -204,7 +204,7 @@ class QdrantStore:
         return {alias.alias_name: alias.collection_name for alias in found.aliases}
 
     def why_not_flip(self, name: str) -> str:
-        """Return why a name cannot become an alias; empty if it can, or already is one."""
+        """Return the reason why a name cannot become an alias; empty if it can, or already is one."""
         if name in self.collections():
             return (
                 f"{name!r} is the name of an existing collection, which an alias cannot have. Let applications use an "

@@ -1,4 +1,4 @@
-"""Plain messages for the errors of Qdrant's client, and which errors are temporary."""
+"""Plain messages for the errors of Qdrant's client, and the choice of those that are temporary."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _PASSING: Final = (429, 500, 502, 503, 504)
 
 
 def pause_after(error: Exception) -> float | None:
-    """Return how long to wait before the same request may succeed; ``None`` if it never will."""
+    """Return the seconds to wait before the same request may succeed; ``None`` if it never will."""
     match error:
         case ResourceExhaustedResponse():
             return float(error.retry_after_s)

@@ -1,4 +1,4 @@
-"""Determine which vectors of a Qdrant collection a job fills, and whether they fit."""
+"""Choose the vectors of a Qdrant collection that a job fills, and check that they fit."""
 
 from __future__ import annotations
 

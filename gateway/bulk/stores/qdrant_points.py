@@ -18,7 +18,7 @@ PointId: TypeAlias = int | str
 """An unsigned integer, or a UUID in its usual spelling."""
 
 ORIGINAL_ID: Final = "gateway_id"
-"""The payload field for a row's original id, if Qdrant does not allow it."""
+"""The payload field for a row's original id, if Qdrant does not allow that id."""
 
 _NAMESPACE: Final = uuid.UUID("5b0e6f0c-9d0b-5f3c-8c2e-3d1f6a7b9e42")
 _UUID: Final = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}", re.IGNORECASE)

@@ -12,7 +12,7 @@ from gateway.bulk.stores.qdrant_layout import UNNAMED, Layout, Vectors, new_layo
 
 
 def layout_like(other: Vectors, note: SpaceNote, vector: str | None) -> Layout:
-    """Return the layout of a new collection that replaces another; its only dense vector keeps its name.
+    """Return the layout of a new collection that replaces another; an only dense vector keeps its name.
 
     Args:
         vector: the user's name for the dense vector.

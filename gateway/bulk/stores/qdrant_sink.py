@@ -191,7 +191,7 @@ def _named(vector: object) -> dict[str, object]:
 
 
 def _vectors(batch: EmbeddedRows, index: int, layout: Layout) -> tuple[_Named, int]:
-    """Return the vectors of a row by name, and how many numbers they contain."""
+    """Return the vectors of a row by name, and the count of their numbers."""
     named: _Named = {}
     size = 0
     if layout.dense is not None and batch.dense is not None:

@@ -19,7 +19,7 @@ from gateway.bulk.stores.reading import SAMPLE, ItemSource
 _PAGE: Final = 256
 """Points per request: small enough for texts of whole documents, large enough that requests cost little."""
 _IDS_PAGE: Final = 5_000
-"""The same, for points without texts."""
+"""Points per request, without texts."""
 
 
 class QdrantSource(ItemSource):
@@ -73,8 +73,8 @@ class QdrantSource(ItemSource):
         """Yield the points after an id, or all points, with their payloads.
 
         Args:
-            fields: of the payloads that are needed; ``None`` for all.
-            vector: only points that have a vector of this name.
+            fields: the needed fields of the payloads; ``None`` for all.
+            vector: yield only points that have a vector of this name.
 
         Raises:
             BulkError: the collection does not exist or cannot be read.

@@ -16,7 +16,7 @@ from gateway.bulk.rows import BadRow, BulkError, Json, Position, Row, RowId
 from gateway.bulk.stores.protocol import Mark, Moment, Since
 
 SAMPLE: Final = 64
-"""How many items are inspected to find the fields."""
+"""The number of items that are inspected to find the fields."""
 _CLOCK_MARGIN: Final = timedelta(hours=1)
 
 Item: TypeAlias = tuple[RowId, dict[str, Json]]
@@ -142,7 +142,7 @@ def is_later(payload: Mapping[str, Json], since: Since) -> bool:
 def clock_mark(field: str) -> Mark:
     """Return the present moment for items that have the time of their last change in a field.
 
-    It is an hour early: for clocks that differ, and for writes that take long after the application has looked at its clock.
+    It is an hour early, because clocks differ, and a write may happen long after the application read its clock.
     """
     return json.dumps({"field": field, "moment": (datetime.now(UTC) - _CLOCK_MARGIN).isoformat()})
 

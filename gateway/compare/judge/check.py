@@ -59,7 +59,7 @@ def complete_queries(
     others = sorted(set(people) - set(drawn))
     if others:
         raise CompareError(
-            f"{path}: query {others[0]!r} is not among the {len(drawn)} that are drawn from this data with --seed {seed}; "
+            f"{path}: query {others[0]!r} is not among the {len(drawn)} queries drawn from this data with --seed {seed}; "
             "people must check a random sample, so grade the file that this comparison writes"
         )
     by_query = _by_query(pool)

@@ -94,7 +94,7 @@ class ChatEndpoint:
     Args:
         http: a client with the key in its headers.
         url: the URL of the chat completions.
-        patience_s: how long to repeat a request that may succeed later.
+        patience_s: the seconds during which to repeat a request that may succeed later.
         secret: the key, which must not appear in any message.
     """
 
@@ -133,7 +133,7 @@ class ChatEndpoint:
                     return answer
             complaint = self._quote(content)
             untried += reversed(list(dialect.others(complaint)))
-        raise CompareError(f"{self.name} gives no grade, in whatever form it is asked; its last answer: {complaint}")
+        raise CompareError(f"{self.name} gives no grade to any form of the request; its last answer: {complaint}")
 
     async def ask(self, messages: Sequence[Message]) -> Answer:
         """Ask for a grade. A rejected request is ``REFUSED``, for example by a content filter.
@@ -159,7 +159,7 @@ class ChatEndpoint:
                     raise CompareError(failure) from error
             # Leave out the error's message, which may contain the key.
             except (httpx.TransportError, TimeoutError) as error:
-                failure = f"{self.name} broke off: {type(error).__name__}"
+                failure = f"{self.name} dropped the connection: {type(error).__name__}"
             except httpx.HTTPError as error:
                 raise CompareError(f"{self.name} cannot be asked: {type(error).__name__}") from error
             else:
@@ -175,7 +175,7 @@ class ChatEndpoint:
             wait_s = asked_pause_s if asked_pause_s is not None else pause_s * random.uniform(0.75, 1.25)  # noqa: S311
             if time.monotonic() + wait_s > deadline:
                 raise CompareError(
-                    f"{failure}; gave up after {self._patience_s:.0f} s. Run again to go on: grades are kept"
+                    f"{failure}; gave up after {self._patience_s:.0f} s. Run again to continue: grades are kept"
                 )
             self._resume_at = max(self._resume_at, time.monotonic() + wait_s)
             pause_s *= 2

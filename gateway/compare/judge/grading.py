@@ -139,7 +139,7 @@ class Grader:
         if used > self._max_tokens:
             raise CompareError(
                 f"--judge-budget {self._max_tokens}: {tally.num_calls:,} requests have used {used:,} tokens. Run again with "
-                "a larger budget to go on: all grades are kept"
+                "a larger budget to continue: all grades are kept"
             )
 
     def known_models(self, questions: Iterable[Question]) -> set[str]:

@@ -28,7 +28,7 @@ class Tested:
     """A mean over the queries, tested against 0 by Student's t.
 
     Attributes:
-        p: two-sided.
+        p: the two-sided p.
         weight: the weight, from 0 to 1, of the judge's grades in a combined estimate.
     """
 

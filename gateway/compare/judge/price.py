@@ -39,12 +39,12 @@ class Price:
         known = f" ({self.num_known:,} grades are known from an earlier run)" if self.num_known else ""
         return (
             f"The judge needs {count(self.num_calls, 'request')}{known}, with about {_rounded(self.prompt_tokens)} tokens "
-            f"to read and {_rounded(self.answer_tokens)} to write; one that thinks first writes more."
+            f"to read and {_rounded(self.answer_tokens)} to write; a judge that thinks first writes more."
         )
 
     @property
     def privacy(self) -> str:
-        """A sentence that says where the texts are sent."""
+        """A sentence about the destination of the texts."""
         if self.destination is None:
             return "Queries and documents stay on this machine."
         return f"Queries and documents are sent to {self.destination}."

@@ -16,7 +16,7 @@ from gateway.comparisons.scale import SCALE, WHAT_COUNTS
 Message: TypeAlias = Mapping[str, str]
 
 MAX_DOCUMENT_CHARACTERS = 20_000
-"""The judge reads this much of a document: about 5,000 tokens of English."""
+"""The number of a document's characters that the judge reads: about 5,000 tokens of English."""
 
 _MAX_QUERY_CHARACTERS = 4_000
 

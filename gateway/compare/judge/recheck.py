@@ -1,4 +1,4 @@
-"""The verdict again, after people have graded: from the files of a comparison, without its models, its judge or its data."""
+"""Recompute the verdict after people have graded, from a comparison's files, without its models, its judge or its data."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def check_again(folder: Path) -> tuple[JudgeReport, list[Path]]:
     summary = comparison.dataset
     if not groups and summary.num_groups < len(comparison.queries):
         raise CompareError(
-            f"{folder / QUERIES}: does not say which queries depend on each other, because an earlier version wrote it. "
+            f"{folder / QUERIES}: has no groups of queries that depend on each other, because an earlier version wrote it. "
             f"Run `gateway compare` again, with --judge-check {folder / CHECK_FILE}"
         )
     queries = {query.id: query.text for query in comparison.queries}

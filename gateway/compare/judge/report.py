@@ -49,7 +49,7 @@ class Graded:
     Attributes:
         questions: one question for each pair.
         again: questions for the pairs that were graded again, with the examples in other orders.
-        num_known: how many of these questions earlier runs had asked.
+        num_known: the number of these questions that earlier runs had asked.
     """
 
     grader: Grader
@@ -158,14 +158,14 @@ def _notes_on_grades(graded: Graded, num_unjudged: int, repeats: SelfAgreement |
     if repeats and repeats.share < MIN_SELF_AGREEMENT:
         notes.append(
             f"With the examples of its prompt in another order, the judge repeats only {100 * repeats.share:.0f} % of its "
-            "grades: a part of them is chance."
+            "grades: they depend partly on chance."
         )
     return notes
 
 
 def _notes_on_judge(asked: Asked, subject: Subject) -> list[str]:
     notes = [
-        f"{arm} and the judge {asked.model} are both of {maker}: a judge prefers what its relatives find. Use another "
+        f"{arm} and the judge {asked.model} are both from {maker}: a judge prefers results of related models. Use another "
         "judge, or rely on the check by people."
         for arm, maker in relatives(asked.model, subject.sources).items()
     ]
@@ -181,7 +181,7 @@ def _notes_on_data(graded: Graded, groups: Mapping[str, str]) -> list[str]:
     texts = (graded.grader.texts(question.pair)[1] for question in graded.questions)
     if num_cut := len({text for text in texts if len(text) > MAX_DOCUMENT_CHARACTERS}):
         notes.append(
-            f"Of {count(num_cut, 'document')}, the judge read the first {MAX_DOCUMENT_CHARACTERS:,} characters only."
+            f"The judge read only the first {MAX_DOCUMENT_CHARACTERS:,} characters of {count(num_cut, 'document')}."
         )
     if groups:
         notes.append("Queries that depend on each other count as one: the judge's figures are means over such groups.")

@@ -14,7 +14,7 @@ from gateway.comparisons.scale import MIN_CHECKED, MIN_KAPPA
 from gateway.config.wording import count
 
 _WITHOUT_CHECK = (
-    "A judge has a taste, and may share it with an arm, so this is no verdict on quality. For one, let people grade the "
+    "A judge may favor an arm, so this is not a verdict on quality. For a verdict, let people grade the "
     "documents of judge_check.tsv: in the console, or in a spreadsheet and then `gateway judge-check FOLDER`."
 )
 _TEMPLATES = {
@@ -28,12 +28,12 @@ _TEMPLATES = {
     JudgeVerdict.NOT_PREFERRED: "The judge prefers {baseline} to {arm}: {measure} {judged}.",
     JudgeVerdict.NO_PREFERENCE: "The judge shows no preference between {arm} and {baseline}: {measure} {judged}.",
     JudgeVerdict.TOO_FEW_QUERIES: (
-        "{num_queries} queries are too few to tell {arm} from {baseline}, at least {min_queries} are needed: "
+        "{num_queries} queries are too few to distinguish {arm} from {baseline}; at least {min_queries} are needed: "
         "{measure} {judged} so far."
     ),
     JudgeVerdict.TOO_FEW_CHECKED: (
-        "People checked too few queries to tell {arm} from {baseline}: {num_checked} whole ones, {num_untied} of which tell "
-        "the arms apart; at least {min_checked} and {min_untied} are needed."
+        "People checked too few queries to distinguish {arm} from {baseline}: {num_checked} whole ones, and {num_untied} of "
+        "them differ; at least {min_checked} and {min_untied} are needed."
     ),
     JudgeVerdict.TOO_MANY_UNJUDGED: "No verdict on {arm}: {unjudged} of the pairs have no grade, and the limit is {limit}.",
     JudgeVerdict.UNUSABLE: (

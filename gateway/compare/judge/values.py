@@ -79,7 +79,7 @@ class PeopleCheck:
     """The agreement of the judge with people.
 
     Attributes:
-        num_queries: number of queries for which people graded all pooled documents.
+        num_queries: number of queries whose pooled documents were all graded by people.
         num_pairs: number of documents of these queries.
         kappa: Cohen's kappa with quadratic weights, and its 95 % bootstrap interval over the queries.
     """
@@ -91,11 +91,11 @@ class PeopleCheck:
 
 @dataclass(frozen=True, slots=True)
 class SelfAgreement:
-    """How often the judge repeats its grade when the examples in its prompt are in another order.
+    """The consistency of the judge's grades when the examples in its prompt are in another order.
 
     Attributes:
         num_pairs: number of pairs that were graded three times.
-        share: how often two gradings of a pair are equal.
+        share: the share of equal gradings among any two of a pair.
     """
 
     num_pairs: int

@@ -43,7 +43,7 @@ head."""
 
 _DECODERS = {"qwen3", "qwen2", "mistral", "llama", "gemma2", "gemma3_text", "lfm2"}
 
-# Models with the same mathematics under another name, for which transformers' own class gives the same numbers:
+# Models with the same mathematics under another name, so that transformers' own class gives the same numbers:
 # `model_type`, and the class in the checkpoint's code. `gateway.engine.checkpoint.layouts` reads others.
 _SAME_MATHEMATICS = {
     ("nomic_bert", "NomicBertModel"),

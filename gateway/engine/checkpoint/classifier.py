@@ -69,10 +69,10 @@ class Classifier:
 
     Attributes:
         architecture: transformers' class of the whole model.
-        pooling: how the token states become the input of the first layer.
+        pooling: the pooling of the token states into the input of the first layer.
         layers: the layers in order; the last linear layer gives a number for each label.
         labels: names of the labels; a model with one label is a reranker.
-        function: how the numbers become scores.
+        function: the function from the numbers to scores.
         has_segments: whether the model takes segment ids, which mark the tokens of the pair's second text.
         is_late: apply the layers to each token's state, and pool their outputs.
     """
@@ -270,7 +270,7 @@ def read_labels(config: Mapping[str, Json], path: Path) -> tuple[str, ...]:
 def read_function(
     config: Mapping[str, Json], sentence_config: Mapping[str, Json], num_labels: int, folder: Path
 ) -> LabelFunction:
-    """Return how the head's numbers become scores, as in transformers and sentence-transformers' ``CrossEncoder``.
+    """Return the function from the head's numbers to scores, as in transformers and ``CrossEncoder``.
 
     Raises:
         LoadError: the function is not supported.

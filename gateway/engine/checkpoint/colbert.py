@@ -1,4 +1,4 @@
-"""Recognize a multi-vector model (ColBERT), and describe how it makes a vector for each token of a text.
+"""Recognize a multi-vector model (ColBERT), and describe its steps from a text to a vector for each token.
 
 sentence-transformers' ``MultiVectorEncoder`` reads three layouts (``multi_vector_encoder/model.py``). The first is its own.
 PyLate's has its settings in ``config_sentence_transformers.json``. Stanford's ``HF_ColBERT`` has its settings in
@@ -61,7 +61,7 @@ class Expansion:
 
 @dataclass(frozen=True, slots=True)
 class Colbert:
-    """How the states of a text's tokens become its vectors.
+    """The steps from the states of a text's tokens to its vectors.
 
     Attributes:
         transformer: folder of the transformer and its tokenizer, relative to the checkpoint.
@@ -115,7 +115,7 @@ class Colbert:
 
 
 def read_colbert(folder: Path) -> Colbert | None:
-    """Return how the checkpoint in ``folder`` makes token vectors; ``None`` for another kind of model.
+    """Return the description of a multi-vector checkpoint; ``None`` for another kind of model.
 
     Raises:
         LoadError: the checkpoint is a multi-vector model of a form that is not supported.
@@ -202,7 +202,7 @@ def _read_mask(path: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
     config = read_object(path)
     require_known(config, _MASK_KEYS, path)
     if config.get("keep_only_token_ids"):
-        raise LoadError(f"{path}: keep_only_token_ids is not supported: it is for documents that are images")
+        raise LoadError(f"{path}: keep_only_token_ids, which is for images as documents, is not supported")
     tasks = config.get("skiplist_tasks", [_DOCUMENT])
     skips = _words(tasks if isinstance(tasks, list) else [tasks], path, "skiplist_tasks")
     if not set(skips) <= {_QUERY, _DOCUMENT}:

@@ -73,7 +73,7 @@ class Description:
         return () if self.colbert is None else self.colbert.layers
 
     def pooling(self, folder: Path, classifier: Classifier | None) -> Pooling:
-        """Return how the states of a text's tokens become one vector, or the input of a classifier.
+        """Return the pooling of the states of a text's tokens into one vector, or the input of a classifier.
 
         Raises:
             LoadError: the checkpoint pools in a way that is not supported.

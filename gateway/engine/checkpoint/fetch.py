@@ -113,7 +113,7 @@ def _fetch_large(repository: Repository, file: HubFile, report: Progress) -> Non
                 if target.tell() > file.num_bytes:  # an endless stream would fill the disk
                     target.truncate(0)
                     raise LoadError(
-                        f"{file.name}: the hub announced {file.num_bytes:,} bytes and sends more: something on the way "
+                        f"{file.name}: the hub announced {file.num_bytes:,} bytes but sends more: something on the way "
                         "changes them, such as a proxy or a mirror. They are deleted; try again, or set another HF_ENDPOINT"
                     )
                 report(others + target.tell(), total)

@@ -42,7 +42,7 @@ def weights_files(folder: Path, names: Sequence[str] = _WEIGHTS) -> tuple[Path, 
             missing = [part for part in parts if not (folder / part).exists()]
             if missing or not parts:
                 what = f"{len(missing)} are missing: {', '.join(missing[:3])}" if missing else "weight_map is empty"
-                raise LoadError(f"{index}: lists {len(parts)} files with weights, and {what}")
+                raise LoadError(f"{index}: lists {len(parts)} files with weights, but {what}")
             return _present([folder / part for part in parts])
     found = what_is_there(folder)
     raise LoadError(f"{folder}: no weights: {'neither ' + ' nor '.join(names)}{found and f'. {found}'}")

@@ -236,7 +236,7 @@ def explain(error: Exception, name: str, revision: str) -> LoadError:
 
 
 def _reason(chain: list[Exception]) -> str:
-    """Return why the hub was not reached or the file was not written, with a remedy."""
+    """Return the reason why the hub was not reached or the file was not written, with a remedy."""
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
     for error in chain:

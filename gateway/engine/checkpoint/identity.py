@@ -1,9 +1,9 @@
 """Read the settings that change vectors and are neither in the weights nor in the vocabulary.
 
-Two checkpoints with the same tensors give different vectors if, for example, their ``rope_theta``, activation, attention
-window or ``add_eos_token`` differ, so these belong to the identity of the vectors. A key counts unless it is known not to
-change vectors. If two equal spaces are taken for different ones, a request is refused. The opposite error would mix
-vectors.
+Two checkpoints with the same tensors give different vectors if, for example, their ``rope_theta``, activation,
+attention window or ``add_eos_token`` differ, so these belong to the identity of the vectors. A key counts unless it is
+known not to change vectors. If two equal spaces are mistaken for different ones, a request is refused. The opposite
+error would mix vectors.
 """
 
 from __future__ import annotations

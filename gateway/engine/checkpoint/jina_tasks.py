@@ -30,7 +30,7 @@ class JinaTasks:
     Attributes:
         is_jina: whether the model is one of Jina's, whose code normalizes the vectors.
         adapters: folder of each task's adapter; tasks may share one.
-        pooling: how a text's vector is made, if the model's code determines it.
+        pooling: the pooling, if the model's code determines it.
     """
 
     is_jina: bool

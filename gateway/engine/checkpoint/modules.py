@@ -1,4 +1,4 @@
-"""Read sentence-transformers' files: the modules that make a vector, their settings, and how long a text may be.
+"""Read sentence-transformers' files: the modules that make a vector, their settings, and the limit of a text's length.
 
 A setting that changes a vector is read or refused; a setting that does not is ignored. The lists below name every key that
 sentence-transformers 6.2 knows, so a key of a later release is refused until it has been checked.
@@ -70,7 +70,7 @@ _DENSE_KEYS = {
 
 
 class Pooling(StrEnum):
-    """How the states of a text's tokens become one vector."""
+    """The pooling of the states of a text's tokens into one vector."""
 
     MEAN = "mean"
     """Mean over all tokens, special tokens included."""

@@ -60,8 +60,8 @@ def test_the_grades_of_people_are_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("q0\td2\t4", ":2: the score must be 0, 1, 2 or 3, or empty, and is '4'"),
-        ("q0\td2\tyes", ":2: the score must be 0, 1, 2 or 3, or empty, and is 'yes'"),
+        ("q0\td2\t4", ":2: the score must be 0, 1, 2 or 3, or empty, got '4'"),
+        ("q0\td2\tyes", ":2: the score must be 0, 1, 2 or 3, or empty, got 'yes'"),
         ("q0\td2", ":2: must have the columns query-id, corpus-id, score, query, document, separated by tabs"),
         ("q0,d2,3,a,b", ":2: must have the columns"),
         ("q0\td2\t3\nq0\td2\t1", ":3: query 'q0' and document 'd2' have score 1, and 3 earlier"),

@@ -42,7 +42,7 @@ def test_the_price_and_where_the_texts_go() -> None:
     said = f"{PRICE} {PRICE.privacy}"
     assert said == (
         "The judge needs 4,000 requests (12 grades are known from an earlier run), with about 2.9 million tokens to read "
-        "and 160,000 to write; one that thinks first writes more. Queries and documents are sent to judge.example.com."
+        "and 160,000 to write; a judge that thinks first writes more. Queries and documents are sent to judge.example.com."
     )
     here = estimate_price([("a query", "a document", 0)], 0, None)
     assert str(here).startswith("The judge needs 1 request, with about ")

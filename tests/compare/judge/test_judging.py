@@ -139,7 +139,7 @@ async def test_a_judge_alone_prefers_and_does_not_say_better(start_judge: StartJ
     said = "\n".join(judge_sentences(report))
     assert "The judge prefers new to old: nDCG@10 +0." in said
     assert "better" not in said
-    assert "so this is no verdict on quality" in said
+    assert "so this is not a verdict on quality" in said
 
 
 async def test_each_pair_is_asked_once_and_without_its_arm(start_judge: StartJudge, tmp_path: Path) -> None:
@@ -240,7 +240,7 @@ async def test_a_check_of_other_data_is_refused_before_anything_is_asked(tmp_pat
     check = fill_in(world, first, tmp_path)
     other = replace(world, subject=replace(world.subject, seed=1))
 
-    with pytest.raises(CompareError, match=r"is not among the 60 that are drawn from this data with --seed 1"):
+    with pytest.raises(CompareError, match=r"is not among the 60 queries drawn from this data with --seed 1"):
         await run(other, url, tmp_path, check)
 
 
@@ -358,11 +358,11 @@ async def test_relatives_versions_and_long_documents_are_noted(start_judge: Star
     report = (await judge(request, subject, agree, Silent())).report
 
     notes = "\n".join(report.notes)
-    assert "new and the judge Qwen2.5-72B-Instruct are both of Alibaba" in notes
+    assert "new and the judge Qwen2.5-72B-Instruct are both from Alibaba" in notes
     assert "old and the judge" not in notes
     assert "several versions of the judge: stand-in-0, stand-in-1" in notes
     assert "does not accept temperature 0" in notes
-    assert "Of 1 document, the judge read the first 20,000 characters only." in notes
+    assert "The judge read only the first 20,000 characters of 1 document." in notes
     assert report.asked.temperature is None
 
 

@@ -357,7 +357,7 @@ def test_a_hash_or_a_size_that_is_not_one_is_refused(hub: Hub, changes: dict[str
 
 def test_a_file_without_an_end_does_not_fill_the_disk(hub: Hub, tmp_path: Path) -> None:
     hub.repos[NAME] = Lying(FILES, size=LARGE)
-    with pytest.raises(LoadError, match="the hub announced 100,000 bytes and sends more"):
+    with pytest.raises(LoadError, match="the hub announced 100,000 bytes but sends more"):
         locate(entry())
     [partial] = tmp_path.rglob("*.gateway-partial")
     assert partial.stat().st_size == 0
