@@ -32,9 +32,9 @@ INSTALLED_FROM := Makefile pyproject.toml requirements/install.sh requirements/t
 help: ## Show this list
 	@awk 'BEGIN { FS = ":.*## " } \
 	  /^##@/ { printf "\n%s\n", substr($$0, 5) } \
-	  /^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	  /^[a-z-]+:.*## / { printf "  %-15s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	@printf '\nVariables\n'
-	@printf '  %-12s %s\n' \
+	@printf '  %-15s %s\n' \
 	  PYTHON 'Python 3.11, 3.12 or 3.13 for .venv' \
 	  TORCH_INDEX 'index with another build of torch, for example, without a GPU,' \
 	  '' 'make install TORCH_INDEX=https://download.pytorch.org/whl/cpu' \
@@ -53,7 +53,7 @@ smoke: install ## Check in a minute that the installation works: start, embed, c
 	@$(BIN)/python tests/smoke.py $(ARGS)
 
 ##@ Develop
-.PHONY: install-dev install-clients test test-cluster test-plan check format docs site package bench loadtest soak versions image-proof lock clean
+.PHONY: install-dev install-clients test test-cluster test-plan check check-style check-types check-tests check-docs format docs site package bench loadtest soak versions image-proof lock clean
 
 install-dev: $(DEV)/.installed ## Install the packages of tests and checks into build/dev
 
@@ -75,15 +75,24 @@ test-plan:
 	  "nothing into $(VENV)."
 	@echo "All tests take about a quarter of an hour on two cores. One minute tells whether the installation works: make smoke"
 
-check: install-dev ## Check format, lint, types, imports, words, budgets, generated docs and the locks
+# With --jobs=2 the parts of `check` run at the same time.
+check: check-style check-types check-tests check-docs ## Check format, lint, types, imports, words, budgets, generated docs and the locks
+	@$(INSTALL) verify
+
+check-style: install-dev
 	$(DEV_BIN)/ruff format --check .
 	$(DEV_BIN)/ruff check .
-	$(DEV_BIN)/mypy
-	$(DEV_BIN)/pytest -q tests/test_imports.py tests/test_names_in_prose.py
 	$(DEV_BIN)/python docs/check_prose.py
 	$(DEV_BIN)/python docs/measure.py
+
+check-types: install-dev
+	$(DEV_BIN)/mypy
+
+check-tests: install-dev
+	$(DEV_BIN)/pytest -q tests/test_imports.py tests/test_names_in_prose.py
+
+check-docs: install-dev
 	$(DEV_BIN)/python docs/generate.py --check
-	@$(INSTALL) verify
 
 format: install-dev ## Format the code, and fix what the linter can fix
 	$(DEV_BIN)/ruff format .

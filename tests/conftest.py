@@ -84,12 +84,19 @@ _CACHE = pytest.StashKey[tempfile.TemporaryDirectory[str]]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Keep the user's cache out of the tests."""
-    if not hasattr(
-        config, "workerinput"
-    ):  # the workers of pytest-xdist get the variable from the process that starts them
+    """Keep the user's cache out of the tests, and let each worker of pytest-xdist begin to collect in another folder."""
+    gc.disable()  # until everything is collected: nothing becomes garbage before
+    worker: dict[str, Any] | None = getattr(config, "workerinput", None)
+    if worker is None:
         config.stash[_CACHE] = tempfile.TemporaryDirectory(prefix="gateway-tests-", ignore_cleanup_errors=True)
-        os.environ["XDG_CACHE_HOME"] = config.stash[_CACHE].name
+        os.environ["XDG_CACHE_HOME"] = config.stash[_CACHE].name  # the workers inherit it
+    elif config.args_source is pytest.Config.ArgsSource.TESTPATHS:
+        # All workers collect all tests. The first to import a file also compiles it; the others find the result.
+        ignored = {Path(path).resolve() for path in config.getoption("ignore") or ()}
+        found = (path for path in Path(__file__).parent.iterdir() if path.is_dir() or path.match("test_*.py"))
+        entries = sorted(str(path) for path in found if path not in ignored)
+        start = len(entries) * int(worker["workerid"].removeprefix("gw")) // worker["workercount"]
+        config.args = entries[start:] + entries[:start]
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
@@ -102,6 +109,7 @@ def pytest_collection_finish() -> None:
     """Spare the garbage collector the modules and tests, a million objects that stay to the end."""
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 # No logger keeps the setup of the log that it was first used with, not even one by a fixture of a session:
@@ -133,12 +141,12 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> _ByFile
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Put long files first: no worker is left with one when the others are done."""
+    """Put long files first: no worker is left with one when the others are done. The order is the same in all workers."""
     if not config.pluginmanager.hasplugin("xdist"):
         return
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     num_tests = Counter(item.path for item in items)
-    items.sort(key=lambda item: (item.path not in slow, -num_tests[item.path]))
+    items.sort(key=lambda item: (item.path not in slow, -num_tests[item.path], item.path))
 
 
 @contextmanager

@@ -49,8 +49,11 @@ def make_splade(make_masked_lm: MakeSplade, tmp_path_factory: pytest.TempPathFac
     return make
 
 
-def check(found: SparseVector, right: np.ndarray, tolerance: float = 1e-5) -> None:
-    """Compare a sparse vector with a row of sentence-transformers' dense form of it."""
+def check(found: SparseVector, right: np.ndarray, tolerance: float = 2e-5) -> None:
+    """Compare a sparse vector with a row of sentence-transformers' dense form of it.
+
+    Processors sum float32 values in different orders: on some, a weight of 2 differs by 1.1e-5.
+    """
     assert found.indices.dtype == np.int64
     assert found.values.dtype == np.float32
     assert found.indices.tolist() == sorted(set(found.indices.tolist()))
