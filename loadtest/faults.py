@@ -38,11 +38,13 @@ class Outcome:
 
     Attributes:
         recovered_s: seconds from its end until the gateway was well again; NaN if it was not.
+        problem: what went wrong while it lasted; empty if nothing did.
     """
 
     name: str
     lasted_s: float
     recovered_s: float
+    problem: str = ""
 
 
 @dataclass(slots=True)
@@ -208,7 +210,11 @@ FAULTS: Final[Sequence[Callable[[Victim], None]]] = (
 
 def inflict(victim: Victim, fault: Callable[[Victim], None]) -> Outcome:
     """Do one thing to a gateway, and wait until it is well again."""
-    started = time.monotonic()
-    fault(victim)
+    started, problem = time.monotonic(), ""
+    try:
+        fault(victim)
+    except AssertionError as error:  # the other faults still have their turn
+        problem = str(error)
     lasted_s = time.monotonic() - started
-    return Outcome((fault.__doc__ or fault.__name__).partition("\n")[0].rstrip("."), lasted_s, victim.recover())
+    name = (fault.__doc__ or fault.__name__).partition("\n")[0].rstrip(".")
+    return Outcome(name, lasted_s, victim.recover(), problem)

@@ -20,7 +20,8 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -103,6 +104,7 @@ class Soak:
         """The failures of the run; empty if there are no failures."""
         found = [f"{self.lost} requests had no answer"] if self.lost else []
         found += [f"{self.wrong} answers were wrong"] if self.wrong else []
+        found += [f"{one.name}: {one.problem}" for one in self.outcomes if one.problem]
         found += [f"not well again after: {one.name}" for one in self.outcomes if math.isnan(one.recovered_s)]
         found += [f"a batch: {problem}" for batch in self.batches for problem in batch.problems]
         found += [f"exit code {self.exit_code}"] if self.exit_code else []
@@ -165,36 +167,26 @@ def _start(folder: Path, burn_s: float) -> Victim:
 
 
 def _run(victim: Victim, folder: Path, seconds: float, peak: int, faults: Sequence[Callable[[Victim], None]]) -> Soak:
-    # A command in a shell's background ignores SIGINT, and so would the load, which that signal ends: it gets this handler's
-    # default instead.
-    ignored = signal.signal(signal.SIGINT, signal.default_int_handler)
-    command = _load_command(victim.url, folder, seconds, peak)
-    load = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    signal.signal(signal.SIGINT, ignored)
     samples: list[Sample] = []
-    is_over = threading.Event()
-    watch = threading.Thread(target=_watch, args=(victim.process.pid, samples, is_over))
-    watch.start()
-    started = time.monotonic()
-    _wait_for_load(victim)
-    outcomes: list[Outcome] = []
-    batches: list[BatchOutcome] = []
-    first_round_ended = math.inf
-    batch = RunningBatch(victim.url, _BATCH_LINES)
-    for fault in itertools.cycle(faults):
-        outcomes.append(inflict(victim, fault))
-        first_round_ended = time.monotonic() if len(outcomes) == len(faults) else first_round_ended
-        print(f"{outcomes[-1].name}: well after {outcomes[-1].recovered_s:.1f} s", flush=True)
-        is_last = time.monotonic() - started > seconds - 10 and len(outcomes) >= len(faults)
-        if is_last or len(outcomes) % len(faults) == 0:
-            batches.append(batch.finish(_BATCH_PATIENCE_S))
-            batch = batch if is_last else RunningBatch(victim.url, _BATCH_LINES)
-        if is_last:
-            break
-    load.send_signal(signal.SIGINT)  # locust writes its results then; with SIGTERM it does not
-    printed, _ = load.communicate(timeout=300)
-    is_over.set()
-    watch.join()
+    with loading(_load_command(victim.url, folder, seconds, peak)) as load, _watched(victim.process.pid, samples):
+        started = time.monotonic()
+        _wait_for_load(victim)
+        outcomes: list[Outcome] = []
+        batches: list[BatchOutcome] = []
+        first_round_ended = math.inf
+        batch = RunningBatch(victim.url, _BATCH_LINES)
+        for fault in itertools.cycle(faults):
+            outcomes.append(inflict(victim, fault))
+            first_round_ended = time.monotonic() if len(outcomes) == len(faults) else first_round_ended
+            print(f"{outcomes[-1].name}: well after {outcomes[-1].recovered_s:.1f} s", flush=True)
+            is_last = time.monotonic() - started > seconds - 10 and len(outcomes) >= len(faults)
+            if is_last or len(outcomes) % len(faults) == 0:
+                batches.append(batch.finish(_BATCH_PATIENCE_S))
+                batch = batch if is_last else RunningBatch(victim.url, _BATCH_LINES)
+            if is_last:
+                break
+        load.send_signal(signal.SIGINT)  # locust writes its results then; with SIGTERM it does not
+        printed, _ = load.communicate(timeout=300)
     elapsed_s = time.monotonic() - started
     victim.process.terminate()
     exit_code = victim.process.wait(60)
@@ -206,6 +198,33 @@ def _run(victim: Victim, folder: Path, seconds: float, peak: int, faults: Sequen
     return Soak(
         elapsed_s, target["answered"], failures, outcomes, samples, exit_code, first_round_ended, tuple(batches)
     )
+
+
+@contextmanager
+def loading(command: Sequence[str]) -> Iterator[subprocess.Popen[bytes]]:
+    """Start the load, which ends at the latest with the run, however that ends."""
+    # A command in a shell's background ignores SIGINT, and so would the load, which that signal ends: it gets this handler's
+    # default instead.
+    ignored = signal.signal(signal.SIGINT, signal.default_int_handler)
+    load = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    signal.signal(signal.SIGINT, ignored)
+    try:
+        yield load
+    finally:
+        load.kill()
+        load.communicate()
+
+
+@contextmanager
+def _watched(pid: int, samples: list[Sample]) -> Iterator[None]:
+    is_over = threading.Event()
+    watch = threading.Thread(target=_watch, args=(pid, samples, is_over))
+    watch.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        watch.join()
 
 
 def _wait_for_load(victim: Victim) -> None:

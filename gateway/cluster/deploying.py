@@ -228,7 +228,7 @@ def _unreachable(address: str, error: Exception) -> str:
         return f"a Ray cluster cannot be started on this machine: {_first_line(error)}"
     if str(error).startswith("Version mismatch"):
         said = " ".join(str(error).split())[:_LONGEST_REASON]
-        return f"GATEWAY_CLUSTER={address}: {said}. all machines must have the same versions of Ray and Python"
+        return f"GATEWAY_CLUSTER={address}: {said}. All machines must have the same versions of Ray and Python"
     named = os.environ.get("RAY_ADDRESS") if address == "auto" else address
     where = f"no Ray cluster was found at {named}" if named else "this machine does not belong to a Ray cluster"
     return (

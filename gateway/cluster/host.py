@@ -125,6 +125,9 @@ class Host:
             result = await self._backend.embed(wire_job.job(on_tokens))
             front.connection.send("answer", key, WireEmbeddings.of(result))
             self._pace.add(work)
+        except asyncio.CancelledError:
+            self._pace.cancel(work)
+            raise
         except Exception as error:
             front.connection.send("error", key, self._error_of(error))
         finally:

@@ -223,7 +223,7 @@ def test_other_versions_of_ray_and_python_are_named() -> None:
     text = _unreachable("auto", error)
 
     assert "Ray: 2.9.0 Python: 3.12.1 This process on node was started with: Ray: 2.60.0 Python: 3.11.7" in text
-    assert text.endswith("all machines must have the same versions of Ray and Python")
+    assert text.endswith("All machines must have the same versions of Ray and Python")
 
 
 @pytest.mark.parametrize("address", ["ray://10.0.0.1:10001", "local"])

@@ -12,6 +12,7 @@ import pytest
 from gateway.backends.fake import FakeBackend, fake_info
 from gateway.cluster.pace import Pace
 from gateway.cluster.pool import Pool
+from gateway.cluster.values import work_of
 from gateway.errors import InternalError
 from gateway.types import Embeddings, EmbedJob
 from tests.cluster.test_wire import hosted, make_job, pool_of, until
@@ -94,6 +95,48 @@ def test_a_job_that_takes_long_is_not_idle(clock: Clock) -> None:
     assert pace.rate == pytest.approx(1, rel=0.01)
 
 
+def leave(pace: Pace, clock: Clock, *, seconds: float, canceled: int) -> None:
+    """Begin a job, and cancel it after a while."""
+    pace.set_busy(True)
+    pass_time(pace, clock, seconds)
+    pace.cancel(canceled)
+    pace.set_busy(False)
+
+
+def test_a_client_that_leaves_does_not_make_a_replica_seem_slow(clock: Clock) -> None:
+    pace = Pace(clock)
+    leave(pace, clock, seconds=9, canceled=2_000)
+    work(pace, clock, seconds=0.5, each=100, number=1)
+    pace.measure()
+    assert pace.rate == pytest.approx(200)
+    leave(pace, clock, seconds=9, canceled=2_000)
+    work(pace, clock, seconds=0.5, each=100, number=1)
+    pace.measure()
+    assert pace.rate == pytest.approx(200)
+
+
+def test_clients_that_leave_because_a_replica_is_slow_make_it_slow(clock: Clock) -> None:
+    pace = Pace(clock)
+    work(pace, clock, seconds=0.5, each=100, number=1)
+    pace.measure()
+    leave(pace, clock, seconds=9, canceled=100)  # at its rate it would have been done
+    work(pace, clock, seconds=0.5, each=100, number=1)
+    pace.measure()
+    assert pace.rate == pytest.approx(200 - 0.3 * (200 - 100 / 9.5))
+
+
+def test_canceled_work_next_to_finished_work_takes_no_time_from_it(clock: Clock) -> None:
+    pace = Pace(clock)
+    pace.set_busy(True)
+    pass_time(pace, clock, 1)
+    pace.cancel(5_000)  # while another job is in progress
+    pass_time(pace, clock, 1)
+    pace.add(100)
+    pace.set_busy(False)
+    pace.measure()
+    assert pace.rate == pytest.approx(50)
+
+
 class Counted(FakeBackend):
     """A backend that counts its jobs."""
 
@@ -146,6 +189,26 @@ async def test_a_slow_replica_is_avoided() -> None:
         await ask_for(1.0, pool, 6)
     asked = Counter({name: backend.num_jobs for name, backend in backends.items()}) - before
     assert asked["fast"] > 20 * max(1, asked["slow"])
+
+
+class Noting(Pace):
+    """A pace that keeps the canceled work."""
+
+    canceled = 0
+
+    def cancel(self, work: int) -> None:
+        self.canceled += work
+        super().cancel(work)
+
+
+async def test_a_replica_notes_the_work_of_a_client_that_left() -> None:
+    async with hosted(Counted(60), fake_info()) as (host, place), pool_of(place) as pool:
+        pace = host._pace = Noting()
+        left = asyncio.create_task(pool.embed(make_job("a text")))
+        await until(lambda: host.num_requests == 1)
+        left.cancel()
+        await until(lambda: host.num_requests == 0)
+        assert pace.canceled == work_of(("a text",), None, None)
 
 
 async def test_a_replica_that_fails_at_once_is_not_fast() -> None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from loadtest.batch import BatchOutcome, check
-from loadtest.faults import FAULTS, Outcome
-from loadtest.soak import Sample, Soak, as_table, soak
+from loadtest.faults import FAULTS, Outcome, Victim, inflict
+from loadtest.soak import Sample, Soak, as_table, loading, soak
 
 pytestmark = pytest.mark.slow
 
@@ -57,6 +59,7 @@ def made(**changes: object) -> Soak:
         ({"failures": Counter({"no answer: ConnectionResetError": 1})}, "1 requests had no answer"),
         ({"failures": Counter({"wrong answer: space": 2})}, "2 answers were wrong"),
         ({"outcomes": [Outcome("it fails", 1.0, float("nan"))]}, "not well again after: it fails"),
+        ({"outcomes": [Outcome("it fails", 1.0, 2.0, "1 of 2 replicas after 120 s")]}, "it fails: 1 of 2 replicas"),
         ({"batches": [BatchOutcome(2, 1, Counter(), ["line-1 has no answer"])]}, "a batch: line-1 has no answer"),
         ({"exit_code": 1}, "exit code 1"),
         ({"samples": [Sample(float(s), 1000.0 + 3 * s, 20) for s in range(300)]}, "memory grew to 1.2"),
@@ -68,6 +71,28 @@ def test_violated_goals_are_reported(changes: dict[str, object], problem: str | 
     assert len(problems) == (problem is not None)
     assert problem is None or problems[0].startswith(problem)
     assert "| exit code after SIGTERM |" in as_table(made(**changes))
+
+
+def test_a_fault_that_ends_badly_is_counted_and_the_others_have_their_turn() -> None:
+    class Well(Victim):
+        def recover(self) -> float:
+            return 0.5
+
+    def fail(_victim: Victim) -> None:
+        """Something fails."""
+        raise AssertionError("1 of 2 replicas after 120 s")
+
+    outcome = inflict(Well(None, 0, Path("models.yaml")), fail)  # type: ignore[arg-type]
+
+    assert (outcome.name, outcome.recovered_s) == ("Something fails", 0.5)
+    assert outcome.problem == "1 of 2 replicas after 120 s"
+
+
+def test_the_load_ends_with_a_run_that_fails() -> None:
+    with pytest.raises(RuntimeError, match="no load has come"), loading([sys.executable, "-c", "input()"]) as load:
+        raise RuntimeError("no load has come")
+
+    assert load.returncode is not None
 
 
 def line(name: str, vector: list[float], status: int = 200) -> dict[str, object]:
