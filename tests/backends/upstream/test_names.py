@@ -9,8 +9,8 @@ import asyncio
 import socket
 import ssl
 import subprocess
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack, ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +31,7 @@ from tests.backends.remote import States, entry, expected, job, loaded, wait_unt
 from tests.backends.stand_in import StandIn
 from tests.listener import make_listener
 
-HOST = "pods.test"
+HOST, SILENT = "pods.test", "127.0.0.1"
 
 
 class Pods:
@@ -262,6 +262,51 @@ async def test_a_pod_that_gives_other_vectors_than_the_golden_file_gets_no_reque
         for _ in range(20):
             await backend.embed(job(["a text"]))
         assert ["a text"] not in [body["input"] for body in wrong.bodies], "it gets only probes"
+
+
+@contextmanager
+def silent_address(port: int) -> Iterator[str]:
+    """Listen on an address that accepts no further connection, like that of a machine that is switched off."""
+    with socket.create_server((SILENT, port), backlog=0) as listener, ExitStack() as stack:
+        for _ in range(3):  # what fits into the queue that nobody empties
+            filler = stack.enter_context(socket.socket())
+            filler.setblocking(False)
+            filler.connect_ex(listener.getsockname())
+        yield SILENT
+
+
+@pytest.mark.parametrize("kind", ["openai", "tei"])
+@pytest.mark.parametrize("death", ["refuses", "is silent"])
+async def test_a_dead_address_keeps_no_model_from_loading_and_gets_no_requests(
+    pods: Pods, kind: str, death: str
+) -> None:
+    with ExitStack() as stack:
+        dead = stack.enter_context(silent_address(pods.port)) if death == "is silent" else SILENT
+        pods.addresses.append(dead)  # it comes first
+        await pods.add(2)
+        async with loaded(pods.entry(kind, connect_timeout_s=0.3), resolver=pods.resolver) as backend:
+            await wait_until(lambda: working(backend) == ["127.0.0.2"])
+            for _ in range(10):
+                assert len((await backend.embed(job())).vectors) == 10
+            [first, _] = backend.replicas()
+            assert first.state is ModelState.RECOVERING
+            assert f"{dead}:{pods.port}" in first.reason
+
+
+async def test_an_address_that_dies_costs_no_request_and_comes_back(pods: Pods) -> None:
+    await pods.add(2)
+    async with AsyncExitStack() as mortal:
+        server = StandIn(port=pods.port, host="127.0.0.1")
+        await mortal.enter_async_context(server.serving())
+        pods.addresses.append("127.0.0.1")
+        async with loaded(pods.entry(), resolver=pods.resolver) as backend:
+            await wait_until(lambda: len(working(backend)) == 2)
+            await mortal.aclose()  # but the name keeps its address, as with a TTL that has not passed
+            for _ in range(20):
+                assert len((await backend.embed(job())).vectors) == 10
+            await wait_until(lambda: working(backend) == ["127.0.0.2"])
+            async with StandIn(port=pods.port, host="127.0.0.1").serving():
+                await wait_until(lambda: len(working(backend)) == 2)
 
 
 async def test_an_address_that_is_in_the_registry_too_is_one_server(pods: Pods) -> None:
