@@ -67,8 +67,8 @@ class Deployment:
 
     Attributes:
         resources: connections and files, which are closed once everything has stopped.
-        card_lost: the reason why a card can no longer compute in this process, which then has to end; normally empty.
-        on_card_lost: called once when a card is lost.
+        lost: the reason why this process has to end, such as a card that can no longer compute in it; normally empty.
+        on_lost: called once when that happens.
         counting_since: the time when each experiment was first served with its present arms and weights, ISO 8601.
         errors, traffic: the last requests that failed; the rate and the latency of each model.
         changing: held from a change of the registry's file until it is served, so that changes come one after another.
@@ -84,16 +84,15 @@ class Deployment:
     ) -> None:
         residents = Residents()
         cluster = site_of(registry, settings) if make_backend is None else None
-        make_backend = make_backend or (
-            lambda entry: make_real_backend(entry, settings, residents, self.lose_card, cluster)
-        )
+        make_backend = make_backend or (lambda entry: make_real_backend(entry, settings, residents, self.lose, cluster))
         self.settings = settings
         self.is_draining = False
-        self.card_lost = ""
-        self.on_card_lost: Callable[[], None] = lambda: None
+        self.lost = ""
+        self.on_lost: Callable[[], None] = lambda: None
         self.resources = AsyncExitStack()
         if cluster is not None:
             self.resources.push_async_callback(cluster.disconnect)
+            cluster.on_lost = self.lose
         self.counting_since: dict[str, str] = {}
         self.errors = RecentErrors()
         self.traffic = RecentTraffic()
@@ -148,12 +147,12 @@ class Deployment:
         """Announce that this process is about to stop; until then it still answers requests."""
         self.is_draining = True
 
-    def lose_card(self, reason: str) -> None:
-        """Become unready and end the process: only a new process can use a lost card again."""
-        if not self.card_lost:
-            self.card_lost = reason
+    def lose(self, reason: str) -> None:
+        """Become unready and end the process: only a new process can use a lost card or cluster again."""
+        if not self.lost:
+            self.lost = reason
             self.drain()
-            self.on_card_lost()
+            self.on_lost()
 
     async def reload(self) -> Reloaded:
         """Read the registry again and serve it, once all of its models are loaded and warm.

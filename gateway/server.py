@@ -34,8 +34,8 @@ from gateway.telemetry.logs import flush_logs
 
 log = structlog.get_logger(__name__)
 
-EXIT_CARD_LOST = 75
-"""Exit code after a card was lost ("try again later" in sysexits.h): a new process can use it again, if it is not broken."""
+EXIT_RESTART = 75
+"""Exit code after a card or a cluster was lost ("try again later" in sysexits.h): a new process may use it again."""
 
 _ANNOUNCE = "announce"
 # How long the process waits, at its end, for threads that may end soon.
@@ -115,7 +115,7 @@ async def _serve(
     _warn_if_open(deployment.settings, keyring)
     asyncio.get_running_loop().set_default_executor(_Threads())
     server = _Server(server_config(app, deployment.settings), deployment, addresses.clients)
-    deployment.on_card_lost = server.end_without_card
+    deployment.on_lost = server.end_for_restart
     # Once, in a thread: otherwise the first request for the documentation would delay all other requests.
     describing = asyncio.get_running_loop().run_in_executor(None, app.openapi)
     loading = asyncio.create_task(_load(deployment, server, lambda: announce(addresses, bool(keyring))))
@@ -276,13 +276,13 @@ class _Server(uvicorn.Server):
         log.info("stopping", signal=number.name, drain_delay_s=delay_s)
         asyncio.get_running_loop().call_later(delay_s, self.handle_exit, number, None)
 
-    def end_without_card(self) -> None:
+    def end_for_restart(self) -> None:
         """Stop as after a signal, but within a hard time limit."""
         settings = self._deployment.settings
         log.error(
-            "stopping_without_card",
-            reason=self._deployment.card_lost,
-            exit_code=EXIT_CARD_LOST,
+            "stopping_for_restart",
+            reason=self._deployment.lost,
+            exit_code=EXIT_RESTART,
             drain_delay_s=settings.drain_delay_s,
             grace_s=settings.shutdown_grace_s,
         )
@@ -297,7 +297,7 @@ def _end_within(limit_s: float) -> None:
         time.sleep(limit_s)
         log.error("end_forced", seconds=limit_s)
         flush_logs()
-        os._exit(EXIT_CARD_LOST)
+        os._exit(EXIT_RESTART)
 
     threading.Thread(target=end, name="last-resort", daemon=True).start()
 
@@ -347,11 +347,11 @@ def _announce(announce: Callable[[], None]) -> None:
 def leave(deployment: Deployment) -> None:
     """End the process after its deployment has stopped; return if Python's normal exit is safe.
 
-    A normal exit would wait for threads that load a model or that write to a pipe without a reader. With a lost card,
-    Python's cleanup may hang or crash.
+    A normal exit would wait for threads that load a model or that write to a pipe without a reader. With a lost card or
+    cluster, Python's cleanup may hang or crash.
     """
-    if deployment.card_lost:
-        os._exit(EXIT_CARD_LOST)
+    if deployment.lost:
+        os._exit(EXIT_RESTART)
     deadline = time.monotonic() + _LAST_WAIT_S
     for thread in threading.enumerate():
         if thread is threading.main_thread() or (thread.daemon and thread.name != _ANNOUNCE):

@@ -40,7 +40,7 @@ class RunningBatch:
     """Uploads lines and starts a batch of them. Begins before any fault: the vectors of that time are right."""
 
     def __init__(self, url: str, num_lines: int) -> None:
-        self._client = httpx.Client(base_url=f"{url}/v1", timeout=30)
+        self._client = httpx.Client(base_url=f"{url}/v1", timeout=120)
         self._texts = {
             f"line-{i}": [_TEXTS[(i + j) % len(_TEXTS)] for j in range(_TEXTS_PER_LINE)] for i in range(num_lines)
         }

@@ -16,7 +16,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from gateway.server import EXIT_CARD_LOST
+from gateway.server import EXIT_RESTART
 
 ROOT = Path(__file__).parents[1]
 PATIENCE_S = 60
@@ -150,13 +150,13 @@ def test_a_gateway_whose_card_is_lost_ends_with_its_own_exit_code(tmp_path: Path
         answers = list(clients.map(lambda n: running.embed("card", f"text {n}"), range(4)))
 
         assert {(one.status_code, one.json()["error"]["code"]) for one in answers} == {(503, "model_recovering")}
-        assert running.process.wait(PATIENCE_S) == EXIT_CARD_LOST == 75
+        assert running.process.wait(PATIENCE_S) == EXIT_RESTART == 75
         assert time.monotonic() - began < 20
         assert slow.result().json()["error"]["code"] == "shutting_down"  # after the second that it had
         [loss] = running.log_of("device_lost")
         assert loss["device"] == "cuda:0"
-        [end] = running.log_of("stopping_without_card")
-        assert end["exit_code"] == EXIT_CARD_LOST
+        [end] = running.log_of("stopping_for_restart")
+        assert end["exit_code"] == EXIT_RESTART
         assert not running.log_of("engine_restarted")
         assert not running.log_of("end_forced")
         assert [bool(line.get("exception")) for line in running.log_of("batch_failed")] == ([] if hangs else [True])
@@ -166,6 +166,6 @@ def test_nothing_keeps_a_gateway_without_its_card_alive(tmp_path: Path) -> None:
     with gateway(tmp_path, STUCK) as running:
         assert running.embed("card", "poison").status_code == 200
 
-        assert running.process.wait(PATIENCE_S) == EXIT_CARD_LOST
+        assert running.process.wait(PATIENCE_S) == EXIT_RESTART
         [forced] = running.log_of("end_forced")
         assert forced["seconds"] == 1.3

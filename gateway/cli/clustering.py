@@ -36,7 +36,15 @@ def status(cluster: ClusterOption = None) -> None:
 
 
 @cluster.command()
-def prune(cluster: ClusterOption = None) -> None:
+def prune(
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[NAME]...", help="Also remove these deployments, although their replicas do not answer."
+        ),
+    ] = None,
+    cluster: ClusterOption = None,
+) -> None:
     """Remove models that no gateway uses.
 
     For example, models remain after the registry has changed.
@@ -46,7 +54,7 @@ def prune(cluster: ClusterOption = None) -> None:
     prepare(_checked(cluster))
     from gateway.cluster.command import address_of, run_prune
 
-    for line in run_prune(address_of(cluster)):
+    for line in run_prune(address_of(cluster), names or ()):
         typer.echo(line)
 
 

@@ -14,6 +14,7 @@ from gateway.cluster.line import Line
 from gateway.cluster.placing import stem_of
 from gateway.cluster.pool import Pool
 from gateway.config.wording import enumerate_names
+from gateway.errors import StartError
 
 # The seconds to wait for the replicas' status.
 _PATIENCE_S: Final = 3.0
@@ -60,14 +61,32 @@ def _heard(pool: Pool) -> list[Line]:
     return [line for line in pool.lines.values() if line.info is not None and line.load.num_fronts]
 
 
-async def prune(cluster: Cluster) -> list[Found]:
-    """Delete and return the deployments that no gateway is connected to.
+async def prune(cluster: Cluster, names: Sequence[str] = ()) -> tuple[list[Found], list[Found]]:
+    """Delete the deployments that no gateway is connected to; return them, and those that are kept.
 
     A deployment with replicas that do not answer is kept, because its gateways may be waiting for them.
+
+    Args:
+        names: deployments to delete although their replicas do not answer.
+
+    Raises:
+        StartError: a name is not a deployment's, or a gateway uses it.
     """
-    unused = [one for one in await look(cluster) if one.num_fronts == 0 or _is_failed(one.deployed)]
+    found = await look(cluster)
+    for name in names:
+        _require_unused(name, found)
+    unused = [one for one in found if one.num_fronts == 0 or _is_failed(one.deployed) or one.deployed.name in names]
     await asyncio.to_thread(cluster.delete, [one.deployed.name for one in unused])
-    return unused
+    return unused, [one for one in found if one not in unused]
+
+
+def _require_unused(name: str, found: Sequence[Found]) -> None:
+    one = next((one for one in found if one.deployed.name == name), None)
+    if one is None:
+        names = enumerate_names([one.deployed.name for one in found]) or "none"
+        raise StartError(f"the cluster has no deployment {name!r}: it has {names}")
+    if one.num_fronts:
+        raise StartError(f"{name} is in use by {one.num_fronts} gateways: stop them, or remove the model from theirs")
 
 
 def _is_failed(deployed: Deployed) -> bool:
@@ -119,18 +138,35 @@ def run_status(address: str) -> list[str]:
     ]
 
 
-def run_prune(address: str) -> list[str]:
+def run_prune(address: str, names: Sequence[str] = ()) -> list[str]:
     """Remove the deployments that no gateway uses, and describe the result in lines for people.
 
+    Args:
+        names: deployments to remove although their replicas do not answer.
+
     Raises:
-        StartError: there is no cluster at the address.
+        StartError: there is no cluster at the address, or a named deployment is in use or not there.
     """
     cluster = _connect(address)
     try:
-        unused = asyncio.run(prune(cluster))
+        removed, kept = asyncio.run(prune(cluster, names))
     finally:
         cluster.disconnect()
-    return [f"removed {one.deployed.name}" for one in unused] or ["nothing to remove: all deployments are in use"]
+    return describe_pruned(removed, kept)
+
+
+def describe_pruned(removed: Sequence[Found], kept: Sequence[Found]) -> list[str]:
+    """Describe the removed deployments, and why others are kept, in lines for people."""
+    unknown = [one.deployed.name for one in kept if one.num_fronts is None]
+    lines = [f"removed {one.deployed.name}" for one in removed]
+    lines += [
+        f"kept {name}: none of its replicas answers, so gateways may be waiting for it; if none is, run "
+        f"`gateway cluster prune {name}`"
+        for name in unknown
+    ]
+    if lines:
+        return lines
+    return ["nothing to remove: all deployments are in use" if kept else "no gateway has models on this cluster"]
 
 
 def _connect(address: str) -> Cluster:

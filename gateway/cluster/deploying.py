@@ -15,10 +15,12 @@ import ray
 import ray.exceptions
 import structlog
 from ray import serve
+from ray._private.services import canonicalize_bootstrap_address
 from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get
 from ray.serve.api import RunTarget
 from ray.serve.exceptions import RayServeException
 
+from gateway.cluster import head
 from gateway.cluster.placing import LOCAL, PREFIX, Spec, actor_options, scaling_options, stem_of
 from gateway.cluster.replica import DRAIN_S, NAMESPACE, Replica, begun_key, fingerprint_key
 from gateway.errors import StartError
@@ -90,8 +92,8 @@ class Cluster:
 
     def _connect(self) -> None:
         if not ray.is_initialized():
-            options = self._local_options() if self._address == LOCAL else {"address": _checked(self._address)}
             try:
+                options = self._local_options() if self._address == LOCAL else {"address": _reached(self._address)}
                 ray.init(namespace="serve", log_to_driver=False, logging_level=logging.ERROR, **options)
             except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
                 raise StartError(_unreachable(self._address, error)) from error
@@ -107,6 +109,11 @@ class Cluster:
             "object_store_memory": _LOCAL_STORE_BYTES,
             "_node_ip_address": "127.0.0.1",
         }
+
+    @property
+    def head(self) -> str:
+        """The ``HOST:PORT`` of the connected cluster's head."""
+        return str(ray.get_runtime_context().gcs_address)
 
     def deploy(self, spec: Spec) -> None:
         """Deploy a model unless it is already deployed: fronts that start together deploy the same model once."""
@@ -221,6 +228,19 @@ def _checked(address: str) -> str:
             "the head (6379, not Ray Client's port), or unset it on a machine of the cluster"
         )
     return named or address
+
+
+def _reached(address: str) -> str:
+    """Return the address once the cluster's head has answered there.
+
+    Raises:
+        ConnectionError: it does not answer.
+        StartError: ``RAY_ADDRESS`` is another kind of address.
+    """
+    checked = _checked(address)
+    if (found := canonicalize_bootstrap_address(checked)) is not None:
+        head.require(found)
+    return checked
 
 
 def _unreachable(address: str, error: Exception) -> str:

@@ -6,10 +6,12 @@ import asyncio
 import signal
 import threading
 import time
+from collections.abc import Callable
 
 import structlog
 
 from gateway.backends.base import Backend
+from gateway.cluster import head
 from gateway.cluster.backend import RayBackend
 from gateway.cluster.deploying import Cluster
 from gateway.cluster.placing import MAKE_INFINITY, Spec, make_spec
@@ -28,6 +30,9 @@ class ClusterSite:
     Args:
         address: ``local``, ``auto`` or the ``HOST:PORT`` of the head.
         make_backend: ``module:function`` that makes the backend in a replica; see :class:`gateway.cluster.placing.Spec`.
+
+    Attributes:
+        on_lost: called once, with the reason, if the cluster's head is gone and this process has to end.
     """
 
     def __init__(self, address: str, settings: Settings, make_backend: str = MAKE_INFINITY) -> None:
@@ -37,6 +42,8 @@ class ClusterSite:
         self._is_connected = False
         self._connecting = threading.Lock()
         self._users: dict[str, int] = {}
+        self.on_lost: Callable[[str], None] = lambda _reason: None
+        self._watching: asyncio.Task[None] | None = None
 
     def backend(self, entry: ModelEntry) -> Backend:
         """Return the backend of a model, not started."""
@@ -79,6 +86,8 @@ class ClusterSite:
         """
         spec = await asyncio.to_thread(self._deploy, entry)
         _take_signals_back()
+        if self._watching is None:
+            self._watching = asyncio.create_task(head.watch(self.cluster.head, self._lose))
         self._users[spec.name] = self._users.get(spec.name, 0) + 1
         return spec
 
@@ -97,8 +106,14 @@ class ClusterSite:
             if delete:
                 await asyncio.to_thread(self.cluster.delete, [name])
 
+    def _lose(self, reason: str) -> None:
+        self._is_connected = False  # Ray would wait for the head before it disconnects
+        self.on_lost(reason)
+
     async def disconnect(self) -> None:
         """Disconnect from the cluster."""
+        if self._watching is not None:
+            self._watching.cancel()
         if self._is_connected:
             await asyncio.to_thread(self.cluster.disconnect)
 

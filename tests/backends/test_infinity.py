@@ -703,7 +703,7 @@ async def test_every_client_of_a_lost_card_gets_a_503_and_the_process_has_to_end
         Registry(path=Path("models.yaml"), version=1, models=(entry,), aliases={}), Settings(forward_timeout_s=0.3)
     )
     ends: list[str] = []
-    deployment.on_card_lost = lambda: ends.append(deployment.card_lost)
+    deployment.on_lost = lambda: ends.append(deployment.lost)
     await deployment.start()
     [model] = deployment.fleet
     engine = engine_of(model.backend)

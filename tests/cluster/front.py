@@ -27,6 +27,7 @@ def main(address: str, models: str, port: str) -> None:
     registry = load_registry(Path(models), {})
     fleet = Fleet.from_registry(registry, site.backend, site)
     deployment = Deployment(registry, settings, fleet, make_backend=site.backend)
+    site.on_lost = deployment.lose
     deployment.resources.push_async_callback(site.disconnect)
     serve(deployment, lambda _addresses, _has_keys: os.write(1, b"ready\n"))
     leave(deployment)

@@ -32,7 +32,7 @@ pytest.importorskip("ray", reason="needs the extra `cluster`")
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # Ray's own use of other libraries
     from gateway.cluster.backend import RayBackend
-    from gateway.cluster.command import Found, differing
+    from gateway.cluster.command import Found, describe_pruned, differing, prune
     from gateway.cluster.deploying import Cluster, Deployed, _unreachable
 
 SECRET = b"s" * 32
@@ -182,6 +182,64 @@ def test_the_status_says_which_gateways_differ() -> None:
     assert differing(found) == [
         "gateways differ in a model's entry, settings or version: `gateway-a-1-x`, `gateway-a-1-y` are in use"
     ]
+
+
+class Deployments:
+    """A cluster with deployments, and the names of the deleted ones."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *found: Found) -> None:
+        self.found = {one.deployed.name: one for one in found}
+        self.deleted: list[str] = []
+        monkeypatch.setattr("gateway.cluster.command.ask", self._ask)
+
+    async def _ask(self, _cluster: object, deployed: Deployed) -> Found:
+        return self.found[deployed.name]
+
+    def deployed(self) -> dict[str, Deployed]:
+        return {name: one.deployed for name, one in self.found.items()}
+
+    def delete(self, names: list[str]) -> None:
+        self.deleted += names
+
+
+WAITING = Found(Deployed("gateway-w-1", "DEPLOYING", "", 0, 1), [], None)
+SILENT = Found(Deployed("gateway-s-1", "RUNNING", "", 1), [], None)
+FAILED = Found(Deployed("gateway-f-1", "DEPLOY_FAILED", "no such file", 0), [], None)
+UNUSED = Found(Deployed("gateway-u-1", "RUNNING", "", 1), [], 0)
+USED = Found(Deployed("gateway-x-1", "RUNNING", "", 2), [], 2)
+
+
+async def test_prune_says_what_it_removes_and_what_it_keeps_because_nothing_answers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cluster = Deployments(monkeypatch, WAITING, SILENT, FAILED, UNUSED, USED)
+
+    lines = describe_pruned(*await prune(cluster))  # type: ignore[arg-type]
+
+    assert cluster.deleted == ["gateway-f-1", "gateway-u-1"]
+    assert lines[:2] == ["removed gateway-f-1", "removed gateway-u-1"]
+    assert [line.partition(":")[0] for line in lines[2:]] == ["kept gateway-w-1", "kept gateway-s-1"]
+    assert lines[2].endswith("if none is, run `gateway cluster prune gateway-w-1`")
+
+
+async def test_a_deployment_that_is_named_is_removed_unless_a_gateway_uses_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster = Deployments(monkeypatch, WAITING, USED)
+
+    with pytest.raises(StartError, match="gateway-x-1 is in use by 2 gateways: stop them"):
+        await prune(cluster, ["gateway-w-1", "gateway-x-1"])  # type: ignore[arg-type]
+    with pytest.raises(StartError, match="has no deployment 'gateway-y-1': it has `gateway-w-1`, `gateway-x-1`"):
+        await prune(cluster, ["gateway-y-1"])  # type: ignore[arg-type]
+    assert cluster.deleted == []
+    assert describe_pruned(*await prune(cluster, ["gateway-w-1"])) == ["removed gateway-w-1"]  # type: ignore[arg-type]
+    assert cluster.deleted == ["gateway-w-1"]
+
+
+async def test_prune_says_why_there_is_nothing_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    used, empty = Deployments(monkeypatch, USED), Deployments(monkeypatch)
+
+    assert describe_pruned(*await prune(empty)) == ["no gateway has models on this cluster"]  # type: ignore[arg-type]
+    monkeypatch.setattr("gateway.cluster.command.ask", used._ask)
+    assert describe_pruned(*await prune(used)) == ["nothing to remove: all deployments are in use"]  # type: ignore[arg-type]
 
 
 async def test_a_replica_that_recovers_for_too_long_asks_for_another_process(served: tuple[Model, list[Host]]) -> None:

@@ -22,6 +22,7 @@ from gateway.cluster import placing
 from gateway.config.registry import Arm, Experiment, ModelEntry
 from gateway.config.replicas import Replicas
 from gateway.errors import ReloadRefused
+from gateway.server import EXIT_RESTART
 from gateway.types import EmbedJob, ModelState, Truncate
 from tests.cluster.conftest import ON_A_CORE, ON_CARDS, Front, Traffic, until_in_thread
 from tests.models.in_process import connecting
@@ -165,7 +166,7 @@ async def test_a_reload_does_not_remove_models_that_another_gateway_uses_and_mov
         name for name in await names_of("moved") if name != old
     ]
     await two.deployment.stop()
-    await until_in_thread(lambda: old in {one.deployed.name for one in asyncio.run(prune(Cluster("auto")))})
+    await until_in_thread(lambda: old in {one.deployed.name for one in asyncio.run(prune(Cluster("auto")))[0]})
     assert (await one.embed("moved", "used")).status_code == 200
     new = set(await names_of("moved")) - {old}
     await one.reload(entry("moved", min=1, gpus=0, allow_space_change=True))  # the last one that used it has left it
@@ -422,3 +423,26 @@ async def test_a_local_cluster_ends_with_its_gateway_however_that_ends(tmp_path:
         front.kill()
         await front.wait()
     await until_in_thread(lambda: not any(one.is_running() and one.status() != "zombie" for one in family))
+
+
+async def test_a_gateway_that_loses_the_head_ends_in_order_before_ray_ends_it(tmp_path: Path) -> None:
+    path = tmp_path / "models.yaml"
+    path.write_text(f"version: 1\nmodels:\n  - {{id: fake, source: {tmp_path}, enabled: true}}\n")
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    environ |= {"PYTHONPATH": str(Path(__file__).parents[2]), "RAY_gcs_rpc_server_reconnect_timeout_s": "20"}
+    command = [sys.executable, "-m", "tests.cluster.front", "local", str(path), "0"]
+    front = await asyncio.create_subprocess_exec(*command, stdout=PIPE, stderr=PIPE, env=environ)
+    assert front.stdout is not None
+    try:
+        assert await asyncio.wait_for(front.stdout.readline(), 120) == b"ready\n"
+        [head] = [one for one in psutil.Process(front.pid).children(recursive=True) if one.name() == "gcs_server"]
+        head.kill()
+        _printed, said = await asyncio.wait_for(front.communicate(), 120)
+    finally:
+        if front.returncode is None:
+            front.kill()
+            await front.wait()
+    events = {line["event"]: line for line in map(json.loads, said.splitlines()) if "event" in line}
+    assert front.returncode == EXIT_RESTART
+    assert "cluster_head_lost" in events
+    assert events["stopping_for_restart"]["reason"].startswith("the head of the Ray cluster, 127.0.0.1:")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from gateway.config.settings import load_settings
-from gateway.server import EXIT_CARD_LOST
+from gateway.server import EXIT_RESTART
 from tests.deploy.deployment_files import DEPLOY, ROOT
 
 UNIT = DEPLOY / "systemd" / "embedding-gateway.service"
@@ -46,8 +46,8 @@ def test_the_unit_gives_a_stop_the_time_that_it_needs() -> None:
 
 def test_the_unit_starts_the_gateway_again_after_a_lost_card() -> None:
     assert values("Restart") == ["on-failure"]
-    assert f"exit code {EXIT_CARD_LOST}" in TEXT
-    assert f"exit code {EXIT_CARD_LOST}" in PAGE
+    assert f"exit code {EXIT_RESTART}" in TEXT
+    assert f"exit code {EXIT_RESTART}" in PAGE
 
 
 def test_the_unit_lets_the_gateway_write_all_of_its_files() -> None:

@@ -1,0 +1,113 @@
+"""The head of a cluster: whether it answers at the start, and what a front does when it is lost."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Callable
+from contextlib import ExitStack
+
+import pytest
+from structlog.testing import capture_logs
+
+from gateway.cluster import head
+from gateway.errors import StartError
+from tests.listener import make_listener
+
+pytest.importorskip("ray", reason="needs the extra `cluster`")
+
+
+@pytest.fixture
+def port() -> int:
+    """Return a port on which nothing listens."""
+    with make_listener() as free:
+        found: int = free.getsockname()[1]
+    return found
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(head, "_INTERVAL_S", 0.01)
+    monkeypatch.setattr(head, "_START_S", 0.05)
+
+
+def test_a_head_that_does_not_answer_is_refused_before_ray_tries_for_minutes(
+    monkeypatch: pytest.MonkeyPatch, port: int
+) -> None:
+    from gateway.cluster.deploying import Cluster
+
+    monkeypatch.setattr("ray.init", lambda **_options: pytest.fail("it would try for two minutes"))
+    with pytest.raises(StartError) as caught:
+        Cluster(f"127.0.0.1:{port}").connect()
+
+    text = str(caught.value)
+    assert text.startswith(f"GATEWAY_CLUSTER=127.0.0.1:{port}: no Ray cluster was found at 127.0.0.1:{port}, or it ")
+    assert f":{port}: Connection refused)" in text
+
+
+def test_a_head_that_is_starting_is_waited_for(monkeypatch: pytest.MonkeyPatch, port: int) -> None:
+    with ExitStack() as stack:
+
+        def begin(_seconds: float) -> None:
+            stack.enter_context(socket.create_server(("127.0.0.1", port)))
+
+        monkeypatch.setattr("time.sleep", begin)
+        head.require(f"127.0.0.1:{port}")
+
+
+async def watched(
+    port: int, monkeypatch: pytest.MonkeyPatch, patience_s: float
+) -> tuple[asyncio.Task[None], list[str]]:
+    monkeypatch.setattr(head, "patience_s", lambda: patience_s)
+    lost: list[str] = []
+    return asyncio.create_task(head.watch(f"127.0.0.1:{port}", lost.append)), lost
+
+
+async def until(condition: Callable[[], object]) -> None:
+    async with asyncio.timeout(30):
+        while not condition():  # noqa: ASYNC110  there is no event for it
+            await asyncio.sleep(0.005)
+
+
+async def test_a_head_that_stays_away_ends_the_front_with_the_reason(
+    monkeypatch: pytest.MonkeyPatch, port: int
+) -> None:
+    with capture_logs() as logs:
+        watching, lost = await watched(port, monkeypatch, 0.1)
+        await asyncio.wait_for(watching, 30)
+
+    [reason] = lost
+    assert reason.startswith(f"the head of the Ray cluster, 127.0.0.1:{port}, has not answered for 0 s: ")
+    assert reason.endswith(": Connection refused")
+    assert [line["event"] for line in logs] == ["cluster_head_lost"]
+
+
+async def test_a_head_that_comes_back_ends_nothing(monkeypatch: pytest.MonkeyPatch, port: int) -> None:
+    with capture_logs() as logs:
+        watching, lost = await watched(port, monkeypatch, 600)
+        await until(lambda: logs)
+        with socket.create_server(("127.0.0.1", port)):
+            await until(lambda: len(logs) == 2)
+    watching.cancel()
+
+    assert [line["event"] for line in logs] == ["cluster_head_lost", "cluster_head_back"]
+    assert lost == []
+
+
+@pytest.mark.parametrize(("set_to", "patience_s"), [(None, 45), ("600", 585), ("10", 5), ("", 45), ("soon", 45)])
+def test_a_front_ends_before_ray_ends_it(
+    monkeypatch: pytest.MonkeyPatch, set_to: str | None, patience_s: float
+) -> None:
+    monkeypatch.delenv("RAY_gcs_rpc_server_reconnect_timeout_s", raising=False)
+    if set_to is not None:
+        monkeypatch.setenv("RAY_gcs_rpc_server_reconnect_timeout_s", set_to)
+
+    assert head.patience_s() == patience_s
+
+
+@pytest.mark.parametrize(
+    ("address", "parts"),
+    [("10.0.0.1:6379", ("10.0.0.1", 6379)), ("[fd00::1]:6379", ("fd00::1", 6379)), ("head:1", ("head", 1))],
+)
+def test_an_address_has_a_host_and_a_port(address: str, parts: tuple[str, int]) -> None:
+    assert head.split_address(address) == parts
