@@ -268,7 +268,7 @@ async def test_a_pod_that_gives_other_vectors_than_the_golden_file_gets_no_reque
 def silent_address(port: int) -> Iterator[str]:
     """Listen on an address that accepts no further connection, like that of a machine that is switched off."""
     with socket.create_server((SILENT, port), backlog=0) as listener, ExitStack() as stack:
-        for _ in range(3):  # what fits into the queue that nobody empties
+        for _ in range(3):  # as many as the queue holds, which is never emptied
             filler = stack.enter_context(socket.socket())
             filler.setblocking(False)
             filler.connect_ex(listener.getsockname())
