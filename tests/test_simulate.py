@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import math
 import xml.etree.ElementTree as ET
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
+from bench import fronts as fronts_module
 from bench import simulate as simulate_module
 from bench.fronts import bytes_per_vector, count_requests, front_rates, plan_table
 from bench.queueing import Policy, System, Times, bursts, poisson, simulate
@@ -138,6 +143,22 @@ async def test_counting_a_request_and_a_vector_have_their_price() -> None:
     assert sizes["base64"] == pytest.approx(1024 * 4 * 4 / 3, rel=0.05)
     assert sizes["float"] > 2 * sizes["base64"]
     assert 1024 / 8 < sizes["binary"] < 1024
+
+
+def test_the_plan_counts_with_redis_over_tcp(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fronts on other machines cannot reach its socket, over which it counts more."""
+
+    async def count(uri: str, _storage: object, _requests: int) -> fronts_module.Cost:
+        return fronts_module.Cost(alone_ms=1.0, front_ms=1.0, storage_ms=0.1 if uri.startswith("redis://") else 0.05)
+
+    @contextmanager
+    def redis() -> Iterator[tuple[int, Path, psutil.Process]]:
+        yield 6379, Path("redis.sock"), psutil.Process()
+
+    monkeypatch.setattr(fronts_module, "count_requests", count)
+    monkeypatch.setattr(fronts_module, "redis", redis)
+
+    assert fronts_module.quota_table(1)[1] == 10_000
 
 
 def test_the_number_of_parts_follows_from_their_rate_and_the_planned_load() -> None:
