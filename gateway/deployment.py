@@ -354,7 +354,7 @@ class Reloader:
                 ]
             if problems:
                 raise ReloadRefused("\n".join(f"{registry.path}: {problem}" for problem in problems))
-        except BaseException:
+        except BaseException:  # also a canceled reload must free the memory of its models
             for model in new:
                 await model.retire(0)
                 if (old := served.get(model.id)) is not None:

@@ -7,7 +7,7 @@
     │   ├── ConfigError                 models.yaml or a setting is wrong (all problems at once)
     │   ├── LoadError                   a model's checkpoint is missing, corrupt, unsuitable or too large
     │   │   ├── TooLittleMemory         it does not fit next to what the device holds now
-    │   │   ├── LicenseNotAccepted      a download needs a yes to the license of the weights
+    │   │   ├── LicenseNotAccepted      the license of the weights must be accepted first
     │   │   ├── CardLostAtLoad          its card can compute nothing more in this process
     │   │   └── NotReachable            no server that runs the model returns vectors
     │   └── CompareError                the data, the models or the gateway do not allow a comparison
@@ -107,7 +107,7 @@ class TooLittleMemory(LoadError):
 
     Attributes:
         device: torch device, such as ``cpu`` or ``cuda:0``.
-        missing_bytes: how much more is needed; 0 if that is unknown.
+        missing_bytes: the number of missing bytes; 0 if unknown.
     """
 
     def __init__(self, message: str, device: str, missing_bytes: int = 0) -> None:

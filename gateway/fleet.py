@@ -1,4 +1,4 @@
-"""All models of the registry: which are enabled, the state of each, and why one failed."""
+"""All models of the registry, with the state of each, and the reason if it is disabled or failed."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Site(Protocol):
     """The place where models run, other than upstream servers."""
 
     def why_disabled(self, entry: ModelEntry) -> str:
-        """Return why a model is disabled there; empty if it is enabled. May block.
+        """Return the reason why a model is disabled there; empty if it is enabled. May block.
 
         Raises:
             StartError: there is no such place.
@@ -68,7 +68,7 @@ class Model:
 
     Attributes:
         info: known once the checkpoint has been read, even if loading fails after that.
-        reason: why the model is disabled or failed; empty otherwise.
+        reason: the reason why the model is disabled or failed; empty otherwise.
         created: Unix time at which the model became ready, for OpenAI's ``created``.
         cache: the cache of the model's vectors, if the entry has one.
         lacks_memory: the model failed because it did not fit into memory.
@@ -109,7 +109,7 @@ class Model:
         """Set the state, and show it in the metrics."""
         self.state, self.reason = state, reason
         if state is ModelState.RECOVERING and self.cache is not None:
-            self.cache.forget()  # what is wrong with the model may have been wrong for a while
+            self.cache.forget()  # the model's vectors may have been wrong for a while
         if self._is_retired:  # the metrics of this id belong to another model by now, or are gone
             return
         metrics.MODEL_READY.labels(self.id).set(self.takes_requests)

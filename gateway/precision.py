@@ -24,7 +24,7 @@ class Precision(StrEnum):
 
 
 CALIBRATED = frozenset({Precision.INT8, Precision.UINT8})
-"""Precisions for which the range of each dimension must be known."""
+"""Precisions that need the range of each dimension."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -97,7 +97,7 @@ def read(file: str | None, fingerprint: str, sizes: Sequence[int], *, is_normali
     """Read the ranges of a model by the size of its vectors; return no ranges without a file.
 
     Args:
-        sizes: accepted dimensions, all of which must have ranges.
+        sizes: accepted dimensions; each must have ranges.
         is_normalized: the model's vectors are normalized by default.
 
     Raises:

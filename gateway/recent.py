@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from gateway.experiments.units import LatencyHistogram
 
 MAX_ERRORS = 200
-"""How many different errors are remembered."""
+"""The number of different errors that are remembered."""
 
 NUM_MINUTES = 15
 """The length of the window for rates and latencies."""

@@ -31,7 +31,7 @@ class Request:
     Attributes:
         kind: the kind of model that can answer it.
         model: public name, or ``None`` for the default of this kind.
-        timeout_s: how long the caller waits for the answer, in seconds.
+        timeout_s: the seconds that the caller waits for the answer.
         caller: the party that the work is for; callers share a device fairly.
         client: the sender; decides which names the request may use.
         task: the task, by any of its names; ``None`` for the model's default.
@@ -69,7 +69,7 @@ class EmbedRequest(Request):
         is_normalized: whether vectors are normalized; ``None`` for the model's default.
         expect_space: the space that the vectors must be in, if the caller states one.
         precision: the kind of numbers that the dense vectors of the answer have.
-        encoding: how the answer will write the vectors, for the trace.
+        encoding: the encoding of the vectors in the answer, for the trace.
         max_token_vectors: the largest total number of tokens if the answer has a vector for each token.
     """
 
@@ -175,7 +175,7 @@ class EmbedAnswer(Answer):
         has_dense: the request asked for dense vectors.
         precision: the kind of numbers that the vectors are written in.
         ranges: the ranges of the dimensions, if the precision needs them.
-        num_cached: how many texts had been embedded before; ``None`` for a model without a cache.
+        num_cached: the number of texts that had been embedded before; ``None`` for a model without a cache.
     """
 
     vectors: Vectors
@@ -230,7 +230,7 @@ class ClassifyAnswer(Answer):
     Attributes:
         logits: ``(n, labels)`` float32, checked, before any function is applied, in input order.
         labels: the names, in the order of the columns.
-        function: how the numbers become scores.
+        function: the function from the numbers to scores.
     """
 
     logits: Vectors

@@ -38,11 +38,11 @@ EXIT_RESTART = 75
 """Exit code after a card or a cluster was lost ("try again later" in sysexits.h): a new process may use it again."""
 
 _ANNOUNCE = "announce"
-# How long the process waits, at its end, for threads that may end soon.
+# The seconds that the process waits, at its end, for threads that may end soon.
 _LAST_WAIT_S = 1.0
-# How long models and connections have to end after the grace period if a card was lost, which may hang.
+# The seconds that models and connections have to end after the grace period if a lost card may hang.
 _LAST_RESORT_S = 15.0
-# The least time between two log lines about exhausted file descriptors.
+# The minimum time between two log lines about exhausted file descriptors.
 _LIMIT_LOG_S = 10.0
 
 

@@ -49,7 +49,7 @@ def dense_similarity(query: Vectors, text: Vectors, *, is_normalized: bool) -> f
     product = float(np.dot(query.astype(np.float64), text))
     if not is_normalized:
         return product
-    with np.errstate(all="ignore"):  # the result says what is not finite
+    with np.errstate(all="ignore"):  # the result shows which numbers are not finite
         return float(np.divide(product, np.linalg.norm(query) * np.linalg.norm(text)))
 
 

@@ -212,7 +212,7 @@ class ModelInfo:
         Args:
             task: one of ``tasks``, by any of its names; ``None`` for the default. A model without tasks ignores this.
             dimensions: ``None`` for ``width``.
-            is_normalized: ``None`` for what the model does by default.
+            is_normalized: whether vectors are normalized; ``None`` for the model's default.
             precision: one of ``CALIBRATED`` only if ``ranges`` has the dimensions.
         """
         task = canonical_task(task) if task is not None and self.tasks else self.default_task

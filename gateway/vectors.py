@@ -28,7 +28,7 @@ class Encoding(StrEnum):
 
 
 def finish(vectors: Vectors, shape: tuple[int, int], dimensions: int, *, normalize: bool) -> Vectors:
-    """Check pooled vectors, keep the first ``dimensions`` of each, and normalize what is left.
+    """Check pooled vectors, keep the first ``dimensions`` of each, and normalize the result.
 
     A Matryoshka vector must be normalized after it is cut: a cut unit vector is shorter than 1.
 
@@ -62,7 +62,7 @@ def cosine(one: Vectors, other: Vectors) -> float:
     """Return the cosine of two vectors, ``(width,)`` each; -1 if their widths differ or the result is not finite."""
     if one.shape != other.shape:
         return -1.0
-    with np.errstate(all="ignore"):  # the result says what is not finite
+    with np.errstate(all="ignore"):  # the result shows which numbers are not finite
         similarity = float(np.dot(one, other) / (np.linalg.norm(one) * np.linalg.norm(other)))
     return similarity if np.isfinite(similarity) else -1.0
 

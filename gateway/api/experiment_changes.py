@@ -87,7 +87,7 @@ async def change_experiment(deployment: Deployment, experiment: Experiment, chan
             raise BadInput(str(error)) from error
         try:
             return await deployment.reload()
-        except BaseException:
+        except BaseException:  # also a client that hangs up must not leave half of a change
             with suppress(OSError):
                 await asyncio.shield(asyncio.to_thread(edit.undo))
             raise

@@ -114,7 +114,7 @@ class FileRoutes:
                         await upload.take(event)
                 form.finish()
                 file = await upload.finish(owner)
-            except BaseException as error:
+            except BaseException as error:  # also a client that hangs up must not leave its file behind
                 with suppress(BatchesUnavailable):  # the next start removes what is left
                     await runner.call(runner.store.abandon, upload.file_id)
                 if isinstance(error, OSError):

@@ -83,9 +83,11 @@ def _parse(body: bytes | bytearray, charset: str | None) -> Json:
     if _SURROGATE.search(body):
         mended = _without_lone_surrogates(body)
         try:
-            return orjson.loads(mended)  # type: ignore[no-any-return]
+            content = orjson.loads(mended)
         except orjson.JSONDecodeError as error:
             reason = str(error)
+        else:
+            return content
     if "depth limit" in reason:
         raise BadInput("the request body is nested too deep")
     raise BadInput(f"the request body is not valid JSON: {reason}")

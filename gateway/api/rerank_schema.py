@@ -133,9 +133,10 @@ class RerankBody(RequestBody):
         rows = list(names.items()) if isinstance(names, dict) else [(name, 1.0) for name in names]
         weights: dict[Output, float] = {}
         for name, weight in rows:
-            is_number = isinstance(weight, int | float) and not isinstance(weight, bool) and 0 < weight <= _MAX_WEIGHT
-            if isinstance(name, str) and name.lower() in _SCORE_BY and is_number:
-                weights[Output(name.lower())] = float(weight)  # type: ignore[arg-type]
+            if not isinstance(weight, int | float) or isinstance(weight, bool) or not 0 < weight <= _MAX_WEIGHT:
+                continue
+            if isinstance(name, str) and name.lower() in _SCORE_BY:
+                weights[Output(name.lower())] = float(weight)
         if not weights or len(weights) < len(rows):
             raise BadInput(f"`score_by` must be {_SCORE_BY_TITLE}, got {describe(given)}", param="score_by")
         return weights

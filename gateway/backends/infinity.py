@@ -165,11 +165,10 @@ class InfinityBackend:
         try:
             if problem := await self._watchdog.find_question(engine):
                 raise LoadError(problem)
-        except RequestError as error:
+        except BaseException as error:  # also a canceled start must free the memory
             await engine.astop()
-            raise LoadError(f"it does not embed {self._watchdog.question!r}: {error.message}") from error
-        except BaseException:
-            await engine.astop()
+            if isinstance(error, RequestError):
+                raise LoadError(f"it does not embed {self._watchdog.question!r}: {error.message}") from error
             raise
 
     async def embed(self, job: EmbedJob) -> Embeddings:

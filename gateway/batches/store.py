@@ -143,7 +143,7 @@ class Store(Contents):
             try:
                 yield self._db
                 self._db.execute("COMMIT")
-            except BaseException:
+            except BaseException:  # the thread reuses the connection, so the transaction must end
                 if self._db.in_transaction:
                     self._db.execute("ROLLBACK")
                 raise

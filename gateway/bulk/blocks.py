@@ -113,8 +113,9 @@ class BlockReader:
         checked = self._without_duplicates([self._checked(item) for item in items])
         bad: BadRow | None = None
         if self._stops:
-            count = next((i for i, one in enumerate(checked) if isinstance(one, BadRow)), len(checked))
-            bad = checked[count] if count < len(checked) else None  # type: ignore[assignment]
+            count, bad = next(
+                ((index, item) for index, item in enumerate(checked) if isinstance(item, BadRow)), (len(checked), None)
+            )
             checked = checked[:count]
         yield from self._taken_apart(checked, num_bytes)
         if bad is not None:

@@ -136,7 +136,7 @@ class Manifest:
                     f"{path}: was written by another version of the gateway (format {version}; this one reads "
                     f"{_VERSION})"
                 )
-        except BaseException:
+        except BaseException:  # an open file would stay locked
             self._db.close()
             raise
 
@@ -161,7 +161,7 @@ class Manifest:
             self._db.execute("BEGIN IMMEDIATE")
             try:
                 yield self._db
-            except BaseException:
+            except BaseException:  # also Ctrl-C must end the transaction
                 if self._db.in_transaction:  # a full disk has already ended it
                     self._db.execute("ROLLBACK")
                 raise

@@ -107,7 +107,7 @@ class CaptureWriter:
         """Run a step, catching every error: a full disk or a faulty hook must not end the thread."""
         try:
             return work()
-        except Exception as error:
+        except Exception as error:  # see above
             if time.monotonic() - self._warned_at > _SECONDS_BETWEEN_WARNINGS:
                 self._warned_at = time.monotonic()
                 # Only the error's type, because the message of a hook's error may quote the text.

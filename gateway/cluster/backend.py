@@ -76,7 +76,7 @@ class RayBackend:
         self._end_watch = DIRECTORY.watch(self._spec.name, self._pool.update)
         try:
             return await self._first_info(self._spec, report)
-        except BaseException:
+        except BaseException:  # also a canceled plan must close the connections
             self._end_watch()
             await self._pool.close()
             raise

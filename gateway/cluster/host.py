@@ -128,7 +128,7 @@ class Host:
         except asyncio.CancelledError:
             self._pace.cancel(work)
             raise
-        except Exception as error:
+        except Exception as error:  # the front answers its client, and the replica continues
             front.connection.send("error", key, self._error_of(error))
         finally:
             self._count(front, -1, -num_texts, -work)
@@ -144,7 +144,7 @@ class Host:
             else:
                 joined = await asyncio.to_thread(vocabulary.join, items, skip_special_tokens=flag)
                 connection.send("answer", key, joined)
-        except Exception as error:
+        except Exception as error:  # as above
             connection.send("error", key, self._error_of(error))
 
     def _error_of(self, error: Exception) -> RequestError:

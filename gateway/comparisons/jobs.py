@@ -277,7 +277,7 @@ class Jobs:
             code = await process.wait()
         except OSError as error:
             last.append(f"the command cannot be started: {error.strerror}")
-        except BaseException:
+        except BaseException:  # the process must not outlive a canceled task
             await end_process(job.process)
             raise
         finally:

@@ -114,7 +114,7 @@ def write_whole(path: Path, content: str | Iterable[bytes], mode: int = 0o666) -
             file.flush()
             os.fsync(descriptor)
         temporary.replace(path)
-    except BaseException:
+    except BaseException:  # also a signal must not leave the file behind
         temporary.unlink(missing_ok=True)
         raise
 

@@ -120,7 +120,7 @@ def see_cards() -> Machine:
 def _why_cuda_fails() -> str:
     try:
         torch.cuda.init()  # type: ignore[no-untyped-call]
-    except Exception as error:  # of several classes
+    except Exception as error:  # torch raises errors of several classes
         return str(error).splitlines()[0]
     return "torch.cuda.is_available() is false"
 

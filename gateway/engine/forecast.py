@@ -36,7 +36,7 @@ class Forecast:
         memory: the memory needed on each device; ``None`` if it is known only after the download.
         download_bytes: size of the download, 0 for none; ``None`` if the hub does not say. Of an interrupted download, only
             the rest counts.
-        download_note: why the size is not from the hub, if it is not.
+        download_note: the reason why the size is not from the hub, if it is not.
         is_refused: the hub has answered, but refuses access to the repository.
         license: the license of the weights; empty if unknown.
         notes: remarks for an operator about the devices.

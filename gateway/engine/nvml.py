@@ -38,7 +38,8 @@ class Card:
         total_bytes: its memory; 0 if the driver does not say, as for a card that shares the CPU's memory.
         free_bytes: memory that no process uses; 0 if the driver does not say.
         others: the other processes on the card.
-        error: why the driver cannot read the card, such as ``GPU is lost``; the other attributes are then empty.
+        error: the reason why the driver cannot read the card, such as ``GPU is lost``; the other attributes are then
+            empty.
     """
 
     index: int
@@ -79,7 +80,7 @@ class Failure:
 
 
 def read_driver() -> Driver | Failure:
-    """Return the driver with the current state of its cards, or why it does not answer. Takes a few milliseconds."""
+    """Return the driver with the current state of its cards, or its failure to answer. Takes a few milliseconds."""
     import pynvml
 
     try:
@@ -96,7 +97,7 @@ def read_driver() -> Driver | Failure:
 def visible_cards(cards: tuple[Card, ...], setting: str | None) -> tuple[Card, ...]:
     """Return the cards that CUDA shows: the listed cards, up to the first entry that is not a card, as in CUDA.
 
-    The list contains numbers, of which only the leading digits count, or unique prefixes of UUIDs. A card that is listed
+    The list contains numbers, whose leading digits alone count, or unique prefixes of UUIDs. A card that is listed
     twice hides all cards. CUDA numbers the cards in the order of the list, or of the PCI bus, as ``gateway.engine``
     requests.
     """

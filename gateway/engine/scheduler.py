@@ -171,7 +171,7 @@ class FairQueue(Generic[W]):
         return sum(len(request.waiters) for request in self._requests.values())
 
     def stats(self) -> QueueStats:
-        """Return how many callers and requests the queue remembers, and how many of the callers have waiters."""
+        """Return the numbers of callers and requests that the queue remembers, and of callers with waiters."""
         return QueueStats(len(self._callers), len(self._requests), self._num_waiting)
 
     def __bool__(self) -> bool:

@@ -109,7 +109,7 @@ def _tasks(entry: ModelEntry, checkpoint: Checkpoint) -> dict[str, str]:
             raise LoadError(f"the task {others[0]!r} is not supported: this model has only queries and documents")
     if checkpoint.adapters:
         bare = [task for task in tasks if task not in checkpoint.adapters]
-        if bare:  # without an adapter, its texts would be in a space for which no task was trained
+        if bare:  # without an adapter, its texts would be in a space that no task was trained for
             raise LoadError(f"the task {bare[0]!r} has no adapter; tasks with one: {', '.join(checkpoint.adapters)}")
     default = entry.default_task
     if default is None and checkpoint.layout is Layout.JINA_V5:

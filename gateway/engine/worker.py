@@ -101,7 +101,7 @@ class BatchQueue:
         return min(part, max(least, round(self._tokens_per_s * _LONGEST_SHARED_S)))
 
     def _budget(self, lane: FairQueue[Waiter]) -> int:
-        """Return how many tokens one thread may take: no more than its share if other threads are idle."""
+        """Return the number of tokens that one thread may take: at most its share if other threads are idle."""
         share = max(_LEAST_SHARE_TOKENS, ceil(lane.num_tokens / self._num_idle))
         return min(self._largest_batch(), share)
 
@@ -236,7 +236,7 @@ class Worker:
             for batch in batches:
                 self._forward_started = time.monotonic()
                 self._encoder.encode(batch)
-        except Exception as error:
+        except Exception as error:  # a forward may raise anything, and requests will show it again
             log.warning("warm_up_failed", model=self._model, replica=self._replica, error=repr(error))
             if is_card_lost(error, self._encoder.device):
                 raise CardLost(str(error).partition("\n")[0]) from error

@@ -17,7 +17,7 @@ class OutcomeArm(_Report):
     """One arm's outcome, over all weights that the experiment has had with this arm."""
 
     arm: str
-    units: int = Field(description="Units in the arm, with or without outcomes.")
+    units: int = Field(description="Number of units in the arm, with or without outcomes.")
     units_with_outcome: int
     mean: float | None = Field(description="`per: unit`, `mean` or `ratio`, as declared; `null` without units.")
     low: float | None = Field(description="Ends of an interval that holds at any look; `null` with too few units.")
@@ -36,15 +36,15 @@ class OutcomeComparison(_Report):
     uses_before: bool = Field(description="Whether values from before the experiment make the interval narrower.")
     generations: int = Field(description="The number of sets of weights whose differences are combined.")
     verdict: Literal["better", "worse", "as good", "not yet"] | None = Field(
-        description="That of the first look that decided, which stays. `null` where none is given: see `reason`."
+        description="Verdict of the first look that reached one; it is final. `null` without a verdict: see `reason`."
     )
-    reason: str = Field(description="Why there is this verdict, or none.")
-    decided: str | None = Field(description="When the verdict was first reached.")
+    reason: str = Field(description="Reason for the verdict, or for its absence.")
+    decided: str | None = Field(description="Time when the verdict was first reached.")
     units_needed: int | None = Field(
-        description="Units of both arms that make the interval narrow enough for a difference of the margin."
+        description="Number of units in both arms that make the interval narrow enough for a difference of the margin."
     )
     look_again: str | None = Field(
-        description="When that many will have come at the current rate. You can look earlier without harm."
+        description="Time when that many units will have arrived, at the current rate. You can look earlier without harm."
     )
 
 
@@ -52,13 +52,15 @@ class OutcomeReport(_Report):
     """One outcome, arm by arm."""
 
     name: str
-    primary: bool = Field(description="Whether it is declared in `models.yaml`: only that one gets a verdict.")
+    primary: bool = Field(
+        description="Whether the outcome is declared in `models.yaml`: only a declared outcome gets a verdict."
+    )
     per: Literal["unit", "mean", "ratio"]
     better: Literal["more", "less"]
     margin: float | None
-    outcomes: int = Field(description="Outcomes that were posted under this name.")
-    unmatched: int = Field(description="Those of units that were in no arm before. They do not count.")
-    arms: Sequence[OutcomeArm] = Field(description="The first is the control.")
+    outcomes: int = Field(description="Number of outcomes that were posted under this name.")
+    unmatched: int = Field(description="Number of outcomes whose units were in no arm before. They do not count.")
+    arms: Sequence[OutcomeArm] = Field(description="The arms; the first is the control.")
     comparisons: Sequence[OutcomeComparison]
 
 
@@ -67,5 +69,5 @@ class OutcomesReport(_Report):
 
     object: Literal["outcomes"] = "outcomes"
     experiment: str
-    as_of: str = Field(description="When they were computed: at most every 10 s, and sooner for few units.")
-    outcomes: Sequence[OutcomeReport] = Field(description="The primary one first.")
+    as_of: str = Field(description="Time when they were computed: at most every 10 s, and sooner for few units.")
+    outcomes: Sequence[OutcomeReport] = Field(description="The outcomes, the primary one first.")

@@ -52,16 +52,16 @@ class ArmReport(_Report):
     arm: str
     model: str
     weight: float
-    share: float = Field(description="The share of the units that the weight asks for.")
-    units: int = Field(description="Distinct units, with those of the exposure log.")
-    requests: int = Field(description="Requests that were counted for the experiment, errors included.")
-    unanswered_units: int = Field(description="Those of the units that have only had errors.")
+    share: float = Field(description="The share of the units that the weight gives to the arm.")
+    units: int = Field(description="Number of distinct units, including those of the exposure log.")
+    requests: int = Field(description="Number of requests that were counted for the experiment, errors included.")
+    unanswered_units: int = Field(description="Number of units that have only had errors.")
     errors: int
     error_rate: float
     server_errors: int = Field(
         description="Errors through no fault of the client: 5xx, a full queue, and clients that hung up."
     )
-    client_errors: int = Field(description="The others: 4xx, which a client's mistake causes in whichever arm it is.")
+    client_errors: int = Field(description="Other errors: 4xx, which a client's mistake causes in any arm.")
     errors_by_code: Mapping[str, int]
     texts: int
     tokens: int
@@ -69,16 +69,17 @@ class ArmReport(_Report):
         description="Mean tokens of a request divided by its mean time: the rate that a single client would see."
     )
     p50_s: float | None = Field(
-        description="Of answered requests, and of those that timed out or whose client hung up, which would have taken "
-        "longer. Percentiles describe the requests of the arm; to compare arms, see `guardrails`."
+        description="Latency of answered requests, and of requests that timed out or were given up by their client, "
+        "which would have taken longer. Percentiles describe the requests of the arm; to compare arms, see "
+        "`guardrails`."
     )
     p95_s: float | None = Field(description="`null` below 200 requests.")
     p99_s: float | None = Field(description="`null` below 1,000 requests.")
     at_least: Sequence[Literal["p50_s", "p95_s", "p99_s"]] = Field(
-        description="Those of the percentiles that would be longer if no request had been ended early."
+        description="The percentiles that would be longer if no request had ended early."
     )
     queue_p95_s: float | None
-    largest_unit_share: float | None = Field(description="The share of the requests that the unit with the most has.")
+    largest_unit_share: float | None = Field(description="The largest share of the requests that a single unit has.")
 
 
 class Guardrail(_Report):
@@ -90,10 +91,10 @@ class Guardrail(_Report):
         description="`latency`: time in this arm divided by that in the control, for texts of equal length. `errors`: "
         "difference of the share of requests with a server error. Each unit counts once. `null` with too few units."
     )
-    low: float | None = Field(description="Ends of an interval that holds whenever one looks.")
+    low: float | None = Field(description="Ends of an interval that holds at any look.")
     high: float | None
     units: int = Field(description="Units of both arms; requests without a unit count as one each. The first 200,000.")
-    least_units: int = Field(description="With fewer in either arm, nothing is said.")
+    least_units: int = Field(description="Minimum number of units in each arm for a verdict.")
     verdict: Literal["worse", "better", "no difference found", "not yet"]
 
 
@@ -108,35 +109,36 @@ class UnitSource(_Report):
 class ExperimentReport(ExperimentCard):
     """An experiment, and the figures of its arms under their present weights."""
 
-    generation: str = Field(description="Identifies salt, arms and weights; counts begin again with each.")
-    since: str = Field(description="When this process began to count requests under these arms and weights.")
+    generation: str = Field(description="Hash of salt, arms and weights; counts begin again when it changes.")
+    since: str = Field(description="Time when this process began to count requests under these arms and weights.")
     units_since: str | None = Field(
-        description="When the first of the units was seen: earlier, if there is an exposure log."
+        description="Time when the first unit was seen: earlier, if there is an exposure log."
     )
     evidence: Sequence[ArmReport]
-    guardrails: Sequence[Guardrail] = Field(description="Two for each arm but the control.")
-    uncounted: Mapping[str, int] = Field(description="Requests outside the split, by reason.")
+    guardrails: Sequence[Guardrail] = Field(description="Two guardrails for each arm except the control.")
+    uncounted: Mapping[str, int] = Field(description="Number of requests outside the split, by reason.")
     sources: Sequence[UnitSource]
     sample_ratio: SampleRatio
     request_ratio: SampleRatio | None = Field(
-        description="The same of the requests without a unit, which a `same_space` experiment splits at random; `null` for "
+        description="The test of the requests without a unit, which a `same_space` experiment splits at random; `null` for "
         "`cross_space`."
     )
     outcomes: OutcomesReport | None = Field(
-        description="What happened to the units; `null` if the gateway keeps no outcomes (`GATEWAY_STATE_DIR`)."
+        description="The outcomes of the units; `null` if the gateway keeps no outcomes (`GATEWAY_STATE_DIR`)."
     )
     mismatch: bool = Field(
         description="Whether one of the two found a mismatch: no comparison of the arms can be trusted."
     )
     warnings: Sequence[str] = Field(
-        description="Why the figures may be meaningless: no request has a unit, or one unit has most of the requests."
+        description="Reasons why the figures may be meaningless: no request has a unit, or one unit has most of the "
+        "requests."
     )
 
 
 class UnitsAtTime(_Report):
     """The units that arrived in an hour or a day."""
 
-    time: str = Field(description="Its begin, in UTC. Times without a new unit are left out.")
+    time: str = Field(description="Start of the hour or day, in UTC. Times without a new unit are left out.")
     units: Sequence[int] = Field(description="New units of each arm, in the order of `arms`.")
 
 

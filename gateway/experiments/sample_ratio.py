@@ -24,7 +24,7 @@ class RatioProcess:
     """The evidence against the weights, unit by unit: the e-process of a multinomial with a Dirichlet prior.
 
     From Lindon & Malek, "Anytime-valid inference for multinomial count data", NeurIPS 2022 (arXiv 2011.03567). If the
-    split follows the weights, it is a martingale that starts at 1, so its maximum may be checked after each unit.
+    split follows the weights, this is a martingale that starts at 1, so its maximum may be checked after each unit.
     """
 
     counts: dict[str, int] = field(default_factory=dict)
@@ -58,7 +58,7 @@ class ArmCount:
 
     Attributes:
         num: number of units, or of requests, in the arm.
-        share: the share that the weight of the arm asks for.
+        share: the share that the weight gives to the arm.
         server_errors: requests that failed through no fault of the client.
     """
 
@@ -71,14 +71,14 @@ class ArmCount:
 
 @dataclass(frozen=True, slots=True)
 class SampleRatio:
-    """Whether the units are split as the weights say.
+    """The test whether the split of the units matches the weights.
 
     Attributes:
-        of: what was counted: units, or the requests without one, which are split at random.
-        p: how often a correct split would ever be this far off, however often one looks; 1 at the beginning.
-        mismatch: what arrives is not what the weights ask for; a comparison of the arms cannot be trusted.
+        of: the counted things: units, or requests without a unit, which are split at random.
+        p: the probability that a correct split would ever be this far off, at any number of looks; 1 at the beginning.
+        mismatch: the arriving units do not match the weights, so no comparison of the arms can be trusted.
         arm: the arm that lacks most, in standard deviations; ``None`` where nothing can be tested.
-        expected: how many of ``of`` that arm should have.
+        expected: the number of ``of`` that this arm should have.
         chi2: Pearson's statistic of the present counts, for reading; ``None`` with fewer than 5 expected in an arm.
         chi2_p: its p-value, which holds for a single look at a time fixed in advance.
     """

@@ -108,7 +108,7 @@ def margin(num: int, alpha: float, planned: int = PLANNED_UNITS) -> float:
 
 
 def units_needed(spread: float, width: float, alpha: float = ALPHA, planned: int = PLANNED_UNITS) -> int:
-    """Return how many units of both arms narrow half of the interval to ``width``, to two digits."""
+    """Return the number of units of both arms that narrow half of the interval to ``width``, to two digits."""
     low, high = 1, 1
     while spread * margin(high, alpha, planned) > width and high < 10**12:
         low, high = high, 2 * high

@@ -143,7 +143,7 @@ class Split:
         return self._assignment(self.arm_of(unit), Reason.UNIT, self.hash_of(unit), source)
 
     def _why_outside(self, unit: str | None, now: datetime) -> Reason | None:
-        """Return why a request is outside the split, if it is."""
+        """Return the reason why a request is outside the split, if it is."""
         experiment = self.experiment
         if experiment.start is not None and now < experiment.start:
             return Reason.NOT_STARTED

@@ -65,7 +65,7 @@ class UnitSums:
     """Sums of a few numbers for each unit, kept in sorted shards like those of a :class:`UnitSet`.
 
     Args:
-        num_columns: how many sums each unit has, of 8 bytes each.
+        num_columns: the number of sums of each unit, of 8 bytes each.
     """
 
     def __init__(self, num_columns: int) -> None:

@@ -23,7 +23,7 @@ _CONTEXT = "gateway.context"
 _QUOTED = re.compile(r"(the string|an object with|refuses the request:) .*", re.DOTALL)
 _MAX_REASON = 300
 MAX_SHOWN_PATH = 200
-"""How much of a path an error message quotes: clients may send any path."""
+"""The number of a path's characters that an error message quotes: clients may send any path."""
 # From the third part on, a path has names, perhaps with a unit in them: `/tei/EXPERIMENT/UNIT/embed`.
 _NUM_LOGGED_PARTS = 2
 
@@ -39,12 +39,13 @@ class RequestContext:
         sent: the headers of the request.
         path: the path without doubled slashes, and without the prefix under which a proxy serves the gateway.
         headers: additional headers for every kind of answer.
-        reason: why the request was refused, without quotations of the client's texts; `param` is the field at fault.
+        reason: the reason why the request was refused, without quotations of the client's texts; `param` is the field
+            at fault.
         asked: the model as the client named it, for the log of a request that no model answered.
         api_key: hex sha256 of the key that the request carries, even where no key is required.
         key_owner: the owner of that key: the client's name where keys are known, else the key's hash.
         trace_ids: the ids that connect a log line to the request's trace, if the trace is recorded.
-        priority: the priority that the request asks for.
+        priority: the priority in the request.
         time_limit_s: seconds that the request may take; ``None`` for the general limit.
         error_form: the form of an error answer: that of the path, unless the body turns out to belong to another API.
     """

@@ -15,7 +15,7 @@ _NO_CODING = frozenset(("", "identity"))
 _PIECE_BYTES = 256 * 1024
 # The zstd decoder cannot limit its output. 4 bytes can decode to 128 KiB, so this many decode to 16 MiB at most.
 _ZSTD_INPUT_BYTES = 512
-# Of a frame, and of one without content.
+# The sizes of the header of a frame, and of a frame without content.
 _ZSTD_FIRST_BYTES = frozenset((0x28, *range(0x50, 0x60)))
 _GZIP_MAGIC = b"\x1f\x8b"
 # The most members of a gzip body, and frames of a zstd body. Of the tools, bgzip writes one for each 64 KiB.
@@ -92,7 +92,7 @@ class _Zlib:
             has_frame = self._begin[0] & 0x0F == 8 and int.from_bytes(self._begin[:2], "big") % 31 == 0
             self._inflater = zlib.decompressobj(zlib.MAX_WBITS if has_frame else -zlib.MAX_WBITS)
             data, self._begin = self._begin, b""
-        # What follows a member is copied each time, so only a part of the body is in the decoder.
+        # The bytes after a member are copied each time, so only a part of the body is in the decoder.
         for first in range(0, len(data), _PIECE_BYTES):
             rest = data[first : first + _PIECE_BYTES]
             while rest:
@@ -173,7 +173,7 @@ def _count_more(name: str, number: int) -> int:
     """Count one more part of a body.
 
     Raises:
-        BadInput: the body has more parts than any client needs; they may be empty, and cost time nevertheless.
+        BadInput: the body has more parts than any client needs; even empty parts cost time.
     """
     if number >= _MAX_PARTS:
         raise _broken(name, f"it has more than {_MAX_PARTS} parts, which is the limit")

@@ -39,7 +39,7 @@ from gateway.types import Priority
 
 log = structlog.get_logger("gateway.access")
 
-# A request's id is no secret, and a system call for each gives up the interpreter lock.
+# A request's id is not a secret, and a system call for each gives up the interpreter lock.
 _ids = random.Random()  # noqa: S311
 _REQUEST_ID = re.compile(r"[A-Za-z0-9_.-]{1,128}")
 _MAX_NAME = 100

@@ -1,4 +1,4 @@
-"""Limit how fast the gateway reads: all large bodies together, and each connection."""
+"""Limit the rate at which the gateway reads: all large bodies together, and each connection."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Read the parameters of a header, such as the charset of a content type, whatever a client has written there."""
+"""Read the parameters of a header, such as the charset of a content type, even if they are malformed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def read_parameter(header: str, name: str, max_characters: int = _MAX_CHARACTERS
     Args:
         header: the value of the header, such as ``text/plain; charset=utf-8``.
         name: the name of the parameter, in lower case.
-        max_characters: how much of the header is read.
+        max_characters: the number of the header's characters that are read.
     """
     header = header[:max_characters]
     if name not in header.lower():  # the usual case

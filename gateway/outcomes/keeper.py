@@ -136,7 +136,7 @@ class Keeper:
         """Report the outcomes of an experiment; computed at most every 10 s, and only if something was added.
 
         Args:
-            mismatch: why no verdict can be given, if the split is known to be wrong.
+            mismatch: the reason why no verdict can be given, if the split is known to be wrong.
 
         Raises:
             OutcomesUnavailable: the file cannot be read now.

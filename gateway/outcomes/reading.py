@@ -67,26 +67,27 @@ def _as_text(value: object) -> object:
 
 
 class PostedOutcome(BaseModel):
-    """What happened to a unit. Numbers and booleans may be texts, as in a CSV file; ``true`` as a value is 1."""
+    """An outcome of a unit. Numbers and booleans may be texts, as in a CSV file; ``true`` as a value is 1."""
 
     model_config = ConfigDict(extra="ignore")  # numbers have limits, which NaN is not within
 
-    # Strict, because `true` is no unit, and not the unit 1.
+    # Strict, because `true` is not a unit, and in particular not the unit 1.
     unit: StrictStr | StrictInt = Field(
         description="The unit, as requests for embeddings send it. It is kept as a salted hash alone."
     )
-    value: Annotated[float, Field(ge=-_MOST, le=_MOST)] = Field(description="How much, or 1 for yes and 0 for no.")
+    value: Annotated[float, Field(ge=-_MOST, le=_MOST)] = Field(description="A number, or 1 for yes and 0 for no.")
     name: Annotated[str, Field(pattern=_NAMES)] | None = Field(
-        default=None, description="What it is, such as `kept`. By default the outcome that models.yaml declares."
+        default=None,
+        description="Name of the outcome, such as `kept`. By default the outcome that models.yaml declares.",
     )
     of: Annotated[float, Field(ge=0, le=_MOST), AfterValidator(_check_chances)] = Field(
-        default=1.0, description="Out of how many chances: searches, for clicks."
+        default=1.0, description="Number of chances: searches, for clicks."
     )
     id: Annotated[str, Field(min_length=1, max_length=200), BeforeValidator(_as_text)] = Field(
-        description="Identifies the outcome: sent again, it does not count again."
+        description="Identifier of the outcome: a second outcome with this id does not count."
     )
     before: bool = Field(
-        default=False, description="Whether it is of the time before the experiment: makes the intervals narrower."
+        default=False, description="Whether it is from before the experiment, which makes the intervals narrower."
     )
 
 

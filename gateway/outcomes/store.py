@@ -82,7 +82,7 @@ class NewOutcome:
 
 @dataclass(slots=True)
 class Kept:
-    """The number of outcomes that were stored, and of those that were not, by reason."""
+    """The numbers of outcomes that were stored, and of outcomes that were not, by reason."""
 
     stored: int = 0
     repeated: int = 0
@@ -143,11 +143,11 @@ class Store:
             try:
                 yield
                 self._db.execute("COMMIT")
-            except BaseException:
+            except BaseException:  # the thread reuses the connection, so the transaction must end
                 if self._db.in_transaction:
                     self._db.execute("ROLLBACK")
                 raise
-        except sqlite3.Error as error:  # of all kinds: a damaged file and a locked file raise different classes
+        except sqlite3.Error as error:  # any of its classes: a damaged file and a locked file raise different ones
             if getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_FULL:
                 raise StoreFull(str(error)) from error
             raise StoreBusy(str(error)) from error

@@ -57,10 +57,10 @@ def report_outcomes(
     """Report all outcomes of an experiment, the primary one first and with verdicts.
 
     Args:
-        outcomes: by name.
-        now: in seconds since the epoch.
+        outcomes: the outcomes by name.
+        now: the time in seconds since the epoch.
         earlier: the decisions of earlier looks, which remain valid.
-        mismatch: why no verdict can be given, if the split is known to be wrong.
+        mismatch: the reason why no verdict can be given, if the split is known to be wrong.
     """
     reports, decided = [], {}
     primary = experiment.outcome
@@ -180,10 +180,10 @@ class _Look:
         )
 
     def _verdict(self, found: Comparison) -> tuple[_Verdict | None, str]:
-        """Return the verdict of this look alone, and why."""
+        """Return the verdict of this look alone, with the reason."""
         if self.declared is None:
             return None, "models.yaml declares another outcome" if self.experiment.outcome else (
-                "models.yaml declares no `outcome`, and without one to decide by, some difference is always found"
+                "models.yaml declares no `outcome`, and without a declared outcome, some difference is always found"
             )
         if self.mismatch or found.mismatch:
             return None, self.mismatch or (found.mismatch.verdict if found.mismatch else "")
@@ -192,7 +192,7 @@ class _Look:
         return _judge(found.difference, self.declared)
 
     def _look_again(self, arm: Arm, num_units: int, num_needed: int | None) -> str | None:
-        """Return when the needed number of units will have arrived, at the rate so far."""
+        """Return the time when the needed number of units will have arrived, at the rate so far."""
         exposures = self.joined.exposures
         labels = [arm.label, self.experiment.control.label]
         mine = [index for index, branch in enumerate(exposures.branches) if branch.arm in labels]
@@ -212,10 +212,10 @@ def _judge(difference: Difference, outcome: Outcome) -> tuple[_Verdict, str]:
     low, high = difference.low, difference.high
     if low > 0 or high < 0:
         is_more = low > 0
-        return ("better" if is_more == (outcome.better == "more") else "worse"), "the interval leaves 0 out"
+        return ("better" if is_more == (outcome.better == "more") else "worse"), "the interval excludes 0"
     if -outcome.margin < low and high < outcome.margin:
         return "as good", f"the interval is within the margin of {outcome.margin:g}"
-    return "not yet", f"the interval holds 0, and reaches beyond the margin of {outcome.margin:g}"
+    return "not yet", f"the interval contains 0, and reaches beyond the margin of {outcome.margin:g}"
 
 
 def _branch(arm: Arm) -> Branch:

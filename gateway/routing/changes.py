@@ -42,7 +42,7 @@ def changed_aliases(old: Registry, new: Registry) -> dict[str, str]:
 
 
 def changed_experiments(old: Registry, new: Registry) -> dict[str, str]:
-    """Return the change of each experiment: whether its counts start over, and what share of its units moves.
+    """Return the change of each experiment: whether its counts start over, and the share of its units that moves.
 
     Takes a tenth of a second per experiment with changed arms or weights.
     """

@@ -49,7 +49,7 @@ class Name:
             id.
         task: the task that the alias, or a task written after the name, fixes.
         unit: the unit written after the name of an experiment.
-        space: the space, or its hash alone, that the name says the vectors must be in.
+        space: the space that the name requires, or its hash alone.
         allow_space_change: a reload may move the name to another space.
     """
 
@@ -199,7 +199,7 @@ def _unit(experiment: Experiment, written: Written) -> str:
             param="model",
         )
     if written.task is not None and written.task not in known_task_names():
-        # What looks like a task may be a part of the unit.
+        # The apparent task may be a part of the unit.
         raise BadInput(
             f"the text after the colon in `model` is not a task; if it belongs to the unit after {experiment.id + '/'!r}, "
             "write the colon as %3A",

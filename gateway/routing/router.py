@@ -35,7 +35,7 @@ class Choice:
         task: the task that the name, the alias or the arm fixes.
         asked: the model, alias or experiment that the request names, as the registry writes it.
         name: the value of ``model`` in the answer: the name in the request if it is a model's, else the model's id.
-        space: the space, or its hash alone, that the name says the vectors must be in.
+        space: the space that the name requires, or its hash alone.
         assignment: the arm of the request, if it names an experiment.
         experiment: the experiment that the request names; without an assignment, ``model`` is that of the control arm.
     """
@@ -128,7 +128,7 @@ class Router:
             name = self._only_one(kind, client)
         choice = self.choose(name, client, unit_source)
         info = choice.model.info
-        if info is None or _can(info, kind):  # `targets` says why a model that has not been read does not answer
+        if info is None or _can(info, kind):  # `targets` raises the error for a model that has not been read
             if choice.space is not None and info is not None and info.kind is not ModelKind.EMBED:
                 raise BadInput(
                     f"model {choice.asked!r} returns no vectors, so it has no space: remove `@{choice.space}`",
@@ -144,7 +144,7 @@ class Router:
     def _only_one(self, kind: ModelKind, client: Client) -> str:
         """Return the name of the only model of a kind that a client may use."""
         names = self._names_of(kind, client)
-        if len(names) > 1:  # a model made for it comes before one that does it with its vectors
+        if len(names) > 1:  # a model of this kind precedes a model that does the work with its vectors
             names = [name for name in names if self._kind_of(name, client) is kind] or names
         if len(names) == 1:
             return names[0]
@@ -254,7 +254,7 @@ def _can(info: ModelInfo, kind: ModelKind) -> bool:
 
 
 def _not_ready(model: Model) -> ModelNotFound | ModelNotReady:
-    """Return the error that says why a model does not answer."""
+    """Return the error with the reason why a model does not answer."""
     match model.state:
         case ModelState.DISABLED:
             return ModelDisabled(f"model {model.id!r} is disabled: {model.reason}", param="model")

@@ -13,16 +13,16 @@ def is_same_space(one: str, other: str) -> bool:
 
 
 def why_not_interchangeable(info: ModelInfo, other: ModelInfo) -> str:
-    """Return why another model cannot replace a model with identical vectors; empty if it can."""
+    """Return the reason why another model cannot replace a model with identical vectors; empty if it can."""
     return next(_differences(info, other), "")
 
 
 def why_other_ranges(info: ModelInfo, other: ModelInfo) -> str:
-    """Return why the int8 and uint8 vectors of two models in one space cannot be compared; empty if they can."""
+    """Return the reason why the int8 and uint8 vectors of two models in one space cannot be compared, or nothing."""
     is_same = all(
         info.ranges.get(size) == other.ranges.get(size) for size in info.dimensions if size in other.dimensions
     )
-    return "" if is_same else f"{info.id} and {other.id} have other `ranges` for int8 vectors"
+    return "" if is_same else f"{info.id} and {other.id} have different `ranges` for int8 vectors"
 
 
 def _differences(info: ModelInfo, other: ModelInfo) -> Iterator[str]:

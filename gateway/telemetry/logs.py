@@ -44,8 +44,8 @@ MAX_QUEUED_BYTES: Final = 8 * 1024 * 1024
 _WRITE_BYTES: Final = 64 * 1024
 # Seconds that the process waits, when it ends, for the last lines to be written.
 _FLUSH_S: Final = 2.0
-# Seconds for which lines are gathered before they are written. Waking the thread for each request costs more than the
-# line itself, since the two threads then compete for the interpreter. A warning is written immediately.
+# Seconds during which lines are gathered before they are written. Waking the thread for each request costs more than
+# the line itself, since the two threads then compete for the interpreter. A warning is written immediately.
 _GATHER_S: Final = 0.01
 
 

@@ -78,7 +78,7 @@ CACHE_TEXTS = Counter(
 )
 CACHE_BYTES = Gauge("gateway_cache_bytes", "Memory that the vectors in a model's cache take.", ["model"])
 CACHE_EVICTIONS = Counter(
-    "gateway_cache_evictions", "Entries that left a model's cache because there was no room for them.", ["model"]
+    "gateway_cache_evictions", "Entries evicted from a model's cache for lack of room.", ["model"]
 )
 CACHE_ERRORS = Counter(
     "gateway_cache_errors",
@@ -201,8 +201,8 @@ WORKER_FAULTS = Counter(
 ENGINE_RESTARTS = Counter("gateway_engine_restarts", "Attempts to reload a model after it hung or failed.", ["model"])
 DEVICES_LOST = Counter(
     "gateway_device_lost",
-    "Cards that a model lost: a forward pass hung, or an error of CUDA was final. The process then ends with exit code 75, "
-    "to be started again.",
+    "Cards lost while a model used them: a forward pass hung, or a CUDA error was fatal. The process then ends with "
+    "exit code 75, to be started again.",
     ["model"],
 )
 MODEL_LOADS = Counter(
@@ -210,13 +210,13 @@ MODEL_LOADS = Counter(
 )
 MODEL_LOAD_SECONDS = Histogram(
     "gateway_model_load_seconds",
-    "Duration of a successful load on demand: its turn and the room are waited for, the model is warm at the end.",
+    "Duration of a successful load on demand, including the wait for its turn and for room, until the model is warm.",
     ["model"],
     buckets=(1, 2.5, 5, 10, 20, 30, 60, 120, 300),
 )
 MODEL_UNLOADS = Counter(
     "gateway_model_unloads",
-    "Times that a model which is loaded on demand left the memory: it was `idle`, another model needed the `memory`, or the "
+    "Times that a model loaded on demand left the memory: it was `idle`, another model needed the `memory`, or the "
     "`operator` unloaded it.",
     ["model", "reason"],
 )

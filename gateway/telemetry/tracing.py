@@ -130,7 +130,7 @@ def _request_span(tracer: Tracer, scope: Scope, headers: Headers, request_id: st
     with _current(span):
         try:
             yield RequestSpan(span, is_ours=True)
-        except Exception:
+        except Exception:  # only noted: the span shows every failure
             _fail(span, InternalError.code)
             raise
 
@@ -254,7 +254,7 @@ def _embeddings_span(tracer: Tracer, name: str, attributes: dict[str, AttributeV
         except asyncio.CancelledError:
             _fail(span, ClientDisconnected.code)
             raise
-        except Exception as error:
+        except Exception as error:  # only noted: the span shows every failure
             _fail(span, error.code if isinstance(error, RequestError) else InternalError.code)
             raise
 
@@ -276,7 +276,7 @@ class Stage:
 
 
 def stages(begun_ns: int, ended_ns: int, timings: Timings) -> list[Stage]:
-    """Place the stages, of which only the durations are known, between the start and the end of an embedding.
+    """Place the stages, by their durations alone, between the start and the end of an embedding.
 
     The last stage ends with the embedding. The first may start later than the embedding, because the request may have
     waited for a model that then failed. An upstream may report a duration that exceeds the whole embedding, so each

@@ -256,7 +256,7 @@ async def test_a_clear_difference_is_found_and_the_first_verdict_stays(
     (second,) = (await report_of(client))["comparisons"]
     (restarted,) = (await report_of(await start()))["comparisons"]
 
-    assert (first["verdict"], first["reason"]) == ("better", "the interval leaves 0 out")
+    assert (first["verdict"], first["reason"]) == ("better", "the interval excludes 0")
     assert first["low"] > 0
     assert second["estimate"] < 0
     assert (second["verdict"], second["decided"]) == ("better", first["decided"])

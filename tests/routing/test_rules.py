@@ -349,7 +349,7 @@ def test_models_of_one_space_must_have_the_same_ranges(
     problems = broken_rules(registry, Fleet(models))
 
     assert len(problems) == (0 if is_fine else 2)
-    assert all("m0 and m1 have other `ranges` for int8 vectors" in problem for problem in problems)
+    assert all("m0 and m1 have different `ranges` for int8 vectors" in problem for problem in problems)
 
 
 @pytest.mark.parametrize(("after", "is_moved"), [(RANGES, False), (OTHER_RANGES, True), ({}, False)])

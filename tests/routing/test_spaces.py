@@ -195,5 +195,5 @@ def test_int8_vectors_are_in_one_space_where_the_sizes_that_both_have_were_measu
     assert why_other_ranges(one, with_ranges("other", d32=1.0, d16=2.0)) == ""
     assert why_other_ranges(one, with_ranges("other", d32=1.0, d8=5.0)) == ""
     other = with_ranges("other", d32=1.0, d16=3.0)
-    assert why_other_ranges(one, other) == "one and other have other `ranges` for int8 vectors"
-    assert why_not_interchangeable(one, other) == "one and other have other `ranges` for int8 vectors"
+    assert why_other_ranges(one, other) == "one and other have different `ranges` for int8 vectors"
+    assert why_not_interchangeable(one, other) == "one and other have different `ranges` for int8 vectors"

@@ -97,7 +97,7 @@ class UpstreamBackend:
                 self._probe.width,
                 self._dialect.gives_raw,
             )
-        except BaseException:
+        except BaseException:  # also a canceled start must close the connections
             await self._pool.close()
             raise
         self._max_batch_texts = self._upstream.max_batch_texts or facts.max_batch_texts or DEFAULT_BATCH_TEXTS

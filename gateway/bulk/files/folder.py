@@ -84,7 +84,7 @@ class FolderSink(ABC):
                     file.flush()
                     os.fsync(file.fileno())
                 temporary.replace(self.folder / name)
-            except BaseException:
+            except BaseException:  # also Ctrl-C must not leave the file behind
                 with suppress(OSError):
                     temporary.unlink(missing_ok=True)
                 raise

@@ -90,12 +90,12 @@ def _is_too_deep(content: bytes, value: Json) -> bool:
     """Return whether values are nested too deep for sinks to write."""
     if content.count(b"[") + content.count(b"{") <= _MAX_DEPTH:  # the usual case
         return False
-    level: list[Json] = [value]
+    level: list[dict[str, Json] | list[Json]] = [value] if isinstance(value, dict | list) else []
     for _ in range(_MAX_DEPTH):
         level = [
             inner
             for outer in level
-            for inner in (outer.values() if isinstance(outer, dict) else outer)  # type: ignore[union-attr]
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
             if isinstance(inner, dict | list)
         ]
         if not level:

@@ -50,7 +50,7 @@ class Ledger:
                 for statement in _SCHEMA.split(";"):
                     self._db.execute(statement)
                 self._db.execute("COMMIT")
-        except BaseException:
+        except BaseException:  # an open file would stay locked
             self._db.close()
             raise
 
@@ -156,7 +156,7 @@ class Ledger:
             self._db.execute("BEGIN")
             try:
                 self._db.executemany(statement, values)
-            except BaseException:
+            except BaseException:  # also Ctrl-C must end the transaction
                 self._db.execute("ROLLBACK")
                 raise
             self._db.execute("COMMIT")

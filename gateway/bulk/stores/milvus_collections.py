@@ -153,9 +153,10 @@ def find_collection(client: MilvusClient, name: str, store: str) -> Collection |
 
 def _loads(text: str) -> Json:
     try:
-        return json.loads(text)  # type: ignore[no-any-return]
+        value: Json = json.loads(text)
     except json.JSONDecodeError:
         return text
+    return value
 
 
 def _field(described: Mapping[str, Any]) -> Field:

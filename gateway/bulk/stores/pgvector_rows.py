@@ -181,7 +181,7 @@ class PgvectorSink:
         if found == (None,):
             try:
                 self._connection.execute("CREATE EXTENSION vector")
-            except Exception as error:
+            except Exception as error:  # a missing package, a missing right or a lost server: the remedy is the same
                 raise BulkError(
                     f"{self._store} has no pgvector: install it, and have the owner of the database run "
                     "CREATE EXTENSION vector"

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TypeGuard
 
 from gateway.engine.checkpoint.classifier import own_class
 from gateway.engine.checkpoint.json_files import Json
@@ -85,7 +86,7 @@ def _rope_parameters(config: Mapping[str, Json], path: Path) -> dict[str, Json]:
     if not isinstance(scaling, dict):
         raise LoadError(f"{path}: rope_scaling must be an object, got {scaling!r}")
     kind, factor = scaling.get("type") or scaling.get("rope_type"), scaling.get("factor")
-    if kind != "ntk" or scaling.get("mixed_b") is not None or not _is_number(factor) or factor < 1:  # type: ignore[operator]
+    if kind != "ntk" or scaling.get("mixed_b") is not None or not _is_number(factor) or factor < 1:
         raise LoadError(
             f"{path}: rope_scaling {scaling} is not supported; supported: type 'ntk' with a factor of at least 1, and no "
             "mixed_b"
@@ -93,9 +94,9 @@ def _rope_parameters(config: Mapping[str, Json], path: Path) -> dict[str, Json]:
     width, num_heads = config["hidden_size"], config["num_attention_heads"]
     if not isinstance(width, int) or not isinstance(num_heads, int) or not 0 < num_heads <= width:
         raise LoadError(f"{path}: hidden_size {width!r} and num_attention_heads {num_heads!r} do not fit each other")
-    divisor = factor ** (2 / (width // num_heads))  # type: ignore[operator]
-    return {"rope_type": "linear", "rope_theta": theta * factor, "factor": divisor}  # type: ignore[operator]
+    divisor = float(factor ** (2 / (width // num_heads)))
+    return {"rope_type": "linear", "rope_theta": theta * factor, "factor": divisor}
 
 
-def _is_number(value: Json) -> bool:
+def _is_number(value: Json) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool)

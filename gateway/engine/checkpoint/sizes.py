@@ -74,7 +74,7 @@ class Attention:
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """The sizes that determine how long a text may be, and how much memory a model needs.
+    """The sizes that determine the maximum length of a text, and the memory of a model.
 
     Attributes:
         state_width: dimensions of a token's state: ``width``, unless a layer follows the last one of the transformer.

@@ -75,8 +75,9 @@ def read_transformer(folder: Path, task: str, *, has_sides: bool = False) -> Tra
 
 def as_length(value: Json) -> int | None:
     """Return a number of tokens from a checkpoint's file; ``None`` for a value that is not one."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return int(min(value, 2**62)) if is_number and value >= 1 else None  # type: ignore[type-var,operator,arg-type]
+    if not isinstance(value, int | float) or isinstance(value, bool) or not value >= 1:
+        return None
+    return int(min(value, 2**62))
 
 
 def _require_plain(config: Mapping[str, Json], path: Path, task: str) -> None:

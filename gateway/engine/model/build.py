@@ -82,7 +82,7 @@ def build_encoders(checkpoint: Checkpoint, options: BuildOptions) -> list[Encode
     """Load a checkpoint once, and return an encoder for each stream of the runtime; the encoders share all weights.
 
     Raises:
-        LoadError: the checkpoint is corrupt, incomplete, or not what its configuration says.
+        LoadError: the checkpoint is corrupt or incomplete, or contradicts its configuration.
     """
     runtimes: Sequence[Runtime]
     if checkpoint.static is not None:
@@ -173,7 +173,7 @@ def _tune(packed: PackedRuntime, options: BuildOptions, problem: Callable[[], st
     try:
         # A graph computes a shape only from the second time on.
         message = problem() or problem()
-    except Exception as error:
+    except Exception as error:  # a kernel or a graph may raise anything; torch computes without them
         message = _why_not_computed(error, options.device)
     if message:
         untune(packed)
@@ -181,7 +181,7 @@ def _tune(packed: PackedRuntime, options: BuildOptions, problem: Callable[[], st
 
 
 def _why_not_computed(error: Exception, device: str) -> str:
-    """Return why the packed forward cannot be computed.
+    """Return the reason why the packed forward cannot be computed.
 
     Raises:
         Exception: the given error, if padded texts would fail as well.

@@ -23,7 +23,7 @@ def build_heads(checkpoint: Checkpoint, device_name: str, dtype: str, tokenizers
         dtype: name of the torch dtype for products with the whole vocabulary; everything else is in float32.
 
     Raises:
-        LoadError: the checkpoint is corrupt, incomplete, or not what its configuration says.
+        LoadError: the checkpoint is corrupt or incomplete, or contradicts its configuration.
     """
     device, width = torch.device(device_name), checkpoint.hidden_width
     if checkpoint.splade is not None:

@@ -62,7 +62,7 @@ class CompiledCache:
                 with suppress(OSError):  # of another user, or on a read-only disk
                     os.utime(entry)  # the time of its last use
                 return entry
-            reason = "its files are not what was written"
+            reason = "its files were changed after they were written"
         except (OSError, ValueError, AttributeError, TypeError, LoadError) as error:
             reason = str(error)
         log.warning(

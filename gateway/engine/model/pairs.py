@@ -124,7 +124,7 @@ class PairTokenizer(Tokenizer):
 
 
 def _longest_first(num_query: int, num_text: int, room: int) -> tuple[int, int]:
-    """Return how many tokens of a query and of a text to keep, if together they exceed ``room``.
+    """Return the numbers of tokens of a query and of a text to keep, if together they exceed ``room``.
 
     The rule comes from tokenizers (truncate_encodings in its file truncation.rs).
     """

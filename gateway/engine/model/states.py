@@ -95,7 +95,7 @@ class TokenStates:
 
     @staticmethod
     def _mean(flat: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
-        if len(lengths) == 1:  # the same, in one step
+        if len(lengths) == 1:  # one step, with an equal result
             return flat.float().mean(dim=0, keepdim=True)
         counts = torch.tensor(lengths, device=flat.device)
         owner = torch.repeat_interleave(torch.arange(len(lengths), device=flat.device), counts, output_size=len(flat))

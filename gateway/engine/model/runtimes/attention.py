@@ -35,7 +35,7 @@ class AttentionRule:
     Attributes:
         is_causal: a token does not see later tokens.
         window: in layers of the type ``sliding_attention``, a token sees only tokens within this distance.
-        layer_types: the types of layers for which the forward takes separate masks, by name; empty if it takes one mask.
+        layer_types: the types of layers with separate masks in the forward, by name; empty if it takes one mask.
         every_layer: the type of all layers, if the forward takes one mask.
     """
 
@@ -176,7 +176,7 @@ def packed_positions(
 def make_masks(
     owners: npt.NDArray[np.intp], is_key: npt.NDArray[np.bool_] | None, rule: AttentionRule
 ) -> dict[str, npt.NDArray[np.bool_]]:
-    """Return, by mask, which token of a row sees which: ``(b, 1, t, t)``, or ``(b, 1, 1, t)`` if all see the same.
+    """Return, by mask, the tokens that each token of a row sees: ``(b, 1, t, t)``, or ``(b, 1, 1, t)`` if all are alike.
 
     Args:
         owners: ``(b, t)``: the text of each token, -1 for padding.

@@ -156,7 +156,7 @@ class Capturer:
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
                 made = work()
-            except BaseException:
+            except BaseException:  # an open capture would make every later call fail
                 with suppress(Exception):  # its error only says that the capture was interrupted
                     graph.capture_end()
                 raise

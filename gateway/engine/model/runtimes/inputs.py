@@ -100,7 +100,7 @@ class InputMaker:
         """Read the files that :meth:`save` has written.
 
         Raises:
-            OSError, ValueError, TypeError: the files are not what was written.
+            OSError, ValueError, TypeError: the files were changed after they were written.
         """
         values = json.loads((folder / _FIELDS).read_bytes())
         rule = values.pop("rule")

@@ -123,7 +123,7 @@ class TracedModel:
         """Read the files that :meth:`save` has written. The weights stay in their file, which is mapped into memory.
 
         Raises:
-            OSError, ValueError, TypeError, RuntimeError: the files are not what was written.
+            OSError, ValueError, TypeError, RuntimeError: the files were changed after they were written.
         """
         return cls(openvino.Core().read_model(folder / _MODEL), InputMaker.read(folder))
 

@@ -126,7 +126,7 @@ KERNEL(attend, THREADS)(const unsigned short* qkv, const int* boundaries, unsign
 
 @dataclass(frozen=True, slots=True)
 class Heads:
-    """The attention sizes of a model, for which its kernels are compiled."""
+    """The attention sizes that a model's kernels are compiled for."""
 
     number: int
     width: int

@@ -184,7 +184,7 @@ class PackedRuntime:
         return self.network(self._row(tensors, shape.choice, [shape.longest], None))
 
     def _to_device(self, parts: Mapping[str, Indices]) -> torch.Tensor:
-        """Copy arrays in one transfer from pinned memory, for which the host does not wait."""
+        """Copy arrays in one transfer from pinned memory; the host does not wait for it."""
         together = torch.from_numpy(np.concatenate([*parts.values()], dtype=np.int32))
         if self.device.type == "cuda":
             together = together.pin_memory()
