@@ -210,8 +210,7 @@ async def test_a_fallback_that_a_reload_replaces_still_answers_earlier_requests(
     one.gate.set()
 
     assert (await running).model == "two"
-    await asyncio.sleep(0.01)
-    assert two.is_stopped
+    await wait_until(lambda: two.is_stopped)
 
 
 async def test_a_model_is_not_stopped_while_its_tokens_are_used(gateway: Gateway) -> None:
@@ -225,8 +224,7 @@ async def test_a_model_is_not_stopped_while_its_tokens_are_used(gateway: Gateway
         assert not backend.is_stopped
         assert [len(row) for row in vocabulary.split(["a b"], add_special_tokens=False)] == [2]
 
-    await asyncio.sleep(0.01)
-    assert backend.is_stopped
+    await wait_until(lambda: backend.is_stopped)
 
 
 async def test_a_model_without_requests_is_stopped_after_the_switch(gateway: Gateway) -> None:

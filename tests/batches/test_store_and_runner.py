@@ -21,6 +21,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import structlog
 
 from gateway.batches import answering, recording
 from gateway.batches import store as store_module
@@ -483,8 +484,11 @@ async def test_a_disk_without_room_holds_a_batch_up_until_there_is_some(
             return await super().answer(batch, line)
 
     runner = Runner(store, Counting())
-    runner.start()
-    await asyncio.sleep(0.3)
+    with structlog.testing.capture_logs() as logged:
+        runner.start()
+        async with asyncio.timeout(20):
+            while not any(line["event"] == "batch_waits" for line in logged):  # noqa: ASYNC110  a log line has no event
+                await asyncio.sleep(0.005)
     before = await runner.find(batch.owner, batch.id)
     assert before is not None
     assert before.status is Status.IN_PROGRESS

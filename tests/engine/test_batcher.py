@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import random
+import threading
 import time
 import weakref
 from collections.abc import Callable, Coroutine, Sequence
@@ -586,9 +587,15 @@ async def test_one_text_is_answered_while_a_large_request_is_tokenized(
     start_batcher: StartBatcher, make_job: MakeJob, encoder: Any
 ) -> None:
     batcher = await start_batcher()
-    encoder.numbers.on_tokenize = lambda texts: time.sleep(0.001 * len(texts))
+    has_begun = threading.Event()
+
+    def tokenize(texts: Sequence[str]) -> None:
+        has_begun.set()
+        time.sleep(0.001 * len(texts))
+
+    encoder.numbers.on_tokenize = tokenize
     bulk = asyncio.create_task(batcher.submit(make_job(*texts_of(range(1000)))))
-    await asyncio.sleep(0.05)
+    assert await becomes(has_begun.is_set)
 
     await batcher.submit(make_job("1"))
 
