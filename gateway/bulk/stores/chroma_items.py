@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping
 from typing import Final, TypeAlias
 
-from gateway.bulk.rows import BulkError, Json, Row, RowId
+from gateway.bulk.rows import Json, Row, RowId
 
 Value: TypeAlias = bool | int | float | str | list[bool] | list[int] | list[float] | list[str]
 
@@ -22,22 +22,19 @@ DOCUMENT: Final = "document"
 _INT64: Final = range(-(2**63), 2**63)
 
 
-def metadata_of(row: Row) -> dict[str, Value]:
-    """Return the metadata of a row's item, whose document is the row's text.
+def problem_of(payload: Mapping[str, Json]) -> str:
+    """Return the reason why Chroma cannot store the fields of a row; empty if it can."""
+    if ORIGINAL_ID in payload:
+        return f"it has a field `{ORIGINAL_ID}`, a name reserved for numeric ids in Chroma: rename the field"
+    if "" in payload:
+        return "it has a field with an empty name, which Chroma rejects: leave it out with --payload"
+    return ""
 
-    Raises:
-        BulkError: a field has the name reserved for numeric ids, or an empty name.
-    """
+
+def metadata_of(row: Row) -> dict[str, Value]:
+    """Return the metadata of a row's item, whose document is the row's text."""
     metadata: dict[str, Value] = {}
     for name, value in row.payload.items():
-        if name == ORIGINAL_ID:
-            raise BulkError(
-                f"{row.place} has a field `{ORIGINAL_ID}`, a name reserved for numeric ids in Chroma: rename the field"
-            )
-        if not name:
-            raise BulkError(
-                f"{row.place} has a field with an empty name, which Chroma rejects: leave it out with --payload"
-            )
         if (kept := _value(value)) is not None:
             metadata[name] = kept
     if isinstance(row.id, int):

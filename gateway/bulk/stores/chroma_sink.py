@@ -11,8 +11,9 @@ from chromadb.api.types import Include
 
 from gateway.bulk.rows import BulkError, EmbeddedRows, Row, SpaceNote
 from gateway.bulk.stores.chroma_connection import Connection
-from gateway.bulk.stores.chroma_items import metadata_of
+from gateway.bulk.stores.chroma_items import metadata_of, problem_of
 from gateway.bulk.stores.notes import NOTE, check_note, note_from_json, note_to_json
+from gateway.bulk.stores.payloads import KindOfIds
 from gateway.bulk.stores.protocol import Keeping
 
 _MAX_ITEMS: Final = 512
@@ -26,7 +27,7 @@ class ChromaSink:
         self._name = collection
         self._keeping = keeping
         self._collection: Collection | None = None
-        self._kind_of_ids: type | None = None
+        self._ids = KindOfIds()
 
     @property
     def name(self) -> str:
@@ -65,6 +66,12 @@ class ChromaSink:
             self._connection.call(partial(found.modify, metadata=cast(Any, metadata)), self.name)
         self._collection = found
 
+    def problem(self, row: Row) -> str:
+        """Return the reason why Chroma cannot store a row; empty if it can."""
+        if problem := self._ids.problem(row, self.name):  # the number 5 and the string "5" would be one item
+            return problem
+        return "its id is empty, which Chroma does not allow" if row.id == "" else problem_of(row.payload)
+
     def write(self, shard: int, batch: EmbeddedRows) -> None:
         """Store a shard's items.
 
@@ -77,7 +84,10 @@ class ChromaSink:
         size = min(_MAX_ITEMS, self._connection.call(self._connection.client.get_max_batch_size, self.name))
         for start in range(0, len(batch.rows), size):
             rows = batch.rows[start : start + size]
-            ids = [self._item_id(row) for row in rows]
+            for row in rows:
+                if problem := self.problem(row):
+                    raise BulkError(f"{row.place}: {problem}")
+            ids = [str(row.id) for row in rows]
             earlier = self._earlier_fields(collection, ids)
             # Chroma merges the fields of an item with the earlier ones. A field without a value is removed.
             metadatas = [
@@ -132,19 +142,6 @@ class ChromaSink:
                 f"{self.name} uses the distance {space}, but {note.model} needs ip, because its vectors are not "
                 "normalized: embed into a new collection"
             )
-
-    def _item_id(self, row: Row) -> str:
-        kind = int if isinstance(row.id, int) else str
-        if self._kind_of_ids is None:
-            self._kind_of_ids = kind
-        elif self._kind_of_ids is not kind:
-            raise BulkError(
-                f"{row.place}: earlier ids are {'numbers' if kind is str else 'strings'}, but {row.id!r} is not. "
-                "Chroma's ids are strings, so the number 5 and the string '5' would be the same item"
-            )
-        if row.id == "":
-            raise BulkError(f"{row.place} has an empty id, which Chroma does not allow")
-        return str(row.id)
 
 
 def _dump(note: SpaceNote) -> str:

@@ -26,7 +26,7 @@ TIMEOUT_S: Final = 60.0
 MAX_WIDTH: Final = 32_768
 """The largest number of dimensions of a vector."""
 _DENSE: Final = (DataType.FLOAT_VECTOR, DataType.FLOAT16_VECTOR, DataType.BFLOAT16_VECTOR)
-_MAX_ID_BYTES: Final = 4_096
+MAX_ID_BYTES: Final = 4_096
 _NO_COLLECTION: Final = 100
 """Milvus' error code."""
 
@@ -197,7 +197,7 @@ def create_collection(
     if has_counted_ids:
         schema.add_field("id", DataType.INT64, is_primary=True)
     else:
-        schema.add_field("id", DataType.VARCHAR, is_primary=True, max_length=_MAX_ID_BYTES)
+        schema.add_field("id", DataType.VARCHAR, is_primary=True, max_length=MAX_ID_BYTES)
     indexes = client.prepare_index_params()
     if note.dimensions:
         schema.add_field(vector, DataType.FLOAT_VECTOR, dim=note.dimensions)

@@ -11,6 +11,7 @@ from pymilvus import MilvusClient
 from gateway.bulk.fields import FieldNames
 from gateway.bulk.rows import BulkError, EmbeddedRows, Json, Row, RowId, SpaceNote
 from gateway.bulk.stores.milvus_collections import (
+    MAX_ID_BYTES,
     MAX_WIDTH,
     TIMEOUT_S,
     Collection,
@@ -25,7 +26,7 @@ from gateway.bulk.stores.milvus_collections import (
     selection,
 )
 from gateway.bulk.stores.notes import check_note
-from gateway.bulk.stores.payloads import has_nul, with_field
+from gateway.bulk.stores.payloads import KindOfIds, has_nul, with_field
 from gateway.bulk.stores.protocol import Keeping, Since
 from gateway.bulk.stores.reading import Item, KeysetSource
 from gateway.config.wording import quote
@@ -37,6 +38,7 @@ PAGE: Final = 500
 _MAX_NUMBERS: Final = 4_000_000
 """Numbers per request: 16 MB, while a server accepts 64."""
 NO_FURTHER_VECTOR: Final = "Milvus adds no vectors to items that exist: choose a second collection"
+_INT64: Final = range(-(2**63), 2**63)
 _DENSE_NAME, _SPARSE_NAME = "vector", "sparse"
 
 
@@ -112,6 +114,7 @@ class MilvusSink:
         self._note: SpaceNote | None = None
         self._collection: Collection | None = None
         self._like: Collection | None = None
+        self._ids = KindOfIds()
 
     def is_empty(self) -> bool:
         """Return whether the collection is empty or does not exist."""
@@ -135,12 +138,23 @@ class MilvusSink:
                 self._make_like(self._keeping.like, note)
             self._collection = find_collection(self._client, self._wanted, self._store)
             if self._collection is not None:
+                self._ids.are_counted = self._collection.is_counted
                 self._check(self._collection, note)
                 self._client.load_collection(self._collection.name, timeout=TIMEOUT_S)
 
     def problem(self, row: Row) -> str:
         """Return the reason why Milvus cannot store a row; empty if it can."""
-        return "its id has the character U+0000, which Milvus cannot search for: remove it" if has_nul(row.id) else ""
+        if problem := self._ids.problem(row, self.name):
+            return problem
+        if isinstance(row.id, int):
+            return "" if row.id in _INT64 else f"its id {row.id} is not a 64-bit integer, as Milvus requires"
+        if has_nul(row.id):
+            return "its id has the character U+0000, which Milvus cannot search for: remove it"
+        most = (
+            MAX_ID_BYTES if self._collection is None else self._collection.id.settings.get("max_length", MAX_ID_BYTES)
+        )
+        size = len(row.id.encode())
+        return f"its id has {size:,} bytes, but those of {self.name} have at most {most:,}" if size > most else ""
 
     def _check_note(self, note: SpaceNote) -> None:
         if note.token_width:
@@ -196,12 +210,10 @@ class MilvusSink:
             if self._collection is None:
                 self._collection = self._create(batch.rows)
             collection = self._collection
+            self._ids.are_counted = collection.is_counted
             for row in batch.rows:
-                if isinstance(row.id, int) != collection.is_counted:
-                    kind = "an integer" if isinstance(row.id, int) else "text"
-                    raise BulkError(
-                        f"{row.place}: its id is {kind}, but the ids of {self.name} are {collection.id.kind.name}"
-                    )
+                if problem := self.problem(row):
+                    raise BulkError(f"{row.place}: {problem}")
             size = max(1, min(PAGE, _MAX_NUMBERS // max(1, self._note.dimensions)))
             for start in range(0, len(batch.rows), size):
                 items = self._items(collection, batch, range(start, min(start + size, len(batch.rows))))

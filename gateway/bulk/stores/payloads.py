@@ -1,4 +1,4 @@
-"""Put an item's text back into its payload, convert values to JSON, and hash a payload. Pure."""
+"""What stores share about items: the kind of their ids, the text in their payload, JSON, and hashes. Pure."""
 
 from __future__ import annotations
 
@@ -9,8 +9,38 @@ import math
 from collections.abc import Mapping
 from datetime import date, datetime, time
 
-from gateway.bulk.rows import BulkError, Json
-from gateway.config.wording import quote
+from gateway.bulk.rows import BulkError, Json, Row
+from gateway.config.wording import cut, quote
+
+
+class KindOfIds:
+    """The kind of ids that a store keeps in one collection: whole numbers or texts.
+
+    The collection decides, and if it does not exist yet, the first row of the job.
+    """
+
+    def __init__(self) -> None:
+        self.are_counted: bool | None = None
+
+    def problem(self, row: Row, place: str) -> str:
+        """Return the reason why a row's id is of the other kind; empty if it is not.
+
+        Args:
+            place: the collection, for messages.
+        """
+        is_counted = isinstance(row.id, int)
+        if self.are_counted is None:
+            self.are_counted = is_counted
+        if is_counted == self.are_counted:
+            return ""
+        kinds = "an integer", "text"
+        mine, theirs = kinds if is_counted else kinds[::-1]
+        return (
+            f"its id {cut(repr(row.id))} is {mine}, but the ids of {place} are {_PLURAL[theirs]}: use one kind of ids"
+        )
+
+
+_PLURAL = {"an integer": "integers", "text": "texts"}
 
 
 def with_field(payload: Mapping[str, Json], path: str, value: Json) -> dict[str, Json]:

@@ -127,11 +127,16 @@ class PgvectorStore:
         Raises:
             BulkError: the table does not exist.
         """
-        name = read_name(self.aliases().get(collection, collection))
+        aliases = self.aliases()
+        name = read_name(aliases.get(collection, collection))
 
         def find(connection: Connection) -> Table | None:
             with refusals(self.name):
-                return tables.find_table(connection, name, self.name, self._id)
+                found = tables.find_table(connection, name, self.name, self._id)
+                if found is not None and str(found.name) in aliases:  # a view that was named with its schema
+                    table = read_name(aliases[str(found.name)])
+                    found = tables.find_table(connection, table, self.name, self._id)
+                return found
 
         found = self._session.call(find)
         if found is None:
@@ -286,7 +291,7 @@ class PgvectorStore:
 
     def why_not_flip(self, name: str) -> str:
         """Return the reason why a name cannot be redirected to another table as a view; empty if it can."""
-        name = str(read_name(name))
+        name = self._real_name(name)
         if name in self.aliases():
             return ""
         if name in self._views():
@@ -303,17 +308,23 @@ class PgvectorStore:
             "the old name and all rows and columns, which can then be redirected to another table"
         )
 
+    def _real_name(self, name: str) -> str:
+        """Return the name of a table or view, without its schema if that is on the search path."""
+        with refusals(self.name):
+            found = self._connection.execute(tables.NAMED, [read_name(name).quoted]).fetchone()
+        return str(read_name(name)) if found is None else _shown(*found[1:])
+
     def flip(self, name: str, collection: str) -> None:
         """Redirect a view to another table, in one transaction that waits for running queries."""
         if reason := self.why_not_flip(name):
             raise BulkError(reason)
-        view, table = read_name(name), self._table(collection)
+        view, table = read_name(self._real_name(name)), self._table(collection)
         _table, old = self._views().get(str(view), ("", None))
         with refusals(self.name), self._connection.transaction():
             # Otherwise, while this change waits for a long query, it blocks all later queries.
             self._connection.execute(sql.SQL("SET LOCAL lock_timeout = {}").format(sql.Literal(f"{_LOCK_S}s")))
             if old is not None:
-                spare = Name(f"{view.table}_{old}", view.schema)
+                spare = Name(f"gateway_{old}", view.schema)  # a name may already have all 63 bytes
                 self._connection.execute(
                     sql.SQL("ALTER VIEW {} RENAME TO {}").format(view.sql, identifier(spare.table))
                 )

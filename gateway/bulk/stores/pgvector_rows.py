@@ -16,7 +16,7 @@ from gateway.bulk.fields import FieldNames
 from gateway.bulk.rows import BulkError, EmbeddedRows, Json, Row, RowId, SpaceNote
 from gateway.bulk.stores import pgvector_tables as tables
 from gateway.bulk.stores.notes import check_note
-from gateway.bulk.stores.payloads import has_nul, with_field
+from gateway.bulk.stores.payloads import KindOfIds, has_nul, with_field
 from gateway.bulk.stores.pgvector_session import Connect, Session
 from gateway.bulk.stores.pgvector_tables import Column, Connection, Name, Table, find_table, identifier, refusals
 from gateway.bulk.stores.protocol import Keeping, Since
@@ -131,6 +131,7 @@ class PgvectorSink:
         self._name, self._store, self._keeping, self._id_column = name, store, keeping, id_column
         self._note: SpaceNote | None = None
         self._table: Table | None = None
+        self._ids = KindOfIds()
 
     @property
     def _connection(self) -> Connection:
@@ -164,6 +165,7 @@ class PgvectorSink:
             if self._table is None:
                 self._check_extension()
                 return
+            self._ids.are_counted = self._table.is_counted
             with self._connection.transaction():
                 self._check(self._table, note)
             self._table = find_table(self._connection, self._name, self._store, self._id_column)
@@ -216,16 +218,21 @@ class PgvectorSink:
 
     def problem(self, row: Row) -> str:
         """Return the reason why PostgreSQL cannot store a row; empty if it can."""
+        if problem := self._ids.problem(row, self.name):
+            return problem
         for name, value in (("id", row.id), ("text", row.text if self._keeping.text else ""), *row.payload.items()):
             if "\0" in name or has_nul(value):
                 shown = name.replace("\0", "\\0")
                 return f"the field {quote(shown)} has the character U+0000, which PostgreSQL cannot store: remove it"
-        return ""
+        return tables.id_problem(row.id, None if self._table is None else self._table.id)
 
     def _write(self, connection: Connection, rows: Sequence[Row], vectors: Vectors) -> None:
         with refusals(self.name), connection.transaction():
             table = self._table or self._create(rows)
-            check_ids(table, rows)
+            self._ids.are_counted = table.is_counted
+            for row in rows:
+                if problem := self.problem(row):
+                    raise BulkError(f"{row.place}: {problem}")
             column = table.vector(self._keeping.vector)
             values = [
                 (row.id, _json(self._payload(row)), pack(vector, column.kind))
@@ -310,20 +317,6 @@ class PgvectorSink:
     def close(self) -> None:
         """Close the connection."""
         self._session.close()
-
-
-def check_ids(table: Table, rows: Sequence[Row]) -> None:
-    """Check that the ids have the type of the table's ids.
-
-    Raises:
-        BulkError: an id has another type.
-    """
-    for row in rows:
-        if isinstance(row.id, int) != table.is_counted:
-            kind = "text" if isinstance(row.id, str) else "an integer"
-            raise BulkError(
-                f"{row.place}: its id is {kind}, but the ids of {table.place} have the type {table.id.kind}"
-            )
 
 
 def follow_identity(connection: Connection, table: Table) -> None:

@@ -8,13 +8,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
+from uuid import UUID
 
 import psycopg
 from psycopg import sql
 
-from gateway.bulk.rows import BulkError, SpaceNote
+from gateway.bulk.rows import BulkError, RowId, SpaceNote
 from gateway.bulk.stores.notes import NOTE, note_from_json, note_to_json
-from gateway.config.wording import enumerate_names, quote
+from gateway.config.wording import cut, enumerate_names, quote
 
 Connection: TypeAlias = psycopg.Connection[tuple[Any, ...]]
 
@@ -23,11 +24,23 @@ MAX_WIDTH: Final = 16_000
 _MAX_INDEXED: Final = {"vector": 2_000, "halfvec": 4_000}
 """The largest number of dimensions that an index of pgvector supports, by type."""
 _INTEGERS: Final = ("smallint", "integer", "bigint")
+_RANGES: Final = dict(zip(_INTEGERS, (range(-(2**bits), 2**bits) for bits in (15, 31, 63)), strict=True))
 _TEXTS: Final = ("uuid", "text", "character varying")
+_MAX_ID_BYTES: Final = 2_600
+"""A little less than the largest entry of an index, a third of a page."""
+_NO_SIZE: Final = -1
+_VARHDRSZ: Final = 4
+"""The catalog has the size of a text with its header."""
 _METRICS: Final = {"cosine": "<=>", "ip": "<#>", "l2": "<->"}
 _PART: Final = r'("(?:[^"]|"")+"|[^".]+)'
 _NAME: Final = re.compile(rf"(?:{_PART}\.)?{_PART}")
 
+_AWAY: Final = ("08", "57P0")
+"""The errors of a connection, and of a server that ends or starts: https://www.postgresql.org/docs/current/errcodes-appendix.html"""
+NAMED: Final = """
+SELECT c.oid, n.nspname, c.relname, pg_table_is_visible(c.oid)
+FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.oid = to_regclass(%s)
+"""
 _COLUMNS: Final = """
 SELECT a.attname, format_type(a.atttypid, NULL), a.atttypmod, a.attgenerated <> '', a.attidentity <> '',
        col_description(a.attrelid, a.attnum)
@@ -175,6 +188,32 @@ class Table:
         return None
 
 
+def id_problem(row_id: RowId, column: Column | None) -> str:
+    """Return the reason why the column of ids cannot store an id of its kind; empty if it can.
+
+    Args:
+        column: ``None`` for a table that does not exist yet.
+    """
+    if isinstance(row_id, int):
+        kind = "bigint" if column is None else column.kind
+        return "" if row_id in _RANGES[kind] else f"its id {row_id} is out of range for the type {kind}"
+    if column is not None and column.kind == "uuid" and not _is_uuid(row_id):
+        return f"its id {cut(repr(row_id))} is not a UUID, as the column {quote(column.name)} requires"
+    if column is not None and column.kind == "character varying" and _NO_SIZE < column.size < len(row_id) + _VARHDRSZ:
+        most = column.size - _VARHDRSZ
+        return f"its id has {len(row_id):,} characters, but the column {quote(column.name)} takes at most {most:,}"
+    size = len(row_id.encode())
+    return f"its id has {size:,} bytes, but can have at most {_MAX_ID_BYTES:,}" if size > _MAX_ID_BYTES else ""
+
+
+def _is_uuid(text: str) -> bool:
+    try:
+        UUID(text)
+    except ValueError:
+        return False
+    return not text.startswith("urn:")  # which only Python reads
+
+
 @contextmanager
 def refusals(place: str) -> Iterator[None]:
     """Turn PostgreSQL's errors within the context into a `BulkError`.
@@ -184,10 +223,12 @@ def refusals(place: str) -> Iterator[None]:
     """
     try:
         yield
-    except psycopg.OperationalError as error:
-        raise away(place, error) from error
     except psycopg.Error as error:
-        raise BulkError(f"{place}: PostgreSQL rejects the request: {_message(error)}") from error
+        # Other operational errors are those of a server that is there, such as one whose disk is full.
+        if isinstance(error, psycopg.OperationalError) and (error.sqlstate or "08").startswith(_AWAY):
+            raise away(place, error) from error
+        hint = "; make room, and run the same command again" if isinstance(error, psycopg.errors.DiskFull) else ""
+        raise BulkError(f"{place}: PostgreSQL rejects the request: {_message(error)}{hint}") from error
 
 
 def away(place: str, error: psycopg.OperationalError) -> BulkError:
@@ -209,9 +250,11 @@ def find_table(connection: Connection, name: Name, store: str, id_column: str | 
         BulkError: no column can be the id.
     """
     place = f"{store}/{name}"
-    [oid] = connection.execute("SELECT to_regclass(%s)::oid", [name.quoted]).fetchone() or (None,)
-    if oid is None:
+    known = connection.execute(NAMED, [name.quoted]).fetchone()
+    if known is None:
         return None
+    oid, schema, table, is_visible = known
+    name = Name(table, None if is_visible else schema)  # public.docs and docs are one table
     columns = [Column(*values) for values in connection.execute(_COLUMNS, [oid])]
     unique = [name for (name,) in connection.execute(_UNIQUE, [oid])]
     wanted = id_column or next(iter(unique), "id")

@@ -59,8 +59,8 @@ def test_rows_come_back_with_their_ids_text_and_payload(url: str, client: Client
 
 
 @pytest.mark.parametrize(("rows", "message"), [
-    ([row(5, "a"), row("5", "b")], "id 5: earlier ids are numbers, but '5' is not"),
-    ([row("", "a")], "id  has an empty id, which Chroma does not allow"),
+    ([row(5, "a"), row("5", "b")], "id 5: its id '5' is text, but the ids of"),
+    ([row("", "a")], "id : its id is empty, which Chroma does not allow"),
     ([row(1, "a", {"gateway_id": 2})], "has a field `gateway_id`"),
 ])  # fmt: skip
 def test_ids_that_would_be_one_item_are_refused(url: str, rows: list[Row], message: str) -> None:

@@ -15,7 +15,7 @@ import pytest
 
 from gateway.bulk.fields import FieldNames
 from gateway.bulk.places import open_movable, read_place
-from gateway.bulk.rows import BulkError, Json, Row, RowId
+from gateway.bulk.rows import BulkError, Choosy, Json, Row, RowId
 from gateway.bulk.stores.protocol import Keeping, MovableStore
 from tests.bulk.stores.rows import (
     HYBRID,
@@ -177,6 +177,28 @@ def test_a_note_of_another_space_is_not_overruled(url: str) -> None:
 
     with pytest.raises(BulkError, match="cannot be compared"):
         write(url, [row(2, "b")], OTHER, Keeping(adopts=True))
+
+
+@pytest.mark.parametrize("kind", ["chroma", "milvus", "pgvector"])
+@pytest.mark.parametrize(("first", "other"), [(1, "x"), ("x", 1)])
+def test_an_id_of_another_kind_is_a_problem_of_its_row(url: str, kind: str, first: RowId, other: RowId) -> None:
+    """The first row decides, and later the collection; Chroma's ids are texts, in which a number is kept apart."""
+    exists = [False] if kind == "chroma" else [False, True]
+    for does_exist in exists:
+        opened, collection = open_url(url)
+        sink = opened.sink(collection, Keeping())
+        opened.close()
+        with closing(sink):
+            sink.open(NOTE)
+            assert isinstance(sink, Choosy)
+            if not does_exist:
+                assert sink.problem(row(first, "a")) == ""
+            found = sink.problem(row(other, "b"))
+            kinds = ("text", "integers") if isinstance(other, str) else ("an integer", "texts")
+            assert found.startswith(f"its id {other!r} is {kinds[0]}, but the ids of ")
+            assert found.endswith(f" are {kinds[1]}: use one kind of ids")
+            sink.write(0, embedded([row(first, "a")]))
+    assert list(by_id(url)) == [first]
 
 
 # --------------------------------------------------------------------------------------------------------- a source

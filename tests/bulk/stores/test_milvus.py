@@ -49,7 +49,7 @@ def store_of(url: str) -> MilvusStore:
 
 def test_an_id_of_another_type_is_refused(url: str) -> None:
     write(url, [row(1, "a")])
-    with pytest.raises(BulkError, match=r"id x: its id is text, but the ids of .* are INT64"):
+    with pytest.raises(BulkError, match=r"id x: its id 'x' is text, but the ids of .* are integers"):
         write(url, [row("x", "b")])
 
 

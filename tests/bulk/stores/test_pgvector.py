@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import closing
@@ -15,7 +16,7 @@ import pytest
 
 from gateway.bulk.fields import FieldNames
 from gateway.bulk.places import open_movable, read_place
-from gateway.bulk.rows import BadRow, BulkError, Json, Row
+from gateway.bulk.rows import BadRow, BulkError, Json, Row, RowId
 from gateway.bulk.stores.pgvector import PgvectorStore
 from gateway.bulk.stores.pgvector_session import Session
 from gateway.bulk.stores.pgvector_tables import read_name, refusals
@@ -106,9 +107,9 @@ def test_rows_and_their_vectors_are_kept_exactly(url: str, sql: psycopg.Connecti
 
 def test_a_shard_is_written_as_a_whole_or_not_at_all(url: str) -> None:
     write(url, [row(1, "a")])
-    with pytest.raises(BulkError, match=r"its id is text, but the ids of .*docs have the type bigint"):
+    with pytest.raises(BulkError, match=r"id x: its id 'x' is text, but the ids of .*docs are integers"):
         write(url, [row(2, "b"), row("x", "c")])
-    with pytest.raises(BulkError, match="PostgreSQL rejects the request"):
+    with pytest.raises(BulkError, match=r"id 3: the field `text` has the character U\+0000"):
         write(url, [row(2, "b"), row(3, "zero \0")])
     assert list(by_id(url)) == [1]
 
@@ -262,6 +263,61 @@ def test_a_character_that_postgresql_cannot_store_is_a_problem_of_its_row(url: s
             (row(1, "a", {"k": {"\0": 1}}), "k"), (row(1, "a", {"n\0": 1}), "n\\0"),
         ]:  # fmt: skip
             assert sink.problem(bad).startswith(f"the field `{name}` has the character U+0000, which PostgreSQL")
+
+
+def test_an_id_that_its_column_cannot_store_is_a_problem_of_its_row(url: str, sql: psycopg.Connection) -> None:
+    cases: list[tuple[str, list[RowId], list[tuple[RowId, str]]]] = [
+        ("smallint", [-(2**15), 2**15 - 1], [(2**15, "its id 32768 is out of range for the type smallint")]),
+        ("bigint", [2**63 - 1], [(2**63, "out of range for the type bigint"), ("5", "is text, but the ids of")]),
+        ("uuid", ["A0EEBC99-9C0B-4EF8-BB6D-6BB9BD380A11"], [("x", "its id 'x' is not a UUID, as the column `id`")]),
+        ("varchar(3)", ["äöü"], [("abcd", "its id has 4 characters, but the column `id` takes at most 3")]),
+        ("text", ["ab" * 600], [("語" * 1000, "its id has 3,000 bytes, but can have at most 2,600"), (5, "is an integer")]),
+    ]  # fmt: skip
+    for kind, good, bad in cases:
+        columns = f"id {kind} PRIMARY KEY, embedding vector(4), payload jsonb"
+        sql.execute(f"DROP TABLE IF EXISTS docs; CREATE TABLE docs ({columns})".encode())
+        write(url, [row(row_id, "a") for row_id in good])
+        for row_id, message in bad:
+            with closing(store_of(url)) as store, closing(store.sink("docs", Keeping("text"))) as sink:
+                sink.open(NOTE)
+                assert not any(sink.problem(row(fine, "a")) for fine in good)
+                assert message in sink.problem(row(row_id, "a"))
+                with pytest.raises(BulkError, match=re.escape(message)):
+                    sink.write(0, embedded([row(row_id, "a")]))
+
+
+def test_a_server_that_cannot_write_is_not_called_away(url: str, sql: psycopg.Connection) -> None:
+    write(url, [row(1, "a")])
+    sql.execute(
+        "CREATE OR REPLACE FUNCTION full_disk() RETURNS trigger LANGUAGE plpgsql AS "
+        "$$ BEGIN RAISE EXCEPTION USING ERRCODE = 'disk_full', MESSAGE = 'could not extend file'; END $$;"
+        "CREATE TRIGGER is_full BEFORE INSERT ON docs FOR EACH ROW EXECUTE FUNCTION full_disk()"
+    )
+    with pytest.raises(
+        BulkError, match=r"docs: PostgreSQL rejects the request: could not extend file; make room, and run the same"
+    ):
+        write(url, [row(2, "b")])
+
+
+def test_a_table_is_the_same_with_and_without_its_schema(url: str, sql: psycopg.Connection) -> None:
+    write(url, [row(1, "a")])
+    sql.execute("DROP SCHEMA IF EXISTS apart CASCADE; CREATE SCHEMA apart; CREATE VIEW shown AS SELECT * FROM docs")
+    write(url.replace("/docs", "/apart.docs"), [row(2, "b")], WIDE)
+    store = store_of(url)
+    assert store.describe("public.docs").name == store.describe("docs").name == "docs"
+    assert store.describe("public.shown").name == store.describe("shown").name == "docs"
+    assert (store.describe("apart.docs").name, store.describe("apart.docs").notes) == (
+        "apart.docs",
+        {"embedding": WIDE},
+    )
+    store.flip("public.shown", "apart.docs")
+    assert store.aliases() == {"shown": "apart.docs"}
+    store.flip("shown", "public.docs")
+    long = "语" * 21  # 63 bytes, the most that a name can have
+    for table in ("docs", "apart.docs", "docs"):
+        store.flip(long, table)
+        assert store.aliases()[long] == table
+    store.close()
 
 
 def test_a_vector_is_added_next_to_the_first(url: str, sql: psycopg.Connection) -> None:
