@@ -57,7 +57,10 @@ def _print(console: Console, move: Move, *, with_log: bool = False) -> None:
     pair = move.pairs[0]
     target = pair.new if move.into_vector is None else f"its vector {move.into_vector}"
     say(console, f"{move.name}: {pair.old} → {target} in {move.place.partition('?')[0]}", "bold")
-    say(console, f"{_where(move)}; space {move.space}, {move.dimensions} dimensions, text in {move.text}")
+    where = (
+        "going back: items of the new collection are missing from the old one" if move.is_returning else _where(move)
+    )
+    say(console, f"{where}; space {move.space}, {move.dimensions} dimensions, text in {move.text}")
     if with_log:
         for line in move.log:
             say(console, f"  {line}")
@@ -104,6 +107,8 @@ def _after_flip(move: Move) -> list[str]:
 
 def next_command(move: Move) -> str:
     """Return the next command, ready to be copied."""
+    if move.is_returning:
+        return f"gateway move back {move.name}"
     match move.stage:
         case Stage.COPYING:
             return f"gateway move sync {move.name}"

@@ -151,6 +151,25 @@ class Ledger:
             ).fetchall()
         return {json.loads(row_id): written for row_id, written in rows}
 
+    def belong_to(self, target: str) -> None:
+        """Forget everything if the ledger is that of an earlier move, which wrote elsewhere.
+
+        Args:
+            target: the collection and vector that this move writes.
+        """
+        with self._using():
+            row = self._db.execute("SELECT value FROM facts WHERE name = 'target'").fetchone()
+        if row == (target,):
+            return
+        if row is not None:
+            self.clear()
+        self._change("INSERT OR REPLACE INTO facts VALUES ('target', ?)", [(target,)])
+
+    def clear(self) -> None:
+        """Forget all items, and when the last pass began."""
+        self._change("DELETE FROM items", [()])
+        self._change("DELETE FROM facts WHERE name = 'mark'", [()])
+
     def _change(self, statement: str, values: Iterable[Sequence[object]]) -> None:
         with self._using():
             self._db.execute("BEGIN")

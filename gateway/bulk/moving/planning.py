@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import urlencode
 
 from gateway.bulk.fields import FieldNames
 from gateway.bulk.moving.mem0 import Mem0, read_mem0
-from gateway.bulk.moving.state import Move, Pair, Stage, name_move, new_name, read_moves
+from gateway.bulk.moving.state import Move, Pair, Stage, lock_move, name_move, new_name, read_moves
 from gateway.bulk.moving.work import Work
 from gateway.bulk.places import read_place
 from gateway.bulk.rows import BulkError
@@ -77,8 +78,13 @@ def places_of(request: StartRequest) -> tuple[Mem0 | None, Place]:
     return None, place
 
 
-def plan(request: StartRequest, known: Mem0 | None, place: Place, store: MovableStore, folder: Path) -> Move:
+def plan(
+    request: StartRequest, known: Mem0 | None, place: Place, store: MovableStore, folder: Path, locks: ExitStack
+) -> Move:
     """Return the move, without the names of its new collections unless it was started before.
+
+    Args:
+        locks: gets the lock of the move, which must be held until its state is written.
 
     Raises:
         BulkError: the collection cannot be moved, or is moved elsewhere already.
@@ -100,8 +106,10 @@ def plan(request: StartRequest, known: Mem0 | None, place: Place, store: Movable
             source.close()
     others = [(known.entities, "entities.sqlite3")] if known and known.entities in store.collections() else []
     url = _url(place)
+    name = name_move(folder, info.name, url)
+    locks.enter_context(lock_move(folder, name))
     move = Move(
-        name=name_move(folder, info.name, url),
+        name=name,
         place=url,
         pairs=[
             Pair(info.name, "", "ledger.sqlite3", request.changed_at or (known.changed_at if known else None)),
@@ -129,7 +137,14 @@ def plan(request: StartRequest, known: Mem0 | None, place: Place, store: Movable
             f"a move of {info.name} to {before.model} is already in progress: `gateway move status {before.name}` "
             f"shows it, and `gateway move finish {before.name}` ends it"
         )
-    return replace(move, pairs=before.pairs, log=before.log, was_flipped=before.was_flipped)
+    return replace(
+        move,
+        pairs=before.pairs,
+        space=before.space,
+        was_flipped=before.was_flipped,
+        is_returning=before.is_returning,
+        log=before.log,
+    )
 
 
 def _first_vector(new: str, asked: str | None, info: CollectionInfo, store: str) -> str:
@@ -158,6 +173,13 @@ def _url(place: Place) -> str:
     return place.store + (f"?{urlencode(options)}" if options else "")
 
 
+def real_name(store: MovableStore, collection: str) -> str:
+    """Return the name by which a store lists a collection; the name itself if the collection does not exist."""
+    with suppress(BulkError):  # a store that has gone away fails at the next request
+        return store.describe(collection).name
+    return collection
+
+
 def name_copies(move: Move, work: Work, into: str | None) -> Move:
     """Return the move with the names of its new collections, after checking that they can take its vectors.
 
@@ -175,7 +197,7 @@ def name_copies(move: Move, work: Work, into: str | None) -> Move:
             pairs.append(replace(pair, new=pair.old))
             continue
         base = into if into is not None and pair == move.pairs[0] else None
-        new = base or pair.new or new_name(pair.old, note.space)
+        new = real_name(work.reading, base or pair.new or new_name(pair.old, note.space))
         if new == pair.old:
             raise BulkError(f"--into {new}: is the old collection itself")
         pairs.append(replace(pair, new=new))

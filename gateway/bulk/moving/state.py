@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -18,6 +20,7 @@ from gateway.config.files import write_whole
 from gateway.config.wording import enumerate_names
 
 _FILE: Final = "move.json"
+_LOCK: Final = "lock"
 _MAX_SLUG: Final = 60
 
 
@@ -72,6 +75,7 @@ class Move:
         api_key_env: the name of the environment variable with the gateway's key.
         skips: leave items without a text behind.
         was_flipped: applications have been allowed to use the new collection.
+        is_returning: applications use the old collection again, which lacks items that they wrote into the new one.
         log: the history of the move, for people.
     """
 
@@ -95,6 +99,7 @@ class Move:
     api_key_env: str = "GATEWAY_API_KEY"
     skips: bool = False
     was_flipped: bool = False
+    is_returning: bool = False
     log: list[str] = field(default_factory=list)
 
     @property
@@ -141,6 +146,41 @@ def name_move(folder: Path, collection: str, place: str) -> str:
     if before is None or (before.place == place and before.pairs[0].old == collection):
         return name
     return f"{name}_{_short_hash(place if before.place != place else f'{place} {collection}')}"
+
+
+@contextmanager
+def lock_move(folder: Path, name: str) -> Iterator[None]:
+    """Keep other processes from working on a move within the context.
+
+    Raises:
+        BulkError: another process works on it, or the folder cannot be written.
+    """
+    path = folder / name / _LOCK
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("ab")
+    except OSError as error:
+        raise BulkError(f"the state of the move cannot be written: {path}: {error.strerror}") from error
+    with file:  # closing it, and the death of the process, ends the lock
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BulkError(f"another process works on the move {name}; wait for it, or end it") from None
+        yield
+
+
+@contextmanager
+def hold(folder: Path, move: Move) -> Iterator[Move]:
+    """Lock a move that has not finished, and yield its state, which another process may have changed since it was read.
+
+    Raises:
+        BulkError: another process works on it, or it has finished.
+    """
+    with lock_move(folder, move.name):
+        found = read_moves(folder).get(move.name, move)
+        if found.stage is Stage.FINISHED:
+            raise BulkError(f"the move {found.name} is finished: there are no further steps")
+        yield found
 
 
 def write_move(folder: Path, move: Move) -> None:

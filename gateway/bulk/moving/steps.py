@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,8 +20,8 @@ from gateway.bulk.moving.checking import (
 )
 from gateway.bulk.moving.mem0 import change_mem0, read_mem0, restore_mem0
 from gateway.bulk.moving.passes import PassCounts
-from gateway.bulk.moving.planning import StartRequest, name_copies, places_of, plan
-from gateway.bulk.moving.state import Move, Pair, Stage, write_move
+from gateway.bulk.moving.planning import StartRequest, name_copies, places_of, plan, real_name
+from gateway.bulk.moving.state import Move, Pair, Stage, hold, write_move
 from gateway.bulk.moving.work import Work, asked_of, at_work, embedder_of, old_ledger, store_of
 from gateway.bulk.places import open_movable
 from gateway.bulk.rows import BulkError, RowId, SpaceNote
@@ -40,17 +41,16 @@ async def start(request: StartRequest, folder: Path, console: Console) -> Move:
         BulkError: the move cannot start or cannot finish.
     """
     known, place = places_of(request)
-    store = open_movable(place)
-    try:
-        move = plan(request, known, place, store, folder)
-    finally:
-        store.close()
-    async with at_work(move, folder, console) as opened:
-        move = name_copies(move, opened, request.into)
-        work = replace(opened, move=move)
-        work.make_copies()
-        write_move(folder, move)
-        return await _copy(work)
+    with ExitStack() as locks:
+        with closing(open_movable(place)) as store:
+            move = plan(request, known, place, store, folder, locks)
+        async with at_work(move, folder, console) as opened:
+            move = name_copies(move, opened, request.into)
+            work = replace(opened, move=move)
+            work.make_copies()
+            move = replace(move, pairs=[replace(pair, new=real_name(work.reading, pair.new)) for pair in move.pairs])
+            write_move(folder, move)
+            return await _copy(replace(work, move=move))
 
 
 async def _copy(work: Work) -> Move:
@@ -77,26 +77,39 @@ async def _copy(work: Work) -> Move:
 
 async def sync(move: Move, folder: Path, console: Console, *, skips: bool) -> Move:
     """Copy the changes in the old collection since the last pass."""
-    move = replace(move, skips=move.skips or skips)
-    async with at_work(move, folder, console) as work:
-        return await _copy(work)
+    with hold(folder, move) as held:
+        async with at_work(replace(held, skips=held.skips or skips), folder, console) as work:
+            return await _copy(work)
 
 
 async def check(
     move: Move, folder: Path, console: Console, queries: Path | None, old_model: str | None
 ) -> tuple[Move, list[CheckReport]]:
-    """Copy changes, and compare each collection with its copy."""
-    async with at_work(move, folder, console) as work:
-        results = await work.passes(is_full=True)
-        reports = [
-            await _check_pair(work, pair, results[pair.old], queries if pair == move.pairs[0] else None, old_model)
-            for pair in move.pairs
-        ]
-    is_ready = not any(report.problems() for report in reports)
-    if move.stage is not Stage.FLIPPED:
-        move = move.at(Stage.CHECKED if is_ready else Stage.COPIED, f"checked: {'ready' if is_ready else 'not ready'}")
-        write_move(folder, move)
-    return move, reports
+    """Copy changes, and compare each collection with its copy.
+
+    Raises:
+        BulkError: the way back has not ended, or a store or the model fails.
+    """
+    with hold(folder, move) as held:
+        if held.is_returning:
+            raise BulkError(
+                f"{held.pairs[0].old} lacks items that applications wrote into {held.pairs[0].new}: run `gateway move back "
+                f"{held.name}` until it ends, or let applications use the new collection with `gateway move flip "
+                f"{held.name} --force`"
+            )
+        async with at_work(held, folder, console) as work:
+            results = await work.passes(is_full=True)
+            reports = [
+                await _check_pair(work, pair, results[pair.old], queries if pair == held.pairs[0] else None, old_model)
+                for pair in held.pairs
+            ]
+        is_ready = not any(report.problems() for report in reports)
+        if held.stage is Stage.FLIPPED:
+            return held, reports
+        what = f"checked: {'ready' if is_ready else 'not ready'}"
+        checked = held.at(Stage.CHECKED if is_ready else Stage.COPIED, what)
+        write_move(folder, checked)
+        return checked, reports
 
 
 async def _check_pair(
@@ -166,6 +179,11 @@ async def flip(move: Move, folder: Path, console: Console, *, forces: bool) -> M
     Raises:
         BulkError: the last check did not pass, or the store refuses.
     """
+    with hold(folder, move) as held:
+        return await _flip(held, folder, console, forces=forces)
+
+
+async def _flip(move: Move, folder: Path, console: Console, *, forces: bool) -> Move:
     if move.stage is Stage.FLIPPED:
         raise BulkError("applications already use the new collection: `gateway move sync` copies late changes")
     if move.stage is not Stage.CHECKED and not forces:
@@ -181,7 +199,7 @@ async def flip(move: Move, folder: Path, console: Console, *, forces: bool) -> M
                 with work.ledger(pair) as ledger:
                     ledger.copy_to(old_ledger(work.files / pair.ledger))
         # This is written before the flip: from now on, no pass may delete or replace the applications' writes.
-        move = replace(move, was_flipped=True).at(Stage.FLIPPED, "flipped")
+        move = replace(move, was_flipped=True, is_returning=False).at(Stage.FLIPPED, "flipped")
         write_move(folder, move)
         try:
             move = _use(move, work.writing, back=False)
@@ -213,14 +231,21 @@ async def back(move: Move, folder: Path, console: Console, old_model: str | None
 
     Raises:
         BulkError: the move was not flipped, or the old model is unknown. In the second case the flip itself is already
-        undone.
+        undone, and the same step with the old model does the rest.
     """
-    if move.stage is not Stage.FLIPPED:
+    with hold(folder, move) as held:
+        return await _back(held, folder, console, old_model)
+
+
+async def _back(move: Move, folder: Path, console: Console, old_model: str | None) -> Move:
+    if move.stage is not Stage.FLIPPED and not move.is_returning:
         raise BulkError("applications use the old collection: there is nothing to undo")
     with store_of(move) as store:
         model = old_model or _old_model(move, store, move.pairs[0])
-        move = _use(move, store, back=True).at(Stage.COPIED, "back to the old collection")
-        write_move(folder, move)
+        if move.stage is Stage.FLIPPED:
+            move = replace(_use(move, store, back=True), is_returning=True)
+            move = move.at(Stage.COPIED, "back to the old collection")
+            write_move(folder, move)
     say(console, f"Let applications use {move.pairs[0].old} again.")
     if model is None:
         raise BulkError(
@@ -228,6 +253,8 @@ async def back(move: Move, folder: Path, console: Console, old_model: str | None
             "unknown: name the model with `gateway move back --from-model NAME`"
         )
     await _return_changes(move, folder, console, model)
+    move = replace(move, is_returning=False)
+    write_move(folder, move)
     return move
 
 
@@ -268,6 +295,11 @@ async def finish(move: Move, folder: Path, console: Console, *, deletes: bool) -
     Raises:
         BulkError: applications do not use the new collection, or still write into the old one.
     """
+    with hold(folder, move) as held:
+        return await _finish(held, folder, console, deletes=deletes)
+
+
+async def _finish(move: Move, folder: Path, console: Console, *, deletes: bool) -> Move:
     if not deletes:
         move = move.at(Stage.FINISHED, "finished; the old collection was kept")
         write_move(folder, move)

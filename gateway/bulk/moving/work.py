@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, closing, contextmanager
 from dataclasses import dataclass, replace
@@ -26,6 +27,7 @@ from gateway.bulk.stores.protocol import MovableStore, Place
 from gateway.cli.console import say
 from gateway.cli.models import models_at
 from gateway.config.wording import count
+from gateway.routing.spaces import is_same_space
 from gateway.types import Truncate
 
 _MAX_PASSES = 10
@@ -121,6 +123,9 @@ class Work:
         """Open the ledger of a collection: of its new vectors, or of old ones in the same collection."""
         path = old_ledger(self.files / pair.ledger) if back and self.move.into_vector else self.files / pair.ledger
         with closing(Ledger(path, self.reading.sort_key)) as ledger:
+            ledger.belong_to(json.dumps([pair.new, self.move.new_vector]))
+            if pair.new not in self.reading.collections():  # the first pass, or it was deleted since
+                ledger.clear()
             yield ledger
 
     def direction(self, pair: Pair, *, back: bool = False) -> Direction:
@@ -146,7 +151,7 @@ class Work:
             BulkError: a collection has vectors of another space.
         """
         for pair in self.move.pairs:
-            with closing(sink_of(self.direction(pair))) as sink:
+            with self.ledger(pair), closing(sink_of(self.direction(pair))) as sink:
                 sink.open(self.embedder.note)
 
     async def passes(self, *, back: bool = False, is_full: bool = False) -> dict[str, PassCounts]:
@@ -198,7 +203,17 @@ async def at_work(move: Move, folder: Path, console: Console, model: str | None 
 
     Args:
         model: a model to use instead of the new one.
+
+    Raises:
+        BulkError: they cannot be opened, or the new model is no longer in the space of the move.
     """
     with store_of(move) as reading, store_of(move) as writing:
         async with embedder_of(move, asked_of(move, model), console) as embedder:
+            space = embedder.note.space
+            if model is None and move.space is not None and not is_same_space(space, move.space):
+                raise BulkError(
+                    f"{move.model} is now in the space {space}, but the vectors of this move are of {move.space}. Restore "
+                    f"the model's earlier weights and settings, or end this move with `gateway move finish {move.name}` "
+                    "and start another"
+                )
             yield Work(move, folder, reading, writing, embedder, console)

@@ -41,10 +41,17 @@ def vector_of(model: str, text: str) -> np.ndarray:
 
 
 class HashModel:
-    """An embedder."""
+    """An embedder.
+
+    Attributes:
+        note_of: notes in place of the usual ones, by model.
+    """
+
+    note_of: ClassVar[dict[str, SpaceNote]] = {}
 
     def __init__(self, model: str, on_call: Callable[[Sequence[str]], None]) -> None:
-        self.note = SpaceNote(f"{model}@{model:0>12}", model, None, WIDTHS[model], is_normalized=True)
+        usual = SpaceNote(f"{model}@{model:0>12}", model, None, WIDTHS[model], is_normalized=True)
+        self.note = self.note_of.get(model, usual)
         self.max_texts, self.max_characters, self.num_calls, self.block_texts = 16, 10_000, 2, 32
         self._on_call = on_call
 

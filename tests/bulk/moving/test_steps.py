@@ -6,6 +6,7 @@ import asyncio
 import random
 import uuid
 from contextlib import closing, suppress
+from dataclasses import replace
 from pathlib import Path
 from threading import Event, Thread
 
@@ -14,7 +15,8 @@ import psycopg
 import pytest
 from rich.console import Console
 
-from gateway.bulk.moving.state import Stage, find_move, read_moves
+from gateway.bulk.moving.command import next_command
+from gateway.bulk.moving.state import Stage, find_move, lock_move, read_moves
 from gateway.bulk.moving.steps import back, check, finish, flip, start, sync
 from gateway.bulk.rows import BulkError, EmbeddedRows, Row
 from gateway.bulk.stores.protocol import Keeping
@@ -236,6 +238,141 @@ async def test_old_vectors_of_another_model_are_not_written_by_the_way_back(
     shop.check_vectors()
 
 
+async def test_the_way_back_can_be_interrupted_and_repeated(
+    shop: Shop, models: Models, tmp_path: Path, console: Console
+) -> None:
+    move = await start(request_for(shop), tmp_path, console)
+    move = await flip(move, tmp_path, console, forces=True)
+    copy = copy_of(shop, move)
+    copy.put({200: "word2 written by an application"})
+
+    def die(_texts: object) -> None:
+        raise _Killed
+
+    models.on_call = die
+    with pytest.raises(_Killed):
+        await back(move, tmp_path, console, "old")
+    models.on_call = lambda _texts: None
+    with pytest.raises(BulkError, match=r"lacks items that applications wrote .* run `gateway move back "):
+        await check(move, tmp_path, console, None, None)
+    await sync(move, tmp_path, console, skips=False)
+    assert 200 in copy.content()
+    assert next_command(find_move(tmp_path, None)) == f"gateway move back {move.name}"
+
+    move = await back(move, tmp_path, console, "old")
+
+    assert shop.content()[200] == copy.content()[200]
+    shop.check_vectors()
+    with pytest.raises(BulkError, match="there is nothing to undo"):
+        await back(move, tmp_path, console, "old")
+    _move, [report] = await check(move, tmp_path, console, None, None)
+    assert report.problems() == []
+
+
+async def test_the_way_back_without_a_known_model_waits_for_its_name(
+    shop: Shop, models: Models, postgres: str, tmp_path: Path, console: Console
+) -> None:
+    move = await start(request_for(shop), tmp_path, console)
+    with psycopg.connect(postgres, autocommit=True) as sql:
+        sql.execute(f"COMMENT ON COLUMN {shop.collection}.embedding IS NULL".encode())
+    move = await flip(move, tmp_path, console, forces=True)
+    copy_of(shop, move).put({200: "word2 written by an application"})
+    with pytest.raises(BulkError, match="name the model with `gateway move back --from-model NAME`"):
+        await back(move, tmp_path, console, None)
+
+    await back(move, tmp_path, console, "old")
+
+    assert 200 in shop.content()
+    shop.check_vectors()
+
+
+async def test_a_finished_move_has_no_further_steps(
+    shop: Shop, models: Models, tmp_path: Path, console: Console
+) -> None:
+    move = await start(request_for(shop), tmp_path, console)
+    move = await flip(move, tmp_path, console, forces=True)
+    before = move
+    await finish(move, tmp_path, console, deletes=True)
+
+    for step in (
+        sync(before, tmp_path, console, skips=False),
+        check(before, tmp_path, console, None, None),
+        flip(before, tmp_path, console, forces=True),
+        back(before, tmp_path, console, "old"),
+        finish(before, tmp_path, console, deletes=True),
+    ):
+        with pytest.raises(BulkError, match=f"the move {move.name} is finished"):
+            await step
+
+
+async def test_another_move_of_a_collection_copies_all_of_its_items(
+    any_shop: Shop, models: Models, tmp_path: Path, console: Console
+) -> None:
+    """The files of the first one say what was written into another collection."""
+    move = await start(request_for(any_shop, changed_at="changed_at"), tmp_path, console)
+    await finish(move, tmp_path, console, deletes=False)
+
+    second = await start(request_for(any_shop, model="twin", changed_at="changed_at"), tmp_path, console)
+
+    assert second.pairs[0].new != move.pairs[0].new
+    copy = copy_of(any_shop, second, "twin")
+    assert copy.content() == any_shop.content()
+    copy.check_vectors()
+
+
+async def test_a_step_continues_from_the_state_that_another_process_has_written(
+    shop: Shop, models: Models, tmp_path: Path, console: Console
+) -> None:
+    """A step reads the state first, and then loads the model, while another process may flip."""
+    move = await start(request_for(shop), tmp_path, console)
+    before = move
+    await flip(move, tmp_path, console, forces=True)
+
+    move = await sync(before, tmp_path, console, skips=False)
+
+    assert (move.stage, move.was_flipped) == (Stage.FLIPPED, True)
+    assert read_moves(tmp_path)[move.name] == move
+
+
+async def test_one_process_at_a_time_works_on_a_move(
+    shop: Shop, models: Models, tmp_path: Path, console: Console
+) -> None:
+    move = await start(request_for(shop), tmp_path, console)
+    with lock_move(tmp_path, move.name):
+        for step in (
+            start(request_for(shop), tmp_path, console),
+            sync(move, tmp_path, console, skips=False),
+            flip(move, tmp_path, console, forces=True),
+            finish(move, tmp_path, console, deletes=False),
+        ):
+            with pytest.raises(
+                BulkError, match=f"another process works on the move {move.name}; wait for it, or end it"
+            ):
+                await step
+    assert read_moves(tmp_path)[move.name].stage is Stage.COPIED
+
+
+async def test_a_model_whose_space_has_changed_since_is_refused(
+    shop: Shop, models: Models, tmp_path: Path, console: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    move = await start(request_for(shop), tmp_path, console)
+    shop.put({100: "word1 added"})
+    note = HashModel("new", lambda _texts: None).note
+    monkeypatch.setattr(HashModel, "note_of", {"new": replace(note, space="new@0123456789ab")})
+    changed = (
+        r"new is now in the space new@0123456789ab, but the vectors of this move are of new@000000000new\. Restore"
+    )
+
+    for step in (
+        start(request_for(shop), tmp_path, console),
+        sync(move, tmp_path, console, skips=False),
+        flip(move, tmp_path, console, forces=True),
+    ):
+        with pytest.raises(BulkError, match=changed):
+            await step
+    assert 100 not in copy_of(shop, move).content()
+
+
 async def test_a_move_while_an_application_writes_ends_with_the_same_content(
     pgvector: str, postgres: str, models: Models, tmp_path: Path, console: Console
 ) -> None:
@@ -326,3 +463,18 @@ async def test_the_move_waits_for_a_store_that_goes_away_midway_and_continues_la
     again = Shop(pgvector, shop.collection)
     copy = copy_of(again, move)
     assert copy.content() == again.content()
+
+
+async def test_a_new_collection_that_was_deleted_is_copied_again(
+    any_shop: Shop, models: Models, tmp_path: Path, console: Console
+) -> None:
+    request = request_for(any_shop, changed_at="changed_at")
+    move = await start(request, tmp_path, console)
+    any_shop.store.delete_collection(move.pairs[0].new)
+    any_shop.close()
+
+    move = await start(request, tmp_path, console)
+
+    copy = copy_of(any_shop, move)
+    assert len(copy.content()) == 50
+    copy.check_vectors()
