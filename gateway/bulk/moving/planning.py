@@ -128,13 +128,22 @@ def plan(
         api_key_env=request.api_key_env,
         skips=request.skips,
     )
+    return _continued(move, folder)
+
+
+def _continued(move: Move, folder: Path) -> Move:
+    """Return a move with the state of the same move, if that was started before.
+
+    Raises:
+        BulkError: the collection is moved elsewhere already.
+    """
     before = read_moves(folder).get(move.name)
     if before is None or before.stage is Stage.FINISHED:
         return move
     is_other = (before.model, before.text, before.into_vector) != (move.model, move.text, move.into_vector)
     if is_other or before.stage is Stage.FLIPPED:
         raise BulkError(
-            f"a move of {info.name} to {before.model} is already in progress: `gateway move status {before.name}` "
+            f"a move of {move.pairs[0].old} to {before.model} is already in progress: `gateway move status {before.name}` "
             f"shows it, and `gateway move finish {before.name}` ends it"
         )
     return replace(
