@@ -17,6 +17,7 @@ from gateway.config.registry import Experiment
 from gateway.errors import BadInput, ExperimentNotFound, ModelNotAllowed
 from gateway.experiments.split import Reason, UnitSource, read_unit
 from gateway.http.context import RequestContext
+from gateway.http.parameters import read_query
 from gateway.routing.router import Choice, Router
 from gateway.routing.written import MAX_UNIT_BYTES, write_name
 from gateway.types import ModelKind
@@ -90,6 +91,8 @@ class Assignments:
     ) -> AssignmentCard:
         """Return the arm of a unit, its model and its space. A unit counts only once texts are embedded."""
         experiment = find_experiment(self._deployment, request, experiment_id)
+        if unit is not None:
+            unit = read_query(request.scope["query_string"], "unit")
         return self._assign(request, experiment, self._deployment.router, unit, "unit")
 
     async def list_assignments(self, request: Request, experiment_id: str) -> AssignmentList:

@@ -226,6 +226,26 @@ async def test_a_model_that_loads_has_an_arm_and_no_space_yet(connect: Connect, 
     assert assigned["send"]["headers"] == {}
 
 
+@pytest.mark.parametrize(
+    ("query", "message"),
+    [
+        ("unit=Jos%E9", "`unit` is not UTF-8"),  # would be the unit of every such name
+        ("unit=%ED%A0%80", "`unit` is not UTF-8"),
+        ("unit=ada&unit=bob", "`unit` is given 2 times"),
+    ],
+)
+async def test_a_unit_that_would_be_read_as_another_is_refused(
+    client: httpx.AsyncClient, check_error: CheckError, query: str, message: str
+) -> None:
+    assert message in check_error(await client.get(f"{PATH}?{query}"), 400, "invalid_input", param="unit")
+
+
+async def test_other_parameters_may_hold_anything(client: httpx.AsyncClient) -> None:
+    answer = await client.get(f"{PATH}?x=%FF&x=1&unit=ada")
+
+    assert (answer.status_code, answer.json()["unit"]) == (200, "ada")
+
+
 async def test_requests_that_are_split_at_random_have_no_assignment(connect: Connect, check_error: CheckError) -> None:
     arms = ({"model": "mini", "weight": 1}, {"name": "other", "model": "mini", "weight": 1})
     client = await connect(experiments=[experiment(kind="same_space", unit=(), arms=arms)])
