@@ -180,14 +180,61 @@ def test_a_module_with_settings_that_are_not_known_is_refused(
         load_whole(dense)
 
 
-def test_a_flag_of_the_pooling_is_true_or_false(dense: Path, edit_json: EditJson) -> None:
-    """Read as false, the mean would be taken where sentence-transformers takes the first token."""
-    (dense / "1_Pooling" / "config.json").write_text(
-        json.dumps({"word_embedding_dimension": 64, "pooling_mode_cls_token": "true"})
-    )
+@pytest.mark.parametrize(
+    ("file", "key", "value"),
+    [
+        # Read as false, the mean would be taken where sentence-transformers takes the first token.
+        ("1_Pooling/config.json", "pooling_mode_cls_token", "true"),
+        ("1_Pooling/config.json", "include_prompt", 0),
+        ("1_Pooling/config.json", "include_prompt", "false"),
+        ("2_Dense/config.json", "bias", "false"),
+        ("2_Dense/config.json", "use_residual", "false"),
+        ("sentence_bert_config.json", "do_lower_case", "true"),
+        ("sentence_bert_config.json", "do_lower_case", 1),
+    ],
+)
+def test_a_flag_is_true_or_false(file: str, key: str, value: object, dense: Path, edit_json: EditJson) -> None:
+    """sentence-transformers tests such a value as Python does: a 0 is false, and the text "false" is true."""
+    edit_json(dense / file, **{key: value})
 
-    with pytest.raises(LoadError, match="pooling_mode_cls_token must be true or false, got 'true'"):
+    with pytest.raises(LoadError, match=rf"{key} must be true or false, got {value!r}|no use_residual"):
+        load_whole(dense)
+
+
+def test_a_prompt_that_is_not_pooled_is_refused_if_the_setting_is_null(dense: Path, edit_json: EditJson) -> None:
+    edit_json(dense / "1_Pooling" / "config.json", include_prompt=None)
+
+    with pytest.raises(LoadError, match="include_prompt: false is not supported"):
         plan_load(entry(dense))
+
+
+@pytest.mark.parametrize(
+    ("length", "prompts", "taken"),
+    [
+        (1, {}, "the special tokens take 2"),
+        (2, {}, "the special tokens take 2"),
+        (
+            8,
+            {"query": "Berlin is the capital of Germany.", "document": ""},
+            "the special tokens and the instruction 'Berlin is the capital of Germany.' take ",
+        ),
+    ],
+)
+@pytest.mark.parametrize("place", ["checkpoint", "registry"])
+def test_a_length_that_leaves_no_token_of_a_text_is_refused(
+    place: str, length: int, prompts: dict[str, str], taken: str, dense: Path, edit_json: EditJson
+) -> None:
+    """Otherwise all texts would have the same vector."""
+    edit_json(dense / "config_sentence_transformers.json", prompts=prompts)
+    if place == "checkpoint":
+        edit_json(dense / "sentence_bert_config.json", max_seq_length=length)
+
+    with pytest.raises(LoadError, match=rf"texts are cut at {length} tokens, and {taken}"):
+        load_whole(dense, max_tokens=length if place == "registry" else None)
+
+
+def test_a_length_that_leaves_one_token_of_a_text_is_served(dense: Path) -> None:
+    load_whole(dense, max_tokens=3)
 
 
 @pytest.mark.parametrize("type_", ["models.Dropout", "sentence_transformer.modules.dropout.Dropout"])

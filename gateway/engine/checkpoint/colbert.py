@@ -15,7 +15,7 @@ from pathlib import Path
 from gateway.engine.checkpoint.classifier import architecture
 from gateway.engine.checkpoint.files import weights_files
 from gateway.engine.checkpoint.headers import read_shapes
-from gateway.engine.checkpoint.json_files import Json, read_object
+from gateway.engine.checkpoint.json_files import Json, read_flag, read_object
 from gateway.engine.checkpoint.modules import (
     DenseLayer,
     ModuleRow,
@@ -260,9 +260,10 @@ def _read_pylate(
     expansion = None
     if "query_expansion" in config:
         expansion = _read_expansion(config["query_expansion"], path)
-    elif config.get("do_query_expansion") is not False:
-        attends = config.get("attend_to_expansion_tokens", config.get("attend_to_mask_tokens"))
-        expansion = Expansion(query_length or _QUERY_LENGTH, is_attended=bool(attends))
+    elif read_flag(config, "do_query_expansion", path, default=True):
+        older = read_flag(config, "attend_to_mask_tokens", path, default=False)
+        attends = read_flag(config, "attend_to_expansion_tokens", path, default=older)
+        expansion = Expansion(query_length or _QUERY_LENGTH, is_attended=attends)
         query_length = None
     words = config.get("skiplist_words")
     return Colbert(
@@ -302,7 +303,7 @@ def _read_stanford(folder: Path, config: Mapping[str, Json]) -> Colbert:
         document_length=_length(metadata, "doc_maxlen", path),
         expansion=Expansion(
             _length(metadata, "query_maxlen", path) or _QUERY_LENGTH,
-            is_attended=bool(metadata.get("attend_to_mask_tokens")),
+            is_attended=read_flag(metadata, "attend_to_mask_tokens", path, default=False),
         ),
-        skipped=tuple(string.punctuation) if metadata.get("mask_punctuation", True) else (),
+        skipped=tuple(string.punctuation) if read_flag(metadata, "mask_punctuation", path, default=True) else (),
     )

@@ -43,6 +43,20 @@ def require_string(config: Mapping[str, Json], key: str, where: Path) -> str:
     return value
 
 
+def read_flag(config: Mapping[str, Json], key: str, where: Path, *, default: bool) -> bool:
+    """Return a setting that is true or false, ``default`` if it is absent or null.
+
+    Raises:
+        LoadError: the value is neither: libraries read a 0 as false, and the text "false" as true.
+    """
+    value = config.get(key)
+    if value is None:
+        return default
+    if not isinstance(value, bool):
+        raise LoadError(f"{where}: {key} must be true or false, got {value!r}")
+    return value
+
+
 def is_lfs_pointer(path: Path) -> bool:
     """Return whether a file was checked out without Git LFS, and so holds only a reference to the content."""
     try:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path, PurePosixPath
 
-from gateway.engine.checkpoint.json_files import Json, read_json, read_object, require_string
+from gateway.engine.checkpoint.json_files import Json, read_flag, read_json, read_object, require_string
 from gateway.errors import LoadError
 
 MULTI_VECTOR = "a multi-vector model (ColBERT): a vector for each token, of a form that is not supported"
@@ -232,15 +232,15 @@ def read_pooling(folder: Path) -> Pooling:
     path = folder / "config.json"
     config = read_object(path)
     require_known(config, _POOLING_KEYS, path)
-    if config.get("include_prompt") is False:
+    # sentence-transformers leaves the prompt out if the setting is null, too.
+    if "include_prompt" in config and not read_flag(config, "include_prompt", path, default=False):
         raise LoadError(f"{path}: include_prompt: false is not supported: prompt tokens are always pooled")
-    flags = {f"pooling_mode_{flag}" for flag in _POOLING_FLAGS.values()}
-    if odd := [key for key in flags if not isinstance(config.get(key, False), bool)]:
-        raise LoadError(f"{path}: {odd[0]} must be true or false, got {config[odd[0]]!r}")
+    flags = {
+        name: read_flag(config, f"pooling_mode_{flag}", path, default=False) for name, flag in _POOLING_FLAGS.items()
+    }
     mode = config.get("pooling_mode")
     if mode is None:  # the format until sentence-transformers 5: one flag per mode
-        active = [name for name, flag in _POOLING_FLAGS.items() if config.get(f"pooling_mode_{flag}") is True]
-        mode = [*active] or "mean"
+        mode = [name for name, is_set in flags.items() if is_set] or "mean"
     if isinstance(mode, list) and len(mode) == 1:
         mode = mode[0]
     if not isinstance(mode, str) or mode not in set(Pooling):
@@ -291,8 +291,9 @@ def _dense_layer(config: Mapping[str, Json], path: Path) -> DenseLayer:
     activation = config.get("activation_function", "torch.nn.modules.activation.Tanh")
     if not isinstance(activation, str) or not activation.startswith("torch."):
         raise LoadError(f"{path}: activation_function must be a class of torch's, got {activation!r}")
-    residual = config.get("use_residual") is True
-    return DenseLayer(width, activation.rsplit(".", 1)[-1], config.get("bias") is not False, residual)
+    has_bias = read_flag(config, "bias", path, default=True)
+    has_residual = read_flag(config, "use_residual", path, default=False)
+    return DenseLayer(width, activation.rsplit(".", 1)[-1], has_bias, has_residual)
 
 
 def require_known(config: Mapping[str, Json], known: Iterable[str], path: Path) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from gateway.engine.checkpoint.files import tokenizer_files, weights_files
 from gateway.engine.checkpoint.headers import Shapes, read_shapes
-from gateway.engine.checkpoint.json_files import Json, read_object
+from gateway.engine.checkpoint.json_files import Json, read_flag, read_object
 from gateway.engine.checkpoint.modules import list_modules
 from gateway.engine.checkpoint.transformer import as_length
 from gateway.errors import LoadError
@@ -65,8 +65,9 @@ def find_static_table(folder: Path) -> StaticTable | None:
     modules = list_modules(folder) or []
     kinds = [kind for kind, _place in modules]
     if config.get("model_type") == StaticRule.MODEL2VEC:
-        length = _model2vec_length(config, folder / "config.json")
-        return _table(StaticRule.MODEL2VEC, folder, length, is_normalized=config.get("normalize") is True)
+        path = folder / "config.json"
+        is_normalized = read_flag(config, "normalize", path, default=False)
+        return _table(StaticRule.MODEL2VEC, folder, _model2vec_length(config, path), is_normalized=is_normalized)
     if kinds not in (["StaticEmbedding"], ["StaticEmbedding", "Normalize"]):
         return None
     root = folder / modules[0][1]

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from gateway.engine.checkpoint.json_files import Json, read_object
+from gateway.engine.checkpoint.json_files import Json, read_flag, read_object
 from gateway.engine.checkpoint.modules import require_known
 from gateway.errors import LoadError
 
@@ -69,7 +69,7 @@ def read_transformer(folder: Path, task: str, *, has_sides: bool = False) -> Tra
             given = arguments.get("model_max_length") if isinstance(arguments, dict) else None
             length = as_length(given) or as_length(config.get("max_seq_length"))
             _require_one_length(config, length, path)
-            return TransformerSettings(length, config.get("do_lower_case") is True)
+            return TransformerSettings(length, read_flag(config, "do_lower_case", path, default=False))
     return TransformerSettings(None, is_lower_cased=False)
 
 

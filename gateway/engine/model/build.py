@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import structlog
 
+from gateway.config.wording import cut
 from gateway.engine.accumulation import ACCUMULATION
 from gateway.engine.checkpoint.read import Checkpoint
 from gateway.engine.checkpoint.sources import file_sha256
@@ -110,7 +111,21 @@ def build_encoders(checkpoint: Checkpoint, options: BuildOptions) -> list[Encode
         if isinstance(encoder, QueryTableEncoder) and table is not None:
             encoder.query_table = table
         encoders.append(encoder)
+    if checkpoint.classifier is None:  # the tokenizers of pairs have compared their templates with the limit
+        _require_room(encoders[0], checkpoint, options.tasks)
     return encoders
+
+
+def _require_room(encoder: Encoder, checkpoint: Checkpoint, tasks: Iterable[str]) -> None:
+    """Refuse a limit that leaves no token of a text: all texts of a task would have the same vector."""
+    for task in (None, *tasks):
+        limit, room = encoder.limits(task)
+        if room < 1:
+            instruction = encoder.instruction(task)
+            what = f"the special tokens{instruction and f' and the instruction {cut(instruction)!r}'}"
+            raise LoadError(
+                f"{checkpoint.folder}: texts are cut at {limit} tokens, and {what} take {limit - room}: a text has none left"
+            )
 
 
 def _build_runtimes(checkpoint: Checkpoint, options: BuildOptions, tokenizer: Tokenizer) -> Sequence[Runtime]:

@@ -111,6 +111,11 @@ class Encoder:
         """Return the instruction for a text of the task, which may be empty."""
         return self._instruction if task is None else self._tasks[task]
 
+    def limits(self, task: str | None) -> tuple[int, int]:
+        """Return the longest text of a task in tokens, and how many of them are left for the text itself."""
+        reader = self._reader(task)
+        return reader.max_tokens, reader.room(self.instruction(task))
+
     def tokenize(self, texts: Sequence[str], task: str | None, truncate: Truncate) -> list[Tokens]:
         """Tokenize texts for a task, its instruction included.
 

@@ -112,6 +112,10 @@ class Tokenizer:
         # A template has its own ids, which may differ from the vocabulary's.
         self.largest_id = max([*tokenizer.get_vocab(with_added_tokens=True).values(), *template.ids], default=-1)
 
+    def room(self, instruction: str) -> int:
+        """Return how many tokens of a text are read after ``instruction``; 0 or less if none."""
+        return self.max_tokens - len(self._head_ids(Prefixed(instruction, ""))) - len(self._tail)
+
     def sample_ids(self) -> list[int]:
         """Return the token ids of a sentence, special tokens included, as realistic test input."""
         ids: list[int] = self._tokenizer.encode("The quick brown fox jumps over the lazy dog, again and again.").ids
