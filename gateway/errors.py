@@ -191,7 +191,7 @@ class UnsupportedOutput(BadInput):
 
 
 class EmptyInput(BadInput):
-    """On TEI's paths, the list of texts is empty. As in TEI this is a 400, while every other invalid request is a 422."""
+    """The list is empty: on `/v1/tokenize`, and on TEI's paths, where all other invalid requests are a 422, as in TEI."""
 
     code = "empty_input"
 

@@ -26,7 +26,7 @@ from gateway.batches.values import (
     Status,
     StoredFile,
 )
-from gateway.config.files import OpenFile, why_unusable
+from gateway.config.files import OpenFile, open_lock, why_other_tables, why_unusable
 from gateway.config.wording import cut
 from gateway.errors import BadInput, StartError
 
@@ -71,7 +71,7 @@ class Store(Contents):
         path = folder / "batches.sqlite3"
         try:
             self._files.mkdir(parents=True, exist_ok=True, mode=0o700)
-            self._lock = (folder / "lock").open("a")
+            self._lock = open_lock(folder / "lock")
         except OSError as error:
             raise StartError(f"GATEWAY_BATCH_DIR: {folder} cannot be written: {why_unusable(error)}") from error
         try:
@@ -111,6 +111,8 @@ class Store(Contents):
             raise sqlite3.DatabaseError(f"it is of version {version}, and this gateway reads {_VERSION}")
         for statement in _SCHEMA.split(";"):
             db.execute(statement)
+        if why := why_other_tables(db, _SCHEMA):
+            raise sqlite3.DatabaseError(why)
         db.execute(f"PRAGMA user_version = {_VERSION}")
         return db
 

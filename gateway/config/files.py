@@ -1,9 +1,10 @@
-"""Safe reads and writes of small files: a read never hangs, and a write never leaves half a file behind."""
+"""Safe reads and writes of the gateway's own files: none hangs, and a write never leaves half a file behind."""
 
 from __future__ import annotations
 
 import os
 import secrets
+import sqlite3
 import stat
 from codecs import BOM_UTF8
 from collections.abc import Iterable, Iterator
@@ -39,12 +40,25 @@ def open_regular(path: Path) -> BufferedReader:
         UnsuitableFile: the path is something else, such as a named pipe, whose reader would wait forever for a writer.
         OSError: the file cannot be opened.
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    return os.fdopen(_open(path, os.O_RDONLY), "rb")
+
+
+def open_lock(path: Path) -> BufferedReader:
+    """Open a regular file, which is made if it does not exist, for a lock; refuse anything else without waiting.
+
+    Raises:
+        UnsuitableFile, OSError: as :func:`open_regular`.
+    """
+    return os.fdopen(_open(path, os.O_RDWR | os.O_CREAT), "rb")
+
+
+def _open(path: Path, flags: int) -> int:
+    descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
     kind = stat.S_IFMT(os.fstat(descriptor).st_mode)
     if kind != stat.S_IFREG:
         os.close(descriptor)
         raise UnsuitableFile(f"must be a regular file, and is {_KINDS.get(kind, 'something else')}")
-    return os.fdopen(descriptor, "rb")
+    return descriptor
 
 
 def read_bounded(path: Path, max_bytes: int) -> bytes:
@@ -164,3 +178,23 @@ def one_writer(path: Path) -> Iterator[None]:
         yield
     finally:
         os.close(folder)
+
+
+def why_other_tables(db: sqlite3.Connection, schema: str) -> str | None:
+    """Return what an SQLite file lacks of a schema; ``None`` if it has all tables and columns.
+
+    ``CREATE TABLE IF NOT EXISTS`` leaves a table of another version as it is, and every later write would fail.
+
+    Raises:
+        sqlite3.Error: the file cannot be read.
+    """
+    model = sqlite3.connect(":memory:")
+    model.executescript(schema)
+    tables = [name for (name,) in model.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+    for table in tables:
+        query = f"PRAGMA table_info({table})"
+        found = {row[1] for row in db.execute(query)}
+        missing = [row[1] for row in model.execute(query) if row[1] not in found]
+        if missing:
+            return f"its table {table} has no column {missing[0]}" if found else f"it has no table {table}"
+    return None

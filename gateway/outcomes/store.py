@@ -15,7 +15,7 @@ from urllib.parse import quote
 
 import numpy as np
 
-from gateway.config.files import OpenFile, why_unusable
+from gateway.config.files import OpenFile, why_other_tables, why_unusable
 from gateway.errors import StartError
 from gateway.experiments.exposures import Exposure, iso
 from gateway.outcomes.joining import Branch, Exposures, Outcomes, signed
@@ -121,6 +121,11 @@ class Store:
                 (version,) = self._db.execute("PRAGMA user_version").fetchone()
                 if version not in (0, _VERSION):
                     raise StartError(f"{path} is of version {version}, and this gateway reads {_VERSION}")
+                if why := why_other_tables(self._db, _SCHEMA):
+                    raise StartError(
+                        f"GATEWAY_STATE_DIR: {path} cannot be opened as a file of experiments: {why}; move it away to start "
+                        "with a new one"
+                    )
                 self._db.execute(f"PRAGMA user_version = {_VERSION}")
             self._db.execute(f"PRAGMA max_page_count = {max_bytes // _PAGE_BYTES}")
         except (OSError, sqlite3.Error, StoreFull, StoreBusy) as error:
@@ -271,9 +276,14 @@ class Reader:
         try:
             uri = f"file:{quote(str(path.absolute()))}?mode=ro"
             self._db = sqlite3.connect(uri, timeout=_BUSY_S, isolation_level=None, check_same_thread=False, uri=True)
-            self._db.execute("SELECT 1 FROM outcomes LIMIT 1")
+            (version,) = self._db.execute("PRAGMA user_version").fetchone()
+            why = why_other_tables(self._db, _SCHEMA)
         except sqlite3.Error as error:
             raise StartError(f"{path} is not a file of experiments: {error}") from error
+        if version not in (0, _VERSION):
+            raise StartError(f"{path} is of version {version}, and this gateway reads {_VERSION}")
+        if why:
+            raise StartError(f"{path} is not a file of experiments: {why}")
 
     def __enter__(self) -> Reader:
         return self

@@ -148,6 +148,23 @@ def test_a_database_of_a_later_version_is_left_alone(tmp_path: Path) -> None:
         Store(tmp_path, 1 << 30)
 
 
+def test_a_database_with_other_tables_is_named_at_the_start(tmp_path: Path) -> None:
+    """Otherwise every list of files is an error for good."""
+    Store(tmp_path, 1 << 30).close()
+    with sqlite3.connect(tmp_path / "batches.sqlite3") as db:
+        db.execute("ALTER TABLE files DROP COLUMN purpose")
+
+    with pytest.raises(StartError, match="its table files has no column purpose; move it away"):
+        Store(tmp_path, 1 << 30)
+
+
+def test_a_pipe_in_place_of_the_lock_does_not_hang_the_start(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "lock")
+
+    with pytest.raises(StartError, match=r"cannot be written: must be a regular file, and is a named pipe"):
+        Store(tmp_path, 1 << 30)
+
+
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
 

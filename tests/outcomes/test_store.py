@@ -198,6 +198,34 @@ def test_a_file_of_a_later_version_is_refused(store: Store, path: Path) -> None:
         Store(path, MB)
 
 
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        ("ALTER TABLE outcomes DROP COLUMN is_before", "its table outcomes has no column is_before"),
+        ("ALTER TABLE branches RENAME COLUMN share TO part", "its table branches has no column share"),
+    ],
+)
+def test_a_file_with_other_tables_is_refused(store: Store, path: Path, change: str, what: str) -> None:
+    """Otherwise every outcome is a 503 for good."""
+    store.close()
+    command(path, change)
+
+    with pytest.raises(StartError, match=f"cannot be opened as a file of experiments: {what}; move it away"):
+        Store(path, MB)
+    with pytest.raises(StartError, match=f"is not a file of experiments: {what}"):
+        Reader(path)
+
+
+def test_a_reader_needs_every_table_and_its_own_version(store: Store, path: Path) -> None:
+    command(path, "DROP TABLE decisions")
+    with pytest.raises(StartError, match="is not a file of experiments: it has no table decisions"):
+        Reader(path)
+
+    command(path, "PRAGMA user_version = 7")
+    with pytest.raises(StartError, match="is of version 7, and this gateway reads 1"):
+        Reader(path)
+
+
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
 
