@@ -181,7 +181,7 @@ def one_writer(path: Path) -> Iterator[None]:
 
 
 def why_other_tables(db: sqlite3.Connection, schema: str) -> str | None:
-    """Return what an SQLite file lacks of a schema; ``None`` if it has all tables and columns.
+    """Return the first table or column of a schema that an SQLite file lacks; ``None`` if it has all of them.
 
     ``CREATE TABLE IF NOT EXISTS`` leaves a table of another version as it is, and every later write would fail.
 

@@ -42,7 +42,7 @@ def read_query(query: bytes, name: str) -> str:
     """Return the value of a parameter of a query, which is known to be there.
 
     The framework takes the last of several values, and a replacement character for bytes that are not UTF-8. A value that
-    identifies somebody would then be taken for that of others.
+    identifies a person would then be taken for that of others.
 
     Args:
         query: what follows the ``?`` of a URL.
