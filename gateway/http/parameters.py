@@ -45,7 +45,7 @@ def read_query(query: bytes, name: str) -> str:
     identifies a person would then be taken for that of others.
 
     Args:
-        query: what follows the ``?`` of a URL.
+        query: the part of a URL after the ``?``.
 
     Raises:
         BadInput: the parameter is given several times, or is not UTF-8. The message does not quote it.
