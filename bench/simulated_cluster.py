@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from gateway.cluster.environment import prepare
 
 _ROOT = Path(__file__).parents[1]
 _STORE_BYTES = 80 * 2**20
+_NUM_ATTEMPTS = 4
 
 
 @dataclass
@@ -37,7 +39,13 @@ class Simulated:
 
     def add_machine(self) -> Any:
         """Add a machine to the cluster. Only on the main thread, as Ray sets signal handlers."""
-        node = self.cluster.add_node(num_cpus=4, num_gpus=self.num_gpus, object_store_memory=_STORE_BYTES)
+        for attempt in itertools.count(1):
+            try:
+                node = self.cluster.add_node(num_cpus=4, num_gpus=self.num_gpus, object_store_memory=_STORE_BYTES)
+                break
+            except Exception:  # Ray's own class: on a busy machine, its agents take longer than it waits
+                if attempt == _NUM_ATTEMPTS:
+                    raise
         self.workers.append(node)
         return node
 

@@ -10,6 +10,7 @@ from contextlib import ExitStack
 import pytest
 from structlog.testing import capture_logs
 
+from bench.simulated_cluster import Simulated
 from gateway.cluster import head
 from gateway.errors import StartError
 from tests.listener import make_listener
@@ -103,6 +104,28 @@ def test_a_front_ends_before_ray_ends_it(
         monkeypatch.setenv("RAY_gcs_rpc_server_reconnect_timeout_s", set_to)
 
     assert head.patience_s() == patience_s
+
+
+class Slow:
+    """A cluster of Ray on a busy machine: the first tries to add a machine fail."""
+
+    def __init__(self, num_failures: int) -> None:
+        self.num_failures = num_failures
+
+    def add_node(self, **_resources: object) -> str:
+        if self.num_failures:
+            self.num_failures -= 1
+            raise Exception("The current node timed out during startup.")
+        return "a node"
+
+
+def test_a_simulated_machine_that_does_not_start_in_time_is_started_again() -> None:
+    simulated = Simulated("127.0.0.1:1", Slow(3), 1)
+
+    assert simulated.add_machine() == "a node"
+    assert simulated.workers == ["a node"]
+    with pytest.raises(Exception, match="timed out during startup"):
+        Simulated("127.0.0.1:1", Slow(4), 1).add_machine()
 
 
 @pytest.mark.parametrize(
