@@ -15,7 +15,8 @@ from pydantic.config import JsonDict
 from gateway.api.comparisons import Comparisons
 from gateway.api.files import clean_name
 from gateway.api.wire import AnswerBody, responses
-from gateway.comparisons.uploads import Stored, Table, remove_data_set, store_data_set
+from gateway.comparisons.jobs import Jobs
+from gateway.comparisons.uploads import Stored, Table, store_data_set
 from gateway.errors import BadInput, BodyTooLarge, Forbidden, NotFound
 from gateway.http.multipart import Multipart, PartStart
 
@@ -111,8 +112,8 @@ class DataSets:
 
     async def create_data_set(self, request: Request) -> DataSetCard:
         """Store documents, queries and judgments as a data set for comparisons."""
-        folder = self._require(request)
-        stored = await (await read_data_form(request)).store(folder)
+        jobs = self._require(request)
+        stored = await (await read_data_form(request)).store(jobs.data_folder)
         return DataSetCard(
             name=stored.name,
             documents=stored.num_documents,
@@ -122,13 +123,12 @@ class DataSets:
 
     async def delete_data_set(self, request: Request, name: str) -> DataSetDeleted:
         """Delete a data set. Results of comparisons on it are kept."""
-        folder = self._require(request)
-        await asyncio.to_thread(remove_data_set, folder, name)
+        await self._require(request).remove_data_set(name)
         return DataSetDeleted(name=name)
 
-    def _require(self, request: Request) -> Path:
+    def _require(self, request: Request) -> Jobs:
         _runs, jobs = self._comparisons.require(request)
-        return jobs.data_folder
+        return jobs
 
 
 def data_sets_router(comparisons: Comparisons) -> APIRouter:

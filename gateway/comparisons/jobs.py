@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 import structlog
 
 from gateway.comparisons.runs import Runs
+from gateway.comparisons.uploads import remove_data_set
 from gateway.config.wording import cut
 from gateway.errors import BadInput, NotFound
 
@@ -151,6 +152,8 @@ class Jobs:
         self._runs = runs
         self._lend_key = lend_key
         self._jobs: dict[str, Job] = {}
+        # No data set is deleted between the check of a comparison on it and its start.
+        self._starting = asyncio.Lock()
 
     @property
     def data_folder(self) -> Path:
@@ -187,16 +190,29 @@ class Jobs:
         Raises:
             BadInput: the request is not valid, or another comparison runs.
         """
-        await asyncio.to_thread(self._check, wanted)
-        if self.running is not None:  # after the check: nothing else runs between the check and this line
-            raise BadInput(f"the comparison {self.running.wanted.name!r} is running: wait for it, or stop it")
-        job = Job(wanted, datetime.now(UTC).replace(microsecond=0))
-        self._jobs.pop(wanted.name, None)
-        self._jobs[wanted.name] = job
+        async with self._starting:
+            await asyncio.to_thread(self._check, wanted)
+            if self.running is not None:
+                raise BadInput(f"the comparison {self.running.wanted.name!r} is running: wait for it, or stop it")
+            job = Job(wanted, datetime.now(UTC).replace(microsecond=0))
+            self._jobs.pop(wanted.name, None)
+            self._jobs[wanted.name] = job
         while len(self._jobs) > _MAX_JOBS:
             del self._jobs[next(iter(self._jobs))]
         job.task = asyncio.create_task(self._run(job, url))
         return job
+
+    async def remove_data_set(self, name: str) -> None:
+        """Delete a data set, unless a comparison needs it.
+
+        Raises:
+            NotFound: there is no such data set.
+            BadInput: a comparison on it is running, or it cannot be deleted.
+        """
+        async with self._starting:
+            if self.running is not None and self.running.wanted.data == name:
+                raise BadInput(f"the comparison {self.running.wanted.name!r} needs it: wait for it, or stop it")
+            await asyncio.to_thread(remove_data_set, self.data_folder, name)
 
     async def stop(self, name: str) -> Job:
         """Stop a comparison, and wait for its end.

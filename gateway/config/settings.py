@@ -108,8 +108,9 @@ class Settings(BaseSettings):
     )
     runs_dir: Path | None = Field(
         default=None,
-        description="Folder with the results of `gateway compare --out FOLDER/NAME`, which the console shows. Comparisons "
-        "that are started in the console, and duels, are written there as well; `FOLDER/data` holds the data sets.",
+        description="Folder with the results of `gateway compare --out FOLDER/NAME`, which the console shows to the "
+        "operator. Comparisons that are started in the console, and duels, are written there as well; `FOLDER/data` holds "
+        "the data sets.",
     )
     cors_origins: Annotated[tuple[str, ...], NoDecode, BeforeValidator(split_origins)] = Field(
         default=(),

@@ -7,6 +7,7 @@ import secrets
 import time
 from collections import OrderedDict
 from dataclasses import dataclass
+from enum import Enum
 from urllib.parse import urlsplit
 
 from fastapi import Request
@@ -24,20 +25,30 @@ _MAX_SESSIONS_OF_KEY = 50
 _OPERATOR = "operator"
 
 
+class Right(Enum):
+    """Who may open a page. The table of paths in ``site.py`` gives each its right.
+
+    The pages of what the API has below ``/admin`` are the operator's, so that the console opens nothing that the API
+    refuses.
+    """
+
+    ANYONE = "anyone"
+    READER = "a reader, who has signed in if the gateway has any key"
+    OPERATOR = "a reader who has signed in with the operator's key"
+
+
 @dataclass(frozen=True, slots=True)
 class Visitor:
     """The reader of a page.
 
     Attributes:
         client: the client, with the rights and quotas of the key.
-        is_operator: whether the reader may reload, load and unload.
-        sees_all: whether the reader sees the errors of all clients.
+        is_operator: whether the reader has the operator's key.
         is_signed_in: whether the reader has a session to end.
     """
 
     client: Client
     is_operator: bool = False
-    sees_all: bool = False
     is_signed_in: bool = False
 
 
@@ -99,7 +110,17 @@ class Gate:
                 pass
         if self.needs_key:
             return None
-        return Visitor(await self._keyring.identify(None, address), sees_all=not self.is_public)
+        return Visitor(await self._keyring.identify(None, address))
+
+    def require_operator(self, visitor: Visitor) -> None:
+        """Let only the operator pass.
+
+        Raises:
+            Forbidden: the reader has not signed in with the operator's key.
+        """
+        if not visitor.is_operator:
+            advice = "sign in with it" if self.has_operator else "set GATEWAY_ADMIN_KEY, then sign in with it"
+            raise Forbidden(f"this needs the operator's key: {advice}")
 
     async def sign_in(self, key: str, address: str) -> str:
         """Exchange a key for the value of the cookie.
@@ -140,7 +161,7 @@ class Gate:
         if key is not None and hmac.compare_digest(digest, key_digest(key.get_secret_value())):
             limits = self._settings
             client = Client(_OPERATOR, None, limits.requests_per_minute, limits.tokens_per_minute)
-            return Visitor(client, is_operator=True, sees_all=True, is_signed_in=True)
+            return Visitor(client, is_operator=True, is_signed_in=True)
         if not self.takes_api_keys:
             raise Unauthorized("this is not the operator's key (GATEWAY_ADMIN_KEY)")
         return Visitor(await self._keyring.identify(digest, address), is_signed_in=True)

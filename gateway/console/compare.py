@@ -29,7 +29,7 @@ from gateway.config.wording import count
 from gateway.console.charts import Scale
 from gateway.console.parts import Parts
 from gateway.console.web import Form, chosen, read_form, visitor_of
-from gateway.errors import BadInput, Forbidden, RequestError
+from gateway.errors import BadInput, RequestError
 from gateway.http.context import RequestContext
 
 _NUM_QUERIES = 10
@@ -72,14 +72,13 @@ class Compare:
         runs = self.runs(request)
         known = [] if runs is None else await asyncio.to_thread(runs.latest)
         if not known:
-            return self._parts.pages.render(request, "compare_none.html.j2", runs=runs, jobs=self._unfinished(known))
+            jobs = [] if runs is None else self._unfinished(known)
+            return self._parts.pages.render(request, "compare_none.html.j2", runs=runs, jobs=jobs)
         return await self._page(request, known, known[0])
 
     async def show(self, request: Request) -> Response:
         """Show one comparison."""
-        runs = self.runs(request)
-        if runs is None:
-            return await self.first(request)
+        runs = required(self.runs(request))
         job = self._jobs().find(request.path_params["run"])
         # A comparison has results even if its judge failed.
         if job is not None and (job.state == "running" or not await asyncio.to_thread(runs.has, job.wanted.name)):
@@ -92,7 +91,6 @@ class Compare:
 
     async def ask(self, request: Request) -> Response:
         """Show the form for a comparison."""
-        self.runs(request)
         jobs = self._jobs()
         query = request.query_params
         arms = [arm for arm in query.getlist("arm") if arm] or self._parts.usual_arms(request)
@@ -101,24 +99,20 @@ class Compare:
 
     async def start(self, request: Request) -> Response:
         """Start a comparison, and show its progress."""
-        self.runs(request)
         jobs = self._jobs()
         form = await read_form(request)
         try:
             wanted = _wanted(form)
-            if wanted.judge is not None:
-                self._parts.require_operator(request)  # it sends texts elsewhere, and costs money
             if name := form.first("captured"):
                 wanted = replace(wanted, queries=self._comparisons.find_captured(name))
             await jobs.start(wanted, self._comparisons.address(request))
-        except (BadInput, Forbidden) as error:
+        except BadInput as error:
             RequestContext.of(request).refuse(error)
             return await self._form(request, jobs, _written(form), error, captured=form.first("captured"))
         return self._parts.pages.redirect(request, f"/compare/{quote(wanted.name)}")
 
     async def upload(self, request: Request) -> Response:
         """Store a data set from uploaded files, and show the form for a comparison on it."""
-        self.runs(request)
         jobs = self._jobs()
         try:
             stored = await (await read_data_form(request)).store(jobs.data_folder)
@@ -132,8 +126,6 @@ class Compare:
 
     async def answer(self, request: Request) -> Response:
         """Agree to the price of the judge, or continue without the judge."""
-        self.runs(request)
-        self._parts.require_operator(request)
         name = request.path_params["run"]
         is_agreed = (await read_form(request)).first("agree") == "yes"
         await self._jobs().answer(name, is_agreed=is_agreed)
@@ -141,12 +133,10 @@ class Compare:
 
     async def events(self, request: Request) -> Response:
         """Follow a comparison as server-sent events."""
-        self.runs(request)
         return await self._comparisons.stream(request.path_params["run"])
 
     async def stop(self, request: Request) -> Response:
         """Stop a running comparison."""
-        self.runs(request)
         name = request.path_params["run"]
         await self._jobs().stop(name)
         return self._parts.pages.redirect(request, f"/compare/{quote(name)}")
@@ -190,14 +180,8 @@ class Compare:
         )
 
     def runs(self, request: Request) -> Runs | None:
-        """Return the folder of the comparisons, which contain texts; ``None`` if no folder is set.
-
-        Raises:
-            Forbidden: the reader has a client's key.
-        """
-        if not visitor_of(request).sees_all:
-            raise Forbidden("comparisons hold texts, so they are for the operator: sign in with GATEWAY_ADMIN_KEY")
-        return self._comparisons.runs
+        """Return the folder of the comparisons; ``None`` if no folder is set, or the reader is not the operator."""
+        return self._comparisons.runs if visitor_of(request).is_operator else None
 
     async def _page(self, request: Request, known: Sequence[Run], run: Run, problem: str = "") -> Response:
         runs, results = self.runs(request), run.results

@@ -63,7 +63,6 @@ class GradePages:
     # ---------------------------------------------------------------------------------------------------------- parts
 
     def _grading(self, request: Request) -> Grading:
-        self._compare.runs(request)  # for the operator only
         return required(self._comparisons.grading)
 
     def _grader(self, request: Request, name: str) -> str:

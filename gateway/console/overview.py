@@ -58,7 +58,7 @@ class Overview:
         errors = self._errors(request)
         shadows = shadow_cards(deployment, visitor.client)
         rows = self._rows(now.data, visitor.client, errors)
-        others = await _other_processes(now.cards) if visitor.sees_all and now.cards else {}
+        others = await _other_processes(now.cards) if visitor.is_operator and now.cards else {}
         return self._parts.pages.render(
             request,
             "overview.html.j2",
@@ -83,7 +83,6 @@ class Overview:
 
     async def reload(self, request: Request) -> Response:
         """Read the registry again."""
-        self._parts.require_operator(request)
         reloaded = await self._parts.deployment.reload()
         changes = [
             f"{what}: {', '.join(names)}"
@@ -103,7 +102,6 @@ class Overview:
 
     async def verify(self, request: Request) -> Response:
         """Compare a model with its golden vectors."""
-        self._parts.require_operator(request)
         found = await verify(self._parts.deployment, request.path_params["model"])
         text = f"{found.id}: the lowest cosine to a golden vector is {found.cosine:.5f}, the limit is {found.limit:g}"
         return self._parts.done(
@@ -111,7 +109,6 @@ class Overview:
         )
 
     async def _change(self, request: Request, *, is_loading: bool) -> Response:
-        self._parts.require_operator(request)
         model = self._parts.deployment.fleet.get(request.path_params["model"])
         backend = None if model is None else model.on_demand
         if model is None or backend is None or not backend.is_started:
@@ -134,10 +131,9 @@ class Overview:
 
     def _errors(self, request: Request) -> list[ErrorCard]:
         visitor = visitor_of(request)
+        sees_all = visitor.is_operator or not self._parts.pages.gate.api_needs_key  # as GET /v1/errors
         errors = self._parts.deployment.errors
-        return error_list(
-            error for error in errors if visitor.sees_all or error.facts.client == visitor.client.name
-        ).data
+        return error_list(error for error in errors if sees_all or error.facts.client == visitor.client.name).data
 
     def _rows(self, models: Sequence[LiveModel], client: Client, errors: Sequence[ErrorCard]) -> list[ModelRow]:
         deployment = self._parts.deployment

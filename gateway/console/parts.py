@@ -11,7 +11,6 @@ from gateway.api.experiments import Experiments
 from gateway.config.registry import Experiment
 from gateway.console.web import Pages, visitor_of
 from gateway.deployment import Deployment
-from gateway.errors import Forbidden
 from gateway.experiments.report import ExperimentReport
 from gateway.experiments.stats import ExperimentStats
 from gateway.types import ModelKind, ModelState
@@ -66,18 +65,6 @@ class Parts:
             and choice.model.info is not None
             and choice.model.info.kind is ModelKind.EMBED
         ][:2]
-
-    def require_operator(self, request: Request) -> None:
-        """Let only the operator pass.
-
-        Raises:
-            Forbidden: the reader has not signed in with the operator's key.
-        """
-        if not visitor_of(request).is_operator:
-            advice = (
-                "sign in with it" if self.pages.gate.has_operator else "set GATEWAY_ADMIN_KEY, then sign in with it"
-            )
-            raise Forbidden(f"this needs the operator's key: {advice}")
 
     def done(self, request: Request, path: str, message: str) -> Response:
         """Redirect to a page, which then shows a message."""

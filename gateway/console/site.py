@@ -9,7 +9,7 @@ from gateway.access.keyring import Keyring
 from gateway.api.comparisons import Comparisons
 from gateway.api.endpoint import Endpoint
 from gateway.api.experiments import Experiments as Reports
-from gateway.console.access import Gate
+from gateway.console.access import Gate, Right
 from gateway.console.compare import Compare
 from gateway.console.duel import DuelPages
 from gateway.console.experiments import Experiments
@@ -120,62 +120,63 @@ def console_router(
 
     router.add_api_route("/", site.root)
     router.add_api_route(f"{ROOT}/static/{{name}}", site.file)
-    for path, open_handler, method in (
-        ("/sign-in", site.sign_in_page, "GET"),
-        ("/sign-in", site.sign_in, "POST"),
-        ("/sign-out", site.sign_out, "POST"),
-        ("/theme", site.theme, "POST"),
-    ):
-        router.add_api_route(ROOT + path, pages.guard(open_handler, is_open=True), methods=[method])
-    for path, handler, method in (
-        ("", overview.show, "GET"),
-        ("/reload", overview.reload, "POST"),
-        ("/models/{model:path}/load", overview.load, "POST"),
-        ("/models/{model:path}/unload", overview.unload, "POST"),
-        ("/models/{model:path}/verify", overview.verify, "POST"),
-        ("/playground", playground.show, "GET"),
-        ("/playground", playground.run, "POST"),
-        ("/duel", duel.begin_page, "GET"),
-        ("/duel", duel.begin, "POST"),
-        ("/duel/{run}/{duel}", duel.show, "GET"),
-        ("/duel/{run}/{duel}/vote", duel.vote, "POST"),
-        ("/duel/{run}/{duel}/undo", duel.undo, "POST"),
-        ("/duel/{run}/{duel}/end", duel.end, "POST"),
-        ("/duel/{run}/{duel}/qrels.tsv", duel.qrels, "GET"),
-        ("/duel/{run}/{duel}/votes.jsonl", duel.votes, "GET"),
+    for path, handler, method, right in (
+        ("/sign-in", site.sign_in_page, "GET", Right.ANYONE),
+        ("/sign-in", site.sign_in, "POST", Right.ANYONE),
+        ("/sign-out", site.sign_out, "POST", Right.ANYONE),
+        ("/theme", site.theme, "POST", Right.ANYONE),
+        ("", overview.show, "GET", Right.READER),
+        ("/reload", overview.reload, "POST", Right.OPERATOR),
+        ("/models/{model:path}/load", overview.load, "POST", Right.OPERATOR),
+        ("/models/{model:path}/unload", overview.unload, "POST", Right.OPERATOR),
+        ("/models/{model:path}/verify", overview.verify, "POST", Right.OPERATOR),
+        ("/playground", playground.show, "GET", Right.READER),
+        ("/playground", playground.run, "POST", Right.READER),
+        ("/duel", duel.begin_page, "GET", Right.READER),
+        ("/duel", duel.begin, "POST", Right.OPERATOR),
+        ("/duel/{run}/{duel}", duel.show, "GET", Right.OPERATOR),
+        ("/duel/{run}/{duel}/vote", duel.vote, "POST", Right.OPERATOR),
+        ("/duel/{run}/{duel}/undo", duel.undo, "POST", Right.OPERATOR),
+        ("/duel/{run}/{duel}/end", duel.end, "POST", Right.OPERATOR),
+        ("/duel/{run}/{duel}/qrels.tsv", duel.qrels, "GET", Right.OPERATOR),
+        ("/duel/{run}/{duel}/votes.jsonl", duel.votes, "GET", Right.OPERATOR),
         *_compare_paths(compare, grade),
         *_experiment_paths(experiments),
     ):
-        router.add_api_route(ROOT + path, pages.guard(handler), methods=[method])
+        router.add_api_route(ROOT + path, pages.guard(handler, right), methods=[method])
     return router
 
 
-def _compare_paths(compare: Compare, grade: GradePages) -> tuple[tuple[str, Handler, str], ...]:
+_Path = tuple[str, Handler, str, Right]
+
+
+def _compare_paths(compare: Compare, grade: GradePages) -> tuple[_Path, ...]:
     return (
-        ("/compare", compare.first, "GET"),
-        ("/compare/{run}", compare.show, "GET"),
-        ("/compare/{run}/stop", compare.stop, "POST"),
-        ("/compare/{run}/answer", compare.answer, "POST"),
-        ("/compare/{run}/events", compare.events, "GET"),
-        ("/compare/{run}/grade", grade.show, "GET"),
-        ("/compare/{run}/grade", grade.grade, "POST"),
-        ("/compare/{run}/grade/undo", grade.undo, "POST"),
-        ("/compare/{run}/verdict", grade.conclude, "POST"),
-        ("/new-comparison", compare.ask, "GET"),
-        ("/new-comparison", compare.start, "POST"),
-        ("/data-sets", compare.upload, "POST"),
+        ("/compare", compare.first, "GET", Right.READER),
+        ("/compare/{run}", compare.show, "GET", Right.OPERATOR),
+        ("/compare/{run}/stop", compare.stop, "POST", Right.OPERATOR),
+        ("/compare/{run}/answer", compare.answer, "POST", Right.OPERATOR),
+        ("/compare/{run}/events", compare.events, "GET", Right.OPERATOR),
+        ("/compare/{run}/grade", grade.show, "GET", Right.OPERATOR),
+        ("/compare/{run}/grade", grade.grade, "POST", Right.OPERATOR),
+        ("/compare/{run}/grade/undo", grade.undo, "POST", Right.OPERATOR),
+        ("/compare/{run}/verdict", grade.conclude, "POST", Right.OPERATOR),
+        ("/new-comparison", compare.ask, "GET", Right.OPERATOR),
+        ("/new-comparison", compare.start, "POST", Right.OPERATOR),
+        ("/data-sets", compare.upload, "POST", Right.OPERATOR),
     )
 
 
-def _experiment_paths(experiments: Experiments) -> tuple[tuple[str, Handler, str], ...]:
+def _experiment_paths(experiments: Experiments) -> tuple[_Path, ...]:
+    path = "/experiments/{experiment_id:path}"
     return (
-        ("/experiments", experiments.first, "GET"),
-        ("/experiments/{experiment_id:path}/assignment", experiments.assign, "POST"),
-        ("/experiments/{experiment_id:path}/weights", experiments.ramp, "POST"),
-        ("/experiments/{experiment_id:path}/change", experiments.change, "POST"),
-        ("/experiments/{experiment_id:path}/ending", experiments.ask_end, "POST"),
-        ("/experiments/{experiment_id:path}/end", experiments.end, "POST"),
-        ("/experiments/{experiment_id:path}/counting-again", experiments.ask_count_again, "POST"),
-        ("/experiments/{experiment_id:path}/count-again", experiments.count_again, "POST"),
-        ("/experiments/{experiment_id:path}", experiments.show, "GET"),
+        ("/experiments", experiments.first, "GET", Right.READER),
+        (f"{path}/assignment", experiments.assign, "POST", Right.READER),
+        (f"{path}/weights", experiments.ramp, "POST", Right.READER),
+        (f"{path}/change", experiments.change, "POST", Right.OPERATOR),
+        (f"{path}/ending", experiments.ask_end, "POST", Right.OPERATOR),
+        (f"{path}/end", experiments.end, "POST", Right.OPERATOR),
+        (f"{path}/counting-again", experiments.ask_count_again, "POST", Right.OPERATOR),
+        (f"{path}/count-again", experiments.count_again, "POST", Right.OPERATOR),
+        (path, experiments.show, "GET", Right.READER),
     )

@@ -14,7 +14,7 @@ from fastapi import Request, Response
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from gateway.console import words
-from gateway.console.access import Gate, Visitor, check_origin
+from gateway.console.access import Gate, Right, Visitor, check_origin
 from gateway.errors import BadInput, BodyTooLarge, RequestError
 from gateway.http.context import RequestContext
 
@@ -89,12 +89,8 @@ class Pages:
             for path in sorted((HERE / "static").iterdir())
         }
 
-    def guard(self, handler: Handler, *, is_open: bool = False) -> Handler:
-        """Return a handler that only a visitor can reach, and that answers errors with pages.
-
-        Args:
-            is_open: whether readers can reach it without a key.
-        """
+    def guard(self, handler: Handler, right: Right) -> Handler:
+        """Return a handler that only readers with this right can reach, and that answers errors with pages."""
 
         async def guarded(request: Request) -> Response:
             context = RequestContext.of(request)
@@ -102,14 +98,19 @@ class Pages:
                 if request.method == "POST":
                     check_origin(request)
                 visitor = await self.gate.visitor(request)
-                if visitor is None and not is_open:
-                    return self.redirect(request, f"/sign-in?{urlencode({'next': context.path})}")
                 if visitor is not None:
                     request.state.visitor, context.client = visitor, visitor.client
-                return await handler(request)
+                elif right is not Right.ANYONE:
+                    return self.redirect(request, f"/sign-in?{urlencode({'next': context.path})}")
+                if visitor is not None and right is Right.OPERATOR:
+                    self.gate.require_operator(visitor)
+                response = await handler(request)
             except RequestError as error:
                 context.refuse(error)
-                return self.error(request, error)
+                response = self.error(request, error)
+            if context.error_code == BodyTooLarge.code:
+                await context.body.drain()  # else the browser shows a broken connection instead of the page
+            return response
 
         return guarded
 

@@ -54,6 +54,7 @@ class Body:
         # A client that sends the header waits for "100 Continue", which uvicorn sends when the body is first read.
         self._is_coming = "expect" not in headers
         self._is_streamed = False
+        self._is_refused_late = False
         self._advice = "send fewer texts in a request"
 
     def stream(self, max_bytes: int) -> None:
@@ -62,6 +63,11 @@ class Body:
         self._max_bytes = max_bytes
         self._timeout_s += max_bytes / _LEAST_BYTES_PER_S
         self._advice = "upload several files"
+
+    def refuse_late(self, advice: str) -> None:
+        """Refuse a body that is too large when it is read, with this advice: its reader answers a browser with a page."""
+        self._is_refused_late = True
+        self._advice = advice
 
     def limit(self, max_bytes: int) -> None:
         """Lower the limit, for a path with small bodies.
@@ -80,6 +86,8 @@ class Body:
             UnsupportedEncoding: the body has a content coding that cannot be decoded here.
             MemoryFull: there is no room for the body now.
         """
+        if self._is_refused_late and self._declared_bytes > self._max_bytes:
+            return
         self._check_size(self._declared_bytes)
         if self._is_streamed and self._content_encoding.strip().lower() not in ("", "identity"):
             raise UnsupportedEncoding("a file must be uploaded uncompressed, without `Content-Encoding`")
@@ -99,6 +107,7 @@ class Body:
             ClientDisconnected: the client left before its request was complete.
             MemoryFull: there is no room for more of the body.
         """
+        self._check_size(self._declared_bytes)
         self._is_coming = True
         if self._has_ended:  # the client can now only disconnect
             return await self._receive()

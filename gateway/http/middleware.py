@@ -50,6 +50,10 @@ _OPEN_PATHS = ("/health", "/docs", "/openapi.json", "/static-offline-docs", "/co
 # Uploads of files, which are larger than other bodies and are written to the disk as they arrive.
 _UPLOADS = (("POST", "/v1/files"), ("POST", "/files"))
 
+# Forms with the files of a data set, which are in memory as a whole.
+_DATA_SETS = (("POST", "/admin/data-sets"), ("POST", "/console/data-sets"))
+_TOO_LARGE_DATA_SET = "copy a larger data set into GATEWAY_RUNS_DIR/data, or raise GATEWAY_MAX_BODY_BYTES"
+
 # For the operator only; `api/admin` asks for the operator's key.
 _OPERATOR_PATHS = ("/admin", "/metrics")
 
@@ -197,6 +201,8 @@ class Admission:
         context.memory.caller = context.caller
         if self._settings.batch_dir is not None and (context.method, context.path) in _UPLOADS:
             context.body.stream(MAX_UPLOAD_BYTES)
+        elif (context.method, context.path) in _DATA_SETS:
+            context.body.refuse_late(_TOO_LARGE_DATA_SET)
         context.body.admit()
         await self._app(scope, receive, send)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -225,3 +226,33 @@ def test_the_command_takes_names_as_they_are(folder: Path, keys: Keys) -> None:
     )
     assert command[command.index("--judge-budget") + 1] == "5000"
     assert "secret" not in str(command)
+
+
+async def test_a_data_set_is_not_deleted_while_a_comparison_on_it_starts_or_runs(
+    make_jobs: Callable[[str], Jobs], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs = make_jobs("time.sleep(60)")
+    is_checking, may_start = threading.Event(), threading.Event()
+    check = jobs._check
+
+    def slow_check(wanted: Wanted) -> None:
+        check(wanted)
+        is_checking.set()
+        may_start.wait(10)
+
+    monkeypatch.setattr(jobs, "_check", slow_check)
+    starting = asyncio.create_task(jobs.start(Wanted("new", ARMS, "mine"), "http://gateway"))
+    await asyncio.to_thread(is_checking.wait, 10)
+    deleting = asyncio.create_task(jobs.remove_data_set("mine"))
+    await asyncio.sleep(0)  # it is at the lock
+    may_start.set()
+    await starting
+
+    for attempt in (deleting, jobs.remove_data_set("mine")):
+        with pytest.raises(BadInput, match="the comparison 'new' needs it: wait for it, or stop it"):
+            await attempt
+    assert (folder / "data" / "mine").is_dir()
+
+    await jobs.stop("new")
+    await jobs.remove_data_set("mine")
+    assert not (folder / "data" / "mine").exists()

@@ -12,7 +12,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from gateway.access.keyring import Keyring, key_digest
-from gateway.app import create_admin_app
+from gateway.app import create_admin_app, create_app
 from gateway.config.settings import Settings
 from gateway.console.access import Gate
 from gateway.deployment import Deployment
@@ -70,6 +70,46 @@ def test_without_keys_the_console_is_as_open_as_the_api(gateway: Gateway) -> Non
         refused = client.post("/console/reload")
         assert refused.status_code == 403
         assert "set GATEWAY_ADMIN_KEY" in refused.text
+
+
+OPEN_TO_READERS = {
+    ("GET", "/console"),
+    ("GET", "/console/static/x"),
+    ("GET", "/console/sign-in"),
+    ("POST", "/console/sign-in"),
+    ("POST", "/console/sign-out"),
+    ("POST", "/console/theme"),
+    ("GET", "/console/playground"),
+    ("POST", "/console/playground"),
+    ("GET", "/console/experiments"),
+    ("GET", "/console/experiments/x"),
+    ("POST", "/console/experiments/x/assignment"),
+    ("POST", "/console/experiments/x/weights"),  # a preview
+    ("GET", "/console/compare"),  # these two only say who may see more
+    ("GET", "/console/duel"),
+}
+
+
+@pytest.mark.parametrize("key", ["", CLIENT], ids=["without keys", "with a client's key"])
+def test_the_pages_of_the_operators_api_need_the_operators_key_as_well(tmp_path: Path, key: str) -> None:
+    models = usual_models()
+    settings = Settings(api_keys=key, console="public", runs_dir=str(tmp_path))
+    deployment = Deployment(registry_of(models), settings, Fleet(models))
+    deployment.fleet.started.set()
+    app = create_app(deployment)
+    routes = {
+        (method, re.sub(r"\{[^}]*\}", "x", route.path))
+        for route in app.routes
+        if route.path.startswith(("/console", "/admin"))
+        for method in route.methods - {"HEAD"}
+    }
+    with TestClient(app, base_url="http://reader", follow_redirects=False) as client:
+        client.headers.update({**HTML, "origin": "http://reader"})
+        sign_in(client, key)
+        client.headers["authorization"] = f"Bearer {key}"
+        opened = {(method, path) for method, path in routes if client.request(method, path).status_code != 403}
+    assert opened == OPEN_TO_READERS
+    assert len(routes - opened) > 50
 
 
 def test_with_keys_a_reader_signs_in_first(with_keys: Gateway) -> None:

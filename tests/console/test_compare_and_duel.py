@@ -11,6 +11,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import pytest
 
 from gateway.compare.outputs import write_results
 from gateway.comparisons.dueling import DuelFolder
-from gateway.comparisons.duels import MAX_PAIRS, Duel, Vote, draw, qrels, stand
+from gateway.comparisons.duels import MAX_PAIRS, Duel, Vote, draw, qrels, stand, verdict
 from gateway.comparisons.jobs import Jobs
 from gateway.comparisons.runs import Query, Runs
 from gateway.comparisons.scale import SCALE
@@ -51,14 +52,23 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def gateway(runs: Path) -> Iterator[Gateway]:
-    with serving(runs_dir=str(runs)) as served:
+    with serving(runs_dir=str(runs), admin_key=OPERATOR) as served:
         yield served
 
 
-def test_a_comparison_shows_its_verdict_first(gateway: Gateway, runs: Path, visit: Callable[..., Any]) -> None:
+@contextmanager
+def signed_in(gateway: Gateway, key: str = OPERATOR) -> Iterator[httpx.Client]:
+    """Connect as a reader who has signed in."""
+    with httpx.Client(
+        base_url=gateway.url, headers={"origin": gateway.url}, follow_redirects=True, timeout=60
+    ) as client:
+        client.post("/console/sign-in", data={"key": key, "next": "/console"})
+        yield client
+
+
+def test_a_comparison_shows_its_verdict_first(gateway: Gateway, runs: Path, operator: Callable[..., Any]) -> None:
     results = json.loads((runs / "support faq" / "results.json").read_text())
-    with visit(gateway.url) as page:
-        page.goto(f"{gateway.url}/console/compare/support%20faq")
+    with operator(gateway.url, "/compare/support%20faq") as page:
         assert page.locator("h1").inner_text() == results["bottom_line"]["text"]
         assert HOSTILE in page.locator(".note").first.inner_text()
         forest = page.locator(".forest").first.inner_text()
@@ -74,48 +84,44 @@ def test_a_comparison_shows_its_verdict_first(gateway: Gateway, runs: Path, visi
         assert page.locator("summary .good-text").first.inner_text().startswith("+")
 
 
-def test_a_comparison_without_judgments_names_no_winner(gateway: Gateway, visit: Callable[..., Any]) -> None:
-    with visit(gateway.url) as page:
-        page.goto(f"{gateway.url}/console/compare/not-judged")
+def test_a_comparison_without_judgments_names_no_winner(gateway: Gateway, operator: Callable[..., Any]) -> None:
+    with operator(gateway.url, "/compare/not-judged") as page:
         assert "Without judgments" in page.locator("h1").inner_text()
         assert "in common with" in page.locator("main").inner_text()
         assert page.get_by_role("link", name="Vote on the queries that differ").count() == 1
 
 
-def test_a_damaged_comparison_is_named(gateway: Gateway, visit: Callable[..., Any]) -> None:
-    with visit(gateway.url) as page:
-        page.goto(f"{gateway.url}/console/compare/damaged")
+def test_a_damaged_comparison_is_named(gateway: Gateway, operator: Callable[..., Any]) -> None:
+    with operator(gateway.url, "/compare/damaged") as page:
         assert "results.json is not from a comparison" in page.get_by_role("alert").inner_text()
         assert page.locator(".list li").count() == 5
 
 
 @pytest.mark.parametrize("name", ["..%2Fsecret", "%2e%2e", ".hidden", "nothing", "a%00b", "x" * 300])
 def test_no_name_leads_out_of_the_folder(gateway: Gateway, name: str) -> None:
-    assert httpx.get(f"{gateway.url}/console/compare/{name}").status_code == 404
+    with signed_in(gateway) as client:
+        assert client.get(f"/console/compare/{name}").status_code == 404
 
 
-def test_without_a_folder_the_page_shows_the_command(visit: Callable[..., Any]) -> None:
-    with serving() as served, visit(served.url) as page:
-        page.goto(f"{served.url}/console/compare")
+def test_without_a_folder_the_page_shows_the_command(operator: Callable[..., Any]) -> None:
+    with serving(admin_key=OPERATOR) as served, operator(served.url, "/compare") as page:
         assert "GATEWAY_RUNS_DIR" in page.locator("main").inner_text()
         assert "gateway compare MODEL-A MODEL-B" in page.locator("pre").inner_text()
         page.goto(f"{served.url}/console/duel")
         assert "takes its lists from a comparison" in page.locator("main").inner_text()
 
 
-def test_comparisons_hold_texts_so_a_clients_key_does_not_open_them(runs: Path) -> None:
-    with (
-        serving(runs_dir=str(runs), console="public", api_keys="client-secret") as served,
-        httpx.Client(base_url=served.url, headers={"origin": served.url}) as client,
-    ):
-        client.post("/console/sign-in", data={"key": "client-secret", "next": "/console"})
-        for path in (
-            "/console/compare",
-            "/console/compare/not-judged",
-            "/console/compare/judged/grade",
-            "/console/duel",
-        ):
+@pytest.mark.parametrize("settings", [{}, {"console": "public", "api_keys": "client-secret"}])
+def test_comparisons_hold_texts_so_only_the_operator_sees_them(runs: Path, settings: dict[str, str]) -> None:
+    with serving(runs_dir=str(runs), **settings) as served, signed_in(served, "client-secret") as client:
+        for path in ("/console/compare/not-judged", "/console/compare/judged/grade", "/console/new-comparison"):
             assert client.get(path).status_code == 403
+        for path in ("/console/compare", "/console/duel"):
+            page = client.get(path)
+            assert page.status_code == 200
+            assert "for the operator" in page.text
+            assert "Set <code>GATEWAY_ADMIN_KEY</code>, and <code>GATEWAY_RUNS_DIR</code>" in page.text
+            assert "not-judged" not in page.text
 
 
 # --------------------------------------------------------------------------------------------------------------- duel
@@ -127,8 +133,8 @@ def begin(page: Any, url: str, run: str = "not-judged") -> None:
     page.locator("h1.query").wait_for()
 
 
-def test_a_duel_is_blind_and_ends_with_a_verdict(gateway: Gateway, runs: Path, visit: Callable[..., Any]) -> None:
-    with visit(gateway.url) as page:
+def test_a_duel_is_blind_and_ends_with_a_verdict(gateway: Gateway, runs: Path, operator: Callable[..., Any]) -> None:
+    with operator(gateway.url, "/duel") as page:
         begin(page, gateway.url)
         place = page.url.rpartition("/")[2]
         duel = Duel.model_validate_json((runs / "not-judged" / "duels" / place / "duel.json").read_text())
@@ -149,7 +155,7 @@ def test_a_duel_is_blind_and_ends_with_a_verdict(gateway: Gateway, runs: Path, v
         page.get_by_role("button", name="End, and show the names").click()
         assert page.locator("h1").inner_text() == f"{duel.arm} is preferred to {duel.baseline}"
         assert "1 pair came again with the sides swapped, and 1 got the same vote" in page.locator("main").inner_text()
-        files = {name: httpx.get(f"{page.url}/{name}").text for name in ("qrels.tsv", "votes.jsonl")}
+        files = {name: page.request.get(f"{page.url}/{name}").text() for name in ("qrels.tsv", "votes.jsonl")}
         rows = [line.split("\t") for line in files["qrels.tsv"].splitlines()[1:]]
         assert {grade for _query, _document, grade in rows} == {"0", "1"}
         votes = [json.loads(line) for line in files["votes.jsonl"].splitlines()]
@@ -158,7 +164,7 @@ def test_a_duel_is_blind_and_ends_with_a_verdict(gateway: Gateway, runs: Path, v
 
 
 def test_a_vote_sent_twice_counts_once(gateway: Gateway) -> None:
-    with httpx.Client(base_url=gateway.url, headers={"origin": gateway.url}, follow_redirects=True) as client:
+    with signed_in(gateway) as client:
         page = client.post("/console/duel", data={"run": "not-judged", "baseline": JINA.name, "arm": BGE.name})
         path = page.url.path
         for _ in range(3):
@@ -175,11 +181,10 @@ def test_a_vote_sent_twice_counts_once(gateway: Gateway) -> None:
 
 def test_the_pages_are_accessible(
     gateway: Gateway,
-    visit: Callable[..., Any],
+    operator: Callable[..., Any],
     check_everywhere: Callable[[Any, str], None],
 ) -> None:
-    with visit(gateway.url) as page:
-        page.goto(f"{gateway.url}/console/compare/support%20faq")
+    with operator(gateway.url, "/compare/support%20faq") as page:
         page.locator("section > details summary").nth(1).click()
         check_everywhere(page, "compare")
         begin(page, gateway.url, "support faq")
@@ -193,7 +198,7 @@ def test_the_pages_are_accessible(
 
 
 def test_people_grade_documents_by_keys_and_the_verdict_follows(
-    gateway: Gateway, runs: Path, visit: Callable[..., Any], check_everywhere: Callable[[Any, str], None]
+    gateway: Gateway, runs: Path, operator: Callable[..., Any], check_everywhere: Callable[[Any, str], None]
 ) -> None:
     folder = runs / "judged"
 
@@ -204,8 +209,7 @@ def test_people_grade_documents_by_keys_and_the_verdict_follows(
     def scores() -> list[int | None]:
         return [row.score for row in Sheet((folder / CHECK_FILE).read_bytes()).pairs.values()]
 
-    with visit(gateway.url) as page:
-        page.goto(f"{gateway.url}/console/compare/judged")
+    with operator(gateway.url, "/compare/judged") as page:
         assert (
             page.locator("h1").inner_text()
             == "The judge prefers new to old: let people check the judge before you switch."
@@ -262,7 +266,7 @@ def test_grades_need_no_script_and_no_grade_is_overwritten(gateway: Gateway, run
     path = "/console/compare/judged-too/grade"
     row = list(Sheet((runs / "judged-too" / CHECK_FILE).read_bytes()).pairs.values())[7]
     form = {"query": row.query, "document": row.document}
-    with httpx.Client(base_url=gateway.url, headers={"origin": gateway.url}, follow_redirects=True) as client:
+    with signed_in(gateway) as client:
         assert row.document in client.get(path, params={"after": 7}).text
         assert client.post(path, data={**form, "grade": "4"}).status_code == 400
         graded = client.post(path, data={**form, "grade": "1"})
@@ -358,6 +362,26 @@ def test_a_run_is_read_line_by_line_and_within_limits(tmp_path: Path) -> None:
         list(runs.queries("run"))
     with pytest.raises(NotFound):
         runs.path("../run")
+
+
+def test_a_preference_is_general_if_many_voters_have_it_and_not_if_a_few_vote_often() -> None:
+    duel = draw(make_queries(60), "a", "b", seed=1)
+    turns = [turn for turn in range(50) if not duel.turns[turn].is_repeat]
+
+    def told(first: int, second: int, num_votes: int) -> tuple[bool, str]:
+        """Let so many voters prefer each arm, of whom the last votes often."""
+        voters = [f"{number}{arm}" for number in range(max(first, second)) for arm in "ab"]
+        voters = [who for who in voters if int(who[:-1]) < (first if who[-1] == "a" else second)]
+        votes = [vote(turns[0], "left", who[-1], who) for who in voters]
+        votes += [vote(turn, "left", "a", "0a") for turn in turns[1:num_votes]]
+        standing = stand(duel, votes, "0a")
+        assert (standing.by_voter.first, standing.by_voter.second) == (first, second)
+        return standing.is_general, verdict(duel, standing)
+
+    assert told(14, 0, 1) == (False, "a is preferred to b for 14 voters")
+    assert told(15, 0, 1) == (True, "a is preferred to b")
+    assert told(9, 9, 40) == (False, "a is preferred to b for 18 voters")
+    assert told(8, 8, 1) == (False, "Not decided: these votes do not tell b from a")
 
 
 def test_the_votes_of_many_voters_are_counted_at_once() -> None:
@@ -507,6 +531,22 @@ def test_files_are_dropped_and_a_judge_is_asked_after_its_price_was_shown(
         assert set(judge.keys) == {"Bearer judge-secret"}
         assert page.locator("section", has=page.locator("#judge")).locator(".chip").inner_text() == "too few queries"
         check_everywhere(page, "compare-judged")
+
+
+def test_an_upload_above_the_limit_says_where_to_put_larger_data(tmp_path: Path) -> None:
+    files = {"documents": ("docs.csv", b"text\n" + 3_000_000 * b"a")}
+    with (
+        serving(runs_dir=str(tmp_path), admin_key=OPERATOR, max_body_bytes=1_000_000) as served,
+        signed_in(served) as client,
+    ):
+        page = client.post("/console/data-sets", data={"name": "large"}, files=files)
+        client.headers["authorization"] = f"Bearer {OPERATOR}"
+        answer = client.post("/admin/data-sets", data={"name": "large"}, files=files)
+    for text in (page.text, answer.json()["message"]):
+        assert "the limit is 1000000: copy a larger data set into GATEWAY_RUNS_DIR/data" in text
+    assert (page.status_code, answer.status_code) == (413, 413)
+    assert "<h1>Compare models on your texts</h1>" in page.text  # the form, to try again
+    assert not list(tmp_path.glob("data/*"))
 
 
 def test_progress_comes_as_events_and_without_them_by_asking(
