@@ -52,6 +52,7 @@ def small(name: str, runs: int, *rows: str) -> list[Rate]:
         ("ramp", 20, []),
         ("guardrail", 20, []),
         ("duel", 20, ["errs in 30 %", "favors the left list in 30 %"]),
+        ("tastes", 20, ["5 voters", "15 voters"]),
         ("preferred", 50, []),
         ("share", 30, []),
     ],

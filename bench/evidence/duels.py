@@ -8,7 +8,7 @@ import numpy as np
 
 from bench.evidence.registry import Case, Simulation
 from bench.voting import Voter, play, verdicts
-from gateway.comparisons.duels import DEPTH, draw
+from gateway.comparisons.duels import DEPTH, Vote, draw, stand
 from gateway.comparisons.runs import Hit, Query
 from gateway.experiments.preference import Ballot, interval, judge
 
@@ -61,6 +61,26 @@ def interval_misses(share: float, num_votes: int, dice: np.random.Generator) -> 
     )
 
 
+def tastes_look_general(num_voters: int, num_votes: int, dice: np.random.Generator) -> bool:
+    """Return whether any look finds a preference beyond the voters, who have tastes of their own, but none in common.
+
+    Looked at after each fifth of the voters. The log-odds of their tastes have a standard deviation of one half.
+    """
+    duel = draw(_queries(num_votes + num_votes // 5), _BASELINE, _ARM, int(dice.integers(2**32)))
+    turns = [number for number, turn in enumerate(duel.turns) if not turn.is_repeat][:num_votes]
+    votes: list[Vote] = []
+    for voter in range(num_voters):
+        share = 1 / (1 + np.exp(-0.5 * dice.normal()))
+        chosen = [_BASELINE if dice.random() < share else _ARM for _ in turns]
+        votes += [
+            Vote(time="", voter=f"voter {voter}", turn=turn, choice="left", preferred=name)
+            for turn, name in zip(turns, chosen, strict=True)
+        ]
+        if (voter + 1) % max(1, num_voters // 5) == 0 and stand(duel, votes, "voter 0").is_general:
+            return True
+    return False
+
+
 SIMULATIONS = (
     Simulation(
         "duel",
@@ -75,6 +95,26 @@ SIMULATIONS = (
         ],
         "Looked at after every vote. A sign test at 5 %, looked at from the tenth vote on, finds a preference in more than "
         "a quarter of such duels within 500 votes.",
+    ),
+    Simulation(
+        "tastes",
+        "Blind duel of equals by several voters",
+        "a preference beyond the voters",
+        "<=",
+        0.05,
+        [
+            Case(
+                f"{num_voters} voters",
+                f"{num_votes} votes each",
+                partial(tastes_look_general, num_voters, num_votes),
+                1_000,
+                40,
+            )
+            for num_voters in (5, 15, 30, 60)
+            for num_votes in (7, 40)
+        ],
+        "Each voter prefers one of the arms a little (standard deviation of the log-odds 0.5). All votes together find a "
+        "preference in one of seven duels of five such voters with 40 votes each: then the result names their number.",
     ),
     Simulation(
         "preferred",

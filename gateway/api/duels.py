@@ -14,7 +14,7 @@ from gateway.api.endpoint import Endpoint
 from gateway.api.json_body import RequestBody, Texts, whole_number
 from gateway.api.wire import AnswerBody, error_responses, request_body, responses
 from gateway.comparisons.dueling import Duels, Open
-from gateway.comparisons.duels import CHOICES, TARGET, Choice, Shown, Standing, qrels, sides, verdict
+from gateway.comparisons.duels import CHOICES, TARGET, Choice, Shown, Standing, sides, verdict
 from gateway.config.wording import cut
 from gateway.errors import BadInput, Forbidden, NotFound
 from gateway.experiments.preference import Ballot
@@ -99,6 +99,11 @@ class DuelResult(BaseModel):
     left_share: float = Field(description="The share of the decided votes that went to the left list.")
     prefers_side: bool = Field(description="Whether the votes show a preference for one side.")
     voters: int
+    voters_for_baseline: int = Field(description="Those who preferred it more often than the other.")
+    voters_for_arm: int
+    general: bool = Field(
+        description="Whether a preference shows beyond these voters: 15 or more voted, and it shows with one vote for each."
+    )
     judgments: int = Field(description="Number of rows of the judgments, see `/qrels`.")
 
 
@@ -136,9 +141,9 @@ class DuelList(AnswerBody):
     data: list[DuelEntry]
 
 
-def duel_card(known: Open, voter: str, *, counted: bool | None = None) -> DuelCard:
-    """Return a duel as a voter sees it."""
-    standing = known.standing(voter)
+def duel_card(known: Open, *, counted: bool | None = None) -> DuelCard:
+    """Return a duel as the voter sees it that it was opened for."""
+    standing = known.standing
     turn = standing.next_turn
     return DuelCard(
         comparison=known.run,
@@ -152,11 +157,11 @@ def duel_card(known: Open, voter: str, *, counted: bool | None = None) -> DuelCa
     )
 
 
-def duel_entry(found: Open | tuple[str, str], voter: str) -> DuelEntry:
+def duel_entry(found: Open | tuple[str, str]) -> DuelEntry:
     """Return the entry of a duel in the list."""
     if not isinstance(found, Open):
         return DuelEntry(comparison=found[0], name=found[1], created=None, votes=None, ended=False)
-    standing = found.standing(voter)
+    standing = found.standing
     return DuelEntry(
         comparison=found.run,
         name=found.name,
@@ -226,7 +231,10 @@ def _result(known: Open, standing: Standing) -> DuelResult:
         left_share=standing.left.share,
         prefers_side=standing.left.preferred is not None,
         voters=standing.voters,
-        judgments=qrels(duel, known.votes).count("\n") - 1,
+        voters_for_baseline=standing.by_voter.first,
+        voters_for_arm=standing.by_voter.second,
+        general=standing.is_general,
+        judgments=known.qrels.count("\n") - 1,
     )
 
 
@@ -243,20 +251,20 @@ class DuelRoutes:
 
     async def list_duels(self, request: Request) -> DuelList:
         """List the last ten duels."""
-        found = await self._require(request).latest(MAX_LISTED)
-        return DuelList(data=[duel_entry(known, OPERATOR) for known in found])
+        found = await self._require(request).latest(MAX_LISTED, OPERATOR)
+        return DuelList(data=[duel_entry(known) for known in found])
 
     async def begin_duel(self, request: Request) -> DuelCard:
         """Begin a duel between two arms of a comparison."""
         duels = self._require(request)
         body = await self._endpoint.read(request, DuelBody.parse)
         name = await duels.begin(body.comparison, body.baseline, body.arm)
-        return duel_card(await duels.open(body.comparison, name), OPERATOR)
+        return duel_card(await duels.open(body.comparison, name, OPERATOR))
 
     async def retrieve_duel(self, request: Request, comparison: str, duel: str, voter: _Voter = OPERATOR) -> DuelCard:
         """Return the next pair of a voter, or the result."""
         duels = self._require(request)
-        return duel_card(await duels.open(comparison, duel), read_person(voter, "voter"))
+        return duel_card(await duels.open(comparison, duel, read_person(voter, "voter")))
 
     async def vote(self, request: Request, comparison: str, duel: str) -> DuelCard:
         """Vote on the shown pair, and get the next one. Repeating a request changes nothing."""
@@ -264,24 +272,24 @@ class DuelRoutes:
         body = await self._endpoint.read(request, VoteBody.parse)
         voter, choice = read_person(body.voter, "voter"), read_choice(body.choice)
         counted = await duels.vote((comparison, duel), voter, body.turn, choice, body.marked)
-        return duel_card(await duels.open(comparison, duel), voter, counted=counted)
+        return duel_card(await duels.open(comparison, duel, voter), counted=counted)
 
     async def undo_vote(self, request: Request, comparison: str, duel: str, voter: _Voter = OPERATOR) -> DuelCard:
         """Take back the last vote of a voter."""
         duels = self._require(request)
         await duels.undo(comparison, duel, read_person(voter, "voter"))
-        return duel_card(await duels.open(comparison, duel), voter)
+        return duel_card(await duels.open(comparison, duel, voter))
 
     async def end_duel(self, request: Request, comparison: str, duel: str, voter: _Voter = OPERATOR) -> DuelCard:
         """End a duel for all voters, and get the result."""
         duels = self._require(request)
         await duels.end(comparison, duel, read_person(voter, "voter"))
-        return duel_card(await duels.open(comparison, duel), voter)
+        return duel_card(await duels.open(comparison, duel, voter))
 
     async def qrels(self, request: Request, comparison: str, duel: str) -> Response:
         """Return the judgments that follow from the marks, as BEIR's `qrels`."""
-        known = await self._require(request).open(comparison, duel)
-        return Response(qrels(known.duel, known.votes), media_type="text/tab-separated-values; charset=utf-8")
+        known = await self._require(request).open(comparison, duel, OPERATOR)
+        return Response(known.qrels, media_type="text/tab-separated-values; charset=utf-8")
 
     def _require(self, request: Request) -> Duels:
         require_operator(request, self._endpoint.settings.admin_key)

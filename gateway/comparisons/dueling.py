@@ -16,7 +16,7 @@ from typing import Final, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from gateway.comparisons.duels import Choice, Duel, Standing, Vote, draw, make_vote, now, stand
+from gateway.comparisons.duels import Choice, Duel, Standing, Vote, draw, make_vote, now, qrels, stand
 from gateway.comparisons.runs import Runs, first_problem
 from gateway.config.files import write_whole
 from gateway.config.wording import cut
@@ -136,16 +136,19 @@ def _parse(kind: type[M], place: str, content: bytes) -> M:
 
 @dataclass(frozen=True, slots=True)
 class Open:
-    """A duel with its votes, as it is on the disk now."""
+    """A duel with its votes, as it is on the disk now.
+
+    Attributes:
+        standing: with the next turn of the voter that it was opened for.
+        qrels: the judgments so far.
+    """
 
     run: str
     name: str
     duel: Duel
     votes: list[Vote]
-
-    def standing(self, voter: str) -> Standing:
-        """Return the standing, with the next turn of a voter."""
-        return stand(self.duel, self.votes, voter)
+    standing: Standing
+    qrels: str
 
 
 class Duels:
@@ -175,14 +178,15 @@ class Duels:
         duel = await asyncio.to_thread(lambda: draw(self._runs.queries(run), baseline, arm, seed))
         return await asyncio.to_thread(self._folder(run).create, duel)
 
-    async def open(self, run: str, name: str) -> Open:
-        """Read a duel.
+    async def open(self, run: str, name: str, voter: str) -> Open:
+        """Read a duel, and count its votes.
 
         Raises:
             NotFound: there is no such duel.
             BadInput: its files cannot be read.
         """
-        return Open(run, name, *await asyncio.to_thread(self._folder(run).read, name))
+        # A full file has 20,000 votes: to count them takes a tenth of a second.
+        return await asyncio.to_thread(self._open, run, name, voter)
 
     async def vote(
         self,
@@ -204,8 +208,8 @@ class Duels:
             BadInput: the files cannot be read or written.
         """
         async with self._writing:
-            known = await self.open(*place)
-            if known.standing(voter).next_turn != turn:
+            known = await self.open(*place, voter)
+            if known.standing.next_turn != turn:
                 return False
             vote = make_vote(known.duel, turn, choice, marked, voter, seconds)
             await asyncio.to_thread(self._folder(place[0]).add, place[1], vote)
@@ -219,23 +223,27 @@ class Duels:
         """End a duel for all voters."""
         await self._note(run, name, Vote(time=now(), voter=voter, end=True))
 
-    async def latest(self, most: int) -> list[Open | tuple[str, str]]:
+    async def latest(self, most: int, voter: str) -> list[Open | tuple[str, str]]:
         """Return the last duels, latest first; a duel with unreadable files has only its names."""
-        return await asyncio.to_thread(self._latest, most)
+        return await asyncio.to_thread(self._latest, most, voter)
 
-    def _latest(self, most: int) -> list[Open | tuple[str, str]]:
+    def _latest(self, most: int, voter: str) -> list[Open | tuple[str, str]]:
         places = [(name, run.name) for run in self._runs.latest() for name in self._folder(run.name).names()]
         found: list[Open | tuple[str, str]] = []
         for name, run in sorted(places, reverse=True)[:most]:
             try:
-                found.append(Open(run, name, *self._folder(run).read(name)))
+                found.append(self._open(run, name, voter))
             except (BadInput, NotFound):
                 found.append((run, name))
         return found
 
+    def _open(self, run: str, name: str, voter: str) -> Open:
+        duel, votes = self._folder(run).read(name)
+        return Open(run, name, duel, votes, stand(duel, votes, voter), qrels(duel, votes))
+
     async def _note(self, run: str, name: str, vote: Vote) -> None:
         async with self._writing:
-            known = await self.open(run, name)
+            known = await self.open(run, name, vote.voter)
             if not any(earlier.end for earlier in known.votes):
                 await asyncio.to_thread(self._folder(run).add, name, vote)
 

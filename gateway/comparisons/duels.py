@@ -19,7 +19,7 @@ TARGET: Final = 50
 """The requested number of votes: enough to find a preference of 70 %."""
 
 MANY_VOTERS: Final = 15
-"""With this many voters or more, the result does not mention their number."""
+"""With fewer voters, a result says for how many of them it holds."""
 
 DEPTH: Final = 5
 MAX_PAIRS: Final = 200
@@ -99,6 +99,7 @@ class Standing:
         next_turn: the first turn that the voter has not seen; ``None`` at the end.
         consistent, repeated: number of repeated pairs with the same preference again, and of all repeated pairs.
         left: the preference for the left side among the decided votes.
+        by_voter: the preference among voters, each with the arm that got more of their votes.
     """
 
     preference: Preference
@@ -110,8 +111,19 @@ class Standing:
     consistent: int
     repeated: int
     left: Preference
+    by_voter: Preference
     voters: int
     is_ended: bool
+
+    @property
+    def is_general(self) -> bool:
+        """Whether the votes show a preference beyond these voters.
+
+        Votes of one person are not independent: five voters with tastes of their own find a preference between equals in
+        one duel of seven. So many must vote, and the same test must show it with one vote for each of them.
+        """
+        preferred = self.preference.preferred
+        return self.voters >= MANY_VOTERS and preferred is not None and self.by_voter.preferred is preferred
 
 
 def draw(queries: Iterable[Query], baseline: str, arm: str, seed: int) -> Duel:
@@ -188,9 +200,18 @@ def stand(duel: Duel, votes: Sequence[Vote], voter: str) -> Standing:
         consistent=sum(again.preferred == before.preferred for again, before in both),
         repeated=len(both),
         left=judge(Ballot.FIRST if vote.choice == "left" else Ballot.SECOND for vote in decided),
+        by_voter=judge(_by_voter(duel, decided)),
         voters=len({vote.voter for vote in first}),
         is_ended=is_ended,
     )
+
+
+def _by_voter(duel: Duel, decided: Iterable[Vote]) -> Iterator[Ballot]:
+    """Yield one ballot for each voter who prefers an arm more often than the other."""
+    margins: defaultdict[str, int] = defaultdict(int)
+    for vote in decided:
+        margins[vote.voter] += 1 if vote.preferred == duel.baseline else -1
+    yield from (Ballot.FIRST if margin > 0 else Ballot.SECOND for margin in margins.values() if margin)
 
 
 def _valid(votes: Sequence[Vote]) -> list[Vote]:
@@ -236,9 +257,10 @@ def make_vote(
 def verdict(duel: Duel, standing: Standing) -> str:
     """Return the result of a duel in a sentence."""
     preference = standing.preference
-    voters = f" for {standing.voters} voters" if 1 < standing.voters < MANY_VOTERS else ""
     if preference.preferred is None:
+        voters = f" for {standing.voters} voters" if 1 < standing.voters < MANY_VOTERS else ""
         return f"Not decided: these votes do not distinguish {duel.arm} from {duel.baseline}{voters}"
+    voters = f" for {standing.voters} voters" if standing.voters > 1 and not standing.is_general else ""
     if preference.preferred is Ballot.FIRST:
         return f"{duel.baseline} is preferred to {duel.arm}{voters}"
     return f"{duel.arm} is preferred to {duel.baseline}{voters}"

@@ -13,7 +13,7 @@ from fastapi import Request, Response
 from gateway.api.comparisons import required
 from gateway.api.duels import MAX_LISTED, DuelCard, DuelText, duel_card, duel_entry, read_choice
 from gateway.comparisons.dueling import Duels, Open
-from gateway.comparisons.duels import TARGET, qrels
+from gateway.comparisons.duels import TARGET
 from gateway.comparisons.runs import Run
 from gateway.console.charts import Scale
 from gateway.console.compare import Compare
@@ -53,7 +53,7 @@ class DuelPages:
         if runs is not None and duels is not None:
             known = [run for run in await asyncio.to_thread(runs.latest) if run.results is not None]
             voter = visitor_of(request).client.name
-            begun = [duel_entry(found, voter) for found in await duels.latest(MAX_LISTED)]
+            begun = [duel_entry(found) for found in await duels.latest(MAX_LISTED, voter)]
         chosen = request.query_params.get("run", "")
         run = next((one for one in known if one.name == chosen), known[0] if known else None)
         return self._parts.pages.render(
@@ -69,7 +69,7 @@ class DuelPages:
 
     async def show(self, request: Request) -> Response:
         """Show the next pair, or the result."""
-        card = duel_card(await self._open(request), visitor_of(request).client.name)
+        card = duel_card(await self._open(request))
         return self._result(request, card) if card.pair is None else self._pair(request, card)
 
     def _pair(self, request: Request, card: DuelCard) -> Response:
@@ -130,22 +130,24 @@ class DuelPages:
     async def qrels(self, request: Request) -> Response:
         """Return the judgments that follow from the marks."""
         known = await self._open(request)
-        return _download(qrels(known.duel, known.votes), "qrels.tsv")
+        return _download(known.qrels, "qrels.tsv")
 
     async def votes(self, request: Request) -> Response:
         """Return the votes."""
         known = await self._open(request)
-        lines = (f"{vote.model_dump_json(exclude_defaults=True)}\n" for vote in known.votes)
+        lines = await asyncio.to_thread(
+            lambda: [f"{vote.model_dump_json(exclude_defaults=True)}\n" for vote in known.votes]
+        )
         return _download("".join(lines), "votes.jsonl")
 
     # ---------------------------------------------------------------------------------------------------------- parts
 
     def _duels(self, request: Request) -> Duels:
-        self._compare.runs(request)  # for the operator only
         return required(self._compare.duels)
 
     async def _open(self, request: Request) -> Open:
-        return await self._duels(request).open(request.path_params["run"], request.path_params["duel"])
+        params = request.path_params
+        return await self._duels(request).open(params["run"], params["duel"], visitor_of(request).client.name)
 
     def _again(self, request: Request) -> Response:
         return self._parts.pages.redirect(request, f"/duel/{_place(request)}")

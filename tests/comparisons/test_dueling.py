@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -46,11 +48,11 @@ async def test_a_vote_that_was_damaged_by_hand_is_named_with_its_line(duels: Due
         file.write(f"{line}\n")
 
     with pytest.raises(BadInput) as caught:
-        await duels.open(RUN, name)
+        await duels.open(RUN, name, "v")
     assert caught.value.message.startswith(f"{folder}/votes.jsonl:2 is damaged: ")
     assert problem in caught.value.message
     # The list of the duels shows the others as before.
-    assert (RUN, name) in [place for place in await duels.latest(100) if not isinstance(place, Open)]
+    assert (RUN, name) in [place for place in await duels.latest(100, "v") if not isinstance(place, Open)]
 
 
 async def test_a_turn_without_its_pair_is_named(duels: Duels) -> None:
@@ -59,7 +61,7 @@ async def test_a_turn_without_its_pair_is_named(duels: Duels) -> None:
     content["pairs"] = content["pairs"][:3]
     (folder / "duel.json").write_text(json.dumps(content))
     with pytest.raises(BadInput, match=r"duel.json is damaged: it has 3 pairs, and a turn shows pair 3"):
-        await duels.open(RUN, name)
+        await duels.open(RUN, name, "v")
 
 
 async def test_a_full_file_stays_readable_and_the_duel_can_be_ended(
@@ -79,4 +81,30 @@ async def test_a_full_file_stays_readable_and_the_duel_can_be_ended(
 
     await duels.end(RUN, name, "operator")
 
-    assert (await duels.open(RUN, name)).standing("operator").is_ended
+    assert (await duels.open(RUN, name, "operator")).standing.is_ended
+
+
+async def test_the_votes_of_a_large_duel_are_counted_apart_from_the_event_loop(
+    duels: Duels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads = []
+
+    def counting(count: Callable[..., object]) -> Callable[..., object]:
+        def counted(*arguments: object) -> object:
+            threads.append(threading.current_thread())
+            return count(*arguments)
+
+        return counted
+
+    for name in ("stand", "qrels"):
+        monkeypatch.setattr(dueling, name, counting(getattr(dueling, name)))
+    name, _folder = await begin(duels)
+
+    assert await duels.vote((RUN, name), "ada", 0, "left", [])
+    await duels.undo(RUN, name, "ada")
+    await duels.end(RUN, name, "ada")
+    assert (await duels.open(RUN, name, "ada")).standing.is_ended
+    assert await duels.latest(1, "ada")
+
+    assert threads
+    assert threading.main_thread() not in threads

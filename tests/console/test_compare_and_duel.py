@@ -381,7 +381,7 @@ def test_a_preference_is_general_if_many_voters_have_it_and_not_if_a_few_vote_of
     assert told(14, 0, 1) == (False, "a is preferred to b for 14 voters")
     assert told(15, 0, 1) == (True, "a is preferred to b")
     assert told(9, 9, 40) == (False, "a is preferred to b for 18 voters")
-    assert told(8, 8, 1) == (False, "Not decided: these votes do not tell b from a")
+    assert told(8, 8, 1) == (False, "Not decided: these votes do not distinguish b from a")
 
 
 def test_the_votes_of_many_voters_are_counted_at_once() -> None:
