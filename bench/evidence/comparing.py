@@ -39,6 +39,11 @@ def says_a_difference(kind: str, arms: int, queries: int, dice: np.random.Genera
     return any(one.verdict in _WRONG for one in found)
 
 
+def says_a_difference_at_any_size(kind: str, arms: int, dice: np.random.Generator) -> bool:
+    """Return the same for a number of queries from 50 to 1,000, small ones as often as large ones."""
+    return says_a_difference(kind, arms, round(float(np.exp(dice.uniform(np.log(50), np.log(1_000))))), dice)
+
+
 def misses(kind: str, queries: int, dice: np.random.Generator) -> bool:
     """Return whether the interval, if one is given, misses the true difference, which is 0."""
     (found,) = conclusions(DRAWS[kind](dice, 2, queries))
@@ -145,6 +150,10 @@ SIMULATIONS = (
             Case(f"{queries:,} queries", kind, partial(says_a_difference, kind, 2, queries), 1_000, 150)
             for queries in _SIZES
             for kind in DRAWS
+        ]
+        + [
+            Case("50 to 1,000 queries", kind, partial(says_a_difference_at_any_size, kind, 2), 2_000, 150)
+            for kind in DRAWS
         ],
         "Fewer errors than promised come from ties: a verdict needs 15 queries that differ, and p is exact or conservative.",
     ),
@@ -158,6 +167,13 @@ SIMULATIONS = (
             Case(f"{arms} arms, {queries} queries", kind, partial(says_a_difference, kind, arms, queries), 1_000, 60)
             for arms in (3, 6)
             for queries in (50, 100, 300)
+            for kind in DRAWS
+        ]
+        + [
+            Case(
+                f"{arms} arms, 50 to 1,000 queries", kind, partial(says_a_difference_at_any_size, kind, arms), 2_000, 60
+            )
+            for arms in (3, 6)
             for kind in DRAWS
         ],
     ),

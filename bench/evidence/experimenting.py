@@ -96,20 +96,29 @@ def looks_different(
     return False
 
 
-def ramp_looks_different(units: int, dice: np.random.Generator) -> bool:
-    """Return whether equal arms look different after a ramp from 90/10 to 50/50 of users with lasting habits.
+def ramp_looks_different(units: int, effect: float, dice: np.random.Generator) -> bool:
+    """Return whether any of 20 looks at a ramp from 90/10 to 50/50 finds the arms different.
 
-    Half of the users come with the second weights, in a better week. The others keep their arm or move into the new one.
+    The users have lasting habits. Half of them come with the second weights, in a better week. The others come back then,
+    and keep their arm or move into the new one.
+
+    Args:
+        effect: how much higher the values of the second arm are; then only "better" counts.
     """
     race, habit = dice.random(units), dice.exponential(size=units)
     is_old = np.arange(units) < units // 2
     unit = np.concatenate([np.arange(units)[is_old], np.arange(units)])
     branch = np.concatenate([(race[is_old] < 0.1).astype(int), 2 + (race < 0.5)])
     time = np.concatenate([np.zeros(int(is_old.sum())), np.full(units, 10.0)])
-    value = habit[unit] + 0.3 * dice.exponential(size=len(unit)) + 2 * (time > 0)
+    value = habit[unit] + 0.3 * dice.exponential(size=len(unit)) + 2 * (time > 0) + effect * (branch % 2)
     arms = [*_branches((0.9, 0.1)), *_branches((0.5, 0.5), "h")]
-    (found,) = _compare(arms, unit, branch, time, (value, np.ones(len(unit))), "unit")
-    return found.difference is not None and not found.difference.low <= 0 <= found.difference.high
+    for end in np.linspace(len(unit) / _NUM_LOOKS, len(unit), _NUM_LOOKS).astype(int):
+        seen = slice(0, end)
+        (found,) = _compare(arms, unit[seen], branch[seen], time[seen], (value[seen], np.ones(end)), "unit")
+        difference = found.difference
+        if difference is not None and (difference.low > 0 or (difference.high < 0 and not effect)):
+            return True
+    return False
 
 
 # --------------------------------------------------------------------------------------------------------- guardrails
@@ -146,7 +155,7 @@ SIMULATIONS = (
         [
             Case(name, f"{units:,} units", partial(is_flagged, shares, units, 0.0), runs, quick)
             for name, shares in _SPLITS.items()
-            for units, runs, quick in ((1_000, 4_000, 400), (10_000, 2_000, 200), (100_000, 1_000, 50))
+            for units, runs, quick in ((1_000, 10_000, 400), (10_000, 10_000, 200), (100_000, 10_000, 50))
         ],
         "Looked at after every unit. A chi-square test at 0.1 % that is looked at every 100 units flags 2.5 % by 100,000.",
     ),
@@ -194,10 +203,22 @@ SIMULATIONS = (
     Simulation(
         "ramp",
         "Outcomes of equal arms over a ramp",
-        "better or worse",
+        "better or worse at any look",
         "<=",
         ALPHA,
-        [Case("90/10, then 50/50", "5,000 units", partial(ramp_looks_different, 5_000), 400, 60)],
+        [
+            Case("90/10, then 50/50", f"{units:,} units", partial(ramp_looks_different, units, 0.0), 400, 30)
+            for units in (1_000, 5_000)
+        ],
+        "Looked at 20 times. The second week is better for all: added up, the arm that grew would look better.",
+    ),
+    Simulation(
+        "ramped",
+        "Outcomes of a better arm over a ramp",
+        "called better by the last look",
+        ">=",
+        0.8,
+        [Case("90/10, then 50/50, 20 % more", "5,000 units", partial(ramp_looks_different, 5_000, 0.2), 300, 30)],
     ),
     Simulation(
         "guardrail",

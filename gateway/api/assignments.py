@@ -15,6 +15,7 @@ from gateway.api.wire import AnswerBody, request_body, responses
 from gateway.config.fields import FROM_NAME
 from gateway.config.registry import Experiment
 from gateway.errors import BadInput, ExperimentNotFound, ModelNotAllowed
+from gateway.experiments import split
 from gateway.experiments.split import Reason, UnitSource, read_unit
 from gateway.http.context import RequestContext
 from gateway.http.parameters import read_query
@@ -122,7 +123,7 @@ class Assignments:
             BadInput: the unit is empty or too long, or the experiment has no units.
         """
         if unit is not None:
-            _check_unit(unit, field)
+            _check_unit(unit, field, MAX_UNIT_BYTES if FROM_NAME in experiment.unit else split.MAX_UNIT_BYTES)
         own = unit_source(request, None)
         source = own if unit is None else _given(unit, experiment, own)
         choice = router.choose(experiment.id, RequestContext.of(request).client, source)
@@ -146,15 +147,15 @@ def assignments_router(endpoint: Endpoint) -> APIRouter:
     return router
 
 
-def _check_unit(unit: str, field: str) -> None:
+def _check_unit(unit: str, field: str, max_bytes: int) -> None:
     """Reject a unit that no request for embeddings could have.
 
     Raises:
         BadInput: the unit is blank or too long. The message does not quote it, because messages are logged.
     """
-    num_bytes = len(unit.encode())
-    if not 0 < num_bytes <= MAX_UNIT_BYTES:
-        raise BadInput(f"a unit must have 1 to {MAX_UNIT_BYTES} bytes, got {num_bytes}", param=field)
+    num_bytes = len(unit.encode(errors="replace"))
+    if not 0 < num_bytes <= max_bytes:
+        raise BadInput(f"a unit must have 1 to {max_bytes} bytes, got {num_bytes}", param=field)
     if read_unit(unit) is None:
         raise BadInput("a unit must not be blank", param=field)
 

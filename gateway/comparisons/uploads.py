@@ -32,6 +32,13 @@ _JUDGMENT_NAMES: Final = (
     ("corpus-id", "corpus_id", "document", "document-id", "document_id"),
     ("score", "grade", "relevance"),
 )
+# Files that are no tables, by their first bytes. A spreadsheet is an archive.
+_NO_TABLES: Final = (
+    ((b"\xff\xfe", b"\xfe\xff"), "is in UTF-16 or UTF-32: save it as UTF-8"),
+    ((b"PK\x03\x04", b"\xd0\xcf\x11\xe0"), "is a spreadsheet or an archive: save it as CSV in UTF-8"),
+    ((b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"BZh"), "is compressed: upload it uncompressed"),
+    ((b"PAR1",), "is Parquet: write it as JSON lines"),
+)
 # The columns that are read; data sets have others, such as BEIR's `metadata`, with any values.
 _READ: Final = frozenset(("title", "text", "group", *_ID_NAMES, *(name for names in _JUDGMENT_NAMES for name in names)))
 
@@ -191,6 +198,9 @@ def _rows(table: Table) -> Iterator[tuple[int, dict[str, str]]]:
     Raises:
         BadInput: the file is not UTF-8, or a line is wrong.
     """
+    for starts, problem in _NO_TABLES:
+        if table.content.startswith(starts):
+            raise BadInput(f"{table.field}: {cut(table.filename)!r} {problem}", param=table.field)
     try:
         text = table.content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -200,6 +210,8 @@ def _rows(table: Table) -> Iterator[tuple[int, dict[str, str]]]:
         ) from error
     if table.filename.lower().endswith(".txt"):
         yield from ((number, {"text": line}) for number, line in enumerate(io.StringIO(text), 1))
+    elif text.lstrip().startswith("[") and table.filename.lower().endswith((".json", ".jsonl", ".ndjson")):
+        raise _wrong(table, 1, "the file is a JSON array: write JSON lines, an object in each line")
     elif text.lstrip().startswith("{"):
         yield from _json_rows(table, text)
     else:

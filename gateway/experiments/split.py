@@ -20,6 +20,9 @@ from gateway.config.registry import Arm, Experiment
 from gateway.config.wording import cut
 from gateway.errors import BadInput
 
+MAX_UNIT_BYTES = 1_024
+"""The longest unit, in bytes of UTF-8."""
+
 UnitSource: TypeAlias = Callable[[str], "str | bytes | None"]
 """Looks up a value of a request by its source, ``header:NAME`` (bytes), ``body:user`` or ``api_key``; ``None`` if absent."""
 
@@ -124,7 +127,7 @@ class Split:
         """Choose the arm of a request.
 
         Raises:
-            BadInput: the header that forces an arm names an unknown one.
+            BadInput: the header that forces an arm names an unknown one, or the unit is too long.
         """
         forced = read_unit(unit_source(self._force_header)) if self._force_header else None
         if forced:
@@ -140,6 +143,11 @@ class Split:
             return self._assignment(self.experiment.control, reason)
         if unit is None:
             return self._assignment(self.arm_of(secrets.token_hex(8)), Reason.RANDOM)
+        if (num_bytes := len(unit.encode(errors="replace"))) > MAX_UNIT_BYTES:
+            raise BadInput(
+                f"the unit in `{source}` of experiment {self.experiment.id!r} has {num_bytes:,} bytes, the limit is "
+                f"{MAX_UNIT_BYTES:,}: send a hash of it, here and with its outcomes"
+            )
         return self._assignment(self.arm_of(unit), Reason.UNIT, self.hash_of(unit), source)
 
     def _why_outside(self, unit: str | None, now: datetime) -> Reason | None:

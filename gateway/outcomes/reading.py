@@ -24,11 +24,10 @@ from pydantic import (
 from gateway.config.fields import OUTCOME_NAME
 from gateway.config.wording import describe
 from gateway.errors import StartError
-from gateway.experiments.split import Split, read_unit
+from gateway.experiments.split import MAX_UNIT_BYTES, Split, read_unit
 from gateway.outcomes.joining import signed
 from gateway.outcomes.store import NewOutcome
 
-MAX_UNIT_BYTES = 1_024
 _MOST = 1e12
 # A value divided by a smaller number and squared twice would overflow a float.
 _LEAST_CHANCES = 1e-6

@@ -210,6 +210,24 @@ async def test_bad_units_are_a_400(
     assert message in check_error(await client.post(PATH, json={"units": units}), 400, "invalid_input", param="units")
 
 
+async def test_a_unit_has_the_same_limit_wherever_it_is_read(connect: Connect, check_error: CheckError) -> None:
+    client = await connect(experiments=[experiment(unit=("header:x-unit",))])
+    longest, longer = "é" * 512, "é" * 512 + "x"
+    body = {"model": "exp", "input": "a"}
+
+    embedded = await client.post("/v1/embeddings", json=body, headers={"x-unit": longest.encode()})
+    assert (await ask(client, longest))["arm"] == embedded.headers["x-gateway-arm"] == arm_of(longest)
+
+    refused = await client.post("/v1/embeddings", json=body, headers={"x-unit": longer.encode()})
+    message = check_error(refused, 400, "invalid_input")
+    assert message.startswith(
+        "the unit in `header:x-unit` of experiment 'exp' has 1,025 bytes, the limit is 1,024: send a hash"
+    )
+    assert longer not in message
+    asked = check_error(await client.get(PATH, params={"unit": longer}), 400, "invalid_input", param="unit")
+    assert asked == "a unit must have 1 to 1024 bytes, got 1025"
+
+
 async def test_a_model_that_loads_has_an_arm_and_no_space_yet(connect: Connect, make_model: MakeModel) -> None:
     models = [make_model("mini"), make_model("jina", state=ModelState.LOADING)]
     client = await connect(*models, aliases={}, experiments=[experiment()])

@@ -67,6 +67,26 @@ def test_each_kind_of_file_is_understood(tmp_path: Path, documents: Table) -> No
         ),
         ({"documents": "text\n\n"}, "documents: 'my.csv' has no texts"),
         ({"documents": b"text\n\xff\n"}, "documents: 'my.csv' is not UTF-8 at byte 6"),
+        (
+            {"documents": "text\nFüße\n".encode("utf-16")},
+            "documents: 'my.csv' is in UTF-16 or UTF-32: save it as UTF-8",
+        ),
+        (
+            {"documents": table("documents", b"PK\x03\x04\x14", "my.xlsx")},
+            "'my.xlsx' is a spreadsheet or an archive: save",
+        ),
+        (
+            {"documents": table("documents", b"\x1f\x8b\x08", "my.csv.gz")},
+            "'my.csv.gz' is compressed: upload it uncompressed",
+        ),
+        (
+            {"documents": table("documents", b"PAR1\x15", "my.parquet")},
+            "'my.parquet' is Parquet: write it as JSON lines",
+        ),
+        (
+            {"documents": table("documents", '[{"text": "a"}]', "my.json")},
+            "documents, line 1 of 'my.json': the file is a JSON array: write JSON lines, an object in each line",
+        ),
         ({"documents": "id,text\n1,a\n1,b\n"}, "line 3 of 'my.csv': an earlier text has the id '1' too"),
         ({"documents": "id,text\na b,c\n"}, "the id 'a b' contains white space"),
         ({"documents": "id,text\n1,a,b\n"}, "line 2 of 'my.csv': the line has 3 columns, not 2"),
