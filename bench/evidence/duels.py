@@ -62,7 +62,7 @@ def interval_misses(share: float, num_votes: int, dice: np.random.Generator) -> 
 
 
 def tastes_look_general(num_voters: int, num_votes: int, dice: np.random.Generator) -> bool:
-    """Return whether any look finds a preference beyond the voters, who have tastes of their own, but none in common.
+    """Return whether any look finds a preference beyond the voters, who have different tastes, but none in common.
 
     Looked at after each fifth of the voters. The log-odds of their tastes have a standard deviation of one half.
     """

@@ -119,7 +119,7 @@ class Standing:
     def is_general(self) -> bool:
         """Whether the votes show a preference beyond these voters.
 
-        Votes of one person are not independent: five voters with tastes of their own find a preference between equals in
+        Votes of one person are not independent: five voters with different tastes find a preference between equals in
         one duel of seven. So many must vote, and the same test must show it with one vote for each of them.
         """
         preferred = self.preference.preferred

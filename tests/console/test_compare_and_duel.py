@@ -369,7 +369,7 @@ def test_a_preference_is_general_if_many_voters_have_it_and_not_if_a_few_vote_of
     turns = [turn for turn in range(50) if not duel.turns[turn].is_repeat]
 
     def told(first: int, second: int, num_votes: int) -> tuple[bool, str]:
-        """Let so many voters prefer each arm, of whom the last votes often."""
+        """Let so many voters prefer each arm; one of them votes often."""
         voters = [f"{number}{arm}" for number in range(max(first, second)) for arm in "ab"]
         voters = [who for who in voters if int(who[:-1]) < (first if who[-1] == "a" else second)]
         votes = [vote(turns[0], "left", who[-1], who) for who in voters]
