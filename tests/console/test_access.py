@@ -93,21 +93,22 @@ OPEN_TO_READERS = {
 @pytest.mark.parametrize("key", ["", CLIENT], ids=["without keys", "with a client's key"])
 def test_the_pages_of_the_operators_api_need_the_operators_key_as_well(tmp_path: Path, key: str) -> None:
     models = usual_models()
-    settings = Settings(api_keys=key, console="public", runs_dir=str(tmp_path))
+    settings = Settings(**({"api_keys": key} if key else {}), console="public", runs_dir=str(tmp_path))
     deployment = Deployment(registry_of(models), settings, Fleet(models))
     deployment.fleet.started.set()
     app = create_app(deployment)
     routes = {
-        (method, re.sub(r"\{[^}]*\}", "x", route.path))
-        for route in app.routes
-        if route.path.startswith(("/console", "/admin"))
-        for method in route.methods - {"HEAD"}
+        (method, re.sub(r"\{[^}]*\}", "x", path))
+        for path, methods in app.state.methods.items()
+        if path.startswith(("/console", "/admin"))
+        for method in methods
     }
     with TestClient(app, base_url="http://reader", follow_redirects=False) as client:
         client.headers.update({**HTML, "origin": "http://reader"})
         sign_in(client, key)
         client.headers["authorization"] = f"Bearer {key}"
-        opened = {(method, path) for method, path in routes if client.request(method, path).status_code != 403}
+        last = sorted(routes, key=lambda route: route[1].endswith("sign-out"))
+        opened = {(method, path) for method, path in last if client.request(method, path).status_code != 403}
     assert opened == OPEN_TO_READERS
     assert len(routes - opened) > 50
 
