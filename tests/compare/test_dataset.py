@@ -392,12 +392,12 @@ def test_an_empty_form_says_what_to_do(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("score", ["1000001", "-1000001", str(2**31 - 1), str(-(2**40)), "9" * 5000, "1_0", "٣"])
-def test_a_score_that_the_measures_cannot_take_is_said(write_data: WriteData, score: str) -> None:
+def test_a_score_that_the_measures_cannot_take_is_reported(write_data: WriteData, score: str) -> None:
     """trec_eval crashes on some of them, and others are no numbers in any file of judgments."""
     folder = write_data()
     (folder / "qrels" / "test.tsv").write_text(f"query-id\tcorpus-id\tscore\nq0\td0\t{score}\n")
     with pytest.raises(
-        CompareError, match=r"the score must be (an integer|from -1,000,000 to 1,000,000), and is"
+        CompareError, match=r"the score must be (an integer|from -1,000,000 to 1,000,000), got"
     ) as raised:
         read_dataset(folder, None)
     assert len(str(raised.value)) < 300 + len(str(folder))

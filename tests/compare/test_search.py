@@ -110,7 +110,7 @@ def test_impossible_arguments_are_refused() -> None:
     vectors = np.ones((2, 3), dtype=np.float32)
     with pytest.raises(ValueError, match="depth must be at least 1, got 0"):
         search(vectors, vectors, 0)
-    with pytest.raises(ValueError, match=r"excluded must be as long as the queries \(2\), and is 1"):
+    with pytest.raises(ValueError, match=r"excluded must be as long as the queries \(2\), got 1"):
         search(vectors, vectors, 1, [None])
 
 
