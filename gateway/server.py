@@ -116,9 +116,7 @@ async def _serve(
     asyncio.get_running_loop().set_default_executor(_Threads())
     server = _Server(server_config(app, deployment.settings), deployment, addresses.clients)
     deployment.on_lost = server.end_for_restart
-    # Once, in a thread: otherwise the first request for the documentation would delay all other requests.
-    describing = asyncio.get_running_loop().run_in_executor(None, app.openapi)
-    loading = asyncio.create_task(_load(deployment, server, lambda: announce(addresses, bool(keyring))))
+    loading = asyncio.create_task(_load(deployment, app, server, lambda: announce(addresses, bool(keyring))))
     try:
         async with (
             _reloading_on_hangup(deployment),
@@ -127,7 +125,7 @@ async def _serve(
             await server.serve(sockets=[listeners[0]])
     finally:
         loading.cancel()
-        await asyncio.wait((loading, describing))
+        await asyncio.wait((loading,))
         await keyring.close()
         await deployment.stop()
     if not loading.cancelled() and (reason := loading.result()):
@@ -302,7 +300,7 @@ def _end_within(limit_s: float) -> None:
     threading.Thread(target=end, name="last-resort", daemon=True).start()
 
 
-async def _load(deployment: Deployment, server: uvicorn.Server, announce: Callable[[], None]) -> str:
+async def _load(deployment: Deployment, app: FastAPI, server: uvicorn.Server, announce: Callable[[], None]) -> str:
     """Load the models. If that fails, stop the server and return the reason; otherwise return an empty string."""
     try:
         await deployment.start()
@@ -317,14 +315,14 @@ async def _load(deployment: Deployment, server: uvicorn.Server, announce: Callab
     _spare_collector()
     _keep_freed_memory()
     threading.Thread(target=_announce, args=(announce,), name=_ANNOUNCE, daemon=True).start()
+    # Otherwise the first request for the documentation would delay the others. Not earlier: it would delay the load.
+    await asyncio.to_thread(app.openapi)
+    gc.freeze()
     return ""
 
 
 def _spare_collector() -> None:
-    """Exempt the permanent objects, a hundred thousand from libraries and routes, from garbage collection.
-
-    A full collection would stop all requests for a tenth of a second, every few thousand requests. It runs once here.
-    """
+    """Exempt the permanent objects, a hundred thousand, from collections, which would stop all requests for 0.1 s."""
     gc.collect()
     gc.freeze()
 
