@@ -129,7 +129,7 @@ class InfinityBackend:
         _import_libraries()
         from gateway.engine.loading import plan_load
 
-        plan = plan_load(self._entry)
+        plan = plan_load(self._entry, compiled_folder=self._settings.compiled_folder)
         if self._fingerprint and plan.info.fingerprint != self._fingerprint:  # before gigabytes are loaded for nothing
             raise LoadError(
                 "the checkpoint's files have changed, so their vectors would be in another space. Restore the files, or "

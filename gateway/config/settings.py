@@ -207,9 +207,9 @@ class Settings(BaseSettings):
     )
     cache_dir: Annotated[Literal["off"] | Path | None, BeforeValidator(lower_off)] = Field(
         default=None,
-        description="Folder for compiled copies of the models on the CPU, which make later starts faster: as large as the "
-        "weights in float32. `off`: no copies are kept. By default `embedding-gateway/compiled` in `$XDG_CACHE_HOME` or "
-        "`~/.cache`.",
+        description="Folder for compiled copies of the models on the CPU, with their tokenizers, which make later starts "
+        "faster: as large as the weights in float32. `off`: no copies are kept. By default `embedding-gateway/compiled` in "
+        "`$XDG_CACHE_HOME` or `~/.cache`.",
     )
     log_level: Annotated[Literal["debug", "info", "warning", "error"], BeforeValidator(lower)] = Field(
         default="info", description="Minimum severity of the events that are logged."

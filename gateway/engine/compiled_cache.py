@@ -1,5 +1,8 @@
 """Keep compiled models on disk, so that a later start needs neither the torch model nor its trace.
 
+What transformers reads from a checkpoint is kept as well, because transformers takes longer to import than a compiled
+model to load.
+
 An entry is a folder whose name is a key: a hash over everything that the result depends on. An entry is written next to its
 final path and then renamed, so it is either complete or absent. Its files are hashed, so a damaged entry is noticed and
 rebuilt.
@@ -16,27 +19,59 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import cache
+from importlib.metadata import version
 from pathlib import Path
+from typing import TypeVar
 
 import structlog
 
 from gateway.engine.checkpoint.sources import file_sha256
 from gateway.errors import LoadError
 
+T = TypeVar("T")
+
 log = structlog.get_logger(__name__)
 
 _ENTRY = "entry.json"
+_TEXT = "text.json"
+_READINGS = "read"
 _NEW = ".new-"
 # The operator chooses the folder, which may hold other files that must not be deleted.
 _OURS = re.compile(rf"[0-9a-f]{{32}}|{re.escape(_NEW)}.*")
 _UNUSED_S = 30 * 24 * 3600.0
 # The space to leave free on the disk, which also covers an entry that two processes write at once.
 _MIN_FREE_BYTES = 1 << 30
+# Formats of weights, which may have gigabytes and say nothing about sizes or tokens.
+_WEIGHTS = frozenset({".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".npz"})
 
 
 def key_of(parts: Mapping[str, object]) -> str:
     """Return the key of an entry: 32 hex digits over everything that it depends on."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+@cache
+def describe_engine() -> Mapping[str, object]:
+    """Return the versions of the code that reads and computes models, for a key."""
+    sources = sorted(Path(__file__).parent.rglob("*.py"))
+    return {
+        "versions": [version(package) for package in ("torch", "transformers", "tokenizers")],
+        "engine": [file_sha256(source) for source in sources],
+    }
+
+
+def describe_files(folder: Path) -> Mapping[str, str]:
+    """Return the hex sha256 of each file in a checkpoint's folder, without the weights and subfolders, for a key.
+
+    Raises:
+        LoadError: a file cannot be read.
+    """
+    return {
+        path.name: file_sha256(path)
+        for path in sorted(folder.iterdir())
+        if path.is_file() and path.suffix not in _WEIGHTS
+    }
 
 
 class CompiledCache:
@@ -48,6 +83,26 @@ class CompiledCache:
 
     def __init__(self, folder: Path | None) -> None:
         self._folder = folder
+
+    @property
+    def readings(self) -> CompiledCache:
+        """The cache of what transformers has read from checkpoints; it has texts."""
+        return CompiledCache(None if self._folder is None else self._folder / _READINGS)
+
+    def recall(self, key: str, parse: Callable[[str], T]) -> T | None:
+        """Return the text of an entry after ``parse``; ``None`` as :meth:`find`, or if ``parse`` raises an error."""
+        entry = self.find(key)
+        if entry is None:
+            return None
+        try:
+            return parse((entry / _TEXT).read_text(encoding="utf-8"))
+        except Exception as error:  # tokenizers raises a bare Exception
+            self._drop_damaged(entry, f"{type(error).__name__}: {error}")
+            return None
+
+    def store_text(self, key: str, text: str) -> None:
+        """Store a text, under the conditions of :meth:`store`."""
+        self.store(key, len(text), lambda folder: _write(folder / _TEXT, text))
 
     def find(self, key: str) -> Path | None:
         """Return the folder of an entry; ``None`` if it does not exist, or if its files have changed."""
@@ -65,11 +120,13 @@ class CompiledCache:
             reason = "its files were changed after they were written"
         except (OSError, ValueError, AttributeError, TypeError, LoadError) as error:
             reason = str(error)
-        log.warning(
-            "compiled_cache_damaged", entry=str(entry), reason=reason, consequence="the model is compiled again"
-        )
-        shutil.rmtree(entry, ignore_errors=True)
+        self._drop_damaged(entry, reason)
         return None
+
+    @staticmethod
+    def _drop_damaged(entry: Path, reason: str) -> None:
+        log.warning("compiled_cache_damaged", entry=str(entry), reason=reason, consequence="it is made again")
+        shutil.rmtree(entry, ignore_errors=True)
 
     def store(self, key: str, num_bytes: int, write: Callable[[Path], None]) -> None:
         """Store an entry, unless the disk is too full or read-only, and drop entries unused for 30 days.
@@ -107,3 +164,7 @@ class CompiledCache:
                 if _OURS.fullmatch(entry.name) and entry.stat().st_mtime < before:
                     shutil.rmtree(entry)
                     log.info("compiled_cache_dropped", entry=str(entry), reason="not used for 30 days")
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")

@@ -55,7 +55,15 @@ with tempfile.TemporaryDirectory() as _folder:  # the cache is for vectors, and 
     os.environ["INFINITY_HOME"] = _folder
     from infinity_emb.args import EngineArgs
     from infinity_emb.engine import AsyncEmbeddingEngine
-    from infinity_emb.primitives import Device, DeviceID, Dtype, InferenceEngine, ModelCapabilites, OverloadStatus
+    from infinity_emb.primitives import (
+        Device,
+        DeviceID,
+        Dtype,
+        InferenceEngine,
+        LoadingStrategy,
+        ModelCapabilites,
+        OverloadStatus,
+    )
 
 os.environ.pop("INFINITY_HOME")
 if _home is not None:
@@ -77,6 +85,10 @@ def engine_args(
         device: torch device, such as ``cpu`` or ``cuda:0``.
     """
     kind, _, index = device.partition(":")
+    # Given, because Infinity imports transformers to choose it.
+    strategy = LoadingStrategy(
+        device_mapping=[device], loading_dtype=dtype, quantization_dtype=None, device_placement=device
+    )
     return EngineArgs(
         model_name_or_path=str(folder),
         served_model_name=name,
@@ -88,6 +100,7 @@ def engine_args(
         dtype=Dtype[dtype],
         bettertransformer=False,
         model_warmup=False,
+        _loading_strategy=strategy,
     )
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -144,8 +145,11 @@ class LoadPlan:
         )
 
 
-def plan_load(entry: ModelEntry, *, may_download: bool = True) -> LoadPlan:
+def plan_load(entry: ModelEntry, *, may_download: bool = True, compiled_folder: Path | None = None) -> LoadPlan:
     """Find and read a model's checkpoint, and decide how it runs; no weights are loaded.
+
+    Args:
+        compiled_folder: where an earlier start may have kept what it has read; ``None`` keeps nothing.
 
     Raises:
         LoadError: the checkpoint is missing, differs from the registry's entry, or is of a kind that is not served.
@@ -158,6 +162,7 @@ def plan_load(entry: ModelEntry, *, may_download: bool = True) -> LoadPlan:
         source=entry.source,
         instruction=entry.instruction,
         is_sparse=entry.outputs == (Output.SPARSE,),
+        compiled_folder=compiled_folder,
     )
     wishes = read_wishes(entry, checkpoint)
     placement = place(entry, checkpoint, wishes.max_tokens)
@@ -206,18 +211,19 @@ def load_engine(plan: LoadPlan, settings: Settings, *, checks_golden: bool = Tru
         vectors = golden_vectors.read(Path(plan.entry.golden), plan.checkpoint.fingerprint, plan.tasks)
         golden = golden_vectors.GoldenCheck(plan.entry.id, vectors, golden_vectors.MIN_COSINE[plan.dtype])
     require_room(plan)
-    limit_s = settings.forward_timeout_s
-    encoders, warm_ups = [], []
+    encoders: list[Encoder] = []
+    warm_ups: list[Sequence[list[Item]]] = []
     for device in plan.devices:
         options = plan.build_options(device, threads, settings.compiled_folder)
-        for encoder in on_card(device, _BUILD_LIMIT_S, partial(build_encoders, plan.checkpoint, options)):
+        built = on_card(device, _BUILD_LIMIT_S, partial(build_encoders, plan.checkpoint, options))
+        for encoder in built:
             encoder.device = device
             encoder.accumulates_in_float16 = plan.entry.fp16_accumulation
-            on_card(device, limit_s, partial(_warm_up, encoder, plan))
-            if golden is not None:
-                on_card(device, limit_s, partial(golden.check, encoder.embed))
-            encoders.append(encoder)
-            warm_ups.append(() if device == "cpu" else _card_batches(encoder, plan))
+        # The streams of a CPU run side by side, as they will serve.
+        with ThreadPoolExecutor(len(built)) as pool:
+            list(pool.map(partial(_prepare, plan=plan, golden=golden, limit_s=settings.forward_timeout_s), built))
+        encoders += built
+        warm_ups += [() if device == "cpu" else _card_batches(encoder, plan) for encoder in built]
     limits = Limits(plan.max_batch_tokens, settings.max_queue_texts, settings.max_queue_tokens)
     if plan.device != "cpu":
         # Otherwise, products of few rows would be split and accumulated in 16 bits, and a text's vector would depend on its
@@ -254,6 +260,17 @@ def require_golden(plan: LoadPlan) -> None:
             f"fp16_accumulation needs dtype float16 (this is {plan.dtype}) and golden vectors to watch over it (golden: "
             f"{plan.entry.golden or 'is not set'})"
         )
+
+
+def _prepare(encoder: Encoder, plan: LoadPlan, golden: golden_vectors.GoldenCheck | None, limit_s: float) -> None:
+    """Warm an encoder up, and compare its vectors with the golden vectors.
+
+    Args:
+        limit_s: the time limit of each of both on a card.
+    """
+    on_card(encoder.device, limit_s, partial(_warm_up, encoder, plan))
+    if golden is not None:
+        on_card(encoder.device, limit_s, partial(golden.check, encoder.embed))
 
 
 def _warm_up(encoder: Encoder, plan: LoadPlan) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from gateway.engine.model.compiled_cache import CompiledCache, key_of
+from gateway.engine.compiled_cache import CompiledCache, key_of
 
 KEY = key_of({"model": "a"})
 

@@ -34,6 +34,7 @@ from gateway.engine.checkpoint.sources import file_sha256
 from gateway.engine.checkpoint.splade import Splade, require_masked_lm
 from gateway.engine.checkpoint.static import StaticRule, StaticTable, find_static_table
 from gateway.engine.checkpoint.transformer import read_transformer
+from gateway.engine.compiled_cache import CompiledCache
 from gateway.errors import LoadError
 from gateway.types import Output
 
@@ -169,6 +170,7 @@ def read_checkpoint(
     source: str = "",
     instruction: str | None = None,
     is_sparse: bool = False,
+    compiled_folder: Path | None = None,
 ) -> Checkpoint:
     """Read the description of the checkpoint in ``folder``.
 
@@ -177,6 +179,7 @@ def read_checkpoint(
         source: the registry's name of the checkpoint.
         instruction: the registry's instruction for a model that reranks.
         is_sparse: the registry says that the model gives only sparse vectors, which a folder without modules cannot say.
+        compiled_folder: where an earlier start may have kept the sizes; ``None`` keeps none.
 
     Raises:
         LoadError: a file is missing or malformed, or the model is of a kind that is not served.
@@ -185,11 +188,17 @@ def read_checkpoint(
     if table is not None:
         return _read_static(folder, table)
     files = Description.read(folder, is_sparse=is_sparse)
-    return _read_transformer(folder, files, trust_remote_code, source, instruction)
+    cache = CompiledCache(compiled_folder).readings
+    return _read_transformer(folder, files, trust_remote_code, source, instruction, cache)
 
 
 def _read_transformer(
-    folder: Path, files: Description, trust_remote_code: bool, source: str, instruction: str | None
+    folder: Path,
+    files: Description,
+    trust_remote_code: bool,
+    source: str,
+    instruction: str | None,
+    cache: CompiledCache,
 ) -> Checkpoint:
     root, modules = folder / files.transformer, files.modules
     require_model(root)
@@ -208,7 +217,7 @@ def _read_transformer(
     settings = read_transformer(root, files.task(ranking), has_sides=files.colbert is not None)
     prompts, truncated_width = _read_prompts(folder, files, scores=classifier is not None)
     weights = weights_files(root)
-    sizes = Sizes.read(root, None if has_own_code else read_shapes(weights))
+    sizes = Sizes.recall(root, None if has_own_code else read_shapes(weights), cache)
     max_tokens, max_query_tokens = files.lengths(root, settings.max_tokens, sizes.num_positions)
     checkpoint = Checkpoint(
         folder=folder,

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import re
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gateway.engine.checkpoint.headers import Shapes
 from gateway.engine.checkpoint.json_files import Json, read_object
 from gateway.engine.checkpoint.layouts import Layout, layout_of, translated
+from gateway.engine.compiled_cache import CompiledCache, describe_engine, describe_files, key_of
 from gateway.errors import LoadError
 
 if TYPE_CHECKING:
@@ -89,6 +91,23 @@ class Sizes:
     intermediate_width: int
     num_positions: int
     vocab_size: int
+
+    @classmethod
+    def recall(cls, folder: Path, shapes: Shapes | None, cache: CompiledCache) -> Sizes:
+        """Return the sizes that an earlier start has read with :meth:`read`, which lists the rest, or read them."""
+        if shapes is None or layout_of(read_object(folder / "config.json")) is not None:
+            return cls.read(folder, shapes)
+        key = key_of({"sizes": sorted(shapes.items()), "files": describe_files(folder), **describe_engine()})
+        if (known := cache.recall(key, cls._parse)) is not None:
+            return known
+        sizes = cls.read(folder, shapes)
+        cache.store_text(key, json.dumps(asdict(sizes)))
+        return sizes
+
+    @classmethod
+    def _parse(cls, text: str) -> Sizes:
+        values = json.loads(text)
+        return cls(**{**values, "attention": Attention(**values["attention"])})
 
     @classmethod
     def read(cls, folder: Path, shapes: Shapes | None = None) -> Sizes:

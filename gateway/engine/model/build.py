@@ -5,7 +5,6 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,13 +14,13 @@ from gateway.config.wording import cut
 from gateway.engine.accumulation import ACCUMULATION
 from gateway.engine.checkpoint.read import Checkpoint
 from gateway.engine.checkpoint.sources import file_sha256
+from gateway.engine.compiled_cache import CompiledCache, describe_engine, key_of
 from gateway.engine.devices import CpuThreads, available_bytes
 from gateway.engine.faults import is_card_lost, is_out_of_memory
 from gateway.engine.model.adapters import AdapterMask
 from gateway.engine.model.agreement import MIN_COSINE, least_cosine
 from gateway.engine.model.build_heads import build_heads, build_query_table
 from gateway.engine.model.choose import choose_runtime_of
-from gateway.engine.model.compiled_cache import CompiledCache, key_of
 from gateway.engine.model.encoder import Encoder
 from gateway.engine.model.load_tokenizer import Tokenizers, load_tokenizers
 from gateway.engine.model.runtimes.attention import attention_rule
@@ -91,7 +90,9 @@ def build_encoders(checkpoint: Checkpoint, options: BuildOptions) -> list[Encode
         tokenizers, runtimes = Tokenizers(tokenizer), [static]
     else:
         limits, may_run = (options.max_tokens, options.max_query_tokens), options.trust_remote_code
-        tokenizers = load_tokenizers(checkpoint, *limits, trust_remote_code=may_run)
+        tokenizers = load_tokenizers(
+            checkpoint, *limits, trust_remote_code=may_run, cache=_readings(checkpoint, options)
+        )
         runtimes = _build_runtimes(checkpoint, options, tokenizers.texts)
     folders = checkpoint.adapter_folders
     heads = build_heads(checkpoint, options.device, options.dtype, tokenizers)
@@ -126,6 +127,13 @@ def _require_room(encoder: Encoder, checkpoint: Checkpoint, tasks: Iterable[str]
             raise LoadError(
                 f"{checkpoint.folder}: texts are cut at {limit} tokens, and {what} take {limit - room}: a text has none left"
             )
+
+
+def _readings(checkpoint: Checkpoint, options: BuildOptions) -> CompiledCache | None:
+    """Return the cache of what transformers reads; ``None`` if it is needed at each start, to run the model."""
+    runtime = choose_runtime_of(checkpoint, options.runtime, options.device, options.dtype)
+    is_used = options.compiled_folder is not None and runtime == "openvino" and not checkpoint.has_own_code
+    return CompiledCache(options.compiled_folder).readings if is_used else None
 
 
 def _build_runtimes(checkpoint: Checkpoint, options: BuildOptions, tokenizer: Tokenizer) -> Sequence[Runtime]:
@@ -264,7 +272,6 @@ def _compiled_key(checkpoint: Checkpoint, options: BuildOptions, tokenizer: Toke
     """Return the key of a compiled model: a hash over everything that affects its numbers or their agreement with torch."""
     from gateway.engine.model.runtimes.openvino import describe_processor
 
-    sources = sorted(Path(__file__).parents[1].rglob("*.py"))
     return key_of(
         {
             "checkpoint": checkpoint.fingerprint,
@@ -274,7 +281,6 @@ def _compiled_key(checkpoint: Checkpoint, options: BuildOptions, tokenizer: Toke
             "max_tokens": options.max_tokens,
             "has_segments": tokenizer.has_segments,
             "processor": describe_processor(),
-            "versions": [version(package) for package in ("torch", "transformers")],
-            "engine": [file_sha256(source) for source in sources],
+            **describe_engine(),
         }
     )

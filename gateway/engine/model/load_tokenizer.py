@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import normalizers, processors
-from transformers import AutoTokenizer
 
 from gateway.engine.checkpoint.classes import must_end_texts
 from gateway.engine.checkpoint.read import Checkpoint
 from gateway.engine.checkpoint.sizes import load_config
+from gateway.engine.compiled_cache import CompiledCache, describe_engine, describe_files, key_of
 from gateway.engine.model.chat_pairs import ChatPairTokenizer
 from gateway.engine.model.colbert import find_skipped_ids, keep_markers_whole, query_tokenizer
 from gateway.engine.model.pairs import PairTokenizer
@@ -35,39 +37,70 @@ class Tokenizers:
     skipped_ids: frozenset[int] = frozenset()
 
 
+@dataclass(frozen=True, slots=True)
+class _Read:
+    """What transformers has read from the files of a tokenizer.
+
+    Attributes:
+        fast: the tokenizer, as it serves.
+        input_names: the inputs that transformers' tokenizer makes.
+        own: transformers' tokenizer; ``None`` if an earlier start has read it.
+    """
+
+    fast: FastTokenizer
+    special_ids: frozenset[int]
+    input_names: Sequence[str]
+    own: Any = None
+
+    @classmethod
+    def parse(cls, text: str) -> _Read:
+        """Return the reading that :meth:`text` has written."""
+        values = json.loads(text)
+        fast = FastTokenizer.from_str(values["tokenizer"])
+        fast.encode_special_tokens = values["splits_special_tokens"]  # not in the tokenizer's own form
+        return cls(fast, frozenset(values["special_ids"]), values["input_names"])
+
+    def text(self) -> str | None:
+        """Return everything as text; ``None`` if the tokenizer would not be the same when it is read again."""
+        try:
+            written = self.fast.to_str()
+            is_same = FastTokenizer.from_str(written).to_str() == written
+        except Exception:  # tokenizers raises a bare one, for example for parts that run Python code
+            return None
+        values = {
+            "tokenizer": written,
+            "splits_special_tokens": self.fast.encode_special_tokens,
+            "special_ids": sorted(self.special_ids),
+            "input_names": list(self.input_names),
+        }
+        return json.dumps(values) if is_same else None
+
+
 def load_tokenizers(
-    checkpoint: Checkpoint, max_tokens: int, max_query_tokens: int, *, trust_remote_code: bool
+    checkpoint: Checkpoint,
+    max_tokens: int,
+    max_query_tokens: int,
+    *,
+    trust_remote_code: bool,
+    cache: CompiledCache | None = None,
 ) -> Tokenizers:
     """Return the tokenizer of a checkpoint, and for a multi-vector model also its query tokenizer.
+
+    Args:
+        cache: where an earlier start may have kept what transformers has read; ``None`` keeps nothing.
 
     Raises:
         LoadError: the tokenizer cannot be read, does not belong to the model, or treats texts in an unsupported way.
     """
+    colbert = checkpoint.colbert
+    if trust_remote_code or checkpoint.layout is not None or colbert is not None:
+        cache = None
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            checkpoint.transformer,
-            config=None if checkpoint.layout is None else load_config(checkpoint.transformer),
-            local_files_only=True,
-            trust_remote_code=trust_remote_code,
-        )
-        if tokenizer.truncation_side != "right":
-            raise LoadError(
-                f"{checkpoint.folder}: truncation_side {tokenizer.truncation_side!r} is not supported: a text that is too "
-                "long is cut at its end"
-            )
-        colbert = checkpoint.colbert
-        if colbert is not None:
-            keep_markers_whole(tokenizer, colbert)
-        fast = tokenizer.backend_tokenizer
-        if must_end_texts(checkpoint.transformer, checkpoint.model_type) and not trust_remote_code:
-            _end_texts(fast, tokenizer.eos_token)
-        if checkpoint.is_lower_cased:  # as in sentence-transformers: before the tokenizer's own normalizer
-            own = [] if fast.normalizer is None else [fast.normalizer]
-            fast.normalizer = normalizers.Sequence([normalizers.Lowercase(), *own])
-        special = (tokenizer.cls_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id)
-        ours = _reader(checkpoint, fast, max_tokens, tokenizer.model_input_names)
-        queries = None if colbert is None else query_tokenizer(tokenizer, colbert, max_query_tokens)
-        skipped_ids = frozenset() if colbert is None else find_skipped_ids(tokenizer, colbert)
+        read = _recall(checkpoint, cache) if cache else _read(checkpoint, trust_remote_code=trust_remote_code)
+        fast = read.fast
+        ours = _reader(checkpoint, fast, max_tokens, read.input_names)
+        queries = None if colbert is None else query_tokenizer(read.own, colbert, max_query_tokens)
+        skipped_ids = frozenset() if colbert is None else find_skipped_ids(read.own, colbert)
     except LoadError:
         raise
     except Exception as error:  # transformers and tokenizers raise a bare Exception for a malformed file
@@ -83,7 +116,61 @@ def load_tokenizers(
             f"{checkpoint.folder}: the tokenizer has token ids up to {ours.largest_id}, but the model's table of words has "
             f"{checkpoint.vocab_size} rows: tokens were added, and the model was not resized for them"
         )
-    return Tokenizers(ours, queries, frozenset(x for x in special if x is not None), skipped_ids)
+    return Tokenizers(ours, queries, read.special_ids, skipped_ids)
+
+
+def _recall(checkpoint: Checkpoint, cache: CompiledCache) -> _Read:
+    """Return the tokenizer as an earlier start has read it, or read it and keep it.
+
+    Raises:
+        LoadError, Exception: as :func:`_read`.
+    """
+    key = key_of(
+        {
+            "tokenizer of": checkpoint.model_type,
+            "is_lower_cased": checkpoint.is_lower_cased,
+            "files": describe_files(checkpoint.transformer),
+            **describe_engine(),
+        }
+    )
+    if (known := cache.recall(key, _Read.parse)) is not None:
+        return known
+    read = _read(checkpoint, trust_remote_code=False)
+    if (text := read.text()) is not None:
+        cache.store_text(key, text)
+    return read
+
+
+def _read(checkpoint: Checkpoint, *, trust_remote_code: bool) -> _Read:
+    """Read a tokenizer with transformers.
+
+    Raises:
+        LoadError: the tokenizer treats texts in an unsupported way.
+        Exception: of any class, for a malformed file.
+    """
+    from transformers import AutoTokenizer  # slow to import
+
+    own = AutoTokenizer.from_pretrained(
+        checkpoint.transformer,
+        config=None if checkpoint.layout is None else load_config(checkpoint.transformer),
+        local_files_only=True,
+        trust_remote_code=trust_remote_code,
+    )
+    if own.truncation_side != "right":
+        raise LoadError(
+            f"{checkpoint.folder}: truncation_side {own.truncation_side!r} is not supported: a text that is too "
+            "long is cut at its end"
+        )
+    if checkpoint.colbert is not None:
+        keep_markers_whole(own, checkpoint.colbert)
+    fast = own.backend_tokenizer
+    if must_end_texts(checkpoint.transformer, checkpoint.model_type) and not trust_remote_code:
+        _end_texts(fast, own.eos_token)
+    if checkpoint.is_lower_cased:  # as in sentence-transformers: before the tokenizer's own normalizer
+        normalizer = [] if fast.normalizer is None else [fast.normalizer]
+        fast.normalizer = normalizers.Sequence([normalizers.Lowercase(), *normalizer])
+    special = (own.cls_token_id, own.eos_token_id, own.pad_token_id, own.unk_token_id)
+    return _Read(fast, frozenset(id_ for id_ in special if id_ is not None), own.model_input_names, own)
 
 
 def _reader(checkpoint: Checkpoint, fast: FastTokenizer, max_tokens: int, input_names: Sequence[str]) -> Tokenizer:
