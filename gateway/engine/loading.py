@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -219,9 +218,8 @@ def load_engine(plan: LoadPlan, settings: Settings, *, checks_golden: bool = Tru
         for encoder in built:
             encoder.device = device
             encoder.accumulates_in_float16 = plan.entry.fp16_accumulation
-        # The streams of a CPU run side by side, as they will serve.
-        with ThreadPoolExecutor(len(built)) as pool:
-            list(pool.map(partial(_prepare, plan=plan, golden=golden, limit_s=settings.forward_timeout_s), built))
+        for encoder in built:
+            _prepare(encoder, plan, golden, settings.forward_timeout_s)
         encoders += built
         warm_ups += [() if device == "cpu" else _card_batches(encoder, plan) for encoder in built]
     limits = Limits(plan.max_batch_tokens, settings.max_queue_texts, settings.max_queue_tokens)

@@ -209,8 +209,7 @@ def _read_transformer(
         require_masked_lm(folder, model_type)
     sides = {"is_embedder": files.has_pooling or files.is_by_token, "is_plain": modules is None}
     ranking = read_ranking(folder, root, config, files.scores, **sides, source=source, instruction=instruction)
-    classifier = ranking.classifier
-    layout = layout_of(read_object(root / "config.json"))
+    classifier, layout = ranking.classifier, layout_of(read_object(root / "config.json"))
     tasks = read_jina_tasks(folder, config, layout, modules)
     if classifier is None and not (tasks.is_jina and tasks.adapters):  # adapters for retrieval are an embedder's
         _require_embedder(folder, config, files, model_type, has_own_code=has_own_code)
