@@ -68,9 +68,12 @@ class ChromaSink:
 
     def problem(self, row: Row) -> str:
         """Return the reason why Chroma cannot store a row; empty if it can."""
-        if problem := self._ids.problem(row, self.name):  # the number 5 and the string "5" would be one item
-            return problem
-        return "its id is empty, which Chroma does not allow" if row.id == "" else problem_of(row.payload)
+        problem = self._ids.problem(row, self.name)  # the number 5 and the string "5" would be one item
+        if not problem:
+            problem = "its id is empty, which Chroma does not allow" if row.id == "" else problem_of(row.payload)
+        if not problem:
+            self._ids.add(row)
+        return problem
 
     def write(self, shard: int, batch: EmbeddedRows) -> None:
         """Store a shard's items.

@@ -144,8 +144,12 @@ class MilvusSink:
 
     def problem(self, row: Row) -> str:
         """Return the reason why Milvus cannot store a row; empty if it can."""
-        if problem := self._ids.problem(row, self.name):
+        if problem := self._ids.problem(row, self.name) or self._id_problem(row):
             return problem
+        self._ids.add(row)
+        return ""
+
+    def _id_problem(self, row: Row) -> str:
         if isinstance(row.id, int):
             return "" if row.id in _INT64 else f"its id {row.id} is not a 64-bit integer, as Milvus requires"
         if has_nul(row.id):

@@ -29,15 +29,18 @@ class KindOfIds:
             place: the collection, for messages.
         """
         is_counted = isinstance(row.id, int)
-        if self.are_counted is None:
-            self.are_counted = is_counted
-        if is_counted == self.are_counted:
+        if self.are_counted in (None, is_counted):
             return ""
         kinds = "an integer", "text"
         mine, theirs = kinds if is_counted else kinds[::-1]
         return (
             f"its id {cut(repr(row.id))} is {mine}, but the ids of {place} are {_PLURAL[theirs]}: use one kind of ids"
         )
+
+    def add(self, row: Row) -> None:
+        """Let a row that can be stored decide the kind, if no row has."""
+        if self.are_counted is None:
+            self.are_counted = isinstance(row.id, int)
 
 
 _PLURAL = {"an integer": "integers", "text": "texts"}

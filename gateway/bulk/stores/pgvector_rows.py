@@ -218,8 +218,12 @@ class PgvectorSink:
 
     def problem(self, row: Row) -> str:
         """Return the reason why PostgreSQL cannot store a row; empty if it can."""
-        if problem := self._ids.problem(row, self.name):
+        if problem := self._ids.problem(row, self.name) or self._value_problem(row):
             return problem
+        self._ids.add(row)
+        return ""
+
+    def _value_problem(self, row: Row) -> str:
         for name, value in (("id", row.id), ("text", row.text if self._keeping.text else ""), *row.payload.items()):
             if "\0" in name or has_nul(value):
                 shown = name.replace("\0", "\\0")
