@@ -43,7 +43,12 @@ _UNUSED_S = 30 * 24 * 3600.0
 # The space to leave free on the disk, which also covers an entry that two processes write at once.
 _MIN_FREE_BYTES = 1 << 30
 # Formats of weights, which may have gigabytes and say nothing about sizes or tokens.
-_WEIGHTS = frozenset({".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".npz"})
+_WEIGHTS = frozenset(
+    {
+        *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".npz", ".gguf", ".ot"),
+        *(".onnx", ".onnx_data", ".pb", ".tflite", ".mlmodel"),
+    }
+)
 
 
 def key_of(parts: Mapping[str, object]) -> str:
@@ -65,7 +70,7 @@ def describe_files(folder: Path) -> Mapping[str, str]:
     """Return the hex sha256 of each file in a checkpoint's folder, without the weights and subfolders, for a key.
 
     Raises:
-        LoadError: a file cannot be read.
+        LoadError, OSError: a file, or the folder, cannot be read.
     """
     return {
         path.name: file_sha256(path)
@@ -89,8 +94,37 @@ class CompiledCache:
         """The cache of what transformers has read from checkpoints; it has texts."""
         return CompiledCache(None if self._folder is None else self._folder / _READINGS)
 
-    def recall(self, key: str, parse: Callable[[str], T]) -> T | None:
-        """Return the text of an entry after ``parse``; ``None`` as :meth:`find`, or if ``parse`` raises an error."""
+    def reading(
+        self,
+        folder: Path,
+        parts: Mapping[str, object],
+        *,
+        read: Callable[[], T],
+        parse: Callable[[str], T],
+        text: Callable[[T], str | None],
+    ) -> T:
+        """Read a checkpoint's folder and keep the result, or return the result of an earlier start.
+
+        Args:
+            parts: everything that the result depends on, besides the files of the folder and the versions of the code.
+            read: reads the folder; its errors are passed on.
+            parse: returns the result from its text.
+            text: returns the text of a result; ``None`` if it cannot be kept.
+        """
+        if self._folder is None:
+            return read()
+        try:
+            key = key_of({**parts, "files": describe_files(folder), **describe_engine()})
+        except (OSError, LoadError):  # a file that is not needed may not be readable
+            return read()
+        if (known := self._recall(key, parse)) is not None:
+            return known
+        result = read()
+        if (written := text(result)) is not None:
+            self.store(key, len(written), lambda entry: _write(entry / _TEXT, written))
+        return result
+
+    def _recall(self, key: str, parse: Callable[[str], T]) -> T | None:
         entry = self.find(key)
         if entry is None:
             return None
@@ -99,10 +133,6 @@ class CompiledCache:
         except Exception as error:  # tokenizers raises a bare Exception
             self._drop_damaged(entry, f"{type(error).__name__}: {error}")
             return None
-
-    def store_text(self, key: str, text: str) -> None:
-        """Store a text, under the conditions of :meth:`store`."""
-        self.store(key, len(text), lambda folder: _write(folder / _TEXT, text))
 
     def find(self, key: str) -> Path | None:
         """Return the folder of an entry; ``None`` if it does not exist, or if its files have changed."""

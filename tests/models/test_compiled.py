@@ -242,6 +242,16 @@ def test_special_tokens_in_a_text_stay_split(bert: Path, start: Start, edit_json
     assert start(bert).tokenize(["a [SEP] b"], None, Truncate.END) != first
 
 
+@pytest.mark.parametrize("is_on", [True, False])
+def test_a_file_that_cannot_be_read_and_is_not_needed_does_no_harm(is_on: bool, bert: Path, cache: Path) -> None:
+    (bert / "notes").symlink_to("/proc/self/mem")  # a regular file, but not even root can read its first byte
+    plan = plan_load(
+        ModelEntry(id="tiny", source=str(bert), device="cpu", enabled=True), compiled_folder=cache if is_on else None
+    )
+    [encoder] = build_encoders(plan.checkpoint, plan.build_options("cpu", CpuThreads(1, 1), cache if is_on else None))
+    assert encoder.tokenize(["a text"], None, Truncate.END)
+
+
 @pytest.mark.parametrize("damage", ["changed", "consistent nonsense"])
 def test_a_damaged_reading_is_logged_and_made_again(
     damage: str, bert: Path, start: Start, readings: list[str], cache: Path, logs: list[dict[str, object]]

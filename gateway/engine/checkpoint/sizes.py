@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from gateway.engine.checkpoint.headers import Shapes
 from gateway.engine.checkpoint.json_files import Json, read_object
 from gateway.engine.checkpoint.layouts import Layout, layout_of, translated
-from gateway.engine.compiled_cache import CompiledCache, describe_engine, describe_files, key_of
+from gateway.engine.compiled_cache import CompiledCache
 from gateway.errors import LoadError
 
 if TYPE_CHECKING:
@@ -97,12 +97,13 @@ class Sizes:
         """Return the sizes that an earlier start has read with :meth:`read`, which lists the rest, or read them."""
         if shapes is None or layout_of(read_object(folder / "config.json")) is not None:
             return cls.read(folder, shapes)
-        key = key_of({"sizes": sorted(shapes.items()), "files": describe_files(folder), **describe_engine()})
-        if (known := cache.recall(key, cls._parse)) is not None:
-            return known
-        sizes = cls.read(folder, shapes)
-        cache.store_text(key, json.dumps(asdict(sizes)))
-        return sizes
+        return cache.reading(
+            folder,
+            {"sizes": sorted(shapes.items())},
+            read=lambda: cls.read(folder, shapes),
+            parse=cls._parse,
+            text=lambda sizes: json.dumps(asdict(sizes)),
+        )
 
     @classmethod
     def _parse(cls, text: str) -> Sizes:

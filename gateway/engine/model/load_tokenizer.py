@@ -13,7 +13,7 @@ from tokenizers import normalizers, processors
 from gateway.engine.checkpoint.classes import must_end_texts
 from gateway.engine.checkpoint.read import Checkpoint
 from gateway.engine.checkpoint.sizes import load_config
-from gateway.engine.compiled_cache import CompiledCache, describe_engine, describe_files, key_of
+from gateway.engine.compiled_cache import CompiledCache
 from gateway.engine.model.chat_pairs import ChatPairTokenizer
 from gateway.engine.model.colbert import find_skipped_ids, keep_markers_whole, query_tokenizer
 from gateway.engine.model.pairs import PairTokenizer
@@ -125,20 +125,13 @@ def _recall(checkpoint: Checkpoint, cache: CompiledCache) -> _Read:
     Raises:
         LoadError, Exception: as :func:`_read`.
     """
-    key = key_of(
-        {
-            "tokenizer of": checkpoint.model_type,
-            "is_lower_cased": checkpoint.is_lower_cased,
-            "files": describe_files(checkpoint.transformer),
-            **describe_engine(),
-        }
+    return cache.reading(
+        checkpoint.transformer,
+        {"tokenizer of": checkpoint.model_type, "is_lower_cased": checkpoint.is_lower_cased},
+        read=lambda: _read(checkpoint, trust_remote_code=False),
+        parse=_Read.parse,
+        text=lambda read: read.text(),
     )
-    if (known := cache.recall(key, _Read.parse)) is not None:
-        return known
-    read = _read(checkpoint, trust_remote_code=False)
-    if (text := read.text()) is not None:
-        cache.store_text(key, text)
-    return read
 
 
 def _read(checkpoint: Checkpoint, *, trust_remote_code: bool) -> _Read:
