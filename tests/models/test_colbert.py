@@ -231,9 +231,20 @@ def test_a_pylate_model_without_expansion(pylate: Path, copy: Copy, edit_json: E
     check_all(folder, load, DOCUMENT)
 
 
-def test_stanfords_settings(stanford: Path, copy: Copy, load: Load) -> None:
+def test_a_setting_that_is_null_means_the_same_as_in_sentence_transformers(
+    pylate: Path, copy: Copy, edit_json: EditJson, load: Load
+) -> None:
+    folder = copy(pylate)
+    settings = {"do_query_expansion": None, "attend_to_expansion_tokens": None, "attend_to_mask_tokens": True}
+    edit_json(folder / "config_sentence_transformers.json", **settings)
+
+    check_all(folder, load, QUERY)
+
+
+@pytest.mark.parametrize("masks", [False, None])
+def test_stanfords_settings(masks: bool | None, stanford: Path, copy: Copy, load: Load) -> None:
     folder = copy(stanford)
-    write(folder / "artifact.metadata", mask_punctuation=False, attend_to_mask_tokens=True)
+    write(folder / "artifact.metadata", mask_punctuation=masks, attend_to_mask_tokens=True)
 
     check_all(folder, load, QUERY)
     check_all(folder, load, DOCUMENT)

@@ -260,7 +260,8 @@ def _read_pylate(
     expansion = None
     if "query_expansion" in config:
         expansion = _read_expansion(config["query_expansion"], path)
-    elif read_flag(config, "do_query_expansion", path, default=True):
+    # Null is not false here, alone of all flags.
+    elif config.get("do_query_expansion") is None or read_flag(config, "do_query_expansion", path, default=True):
         older = read_flag(config, "attend_to_mask_tokens", path, default=False)
         attends = read_flag(config, "attend_to_expansion_tokens", path, default=older)
         expansion = Expansion(query_length or _QUERY_LENGTH, is_attended=attends)

@@ -44,14 +44,14 @@ def require_string(config: Mapping[str, Json], key: str, where: Path) -> str:
 
 
 def read_flag(config: Mapping[str, Json], key: str, where: Path, *, default: bool) -> bool:
-    """Return a setting that is true or false, ``default`` if it is absent or null.
+    """Return a setting that is true or false, ``default`` if it is absent; null is false, as in Python.
 
     Raises:
-        LoadError: the value is neither: libraries read a 0 as false, and the text "false" as true.
+        LoadError: the value is something else: libraries read a 0 as false, and the text "false" as true.
     """
-    value = config.get(key)
+    value = config.get(key, default)
     if value is None:
-        return default
+        return False
     if not isinstance(value, bool):
         raise LoadError(f"{where}: {key} must be true or false, got {value!r}")
     return value

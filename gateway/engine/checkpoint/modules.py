@@ -232,8 +232,7 @@ def read_pooling(folder: Path) -> Pooling:
     path = folder / "config.json"
     config = read_object(path)
     require_known(config, _POOLING_KEYS, path)
-    # sentence-transformers leaves the prompt out if the setting is null, too.
-    if "include_prompt" in config and not read_flag(config, "include_prompt", path, default=False):
+    if not read_flag(config, "include_prompt", path, default=True):
         raise LoadError(f"{path}: include_prompt: false is not supported: prompt tokens are always pooled")
     flags = {
         name: read_flag(config, f"pooling_mode_{flag}", path, default=False) for name, flag in _POOLING_FLAGS.items()
