@@ -7,7 +7,6 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from functools import lru_cache
 from typing import Protocol, TypeAlias
 
 import numpy as np
@@ -179,6 +178,7 @@ class ModelInfo:
     label_function: LabelFunction = LabelFunction.NONE
     ranges: Mapping[int, Ranges] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    _spaces: dict[tuple[object, ...], str] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def devices(self) -> tuple[str, ...]:
@@ -216,6 +216,14 @@ class ModelInfo:
             precision: one of ``CALIBRATED`` only if ``ranges`` has the dimensions.
         """
         task = canonical_task(task) if task is not None and self.tasks else self.default_task
+        key = (task, dimensions, is_normalized, output, precision)
+        if (known := self._spaces.get(key)) is None:  # it is needed for each request
+            known = self._spaces[key] = self._space(*key)
+        return known
+
+    def _space(
+        self, task: str | None, dimensions: int | None, is_normalized: bool | None, output: Output, precision: Precision
+    ) -> str:
         family = task_family(task) if task is not None else None
         instructions = (
             {name: text for name, text in sorted(self.tasks.items()) if task_family(name) == family}
@@ -226,22 +234,17 @@ class ModelInfo:
         extra = {"output": output.value} if output is Output.STATES else {}
         if precision in CALIBRATED:
             extra |= {"precision": precision.value, "ranges": self.ranges[size].digest}
-        return _space_id(
-            self.id.replace("/", "-"),
-            json.dumps(
-                extra
-                | {
-                    "fingerprint": self.fingerprint,
-                    # The spelling is part of every id that has been stored.
-                    "is_normalised": self.is_normalized if is_normalized is None else is_normalized,
-                    "dimensions": size,
-                    "family": family,
-                    "instructions": instructions,
-                    "preprocessing": PREPROCESSING_VERSION,
-                },
-                sort_keys=True,
-            ),
-        )
+        content = extra | {
+            "fingerprint": self.fingerprint,
+            # The spelling is part of every id that has been stored.
+            "is_normalised": self.is_normalized if is_normalized is None else is_normalized,
+            "dimensions": size,
+            "family": family,
+            "instructions": instructions,
+            "preprocessing": PREPROCESSING_VERSION,
+        }
+        digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        return f"{self.id.replace('/', '-')}@{digest[:12]}"
 
     def spaces_by_task(self) -> dict[str | None, str]:
         """Return the space of each task, with native dimensions. A model without tasks has one entry, for ``None``."""
@@ -249,11 +252,6 @@ class ModelInfo:
         if self.default_task not in tasks:
             tasks.append(self.default_task)
         return {task: self.space(task) for task in tasks}
-
-
-@lru_cache(maxsize=1024)
-def _space_id(slug: str, content: str) -> str:
-    return f"{slug}@{hashlib.sha256(content.encode()).hexdigest()[:12]}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ import re
 import numpy as np
 import pytest
 
+from gateway import types
 from gateway.backends.fake import fake_info
 from gateway.ranges import between
 from gateway.routing.spaces import is_same_space, why_not_interchangeable, why_other_ranges
@@ -77,6 +78,15 @@ def test_every_setting_that_makes_vectors_incomparable_changes_the_space(other: 
 )
 def test_what_leaves_vectors_comparable_leaves_the_space(other: ModelInfo) -> None:
     assert space(other) == space()
+
+
+def test_a_space_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    info = dataclasses.replace(JINA)
+    known = [info.space(), info.space("separation"), info.space(dimensions=16)]
+    assert len(set(known)) == 3
+    monkeypatch.setattr(types, "json", None)
+    assert [info.space(), info.space("separation"), info.space(dimensions=16)] == known
+    assert info == JINA
 
 
 def test_a_query_and_a_passage_share_a_space() -> None:
