@@ -32,12 +32,15 @@ _JUDGMENT_NAMES: Final = (
     ("corpus-id", "corpus_id", "document", "document-id", "document_id"),
     ("score", "grade", "relevance"),
 )
-# Files that are no tables, by their first bytes. A spreadsheet is an archive.
+# Files that are no tables, by their first bytes: enough of them that no text begins so. A spreadsheet is an archive.
 _NO_TABLES: Final = (
     ((b"\xff\xfe", b"\xfe\xff"), "is in UTF-16 or UTF-32: save it as UTF-8"),
     ((b"PK\x03\x04", b"\xd0\xcf\x11\xe0"), "is a spreadsheet or an archive: save it as CSV in UTF-8"),
-    ((b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"BZh"), "is compressed: upload it uncompressed"),
-    ((b"PAR1",), "is Parquet: write it as JSON lines"),
+    (
+        (b"\x1f\x8b", b"\x28\xb5\x2f\xfd", *(b"BZh%d1AY&SY" % n for n in range(1, 10))),
+        "is compressed: upload it uncompressed",
+    ),
+    ((b"PAR1\x15",), "is Parquet: write it as JSON lines"),
 )
 # The columns that are read; data sets have others, such as BEIR's `metadata`, with any values.
 _READ: Final = frozenset(("title", "text", "group", *_ID_NAMES, *(name for names in _JUDGMENT_NAMES for name in names)))

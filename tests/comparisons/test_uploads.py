@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import bz2
+import io
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from gateway.compare.dataset import read_dataset
@@ -16,6 +20,12 @@ QUERIES = "text\nwhat runs on rails\nwhat is of milk\n"
 
 def table(field: str, content: str | bytes, filename: str = "my.csv") -> Table:
     return Table(field, filename, content if isinstance(content, bytes) else content.encode())
+
+
+def parquet() -> bytes:
+    file = io.BytesIO()
+    pq.write_table(pa.table({"text": ["first"]}), file)
+    return file.getvalue()
 
 
 def store(folder: Path, name: str = "mine", **contents: str | bytes | Table) -> object:
@@ -57,6 +67,12 @@ def test_each_kind_of_file_is_understood(tmp_path: Path, documents: Table) -> No
     }
 
 
+@pytest.mark.parametrize("text", ["PAR1 bulbs", "BZh is no word"])
+def test_a_text_may_begin_like_the_name_of_a_format(tmp_path: Path, text: str) -> None:
+    store(tmp_path, documents=table("documents", text, "my.txt"), queries=QUERIES)
+    assert read_dataset(tmp_path / "mine", None).documents == {"1": text}
+
+
 @pytest.mark.parametrize(
     ("contents", "message"),
     [
@@ -80,7 +96,11 @@ def test_each_kind_of_file_is_understood(tmp_path: Path, documents: Table) -> No
             "'my.csv.gz' is compressed: upload it uncompressed",
         ),
         (
-            {"documents": table("documents", b"PAR1\x15", "my.parquet")},
+            {"documents": table("documents", bz2.compress(b"text"), "my.csv.bz2")},
+            "'my.csv.bz2' is compressed: upload it uncompressed",
+        ),
+        (
+            {"documents": table("documents", parquet(), "my.parquet")},
             "'my.parquet' is Parquet: write it as JSON lines",
         ),
         (
