@@ -213,6 +213,12 @@ def test_without_an_operators_key_a_locked_console_says_what_to_do() -> None:
         assert sign_in(client, CLIENT).status_code == 401
 
 
+def test_without_any_key_the_page_to_sign_in_says_what_to_do(gateway: Gateway) -> None:
+    page = httpx.get(f"{gateway.url}/console/sign-in").text
+    assert "This gateway requires no key" in page
+    assert "set <code>GATEWAY_ADMIN_KEY</code>" in page
+
+
 def test_a_console_that_is_off_is_not_there() -> None:
     with serving(console="off") as gateway:
         assert httpx.get(f"{gateway.url}/console", headers=HTML).status_code == 404
