@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
 from gateway.bulk.rows import BadRow, BulkError, Json, Position, Row, RowId, Source
@@ -110,7 +110,9 @@ class BlockReader:
         Raises:
             BulkError: one is bad, and the job is to stop there; the last block then ends before it.
         """
-        checked = self._without_duplicates([self._checked(item) for item in items])
+        # A part has another id than its item, so parts are checked in place of items.
+        found = items if self._expand is not None else [self._checked(item) for item in items]
+        checked = self._without_duplicates(found)
         bad: BadRow | None = None
         if self._stops:
             count, bad = next(
@@ -127,10 +129,12 @@ class BlockReader:
         Raises:
             BulkError: a part is bad, and the job is to stop there.
         """
-        first = 0
+        first, items = 0, list(items)
         parts: list[Row | BadRow] = []
         for number, item in enumerate(items):
-            found = [item] if self._expand is None or isinstance(item, BadRow) else list(self._expand(item))
+            found = self._parts(item)
+            if len(found) == 1 and isinstance(found[0], BadRow):
+                items[number] = found[0]  # its id is not in use
             bad = next((part for part in found if isinstance(part, BadRow)), None) if self._stops else None
             if number > first and (bad is not None or len(parts) + len(found) > self._max_rows):
                 yield self._block(items[first:number], parts, num_bytes // len(items))
@@ -140,6 +144,15 @@ class BlockReader:
             parts += found
         if parts:
             yield self._block(items[first:], parts, num_bytes // len(items))
+
+    def _parts(self, item: Row | BadRow) -> list[Row | BadRow]:
+        """Return the rows of an item. Of an item with a row that the sink cannot store, no row is kept."""
+        if self._expand is None or isinstance(item, BadRow):
+            return [item]
+        parts = list(self._expand(item))
+        checked = (self._checked(part) for part in parts)
+        bad = next((part for part in checked if isinstance(part, BadRow)), None)
+        return parts if bad is None else [replace(bad, id=item.id)]
 
     def _block(self, items: Sequence[Row | BadRow], parts: Sequence[Row | BadRow], item_bytes: int) -> Block:
         ids = [] if self._source.has_unique_ids else [_bare(item.id) for item in items if isinstance(item, Row)]

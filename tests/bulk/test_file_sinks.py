@@ -16,7 +16,7 @@ import pytest
 
 from gateway.bulk.files.folder import FolderSink
 from gateway.bulk.files.sinks import open_folder
-from gateway.bulk.rows import BulkError, EmbeddedRows, Json, Row, SpaceNote
+from gateway.bulk.rows import BulkError, Choosy, EmbeddedRows, Json, Row, SpaceNote
 from gateway.types import SparseVector
 
 NOTE = SpaceNote("mini@0123456789ab", "mini", None, dimensions=4, is_normalized=True, token_width=2, has_sparse=True)
@@ -123,9 +123,21 @@ def test_ids_are_text_unless_the_first_ones_are_all_numbers(tmp_path: Path) -> N
     assert pq.read_table(tmp_path / "text").column("id").to_pylist() == ["1", "a"]
     sink = opened(tmp_path / "numbers")
     sink.write(0, embedded(rows({})))
-    with pytest.raises(BulkError, match=r"docs\.jsonl:a: the id 'a' does not fit into the id column, which holds"):
+    with pytest.raises(BulkError, match=r"docs\.jsonl:a: its id 'a' does not fit into the id column, which holds"):
         sink.write(1, embedded(rows({}, first="a")))
     assert [path.name for path in (tmp_path / "numbers").iterdir()] == ["part-00000.parquet"]
+
+
+def test_a_text_that_is_read_before_the_first_shard_is_written_makes_all_ids_texts(tmp_path: Path) -> None:
+    """Rows are read ahead, and one that is found good must be stored."""
+    sink = opened(tmp_path)
+    [number], [text], [late] = rows({}), rows({}, first="a"), rows({}, first="b")
+    assert isinstance(sink, Choosy)
+    assert (sink.problem(number), sink.problem(text)) == ("", "")
+    sink.write(0, embedded([number]))
+    sink.write(1, embedded([text]))
+    assert sink.problem(late) == ""
+    assert ds.dataset(tmp_path, format="parquet").to_table().column("id").to_pylist() == ["0", "a"]
 
 
 @pytest.mark.parametrize("place", ["out", "out.jsonl"])

@@ -504,6 +504,46 @@ def test_rows_can_be_taken_apart_and_a_block_ends_with_an_item(tmp_path: Path) -
         assert stopped.ids() == [f"{i}-{part}" for i in range(3) for part in range(3)]
 
 
+def test_an_item_with_a_part_that_the_sink_cannot_store_is_a_bad_row_as_a_whole(tmp_path: Path) -> None:
+    """The parts are checked, which have other ids than their item; a later item may have the id of the bad one."""
+    path = tmp_path / "docs.jsonl"
+    items = {"id": [0, 1, 2, 1], "text": ["a b", "a bad", "c d", "e f"]}
+    rows = [dict(zip(items, values, strict=True)) for values in zip(*items.values(), strict=True)]
+    path.write_bytes(b"".join(orjson.dumps(one) + b"\n" for one in rows))
+
+    def expand(row: Row) -> list[Row | BadRow]:
+        return [replace(row, id=f"{row.id}#{i}", text=part) for i, part in enumerate(row.text.split())]
+
+    seen: list[Any] = []
+
+    def problem(row: Row) -> str:
+        seen.append(row.id)
+        return "cannot be stored" if row.text == "bad" else ""
+
+    reader = BlockReader(open_files([str(path)], FieldNames()), lambda _ids: set(), 2, "skip", expand, problem)
+    blocks = list(reader.read(None, 0))
+    assert [row.id for block in blocks for row in block.rows] == ["0#0", "0#1", "2#0", "2#1", "1#0", "1#1"]
+    assert [(bad.id, bad.problem) for block in blocks for bad in block.bad] == [(1, "cannot be stored")]
+    assert sum(block.num_items for block in blocks) == 4
+    assert all("#" in row_id for row_id in seen)
+
+
+@pytest.mark.parametrize("on_error", ["skip", "stop"])
+def test_an_id_that_does_not_fit_the_first_shard_is_a_bad_row(tmp_path: Path, on_error: str) -> None:
+    path = tmp_path / "docs.jsonl"
+    ids = [*range(400), "x", *range(401, 500)]
+    path.write_bytes(b"".join(orjson.dumps({"id": i, "text": f"text {i}"}) + b"\n" for i in ids))
+    jobs = Jobs(tmp_path / "out", path)
+    for _again in range(2):  # the second run reads the type of the ids from the first file
+        if on_error == "stop":
+            with pytest.raises(BulkError, match=r"docs\.jsonl:401: its id 'x' does not fit into the id column"):
+                jobs.run(on_error=on_error)
+            assert jobs.ids() == ids[:400]
+    assert jobs.run(on_error="skip").is_finished
+    assert jobs.ids() == [i for i in ids if i != "x"]
+    assert [error["id"] for error in read_errors(jobs.folder)] == ["x"]
+
+
 def test_no_shard_has_more_rows_than_it_may_and_those_of_one_item(tmp_path: Path) -> None:
     """Long documents become many chunks: a shard of so many documents would not fit into memory."""
     path = tmp_path / "docs.jsonl"

@@ -10,7 +10,7 @@ import orjson
 from gateway.bulk.files.folder import FolderSink
 from gateway.bulk.files.parquet import import_pyarrow
 from gateway.bulk.files.tables import Tables
-from gateway.bulk.rows import BulkError, EmbeddedRows, SpaceNote
+from gateway.bulk.rows import BulkError, EmbeddedRows, Row, SpaceNote
 
 NOTE_KEY: Final = b"embedding-gateway"
 """The key of the note about the space in a file's metadata."""
@@ -30,10 +30,20 @@ class ParquetSink(FolderSink):
         self._pa = import_pyarrow()
         self._tables: Tables | None = None
 
+    def open(self, note: SpaceNote) -> None:
+        """Open the folder. Files that it already has determine the columns of the others."""
+        super().open(note)
+        self._tables = Tables(self._pa, note, self._text_field)
+        if self._exists(0):
+            self._tables.take_columns(self._first_schema())
+
+    def problem(self, row: Row) -> str:
+        """Return the reason why the files cannot hold a row; empty if they can."""
+        return "" if self._tables is None else self._tables.problem(row)
+
     def _encode(self, shard: int, batch: EmbeddedRows, file: BinaryIO) -> None:
         assert self._note is not None  # noqa: S101  `open` comes first
-        if self._tables is None:
-            self._tables = Tables(self._pa, self._note, self._text_field)
+        assert self._tables is not None  # noqa: S101
         if shard == 0:
             self._tables.choose_columns(batch)
         elif not self._tables.has_columns:

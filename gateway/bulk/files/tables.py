@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -12,7 +13,8 @@ import numpy as np
 import orjson
 
 from gateway.bulk.files.columns import ID, MULTIVECTOR, REST, SPARSE, VECTOR, FlatRows
-from gateway.bulk.rows import BulkError, EmbeddedRows, Json, Row, SpaceNote
+from gateway.bulk.rows import BulkError, EmbeddedRows, Json, Row, RowId, SpaceNote
+from gateway.config.wording import cut
 from gateway.types import MultiVector, SparseVector
 
 IS_JSON = {b"format": b"json"}
@@ -69,6 +71,8 @@ class Tables:
         self._flat = FlatRows(text_field)
         self._columns: Sequence[_Column] | None = None
         self._id_kind = ""
+        self._has_texts = False
+        self._deciding = threading.Lock()
 
     @property
     def has_columns(self) -> bool:
@@ -79,8 +83,9 @@ class Tables:
         """Choose the columns for the fields of the first rows."""
         columns = _choose_columns(self._flat.flatten(row)[0] for row in batch.rows)
         self._columns = [column for column in columns if self._may_name(column.name)]
-        are_whole = all(isinstance(row.id, int) and row.id in _INT64 for row in batch.rows)
-        self._id_kind = "int64" if are_whole else "string"
+        with self._deciding:
+            self._has_texts |= self._id_kind == "string" or not all(_is_whole(row.id) for row in batch.rows)
+            self._id_kind = "string" if self._has_texts else "int64"
 
     def take_columns(self, schema: Any) -> None:
         """Adopt the columns of an existing table."""
@@ -91,6 +96,23 @@ class Tables:
             if field.name not in own
         ]
         self._id_kind = str(schema.field(ID).type)
+
+    def problem(self, row: Row) -> str:
+        """Return the reason why the column of ids cannot hold a row's id; empty if it can.
+
+        Until the first shard determines its type, a text makes it a column of texts: rows of later shards are read before
+        the first one is written.
+        """
+        with self._deciding:
+            if not self._id_kind:
+                self._has_texts |= not _is_whole(row.id)
+            if self._id_kind in ("", "string") or _is_whole(row.id):
+                return ""
+        return (
+            f"its id {cut(repr(row.id))} does not fit into the id column, which holds 64-bit integers because earlier ids "
+            "were integers: make the source's ids all text or all integers, or write JSON lines (a folder whose name "
+            "ends in .jsonl)"
+        )
 
     def table(self, batch: EmbeddedRows, metadata: Mapping[bytes, bytes]) -> Any:
         """Return the rows as a table whose schema has this metadata."""
@@ -129,12 +151,8 @@ class Tables:
         if self._id_kind == "string":
             return self._pa.array([str(row.id) for row in rows], self._pa.string())
         for row in rows:
-            if not isinstance(row.id, int) or row.id not in _INT64:
-                raise BulkError(
-                    f"{row.place}: the id {row.id!r} does not fit into the id column, which holds 64-bit integers "
-                    "because earlier ids were integers: make the source's ids all text or all integers, or write JSON "
-                    "lines (a folder whose name ends in .jsonl)"
-                )
+            if problem := self.problem(row):
+                raise BulkError(f"{row.place}: {problem}")
         return self._pa.array([row.id for row in rows], self._pa.int64())
 
     def _vectors(self, batch: EmbeddedRows) -> dict[str, Any]:
@@ -164,6 +182,11 @@ class Tables:
 
     def _offsets(self, lengths: Sequence[int]) -> Any:
         return self._pa.array(np.concatenate(([0], np.cumsum(lengths))).astype(np.int32))
+
+
+def _is_whole(row_id: RowId) -> bool:
+    """Return whether an id is a 64-bit integer."""
+    return isinstance(row_id, int) and row_id in _INT64
 
 
 def is_json(field: Any) -> bool:

@@ -9,9 +9,9 @@ from typing import Any, Final, cast
 from chromadb.api.models.Collection import Collection
 from chromadb.api.types import Include
 
-from gateway.bulk.rows import BulkError, EmbeddedRows, Row, SpaceNote
+from gateway.bulk.rows import BulkError, EmbeddedRows, Json, Row, SpaceNote
 from gateway.bulk.stores.chroma_connection import Connection
-from gateway.bulk.stores.chroma_items import metadata_of, problem_of
+from gateway.bulk.stores.chroma_items import metadata_of, problem_of, row_id_of
 from gateway.bulk.stores.notes import NOTE, check_note, note_from_json, note_to_json
 from gateway.bulk.stores.payloads import KindOfIds
 from gateway.bulk.stores.protocol import Keeping
@@ -64,7 +64,16 @@ class ChromaSink:
             # Chroma replaces the metadata as a whole.
             metadata = {**(found.metadata or {}), NOTE: _dump(note)}
             self._connection.call(partial(found.modify, metadata=cast(Any, metadata)), self.name)
+        self._ids.are_counted = self._are_counted(found)
         self._collection = found
+
+    def _are_counted(self, collection: Collection) -> bool | None:
+        """Return whether the items of a collection have numeric ids; ``None`` if it is empty."""
+        found = self._connection.call(partial(collection.get, limit=1, include=cast(Include, ["metadatas"])), self.name)
+        for item_id, metadata in zip(found["ids"], found["metadatas"] or (), strict=True):
+            row_id, _rest = row_id_of(item_id, cast("dict[str, Json]", metadata or {}))
+            return isinstance(row_id, int)
+        return None
 
     def problem(self, row: Row) -> str:
         """Return the reason why Chroma cannot store a row; empty if it can."""

@@ -11,7 +11,7 @@ from lancedb import DBConnection
 from lancedb.table import Table
 
 from gateway.bulk.files.tables import Tables
-from gateway.bulk.rows import BulkError, EmbeddedRows, SpaceNote
+from gateway.bulk.rows import BulkError, EmbeddedRows, Row, SpaceNote
 from gateway.bulk.stores.lancedb_tables import find_table, plain_errors
 from gateway.bulk.stores.notes import NOTE, check_note, note_from_json, note_to_json
 from gateway.bulk.stores.protocol import Keeping
@@ -59,6 +59,10 @@ class LanceSink:
             raise BulkError(f"{self.name} is a table without a note of its space: embed into a new table")
         check_note(note_from_json(json.loads(written), self.name), note, self.name, self._table.count_rows())
         self._tables.take_columns(schema)
+
+    def problem(self, row: Row) -> str:
+        """Return the reason why the table cannot store a row; empty if it can."""
+        return "" if self._tables is None else self._tables.problem(row)
 
     def write(self, shard: int, batch: EmbeddedRows) -> None:
         """Store a shard's rows, all or none.

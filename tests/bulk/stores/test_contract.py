@@ -9,10 +9,12 @@ import re
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 
+from gateway.bulk.blocks import BlockReader
 from gateway.bulk.fields import FieldNames
 from gateway.bulk.places import open_movable, read_place
 from gateway.bulk.rows import BulkError, Choosy, Json, Row, RowId
@@ -182,9 +184,8 @@ def test_a_note_of_another_space_is_not_overruled(url: str) -> None:
 @pytest.mark.parametrize("kind", ["chroma", "milvus", "pgvector"])
 @pytest.mark.parametrize(("first", "other"), [(1, "x"), ("x", 1)])
 def test_an_id_of_another_kind_is_a_problem_of_its_row(url: str, kind: str, first: RowId, other: RowId) -> None:
-    """The first row decides, and later the collection; Chroma's ids are texts, in which a number is kept apart."""
-    exists = [False] if kind == "chroma" else [False, True]
-    for does_exist in exists:
+    """The first row decides, and later the collection."""
+    for does_exist in [False, True]:
         opened, collection = open_url(url)
         sink = opened.sink(collection, Keeping())
         opened.close()
@@ -199,6 +200,39 @@ def test_an_id_of_another_kind_is_a_problem_of_its_row(url: str, kind: str, firs
             assert found.endswith(f" are {kinds[1]}: use one kind of ids")
             sink.write(0, embedded([row(first, "a")]))
     assert list(by_id(url)) == [first]
+
+
+class _Numbered:
+    """A source of items with numbers as ids."""
+
+    name, text_field, has_unique_ids = "numbers", "text", True
+
+    def __init__(self, ids: range) -> None:
+        self._ids = ids
+
+    def read(self, after: Json = None) -> Iterator[Row]:
+        yield from (row(number, f"text {number}") for number in self._ids)
+
+
+@pytest.mark.parametrize("kind", ["chroma", "lancedb", "milvus", "pgvector"])
+def test_chunks_of_items_with_numbers_as_ids_are_stored_in_every_run(url: str, kind: str) -> None:
+    """A chunk's id is a text, whatever the id of its item."""
+
+    def expand(item: Row) -> list[Row]:
+        return [replace(item, id=f"{item.id}#{number}") for number in range(2)]
+
+    for run in range(2):  # the second one finds a collection of texts
+        opened, collection = open_url(url)
+        sink = opened.sink(collection, Keeping())
+        opened.close()
+        with closing(sink):
+            sink.open(NOTE)
+            assert isinstance(sink, Choosy)
+            source: Any = _Numbered(range(2 * run, 2 * run + 2))
+            reader = BlockReader(source, lambda _ids: set(), 1, "stop", expand, sink.problem)
+            for shard, block in enumerate(reader.read(None, 0)):
+                sink.write(shard, embedded(block.rows))
+    assert set(by_id(url)) == {f"{item}#{number}" for item in range(4) for number in range(2)}
 
 
 # --------------------------------------------------------------------------------------------------------- a source

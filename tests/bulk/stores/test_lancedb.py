@@ -79,7 +79,7 @@ def test_a_table_of_another_program_is_refused(url: str) -> None:
 
 @pytest.mark.parametrize(("rows", "message"), [
     ([row(1, "a"), row(1, "b")], "two rows of a shard have the same id"),
-    ([row(1, "a")], "the id 'x' does not fit into the id column"),
+    ([row(1, "a")], "its id 'x' does not fit into the id column"),
 ])  # fmt: skip
 def test_ids_that_do_not_fit_are_refused(url: str, rows: list[Row], message: str) -> None:
     with pytest.raises(BulkError) as caught:  # noqa: PT012  the second write fails if the first does not
