@@ -318,27 +318,24 @@ class PgvectorStore:
         """Redirect a view to another table, in one transaction that waits for running queries."""
         if reason := self.why_not_flip(name):
             raise BulkError(reason)
-        view, table = read_name(self._real_name(name)), self._table(collection)
-        _table, old = self._views().get(str(view), ("", None))
+        view, table = self._real_name(name), self._table(collection)
+        _table, old = self._views().get(view, ("", None))
         with refusals(self.name), self._connection.transaction():
             # Otherwise, while this change waits for a long query, it blocks all later queries.
             self._connection.execute(sql.SQL("SET LOCAL lock_timeout = {}").format(sql.Literal(f"{_LOCK_S}s")))
             if old is not None:
-                spare = Name(f"gateway_{old}", view.schema)  # a name may already have all 63 bytes
-                self._connection.execute(
-                    sql.SQL("ALTER VIEW {} RENAME TO {}").format(view.sql, identifier(spare.table))
-                )
-            self._connection.execute(sql.SQL("CREATE VIEW {} AS SELECT * FROM {}").format(view.sql, table.name.sql))
-            if old is not None:
-                tables.copy_grants(self._connection, old, view)
-                self._connection.execute(sql.SQL("DROP VIEW {}").format(spare.sql))
+                tables.replace_view(self._connection, old, table.name)
+                return
+            create = sql.SQL("CREATE VIEW {} AS SELECT * FROM {}")
+            self._connection.execute(create.format(read_name(view).sql, table.name.sql))
 
     def delete_alias(self, name: str) -> None:
         """Delete a view."""
-        if str(read_name(name)) not in self.aliases():
+        view = self._real_name(name)
+        if view not in self.aliases():
             raise BulkError(f"{self.name} has no view {quote(name)} of a table")
         with refusals(self.name):
-            self._connection.execute(sql.SQL("DROP VIEW {}").format(read_name(name).sql))
+            self._connection.execute(sql.SQL("DROP VIEW {}").format(read_name(view).sql))
 
     def delete_collection(self, collection: str) -> None:
         """Delete a table, but keep a sequence that its copy uses."""

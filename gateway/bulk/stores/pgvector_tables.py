@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
-from uuid import UUID
 
 import psycopg
 from psycopg import sql
@@ -35,6 +34,8 @@ _METRICS: Final = {"cosine": "<=>", "ip": "<#>", "l2": "<->"}
 _PART: Final = r'("(?:[^"]|"")+"|[^".]+)'
 _NAME: Final = re.compile(rf"(?:{_PART}\.)?{_PART}")
 
+_UUID: Final = re.compile(r"(\{)?(?:[0-9a-fA-F]{4}-?){7}[0-9a-fA-F]{4}(?(1)\})")
+"""The spellings that PostgreSQL reads: https://www.postgresql.org/docs/current/datatype-uuid.html"""
 _AWAY: Final = ("08", "57P0")
 """The errors of a connection, and of a server that ends or starts: https://www.postgresql.org/docs/current/errcodes-appendix.html"""
 NAMED: Final = """
@@ -197,21 +198,13 @@ def id_problem(row_id: RowId, column: Column | None) -> str:
     if isinstance(row_id, int):
         kind = "bigint" if column is None else column.kind
         return "" if row_id in _RANGES[kind] else f"its id {row_id} is out of range for the type {kind}"
-    if column is not None and column.kind == "uuid" and not _is_uuid(row_id):
+    if column is not None and column.kind == "uuid" and not _UUID.fullmatch(row_id):
         return f"its id {cut(repr(row_id))} is not a UUID, as the column {quote(column.name)} requires"
     if column is not None and column.kind == "character varying" and _NO_SIZE < column.size < len(row_id) + _VARHDRSZ:
         most = column.size - _VARHDRSZ
         return f"its id has {len(row_id):,} characters, but the column {quote(column.name)} takes at most {most:,}"
     size = len(row_id.encode())
     return f"its id has {size:,} bytes, but can have at most {_MAX_ID_BYTES:,}" if size > _MAX_ID_BYTES else ""
-
-
-def _is_uuid(text: str) -> bool:
-    try:
-        UUID(text)
-    except ValueError:
-        return False
-    return not text.startswith("urn:")  # which only Python reads
 
 
 @contextmanager
@@ -311,6 +304,8 @@ def create_like(connection: Connection, name: Name, other: Table, note: SpaceNot
 
     Foreign keys, triggers and policies are not copied, because they may prevent writing copies of rows.
     """
+    if name.schema is other.name.schema is None:  # not the first schema of this role's search path, but the original's
+        name = Name(name.table, _schema(connection, other.oid))
     kind = vector_type(note.dimensions, other.place)
     metric = next(key for key, operator in _METRICS.items() if operator == operator_of(connection, other, vector))
     connection.execute(sql.SQL("CREATE TABLE {} (LIKE {} INCLUDING ALL)").format(name.sql, other.name.sql))
@@ -326,13 +321,35 @@ def create_like(connection: Connection, name: Name, other: Table, note: SpaceNot
     _finish(connection, name, vector.name, kind, note, metric, vector.comment)
 
 
+def _schema(connection: Connection, oid: int) -> str:
+    query = "SELECT n.nspname FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.oid = %s"
+    [schema] = connection.execute(query, [oid]).fetchone() or ("",)
+    return str(schema)
+
+
+def replace_view(connection: Connection, oid: int, table: Name) -> None:
+    """Let a view show another table, within the open transaction. It keeps its schema, grants, owner and options."""
+    query = "SELECT relname, pg_get_userbyid(relowner), current_user, reloptions FROM pg_class WHERE oid = %s"
+    [view, owner, mine, options] = connection.execute(query, [oid]).fetchone() or ("", "", "", None)
+    name, spare = Name(view, _schema(connection, oid)), f"gateway_{oid}"  # a name may already have all 63 bytes
+    connection.execute(sql.SQL("ALTER VIEW {} RENAME TO {}").format(name.sql, identifier(spare)))
+    given = sql.SQL(f" WITH ({', '.join(options)})" if options else "")  # such as security_invoker=true
+    connection.execute(sql.SQL("CREATE VIEW {}{} AS SELECT * FROM {}").format(name.sql, given, table.sql))
+    copy_grants(connection, oid, name)
+    if owner != mine:
+        connection.execute(sql.SQL("ALTER VIEW {} OWNER TO {}").format(name.sql, identifier(owner)))
+    connection.execute(sql.SQL("DROP VIEW {}").format(Name(spare, name.schema).sql))
+
+
 def copy_grants(connection: Connection, oid: int, name: Name) -> None:
-    """Copy the grants of a table or view to another."""
+    """Copy the grants of a table or view to another, whose maker may be another role than the owner of the first."""
     grants = """
         SELECT CASE WHEN grantee = 0 THEN NULL ELSE pg_get_userbyid(grantee) END, privilege_type, is_grantable
-        FROM pg_class, aclexplode(relacl) WHERE oid = %s AND grantee <> relowner
+        FROM pg_class, aclexplode(relacl) WHERE oid = %(oid)s AND grantee <> relowner
+        UNION ALL SELECT pg_get_userbyid(relowner), 'ALL', true
+        FROM pg_class WHERE oid = %(oid)s AND pg_get_userbyid(relowner) <> current_user
     """
-    for role, privilege, is_grantable in connection.execute(grants, [oid]).fetchall():
+    for role, privilege, is_grantable in connection.execute(grants, {"oid": oid}).fetchall():
         connection.execute(
             sql.SQL("GRANT {} ON {} TO {}{}").format(
                 sql.SQL(privilege),

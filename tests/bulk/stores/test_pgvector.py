@@ -271,7 +271,12 @@ def test_an_id_that_its_column_cannot_store_is_a_problem_of_its_row(url: str, sq
     cases: list[tuple[str, list[RowId], list[tuple[RowId, str]]]] = [
         ("smallint", [-(2**15), 2**15 - 1], [(2**15, "its id 32768 is out of range for the type smallint")]),
         ("bigint", [2**63 - 1], [(2**63, "out of range for the type bigint"), ("5", "is text, but the ids of")]),
-        ("uuid", ["A0EEBC99-9C0B-4EF8-BB6D-6BB9BD380A11"], [("x", "its id 'x' is not a UUID, as the column `id`")]),
+        ("uuid", ["A0EEBC99-9C0B-4EF8-BB6D-6BB9BD380A11", "{a0ee-bc999c0b4ef8bb6d6bb9bd380a12}"], [
+            (bad, f"its id {bad!r} is not a UUID, as the column `id`")
+            # Python's UUID reads the others, PostgreSQL does not.
+            for bad in ("x", "{a0eebc99-9c0b-4ef8-bb6d-6bb9bd380a11", "uuid:a0eebc999c0b4ef8bb6d6bb9bd380a11",
+                        "a0_ebc99-9c0b-4ef8-bb6d-6bb9bd380a11", "a0-eebc999c0b4ef8bb6d6bb9bd380a11")
+        ]),
         ("varchar(3)", ["äöü"], [("abcd", "its id has 4 characters, but the column `id` takes at most 3")]),
         ("text", ["ab" * 600], [("語" * 1000, "its id has 3,000 bytes, but can have at most 2,600"), (5, "is an integer")]),
     ]  # fmt: skip
@@ -314,7 +319,8 @@ def test_a_table_is_the_same_with_and_without_its_schema(url: str, sql: psycopg.
     )
     store.flip("public.shown", "apart.docs")
     assert store.aliases() == {"shown": "apart.docs"}
-    store.flip("shown", "public.docs")
+    store.delete_alias("public.shown")
+    assert store.aliases() == {}
     long = "语" * 21  # 63 bytes, the most that a name can have
     for table in ("docs", "apart.docs", "docs"):
         store.flip(long, table)
@@ -402,6 +408,35 @@ def test_a_flip_moves_a_view_in_one_step_for_all_readers(url: str, postgres: str
     store.delete_collection("docs_1")
     assert store.collections() == ["docs_2"]
     store.close()
+
+
+def test_a_flipped_view_keeps_its_schema_owner_and_options(url: str, postgres: str, sql: psycopg.Connection) -> None:
+    """The schema of the view is not the first one of the operator's search path, and the owner is an application."""
+    write(url.replace("docs", "docs_1"), [row(1, "old")])
+    sql.execute(
+        "DROP SCHEMA IF EXISTS postgres CASCADE; CREATE SCHEMA postgres; DROP ROLE IF EXISTS app; CREATE ROLE app LOGIN;"
+        "ALTER TABLE docs_1 OWNER TO app; CREATE VIEW public.docs WITH (security_invoker=true) AS SELECT * FROM docs_1;"
+        "ALTER VIEW docs OWNER TO app; GRANT ALL ON SCHEMA public TO app"
+    )
+    write(url.replace("docs", "docs_2"), [row(2, "new")], WIDE, Keeping(like="docs_1"))
+    try:
+        with closing(store_of(url)) as store:
+            store.flip("docs", "docs_2")
+            assert store.aliases() == {"docs": "docs_2"}
+        found = sql.execute(
+            "SELECT relnamespace::regnamespace::text, pg_get_userbyid(relowner), reloptions FROM pg_class "
+            "WHERE oid = to_regclass('docs')"
+        ).fetchall()
+        assert found == [("public", "app", ["security_invoker=true"])]
+        assert value(sql, "SELECT to_regclass('public.docs_2') IS NOT NULL")
+        with psycopg.connect(postgres, autocommit=True) as application:
+            application.execute("SET ROLE app")
+            assert application.execute("SELECT id FROM docs").fetchall() == [(2,)]
+            application.execute("INSERT INTO docs_2 (id, payload) VALUES (3, '{}')")
+    finally:
+        sql.execute(
+            "DROP SCHEMA postgres CASCADE; DROP VIEW docs; DROP TABLE docs_1, docs_2; DROP OWNED BY app; DROP ROLE app"
+        )
 
 
 def test_what_cannot_flip_says_why(url: str, sql: psycopg.Connection) -> None:
