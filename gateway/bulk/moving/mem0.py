@@ -189,8 +189,28 @@ def _pgvector(settings: Mapping[str, Any], path: Path) -> Place:
     )
 
 
-def change_mem0(path: Path, collection: str, model: str, dimensions: int, url: str | None) -> dict[str, Any]:
-    """Write a collection and a model into a configuration; return the settings as they were, for `restore_mem0`.
+def present_settings(path: Path) -> dict[str, Any]:
+    """Return the values of the settings that `change_mem0` changes, for `restore_mem0`.
+
+    Raises:
+        BulkError: the file cannot be read.
+    """
+    content = _load(path)
+    store = (content.get("vector_store") or {}).get("config") or {}
+    embedder = content.get("embedder") or {}
+    settings = embedder.get("config") or {}
+    return {
+        "collection_name": store.get("collection_name"),
+        "embedding_model_dims": store.get("embedding_model_dims"),
+        "provider": embedder.get("provider"),
+        "model": settings.get("model"),
+        "embedding_dims": settings.get("embedding_dims"),
+        "openai_base_url": settings.get("openai_base_url"),
+    }
+
+
+def change_mem0(path: Path, collection: str, model: str, dimensions: int, url: str | None) -> None:
+    """Write a collection and a model into a configuration.
 
     Comments and the order of settings are kept.
 
@@ -204,14 +224,6 @@ def change_mem0(path: Path, collection: str, model: str, dimensions: int, url: s
     store = content.setdefault("vector_store", {}).setdefault("config", {})
     embedder = content.setdefault("embedder", {})
     settings = embedder.setdefault("config", {})
-    before = {
-        "collection_name": store.get("collection_name"),
-        "embedding_model_dims": store.get("embedding_model_dims"),
-        "provider": embedder.get("provider"),
-        "model": settings.get("model"),
-        "embedding_dims": settings.get("embedding_dims"),
-        "openai_base_url": settings.get("openai_base_url"),
-    }
     if url is None and (embedder.get("provider", "openai") != "openai" or not settings.get("openai_base_url")):
         raise BulkError(
             f"{path}: embedder does not use a gateway: pass its URL with --url, and the flip writes it into the "
@@ -224,7 +236,6 @@ def change_mem0(path: Path, collection: str, model: str, dimensions: int, url: s
         settings["openai_base_url"] = f"{url.rstrip('/').removesuffix('/v1')}/v1"
         settings.setdefault("api_key", "any")
     _write(path, content)
-    return before
 
 
 def restore_mem0(path: Path, before: Mapping[str, Any]) -> None:

@@ -138,9 +138,11 @@ def _continued(move: Move, folder: Path) -> Move:
         BulkError: the collection is moved elsewhere already.
     """
     before = read_moves(folder).get(move.name)
-    if before is None or before.stage is Stage.FINISHED:
+    if before is None:
         return move
     is_other = (before.model, before.text, before.into_vector) != (move.model, move.text, move.into_vector)
+    if before.stage is Stage.FINISHED:  # its new collection may exist, with the writes of applications
+        return replace(move, was_flipped=before.was_flipped and not is_other)
     if is_other or before.stage is Stage.FLIPPED:
         raise BulkError(
             f"a move of {move.pairs[0].old} to {before.model} is already in progress: `gateway move status {before.name}` "

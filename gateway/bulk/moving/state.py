@@ -166,6 +166,8 @@ def lock_move(folder: Path, name: str) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise BulkError(f"another process works on the move {name}; wait for it, or end it") from None
+        except OSError as error:  # a network file system without locks
+            raise BulkError(f"the move cannot be locked: {path}: {error.strerror}") from error
         yield
 
 

@@ -18,7 +18,7 @@ from gateway.bulk.moving.checking import (
     item_queries,
     wrong_vectors,
 )
-from gateway.bulk.moving.mem0 import change_mem0, read_mem0, restore_mem0
+from gateway.bulk.moving.mem0 import change_mem0, present_settings, read_mem0, restore_mem0
 from gateway.bulk.moving.passes import PassCounts
 from gateway.bulk.moving.planning import StartRequest, name_copies, places_of, plan, real_name
 from gateway.bulk.moving.state import Move, Pair, Stage, hold, write_move
@@ -184,9 +184,9 @@ async def flip(move: Move, folder: Path, console: Console, *, forces: bool) -> M
 
 
 async def _flip(move: Move, folder: Path, console: Console, *, forces: bool) -> Move:
-    if move.stage is Stage.FLIPPED:
+    if move.stage is Stage.FLIPPED and _is_in_use(move):
         raise BulkError("applications already use the new collection: `gateway move sync` copies late changes")
-    if move.stage is not Stage.CHECKED and not forces:
+    if move.stage not in (Stage.CHECKED, Stage.FLIPPED) and not forces:
         raise BulkError(
             "the collections have not been compared since the last change: run `gateway move check` first, or add "
             "--force"
@@ -199,15 +199,26 @@ async def _flip(move: Move, folder: Path, console: Console, *, forces: bool) -> 
                 with work.ledger(pair) as ledger:
                     ledger.copy_to(old_ledger(work.files / pair.ledger))
         # This is written before the flip: from now on, no pass may delete or replace the applications' writes.
-        move = replace(move, was_flipped=True, is_returning=False).at(Stage.FLIPPED, "flipped")
+        before = present_settings(move.mem0) if move.mem0 is not None and move.mem0_before is None else move.mem0_before
+        flipped = replace(move, was_flipped=True, is_returning=False, mem0_before=before)
+        move = flipped.at(Stage.FLIPPED, "flipped")
         write_move(folder, move)
         try:
             move = _use(move, work.writing, back=False)
         except BulkError:
-            write_move(folder, move.at(Stage.CHECKED, "the flip failed"))
+            write_move(folder, replace(move, mem0_before=None).at(Stage.CHECKED, "the flip failed"))
             raise
-        write_move(folder, move)
         return await _copy(replace(work, move=move))
+
+
+def _is_in_use(move: Move) -> bool:
+    """Return whether the alias, or Mem0's configuration, names the new collection: a flip may be interrupted before that."""
+    if move.mem0 is not None:
+        return read_mem0(move.mem0).collection == move.pairs[0].new
+    if move.alias is None:
+        return True
+    with store_of(move) as store:
+        return real_name(store, move.alias) == move.pairs[0].new
 
 
 def _use(move: Move, store: MovableStore, *, back: bool) -> Move:
@@ -218,9 +229,8 @@ def _use(move: Move, store: MovableStore, *, back: bool) -> Move:
     if move.mem0 is None:
         return move
     if not back:
-        before = change_mem0(move.mem0, pair.new, move.model, move.dimensions or 0, move.url)
-        # An interrupted flip has already changed the file.
-        return move if move.mem0_before is not None else replace(move, mem0_before=before)
+        change_mem0(move.mem0, pair.new, move.model, move.dimensions or 0, move.url)
+        return move
     if move.mem0_before is not None:
         restore_mem0(move.mem0, move.mem0_before)
     return replace(move, mem0_before=None)
@@ -301,7 +311,8 @@ async def finish(move: Move, folder: Path, console: Console, *, deletes: bool) -
 
 async def _finish(move: Move, folder: Path, console: Console, *, deletes: bool) -> Move:
     if not deletes:
-        move = move.at(Stage.FINISHED, "finished; the old collection was kept")
+        lacks = f"; it lacks items that are only in {move.pairs[0].new}" if move.is_returning else ""
+        move = move.at(Stage.FINISHED, f"finished; the old collection was kept{lacks}")
         write_move(folder, move)
         return move
     if move.stage is not Stage.FLIPPED:

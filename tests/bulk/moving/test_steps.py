@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import random
 import uuid
 from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
 from threading import Event, Thread
+from typing import Any
+from urllib.parse import unquote
 
 import numpy as np
 import psycopg
@@ -16,8 +19,10 @@ import pytest
 from rich.console import Console
 
 from gateway.bulk.moving.command import next_command
+from gateway.bulk.moving.mem0 import change_mem0, read_mem0
 from gateway.bulk.moving.state import Stage, find_move, lock_move, read_moves
 from gateway.bulk.moving.steps import back, check, finish, flip, start, sync
+from gateway.bulk.places import read_place
 from gateway.bulk.rows import BulkError, EmbeddedRows, Row
 from gateway.bulk.stores.protocol import Keeping
 from tests.bulk.moving.conftest import HashModel, Models, Shop, copy_of, request_for, vector_of
@@ -318,6 +323,80 @@ async def test_another_move_of_a_collection_copies_all_of_its_items(
     copy = copy_of(any_shop, second, "twin")
     assert copy.content() == any_shop.content()
     copy.check_vectors()
+
+
+async def test_the_same_move_again_keeps_what_applications_did_in_the_new_collection(
+    shop: Shop, models: Models, tmp_path: Path, console: Console
+) -> None:
+    move = await start(request_for(shop), tmp_path, console)
+    move = await flip(move, tmp_path, console, forces=True)
+    copy = copy_of(shop, move)
+    copy.put({1: "word1 written by an application", 200: "word2 too"})
+    copy.delete(2)
+    await finish(move, tmp_path, console, deletes=False)
+    before = copy.content()
+
+    again = await start(request_for(shop), tmp_path, console)
+    await check(again, tmp_path, console, None, None)
+
+    assert copy.content() == before
+
+
+async def test_an_interrupted_flip_is_repeated(
+    any_shop: Shop, models: Models, tmp_path: Path, console: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alias = f"alias_{uuid.uuid4().hex[:8]}"
+    any_shop.store.flip(alias, any_shop.collection)
+    move = await start(request_for(any_shop, collection=alias), tmp_path, console)
+
+    def die(*_values: object) -> None:
+        raise _Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(any_shop.store), "flip", die)
+        with pytest.raises(_Killed):
+            await flip(move, tmp_path, console, forces=True)
+    assert any_shop.store.aliases()[alias] == any_shop.collection
+
+    await flip(move, tmp_path, console, forces=False)
+
+    assert any_shop.store.aliases()[alias] == move.pairs[0].new
+    with pytest.raises(BulkError, match="applications already use the new collection"):
+        await flip(move, tmp_path, console, forces=False)
+
+
+async def test_a_flip_of_mem0_that_is_killed_after_its_file_was_changed_can_be_undone(
+    pgvector: str, models: Models, tmp_path: Path, console: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shop = Shop(f"{pgvector}?vector=vector", f"mem_{uuid.uuid4().hex[:8]}")
+    for number in range(3):
+        shop.put({number: f"word{number} text"}, {"data": f"word{number} text"})
+    path = tmp_path / "mem0.json"
+    place = read_place(pgvector, has_collection=False)
+    assert place is not None
+    database = {"host": unquote(place.host), "user": "postgres", "dbname": "postgres"}
+    config = {
+        "vector_store": {"provider": "pgvector", "config": {**database, "collection_name": shop.collection}},
+        "embedder": {"provider": "openai", "config": {"model": "old", "openai_base_url": "http://127.0.0.1:1/v1"}},
+    }
+    path.write_text(json.dumps(config))
+    move = await start(request_for(shop, collection=None, store=None, mem0=path), tmp_path / "moves", console)
+
+    def change_and_die(*values: Any) -> None:
+        change_mem0(*values)
+        raise _Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr("gateway.bulk.moving.steps.change_mem0", change_and_die)
+        with pytest.raises(_Killed):
+            await flip(move, tmp_path / "moves", console, forces=True)
+    assert read_mem0(path).collection == move.pairs[0].new
+    with pytest.raises(BulkError, match="applications already use the new collection"):
+        await flip(move, tmp_path / "moves", console, forces=True)
+
+    await back(move, tmp_path / "moves", console, "old")
+
+    assert json.loads(path.read_text()) == config
 
 
 async def test_a_step_continues_from_the_state_that_another_process_has_written(
