@@ -29,12 +29,16 @@ class Contents:
         self._num_bytes = 0
 
     def keep_only(self, file_ids: set[str]) -> None:
-        """Remove all other files, and count these."""
+        """Remove all other files, and count these. Folders are not the gateway's, such as ``lost+found`` of a disk.
+
+        Raises:
+            OSError: a file cannot be removed.
+        """
         self._num_bytes = 0
         for path in self._files.iterdir():
             if path.name in file_ids:
                 self._num_bytes += counted(path)
-            else:
+            elif not path.is_dir() or path.is_symlink():
                 path.unlink()
 
     def path(self, file_id: str) -> Path:

@@ -84,7 +84,7 @@ class Store(Contents):
         try:
             self._db = self._open(path)
             self._file = OpenFile(path)
-            self._tidy()
+            known = self._known()
         except (
             OSError,
             sqlite3.Error,
@@ -99,6 +99,11 @@ class Store(Contents):
                 f"GATEWAY_BATCH_DIR: {path} cannot be opened as a database of batches: {error}; move it away to start "
                 "with a new one"
             ) from error
+        try:
+            self.keep_only(known)  # a crash may have left others behind
+        except OSError as error:
+            self.close()
+            raise StartError(f"GATEWAY_BATCH_DIR: {error.filename} cannot be removed: {why_unusable(error)}") from error
 
     @staticmethod
     def _open(path: Path) -> sqlite3.Connection:
@@ -116,11 +121,13 @@ class Store(Contents):
         db.execute(f"PRAGMA user_version = {_VERSION}")
         return db
 
-    def _tidy(self) -> None:
-        """Remove the files without a row, which a crash left behind."""
-        known = {row["id"] for row in self._read("SELECT id FROM files WHERE expires_at > 0")}
-        known |= {name for batch in self.open_batches() for name in (batch.output_id, batch.error_id)}
-        self.keep_only(known)
+    def _known(self) -> set[str]:
+        """Read the whole database, and return the ids of all files that it knows."""
+        known = {_file_of(row).id for row in self._db.execute("SELECT * FROM files") if row["expires_at"] > 0}
+        for row in self._db.execute("SELECT is_open, data FROM batches"):
+            batch = _load(row["data"])
+            known |= {batch.output_id, batch.error_id} if row["is_open"] else set()
+        return known
 
     def close(self) -> None:
         """Close the database, and release the folder for other processes."""

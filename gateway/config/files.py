@@ -8,7 +8,7 @@ import sqlite3
 import stat
 from codecs import BOM_UTF8
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from fcntl import LOCK_EX, flock
 from io import BufferedReader
@@ -188,13 +188,13 @@ def why_other_tables(db: sqlite3.Connection, schema: str) -> str | None:
     Raises:
         sqlite3.Error: the file cannot be read.
     """
-    model = sqlite3.connect(":memory:")
-    model.executescript(schema)
-    tables = [name for (name,) in model.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
-    for table in tables:
-        query = f"PRAGMA table_info({table})"
-        found = {row[1] for row in db.execute(query)}
-        missing = [row[1] for row in model.execute(query) if row[1] not in found]
-        if missing:
-            return f"its table {table} has no column {missing[0]}" if found else f"it has no table {table}"
+    with closing(sqlite3.connect(":memory:")) as model:
+        model.executescript(schema)
+        tables = [name for (name,) in model.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+        for table in tables:
+            query = f"PRAGMA table_info({table})"
+            found = {row[1] for row in db.execute(query)}
+            missing = [row[1] for row in model.execute(query) if row[1] not in found]
+            if missing:
+                return f"its table {table} has no column {missing[0]}" if found else f"it has no table {table}"
     return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import json
 import os
 import random
@@ -156,6 +157,44 @@ def test_a_database_with_other_tables_is_named_at_the_start(tmp_path: Path) -> N
 
     with pytest.raises(StartError, match="its table files has no column purpose; move it away"):
         Store(tmp_path, 1 << 30)
+
+
+@pytest.mark.parametrize("damage", ["{}", "[]", "{", '{"status": "completed", "end": "completed", "errors": []}'])
+@pytest.mark.parametrize("is_open", [0, 1])
+def test_a_damaged_row_of_a_batch_is_named_at_the_start(tmp_path: Path, damage: str, is_open: int) -> None:
+    """Otherwise every list of batches is an error for good."""
+    Store(tmp_path, 1 << 30).close()
+    with sqlite3.connect(tmp_path / "batches.sqlite3") as db:
+        db.execute(
+            "INSERT INTO batches (id, owner, is_open, ended_at, data) VALUES ('b', '', ?, 1, ?)", (is_open, damage)
+        )
+
+    with pytest.raises(StartError, match=r"cannot be opened as a database of batches: .*; move it away"):
+        Store(tmp_path, 1 << 30)
+
+
+def test_a_folder_among_the_files_is_left_alone(tmp_path: Path) -> None:
+    """Such as lost+found of a disk."""
+    (tmp_path / "files" / "lost+found" / "x").mkdir(parents=True)
+    (tmp_path / "files" / "left by a crash").write_text("x")
+
+    Store(tmp_path, 1 << 30).close()
+
+    assert [path.name for path in (tmp_path / "files").iterdir()] == ["lost+found"]
+
+
+def test_a_file_that_cannot_be_removed_is_named_at_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Store(tmp_path, 1 << 30).close()
+    (tmp_path / "files" / "left").write_text("x")
+
+    def refuse(path: Path) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", refuse)
+        with pytest.raises(StartError, match=r"GATEWAY_BATCH_DIR: .*files/left cannot be removed: Permission denied"):
+            Store(tmp_path, 1 << 30)
+    Store(tmp_path, 1 << 30).close()  # the lock was given back
 
 
 def test_a_pipe_in_place_of_the_lock_does_not_hang_the_start(tmp_path: Path) -> None:
