@@ -25,6 +25,7 @@ from gateway.deployment import Deployment
 from gateway.errors import BadInput, Forbidden, LoadError, ModelNotFound, ModelNotReady, ModelUnavailable, ReloadRefused
 from gateway.fleet import Fleet, Model
 from gateway.http.context import RequestContext
+from gateway.http.parameters import read_query
 from gateway.routing.changes import Reloaded
 from gateway.telemetry import metrics
 from gateway.telemetry.replica_metrics import merge
@@ -98,6 +99,17 @@ def read_person(name: str, param: str) -> str:
     if not name.isprintable():
         raise BadInput(f"`{param}` must have printable characters only, got {cut(name)!r}", param=param)
     return name
+
+
+def person_of(request: Request, param: str) -> str:
+    """Return the name of the person in a request's query; the operator if it has none.
+
+    Raises:
+        BadInput: as :func:`read_person`, or the name is given several times, or is not UTF-8.
+    """
+    if param not in request.query_params:
+        return OPERATOR
+    return read_person(read_query(request.scope["query_string"], param), param)
 
 
 class Admin:

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from fastapi import APIRouter, Query, Request, Response
 from pydantic import BaseModel, BeforeValidator, Field
 
-from gateway.api.admin import OPERATOR, read_person, require_operator
+from gateway.api.admin import OPERATOR, person_of, read_person, require_operator
 from gateway.api.comparisons import required
 from gateway.api.endpoint import Endpoint
 from gateway.api.json_body import RequestBody, Texts, whole_number
@@ -264,7 +264,7 @@ class DuelRoutes:
     async def retrieve_duel(self, request: Request, comparison: str, duel: str, voter: _Voter = OPERATOR) -> DuelCard:
         """Return the next pair of a voter, or the result."""
         duels = self._require(request)
-        return duel_card(await duels.open(comparison, duel, read_person(voter, "voter")))
+        return duel_card(await duels.open(comparison, duel, person_of(request, "voter")))
 
     async def vote(self, request: Request, comparison: str, duel: str) -> DuelCard:
         """Vote on the shown pair, and get the next one. Repeating a request changes nothing."""
@@ -277,13 +277,15 @@ class DuelRoutes:
     async def undo_vote(self, request: Request, comparison: str, duel: str, voter: _Voter = OPERATOR) -> DuelCard:
         """Take back the last vote of a voter."""
         duels = self._require(request)
-        await duels.undo(comparison, duel, read_person(voter, "voter"))
+        voter = person_of(request, "voter")
+        await duels.undo(comparison, duel, voter)
         return duel_card(await duels.open(comparison, duel, voter))
 
     async def end_duel(self, request: Request, comparison: str, duel: str, voter: _Voter = OPERATOR) -> DuelCard:
         """End a duel for all voters, and get the result."""
         duels = self._require(request)
-        await duels.end(comparison, duel, read_person(voter, "voter"))
+        voter = person_of(request, "voter")
+        await duels.end(comparison, duel, voter)
         return duel_card(await duels.open(comparison, duel, voter))
 
     async def qrels(self, request: Request, comparison: str, duel: str) -> Response:

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from fastapi import APIRouter, Query, Request
 from pydantic import BaseModel, BeforeValidator, Field
 
-from gateway.api.admin import OPERATOR, read_person, require_operator
+from gateway.api.admin import OPERATOR, person_of, read_person, require_operator
 from gateway.api.comparisons import ComparisonCard, Comparisons, find_card, required
 from gateway.api.endpoint import Endpoint
 from gateway.api.json_body import RequestBody, whole_number
@@ -125,7 +125,7 @@ class GradingRoutes:
     async def next_pair(self, request: Request, name: str, grader: _Grader = OPERATOR) -> GradingCard:
         """Return the next query and document to grade, and how many are graded."""
         grading, after = self._require(request), read_place(request.query_params.get("after", "0"))
-        return grading_card(await grading.show(name, read_person(grader, "grader"), after))
+        return grading_card(await grading.show(name, person_of(request, "grader"), after))
 
     async def grade(self, request: Request, name: str) -> GradingCard:
         """Grade a document, and get the next one. The first grade of a document counts."""
@@ -136,7 +136,7 @@ class GradingRoutes:
 
     async def undo_grade(self, request: Request, name: str, grader: _Grader = OPERATOR) -> GradingCard:
         """Take back the last grade that a person gave since the gateway started, and get its pair again."""
-        return grading_card(await self._require(request).undo(name, read_person(grader, "grader")))
+        return grading_card(await self._require(request).undo(name, person_of(request, "grader")))
 
     async def conclude(self, request: Request, name: str) -> ComparisonCard:
         """Compute the verdict again with people's grades. Needs neither the models nor the judge."""

@@ -16,6 +16,7 @@ from gateway.console.compare import Compare
 from gateway.console.parts import Parts
 from gateway.console.web import read_form, visitor_of
 from gateway.errors import BadInput
+from gateway.http.parameters import read_query
 
 _LATE = "This document already had a grade, and keeps it."
 _NOT_UNDONE = "Nothing was taken back: the file has another grade now."
@@ -32,7 +33,8 @@ class GradePages:
     async def show(self, request: Request) -> Response:
         """Show the next document to grade."""
         query, name = request.query_params, request.path_params["run"]
-        grader, after = query.get("grader", ""), read_place(query.get("after", "0"))
+        grader = read_query(request.scope["query_string"], "grader") if "grader" in query else ""
+        after = read_place(query.get("after", "0"))
         standing = await self._grading(request).show(name, self._grader(request, grader), after)
         return self._page(
             request, standing, grader, {"late": _LATE, "undo": _NOT_UNDONE}.get(query.get("note", ""), "")

@@ -120,6 +120,20 @@ async def test_a_wrong_request_names_the_problem(
     assert message in answer.json()["message"]
 
 
+@pytest.mark.parametrize(
+    ("query", "message"), [("voter=Jos%E9", "`voter` is not UTF-8"), ("voter=ada&voter=bob", "given 2 times")]
+)
+async def test_a_voter_that_would_be_read_as_another_is_refused(
+    operator: httpx.AsyncClient, query: str, message: str
+) -> None:
+    path, _card = await begin(operator)
+    for method, place in (("GET", ""), ("POST", "/undo"), ("POST", "/end")):
+        answer = await operator.request(method, f"{path}{place}?{query}")
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, "voter")
+        assert message in answer.json()["message"]
+    assert (await operator.get(path, params={"voter": "José"})).status_code == 200
+
+
 async def test_only_the_operator_votes(operator: httpx.AsyncClient, connect: Connect) -> None:
     path, _card = await begin(operator)
     for headers in ({"authorization": "Bearer client-key"}, {"authorization": ""}):

@@ -105,6 +105,19 @@ async def test_a_wrong_grade_names_the_problem(operator: httpx.AsyncClient, chan
     assert message in answer.json()["message"]
 
 
+@pytest.mark.parametrize(
+    ("query", "message"), [("grader=Jos%E9", "`grader` is not UTF-8"), ("grader=ada&grader=bob", "given 2 times")]
+)
+async def test_a_grader_that_would_be_read_as_another_is_refused(
+    operator: httpx.AsyncClient, query: str, message: str
+) -> None:
+    for method, place in (("GET", "grading"), ("POST", "grades/undo")):
+        answer = await operator.request(method, f"{PATH}/{place}?{query}")
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, "grader")
+        assert message in answer.json()["message"]
+    assert (await operator.get(f"{PATH}/grading", params={"grader": "José"})).status_code == 200
+
+
 @pytest.mark.parametrize("after", ["-1", "", "x", "1.5", "+1", "\u0661"])
 async def test_a_wrong_place_names_the_problem(operator: httpx.AsyncClient, after: str) -> None:
     answer = await operator.get(f"{PATH}/grading", params={"after": after})
