@@ -269,6 +269,7 @@ def test_grades_need_no_script_and_no_grade_is_overwritten(gateway: Gateway, run
     with signed_in(gateway) as client:
         assert row.document in client.get(path, params={"after": 7}).text
         assert client.post(path, data={**form, "grade": "4"}).status_code == 400
+        assert client.get(f"{path}?grader=Jos%E9").status_code == 400, "it would be the name of every such grader"
         graded = client.post(path, data={**form, "grade": "1"})
         assert str(graded.url).endswith("/grade?after=8")
         assert "1 of 480 documents" in graded.text

@@ -337,6 +337,11 @@ def replace_view(connection: Connection, oid: int, table: Name) -> None:
     connection.execute(sql.SQL("CREATE VIEW {}{} AS SELECT * FROM {}").format(name.sql, given, table.sql))
     copy_grants(connection, oid, name)
     if owner != mine:
+        may_read = "SELECT has_table_privilege(%s, to_regclass(%s), 'SELECT')"
+        if connection.execute(may_read, [owner, table.quoted]).fetchone() != (True,):
+            raise BulkError(
+                f"{quote(owner)}, who owns the view {quote(view)}, may not read {table}: grant SELECT on it first"
+            )
         connection.execute(sql.SQL("ALTER VIEW {} OWNER TO {}").format(name.sql, identifier(owner)))
     connection.execute(sql.SQL("DROP VIEW {}").format(Name(spare, name.schema).sql))
 

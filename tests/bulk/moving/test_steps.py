@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import random
 import uuid
@@ -285,6 +286,11 @@ async def test_the_way_back_without_a_known_model_waits_for_its_name(
     with pytest.raises(BulkError, match="name the model with `gateway move back --from-model NAME`"):
         await back(move, tmp_path, console, None)
 
+    state = tmp_path / move.name / "move.json"
+    waiting = state.read_bytes()
+    lacking = await finish(move, tmp_path, console, deletes=False)
+    assert lacking.log[-1].endswith(f"the old collection was kept; it lacks items that are only in {move.pairs[0].new}")
+    state.write_bytes(waiting)
     await back(move, tmp_path, console, "old")
 
     assert 200 in shop.content()
@@ -429,6 +435,16 @@ async def test_one_process_at_a_time_works_on_a_move(
             ):
                 await step
     assert read_moves(tmp_path)[move.name].stage is Stage.COPIED
+
+
+def test_a_file_system_without_locks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_file: object, _kind: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    named = r"the move cannot be locked: .*/docs/lock: No locks available"
+    with pytest.raises(BulkError, match=named), lock_move(tmp_path, "docs"):
+        pass
 
 
 async def test_a_model_whose_space_has_changed_since_is_refused(

@@ -419,8 +419,14 @@ def test_a_flipped_view_keeps_its_schema_owner_and_options(url: str, postgres: s
         "ALTER VIEW docs OWNER TO app; GRANT ALL ON SCHEMA public TO app"
     )
     write(url.replace("docs", "docs_2"), [row(2, "new")], WIDE, Keeping(like="docs_1"))
+    assert value(sql, "SELECT has_table_privilege('app', 'docs_2', 'INSERT')")
     try:
         with closing(store_of(url)) as store:
+            sql.execute("REVOKE ALL ON docs_2 FROM app")
+            with pytest.raises(BulkError, match="`app`, who owns the view `docs`, may not read docs_2: grant SELECT"):
+                store.flip("docs", "docs_2")
+            assert store.aliases() == {"docs": "docs_1"}
+            sql.execute("GRANT ALL ON docs_2 TO app")
             store.flip("docs", "docs_2")
             assert store.aliases() == {"docs": "docs_2"}
         found = sql.execute(
