@@ -226,13 +226,27 @@ def _convert(traced: _Traced, inputs: InputMaker, adapters: Sequence[int]) -> op
     with _TRACING, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            return openvino.convert_model(
+            model = openvino.convert_model(
                 traced.eval(),
                 example_input={name: torch.from_numpy(array) for name, array in example.items()},
                 input=[(name, openvino.PartialShape(shape)) for name, shape in shapes.items()],
             )
         finally:
             _forget_traces()
+    _drop_marks(model)
+    return model
+
+
+def _drop_marks(model: openvino.Model) -> None:
+    """Drop the converter's marks, such as on constants that must not be folded, which no saved model has.
+
+    With them, a model would be compiled in another way than after it was saved, and its vectors would differ in the last
+    bits.
+    """
+    for operation in model.get_ops():
+        marks = operation.get_rt_info()
+        for name in list(marks):
+            del marks[name]
 
 
 def _forget_traces() -> None:
