@@ -441,7 +441,7 @@ FIELD_CASES = [
     Case(
         "no id", f"version: 1\nmodels:\n  - {PACKAGE}\n", 3, 5, "models[0].id", "is missing and required: Public name"
     ),
-    Case("no source", "version: 1\nmodels:\n  - id: a\n", 3, 5, "models[0].source", "is missing and required: Where"),
+    Case("no source", "version: 1\nmodels:\n  - id: a\n", 3, 5, "models[0].source", "is missing and required: Source"),
     Case(
         "id colon", entry(PACKAGE).replace("mini", '"a:b"'), 3, 9, "models[0].id", "got `a:b`; `:` and `@` are reserved"
     ),
