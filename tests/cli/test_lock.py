@@ -250,7 +250,7 @@ def test_a_written_lock_can_be_read_by_people(tmp_path: Path) -> None:
             '{"version": 1, "preprocessing": 1, "models": {"m": {"source": 1}}, "aliases": {}}',
             "is not a lock: models.m.source: Input should be a valid string",
         ),
-        ('{"version": 9, "preprocessing": 1, "models": {}, "aliases": {}}', "is a lock of version 9, and this gateway"),
+        ('{"version": 9, "preprocessing": 1, "models": {}, "aliases": {}}', "is a lock of version 9, but this gateway"),
     ],
 )
 def test_a_file_that_is_not_a_lock_is_an_error(tmp_path: Path, text: str, message: str) -> None:
