@@ -508,7 +508,7 @@ def test_files_are_dropped_and_a_judge_is_asked_after_its_price_was_shown(
         page.get_by_label("Documents", exact=True).set_input_files(tmp_path / "wrong.csv")
         page.get_by_label("Name of the data set").fill("dropped")
         page.get_by_role("button", name="Store").click()
-        assert "one of them `text`" in page.get_by_role("alert").inner_text()
+        assert "including `text`" in page.get_by_role("alert").inner_text()
         page.get_by_label("Documents", exact=True).set_input_files(tmp_path / "docs.csv")
         page.get_by_label("Queries", exact=True).set_input_files(tmp_path / "queries.txt")
         page.get_by_label("Name of the data set").fill("dropped")
