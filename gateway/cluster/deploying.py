@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Final
 
 import ray
@@ -18,6 +19,7 @@ from ray import serve
 from ray._private.services import canonicalize_bootstrap_address
 from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get
 from ray.serve.api import RunTarget
+from ray.serve.config import RequestRouterConfig
 from ray.serve.exceptions import RayServeException
 
 from gateway.cluster import head
@@ -29,8 +31,7 @@ log = structlog.get_logger(__name__)
 
 NOT_STARTED: Final = "NOT_STARTED"
 _DEPLOYMENT: Final = "model"
-# A process connects to Ray once, and deploying a model is not thread-safe (it registers modules to be pickled by value,
-# and unregisters them).
+# A process connects to Ray once, and deploying a model is not thread-safe.
 _TURN: Final = threading.Lock()
 # Serve checks the health of a replica this often, and replaces a replica that does not answer in time.
 _HEALTH_PERIOD_S, _HEALTH_TIMEOUT_S = 2.0, 30.0
@@ -62,6 +63,17 @@ class Deployed:
     def has_failed(self) -> bool:
         """Whether Serve has given up on it."""
         return self.status in ("DEPLOY_FAILED", "UNHEALTHY") and not self.num_running
+
+
+@cache
+def _router_config() -> RequestRouterConfig:
+    """Return the router of all deployments.
+
+    Ray pickles the class by value when it makes this object: it registers the module, and unregisters it afterward. If two
+    threads do that at the same time, one fails, so it is done once in a process.
+    """
+    router: Any = "gateway.cluster.announcer:Announcer"  # Ray declares all arguments as dictionaries
+    return RequestRouterConfig(request_router_class=router)
 
 
 class Cluster:
@@ -131,7 +143,7 @@ class Cluster:
             graceful_shutdown_wait_loop_s=0.2,
             graceful_shutdown_timeout_s=DRAIN_S + 10,
             max_constructor_retry_count=_NUM_ATTEMPTS,
-            request_router_config={"request_router_class": "gateway.cluster.announcer:Announcer"},
+            request_router_config=_router_config(),
             **scaling_options(spec),
         )(Replica)
         # The name already identifies the content. With a random version, Serve's default, a second front would restart
