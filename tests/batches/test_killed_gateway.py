@@ -13,10 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from openai import OpenAI
 from openai.types import Batch
 
 from tests.clients.gateway_process import MODEL, gateway_to_kill, running_gateway
+
+pytestmark = pytest.mark.slow
 
 NUM_LINES = 800
 _FEW = 60
