@@ -159,8 +159,7 @@ class Watchdog:
             try:
                 if reason := await question:
                     return reason
-            except (
-                Exception
-            ) as error:  # a full queue, for example, says nothing about the model, and must not end the watch
+            except Exception as error:
+                # A full queue, for example, says nothing about the model, and must not end the watch.
                 log.warning("watchdog_not_answered", model=self._model, error=repr(error))
         return ""

@@ -117,10 +117,8 @@ class Answering:
             done = list(itertools.takewhile(lambda one: one.task.done(), waiting))
             try:
                 await self._write(run, done)
-            except (
-                BatchesUnavailable,
-                StorageFull,
-            ) as error:  # keep the answers: computing them again would cost tokens
+            except (BatchesUnavailable, StorageFull) as error:
+                # Keep the answers: computing them again would cost tokens.
                 await self._recorder.pause(run.batch, error)
                 continue
             for _ in done:

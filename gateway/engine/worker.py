@@ -283,9 +283,8 @@ class Worker:
             encoded = self._compute(items)
             if len(encoded) != len(items):
                 raise ValueError(f"{len(encoded)} results for {len(items)} texts")
-        except (
-            BaseException
-        ) as error:  # the model's code may raise any error, and each of these callers must get an answer
+        except BaseException as error:
+            # The model's code may raise any error, and each of these callers must get an answer.
             is_lost = is_card_lost(error, self._encoder.device)
             is_memory = not is_lost and is_out_of_memory(error)
             reason = str(error).partition("\n")[0]

@@ -248,9 +248,8 @@ class UpstreamBackend:
             raise DeadlineExceeded(reason) from error
         except ContextLengthExceeded:
             raise
-        except (
-            BadInput
-        ) as error:  # some servers respond like this if they no longer have the model, or if the key has expired
+        except BadInput as error:
+            # Some servers respond like this if they no longer have the model, or if the key has expired.
             self._note(server, Failure("refused", error.message))
             raise
         finally:
