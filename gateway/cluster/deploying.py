@@ -19,7 +19,7 @@ from ray import serve
 from ray._private.services import canonicalize_bootstrap_address
 from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get
 from ray.serve.api import RunTarget
-from ray.serve.config import RequestRouterConfig
+from ray.serve.config import AutoscalingPolicy, RequestRouterConfig
 from ray.serve.exceptions import RayServeException
 
 from gateway.cluster import head
@@ -66,14 +66,15 @@ class Deployed:
 
 
 @cache
-def _router_config() -> RequestRouterConfig:
-    """Return the router of all deployments.
+def _plugins() -> tuple[RequestRouterConfig, AutoscalingPolicy]:
+    """Return the router and the scaling policy of all deployments.
 
-    Ray pickles the class by value when it makes this object: it registers the module, and unregisters it afterward. If two
-    threads do that at the same time, one fails, so it is done once in a process.
+    Ray pickles their modules by value when it makes these objects: it registers a module, and unregisters it afterward. If
+    two threads do that at the same time, one fails, so it is done once in a process.
     """
     router: Any = "gateway.cluster.announcer:Announcer"  # Ray declares all arguments as dictionaries
-    return RequestRouterConfig(request_router_class=router)
+    policy: Any = "gateway.cluster.scaling:wanted_replicas"
+    return RequestRouterConfig(request_router_class=router), AutoscalingPolicy(policy_function=policy)  # type: ignore[no-untyped-call]
 
 
 class Cluster:
@@ -134,6 +135,7 @@ class Cluster:
 
     @staticmethod
     def _deploy(spec: Spec) -> None:
+        router, policy = _plugins()
         deployment = serve.deployment(
             name=_DEPLOYMENT,
             ray_actor_options=actor_options(spec),
@@ -143,8 +145,8 @@ class Cluster:
             graceful_shutdown_wait_loop_s=0.2,
             graceful_shutdown_timeout_s=DRAIN_S + 10,
             max_constructor_retry_count=_NUM_ATTEMPTS,
-            request_router_config=_router_config(),
-            **scaling_options(spec),
+            request_router_config=router,
+            **scaling_options(spec, policy),
         )(Replica)
         # The name already identifies the content. With a random version, Serve's default, a second front would restart
         # all replicas.

@@ -132,8 +132,12 @@ def actor_options(spec: Spec) -> dict[str, Any]:
     return {"num_gpus": spec.num_gpus, "num_cpus": 0.1 if spec.num_gpus else 1}
 
 
-def scaling_options(spec: Spec) -> dict[str, Any]:
-    """Return the number of replicas that Ray Serve runs."""
+def scaling_options(spec: Spec, policy: object) -> dict[str, Any]:
+    """Return the number of replicas that Ray Serve runs.
+
+    Args:
+        policy: the function by which Ray scales, as an ``AutoscalingPolicy``.
+    """
     replicas = spec.replicas
     if replicas.most == replicas.min:
         return {"num_replicas": replicas.min}
@@ -145,6 +149,6 @@ def scaling_options(spec: Spec) -> dict[str, Any]:
             "look_back_period_s": LOOK_BACK_S,
             "upscale_delay_s": UPSCALE_DELAY_S,
             "downscale_delay_s": DOWNSCALE_DELAY_S,
-            "policy": {"policy_function": "gateway.cluster.scaling:wanted_replicas"},
+            "policy": policy,
         }
     }

@@ -95,8 +95,10 @@ def test_a_replica_gets_a_card_or_a_core(
 
 
 def test_replicas_are_a_number_or_scaled_between_two() -> None:
-    assert scaling_options(spec_of(replicas={"min": 3, "max": 3})) == {"num_replicas": 3}
-    scaled = scaling_options(spec_of(replicas={"min": 1, "max": 4, "target_requests": 7}))["autoscaling_config"]
+    assert scaling_options(spec_of(replicas={"min": 3, "max": 3}), "policy") == {"num_replicas": 3}
+    scaled = scaling_options(spec_of(replicas={"min": 1, "max": 4, "target_requests": 7}), "policy")[
+        "autoscaling_config"
+    ]
     assert (scaled["min_replicas"], scaled["max_replicas"], scaled["target_ongoing_requests"]) == (1, 4, 7)
     # What was asked long ago neither keeps replicas nor adds any.
     assert scaled["upscale_delay_s"] <= scaled["look_back_period_s"] < scaled["downscale_delay_s"]
