@@ -116,9 +116,9 @@ class Process:
 
 
 @contextmanager
-def gateway(tmp_path: Path, program: str, **environ: str) -> Iterator[Process]:
+def gateway(tmp_path: Path, program: str, registry: str = MODELS, **environ: str) -> Iterator[Process]:
     models, log = tmp_path / "models.yaml", tmp_path / "log"
-    models.write_text(MODELS)
+    models.write_text(registry)
     environ = {
         "MODELS": str(models),
         "PATH": os.environ["PATH"],
