@@ -26,7 +26,7 @@ from bench.machine import describe_machine
 from bench.report import Goal, goals_table, number, table, update_page
 from bench.stats import median, median_ratio
 from gateway.engine.model.runtimes import network
-from gateway.engine.model.runtimes.own_kernels import Attend, Rotate
+from gateway.engine.model.runtimes.own_kernels import Attend, Normalize, Rotate
 from gateway.engine.model.runtimes.packed import PackedRuntime
 from gateway.engine.model.runtimes.padded import PaddedRuntime
 
@@ -128,6 +128,8 @@ def _launches(runtime: Runtime, adapters: Sequence[int], *, has_own: bool = Fals
         heads, turns = runtime.network.heads, runtime.network.rotary_table
         runtime.network.attend_short = Attend(heads, launches.launch)
         runtime.network.rotate = None if turns is None else Rotate(heads, turns, launches.launch)
+        runtime.network.normalize = Normalize(launches.launch)
+        runtime.network.activate = network.activated_product
     features = runtime.prepare([[5] * 8, [6] * 8], adapters)
     with launches:
         runtime.forward(features)
@@ -216,7 +218,7 @@ def markdown(found: Sequence[Counts]) -> str:
                     "two texts of 8 tokens",
                     "kernels, before",
                     "now",
-                    "with our two",
+                    "with ours",
                     "calls of torch, before",
                     "now",
                     "as a graph",

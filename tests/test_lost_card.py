@@ -122,6 +122,7 @@ def gateway(tmp_path: Path, program: str, registry: str = MODELS, **environ: str
     environ = {
         "MODELS": str(models),
         "PATH": os.environ["PATH"],
+        "PYTHONPATH": os.environ.get("PYTHONPATH", ""),
         "HOME": str(tmp_path),
         "GATEWAY_LOG_FORMAT": "json",
         "GATEWAY_SHUTDOWN_GRACE_S": "1",

@@ -19,7 +19,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from gateway.engine.model.runtimes.own_kernels import Launch
+from gateway.engine.model.runtimes.nvrtc import Launch
 
 COMPILER = shutil.which("g++") or shutil.which("c++")
 
@@ -37,9 +37,16 @@ static float half_to_float(unsigned short x) { _Float16 y; memcpy(&y, &x, 2); re
 static unsigned short float_to_half(float x) { _Float16 y = (_Float16)x; unsigned short z; memcpy(&z, &y, 2); return z; }
 static unsigned bits_of(float x) { unsigned y; memcpy(&y, &x, 4); return y; }
 static float float_of(unsigned x) { float y; memcpy(&y, &x, 4); return y; }
+static float sum_of(const float* parts, int number) {
+    float sum = 0;
+    for (int i = 0; i < number; ++i) sum += parts[i];
+    return sum;
+}
+#define block_sum(parts) sum_of(parts, THREADS)
 """
 _ENTRIES = {
     "rotate": "unsigned short* a, const unsigned short* b, const int* c, int d",
+    "normalize": "unsigned short* a, const unsigned short* b, const unsigned short* c, double d",
     "attend": "const unsigned short* a, const int* b, unsigned short* c, double d",
 }
 _ENTRY = """
@@ -63,8 +70,8 @@ def _library(source: str, name: str) -> ctypes.CDLL:
     return library
 
 
-def compile_on_host(source: str, name: str, _device: torch.device) -> Launch:
-    """Take the place of ``own_kernels.compile_kernel``."""
+def compile_on_host(source: str, name: str, _threads: int, _device: torch.device) -> Launch:
+    """Take the place of ``nvrtc.compile_kernel``."""
     library = _library(source, name)
 
     def launch(grid: tuple[int, int, int], args: Sequence[torch.Tensor | int | float]) -> None:

@@ -64,7 +64,7 @@ def test_a_task_s_merged_weights_give_its_vectors(jina: Path, load: Load, merged
 def test_a_mixed_batch_is_split_by_task_where_the_parts_are_large(
     jina: Path, load: Load, merged: Loaded, monkeypatch: pytest.MonkeyPatch, least: int
 ) -> None:
-    monkeypatch.setattr(packed, "_MIN_PART_TOKENS", least)
+    monkeypatch.setattr(packed.PackedRuntime, "least_part_tokens", least)
     runtime, lengths, adapters = merged.encoder.runtime, [40, 9, 35, 2], [1, 0, 1, -1]
 
     groups = [list(group) for group in runtime.groups(lengths, adapters)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,14 @@ from gateway.engine.loading import plan_load
 from gateway.engine.model import build
 from gateway.engine.model.runtimes import graphs, network, own_kernels, tuning
 from gateway.engine.model.runtimes.graphs import Graphs, find_shape
+from gateway.engine.model.runtimes.nvrtc import compile_source, open_compiler
 from gateway.engine.model.runtimes.own_kernels import (
-    Attend,
     Heads,
-    Rotate,
     attend_source,
-    compile_source,
-    open_compiler,
+    compile_attend,
+    compile_normalize,
+    compile_rotate,
+    normalize_source,
     rotate_source,
 )
 from gateway.engine.model.runtimes.packed import PackedRuntime
@@ -62,6 +64,11 @@ def guarded(values: torch.Tensor) -> tuple[torch.Tensor, Callable[[], bool]]:
 # ---------------------------------------------------------------------------------------------------------- kernels
 
 
+@pytest.fixture(autouse=True)
+def _kernels_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(own_kernels, "compile_kernel", compile_on_host)
+
+
 @needs_compiler
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("number", "width"), [(2, 8), (3, 64)])
@@ -75,7 +82,7 @@ def test_the_kernel_for_rotary_positions_turns_query_and_key_as_torch_does(
     before = qkv.clone()
     positions = torch.randint(0, 50, (37,), dtype=torch.int32)
 
-    Rotate(heads, table, compile_on_host(rotate_source(heads), "rotate", CPU))(qkv, positions)
+    compile_rotate(heads, table, CPU)(qkv, positions)
 
     cos, sin = table[positions.long()].float()[:, None, None].chunk(2, dim=-1)
     expected = network.rotate(before[:, :2].float(), cos, sin)
@@ -93,13 +100,29 @@ def test_the_kernel_for_short_texts_attends_within_each(dtype: torch.dtype, numb
     boundaries = torch.tensor(graphs.boundaries_of(lengths))
     qkv, _ = guarded(torch.randn(sum(lengths), 3, number, width).to(dtype))
 
-    out = Attend(heads, compile_on_host(attend_source(heads), "attend", CPU))(qkv, boundaries)
+    out = compile_attend(heads, CPU)(qkv, boundaries)
 
     for begin, length in zip(boundaries.tolist(), lengths, strict=False):
         if 0 < length <= own_kernels.MOST_TOKENS:  # what only fills a row up may be longer
             query, key, value = qkv[begin : begin + length].float().permute(1, 2, 0, 3)
             expected = ((query @ key.mT * heads.scale).softmax(-1) @ value).transpose(0, 1).flatten(1)
             torch.testing.assert_close(out[begin : begin + length].float(), expected, atol=TOLERANCE[dtype], rtol=0.01)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", [12, 64, 384, 1024, 4096])
+def test_the_kernel_for_layer_norms_normalizes_each_row(dtype: torch.dtype, width: int) -> None:
+    """Rows far from 0 with little variance too, as a sum of squares would get wrong; and rows of one number."""
+    rows = torch.randn(5, width) * torch.tensor([1, 30, 0.01, 1, 0])[:, None] + torch.tensor([0, 0, 0, 40, 3])[:, None]
+    x, is_untouched = guarded(rows.to(dtype))
+    weight, bias = torch.randn(width).to(dtype), torch.randn(width).to(dtype)
+    expected = torch.nn.functional.layer_norm(x.double(), (width,), weight.double(), bias.double(), 1e-5)
+
+    compile_normalize(width, dtype, CPU)(x, weight, bias, 1e-5)
+
+    torch.testing.assert_close(x.double(), expected, atol=TOLERANCE[dtype] * 4, rtol=TOLERANCE[dtype] * 4)
+    assert is_untouched()
 
 
 @needs_compiler
@@ -114,9 +137,7 @@ def test_numbers_in_16_bits_are_read_and_written_as_torch_does(dtype: torch.dtyp
     qkv[-1, 0, 0, 0] = float("nan")
     table = torch.tensor([[1, 0]]).to(dtype)
 
-    Rotate(heads, table, compile_on_host(rotate_source(heads), "rotate", CPU))(
-        qkv, torch.zeros(len(qkv), dtype=torch.int32)
-    )
+    compile_rotate(heads, table, CPU)(qkv, torch.zeros(len(qkv), dtype=torch.int32))
 
     assert torch.equal(qkv[:-1, 0, 0, 0], finite)
     assert qkv[-1, 0, 0, 0].isnan()
@@ -143,7 +164,8 @@ def test_nvidia_s_compiler_takes_the_kernels(dtype: torch.dtype, capability: tup
         if capability[0] > 9 and path.suffix == ".12":
             continue  # CUDA 12.6 does not know them
         compiler = open_compiler(path)
-        for source in (rotate_source(Heads(16, 64, dtype)), attend_source(Heads(16, 64, dtype))):
+        heads = Heads(16, 64, dtype)
+        for source in (rotate_source(heads), normalize_source(1024, dtype), attend_source(heads)):
             assert compile_source(compiler, source, capability).startswith(b"\x7fELF")
         with pytest.raises(RuntimeError, match=r"^NVRTC: "):
             compile_source(compiler, "not a kernel", capability)
@@ -155,9 +177,8 @@ def test_nvidia_s_compiler_takes_the_kernels(dtype: torch.dtype, capability: tup
 @pytest.fixture
 def on_a_card(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Let a model on the CPU take a card's way: its attention kernel, our kernels, and graphs, each replaced at its edge."""
-    monkeypatch.setattr(tuning, "compile_kernel", compile_on_host)
     monkeypatch.setattr(graphs, "Capturer", HostCapturer)
-    times = iter([1.0, 2.0] * 8)  # ours is faster
+    times = cycle([1.0, 2.0])  # ours is faster
     monkeypatch.setattr(tuning, "_seconds", lambda _work, _device: next(times))
     with kernel_on_the_cpu():
         yield
@@ -305,19 +326,22 @@ def test_there_are_only_so_many_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_kernel_that_is_not_faster_is_not_used(
     jina: Path, load: Load, monkeypatch: pytest.MonkeyPatch, on_a_card: None
 ) -> None:
-    times = iter([2.0, 1.0, 1.0, 2.0])
+    times = iter([2.0, 1.0, 1.0, 2.0, 2.0, 1.0, 1.0, 1.0])
     monkeypatch.setattr(tuning, "_seconds", lambda _work, _device: next(times))
 
     with capture_logs() as lines:
         runtime = tuned(jina, load).encoder.runtime
 
-    assert runtime.network.rotate is None
-    assert runtime.network.attend_short is not None
+    network = runtime.network
+    assert network.rotate is network.attend_short is network.activate is None
+    assert network.normalize is not None
     assert [
         (line["kernel"], line["ours_us"], line["torch_us"]) for line in lines if line["event"] == "kernel_timed"
     ] == [
         ("rotate", 2_000_000, 1_000_000),
-        ("attend_short", 1_000_000, 2_000_000),
+        ("normalize", 1_000_000, 2_000_000),
+        ("attend_short", 2_000_000, 1_000_000),
+        ("activate", 1_000_000, 1_000_000),
     ]
 
 
@@ -344,15 +368,15 @@ def test_a_machine_without_the_compiler_uses_torch_s_functions(
     def absent(*_: object) -> Any:
         raise OSError("libnvrtc.so.13: cannot open shared object file")
 
-    monkeypatch.setattr(tuning, "compile_kernel", absent)
+    monkeypatch.setattr(own_kernels, "compile_kernel", absent)
 
     with capture_logs() as lines:
         runtime = tuned(jina, load, captures=False).encoder.runtime
 
-    assert runtime.network.rotate is runtime.network.attend_short is runtime.graphs is None
+    assert runtime.network.rotate is runtime.network.normalize is runtime.network.attend_short is runtime.graphs is None
     assert [line["reason"] for line in lines if line["event"] == "kernel_not_used"] == [
         "OSError: libnvrtc.so.13: cannot open shared object file"
-    ] * 2
+    ] * 3
 
 
 def test_a_card_that_is_lost_over_a_kernel_is_not_used_on(
@@ -361,7 +385,7 @@ def test_a_card_that_is_lost_over_a_kernel_is_not_used_on(
     def fail(*_: object) -> Any:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-    monkeypatch.setattr(tuning, "compile_kernel", fail)
+    monkeypatch.setattr(own_kernels, "compile_kernel", fail)
     monkeypatch.setattr(tuning, "is_card_lost", lambda *_: True)
 
     with pytest.raises(RuntimeError, match="illegal memory access"):

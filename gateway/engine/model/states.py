@@ -24,6 +24,12 @@ def to_host(tensor: torch.Tensor) -> npt.NDArray[np.float32]:
     return np.asarray(pinned.copy_(tensor).numpy())
 
 
+def to_device(numbers: Sequence[int] | npt.NDArray[np.int64], device: torch.device) -> torch.Tensor:
+    """Copy whole numbers to a device as int64, without waiting for what a card still computes."""
+    made = torch.from_numpy(np.asarray(numbers, np.int64))
+    return made.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else made
+
+
 @dataclass(frozen=True, slots=True)
 class TokenStates:
     """The last hidden states of the texts of a batch, one after the other.
@@ -46,8 +52,8 @@ class TokenStates:
             return cls(flat, lengths)
         # Counted on the host, which would otherwise wait for the card to count the mask's tokens.
         is_token = np.arange(states.shape[1]) < np.array(lengths)[:, None]
-        places = torch.from_numpy(np.flatnonzero(is_token))
-        return cls(flat.index_select(0, places.to(states.device)), lengths, is_token.size - sum(lengths))
+        places = to_device(np.flatnonzero(is_token), states.device)
+        return cls(flat.index_select(0, places), lengths, is_token.size - sum(lengths))
 
     @property
     def starts(self) -> list[int]:
@@ -72,9 +78,9 @@ class TokenStates:
         """
         match pooling:
             case Pooling.CLS:
-                return self.flat[self.starts].float()
+                return self._tokens(self.starts)
             case Pooling.LAST:
-                return self.flat[[start + n - 1 for start, n in zip(self.starts, self.lengths, strict=True)]].float()
+                return self._tokens([start + n - 1 for start, n in zip(self.starts, self.lengths, strict=True)])
             case Pooling.MAX:
                 return torch.stack([states.float().amax(dim=0) for states in self.texts()])
             case Pooling.MEAN:
@@ -93,11 +99,15 @@ class TokenStates:
         ]
         return self._mean(torch.cat(pieces), [len(piece) for piece in pieces])
 
+    def _tokens(self, places: Sequence[int]) -> torch.Tensor:
+        """Return the states of some tokens, ``(n, width)`` float32."""
+        return self.flat.index_select(0, to_device(places, self.flat.device)).float()
+
     @staticmethod
     def _mean(flat: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
         if len(lengths) == 1:  # one step, with an equal result
             return flat.float().mean(dim=0, keepdim=True)
-        counts = torch.tensor(lengths, device=flat.device)
+        counts = to_device(lengths, flat.device)
         owner = torch.repeat_interleave(torch.arange(len(lengths), device=flat.device), counts, output_size=len(flat))
         sums = torch.zeros(len(lengths), flat.shape[1], device=flat.device).index_add_(0, owner, flat.float())
         return sums / counts[:, None]

@@ -9,7 +9,7 @@ the surrounding code can be tested without a card.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch.nn import functional
@@ -27,14 +27,15 @@ class Texts:
     Attributes:
         boundaries: ``(b + 1,)`` int32, on the device: where each text begins, and the end of the last.
         lengths: tokens of each text.
+        longest: the most tokens of a text; every layer asks for it.
     """
 
     boundaries: torch.Tensor
     lengths: Sequence[int]
+    longest: int = field(init=False)
 
-    @property
-    def longest(self) -> int:
-        return max(self.lengths)
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "longest", max(self.lengths))
 
 
 def has_kernel(tensor: torch.Tensor) -> bool:

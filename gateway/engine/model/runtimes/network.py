@@ -8,7 +8,7 @@ So this is transformers' arithmetic with fewer kernels and without its modules:
 - the sum with the residual is part of the product before it: ``x += a W'``, in place. The bias of that product is folded
   into the bias of the layer norm that makes ``x``, and the bias of the other product that reads ``x`` takes it out again;
 - rotary positions rotate query and key in one step, with tables instead of sines;
-- on a card, rotary positions are one kernel, and so is attention within short texts, if :mod:`.tuning` finds them faster;
+- on a card, our kernels take the place of torch's wherever :mod:`.tuning` finds them faster;
 - adapters are added in place (:mod:`.low_rank`), or are merged into weights for each task.
 """
 
@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import nn
@@ -33,10 +33,14 @@ from gateway.engine.model.runtimes.low_rank import (
     stack_layers,
     stack_table,
 )
-from gateway.engine.model.runtimes.own_kernels import MOST_TOKENS, Attend, Heads, Rotate
+from gateway.engine.model.runtimes.own_kernels import MOST_TOKENS, Attend, Heads, Normalize, Rotate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+Activate: TypeAlias = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""Computes an activation of ``x W' + b`` from ``x``, ``W`` and ``b``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,8 +115,12 @@ class Norm:
     def of(cls, norm: nn.Module) -> Norm:
         return cls(norm.get_parameter("weight"), norm.get_parameter("bias"), float(norm.eps))  # type: ignore[arg-type]
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return functional.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+    def __call__(self, x: torch.Tensor, kernel: Normalize | None = None) -> torch.Tensor:
+        """Return the rows of ``x`` normalized; a kernel does it in place."""
+        if kernel is None:
+            return functional.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+        kernel(x, self.weight, self.bias, self.eps)
+        return x
 
     def plus(self, folded: torch.Tensor | None) -> Norm:
         return self if folded is None else replace(self, bias=(self.bias.float() + folded).to(self.bias.dtype))
@@ -129,6 +137,12 @@ class Layer:
     activation: Callable[[torch.Tensor], torch.Tensor]
     down: Product
     last_norm: Norm
+
+    def activated(self, x: torch.Tensor, choice: Choice, kernel: Activate | None) -> torch.Tensor:
+        """Return the input of the feed-forward's second product."""
+        if kernel is not None and self.up.bias is not None and (self.up.adapters is None or choice is None):
+            return kernel(x, self.up.weight, self.up.bias)
+        return self.activation(self.up(x, choice))
 
     def merged(self, adapter: int) -> Layer:
         names = ("qkv", "out", "up", "down")
@@ -198,6 +212,8 @@ class Network:
     Attributes:
         num_words: number of rows of the word table.
         rotate: a kernel for rotary positions; ``None`` for torch's functions.
+        normalize: a kernel for layer norms; ``None`` for torch's function.
+        activate: a kernel for the product before an activation and the activation; ``None`` for one after the other.
         attend_short: an attention kernel for texts of at most ``MOST_TOKENS`` tokens; ``None`` for FlashAttention.
         kinds_step: number of rows in the segment table from one adapter to the next; 0 if all adapters share them.
     """
@@ -205,6 +221,8 @@ class Network:
     def __init__(self, model: PreTrainedModel, mask: AdapterMask | None) -> None:
         self.num_heads = int(model.config.num_attention_heads)
         self.rotate: Rotate | None = None
+        self.normalize: Normalize | None = None
+        self.activate: Activate | None = None
         self.attend_short: Attend | None = None
         embeddings = model.get_submodule("embeddings")
         words, kinds = (embeddings.get_submodule(f"{name}_embeddings") for name in ("word", "token_type"))
@@ -233,6 +251,22 @@ class Network:
         return self._rotary
 
     @property
+    def norm(self) -> Norm:
+        """The norm of the first layer; all have one width."""
+        return self._layers[0].norm
+
+    @property
+    def has_gelu(self) -> bool:
+        """Whether all activations are GELU in its exact form."""
+        probe = torch.linspace(-4, 4, 65)
+        return all(torch.equal(one.activation(probe), functional.gelu(probe)) for one in self._layers)
+
+    @property
+    def first_up(self) -> Product:
+        """The first product of the first layer's feed-forward."""
+        return self._layers[0].up
+
+    @property
     def has_word_adapters(self) -> bool:
         return self._word_adapters is not None
 
@@ -258,9 +292,9 @@ class Network:
             turns = functional.embedding(row.positions, self._rotary)[:, None, None].chunk(2, dim=-1)
         for layer in layers:
             layer.out.add_to(x, self._attend(layer.qkv(x, choice), row, turns), choice)
-            x = layer.norm(x)
-            layer.down.add_to(x, layer.activation(layer.up(x, choice)), choice)
-            x = layer.last_norm(x)
+            x = layer.norm(x, self.normalize)
+            layer.down.add_to(x, layer.activated(x, choice, self.activate), choice)
+            x = layer.last_norm(x, self.normalize)
         return x
 
     def _attend(self, qkv: torch.Tensor, row: Row, turns: Sequence[torch.Tensor] | None) -> torch.Tensor:
@@ -284,7 +318,16 @@ class Network:
         x.add_(self._kinds[0] if row.kinds is None else functional.embedding(row.kinds, self._kinds))
         if self._positions is not None:
             x.add_(functional.embedding(row.positions, self._positions))
-        return self._norm(x)
+        return self._norm(x, self.normalize)
+
+
+def activated_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """Return GELU of ``x W' + b`` from one kernel of cuBLASLt, with GELU's tanh formula (Hendrycks & Gimpel, 2016).
+
+    The formula differs from the exact one by at most 0.0005: as much as rounding 1 to float16 does.
+    """
+    made: torch.Tensor = torch.ops.aten._addmm_activation(bias, x, weight.t(), use_gelu=True)
+    return made
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Two kernels for packed rows that replace several of torch's: rotary positions, and attention within short texts.
+"""Kernels for packed rows that replace torch's: rotary positions, layer norms, and attention within short texts.
 
 They are compiled when a model is loaded, with the compiler that comes with torch's build for CUDA (NVRTC). This needs
 neither a toolkit nor its headers; torch's own function, ``torch.cuda._compile_kernel``, needs both in torch 2.13.
@@ -6,6 +6,7 @@ neither a toolkit nor its headers; torch's own function, ``torch.cuda._compile_k
 
 - Rotary positions take torch four kernels per layer, which read and write query and key twice. Here one kernel does it in
   place.
+- A layer norm of torch reaches half of a card's memory bandwidth. Here each row is read once, and written in place.
 - FlashAttention computes tiles of 128 queries: for a text of 16 tokens, 63 of 64 numbers are discarded. Here a block of
   threads computes a text and a head, in float32, from shared memory.
 
@@ -15,23 +16,22 @@ outlive a phase. So the source can also be compiled for a CPU, which runs one th
 
 from __future__ import annotations
 
-import ctypes
-import importlib.util
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TypeAlias
 
 import torch
+
+from gateway.engine.model.runtimes.nvrtc import Launch, compile_kernel
 
 MOST_TOKENS = 32
 """The longest text that the kernel for short texts takes."""
 # Query, key and value of a text and a head, and the scores, are in 48 KiB of shared memory.
 _MOST_HEAD_WIDTH = 96
 _ROTATE_THREADS, _ATTEND_THREADS = 256, 128
-
-Launch: TypeAlias = Callable[[tuple[int, int, int], Sequence[torch.Tensor | int | float]], None]
-"""Launches a kernel on the current stream: the blocks of its grid, and its arguments."""
+_MOST_NORM_THREADS = 256
+# Numbers that a thread reads at once: 16 bytes.
+_PACK = 8
 
 # A 16-bit number is read and written as an unsigned short, because the headers with its type come with the toolkit.
 _DEVICE = r"""
@@ -47,6 +47,13 @@ __device__ unsigned short float_to_half(float x) {
 __device__ unsigned bits_of(float x) { return __float_as_uint(x); }
 __device__ float float_of(unsigned x) { return __uint_as_float(x); }
 #define FUNCTION __device__
+// The sum of what the threads of the block have left in shared memory; all of them must call it.
+__device__ float block_sum(const float* parts) {
+    float sum = 0;
+    for (int i = threadIdx.x % 32; i < THREADS; i += 32) sum += parts[i];
+    for (int step = 16; step; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
+    return sum;
+}
 #endif
 
 #if IS_BFLOAT16
@@ -62,21 +69,68 @@ FUNCTION unsigned short write(float x) { return float_to_half(x); }
 #endif
 """
 
+# Neighboring numbers, which are read and written in one access.
+_PACKED = r"""
+struct alignas(2 * PACK) Pack { unsigned short at[PACK]; };
+"""
+
 # qkv: (tokens, 3, HEADS, WIDTH). turns: (positions, WIDTH), the cosines and then the sines of the WIDTH / 2 angles.
 _ROTATE = r"""
+#define PACKS (WIDTH / 2 / PACK)
 KERNEL(rotate, THREADS)(unsigned short* qkv, const unsigned short* turns, const int* positions, int tokens) {
     PHASE(t, THREADS) {
-        const long long pair = (long long)blockIdx.x * THREADS + t;
-        const long long token = pair / (HEADS * WIDTH);  // half a width for each head of query and of key
+        const unsigned pack = blockIdx.x * THREADS + t;
+        const unsigned token = pack / (2 * HEADS * PACKS);  // half a width for each head of query and of key
         if (token < tokens) {
-            const int rest = (int)(pair % (HEADS * WIDTH)), head = rest / (WIDTH / 2), i = rest % (WIDTH / 2);
-            unsigned short* first = qkv + token * 3 * HEADS * WIDTH + head * WIDTH + i;
-            unsigned short* second = first + WIDTH / 2;
-            const unsigned short* turn = turns + (long long)positions[token] * WIDTH + i;
-            const float cosine = read(turn[0]), sine = read(turn[WIDTH / 2]);
-            const float a = read(*first), b = read(*second);
-            *first = write(a * cosine - b * sine);
-            *second = write(b * cosine + a * sine);
+            const unsigned rest = pack % (2 * HEADS * PACKS), head = rest / PACKS, i = rest % PACKS;
+            Pack* const first = (Pack*)(qkv + (unsigned long long)token * 3 * HEADS * WIDTH + head * WIDTH) + i;
+            Pack* const second = first + PACKS;
+            const Pack* const turn = (const Pack*)(turns + (unsigned long long)positions[token] * WIDTH) + i;
+            const Pack cosines = turn[0], sines = turn[PACKS];
+            Pack a = *first, b = *second;
+            for (int j = 0; j < PACK; ++j) {
+                const float cosine = read(cosines.at[j]), sine = read(sines.at[j]);
+                const float x = read(a.at[j]), y = read(b.at[j]);
+                a.at[j] = write(x * cosine - y * sine);
+                b.at[j] = write(y * cosine + x * sine);
+            }
+            *first = a;
+            *second = b;
+        }
+    }
+}
+"""
+
+# One block for each row of x: (rows, WIDTH). The variance is the mean square of what is left after the mean, as in torch.
+_NORMALIZE = r"""
+#define PACKS (WIDTH / PACK)
+KERNEL(normalize, THREADS)(unsigned short* x, const unsigned short* weight, const unsigned short* bias, double eps) {
+    SHARED float row[PACK][PACKS];  // neighboring threads use neighboring banks
+    SHARED float sums[THREADS], squares[THREADS];
+    Pack* const packs = (Pack*)(x + (unsigned long long)blockIdx.x * WIDTH);
+    PHASE(t, THREADS) {
+        float sum = 0;
+        for (int i = t; i < PACKS; i += THREADS) {
+            const Pack pack = packs[i];
+            for (int j = 0; j < PACK; ++j) sum += row[j][i] = read(pack.at[j]);
+        }
+        sums[t] = sum;
+    }
+    PHASE(t, THREADS) {
+        const float mean = block_sum(sums) / WIDTH;
+        float sum = 0;
+        for (int i = t; i < PACKS; i += THREADS)
+            for (int j = 0; j < PACK; ++j) sum += (row[j][i] - mean) * (row[j][i] - mean);
+        squares[t] = sum;
+    }
+    PHASE(t, THREADS) {
+        const float mean = block_sum(sums) / WIDTH, factor = 1 / sqrtf(block_sum(squares) / WIDTH + (float)eps);
+        for (int i = t; i < PACKS; i += THREADS) {
+            const Pack factors = ((const Pack*)weight)[i], shifts = ((const Pack*)bias)[i];
+            Pack pack;
+            for (int j = 0; j < PACK; ++j)
+                pack.at[j] = write((row[j][i] - mean) * factor * read(factors.at[j]) + read(shifts.at[j]));
+            packs[i] = pack;
         }
     }
 }
@@ -156,8 +210,19 @@ class Rotate:
             qkv: ``(tokens, 3, heads, width)``, contiguous.
             positions: ``(tokens,)`` int32.
         """
-        pairs = len(qkv) * self._heads.number * self._heads.width
-        self._launch((-(-pairs // _ROTATE_THREADS), 1, 1), [qkv, self._table, positions, len(qkv)])
+        packs = len(qkv) * self._heads.number * self._heads.width // _pack(self._heads.width // 2)
+        self._launch((-(-packs // _ROTATE_THREADS), 1, 1), [qkv, self._table, positions, len(qkv)])
+
+
+class Normalize:
+    """A layer norm (Ba et al., 2016), in place."""
+
+    def __init__(self, launch: Launch) -> None:
+        self._launch = launch
+
+    def __call__(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> None:
+        """Normalize each row of ``x``, ``(rows, width)``, contiguous."""
+        self._launch((len(x), 1, 1), [x, weight, bias, eps])
 
 
 class Attend:
@@ -182,9 +247,32 @@ class Attend:
         return out
 
 
+def compile_rotate(heads: Heads, table: torch.Tensor, device: torch.device) -> Rotate:
+    """Compile the kernel for rotary positions; :func:`compile_kernel` lists the errors."""
+    return Rotate(heads, table, compile_kernel(rotate_source(heads), "rotate", _ROTATE_THREADS, device))
+
+
+def compile_normalize(width: int, dtype: torch.dtype, device: torch.device) -> Normalize:
+    """Compile the kernel for layer norms; :func:`compile_kernel` lists the errors."""
+    source = normalize_source(width, dtype)
+    return Normalize(compile_kernel(source, "normalize", _norm_threads(width), device))
+
+
+def compile_attend(heads: Heads, device: torch.device) -> Attend:
+    """Compile the kernel for short texts; :func:`compile_kernel` and :func:`attend_source` list the errors."""
+    return Attend(heads, compile_kernel(attend_source(heads), "attend", _ATTEND_THREADS, device))
+
+
 def rotate_source(heads: Heads) -> str:
     """Return the CUDA source of the kernel for rotary positions."""
-    return _source(_ROTATE, heads, _ROTATE_THREADS)
+    sizes = {"HEADS": heads.number, "WIDTH": heads.width, "PACK": _pack(heads.width // 2)}
+    return _source(_PACKED + _ROTATE, heads.dtype, {**sizes, "THREADS": _ROTATE_THREADS})
+
+
+def normalize_source(width: int, dtype: torch.dtype) -> str:
+    """Return the CUDA source of the kernel for layer norms of rows of a width."""
+    sizes = {"WIDTH": width, "PACK": _pack(width), "THREADS": _norm_threads(width)}
+    return _source(_PACKED + _NORMALIZE, dtype, sizes)
 
 
 def attend_source(heads: Heads) -> str:
@@ -195,92 +283,20 @@ def attend_source(heads: Heads) -> str:
     """
     if heads.width > _MOST_HEAD_WIDTH:
         raise ValueError(f"heads of {heads.width} numbers, at most {_MOST_HEAD_WIDTH} fit into shared memory")
-    return _source(_ATTEND, heads, _ATTEND_THREADS)
+    sizes = {"HEADS": heads.number, "WIDTH": heads.width, "THREADS": _ATTEND_THREADS, "MOST": MOST_TOKENS}
+    return _source(_ATTEND, heads.dtype, sizes)
 
 
-def _source(kernel: str, heads: Heads, threads: int) -> str:
-    constants = {
-        "IS_BFLOAT16": int(heads.dtype == torch.bfloat16),
-        "HEADS": heads.number,
-        "WIDTH": heads.width,
-        "THREADS": threads,
-        "MOST": MOST_TOKENS,
-    }
+def _pack(width: int) -> int:
+    """Return how many numbers of a row a thread can read at once."""
+    return math.gcd(width, _PACK)
+
+
+def _norm_threads(width: int) -> int:
+    """Return a thread for each pack of a row, in whole warps."""
+    return min(_MOST_NORM_THREADS, -(-width // _pack(width) // 32) * 32)
+
+
+def _source(kernel: str, dtype: torch.dtype, sizes: Mapping[str, int]) -> str:
+    constants = {"IS_BFLOAT16": int(dtype == torch.bfloat16), **sizes}
     return "".join([*(f"#define {name} {value}\n" for name, value in constants.items()), _DEVICE, kernel])
-
-
-def compile_kernel(source: str, name: str, device: torch.device) -> Launch:
-    """Compile a kernel for a card, and return its launcher.
-
-    Raises:
-        OSError: the compiler's library is not installed.
-        RuntimeError: the compiler refuses the source, or the driver refuses the result.
-    """
-    from torch.cuda import _utils
-
-    capability = torch.cuda.get_device_capability(device)
-    with torch.cuda.device(device):
-        made = compile_source(load_compiler(), source, capability)
-        kernel = _utils._cuda_load_module(made, [name])[name]  # type: ignore[index]
-    threads = _ROTATE_THREADS if name == "rotate" else _ATTEND_THREADS
-
-    def launch(grid: tuple[int, int, int], args: Sequence[torch.Tensor | int | float]) -> None:
-        kernel(grid=grid, block=(threads, 1, 1), args=list(args))
-
-    return launch
-
-
-def load_compiler() -> ctypes.CDLL:
-    """Return NVRTC's library, which comes with torch.
-
-    Raises:
-        OSError: the library is not installed.
-    """
-    major = (torch.version.cuda or "").partition(".")[0]
-    spec = importlib.util.find_spec("nvidia")
-    roots = [] if spec is None else list(spec.submodule_search_locations or ())
-    paths = [path for root in roots for path in sorted(Path(root).glob(f"*/lib/libnvrtc.so.{major}"))]
-    return open_compiler(paths[0] if paths else Path(f"libnvrtc.so.{major}"))
-
-
-def open_compiler(path: Path) -> ctypes.CDLL:
-    """Return NVRTC's library from a file.
-
-    Raises:
-        OSError: the library cannot be loaded.
-    """
-    # NVRTC looks for its builtins only by name, and does not find them in a package's folder unless they are loaded.
-    if path.is_absolute():
-        for builtins in sorted(path.parent.glob("libnvrtc-builtins.so.*")):
-            ctypes.CDLL(str(builtins))
-    return ctypes.CDLL(str(path))
-
-
-def compile_source(compiler: ctypes.CDLL, source: str, capability: tuple[int, int]) -> bytes:
-    """Compile a source to machine code, which, unlike PTX, runs with every driver of the same major version of CUDA.
-
-    Raises:
-        RuntimeError: the compiler refuses the source; the message has the start of its log.
-    """
-    program = ctypes.c_void_p()
-    _check(compiler.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"gateway.cu", 0, None, None))
-    try:
-        options = (ctypes.c_char_p * 1)(f"--gpu-architecture=sm_{capability[0]}{capability[1]}".encode())
-        if compiler.nvrtcCompileProgram(program, 1, options):
-            raise RuntimeError(f"NVRTC: {_read(compiler, program, 'ProgramLog').decode(errors='replace')[:300]}")
-        return _read(compiler, program, "CUBIN")
-    finally:
-        compiler.nvrtcDestroyProgram(ctypes.byref(program))
-
-
-def _read(compiler: ctypes.CDLL, program: ctypes.c_void_p, what: str) -> bytes:
-    size = ctypes.c_size_t()
-    _check(compiler[f"nvrtcGet{what}Size"](program, ctypes.byref(size)))
-    made = ctypes.create_string_buffer(size.value)
-    _check(compiler[f"nvrtcGet{what}"](program, made))
-    return made.raw
-
-
-def _check(code: int) -> None:
-    if code:
-        raise RuntimeError(f"NVRTC: error {code}")

@@ -23,9 +23,8 @@ from gateway.engine.model.states import TokenStates
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# A part of a batch with one task and at least this many tokens is a separate forward: with the task's merged weights, it
-# costs less than the adapters of a mixed forward. Smaller parts would not keep a card busy.
-_MIN_PART_TOKENS = 2048
+# The default of `least_part_tokens`: smaller parts would not keep a card busy.
+_PART_TOKENS = 2048
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,10 +54,13 @@ class PackedRuntime:
         device: the device of the model.
         network: computes the forward.
         graphs: the graphs for small forwards; ``None`` without graphs.
+        least_part_tokens: a part of a batch with one task and at least this many tokens is a separate forward: with the
+            task's merged weights, it costs less than the adapters of a mixed forward.
     """
 
     name = "torch-packed"
     extra_bytes = 0
+    least_part_tokens = _PART_TOKENS
 
     def __init__(self, model: PreTrainedModel, mask: AdapterMask | None) -> None:
         self._model = model
@@ -71,13 +73,17 @@ class PackedRuntime:
         self._choices = torch.eye(num_adapters + 1, num_adapters, dtype=model.dtype).roll(1, 0).to(self.device)
 
     @property
+    def num_adapters(self) -> int:
+        return int(self._choices.shape[1])
+
+    @property
     def merged_bytes(self) -> int:
         """The memory that :meth:`merge` would take."""
-        return self.network.merged_bytes * self._choices.shape[1]
+        return self.network.merged_bytes * self.num_adapters
 
     def merge(self) -> None:
         """Merge weights for each adapter, for batches with one task."""
-        self.network.merge(range(self._choices.shape[1]))
+        self.network.merge(range(self.num_adapters))
         self.extra_bytes = self.merged_bytes
 
     def groups(self, lengths: Sequence[int], adapters: Sequence[int] | None = None) -> Sequence[Sequence[int]]:
@@ -87,7 +93,7 @@ class PackedRuntime:
         texts: dict[int, list[int]] = {}
         for text, adapter in enumerate(adapters):
             texts.setdefault(adapter, []).append(text)
-        large = [part for part in texts.values() if sum(lengths[i] for i in part) >= _MIN_PART_TOKENS]
+        large = [part for part in texts.values() if sum(lengths[i] for i in part) >= self.least_part_tokens]
         taken = set(chain.from_iterable(large))
         mixed = [text for text in range(len(lengths)) if text not in taken]
         return [*large, mixed] if mixed else large
@@ -144,7 +150,7 @@ class PackedRuntime:
         return parts
 
     def _is_adapted(self, adapters: Sequence[int]) -> bool:
-        return self._choices.shape[1] > 0 and any(adapter >= 0 for adapter in adapters)
+        return self.num_adapters > 0 and any(adapter >= 0 for adapter in adapters)
 
     def _row(
         self,

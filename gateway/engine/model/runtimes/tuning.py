@@ -7,34 +7,33 @@ kernel that is slower, wrong or unavailable is left out, and the model is then a
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from statistics import median
 from typing import TYPE_CHECKING
 
 import structlog
 import torch
+from torch.nn import functional
 
-from gateway.engine.faults import is_card_lost
+from gateway.engine.faults import is_card_lost, is_out_of_memory
 from gateway.engine.model.runtimes.flash import Texts, attend
-from gateway.engine.model.runtimes.network import Network, rotate
-from gateway.engine.model.runtimes.own_kernels import (
-    Attend,
-    Rotate,
-    attend_source,
-    compile_kernel,
-    rotate_source,
-)
+from gateway.engine.model.runtimes.network import Network, activated_product, rotate
+from gateway.engine.model.runtimes.own_kernels import compile_attend, compile_normalize, compile_rotate
 
 if TYPE_CHECKING:
     from gateway.engine.model.runtimes.packed import PackedRuntime
 
 log = structlog.get_logger(__name__)
 
-# Texts and their tokens in the comparison.
-_NUM_TEXTS, _LENGTH = 256, 16
-_ROUNDS = 7
-# The tolerance for numbers up to about 3, after one 16-bit rounding more or less.
-_TOLERANCE = {torch.float16: 0.01, torch.bfloat16: 0.06}
+# Texts and their tokens in the comparison: enough that the card takes longer than a launch.
+_NUM_TEXTS, _LENGTH = 512, 16
+# How often the work is done between two looks at the clock, and the number of those measurements.
+_REPEATS, _ROUNDS = 10, 5
+# The tolerance for numbers up to 1, and in proportion for larger ones, after one 16-bit rounding more or less.
+_TOLERANCE = {torch.float16: 0.004, torch.bfloat16: 0.03}
+# The batch whose tasks are computed together or apart, in texts of 64 tokens, and the sizes of the parts that are tried.
+_MIXED_TEXTS, _PART_TEXTS = 256, (16, 32, 64, 128)
+_NEVER = 2**62
 
 
 @torch.inference_mode()
@@ -49,10 +48,10 @@ def tune(packed: PackedRuntime, *, captures: bool) -> None:
     """
     network = packed.network
     device = packed.device
-    for name, try_it in (("rotate", _try_rotate), ("attend_short", _try_attend)):
+    for name, try_it in _TRIES.items():
         try:
             ours, theirs = try_it(network, device)
-        except Exception as error:  # neither kernel is required, and compiling may raise any error
+        except Exception as error:  # no kernel is required, and compiling may raise any error
             if is_card_lost(error, str(device)):
                 raise
             log.info("kernel_not_used", kernel=name, reason=f"{type(error).__name__}: {error}")
@@ -60,13 +59,18 @@ def tune(packed: PackedRuntime, *, captures: bool) -> None:
             log.info("kernel_timed", kernel=name, ours_us=round(ours * 1e6), torch_us=round(theirs * 1e6))
             if ours >= theirs:
                 setattr(network, name, None)
+    if packed.extra_bytes:
+        packed.least_part_tokens = _least_part_tokens(packed)
+        log.info("tasks_timed", least_part_tokens=packed.least_part_tokens)
     if captures:
         packed.make_graphs()
 
 
 def untune(packed: PackedRuntime) -> None:
     """Use only torch's functions."""
-    packed.network.rotate = packed.network.attend_short = packed.graphs = None
+    for name in _TRIES:
+        setattr(packed.network, name, None)
+    packed.graphs = None
 
 
 def _try_rotate(network: Network, device: torch.device) -> tuple[float, float]:
@@ -78,12 +82,12 @@ def _try_rotate(network: Network, device: torch.device) -> tuple[float, float]:
     table, heads = network.rotary_table, network.heads
     if table is None:
         raise ValueError("the model has no rotary positions")
-    ours = Rotate(heads, table, compile_kernel(rotate_source(heads), "rotate", device))
+    ours = compile_rotate(heads, table, device)
     qkv = _random_qkv(network, device)
     places = torch.arange(len(qkv), dtype=torch.int32, device=device) % len(table)
 
     def turn() -> torch.Tensor:
-        return rotate(qkv[:, :2], *torch.nn.functional.embedding(places, table)[:, None, None].chunk(2, dim=-1))
+        return rotate(qkv[:, :2], *functional.embedding(places, table)[:, None, None].chunk(2, dim=-1))
 
     expected, turned = turn(), qkv.clone()
     ours(turned, places)
@@ -93,10 +97,22 @@ def _try_rotate(network: Network, device: torch.device) -> tuple[float, float]:
     return _seconds(lambda: ours(turned, places), device), _seconds(turn, device)
 
 
+def _try_normalize(network: Network, device: torch.device) -> tuple[float, float]:
+    """Install the kernel for layer norms; see :func:`_try_rotate` for the result and the errors."""
+    norm = network.norm
+    ours = compile_normalize(len(norm.weight), norm.weight.dtype, device)
+    x = _random_rows(network, device)
+    expected, found = norm(x), x.clone()
+    norm(found, ours)
+    _require_close(found, expected)
+    network.normalize = ours
+    return _seconds(lambda: norm(found, ours), device), _seconds(lambda: norm(x), device)
+
+
 def _try_attend(network: Network, device: torch.device) -> tuple[float, float]:
     """Install the kernel for short texts; see :func:`_try_rotate` for the result and the errors."""
     heads = network.heads
-    ours = Attend(heads, compile_kernel(attend_source(heads), "attend", device))
+    ours = compile_attend(heads, device)
     qkv = _random_qkv(network, device)
     lengths = [_LENGTH] * _NUM_TEXTS
     boundaries = torch.arange(0, len(qkv) + 1, _LENGTH, dtype=torch.int32, device=device)
@@ -111,27 +127,84 @@ def _try_attend(network: Network, device: torch.device) -> tuple[float, float]:
     return _seconds(lambda: ours(qkv, boundaries), device), _seconds(theirs, device)
 
 
+def _try_activate(network: Network, device: torch.device) -> tuple[float, float]:
+    """Let cuBLASLt compute GELU with the product before it; see :func:`_try_rotate` for the result and the errors."""
+    up = network.first_up
+    if up.bias is None or not network.has_gelu:
+        raise ValueError("the model's activation is not GELU after a product with a bias")
+    weight, bias = up.weight, up.bias
+    x = _random_rows(network, device)
+
+    def ours() -> torch.Tensor:
+        return activated_product(x, weight, bias)
+
+    def theirs() -> torch.Tensor:
+        return functional.gelu(functional.linear(x, weight, bias))
+
+    _require_close(ours(), theirs())
+    network.activate = activated_product
+    return _seconds(ours, device), _seconds(theirs, device)
+
+
+# By the names of the network's attributes.
+_TRIES = {
+    "rotate": _try_rotate,
+    "normalize": _try_normalize,
+    "attend_short": _try_attend,
+    "activate": _try_activate,
+}
+
+
+def _least_part_tokens(packed: PackedRuntime) -> int:
+    """Return how many tokens a task must have in a mixed batch to be a forward of its own, with its merged weights.
+
+    Adapters cost arithmetic, and each forward costs its launches, which take longer than the card on a slow host.
+    """
+    try:
+        tasks = [i % packed.num_adapters for i in range(_MIXED_TEXTS)]
+        budget = _forward_seconds(packed, tasks) / _MIXED_TEXTS  # of a text in a mixed batch
+        sizes = (size for size in _PART_TEXTS if _forward_seconds(packed, [0] * size) <= size * budget)
+        return 64 * next(sizes, _NEVER // 64)
+    except Exception as error:
+        if not is_out_of_memory(error):  # such a batch need not fit a card that others use too
+            raise
+        return packed.least_part_tokens
+
+
+def _forward_seconds(packed: PackedRuntime, adapters: Sequence[int]) -> float:
+    features = packed.prepare([[5] * 64] * len(adapters), adapters)
+    return _seconds(lambda: packed.forward(features), packed.device, repeats=1)
+
+
 def _random_qkv(network: Network, device: torch.device) -> torch.Tensor:
     heads = network.heads
-    shape = _NUM_TEXTS * _LENGTH, 3, heads.number, heads.width
-    return torch.randn(shape, generator=torch.Generator(device).manual_seed(0), device=device).to(heads.dtype)
+    return _random((_NUM_TEXTS * _LENGTH, 3, heads.number, heads.width), heads.dtype, device)
+
+
+def _random_rows(network: Network, device: torch.device) -> torch.Tensor:
+    return _random((_NUM_TEXTS * _LENGTH, len(network.norm.weight)), network.norm.weight.dtype, device)
+
+
+def _random(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator(device).manual_seed(0), dtype=dtype, device=device)
 
 
 def _require_close(found: torch.Tensor, expected: torch.Tensor) -> None:
-    worst = float((found.float() - expected.float()).abs().max())
+    worst = float(((found.float() - expected.float()).abs() / expected.float().abs().clamp(min=1)).max())
     if not worst <= _TOLERANCE[expected.dtype]:  # it may be NaN
         raise ValueError(f"it differs from torch by {worst:.4f}")
 
 
-def _seconds(work: Callable[[], object], device: torch.device) -> float:
+def _seconds(work: Callable[[], object], device: torch.device, repeats: int = _REPEATS) -> float:
     """Return the median time of some work on the card."""
 
     def once() -> float:
         _synchronize(device)
         began = time.perf_counter()
-        work()
+        for _ in range(repeats):
+            work()
         _synchronize(device)
-        return time.perf_counter() - began
+        return (time.perf_counter() - began) / repeats
 
     once()
     return median(once() for _ in range(_ROUNDS))
