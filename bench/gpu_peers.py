@@ -18,7 +18,9 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -36,16 +38,17 @@ from bench.report import Goal, goals_table, note, number, table, update_page
 from bench.stats import median, median_ratio
 from gateway.config.registry import ModelEntry
 from gateway.config.settings import Settings
-from gateway.engine.infinity import Engine
 from gateway.engine.loading import load_engine, plan_load
-from gateway.types import EmbedJob, Truncate
+from gateway.types import EmbedJob, Output, Truncate
 
 _ROUNDS = 3
 # Texts of a job, as a client's request has them, and the jobs that wait for an answer at a time.
 _JOB_TEXTS, _NUM_JOBS = 256, 8
 _LARGE_BATCH = 256
+_OTHERS = (Output.SPARSE, Output.MULTIVECTOR)
 _SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")
 
+K = TypeVar("K")
 Encode = Callable[[Sequence[str]], npt.NDArray[np.float32]]
 
 
@@ -65,6 +68,18 @@ class Row:
     cosine: float
 
 
+@dataclass(frozen=True, slots=True)
+class Findings:
+    """All measurements.
+
+    Attributes:
+        costs: of each other output: the time that it adds to dense vectors, as a share of theirs, with texts of 64 tokens.
+    """
+
+    rows: Sequence[Row]
+    costs: Mapping[Output, float]
+
+
 def make_checkpoint(folder: Path, device: torch.device, *, is_tiny: bool) -> None:
     """Write a checkpoint as sentence-transformers saves one; the word ``t7`` has id 7."""
     config = gpu_models.bge_m3_config(is_tiny=is_tiny)
@@ -75,10 +90,14 @@ def make_checkpoint(folder: Path, device: torch.device, *, is_tiny: bool) -> Non
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     words.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)])
     names = dict(zip(("bos_token", "pad_token", "eos_token", "unk_token"), _SPECIAL, strict=True))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, model_max_length=8192, **names)
+    tokenizer = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=words, model_max_length=8192, **names
+    )
     tokenizer.save_pretrained(folder / "transformer")
     modules = [Transformer(str(folder / "transformer")), Pooling(config.hidden_size, pooling_mode="cls"), Normalize()]
     SentenceTransformer(modules=modules, device="cpu").save(str(folder / "model"), create_model_card=False)
+    for name, width in (("sparse_linear.pt", 1), ("colbert_linear.pt", config.hidden_size)):
+        torch.save(torch.nn.Linear(config.hidden_size, width).half().state_dict(), folder / "model" / name)
 
 
 def make_texts(lengths: Sequence[int], *, is_tiny: bool) -> list[str]:
@@ -93,23 +112,22 @@ class Ours:
 
     def __init__(self, folder: Path, device: str) -> None:
         self._runner = asyncio.Runner()
-        plan = plan_load(ModelEntry(id="bench", source=str(folder / "model"), device=device, enabled=True))
-        self._engine = self._runner.run(self._start(plan))
+        source = str(folder / "model")
+        entry = {"source": source, "device": device, "outputs": (Output.DENSE, *_OTHERS), "enabled": True}
+        plan = plan_load(ModelEntry.model_validate({"id": "bench", **entry}))
+        self._engine = load_engine(plan, Settings())
+        self._runner.run(self._engine.astart())
 
-    async def _start(self, plan: object) -> Engine:
-        engine = load_engine(plan, Settings())  # type: ignore[arg-type]
-        await engine.astart()
-        return engine
+    def encode(self, texts: Sequence[str], *others: Output) -> npt.NDArray[np.float32]:
+        """Return the dense vectors of texts; other outputs are computed too."""
+        return self._runner.run(self._encode(texts, frozenset({Output.DENSE, *others})))
 
-    def encode(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
-        return self._runner.run(self._encode(texts))
-
-    async def _encode(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
+    async def _encode(self, texts: Sequence[str], outputs: frozenset[Output]) -> npt.NDArray[np.float32]:
         slots = asyncio.Semaphore(_NUM_JOBS)
 
         async def embed(part: Sequence[str]) -> npt.NDArray[np.float32]:
             async with slots:
-                job = EmbedJob(part, None, Truncate.END, time.monotonic() + 3600, caller="bench")
+                job = EmbedJob(part, None, Truncate.END, time.monotonic() + 3600, "bench", outputs)
                 return (await self._engine.submit(job)).vectors
 
         parts = [texts[first : first + _JOB_TEXTS] for first in range(0, len(texts), _JOB_TEXTS)]
@@ -120,8 +138,8 @@ class Ours:
         self._runner.close()
 
 
-def measure(device: torch.device, *, is_tiny: bool) -> list[Row]:
-    """Measure texts of several lengths, each side in turn."""
+def measure(device: torch.device, *, is_tiny: bool) -> Findings:
+    """Measure texts of several lengths, each side in turn, and the other outputs of the engine."""
     num_tokens, lengths = (200, (8,)) if is_tiny else (131_072, (16, 64, 512))
     kinds: dict[str, list[int]] = {str(length): [length] * (num_tokens // length) for length in lengths}
     kinds["mixed"] = mixed_lengths(num_tokens, 64 if is_tiny else 8192)
@@ -139,33 +157,52 @@ def measure(device: torch.device, *, is_tiny: bool) -> list[Row]:
             ),
         }
         try:
-            return [
+            rows = [
                 _row(kind, make_texts(found, is_tiny=is_tiny), sum(found), encoders) for kind, found in kinds.items()
             ]
+            return Findings(rows, _costs(ours, make_texts([64] * (num_tokens // 64), is_tiny=is_tiny)))
         finally:
             ours.close()
 
 
 def _row(kind: str, texts: Sequence[str], num_tokens: int, encoders: Mapping[str, Encode]) -> Row:
     note(f"{kind}: {len(texts)} texts")
-    seconds: dict[str, list[float]] = {name: [] for name in encoders}
-    vectors = {name: encode(texts) for name, encode in encoders.items()}  # warms up
-    for _ in range(_ROUNDS):
-        for name, encode in encoders.items():
-            began = time.perf_counter()
-            encode(texts)
-            seconds[name].append(time.perf_counter() - began)
+    vectors = {name: torch.from_numpy(encode(texts)).float() for name, encode in encoders.items()}  # warms up
+    seconds = _in_turns({name: partial(encode, texts) for name, encode in encoders.items()})
     return Row(
         kind,
         [num_tokens / median(times) for times in seconds.values()],
         [median_ratio(seconds[name], seconds["ours"]) for name in ("theirs", "large")],
-        gpu_models.min_cosine(*(torch.from_numpy(vectors[name]).float() for name in ("ours", "theirs"))),
+        gpu_models.min_cosine(vectors["ours"], vectors["theirs"]),
     )
 
 
-def markdown(device: torch.device, rows: Sequence[Row]) -> str:
-    """Return the table for the documentation."""
-    goal = Goal("mixed lengths, against sentence-transformers with batches of 32", ">=", 2, "x", rows[-1].ratios[0])
+def _costs(ours: Ours, texts: Sequence[str]) -> dict[Output, float]:
+    note("other outputs")
+    works = {output: partial(ours.encode, texts, output) for output in (Output.DENSE, *_OTHERS)}
+    for work in works.values():
+        work()
+    seconds = _in_turns(works)
+    return {output: median_ratio(seconds[output], seconds[Output.DENSE]) - 1 for output in _OTHERS}
+
+
+def _in_turns(works: Mapping[K, Callable[[], object]]) -> dict[K, list[float]]:
+    seconds: dict[K, list[float]] = {name: [] for name in works}
+    for _ in range(_ROUNDS):
+        for name, work in works.items():
+            began = time.perf_counter()
+            work()
+            seconds[name].append(time.perf_counter() - began)
+    return seconds
+
+
+def markdown(device: torch.device, findings: Findings) -> str:
+    """Return the tables for the documentation."""
+    rows = findings.rows
+    goals = [
+        Goal("mixed lengths, against sentence-transformers with batches of 32", ">=", 2, "x", rows[-1].ratios[0]),
+        Goal("sparse output through the engine, 64 tokens", "<=", 0.1, "%", findings.costs[Output.SPARSE]),
+    ]
     header = (
         "tokens per text",
         "engine, tokens/s",
@@ -176,8 +213,11 @@ def markdown(device: torch.device, rows: Sequence[Row]) -> str:
         "least cosine",
     )
     lines = [(row.lengths, *map(number, (*row.tokens_per_s, *row.ratios)), f"{row.cosine:.6f}") for row in rows]
+    costs = [(output.value, f"{cost:.1%}") for output, cost in findings.costs.items()]
     what = f"{describe_card(device)}; sentence-transformers {__version__}; {describe_machine()}"
-    return "\n\n".join((what, goals_table([goal]), table(header, lines)))
+    return "\n\n".join(
+        (what, goals_table(goals), table(header, lines), table(("next to dense, 64 tokens", "added time"), costs))
+    )
 
 
 def main() -> None:

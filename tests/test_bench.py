@@ -187,13 +187,21 @@ def run(*command: str) -> str:
     return done.stdout
 
 
+@pytest.fixture
+def default_threads():
+    """Restore torch's number of threads, which an engine sets."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
 def run_here(monkeypatch, module, *arguments):
     """Run a module as ``python -m`` does, in this process, which has torch and transformers imported."""
     monkeypatch.setattr(sys, "argv", [module, *arguments])
     runpy.run_module(module, run_name="__main__")
 
 
-@pytest.mark.parametrize("module", ["bench.compare", "bench.cpu", "bench.gpu", "bench.gpu_counts"])
+@pytest.mark.parametrize("module", ["bench.compare", "bench.cpu", "bench.gpu", "bench.gpu_counts", "bench.gpu_peers"])
 def test_help(module, monkeypatch, capsys):
     with pytest.raises(SystemExit) as ended:
         run_here(monkeypatch, module, "--help")
@@ -229,13 +237,25 @@ def test_the_gpu_benchmark_runs_with_tiny_models_on_a_cpu(monkeypatch, capsys):
     assert re.search(r"^\| multivector \| 64 \|", printed, re.MULTILINE)
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("default_threads")
+def test_the_engine_and_sentence_transformers_give_the_same_vectors_in_turns(monkeypatch, capsys):
+    run_here(monkeypatch, "bench.gpu_peers", "--device", "cpu", "--tiny")
+
+    printed = capsys.readouterr().out
+    assert re.search(r"^\| 8 \| [\d,]+ \| [\d,]+ \| [\d,]+ \| [\d.]+ \| [\d.]+ \| 1\.000000 \|$", printed, re.MULTILINE)
+    assert re.search(r"^\| mixed \|.*\| 1\.000000 \|$", printed, re.MULTILINE)
+    assert "sparse output through the engine, 64 tokens | <= 10.0 %" in printed
+    assert re.search(r"^\| multivector \| -?[\d.]+% \|$", printed, re.MULTILINE)
+
+
 def test_the_cost_of_a_forward_on_a_card_is_counted_without_one(monkeypatch, capsys):
     run_here(monkeypatch, "bench.gpu_counts", "--tiny")
 
     printed = capsys.readouterr().out
     for goal in (
-        "BGE-M3: launches | <= 150 | 3 (a graph of 21 kernels, 21 launches without it) | yes",
-        "Jina v3, one task, merged weights: launches | <= 350 | 3 (a graph of 24 kernels",
+        "BGE-M3: launches | <= 150 | 3 (a graph of 19 kernels, 19 launches without it) | yes",
+        "Jina v3, one task, merged weights: launches | <= 350 | 3 (a graph of 22 kernels",
         "Jina v3, one task, adapters: host time without a graph, of before | <= 0.33x",
     ):
         assert goal in printed
