@@ -56,9 +56,9 @@ __device__ unsigned pack(float first, float second) {
     unsigned y; asm("cvt.rn." TYPE "x2.f32 %0, %1, %2;" : "=r"(y) : "f"(second), "f"(first)); return y;
 }
 __device__ float exp2_of(float x) { float y; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
-#define HIDE(x) asm volatile("" : "+r"(x))
 __device__ float inverse_of(float x) { float y; asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
-// Stores that are written as an assignment are split.
+#define HIDE(x) asm volatile("" : "+r"(x))  // what x is, from the compiler
+// The compiler splits the assignment of several words into several stores.
 __device__ void store(const unsigned (&x)[1], unsigned short* to) {
     asm volatile("st.global.b32 [%0], %1;" :: "l"(to), "r"(x[0]) : "memory");
 }
@@ -71,7 +71,7 @@ __device__ void store(const unsigned (&x)[4], unsigned short* to) {
 }
 #endif
 
-#define EACH(i, count) _Pragma("unroll") for (int i = 0; i < (count); ++i)  // registers have no addresses
+#define EACH(i, count) _Pragma("unroll") for (int i = 0; i < (count); ++i)  // an index into registers must be a constant
 FUNCTION float first_of(unsigned x) { return read((unsigned short)x); }
 FUNCTION float second_of(unsigned x) { return read((unsigned short)(x >> 16)); }
 FUNCTION unsigned firsts_of(unsigned x, unsigned y) { return __byte_perm(x, y, 0x5410); }
@@ -274,7 +274,7 @@ def attend_source(heads: Heads, *, rotates: bool = False, blocks_per_processor: 
         raise ValueError(
             f"heads of {heads.width} numbers; the kernel takes multiples of {WIDTH_STEP} up to {MOST_WIDTH}"
         )
-    blocks = blocks_per_processor or (4 if heads.width <= 64 else 2)
+    blocks = blocks_per_processor or (2 if heads.width > 64 else 3 if rotates else 4)
     constants = {
         "IS_BFLOAT16": int(heads.dtype == torch.bfloat16),
         "HEADS": heads.number,
