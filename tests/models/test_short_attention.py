@@ -10,9 +10,10 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from gateway.engine.model.runtimes import graphs, short_attention
-from gateway.engine.model.runtimes.own_kernels import Heads, Rotate, compile_source, open_compiler, rotate_source
-from gateway.engine.model.runtimes.short_attention import MOST_TOKENS, NAME, Attend, attend_source
+from gateway.engine.model.runtimes import graphs, own_kernels, short_attention
+from gateway.engine.model.runtimes.nvrtc import compile_source, open_compiler
+from gateway.engine.model.runtimes.own_kernels import Heads, compile_rotate
+from gateway.engine.model.runtimes.short_attention import MOST_TOKENS, NAME, THREADS, Attend, attend_source
 from tests.models.host_kernels import compile_on_host
 from tests.models.test_tuning import CPU, DTYPES, TOLERANCE, compilers, guarded, needs_compiler
 
@@ -50,7 +51,7 @@ def attend(
     positions: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return the kernel's result; what it has not written is NaN."""
-    launch = compile_on_host(attend_source(heads, rotates=table is not None), NAME, CPU)
+    launch = compile_on_host(attend_source(heads, rotates=table is not None), NAME, THREADS, CPU)
 
     def launch_on_nan(grid: tuple[int, int, int], args: Sequence[torch.Tensor | int | float]) -> None:
         args[2].fill_(float("nan"))  # type: ignore[union-attr]
@@ -84,13 +85,14 @@ def test_it_attends_within_each_text_and_reads_nothing_else(heads: Heads) -> Non
 
 @needs_compiler
 @pytest.mark.parametrize("heads", [HEADS[0], HEADS[4], HEADS[5], HEADS[-1]], ids=str)
-def test_it_rotates_as_the_kernel_for_rotary_positions_does(heads: Heads) -> None:
+def test_it_rotates_as_the_kernel_for_rotary_positions_does(heads: Heads, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(own_kernels, "compile_kernel", compile_on_host)
     angles = torch.rand(50, heads.width // 2) * 6
     table, is_table_untouched = guarded(torch.cat((angles.cos(), angles.sin()), dim=-1).to(heads.dtype))
     qkv = random_qkv(heads, LENGTHS)
     positions = torch.randint(0, 50, (len(qkv),), dtype=torch.int32)
     turned = qkv.clone()
-    Rotate(heads, table, compile_on_host(rotate_source(heads), "rotate", CPU))(turned, positions)
+    compile_rotate(heads, table, CPU)(turned, positions)
 
     out = attend(heads, qkv, LENGTHS, table, positions)
 

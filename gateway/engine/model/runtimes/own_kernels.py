@@ -297,6 +297,6 @@ def _norm_threads(width: int) -> int:
     return min(_MOST_NORM_THREADS, -(-width // _pack(width) // 32) * 32)
 
 
-def _source(kernel: str, dtype: torch.dtype, sizes: Mapping[str, int]) -> str:
+def _source(kernel: str, dtype: torch.dtype, sizes: Mapping[str, float]) -> str:
     constants = {"IS_BFLOAT16": int(dtype == torch.bfloat16), **sizes}
     return "".join([*(f"#define {name} {value}\n" for name, value in constants.items()), _DEVICE, kernel])

@@ -4,7 +4,7 @@ FlashAttention computes tiles of 128 queries, so for a text of 16 tokens it disc
 16 queries of a text and a head, and skips keys beyond the text, 16 at a time. Reading the row is then most of the time.
 
 All numbers are in registers, and reading brings each to the thread that needs it. Three freedoms make that possible; the
-names are those of the matrix instruction, ``mma.m16n8k16``, whose 32 threads are 8 groups of 4 members:
+names are those of PTX's matrix instruction m16n8k16, whose 32 threads are 8 groups of 4 members:
 
 - Scores are sums over columns, whose order does not matter. A group has a row of query or key, and each member has
   neighboring columns, which it reads together, in place of the ones that the instruction's layout names.
@@ -24,7 +24,8 @@ from math import e, gcd, log2
 
 import torch
 
-from gateway.engine.model.runtimes.own_kernels import _DEVICE, Heads, Launch
+from gateway.engine.model.runtimes.nvrtc import Launch, compile_kernel
+from gateway.engine.model.runtimes.own_kernels import Heads, _source
 
 MOST_TOKENS = 64
 """The longest text that the kernel takes."""
@@ -80,7 +81,7 @@ FUNCTION unsigned seconds_of(unsigned x, unsigned y) { return __byte_perm(x, y, 
 
 # qkv: (tokens, 3, HEADS, WIDTH). turns: (positions, WIDTH), the cosines and then the sines of the WIDTH / 2 angles.
 _ATTEND = r"""
-#define THREADS (32 * WARPS)
+#define LIMITS THREADS, BLOCKS_PER_PROCESSOR
 #define TOGETHER ((HEADS + WARPS - 1) / WARPS)  // blocks of a text, if they have several heads
 #define STRIDE (3 * HEADS * WIDTH)    // numbers from one row of a text to the next
 #define PIECES (WIDTH / 8 / PIECE)    // an eighth of a row, in pieces of PIECE numbers that are read and written at once
@@ -125,7 +126,7 @@ FUNCTION void exponentiate(float (&scores)[TILES][4], float (&scale)[2]) {
         EACH(i, 2) most = fmaxf(most, across(most, 1 << i));
         EACH(tile, TILES) EACH(i, 2) {
             float& score = scores[tile][2 * half + i];
-            sum += score = exp2_of((score - most) * SCALE);  // the difference first: it is exact, or large
+            sum += score = exp2_of((score - most) * (float)SCALE);  // the difference first: it is exact, or large
         }
         EACH(i, 2) sum += across(sum, 1 << i);
         scale[half] = inverse_of(sum);
@@ -260,6 +261,16 @@ class Attend:
         return out
 
 
+def compile_attend(heads: Heads, device: torch.device, table: torch.Tensor | None = None) -> Attend:
+    """Compile the kernel; :func:`compile_kernel` and :func:`attend_source` list the errors.
+
+    Args:
+        table: for a kernel that also rotates query and key; see :class:`Attend`.
+    """
+    source = attend_source(heads, rotates=table is not None)
+    return Attend(heads, compile_kernel(source, NAME, THREADS, device), table)
+
+
 def attend_source(heads: Heads, *, rotates: bool = False, blocks_per_processor: int | None = None) -> str:
     """Return the CUDA source of the kernel.
 
@@ -274,16 +285,15 @@ def attend_source(heads: Heads, *, rotates: bool = False, blocks_per_processor: 
         raise ValueError(
             f"heads of {heads.width} numbers; the kernel takes multiples of {WIDTH_STEP} up to {MOST_WIDTH}"
         )
-    blocks = blocks_per_processor or (2 if heads.width > 64 else 3 if rotates else 4)
-    constants = {
-        "IS_BFLOAT16": int(heads.dtype == torch.bfloat16),
+    sizes = {
         "HEADS": heads.number,
         "WIDTH": heads.width,
         "PIECE": gcd(heads.width // 8, 8),
         "ROTATES": int(rotates),
-        "SCALE": f"{heads.scale * log2(e):.9e}f",
+        "SCALE": heads.scale * log2(e),
         "WARPS": WARPS,
-        "LIMITS": f"THREADS, {blocks}",
+        "THREADS": THREADS,
+        "BLOCKS_PER_PROCESSOR": blocks_per_processor or (2 if heads.width > 64 else 3 if rotates else 4),
         "MOST": MOST_TOKENS,
     }
-    return "".join([*(f"#define {name} {value}\n" for name, value in constants.items()), _DEVICE, _WARP, _ATTEND])
+    return _source(_WARP + _ATTEND, heads.dtype, sizes)
