@@ -26,9 +26,10 @@ from bench.machine import describe_machine
 from bench.report import Goal, goals_table, number, table, update_page
 from bench.stats import median, median_ratio
 from gateway.engine.model.runtimes import network
-from gateway.engine.model.runtimes.own_kernels import Attend, Normalize, Rotate
+from gateway.engine.model.runtimes.own_kernels import Normalize, Rotate
 from gateway.engine.model.runtimes.packed import PackedRuntime
 from gateway.engine.model.runtimes.padded import PaddedRuntime
+from gateway.engine.model.runtimes.short_attention import Attend
 
 if TYPE_CHECKING:
     from gateway.engine.model.runtimes.base import Runtime
@@ -126,7 +127,7 @@ def _launches(runtime: Runtime, adapters: Sequence[int], *, has_own: bool = Fals
     launches = Launches()
     if has_own and isinstance(runtime, PackedRuntime):
         heads, turns = runtime.network.heads, runtime.network.rotary_table
-        runtime.network.attend_short = Attend(heads, launches.launch)
+        runtime.network.attend_short = Attend(heads, launches.launch, turns)
         runtime.network.rotate = None if turns is None else Rotate(heads, turns, launches.launch)
         runtime.network.normalize = Normalize(launches.launch)
         runtime.network.activate = network.activated_product

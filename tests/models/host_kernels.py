@@ -32,7 +32,6 @@ static Place blockIdx;
 #define KERNEL(name, threads) static void name
 #define SHARED
 #define PHASE(t, threads) for (int t = 0; t < threads; ++t)
-#define EXP(x) expf(x)
 static float half_to_float(unsigned short x) { _Float16 y; memcpy(&y, &x, 2); return (float)y; }
 static unsigned short float_to_half(float x) { _Float16 y = (_Float16)x; unsigned short z; memcpy(&z, &y, 2); return z; }
 static unsigned bits_of(float x) { unsigned y; memcpy(&y, &x, 4); return y; }
@@ -134,7 +133,6 @@ extern "C" int run(int x, int, {arguments}) {{
 _ENTRIES = {
     "rotate": "unsigned short* a, const unsigned short* b, const int* c, int d",
     "normalize": "unsigned short* a, const unsigned short* b, const unsigned short* c, double d",
-    "attend": "const unsigned short* a, const int* b, unsigned short* c, double d",
     "attend_short": "const unsigned short* a, const int* b, unsigned short* c, const unsigned short* d, const int* e, int f",
 }
 _ENTRY = """

@@ -20,13 +20,11 @@ from gateway.config.registry import ModelEntry
 from gateway.engine.devices import CpuThreads
 from gateway.engine.loading import plan_load
 from gateway.engine.model import build
-from gateway.engine.model.runtimes import graphs, network, own_kernels, tuning
+from gateway.engine.model.runtimes import graphs, network, own_kernels, short_attention, tuning
 from gateway.engine.model.runtimes.graphs import Graphs, find_shape
 from gateway.engine.model.runtimes.nvrtc import compile_source, open_compiler
 from gateway.engine.model.runtimes.own_kernels import (
     Heads,
-    attend_source,
-    compile_attend,
     compile_normalize,
     compile_rotate,
     normalize_source,
@@ -66,7 +64,8 @@ def guarded(values: torch.Tensor) -> tuple[torch.Tensor, Callable[[], bool]]:
 
 @pytest.fixture(autouse=True)
 def _kernels_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(own_kernels, "compile_kernel", compile_on_host)
+    for module in (own_kernels, short_attention):
+        monkeypatch.setattr(module, "compile_kernel", compile_on_host)
 
 
 @needs_compiler
@@ -89,24 +88,6 @@ def test_the_kernel_for_rotary_positions_turns_query_and_key_as_torch_does(
     torch.testing.assert_close(qkv[:, :2].float(), expected, atol=TOLERANCE[dtype] * 4, rtol=TOLERANCE[dtype])
     assert torch.equal(qkv[:, 2], before[:, 2])
     assert is_untouched()
-
-
-@needs_compiler
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("number", "width"), [(2, 8), (3, 64), (1, 96)])
-def test_the_kernel_for_short_texts_attends_within_each(dtype: torch.dtype, number: int, width: int) -> None:
-    heads = Heads(number, width, dtype)
-    lengths = [1, 32, 7, 0, 5, 40, 16]
-    boundaries = torch.tensor(graphs.boundaries_of(lengths))
-    qkv, _ = guarded(torch.randn(sum(lengths), 3, number, width).to(dtype))
-
-    out = compile_attend(heads, CPU)(qkv, boundaries)
-
-    for begin, length in zip(boundaries.tolist(), lengths, strict=False):
-        if 0 < length <= own_kernels.MOST_TOKENS:  # what only fills a row up may be longer
-            query, key, value = qkv[begin : begin + length].float().permute(1, 2, 0, 3)
-            expected = ((query @ key.mT * heads.scale).softmax(-1) @ value).transpose(0, 1).flatten(1)
-            torch.testing.assert_close(out[begin : begin + length].float(), expected, atol=TOLERANCE[dtype], rtol=0.01)
 
 
 @needs_compiler
@@ -143,11 +124,6 @@ def test_numbers_in_16_bits_are_read_and_written_as_torch_does(dtype: torch.dtyp
     assert qkv[-1, 0, 0, 0].isnan()
 
 
-def test_heads_that_do_not_fit_into_shared_memory_are_refused() -> None:
-    with pytest.raises(ValueError, match="heads of 128 numbers, at most 96 fit"):
-        attend_source(Heads(8, 128, torch.float16))
-
-
 def compilers() -> list[Path]:
     """Return NVRTC's libraries on this machine: torch's build for CUDA brings one, and NVRTC_LIBRARY may name another."""
     found = [Path(name) for name in os.environ.get("NVRTC_LIBRARY", "").split(":") if name]
@@ -165,7 +141,7 @@ def test_nvidia_s_compiler_takes_the_kernels(dtype: torch.dtype, capability: tup
             continue  # CUDA 12.6 does not know them
         compiler = open_compiler(path)
         heads = Heads(16, 64, dtype)
-        for source in (rotate_source(heads), normalize_source(1024, dtype), attend_source(heads)):
+        for source in (rotate_source(heads), normalize_source(1024, dtype)):
             assert compile_source(compiler, source, capability).startswith(b"\x7fELF")
         with pytest.raises(RuntimeError, match=r"^NVRTC: "):
             compile_source(compiler, "not a kernel", capability)
@@ -349,8 +325,8 @@ def test_a_kernel_that_is_not_faster_is_not_used(
 def test_a_kernel_that_computes_something_else_is_not_used(
     jina: Path, load: Load, monkeypatch: pytest.MonkeyPatch, on_a_card: None
 ) -> None:
-    source = own_kernels._ATTEND.replace("rows[1][other][column]", "rows[1][row][column]")
-    monkeypatch.setattr(own_kernels, "_ATTEND", source)
+    source = short_attention._ATTEND.replace("across(most, 1 << i)", "across(most, 1)")
+    monkeypatch.setattr(short_attention, "_ATTEND", source.replace("+ HEADS * WIDTH, row, member", ", row, member"))
 
     with capture_logs() as lines:
         runtime = tuned(jina, load).encoder.runtime
@@ -368,7 +344,8 @@ def test_a_machine_without_the_compiler_uses_torch_s_functions(
     def absent(*_: object) -> Any:
         raise OSError("libnvrtc.so.13: cannot open shared object file")
 
-    monkeypatch.setattr(own_kernels, "compile_kernel", absent)
+    for module in (own_kernels, short_attention):
+        monkeypatch.setattr(module, "compile_kernel", absent)
 
     with capture_logs() as lines:
         runtime = tuned(jina, load, captures=False).encoder.runtime
@@ -385,7 +362,8 @@ def test_a_card_that_is_lost_over_a_kernel_is_not_used_on(
     def fail(*_: object) -> Any:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-    monkeypatch.setattr(own_kernels, "compile_kernel", fail)
+    for module in (own_kernels, short_attention):
+        monkeypatch.setattr(module, "compile_kernel", fail)
     monkeypatch.setattr(tuning, "is_card_lost", lambda *_: True)
 
     with pytest.raises(RuntimeError, match="illegal memory access"):

@@ -33,7 +33,8 @@ from gateway.engine.model.runtimes.low_rank import (
     stack_layers,
     stack_table,
 )
-from gateway.engine.model.runtimes.own_kernels import MOST_TOKENS, Attend, Heads, Normalize, Rotate
+from gateway.engine.model.runtimes.own_kernels import Heads, Normalize, Rotate
+from gateway.engine.model.runtimes.short_attention import Attend
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -214,7 +215,7 @@ class Network:
         rotate: a kernel for rotary positions; ``None`` for torch's functions.
         normalize: a kernel for layer norms; ``None`` for torch's function.
         activate: a kernel for the product before an activation and the activation; ``None`` for one after the other.
-        attend_short: an attention kernel for texts of at most ``MOST_TOKENS`` tokens; ``None`` for FlashAttention.
+        attend_short: a kernel for rotary positions and attention within short texts; ``None`` for FlashAttention.
         kinds_step: number of rows in the segment table from one adapter to the next; 0 if all adapters share them.
     """
 
@@ -287,23 +288,34 @@ class Network:
         choice = row.choice
         if isinstance(choice, int) and choice in self._merged:
             layers, choice = self._merged[choice], None
-        turns = None
-        if self._rotary is not None and self.rotate is None:
-            turns = functional.embedding(row.positions, self._rotary)[:, None, None].chunk(2, dim=-1)
+        is_short = self.attend_short is not None and row.keys is None and row.texts.longest <= self.attend_short.most
+        turns = None if is_short else self.turns(row.positions)
         for layer in layers:
-            layer.out.add_to(x, self._attend(layer.qkv(x, choice), row, turns), choice)
+            qkv = layer.qkv(x, choice).view(len(x), 3, self.num_heads, -1)
+            if is_short and self.attend_short is not None:
+                attended = self.attend_short(qkv, row.texts.boundaries, row.positions)
+            else:
+                attended = self.attend(qkv, row, turns)
+            layer.out.add_to(x, attended, choice)
             x = layer.norm(x, self.normalize)
             layer.down.add_to(x, layer.activated(x, choice, self.activate), choice)
             x = layer.last_norm(x, self.normalize)
         return x
 
-    def _attend(self, qkv: torch.Tensor, row: Row, turns: Sequence[torch.Tensor] | None) -> torch.Tensor:
-        """Return the attention output of each token, ``(total, width)``; ``qkv`` is ``(total, 3 * width)``."""
-        qkv = qkv.view(len(qkv), 3, self.num_heads, -1)
+    def turns(self, positions: torch.Tensor) -> Sequence[torch.Tensor] | None:
+        """Return the cosines and sines of tokens for :meth:`attend`; ``None`` if it needs none."""
+        if self._rotary is None or self.rotate is not None:
+            return None
+        return functional.embedding(positions, self._rotary)[:, None, None].chunk(2, dim=-1)
+
+    def attend(self, qkv: torch.Tensor, row: Row, turns: Sequence[torch.Tensor] | None) -> torch.Tensor:
+        """Return FlashAttention's output for each token, ``(total, width)``, after rotary positions.
+
+        Args:
+            qkv: ``(total, 3, heads, d)``, which may be rotated in place.
+        """
         if self.rotate is not None:
             self.rotate(qkv, row.positions)
-        if self.attend_short is not None and row.keys is None and row.texts.longest <= MOST_TOKENS:
-            return self.attend_short(qkv, row.texts.boundaries)
         query, key = (qkv[:, :2] if turns is None else rotate(qkv[:, :2], *turns)).unbind(1)
         value, keys = qkv[:, 2], row.texts
         if row.keys is not None:

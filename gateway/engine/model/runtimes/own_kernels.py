@@ -1,4 +1,4 @@
-"""Kernels for packed rows that replace torch's: rotary positions, layer norms, and attention within short texts.
+"""Kernels for packed rows that replace torch's: rotary positions and layer norms. :mod:`.short_attention` has another.
 
 They are compiled when a model is loaded, with the compiler that comes with torch's build for CUDA (NVRTC). This needs
 neither a toolkit nor its headers; torch's own function, ``torch.cuda._compile_kernel``, needs both in torch 2.13.
@@ -7,8 +7,6 @@ neither a toolkit nor its headers; torch's own function, ``torch.cuda._compile_k
 - Rotary positions take torch four kernels per layer, which read and write query and key twice. Here one kernel does it in
   place.
 - A layer norm of torch reaches half of a card's memory bandwidth. Here each row is read once, and written in place.
-- FlashAttention computes tiles of 128 queries: for a text of 16 tokens, 63 of 64 numbers are discarded. Here a block of
-  threads computes a text and a head, in float32, from shared memory.
 
 The source is written in phases: all threads of a block end a phase before any begins the next, and only shared variables
 outlive a phase. So the source can also be compiled for a CPU, which runs one thread after the other, as the tests do.
@@ -24,11 +22,7 @@ import torch
 
 from gateway.engine.model.runtimes.nvrtc import Launch, compile_kernel
 
-MOST_TOKENS = 32
-"""The longest text that the kernel for short texts takes."""
-# Query, key and value of a text and a head, and the scores, are in 48 KiB of shared memory.
-_MOST_HEAD_WIDTH = 96
-_ROTATE_THREADS, _ATTEND_THREADS = 256, 128
+_ROTATE_THREADS = 256
 _MOST_NORM_THREADS = 256
 # Numbers that a thread reads at once: 16 bytes.
 _PACK = 8
@@ -39,7 +33,6 @@ _DEVICE = r"""
 #define KERNEL(name, threads) extern "C" __global__ void __launch_bounds__(threads) name
 #define SHARED __shared__
 #define PHASE(t, threads) __syncthreads(); for (int t = threadIdx.x, phase = 1; phase; phase = 0)
-#define EXP(x) __expf(x)
 __device__ float half_to_float(unsigned short x) { float y; asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x)); return y; }
 __device__ unsigned short float_to_half(float x) {
     unsigned short y; asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y) : "f"(x)); return y;
@@ -136,47 +129,6 @@ KERNEL(normalize, THREADS)(unsigned short* x, const unsigned short* weight, cons
 }
 """
 
-# One block for each text and head. A text of more than MOST tokens is not computed, because it can only be padding.
-_ATTEND = r"""
-KERNEL(attend, THREADS)(const unsigned short* qkv, const int* boundaries, unsigned short* out, double scale) {
-    SHARED float rows[3][MOST][WIDTH + 1];  // query, key and value; the odd stride keeps threads off each other's banks
-    SHARED float shares[MOST][MOST + 1];
-    const int begin = boundaries[blockIdx.x], found = boundaries[blockIdx.x + 1] - begin;
-    const int length = found > MOST ? 0 : found, head = blockIdx.y;
-    PHASE(t, THREADS) {
-        for (int i = t; i < 3 * length * WIDTH; i += THREADS) {
-            const int part = i / (length * WIDTH), row = i / WIDTH % length, column = i % WIDTH;
-            rows[part][row][column] =
-                read(qkv[((long long)(begin + row) * 3 + part) * HEADS * WIDTH + head * WIDTH + column]);
-        }
-    }
-    PHASE(t, THREADS) {
-        for (int i = t; i < length * length; i += THREADS) {
-            const int row = i / length, other = i % length;
-            float sum = 0;
-            for (int column = 0; column < WIDTH; ++column) sum += rows[0][row][column] * rows[1][other][column];
-            shares[row][other] = sum * (float)scale;
-        }
-    }
-    PHASE(t, THREADS) {
-        if (t < length) {
-            float most = shares[t][0], sum = 0;
-            for (int other = 1; other < length; ++other) most = shares[t][other] > most ? shares[t][other] : most;
-            for (int other = 0; other < length; ++other) sum += shares[t][other] = EXP(shares[t][other] - most);
-            for (int other = 0; other < length; ++other) shares[t][other] /= sum;
-        }
-    }
-    PHASE(t, THREADS) {
-        for (int i = t; i < length * WIDTH; i += THREADS) {
-            const int row = i / WIDTH, column = i % WIDTH;
-            float sum = 0;
-            for (int other = 0; other < length; ++other) sum += shares[row][other] * rows[2][other][column];
-            out[((long long)(begin + row) * HEADS + head) * WIDTH + column] = write(sum);
-        }
-    }
-}
-"""
-
 
 @dataclass(frozen=True, slots=True)
 class Heads:
@@ -225,28 +177,6 @@ class Normalize:
         self._launch((len(x), 1, 1), [x, weight, bias, eps])
 
 
-class Attend:
-    """Attention within texts of at most :data:`MOST_TOKENS` tokens; the result for longer texts is undefined."""
-
-    def __init__(self, heads: Heads, launch: Launch) -> None:
-        self._heads = heads
-        self._launch = launch
-
-    def __call__(self, qkv: torch.Tensor, boundaries: torch.Tensor) -> torch.Tensor:
-        """Attend within each text.
-
-        Args:
-            qkv: ``(tokens, 3, heads, width)``, contiguous.
-            boundaries: ``(texts + 1,)`` int32: where each text begins, and the end of the last.
-
-        Returns:
-            ``(tokens, heads * width)``.
-        """
-        out = qkv.new_empty(len(qkv), self._heads.number * self._heads.width)
-        self._launch((len(boundaries) - 1, self._heads.number, 1), [qkv, boundaries, out, self._heads.scale])
-        return out
-
-
 def compile_rotate(heads: Heads, table: torch.Tensor, device: torch.device) -> Rotate:
     """Compile the kernel for rotary positions; :func:`compile_kernel` lists the errors."""
     return Rotate(heads, table, compile_kernel(rotate_source(heads), "rotate", _ROTATE_THREADS, device))
@@ -256,11 +186,6 @@ def compile_normalize(width: int, dtype: torch.dtype, device: torch.device) -> N
     """Compile the kernel for layer norms; :func:`compile_kernel` lists the errors."""
     source = normalize_source(width, dtype)
     return Normalize(compile_kernel(source, "normalize", _norm_threads(width), device))
-
-
-def compile_attend(heads: Heads, device: torch.device) -> Attend:
-    """Compile the kernel for short texts; :func:`compile_kernel` and :func:`attend_source` list the errors."""
-    return Attend(heads, compile_kernel(attend_source(heads), "attend", _ATTEND_THREADS, device))
 
 
 def rotate_source(heads: Heads) -> str:
@@ -273,18 +198,6 @@ def normalize_source(width: int, dtype: torch.dtype) -> str:
     """Return the CUDA source of the kernel for layer norms of rows of a width."""
     sizes = {"WIDTH": width, "PACK": _pack(width), "THREADS": _norm_threads(width)}
     return _source(_PACKED + _NORMALIZE, dtype, sizes)
-
-
-def attend_source(heads: Heads) -> str:
-    """Return the CUDA source of the kernel for short texts.
-
-    Raises:
-        ValueError: the heads are too wide for shared memory.
-    """
-    if heads.width > _MOST_HEAD_WIDTH:
-        raise ValueError(f"heads of {heads.width} numbers, at most {_MOST_HEAD_WIDTH} fit into shared memory")
-    sizes = {"HEADS": heads.number, "WIDTH": heads.width, "THREADS": _ATTEND_THREADS, "MOST": MOST_TOKENS}
-    return _source(_ATTEND, heads.dtype, sizes)
 
 
 def _pack(width: int) -> int:

@@ -17,7 +17,6 @@ from gateway.engine.model.runtimes.flash import Texts
 from gateway.engine.model.runtimes.graphs import MIXED, Graphs, Indices, Shape, boundaries_of, find_shape
 from gateway.engine.model.runtimes.low_rank import Choice
 from gateway.engine.model.runtimes.network import Network, Row
-from gateway.engine.model.runtimes.own_kernels import MOST_TOKENS
 from gateway.engine.model.states import TokenStates
 
 if TYPE_CHECKING:
@@ -115,9 +114,8 @@ class PackedRuntime:
             parts["keys"] = _within(lengths, attended).nonzero()[0].astype(np.int32)
             parts["key_boundaries"] = boundaries_of(attended)
         elif self.graphs is not None:
-            shape = find_shape(
-                lengths, tuple(parts), choice, None if self.network.attend_short is None else MOST_TOKENS
-            )
+            short = self.network.attend_short
+            shape = find_shape(lengths, tuple(parts), choice, None if short is None else short.most)
         if shape is not None:
             return PackedFeatures(None, lengths, self._to_device(shape.fill(parts, lengths)), shape)
         together = self._to_device(parts)

@@ -230,7 +230,12 @@ class Attend:
 
     Args:
         table: ``(positions, width)``: cosines, then sines, if the kernel also rotates query and key.
+
+    Attributes:
+        most: the longest text for which the kernel is used.
     """
+
+    most = MOST_TOKENS
 
     def __init__(self, heads: Heads, launch: Launch, table: torch.Tensor | None = None) -> None:
         self._heads = heads

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from statistics import median
 from typing import TYPE_CHECKING
 
@@ -16,17 +17,20 @@ import torch
 from torch.nn import functional
 
 from gateway.engine.faults import is_card_lost, is_out_of_memory
-from gateway.engine.model.runtimes.flash import Texts, attend
-from gateway.engine.model.runtimes.network import Network, activated_product, rotate
-from gateway.engine.model.runtimes.own_kernels import compile_attend, compile_normalize, compile_rotate
+from gateway.engine.model.runtimes.flash import Texts
+from gateway.engine.model.runtimes.network import Network, Row, activated_product, rotate
+from gateway.engine.model.runtimes.own_kernels import compile_normalize, compile_rotate
+from gateway.engine.model.runtimes.short_attention import compile_attend
 
 if TYPE_CHECKING:
     from gateway.engine.model.runtimes.packed import PackedRuntime
 
 log = structlog.get_logger(__name__)
 
-# Texts and their tokens in the comparison: enough that the card takes longer than a launch.
-_NUM_TEXTS, _LENGTH = 512, 16
+# Tokens in the comparison: enough that the card takes longer than a launch.
+_TOKENS = 8192
+# Tokens of the texts that the kernel for short texts is tried with.
+_SHORT = (16, 32, 64)
 # How often the work is done between two looks at the clock, and the number of those measurements.
 _REPEATS, _ROUNDS = 10, 5
 # The tolerance for numbers up to 1, and in proportion for larger ones, after one 16-bit rounding more or less.
@@ -110,21 +114,27 @@ def _try_normalize(network: Network, device: torch.device) -> tuple[float, float
 
 
 def _try_attend(network: Network, device: torch.device) -> tuple[float, float]:
-    """Install the kernel for short texts; see :func:`_try_rotate` for the result and the errors."""
-    heads = network.heads
-    ours = compile_attend(heads, device)
+    """Install the kernel for short texts, up to the longest for which it is faster; see :func:`_try_rotate`.
+
+    Next to it are FlashAttention and the rotary positions as they are installed.
+    """
+    ours = compile_attend(network.heads, device, network.rotary_table)
     qkv = _random_qkv(network, device)
-    lengths = [_LENGTH] * _NUM_TEXTS
-    boundaries = torch.arange(0, len(qkv) + 1, _LENGTH, dtype=torch.int32, device=device)
-    texts = Texts(boundaries, lengths)
-
-    def theirs() -> torch.Tensor:
-        query, key, value = qkv.unbind(1)
-        return attend(query, key, value, texts, texts, heads.scale).flatten(1)
-
-    _require_close(ours(qkv, boundaries), theirs())
+    positions = torch.arange(len(qkv), dtype=torch.int32, device=device) % _SHORT[0]
+    times: list[tuple[float, float]] = []
+    for length in _SHORT:
+        boundaries = torch.arange(0, len(qkv) + 1, length, dtype=torch.int32, device=device)
+        texts = Texts(boundaries, [length] * (len(qkv) // length))
+        row = Row(ids=positions, kinds=None, positions=positions, places=None, choice=None, texts=texts)
+        found, expected = partial(ours, qkv, boundaries, positions), partial(network.attend, row=row)
+        turns = network.turns(positions)
+        _require_close(found(), expected(qkv.clone(), turns=turns))
+        times.append((_seconds(found, device), _seconds(partial(expected, qkv, turns=turns), device)))
+        if times[-1][0] >= times[-1][1]:
+            break
+        ours.most = length
     network.attend_short = ours
-    return _seconds(lambda: ours(qkv, boundaries), device), _seconds(theirs, device)
+    return times[0]
 
 
 def _try_activate(network: Network, device: torch.device) -> tuple[float, float]:
@@ -158,7 +168,7 @@ _TRIES = {
 def _least_part_tokens(packed: PackedRuntime) -> int:
     """Return how many tokens a task must have in a mixed batch to be a forward of its own, with its merged weights.
 
-    Adapters cost arithmetic, and each forward costs its launches, which take longer than the card on a slow host.
+    Adapters cost arithmetic; a forward costs its launches, which take longer than the card does on a slow host.
     """
     try:
         tasks = [i % packed.num_adapters for i in range(_MIXED_TEXTS)]
@@ -178,11 +188,11 @@ def _forward_seconds(packed: PackedRuntime, adapters: Sequence[int]) -> float:
 
 def _random_qkv(network: Network, device: torch.device) -> torch.Tensor:
     heads = network.heads
-    return _random((_NUM_TEXTS * _LENGTH, 3, heads.number, heads.width), heads.dtype, device)
+    return _random((_TOKENS, 3, heads.number, heads.width), heads.dtype, device)
 
 
 def _random_rows(network: Network, device: torch.device) -> torch.Tensor:
-    return _random((_NUM_TEXTS * _LENGTH, len(network.norm.weight)), network.norm.weight.dtype, device)
+    return _random((_TOKENS, len(network.norm.weight)), network.norm.weight.dtype, device)
 
 
 def _random(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
