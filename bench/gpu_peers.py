@@ -81,7 +81,7 @@ class Findings:
 
 
 def make_checkpoint(folder: Path, device: torch.device, *, is_tiny: bool) -> None:
-    """Write a checkpoint as sentence-transformers saves one; the word ``t7`` has id 7."""
+    """Write a checkpoint as sentence-transformers saves one; its words are "t" and their ids."""
     config = gpu_models.bge_m3_config(is_tiny=is_tiny)
     model = gpu_models.build_model(config, device, torch.float16 if device.type == "cuda" else torch.float32)
     model.save_pretrained(folder / "transformer")
