@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import structlog
 
 from gateway.engine.admission import Admission
+from gateway.engine.batch_queue import BatchQueue
 from gateway.engine.model.encoder import Encoder
 from gateway.engine.model.items import Encoded, Item, Tokens
 from gateway.engine.model.tokenizer import Steps, slices
@@ -29,7 +30,7 @@ from gateway.engine.pending import PendingRequest
 from gateway.engine.scheduler import RequestHandle, TokenSequence, Waiter
 from gateway.engine.timeline import Stage
 from gateway.engine.tokenizer_pool import TokenizerPool
-from gateway.engine.worker import BatchQueue, FinishedBatch, Worker
+from gateway.engine.worker import FinishedBatch, Worker
 from gateway.errors import DeadlineExceeded, InferenceFailed, ModelRecovering, RequestError, ShuttingDown
 from gateway.telemetry import metrics
 from gateway.types import Embeddings, EmbedJob, Priority, Truncate
@@ -261,7 +262,7 @@ class Batcher:
         """Give the results of a batch to all requests that wait for them."""
         num_tokens = sum(sequence.item.num_tokens for sequence in batch.sequences)
         if any(isinstance(result, Encoded) for result in batch.results):
-            self._admission.note_rate(num_tokens, batch.ended - batch.started)
+            self._admission.note_rate(num_tokens, batch.device_s)
         metrics.BATCH_TEXTS.labels(self._model).observe(len(batch.sequences))
         metrics.BATCH_TOKENS.labels(self._model).observe(num_tokens)
         metrics.BATCH_FILL.labels(self._model).observe(num_tokens / self._limits.max_batch_tokens)

@@ -17,6 +17,7 @@ import pytest
 import structlog
 import torch
 
+from gateway.engine import batch_queue as queue_module
 from gateway.engine import batcher as batcher_module
 from gateway.engine import worker as worker_module
 from gateway.engine.batcher import Batcher, Limits
@@ -432,14 +433,14 @@ async def test_a_fault_of_the_scheduler_answers_who_waits_and_ends(
 ) -> None:
     batcher = await start_batcher()
     is_broken = True
-    real_take = worker_module.take
+    real_take = queue_module.take
 
     def take(*args: Any) -> Any:
         if is_broken and args[0]:
             raise KeyError("a bug")
         return real_take(*args)
 
-    monkeypatch.setattr(worker_module, "take", take)
+    monkeypatch.setattr(queue_module, "take", take)
     failed = await asyncio.gather(*[answer(batcher.submit(make_job(str(n)))) for n in range(10)])
     assert await becomes(lambda: batcher.num_queued == 0)
     is_broken = False
@@ -458,15 +459,15 @@ async def test_a_fault_of_the_scheduler_costs_nothing_that_is_computed(
     encoder.on_forward = other.on_forward = gate
     in_hand = asyncio.create_task(answer(batcher.submit(make_job("1"))))
     await gate.reached()
-    real_take = worker_module.take
+    real_take = queue_module.take
 
     def take(*args: Any) -> Any:
         if args[0]:
-            monkeypatch.setattr(worker_module, "take", real_take)
+            monkeypatch.setattr(queue_module, "take", real_take)
             raise KeyError("a bug")
         return real_take(*args)
 
-    monkeypatch.setattr(worker_module, "take", take)
+    monkeypatch.setattr(queue_module, "take", take)
 
     lost = await answer(batcher.submit(make_job("2")))
     gate.open()

@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gateway.engine.admission import Admission
+from gateway.engine.batch_queue import BatchQueue
 from gateway.engine.model.items import Item, Tokens
 from gateway.engine.model.tokenizer import Steps
 from gateway.engine.scheduler import Lanes, RequestHandle, TokenSequence, Waiter
 from gateway.engine.tokenizer_pool import TokenizerPool
-from gateway.engine.worker import BatchQueue
 from gateway.errors import DeadlineExceeded, Overloaded
 from gateway.types import EmbedJob, Priority
 from tests.engine.scripted import PATIENCE_S, Gate, MakeJob, NumberEncoder, StartBatcher, answer, becomes, texts_of

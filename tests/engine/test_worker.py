@@ -14,11 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
+from gateway.engine import batch_queue as queue_module
 from gateway.engine import faults
 from gateway.engine import worker as worker_module
+from gateway.engine.batch_queue import BatchQueue
 from gateway.engine.model.items import Encoded, Item, Tokens
 from gateway.engine.scheduler import RequestHandle, TokenSequence, Waiter
-from gateway.engine.worker import BatchQueue, FinishedBatch, Worker
+from gateway.engine.worker import FinishedBatch, Worker
 from gateway.errors import InferenceFailed, InvalidVectors, OutOfMemory
 from gateway.telemetry import metrics
 from tests.engine.scripted import PATIENCE_S, Gate, NumberEncoder, raise_for
@@ -313,7 +315,7 @@ def test_little_work_is_not_divided(start: Start, delivered: Delivered) -> None:
 def test_a_thread_that_is_idle_alone_takes_all_that_fits(
     start: Start, delivered: Delivered, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(worker_module, "_SHARED_S", 0.0)  # no small request is expected after the first ones
+    monkeypatch.setattr(queue_module, "_SHARED_S", 0.0)  # no small request is expected after the first ones
     batch_queue = BatchQueue(max_batch_tokens=100)
     busy, idle = NumberEncoder(), NumberEncoder()
     gate, second = Gate(), Gate()
@@ -484,7 +486,7 @@ def test_a_fault_of_the_workers_own_code_is_reported_and_the_thread_continues(
 ) -> None:
     batch_queue = BatchQueue(max_batch_tokens=1)
     faults: list[str] = []
-    real_take = worker_module.take
+    real_take = queue_module.take
 
     def take(queue: Any, *args: Any) -> TokenSequences:
         if queue and not faults:
@@ -496,7 +498,7 @@ def test_a_fault_of_the_workers_own_code_is_reported_and_the_thread_continues(
         faults.append(threading.current_thread().name)
         batch_queue.clear()
 
-    monkeypatch.setattr(worker_module, "take", take)
+    monkeypatch.setattr(queue_module, "take", take)
     start(NumberEncoder(), batch_queue, on_fault)
 
     batch_queue.add(waiters(sequences([1])))
@@ -769,7 +771,7 @@ def test_the_next_small_request_will_not_wait_for_a_large_batch_either(
     monkeypatch: pytest.MonkeyPatch, seconds: float, size: int
 ) -> None:
     """For a while after the last one, batches of others stay small."""
-    monkeypatch.setattr(worker_module, "_SHARED_S", seconds)
+    monkeypatch.setattr(queue_module, "_SHARED_S", seconds)
     batch_queue = BatchQueue(max_batch_tokens=4000)
     batch_queue.add(waiters(sequences(range(2000), length=10, handle=RequestHandle("bulk", math.inf))))
     batch_queue.add(waiters(sequences([7], length=10, handle=RequestHandle("other", math.inf))))

@@ -198,6 +198,31 @@ def test_a_head_reads_a_whole_batch_in_one_go(kind: type[Any], tmp_path: Path, m
     assert copied == [(shape, "cuda", torch.float32) for shape in shapes]
 
 
+@pytest.mark.parametrize("kind", [SparseHead, MultiVectorHead])
+def test_a_head_is_launched_without_waiting(kind: type[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The card computes the batch before: no number may be needed on the host, and no copy may block."""
+    torch.save(torch.nn.Linear(1024, {SparseHead: 1, MultiVectorHead: 1024}[kind]).state_dict(), tmp_path / "head.pt")
+    head = kind(tmp_path / "head.pt", 1024, *[frozenset({0, 2})] * (kind is SparseHead))
+    copied: list[str] = []
+
+    def start_copy(tensor: torch.Tensor) -> Any:
+        copied.append(tensor.device.type)
+        return lambda: np.ones(tensor.shape, np.float32)
+
+    monkeypatch.setattr(heads, "start_copy", start_copy)
+    items = [Item(Tokens([0, 5, 6, 5, 2]))] * 100
+    with fake_card():
+        to_card(head)
+        states = TokenStates(torch.empty(500, 1024, dtype=HALF, device="cuda"), [5] * 100)
+        with Launches() as launches:
+            read = head.begin(states, items, range(100))
+
+    waits = {"aten::_local_scalar_dense", "aten::nonzero", "aten::copy_"}
+    assert not waits & set(launches.kernels)
+    assert copied == ["cuda"]
+    assert len(read()) == 100
+
+
 # ---------------------------------------------------------------------------------------- tiny models, the kernel's numbers
 
 

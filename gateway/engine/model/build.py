@@ -111,6 +111,8 @@ def build_encoders(checkpoint: Checkpoint, options: BuildOptions) -> list[Encode
         )
         if isinstance(encoder, QueryTableEncoder) and table is not None:
             encoder.query_table = table
+        # Padded texts, and SPLADE's head, wait for the card between its kernels.
+        encoder.works_ahead = runtime.name == "torch-packed" and options.device != "cpu" and checkpoint.splade is None
         encoders.append(encoder)
     if checkpoint.classifier is None:  # the tokenizers of pairs have compared their templates with the limit
         _require_room(encoders[0], checkpoint, options.tasks)

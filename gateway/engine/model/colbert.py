@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
+import torch
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as FastTokenizer
 from torch import nn
@@ -15,9 +18,9 @@ from torch.nn import functional
 from gateway.engine.checkpoint.colbert import STANFORD_PROJECTION, Colbert, Expansion
 from gateway.engine.checkpoint.read import Checkpoint
 from gateway.engine.checkpoint.weights import read_tensors
-from gateway.engine.model.heads import Dense, linear_of, reading, require_inputs, token_ids
+from gateway.engine.model.heads import Dense, TokenHead, linear_of, reading, require_inputs, token_ids
 from gateway.engine.model.items import Item, Tokens
-from gateway.engine.model.states import TokenStates, to_host
+from gateway.engine.model.states import TokenStates
 from gateway.engine.model.tokenizer import Steps, Tokenizer
 from gateway.errors import LoadError
 from gateway.types import MultiVector, Truncate
@@ -110,7 +113,7 @@ def find_skipped_ids(tokenizer: Any, colbert: Colbert) -> frozenset[int]:
     )
 
 
-class TokenVectorHead(nn.Module):
+class TokenVectorHead(TokenHead[MultiVector]):
     """Linear layers over each token's state, and L2 normalization if the checkpoint has it; all in float32.
 
     Args:
@@ -139,16 +142,16 @@ class TokenVectorHead(nn.Module):
             self.layers.append(projection)
         self.requires_grad_(False)
 
-    def forward(self, states: TokenStates, items: Sequence[Item], rows: Sequence[int]) -> list[MultiVector]:
-        """Return the ``(k, width)`` float32 vectors of the texts at ``rows``; ``items`` are those of all texts."""
-        chosen = states.select(rows)
-        vectors = self.layers(chosen.flat.float())
-        if self._is_normalized:
-            vectors = functional.normalize(vectors, dim=-1)
-        is_kept = np.ones(len(chosen.flat), bool)
+    def compute(self, states: TokenStates) -> torch.Tensor:
+        vectors: torch.Tensor = self.layers(states.flat.float())
+        return functional.normalize(vectors, dim=-1) if self._is_normalized else vectors
+
+    def read(
+        self, numbers: npt.NDArray[np.float32], lengths: Sequence[int], items: Sequence[Item], rows: Sequence[int]
+    ) -> list[MultiVector]:
+        is_kept = np.ones(len(numbers), bool)
         if len(self._skipped):
             skips = np.array([(items[row].task == _QUERY) in self._skips for row in rows])
-            is_kept = ~(np.repeat(skips, chosen.lengths) & np.isin(token_ids(items, rows), self._skipped))
-        host = to_host(vectors)
-        places = [slice(start, start + n) for start, n in zip(chosen.starts, chosen.lengths, strict=True)]
-        return [host[place][is_kept[place]] for place in places]
+            is_kept = ~(np.repeat(skips, lengths) & np.isin(token_ids(items, rows), self._skipped))
+        places = [slice(end - n, end) for end, n in zip(accumulate(lengths), lengths, strict=True)]
+        return [numbers[place][is_kept[place]] for place in places]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
-from typing import Any
+from itertools import accumulate, groupby, pairwise
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +14,8 @@ import torch
 
 from gateway.engine.accumulation import ACCUMULATION
 from gateway.engine.model.chat_pairs import ChatPairTokenizer
-from gateway.engine.model.heads import DenseHead, ScoreHead
+from gateway.engine.model.heads import DenseHead, OutputHead, ScoreHead
+from gateway.engine.model.in_flight import InFlight, in_order, start_copy
 from gateway.engine.model.items import Encoded, Item, Tokens
 from gateway.engine.model.pairs import PairTokenizer
 from gateway.engine.model.runtimes.base import Runtime
@@ -22,20 +23,20 @@ from gateway.engine.model.states import TokenStates
 from gateway.engine.model.tokenizer import Row, Steps, Tokenizer
 from gateway.types import EmbedJob, MultiVector, Output, SparseVector, Truncate
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True, slots=True)
 class Heads:
     """The heads of a model, one for each output; a cross-encoder's score takes the place of a vector.
-
-    ``sparse`` and ``multivector`` take the states of all texts, their items, and the indices of the requested texts.
 
     Attributes:
         unread_id: a token id whose states are skipped at the end of a text.
     """
 
     dense: DenseHead | ScoreHead | None
-    sparse: Callable[[TokenStates, Sequence[Item], Sequence[int]], list[SparseVector]] | None = None
-    multivector: Callable[[TokenStates, Sequence[Item], Sequence[int]], list[MultiVector]] | None = None
+    sparse: OutputHead[SparseVector] | None = None
+    multivector: OutputHead[MultiVector] | None = None
     unread_id: int | None = None
 
     def spans(self, tokens: Tokens) -> Sequence[tuple[int, int]] | None:
@@ -77,12 +78,14 @@ class Encoder:
             hang.
         device: torch device of the computation.
         accumulates_in_float16: matrix products on a card may accumulate in float16.
+        works_ahead: :meth:`begin` does not wait for the device, so that the next batch may be launched while it computes.
     """
 
     num_padding = 0
     progressed_at = 0.0
     device = "cpu"
     accumulates_in_float16 = False
+    works_ahead = False
 
     def __init__(
         self,
@@ -207,8 +210,23 @@ class Encoder:
     def _encode(self, items: Sequence[Item], *, in_float16: bool) -> list[Encoded]:
         if self.device == "cpu":
             return self.outputs(self.forward(self.prepare(items)))
-        with ACCUMULATION.forward(in_float16=in_float16):
-            return self.outputs(self.forward(self.prepare(items)))
+        return self._begin(items, in_float16=in_float16).finish()
+
+    @torch.inference_mode()
+    def begin(self, items: Sequence[Item]) -> InFlight:
+        """Launch all of the device's work for tokenized texts, the copies of its results to the host included.
+
+        Like :meth:`encode`, but the host does not wait for the device if the encoder works ahead. Runs in one thread at a
+        time. A device computes in the order of the calls.
+        """
+        return self._begin(items, in_float16=self.accumulates_in_float16)
+
+    def _begin(self, items: Sequence[Item], *, in_float16: bool) -> InFlight:
+        with ACCUMULATION.forward(in_float16=in_float16):  # a product reads the switch when it is launched
+            computed = self.forward(self.prepare(items))
+            parts = [(group.rows, self._begin_outputs(group.items, states)) for group, states in computed]
+        device = computed[0][1].flat.device if computed else torch.device("cpu")
+        return InFlight(lambda: in_order([(rows, read()) for rows, read in parts]), device)
 
     def embed(self, texts: Sequence[tuple[str, str | None]]) -> list[npt.NDArray[np.float32]]:
         """Return the vector of each text for its task, ``(width,)``; longer texts are cut at the model's limit."""
@@ -244,32 +262,40 @@ class Encoder:
 
     @torch.inference_mode()
     def outputs(self, computed: Sequence[tuple[Group, TokenStates]]) -> list[Encoded]:
-        """Compute the outputs of each text from its states, in the order of the items."""
-        encoded = {
-            row: result
-            for group, states in computed
-            for row, result in zip(group.rows, self._outputs(group.items, states), strict=True)
-        }
-        return [encoded[row] for row in range(len(encoded))]
+        """Compute the outputs of each text from its states on a CPU, in the order of the items."""
+        return in_order([(group.rows, self._begin_outputs(group.items, states)()) for group, states in computed])
 
-    def _outputs(self, items: list[Item], states: TokenStates) -> list[Encoded]:
+    def _begin_outputs(self, items: list[Item], states: TokenStates) -> Callable[[], list[Encoded]]:
+        """Launch the heads, and return a function that returns the outputs of each text once the device is done."""
         dense: torch.Tensor = torch.zeros(len(items), 0)
         if self._heads.dense is not None:
-            dense = self._heads.dense(states, [self._heads.spans(item.tokens) for item in items]).to(
-                "cpu", torch.float32
-            )
-        rows = iter(torch.split(dense, [item.tokens.num_vectors for item in items]))
-        sparse_rows = [i for i, item in enumerate(items) if Output.SPARSE in item.outputs]
-        multi_rows = [i for i, item in enumerate(items) if Output.MULTIVECTOR in item.outputs]
-        sparse, multi = {}, {}
-        if sparse_rows and self._heads.sparse is not None:
-            sparse = dict(zip(sparse_rows, self._heads.sparse(states, items, sparse_rows), strict=True))
-        if multi_rows and self._heads.multivector is not None:
-            multi = dict(zip(multi_rows, self._heads.multivector(states, items, multi_rows), strict=True))
-        # Copies: a view would keep the states of the whole batch.
+            dense = self._heads.dense(states, [self._heads.spans(item.tokens) for item in items])
+        is_pinned = dense.is_cuda
+        vectors = start_copy(dense.float())
+        sparse = _begin_head(self._heads.sparse, Output.SPARSE, states, items)
+        multi = _begin_head(self._heads.multivector, Output.MULTIVECTOR, states, items)
         whole = {
-            i: text.to("cpu", torch.float32, copy=True).numpy()
-            for i, text in enumerate(states.texts())
-            if Output.STATES in items[i].outputs
+            i: start_copy(text.float()) for i, text in enumerate(states.texts()) if Output.STATES in items[i].outputs
         }
-        return [Encoded(next(rows).numpy(), sparse.get(i), multi.get(i), whole.get(i)) for i in range(len(items))]
+
+        def read() -> list[Encoded]:
+            rows = vectors().copy() if is_pinned else vectors()
+            ends = list(accumulate(item.tokens.num_vectors for item in items))
+            parts = [rows[first:end] for first, end in pairwise([0, *ends])]
+            weights, vectors_of = sparse(), multi()
+            # Copies: a view would keep the states of the whole batch.
+            texts = {i: text().copy() for i, text in whole.items()}
+            return [Encoded(parts[i], weights.get(i), vectors_of.get(i), texts.get(i)) for i in range(len(items))]
+
+        return read
+
+
+def _begin_head(
+    head: OutputHead[T] | None, output: Output, states: TokenStates, items: Sequence[Item]
+) -> Callable[[], dict[int, T]]:
+    """Launch a head for the texts that want its output, and return a function that returns their outputs by position."""
+    rows = [i for i, item in enumerate(items) if output in item.outputs]
+    if head is None or not rows:
+        return dict
+    read = head.begin(states, items, rows)
+    return lambda: dict(zip(rows, read(), strict=True))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import chain, pairwise
+from itertools import accumulate, chain, pairwise
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -20,10 +21,14 @@ from gateway.engine.checkpoint.files import require_content, weights_files
 from gateway.engine.checkpoint.modules import DenseLayer, read_dense
 from gateway.engine.checkpoint.read import Checkpoint
 from gateway.engine.checkpoint.weights import read_rows, read_tensors
+from gateway.engine.model.in_flight import start_copy
 from gateway.engine.model.items import Item
 from gateway.engine.model.states import TokenStates, to_host
 from gateway.errors import LoadError
 from gateway.types import MultiVector, SparseVector
+
+T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
 
 # The classes that sentence-transformers writes into a Dense layer's configuration.
 ACTIVATIONS: dict[str, type[nn.Module]] = {"Identity": nn.Identity, "Tanh": nn.Tanh, "GELU": nn.GELU, "ReLU": nn.ReLU}
@@ -60,7 +65,50 @@ class DenseHead(nn.Module):
         return vectors if self._cut_to is None else vectors[:, : self._cut_to]
 
 
-class SparseHead(nn.Module):
+class OutputHead(Protocol[T_co]):
+    """A head that has an output for each text, besides a vector."""
+
+    def begin(self, states: TokenStates, items: Sequence[Item], rows: Sequence[int]) -> Callable[[], Sequence[T_co]]:
+        """Launch the computation, and return a function that returns the outputs once the device is done.
+
+        Args:
+            items: the items of all texts.
+            rows: the positions of the texts that want the output.
+        """
+
+
+class TokenHead(nn.Module, Generic[T]):
+    """A head that computes numbers for each token on the device, and then makes the outputs of the texts on the host."""
+
+    def compute(self, states: TokenStates) -> torch.Tensor:
+        """Return the numbers of each token, ``(total, …)`` float32, without waiting for the device."""
+        raise NotImplementedError
+
+    def read(
+        self, numbers: npt.NDArray[np.float32], lengths: Sequence[int], items: Sequence[Item], rows: Sequence[int]
+    ) -> list[T]:
+        """Return the outputs of the texts at ``rows``, without views of ``numbers``.
+
+        Args:
+            numbers: the result of :meth:`compute` for these texts.
+            lengths: the number of tokens of each of these texts.
+            items: the items of all texts.
+        """
+        raise NotImplementedError
+
+    def forward(self, states: TokenStates, items: Sequence[Item], rows: Sequence[int]) -> list[T]:
+        """Return the outputs of the texts at ``rows``; ``items`` are those of all texts."""
+        chosen = states.select(rows)
+        return self.read(to_host(self.compute(chosen)), chosen.lengths, items, rows)
+
+    def begin(self, states: TokenStates, items: Sequence[Item], rows: Sequence[int]) -> Callable[[], list[T]]:
+        """Do the same in two steps; see :meth:`OutputHead.begin`."""
+        chosen = states.select(rows)
+        lengths, numbers = chosen.lengths, start_copy(self.compute(chosen))  # the states are not kept
+        return lambda: self.read(numbers(), lengths, items, rows)
+
+
+class SparseHead(TokenHead[SparseVector]):
     """BGE-M3's token weights: ``relu(linear(state))``, the maximum over equal tokens, without special tokens.
 
     The rule is FlagEmbedding's (``inference/embedder/encoder_only/m3.py``, ``_process_token_weights``).
@@ -73,14 +121,16 @@ class SparseHead(nn.Module):
             raise LoadError(f"{weights}: must give 1 number per token, gives {self.linear.out_features}")
         self._special_ids = np.array(sorted(special_ids), np.int64)
 
-    def forward(self, states: TokenStates, items: Sequence[Item], rows: Sequence[int]) -> list[SparseVector]:
-        """Return the token weights of the texts at ``rows``; ``items`` are those of all texts."""
-        chosen = states.select(rows)
-        weights = to_host(torch.relu(self.linear(chosen.flat.float())).squeeze(-1))
+    def compute(self, states: TokenStates) -> torch.Tensor:
+        return torch.relu(self.linear(states.flat.float())).squeeze(-1)
+
+    def read(
+        self, numbers: npt.NDArray[np.float32], lengths: Sequence[int], items: Sequence[Item], rows: Sequence[int]
+    ) -> list[SparseVector]:
         ids = token_ids(items, rows)
         is_kept = ~np.isin(ids, self._special_ids)
-        owners = np.repeat(np.arange(len(rows)), chosen.lengths)[is_kept]
-        return _largest_by_token(owners, ids[is_kept], weights[is_kept], len(rows))
+        owners = np.repeat(np.arange(len(rows)), lengths)[is_kept]
+        return _largest_by_token(owners, ids[is_kept], numbers[is_kept], len(rows))
 
 
 def token_ids(items: Sequence[Item], rows: Sequence[int]) -> npt.NDArray[np.int64]:
@@ -110,18 +160,20 @@ def _largest_by_token(
     return [SparseVector(ids[firsts[part]], largest[part].copy()) for part in parts]
 
 
-class MultiVectorHead(nn.Module):
+class MultiVectorHead(TokenHead[MultiVector]):
     """BGE-M3's vector for each token except the first: ``linear(state)``, L2-normalized."""
 
     def __init__(self, weights: Path, hidden_width: int) -> None:
         super().__init__()
         self.linear = _load_linear(weights, hidden_width)
 
-    def forward(self, states: TokenStates, items: Sequence[Item], rows: Sequence[int]) -> list[MultiVector]:
-        """Return the ``(t - 1, width)`` float32 vectors of the texts at ``rows``; ``items`` are those of all texts."""
-        chosen = states.select(rows)
-        vectors = to_host(functional.normalize(self.linear(chosen.flat.float()), dim=-1))
-        return [vectors[start + 1 : start + n].copy() for start, n in zip(chosen.starts, chosen.lengths, strict=True)]
+    def compute(self, states: TokenStates) -> torch.Tensor:
+        return functional.normalize(self.linear(states.flat.float()), dim=-1)
+
+    def read(
+        self, numbers: npt.NDArray[np.float32], lengths: Sequence[int], items: Sequence[Item], rows: Sequence[int]
+    ) -> list[MultiVector]:
+        return [numbers[end - n + 1 : end].copy() for end, n in zip(accumulate(lengths), lengths, strict=True)]
 
 
 class ScoreHead(nn.Module):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +80,13 @@ class SpladeHead(nn.Module):
         """Return the weights of the texts at ``rows``; ``items`` are those of all texts."""
         texts = states.texts()
         return [self._sparse(weights) for weights in self._pooled([texts[row] for row in rows])]
+
+    def begin(
+        self, states: TokenStates, items: Sequence[Item], rows: Sequence[int]
+    ) -> Callable[[], Sequence[SparseVector]]:
+        """Compute the weights at once: the number of those above 0 is known only when the device is done."""
+        outputs = self.forward(states, items, rows)
+        return lambda: outputs
 
     def _pooled(self, texts: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
         """Yield each text's weights, ``(vocabulary,)`` float32; only one text's weights are held at a time."""
