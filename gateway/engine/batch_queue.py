@@ -73,17 +73,20 @@ class BatchQueue:
     def batch_ahead(self, replica: int = 0) -> list[TokenSequence]:
         """Return a batch for a thread whose card still computes one, without waiting for work.
 
-        The batch is empty if no text waits, if an idle thread is about to take the waiting texts, or if the queue is closed.
+        A request that arrives now will wait for it. So it is empty while small requests come, for work of low priority, and
+        if an idle thread is about to take the waiting texts.
         """
         with self._changed:
+            now = time.monotonic()
             if self._is_closed:
                 return []
-            now = time.monotonic()
-            if (batch := self._take_pinned(replica, now)) or self._num_idle:
+            if batch := self._take_pinned(replica, now):
                 return batch
+            if self._num_idle or now < self._shared_until:
+                return []
             self._num_idle += 1
             try:
-                return self._take(now)
+                return self._take_normal(now)
             finally:
                 self._num_idle -= 1
 
@@ -91,14 +94,17 @@ class BatchQueue:
         return take(self._pinned[replica], self._max_batch_tokens, now)
 
     def _take(self, now: float) -> list[TokenSequence]:
+        lane, part = self._lanes.low, self._largest_batch() // _SHARED_PART
+        return self._take_normal(now) or take(lane, min(self._budget(lane), max(FULL_FORWARD_TOKENS, part)), now)
+
+    def _take_normal(self, now: float) -> list[TokenSequence]:
         lane = self._lanes.normal
         num_small = lane.num_small
         part = self._largest_batch() // _SHARED_PART
         batch = take(lane, self._budget(lane), now, self._most_shared(part), now < self._shared_until)
         if lane.num_small != num_small:
             self._shared_until = now + _SHARED_S
-        lane = self._lanes.low
-        return batch or take(lane, min(self._budget(lane), max(FULL_FORWARD_TOKENS, part)), now)
+        return batch
 
     def _most_shared(self, part: int) -> int:
         """Return the maximum number of large requests' tokens in a batch while small requests come."""

@@ -22,6 +22,7 @@ from gateway.engine.model.items import Encoded, Item
 from gateway.engine.scheduler import RequestHandle
 from gateway.engine.worker import Worker
 from gateway.errors import InferenceFailed, ModelRecovering
+from gateway.types import Priority
 from tests.engine.scripted import PATIENCE_S, MakeJob, NumberEncoder, answer, becomes, raise_for
 from tests.engine.test_worker import Delivered, sequences, waiters
 
@@ -479,16 +480,38 @@ def test_an_idle_thread_takes_work_before_one_whose_card_is_busy() -> None:
     deadline = time.monotonic() + PATIENCE_S
     while not queue._num_idle and time.monotonic() < deadline:
         time.sleep(0.001)
-    queue._lanes.add(waiters(sequences([1])))  # queued, but the thread has not woken up yet
+    queue._lanes.add(waiters(sequences([1], 5)))  # queued, but the thread has not woken up yet
 
     assert queue.batch_ahead(0) == []
-    queue.add(waiters(sequences([2])), replica=0)
-    assert [one.item.tokens.ids for one in queue.batch_ahead(0)] == [[2]]  # which no other thread may take
+    queue.add(waiters(sequences([2], 5)), replica=0)
+    assert [one.item.tokens.ids for one in queue.batch_ahead(0)] == [[2] * 5]  # which no other thread may take
     queue.add([])  # wakes the idle thread
     idle.join(PATIENCE_S)
     assert taken == [1]
-    queue.add(waiters(sequences([3])))
-    assert [one.item.tokens.ids for one in queue.batch_ahead(0)] == [[3]]
+    queue.add(waiters(sequences([3], 5)))
+    assert [one.item.tokens.ids for one in queue.batch_ahead(0)] == [[3] * 5]
+
+
+def test_nothing_is_launched_ahead_while_small_requests_come() -> None:
+    """The next one would wait for it."""
+    queue = BatchQueue(100)
+    bulk = waiters(sequences(range(20), 10, RequestHandle("bulk", math.inf)))
+    queue.add([*bulk, *waiters(sequences([7], 10, RequestHandle("other", math.inf)))])
+    assert len(queue.batch_ahead()) > 1  # with the small request
+
+    assert queue.batch_ahead() == []
+    assert queue.next_batch()
+
+
+def test_work_of_low_priority_is_not_launched_ahead() -> None:
+    """A request waits for at most one batch of it."""
+    queue = BatchQueue(10)
+    queue.add(waiters(sequences([1], handle=RequestHandle("a", math.inf, priority=Priority.LOW))))
+
+    assert queue.batch_ahead() == []
+    queue.add(waiters(sequences([2])))
+    assert [one.item.tokens.ids for one in queue.batch_ahead()] == [[2]]
+    assert [one.item.tokens.ids for one in queue.next_batch()] == [[1]]
 
 
 def test_a_closed_queue_gives_nothing_ahead() -> None:
