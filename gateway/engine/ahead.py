@@ -14,7 +14,7 @@ from gateway.engine.model.in_flight import InFlight
 from gateway.engine.model.items import Encoded, Item
 from gateway.engine.scheduler import TokenSequence
 
-# A batch may end sooner than expected, by a time that does not depend on it, and by a part of its own time.
+# A batch may end sooner than expected, by a time that does not depend on it, and by a part of the time that it takes.
 _SLACK_S = 0.003
 _SLACK_PART = 0.05
 # How much the newest batch counts.

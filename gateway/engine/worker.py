@@ -178,7 +178,7 @@ class Worker:
     # -------------------------------------------------------------------------------------------------- working ahead
 
     def _work_ahead(self) -> None:
-        """Compute batches until there are no more; launch each, if it is time, while the card computes the one before."""
+        """Like :meth:`_work`, but launch a batch, when it is time, while the card still computes the one before."""
         launched: deque[Launched] = deque()
         try:
             while self._step(launched):
@@ -187,7 +187,7 @@ class Worker:
             self._forward_started = None
 
     def _step(self, launched: deque[Launched]) -> bool:
-        """Launch a batch or finish one, and return whether there is more to do.
+        """Launch a batch or finish one, and return ``False`` at the end.
 
         Args:
             launched: the batches that are on their way, at most two.

@@ -370,7 +370,8 @@ def test_a_result_that_is_not_finite_is_computed_again_behind_the_next_batch(
     bench.delivered.wait(2)
 
     assert exact == [2]
-    assert [result.dense.tolist() for result in bench.delivered.batches[0].results] == [[[1, 5]], [[2, 5]]]
+    results = bench.delivered.batches[0].results
+    assert [one.dense.tolist() for one in results if isinstance(one, Encoded)] == [[[1, 5]], [[2, 5]]]
 
 
 @pytest.mark.parametrize("place", ["wait", "launch"])

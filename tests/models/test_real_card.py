@@ -29,10 +29,11 @@ from gateway.engine.faults import is_card_lost, is_out_of_memory, still_computes
 from gateway.engine.loading import load_reference, plan_load
 from gateway.engine.memory import Shape, estimate_memory
 from gateway.engine.model.build import build_encoders
+from gateway.engine.model.items import Item
 from gateway.engine.model.runtimes.base import PACKED_MODEL_TYPES
 from gateway.engine.model.runtimes.packed import PackedRuntime
 from gateway.server import EXIT_RESTART
-from gateway.types import Output
+from gateway.types import Output, Truncate
 from tests.models.checkpoints import FAMILIES, TEXTS
 from tests.models.conftest import ONE_THREAD, Loaded
 from tests.test_lost_card import PATIENCE_S, gateway
@@ -160,6 +161,27 @@ def test_models_compute_and_load_at_the_same_time(jina: Path, m3: Path, cosines:
     assert slower(logs) == []
 
 
+def test_a_batch_is_launched_while_the_card_computes_another_one(m3: Path) -> None:
+    """No step of a launch waits for the card, and the results are those of each batch alone."""
+    encoder = on_card(m3, "float16").encoder
+    assert encoder.works_ahead
+    outputs = frozenset({Output.DENSE, Output.SPARSE, Output.MULTIVECTOR})
+    rows = encoder.tokenize(TEXTS, None, Truncate.END)
+    batches = [[Item(row, None, outputs) for row in some] for some in (rows, rows[:1], rows[::-1])]
+    expected = [encoder.encode(items) for items in batches for _ in range(3)][2::3]  # as usual, captured, and replayed
+
+    torch.cuda._sleep(10**9)  # about half a second
+    begun = [encoder.begin(items) for items in batches]
+    assert not begun[0].is_done
+    found = [one.finish() for one in begun]
+
+    for ones, others in zip(found, expected, strict=True):
+        for one, other in zip(ones, others, strict=True):
+            np.testing.assert_array_equal(one.dense, other.dense)
+            np.testing.assert_array_equal(one.sparse.values, other.sparse.values)
+            np.testing.assert_array_equal(one.multivector, other.multivector)
+
+
 # ----------------------------------------------------------------------------------------------------------- the memory
 
 
@@ -237,11 +259,12 @@ load_engine = loading.load_engine
 def load(plan, settings, **options):
     engine = load_engine(plan, settings, **options)
     for encoder in engine.encoders:
-        def encode(items, compute=encoder.encode):
+        def begin(items, launch=encoder.begin):
             if Path(os.environ["BROKEN"]).exists():
                 break_card()
-            return compute(items)
-        encoder.encode = encode
+            return launch(items)
+        assert encoder.works_ahead
+        encoder.begin = begin
     return engine
 if source:
     loading.load_engine = load

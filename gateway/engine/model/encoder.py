@@ -223,10 +223,7 @@ class Encoder:
 
     def _begin(self, items: Sequence[Item], *, in_float16: bool) -> InFlight:
         with ACCUMULATION.forward(in_float16=in_float16):  # a product reads the switch when it is launched
-            computed = self.forward(self.prepare(items))
-            parts = [(group.rows, self._begin_outputs(group.items, states)) for group, states in computed]
-        device = computed[0][1].flat.device if computed else torch.device("cpu")
-        return InFlight(lambda: in_order([(rows, read()) for rows, read in parts]), device)
+            return self._in_flight(self.forward(self.prepare(items)))
 
     def embed(self, texts: Sequence[tuple[str, str | None]]) -> list[npt.NDArray[np.float32]]:
         """Return the vector of each text for its task, ``(width,)``; longer texts are cut at the model's limit."""
@@ -262,8 +259,15 @@ class Encoder:
 
     @torch.inference_mode()
     def outputs(self, computed: Sequence[tuple[Group, TokenStates]]) -> list[Encoded]:
-        """Compute the outputs of each text from its states on a CPU, in the order of the items."""
+        """Compute the outputs of each text from its states, in the order of the items."""
+        if any(states.flat.is_cuda for _group, states in computed):
+            return self._in_flight(computed).finish()
         return in_order([(group.rows, self._begin_outputs(group.items, states)()) for group, states in computed])
+
+    def _in_flight(self, computed: Sequence[tuple[Group, TokenStates]]) -> InFlight:
+        parts = [(group.rows, self._begin_outputs(group.items, states)) for group, states in computed]
+        device = computed[0][1].flat.device if computed else torch.device("cpu")
+        return InFlight(lambda: in_order([(rows, read()) for rows, read in parts]), device)
 
     def _begin_outputs(self, items: list[Item], states: TokenStates) -> Callable[[], list[Encoded]]:
         """Launch the heads, and return a function that returns the outputs of each text once the device is done."""
