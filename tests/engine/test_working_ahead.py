@@ -428,10 +428,14 @@ def test_a_fault_of_the_workers_own_code_loses_what_is_in_hand(bench: Bench, mon
 
 
 def test_a_card_that_hangs_shows_no_progress_after_the_next_launch(bench: Bench) -> None:
-    bench.launch_two()
-    assert bench.encoder.flights[0].is_awaited.wait(PATIENCE_S)
+    bench.pace.opened = SHUT
+    bench.add(1, 2, 3, 4)
+    bench.encoder.wait_for("launch", 1, 2)
     since = bench.worker.busy_since
     assert since is not None
+    bench.pace.opened = OPEN
+    assert bench.encoder.flights[0].is_awaited.wait(PATIENCE_S)  # after the launch of the second
+    assert bench.worker.busy_since == since
     stopwatch = Stopwatch(10.0, since)
     looks = [stopwatch.look([bench.worker.busy_since], since + seconds) for seconds in (10, 20, 30)]
     assert looks == pytest.approx([10, 20, 30])
