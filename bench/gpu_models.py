@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 import json
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import nn
@@ -20,6 +21,7 @@ from gateway.engine.checkpoint.modules import Pooling
 from gateway.engine.model.adapters import AdapterMask, install_adapters
 from gateway.engine.model.choose import has_attention_kernel
 from gateway.engine.model.heads import MultiVectorHead, SparseHead
+from gateway.engine.model.in_flight import start_copy
 from gateway.engine.model.items import Item, Tokens
 from gateway.engine.model.runtimes.base import Runtime
 from gateway.engine.model.runtimes.packed import PackedRuntime
@@ -35,6 +37,7 @@ _BATCH_TEXTS = 32
 # A batch of 32 of the longest texts does not fit most cards; and is not used in practice.
 _MOST_PADDED_TOKENS = 65_536
 
+T = TypeVar("T")
 Rows = Sequence[Sequence[int]]
 Adapter = Mapping[str, torch.Tensor]
 """The tensors of a LoRA adapter by PEFT's names."""
@@ -163,32 +166,45 @@ class RuntimeEncoder:
 
     def encode(self, rows: Rows, adapters: Sequence[int]) -> torch.Tensor:
         """Return the mean-pooled vectors, ``(n, width)`` float32 on the CPU."""
-        vectors = []
-        for part in self._batches(rows):
-            places = []
-            pooled = []
-            lengths = [len(row) for row in rows[part]]
-            for group in self.runtime.groups(lengths, adapters[part]):
-                texts = [part.start + i for i in group]
-                states = self._states([rows[i] for i in texts], [adapters[i] for i in texts])
-                pooled.append(states.pool(Pooling.MEAN).float().cpu())
-                places += list(group)
-            vectors.append(torch.cat(pooled)[torch.tensor(places).argsort()])
-        return torch.cat(vectors)
+        return torch.cat(list(_one_ahead(self._begin(rows, adapters, part) for part in self._batches(rows))))
+
+    def _begin(self, rows: Rows, adapters: Sequence[int], part: slice) -> Callable[[], torch.Tensor]:
+        """Launch a batch, and return a function that returns its vectors when the device is done."""
+        lengths = [len(row) for row in rows[part]]
+        places: list[int] = []
+        copies = []
+        for group in self.runtime.groups(lengths, adapters[part]):
+            texts = [part.start + i for i in group]
+            states = self._states([rows[i] for i in texts], [adapters[i] for i in texts])
+            copies.append(start_copy(states.pool(Pooling.MEAN).float()))
+            places += list(group)
+        order = np.argsort(places)
+        done = _mark(self.device)
+        return lambda: torch.from_numpy(np.concatenate([copy() for copy in copies if done()])[order])
 
     def read(self, rows: Rows, outputs: Sequence[str]) -> int:
         """Compute the dense vectors and other outputs of texts without a task; return how many numbers those have."""
-        count = 0
-        for part in self._batches(rows):
-            states = self._states(rows[part], [-1] * (part.stop - part.start))
-            count += states.pool(Pooling.CLS).cpu().numel()
-            items = [Item(Tokens(list(row))) for row in rows[part]]
-            everywhere = range(len(items))
-            if "sparse" in outputs:
-                count += sum(len(one.values) for one in self.sparse(states, items, everywhere))
-            if "multivector" in outputs:
-                count += sum(one.size for one in self.multivector(states, items, everywhere))
-        return count
+        return sum(_one_ahead(self._begin_outputs(rows[part], outputs) for part in self._batches(rows)))
+
+    def _begin_outputs(self, rows: Rows, outputs: Sequence[str]) -> Callable[[], int]:
+        states = self._states(rows, [-1] * len(rows))
+        vectors = start_copy(states.pool(Pooling.CLS))
+        items = [Item(Tokens(list(row))) for row in rows]
+        everywhere = range(len(items))
+        sparse = self.sparse.begin(states, items, everywhere) if "sparse" in outputs else list
+        multivector = self.multivector.begin(states, items, everywhere) if "multivector" in outputs else list
+        done = _mark(self.device)
+
+        def read() -> int:
+            done()
+            weights = sum(len(one.values) for one in sparse())
+            return vectors().size + weights + sum(one.size for one in multivector())
+
+        return read
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.sparse.parameters()).device
 
     def _states(self, rows: Rows, adapters: Sequence[int]) -> TokenStates:
         return self.runtime.forward(self.runtime.prepare(rows, adapters))
@@ -198,6 +214,29 @@ class RuntimeEncoder:
         for count in batch_counts([len(row) for row in rows], self.max_batch_tokens):
             yield slice(first, first + count)
             first += count
+
+
+def _one_ahead(launches: Iterator[Callable[[], T]]) -> Iterator[T]:
+    """Yield the result of each launch, after the launch that follows it: as a computing thread of the gateway works."""
+    running = next(launches, None)
+    while running is not None:
+        following = next(launches, None)
+        yield running()
+        running = following
+
+
+def _mark(device: torch.device) -> Callable[[], bool]:
+    """Return a function that waits for everything that was launched on a device so far."""
+    if device.type != "cuda":
+        return lambda: True
+    event: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event.record()
+
+    def wait() -> bool:
+        event.synchronize()
+        return True
+
+    return wait
 
 
 def gateway_encoder(
