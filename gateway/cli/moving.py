@@ -79,7 +79,9 @@ def start(  # noqa: PLR0913, PLR0917  an argument for each option
             metavar="FIELD", help="Field with the time of an item's last change, so that sync reads fewer items."
         ),
     ] = None,
-    skip: Annotated[bool, typer.Option("--skip", help="Leave items without a text behind.")] = False,
+    skip: Annotated[
+        bool, typer.Option("--skip", help="Leave items behind that cannot be copied, such as those without a text.")
+    ] = False,
     url: Annotated[
         str | None,
         typer.Option(help="URL of a running gateway. By default, this process loads the model from --models."),
@@ -116,7 +118,9 @@ def status(name: NameArgument = None) -> None:
 @move.command()
 def sync(
     name: NameArgument = None,
-    skip: Annotated[bool, typer.Option("--skip", help="Leave items without a text behind.")] = False,
+    skip: Annotated[
+        bool, typer.Option("--skip", help="Leave items behind that cannot be copied, such as those without a text.")
+    ] = False,
 ) -> None:
     """Copy the changes of the old collection since the last pass."""
     from gateway.bulk.moving.command import show
@@ -165,7 +169,11 @@ def flip(
 
 
 @move.command()
-def back(name: NameArgument = None, from_model: OldModelOption = None) -> None:
+def back(
+    name: NameArgument = None,
+    from_model: OldModelOption = None,
+    skip: Annotated[bool, typer.Option("--skip", help="Leave items out that cannot be copied back.")] = False,
+) -> None:
     """Let applications use the old collection again.
 
     Copies everything that they wrote into the new collection in the meantime.
@@ -174,7 +182,7 @@ def back(name: NameArgument = None, from_model: OldModelOption = None) -> None:
     from gateway.bulk.moving.steps import back as run
 
     found = _find(name)
-    show(_folder(), lambda console: run(found, _folder(), console, from_model))
+    show(_folder(), lambda console: run(found, _folder(), console, from_model, skips=skip))
 
 
 @move.command()

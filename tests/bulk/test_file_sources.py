@@ -273,6 +273,13 @@ def test_the_header_of_a_csv_file_tells_its_separator(separator: str, tmp_path: 
     assert [(row.id, row.text) for row in rows_of(opened(path))] == [("1", "a, b")]
 
 
+def test_a_delimiter_inside_a_quoted_name_does_not_count(tmp_path: Path) -> None:
+    path = tmp_path / "docs.csv"
+    path.write_text('id,"a;b;c;d",text\n1,x,hello\n')
+    [row] = rows_of(opened(path))
+    assert (row.id, row.text, row.payload) == ("1", "hello", {"a;b;c;d": "x"})
+
+
 def _pipe(path: Path) -> None:
     import os
 
@@ -294,6 +301,11 @@ UNUSABLE: Mapping[str, tuple[bytes | Callable[[Path], Any], str]] = {
     "l.txt": (b"text", "l.txt: its name must end in .jsonl"),
     "m.jsonl.gz": (b"not packed", "m.jsonl.gz: cannot be read: Not a gzipped file"),
     "n.jsonl": (_pipe, "n.jsonl: cannot be read: must be a regular file, and is a named pipe"),
+    "p.jsonl": (gzip.compress(b'{"id": 1}'), "p.jsonl: is compressed with gzip: add .gz to its name"),
+    "q.csv": (gzip.compress(b"id,text"), "q.csv: is compressed with gzip: add .gz to its name"),
+    "r.csv": ("\ufeffid,text\n".encode("utf-16-le"), "r.csv: is UTF-16, but must be UTF-8: iconv"),
+    "s.csv": (b"id,text\r1,a\r", r"s.csv: its lines end in a carriage return alone: tr '\r' '\n' < "),
+    "t.json": (b'{ \n "id": 1}', "is JSON over several lines, but must be JSON lines"),
     "o.jsonl.gz": (gzip.compress(b'{"id": 1}\n' * 9)[:-9], "o.jsonl.gz: cannot be read: Compressed file ended"),
 }
 

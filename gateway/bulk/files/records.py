@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import BinaryIO
 
@@ -19,6 +20,7 @@ _TOO_LONG = f"the line has more than {MAX_LINE_BYTES // 2**20} MiB, which is the
 _MAX_DEPTH = 100
 _TOO_DEEP = f"its values are nested more than {_MAX_DEPTH} levels deep, which is the limit"
 _DELIMITERS = ",;\t|"
+_QUOTED = re.compile(r'"[^"]*"')
 # Python's own limit for a field is 128 KiB.
 csv.field_size_limit(MAX_LINE_BYTES)
 
@@ -58,9 +60,8 @@ def _read_jsonl(path: str, file: BinaryIO, start: Mark) -> Iterator[FileRecord]:
 
 
 def _check_first_line(path: str, line: Line) -> None:
-    first = (line.content or b"").lstrip()
-    if first.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise BulkError(f"{path}: is UTF-16, but must be UTF-8: iconv -f UTF-16 -t UTF-8 {path}")
+    first = (line.content or b"").strip()
+    _check_encoding(path, first)
     if first.startswith(b"["):
         raise BulkError(
             f"{path}: is a JSON array, but must be JSON lines, an object per line: jq -c '.[]' {path} > FILE.jsonl"
@@ -70,6 +71,18 @@ def _check_first_line(path: str, line: Line) -> None:
             f"{path}: is JSON over several lines, but must be JSON lines, an object per line: jq -c . {path} > "
             "FILE.jsonl"
         )
+
+
+def _check_encoding(path: str, first: bytes) -> None:
+    """Check that a file whose first line this is contains UTF-8 text.
+
+    Raises:
+        BulkError: it is compressed, or UTF-16.
+    """
+    if first.startswith(b"\x1f\x8b"):
+        raise BulkError(f"{path}: is compressed with gzip: add .gz to its name")
+    if first.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise BulkError(f"{path}: is UTF-16, but must be UTF-8: iconv -f UTF-16 -t UTF-8 {path} > FILE")
 
 
 def _parse(line: Line) -> Record | str:
@@ -194,7 +207,10 @@ def _read_header(path: str, lines: _CsvLines) -> tuple[list[str], str]:
         raise BulkError(f"{path}: is empty; the first line must contain the column names") from None
     except _TooLong:
         raise BulkError(f"{path}:1: {_TOO_LONG}") from None
-    delimiter = max(_DELIMITERS, key=line.count)
+    _check_encoding(path, line.encode(errors="surrogateescape"))
+    if "\r" in line:
+        raise BulkError(f"{path}: its lines end in a carriage return alone: tr '\\r' '\\n' < {path} > FILE.csv")
+    delimiter = max(_DELIMITERS, key=_QUOTED.sub("", line).count)
     try:
         header = next(csv.reader([line], delimiter=delimiter, strict=True), [])
     except csv.Error as error:

@@ -68,6 +68,7 @@ class CheckReport:
     Attributes:
         first, second: items of the collections, or those with the old and with the new vector.
         vector: the name of the new vector, if both are in one collection.
+        may_lack: the user agreed to leave the items behind that cannot be copied.
         pending: the number of items that a pass would change.
         num_vectors: the number of stored vectors that were compared with the vectors of their texts.
         wrong_vectors: the ids of those items whose vectors differ.
@@ -82,6 +83,7 @@ class CheckReport:
     agreement: Agreement | None
     has_real_queries: bool
     vector: str | None = None
+    may_lack: bool = True
 
     def problems(self) -> list[str]:
         """Return the problems to solve before applications use the second collection."""
@@ -96,6 +98,12 @@ class CheckReport:
                 f"the new collection has {count(self.counts.kept, 'item')} that the move did not write, such as "
                 f"{_ids(self.counts.kept_ids)}. If applications write into it already, run `gateway move flip`; "
                 "otherwise delete them"
+            )
+        if self.counts.refused and not self.may_lack:
+            them = "it" if self.counts.refused == 1 else "them"
+            problems.append(
+                f"{count(self.counts.refused, 'item')} cannot be copied: correct {them}, or leave {them} behind with "
+                "`gateway move sync --skip`"
             )
         if self.wrong_vectors:
             problems.append(
@@ -118,8 +126,8 @@ class CheckReport:
         lines = [f"items: {self.first:,} in the {where[0]}, {self.second:,} {where[1]}"]
         if self.counts.refused:
             lines.append(
-                f"{count(self.counts.refused, 'item')} without a usable text are left behind, such as "
-                f"{_ids(self.counts.refused_ids)}; without_text.jsonl in the move's folder lists them"
+                f"{count(self.counts.refused, 'item')} not copied, such as "
+                f"{'; '.join(self.counts.problems[:_SHOWN])}; the files *.not_copied.jsonl in the move's folder list them"
             )
         lines.append(
             f"vectors: {self.num_vectors - len(self.wrong_vectors)} of {count(self.num_vectors, 'sampled item')} have "

@@ -12,6 +12,7 @@ from rich.console import Console
 from gateway.bulk.moving.state import Move, Stage, find_move, read_moves
 from gateway.bulk.moving.steps import check
 from gateway.cli.console import make_console, say
+from gateway.config.wording import count
 
 
 def show(folder: Path, step: Callable[[Console], Coroutine[Any, Any, Move]]) -> None:
@@ -61,6 +62,13 @@ def _print(console: Console, move: Move, *, with_log: bool = False) -> None:
         "going back: items of the new collection are missing from the old one" if move.is_returning else _where(move)
     )
     say(console, f"{where}; space {move.space}, {move.dimensions} dimensions, text in {move.text}")
+    if move.refused:
+        accepted = f" (leaving {move.left_behind:,} behind was accepted)" if move.left_behind else ""
+        say(
+            console,
+            f"{count(move.refused, 'item')} could not be copied{accepted}, such as {'; '.join(move.problems)}",
+            "red",
+        )
     if with_log:
         for line in move.log:
             say(console, f"  {line}")

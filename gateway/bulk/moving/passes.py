@@ -6,10 +6,13 @@ The pass is a job of ``gateway embed`` whose source contains only the changes, a
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
+
+import orjson
 
 from gateway.bulk.embedder import Embedder
 from gateway.bulk.fields import FieldNames
@@ -17,7 +20,7 @@ from gateway.bulk.job import Job, Options, Reporter
 from gateway.bulk.manifest import Manifest
 from gateway.bulk.moving.decisions import NEW, Action, Base, Digest, decide, merge
 from gateway.bulk.moving.ledger import Ledger
-from gateway.bulk.rows import BadRow, EmbeddedRows, Position, Row, RowId, Sink, SpaceNote
+from gateway.bulk.rows import BadRow, Choosy, EmbeddedRows, Position, Row, RowId, Sink, SpaceNote
 from gateway.bulk.stores.payloads import digest, with_field
 from gateway.bulk.stores.protocol import Keeping, Mark, MovableStore
 
@@ -36,8 +39,9 @@ class PassCounts:
         deleted: items deleted from the second collection.
         equal: items that both collections already had.
         kept: items of the second collection that the move did not write, or that were changed there since.
-        refused: items without a text, or with a text that the model rejects.
-        kept_ids, refused_ids: the ids of some of them.
+        refused: items without a text, with a text that the model rejects, or that the second collection cannot store.
+        kept_ids: the ids of some items that were kept.
+        problems: some refused items, each as its id and the problem.
     """
 
     items: int = 0
@@ -47,7 +51,7 @@ class PassCounts:
     kept: int = 0
     refused: int = 0
     kept_ids: list[RowId] = field(default_factory=list)
-    refused_ids: list[RowId] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
 
     @property
     def changes(self) -> int:
@@ -128,7 +132,7 @@ class _Changes:
     def read(self, after: Position | None = None) -> Iterator[Row | BadRow]:
         """Yield the items to embed. An interrupted pass begins again, and skips finished items by comparing digests."""
         way, counts = self._direction, self._counts
-        writes: list[RowId] = []
+        writes: dict[RowId, Digest | None] = {}
         equal: dict[RowId, Digest] = {}
         for item in self._all_items() if self._since is None else self._changed_items(self._since):
             counts.items += item.first is not None or item.second is not None
@@ -139,7 +143,7 @@ class _Changes:
                     counts.equal += 1
                     equal[item.id] = item.first
                 case Action.WRITE:
-                    writes.append(item.id)
+                    writes[item.id] = item.base.written and item.first
                 case Action.DELETE:
                     self._ledger.doom([item.id])
                 case Action.FORGET:
@@ -152,7 +156,7 @@ class _Changes:
                 equal = {}
             if len(writes) == _BATCH:
                 yield from self._rows(writes)
-                writes = []
+                writes = {}
         self._ledger.record(equal)
         yield from self._rows(writes)
 
@@ -207,15 +211,18 @@ class _Changes:
         way = self._direction
         return way.reading.filled(way.first, way.vector or "")
 
-    def _rows(self, ids: Sequence[RowId]) -> Iterator[Row | BadRow]:
-        """Yield the current version of items, leaving out those that were deleted in the meantime."""
-        if not ids:
+    def _rows(self, writes: Mapping[RowId, Digest | None]) -> Iterator[Row | BadRow]:
+        """Yield the current version of items, leaving out those that were deleted in the meantime.
+
+        Args:
+            writes: items, with their digests if they were copied before.
+        """
+        if not writes:
             return
-        for row in self._direction.reading.read_ids(self._direction.first, ids, FieldNames(text=self._direction.text)):
-            if isinstance(row, BadRow):
-                self._counts.refused += 1
-                self._counts.refused_ids += [row.id or row.place] if len(self._counts.refused_ids) < _MAX_NAMED else []
-            yield row
+        # If such an item is refused now, later passes must read it again.
+        self._ledger.plan({row_id: digest for row_id, digest in writes.items() if digest is not None})
+        fields = FieldNames(text=self._direction.text)
+        yield from self._direction.reading.read_ids(self._direction.first, list(writes), fields)
 
     def close(self) -> None:
         """Do nothing: the source opens nothing itself."""
@@ -242,6 +249,10 @@ class _Recorded:
     def open(self, note: SpaceNote) -> None:
         """Open the sink."""
         self._sink.open(note)
+
+    def problem(self, row: Row) -> str:
+        """Return the reason why the sink cannot store a row; empty if it can."""
+        return self._sink.problem(row) if isinstance(self._sink, Choosy) else ""
 
     def write(self, shard: int, batch: EmbeddedRows) -> None:
         """Write rows."""
@@ -297,15 +308,27 @@ async def run_pass(
         closing(_Recorded(sink_of(direction), ledger, direction.text, counts)) as sink,
         closing(Manifest(manifest_path)) as manifest,
     ):
-        options = Options(folder / "without_text.jsonl", on_error="skip", shard_rows=_SHARD_ROWS)
+        options = Options(refused_file(ledger.path), on_error="skip", shard_rows=_SHARD_ROWS)
         job = Job(source, sink, manifest, embedder, options, reporter)
         outcome = await job.run(manifest.begin({"pass": source.name}), stop)
     counts.refused = outcome.total.skipped
+    counts.problems = _some_problems(options.errors) if counts.refused else []
     if outcome.is_finished:
         await asyncio.to_thread(_delete_doomed, direction, ledger, counts)
         if direction.creates:
             ledger.mark = now
     return counts, outcome.is_finished
+
+
+def refused_file(ledger: Path) -> Path:
+    """Return the file that lists the items that the last pass refused, next to the ledger of their collection."""
+    return ledger.with_suffix(".not_copied.jsonl")
+
+
+def _some_problems(path: Path) -> list[str]:
+    with path.open("rb") as file:
+        found = [orjson.loads(line) for line in islice(file, _MAX_NAMED)]
+    return [f"{item['place'] if item['id'] is None else item['id']}: {item['problem']}" for item in found]
 
 
 def _delete_doomed(direction: Direction, ledger: Ledger, counts: PassCounts) -> None:

@@ -126,7 +126,6 @@ def plan(
         url=request.url,
         models=None if request.models is None else request.models.resolve(),
         api_key_env=request.api_key_env,
-        skips=request.skips,
     )
     return _continued(move, folder)
 
@@ -154,6 +153,9 @@ def _continued(move: Move, folder: Path) -> Move:
         space=before.space,
         was_flipped=before.was_flipped,
         is_returning=before.is_returning,
+        left_behind=before.left_behind,
+        refused=before.refused,
+        problems=before.problems,
         log=before.log,
     )
 

@@ -73,7 +73,9 @@ class Move:
         url: the gateway's URL; ``None`` to load the model in this process.
         models: the registry from which to load the model.
         api_key_env: the name of the environment variable with the gateway's key.
-        skips: leave items without a text behind.
+        left_behind: the number of items that cannot be copied and that the user agreed to leave behind.
+        refused: the number of items that the last pass could not copy.
+        problems: some of them, each as its id and the problem.
         was_flipped: applications have been allowed to use the new collection.
         is_returning: applications use the old collection again, which lacks items that they wrote into the new one.
         log: the history of the move, for people.
@@ -97,7 +99,9 @@ class Move:
     url: str | None = None
     models: Path | None = None
     api_key_env: str = "GATEWAY_API_KEY"
-    skips: bool = False
+    left_behind: int = 0
+    refused: int = 0
+    problems: list[str] = field(default_factory=list)
     was_flipped: bool = False
     is_returning: bool = False
     log: list[str] = field(default_factory=list)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
@@ -28,10 +29,11 @@ from gateway.bulk.rows import BulkError, RowId, SpaceNote
 from gateway.bulk.stores.protocol import CollectionInfo, MovableStore
 from gateway.cli.console import say
 from gateway.compare.captured import read_captured
-from gateway.config.wording import count
+from gateway.config.wording import count, quote
 
 _NUM_QUERIES = 100
 _NUM_VECTORS = 50
+_NAMED = 3
 
 
 async def start(request: StartRequest, folder: Path, console: Console) -> Move:
@@ -50,36 +52,66 @@ async def start(request: StartRequest, folder: Path, console: Console) -> Move:
             work.make_copies()
             move = replace(move, pairs=[replace(pair, new=real_name(work.reading, pair.new)) for pair in move.pairs])
             write_move(folder, move)
-            return await _copy(replace(work, move=move))
+            return await _copy(replace(work, move=move), skips=request.skips)
 
 
-async def _copy(work: Work) -> Move:
+async def _copy(work: Work, *, skips: bool = False) -> Move:
     """Copy until the new collections have all items, and write the state.
 
+    Args:
+        skips: the user agrees to leave items behind that cannot be copied.
+
     Raises:
-        BulkError: items have no text, and the user has not agreed to leave them behind.
+        BulkError: items cannot be copied, and the user has not agreed to leave so many behind.
     """
-    move = work.move
     results = await work.passes()
-    refused = sum(counts.refused for counts in results.values())
-    if refused and not move.skips:
-        named = ", ".join(str(row_id) for counts in results.values() for row_id in counts.refused_ids[:3])
-        raise BulkError(
-            f"{count(refused, 'item')} without a usable text in the field {move.text!r}, such as {named}; the others "
-            f"are copied. `gateway move sync {move.name} --skip` leaves these items behind. If the field is wrong, "
-            "finish this move and start another with --text"
-        )
+    move = _accept(work, results, skips=skips)
     stage = move.stage if move.stage is Stage.FLIPPED else Stage.COPIED
     move = move.at(stage, f"synced: {sum(counts.changes for counts in results.values())} changes in the last pass")
     write_move(work.folder, move)
     return move
 
 
+def _accept(work: Work, results: Mapping[str, PassCounts], *, skips: bool) -> Move:
+    """Return the move with the items that the passes could not copy, and write them to its state.
+
+    Raises:
+        BulkError: they are more than the user has agreed to leave behind.
+    """
+    move = _with_refused(work.move, results)
+    write_move(work.folder, move)
+    if skips:
+        return replace(move, left_behind=move.refused)
+    if move.refused > move.left_behind:
+        more = f" ({move.left_behind:,} are accepted)" if move.left_behind else ""
+        raise BulkError(
+            f"{_refusals(work, results, move)}. Correct the items and run the same command again, or leave "
+            f"them behind with `gateway move sync {move.name} --skip`{more}. If the text is in another field than "
+            f"{quote(move.text)}, finish this move and start another with --text"
+        )
+    return move
+
+
+def _with_refused(move: Move, results: Mapping[str, PassCounts]) -> Move:
+    problems = [problem for counts in results.values() for problem in counts.problems]
+    refused = sum(counts.refused for counts in results.values())
+    return replace(move, refused=refused, problems=problems[:_NAMED], left_behind=min(move.left_behind, refused))
+
+
+def _refusals(work: Work, results: Mapping[str, PassCounts], move: Move, *, back: bool = False) -> str:
+    """Describe the items that passes could not copy, with the files that list them."""
+    files = [work.refused_file(pair, back=back) for pair in move.pairs if results[pair.old].refused]
+    return (
+        f"{count(move.refused, 'item')} cannot be copied, such as {'; '.join(move.problems)}. The others are copied; "
+        f"{', '.join(map(str, files))} lists these"
+    )
+
+
 async def sync(move: Move, folder: Path, console: Console, *, skips: bool) -> Move:
     """Copy the changes in the old collection since the last pass."""
     with hold(folder, move) as held:
-        async with at_work(replace(held, skips=held.skips or skips), folder, console) as work:
-            return await _copy(work)
+        async with at_work(held, folder, console) as work:
+            return await _copy(work, skips=skips)
 
 
 async def check(
@@ -99,15 +131,23 @@ async def check(
             )
         async with at_work(held, folder, console) as work:
             results = await work.passes(is_full=True)
+            move = _with_refused(held, results)
             reports = [
-                await _check_pair(work, pair, results[pair.old], queries if pair == held.pairs[0] else None, old_model)
-                for pair in held.pairs
+                await _check_pair(
+                    replace(work, move=move),
+                    pair,
+                    results[pair.old],
+                    queries if pair == move.pairs[0] else None,
+                    old_model,
+                )
+                for pair in move.pairs
             ]
         is_ready = not any(report.problems() for report in reports)
-        if held.stage is Stage.FLIPPED:
-            return held, reports
+        if move.stage is Stage.FLIPPED:
+            write_move(folder, move)
+            return move, reports
         what = f"checked: {'ready' if is_ready else 'not ready'}"
-        checked = held.at(Stage.CHECKED if is_ready else Stage.COPIED, what)
+        checked = move.at(Stage.CHECKED if is_ready else Stage.COPIED, what)
         write_move(folder, checked)
         return checked, reports
 
@@ -136,6 +176,7 @@ async def _check_pair(
         agree(store, first, second, asked),
         queries is not None,
         move.into_vector,
+        may_lack=move.refused <= move.left_behind,
     )
 
 
@@ -236,18 +277,21 @@ def _use(move: Move, store: MovableStore, *, back: bool) -> Move:
     return replace(move, mem0_before=None)
 
 
-async def back(move: Move, folder: Path, console: Console, old_model: str | None) -> Move:
+async def back(move: Move, folder: Path, console: Console, old_model: str | None, *, skips: bool = False) -> Move:
     """Let applications use the old collection again, and copy back their writes into the new one.
 
+    Args:
+        skips: the user agrees that the old collection does not get the writes that cannot be copied.
+
     Raises:
-        BulkError: the move was not flipped, or the old model is unknown. In the second case the flip itself is already
-        undone, and the same step with the old model does the rest.
+        BulkError: the move was not flipped, the old model is unknown, or writes cannot be copied. Except in the first
+        case the flip itself is already undone, and the same step does the rest.
     """
     with hold(folder, move) as held:
-        return await _back(held, folder, console, old_model)
+        return await _back(held, folder, console, old_model, skips=skips)
 
 
-async def _back(move: Move, folder: Path, console: Console, old_model: str | None) -> Move:
+async def _back(move: Move, folder: Path, console: Console, old_model: str | None, *, skips: bool) -> Move:
     if move.stage is not Stage.FLIPPED and not move.is_returning:
         raise BulkError("applications use the old collection: there is nothing to undo")
     with store_of(move) as store:
@@ -262,17 +306,17 @@ async def _back(move: Move, folder: Path, console: Console, old_model: str | Non
             "Items that applications wrote into the new collection are missing from the old one, because its model is "
             "unknown: name the model with `gateway move back --from-model NAME`"
         )
-    await _return_changes(move, folder, console, model)
+    await _return_changes(move, folder, console, model, skips=skips)
     move = replace(move, is_returning=False)
     write_move(folder, move)
     return move
 
 
-async def _return_changes(move: Move, folder: Path, console: Console, model: str) -> None:
+async def _return_changes(move: Move, folder: Path, console: Console, model: str, *, skips: bool) -> None:
     """Copy the applications' writes from the new collection back into the old one, embedded by the old model.
 
     Raises:
-        BulkError: the old collection's vectors are of another model.
+        BulkError: the old collection's vectors are of another model, or items cannot be copied.
     """
     async with at_work(move, folder, console, model) as work:
         for pair in move.pairs:
@@ -286,7 +330,13 @@ async def _return_changes(move: Move, folder: Path, console: Console, model: str
                     f"those of {model}, so nothing was written into it. Name the right model, with its task, with "
                     "--from-model"
                 )
-        await work.passes(back=True)
+        results = await work.passes(back=True)
+        refused = _with_refused(move, results)
+        if refused.refused and not skips:
+            raise BulkError(
+                f"{_refusals(work, results, refused, back=True)}. Correct the items and run the same command again, or "
+                f"leave them out of {move.pairs[0].old} with `gateway move back {move.name} --skip`"
+            )
 
 
 def _unchanged(work: Work, pair: Pair) -> list[RowId]:
@@ -319,6 +369,7 @@ async def _finish(move: Move, folder: Path, console: Console, *, deletes: bool) 
         raise BulkError("applications use the old collection: run `gateway move flip` first")
     async with at_work(move, folder, console) as work:
         results = await work.passes(is_full=True)
+        move = _accept(work, results, skips=False)
         # A program that writes both vectors looks like one that writes the old one, which the store refuses later.
         changes = sum(counts.changes for counts in results.values())
         if changes and move.into_vector is None:
@@ -332,6 +383,7 @@ async def _finish(move: Move, folder: Path, console: Console, *, deletes: bool) 
             else:
                 work.writing.delete_vector(pair.old, move.vector or "")
     deleted = ", ".join(pair.old for pair in move.pairs) if move.into_vector is None else f"the vector {move.vector}"
-    move = move.at(Stage.FINISHED, f"finished; deleted {deleted}")
+    lost = f", with {count(move.refused, 'item')} that could not be copied" if move.refused else ""
+    move = move.at(Stage.FINISHED, f"finished; deleted {deleted}{lost}")
     write_move(folder, move)
     return move

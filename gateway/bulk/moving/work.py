@@ -18,7 +18,7 @@ from gateway.bulk.embedder import Embedder, TextVectors
 from gateway.bulk.moving.checking import allowed_changes
 from gateway.bulk.moving.ledger import Ledger
 from gateway.bulk.moving.mem0 import read_mem0
-from gateway.bulk.moving.passes import Direction, PassCounts, run_pass, sink_of
+from gateway.bulk.moving.passes import Direction, PassCounts, refused_file, run_pass, sink_of
 from gateway.bulk.moving.state import Move, Pair
 from gateway.bulk.places import open_movable, read_place
 from gateway.bulk.progress import show_progress
@@ -118,11 +118,18 @@ class Work:
         """The move's folder."""
         return self.folder / self.move.name
 
+    def _ledger_path(self, pair: Pair, *, back: bool) -> Path:
+        path = self.files / pair.ledger
+        return old_ledger(path) if back and self.move.into_vector else path
+
+    def refused_file(self, pair: Pair, *, back: bool = False) -> Path:
+        """Return the file that lists the items that the last pass over a collection could not copy."""
+        return refused_file(self._ledger_path(pair, back=back))
+
     @contextmanager
     def ledger(self, pair: Pair, *, back: bool = False) -> Iterator[Ledger]:
         """Open the ledger of a collection: of its new vectors, or of old ones in the same collection."""
-        path = old_ledger(self.files / pair.ledger) if back and self.move.into_vector else self.files / pair.ledger
-        with closing(Ledger(path, self.reading.sort_key)) as ledger:
+        with closing(Ledger(self._ledger_path(pair, back=back), self.reading.sort_key)) as ledger:
             ledger.belong_to(json.dumps([pair.new, self.move.new_vector]))
             if pair.new not in self.reading.collections():  # the first pass, or it was deleted since
                 ledger.clear()
@@ -193,7 +200,7 @@ def describe(way: Direction, counts: PassCounts) -> str:
     """Describe the results of a pass."""
     parts = [f"{counts.written:,} embedded", f"{counts.deleted:,} deleted", f"{counts.equal:,} already equal"]
     parts += [f"{counts.kept:,} newer in {way.second} and left unchanged"] if counts.kept else []
-    parts += [f"{counts.refused:,} without a usable text"] if counts.refused else []
+    parts += [f"{counts.refused:,} that cannot be copied"] if counts.refused else []
     return f"{way.first} → {way.target}: {count(counts.items, 'item')}, {', '.join(parts)}"
 
 

@@ -197,7 +197,7 @@ async def test_items_without_a_text_are_named_and_stay_only_on_the_users_word(
         sink.write(0, EmbeddedRows(rows, np.stack([vector_of("old", "word1 x")])))
 
     with pytest.raises(
-        BulkError, match=r"1 item without a usable text in the field 'text', such as 900; the others are"
+        BulkError, match=r"1 item cannot be copied, such as 900: .*If the text is in another field than"
     ):
         await start(request_for(shop), tmp_path, console)
     move = find_move(tmp_path, None)
@@ -206,7 +206,7 @@ async def test_items_without_a_text_are_named_and_stay_only_on_the_users_word(
     move, [report] = await check(move, tmp_path, console, None, None)
     assert move.stage is Stage.CHECKED
     assert (report.first, report.second, report.counts.refused) == (51, 50, 1)
-    assert "900" in (tmp_path / move.name / "without_text.jsonl").read_text()
+    assert "900" in (tmp_path / move.name / "ledger.not_copied.jsonl").read_text()
 
 
 async def test_what_cannot_be_moved_says_why(shop: Shop, models: Models, tmp_path: Path, console: Console) -> None:
