@@ -166,7 +166,7 @@ _TRIES = {
 
 
 def _least_part_tokens(packed: PackedRuntime) -> int:
-    """Return how many tokens a task must have in a mixed batch to be a forward of its own, with its merged weights.
+    """Return how many tokens a task must have in a mixed batch to get a separate forward with its merged weights.
 
     Adapters cost arithmetic; a forward costs its launches, which take longer than the card does on a slow host.
     """
