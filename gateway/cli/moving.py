@@ -41,6 +41,10 @@ OldModelOption = Annotated[
     typer.Option("--from-model", metavar="NAME", help="The old model. By default the one in the collection's note."),
 ]
 
+SkipOption = Annotated[
+    bool, typer.Option("--skip", help="Leave items behind that cannot be copied, such as those without a text.")
+]
+
 
 @move.command()
 def start(  # noqa: PLR0913, PLR0917  an argument for each option
@@ -79,9 +83,7 @@ def start(  # noqa: PLR0913, PLR0917  an argument for each option
             metavar="FIELD", help="Field with the time of an item's last change, so that sync reads fewer items."
         ),
     ] = None,
-    skip: Annotated[
-        bool, typer.Option("--skip", help="Leave items behind that cannot be copied, such as those without a text.")
-    ] = False,
+    skip: SkipOption = False,
     url: Annotated[
         str | None,
         typer.Option(help="URL of a running gateway. By default, this process loads the model from --models."),
@@ -118,9 +120,7 @@ def status(name: NameArgument = None) -> None:
 @move.command()
 def sync(
     name: NameArgument = None,
-    skip: Annotated[
-        bool, typer.Option("--skip", help="Leave items behind that cannot be copied, such as those without a text.")
-    ] = False,
+    skip: SkipOption = False,
 ) -> None:
     """Copy the changes of the old collection since the last pass."""
     from gateway.bulk.moving.command import show

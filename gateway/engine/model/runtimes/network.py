@@ -166,14 +166,7 @@ class _Modules:
 # The names of the modules by family: the layers, and the fields of _Modules within a layer.
 _JINA = (
     ("layers", [f"self_attn.{name}_proj" for name in "qkv"]),
-    (
-        "self_attn.o_proj",
-        "post_attention_layernorm",
-        "mlp.fc1",
-        "mlp.activation_fn",
-        "mlp.fc2",
-        "post_mlp_layernorm",
-    ),
+    ("self_attn.o_proj", "post_attention_layernorm", "mlp.fc1", "mlp.activation_fn", "mlp.fc2", "post_mlp_layernorm"),
 )
 _BERT = (
     ("encoder.layer", [f"attention.self.{name}" for name in ("query", "key", "value")]),
