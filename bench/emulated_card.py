@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 
 from gateway.engine.model.adapters import AdaptedEmbedding, AdaptedLinear, AdapterMask
+from gateway.engine.model.host_memory import HostMemory
 from gateway.engine.model.runtimes import flash
 
 _CPU, _CUDA = 0, 1  # torch's numbers of the device types
@@ -56,7 +57,7 @@ def fake_card() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _fake_transfers() -> Iterator[None]:
-    """Replace the two calls that no fake tensor has: pinning memory, and sharing it with NumPy.
+    """Replace the two calls that no fake tensor has: copying from page-locked memory, and sharing memory with NumPy.
 
     And keep no constants, which are a single number each: they are computed with, on a card that does not exist.
     """
@@ -64,8 +65,11 @@ def _fake_transfers() -> Iterator[None]:
     def from_numpy(array: np.ndarray) -> torch.Tensor:
         return torch.empty(array.shape, dtype=getattr(torch, array.dtype.name))
 
+    def send(_memory: HostMemory, numbers: np.ndarray, device: torch.device) -> torch.Tensor:
+        return torch.empty(numbers.shape, dtype=getattr(torch, numbers.dtype.name), device=device)
+
     with (
-        mock.patch.object(torch.Tensor, "pin_memory", lambda tensor: tensor),
+        mock.patch.object(HostMemory, "send", send),
         mock.patch.object(torch, "from_numpy", from_numpy),
         mock.patch.object(fake_tensor, "CONSTANT_NUMEL_LIMIT", 0),
     ):

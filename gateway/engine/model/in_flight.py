@@ -8,19 +8,17 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from gateway.engine.model.host_memory import start_receiving
 from gateway.engine.model.items import Encoded
 
 
 def start_copy(tensor: torch.Tensor) -> Callable[[], npt.NDArray[np.float32]]:
     """Start copying a float32 tensor to the host, and return a function that returns the copy once the device is done.
 
-    Keep no views of the result: from a card, it is in pinned memory, which is scarce.
+    Keep no views of the result: from a card, it is in page-locked memory, which is scarce.
     """
-    source = tensor
-    if tensor.is_cuda:
-        source = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-        source.copy_(tensor, non_blocking=True)
-    return lambda: np.asarray(source.numpy())
+    received = start_receiving(tensor)
+    return lambda: received
 
 
 class InFlight:

@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 
 from gateway.engine.model.adapters import AdapterMask
+from gateway.engine.model.host_memory import send
 from gateway.engine.model.runtimes.attention import packed_positions, uncounted_id
 from gateway.engine.model.runtimes.flash import Texts
 from gateway.engine.model.runtimes.graphs import MIXED, Graphs, Indices, Shape, boundaries_of, find_shape
@@ -188,11 +189,8 @@ class PackedRuntime:
         return self.network(self._row(tensors, shape.choice, [shape.longest], None))
 
     def _to_device(self, parts: Mapping[str, Indices]) -> torch.Tensor:
-        """Copy arrays in one transfer from pinned memory; the host does not wait for it."""
-        together = torch.from_numpy(np.concatenate([*parts.values()], dtype=np.int32))
-        if self.device.type == "cuda":
-            together = together.pin_memory()
-        return together.to(self.device, non_blocking=True)
+        """Copy arrays in one transfer; the host does not wait for it."""
+        return send(np.concatenate([*parts.values()], dtype=np.int32), self.device)
 
 
 def _within(lengths: Sequence[int], counts: Sequence[int]) -> npt.NDArray[np.bool_]:
