@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 log = structlog.get_logger(__name__)
 
 # Tokens in the comparison: enough that the card takes longer than a launch.
-_TOKENS = 8192
+_TOKENS = 16_384
 # Tokens of the texts that the kernel for short texts is tried with.
 _SHORT = (16, 32, 64)
 # How often the work is done between two looks at the clock, and the number of those measurements.
