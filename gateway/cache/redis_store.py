@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import secrets
 import zlib
 from collections.abc import Mapping, Sequence
 
 from redis.asyncio import BlockingConnectionPool, Redis
+from redis.exceptions import OutOfMemoryError
 
 from gateway.cache.entries import Part
+from gateway.cache.files import CacheError
 
 _PREFIX = b"gateway:cache:"
 _MAX_CONNECTIONS = 8
@@ -19,8 +22,9 @@ _HEADER_BYTES = 8
 class RedisStore:
     """A :class:`~gateway.cache.stores.Store` in Redis: ``gateway:cache:<24 hex>:<32 hex>``, each with its time to live.
 
-    A value is ``uint32 crc32 of the rest, uint32 generation, entry``. The generation of a model's weights is a counter in
-    Redis, which is read together with the entries. Increasing it invalidates all entries at once, for every replica.
+    A value is ``uint32 crc32 of the rest, uint32 generation, entry``. The generation of a model's weights is a random
+    number in Redis, which is read together with the entries. Another number invalidates all entries at once, for every
+    replica. So does its absence, because a full Redis may evict any key.
 
     Args:
         ttl_s: the lifetime of an entry, in seconds. Redis itself limits the memory: ``maxmemory-policy allkeys-lru``.
@@ -37,23 +41,41 @@ class RedisStore:
 
     async def get(self, part: Part, keys: Sequence[bytes]) -> list[bytes | None]:
         generation, *values = await self._redis.mget([_generation_key(part), *(_key(part, key) for key in keys)])
-        self._generations[part.group] = current = int(generation or 0)
+        if generation is None:
+            self._generations.pop(part.group, None)
+            return [None] * len(keys)
+        self._generations[part.group] = current = int(generation)
         return [_read(key, value, current) for key, value in zip(keys, values, strict=True)]
 
     async def put(self, part: Part, entries: Mapping[bytes, bytes]) -> None:
-        if part.group not in self._generations:
-            await self.get(part, [])
-        generation = self._generations[part.group].to_bytes(4, "little")
+        generation = (await self._generation(part)).to_bytes(4, "little")
         pipeline = self._redis.pipeline(transaction=False)
         for key, entry in entries.items():
             if len(entry) <= _LARGEST_ENTRY_BYTES:
                 value = generation + entry
                 check = zlib.crc32(value, zlib.crc32(key)).to_bytes(4, "little")
                 pipeline.set(_key(part, key), check + value, px=self._ttl_ms)
-        await pipeline.execute()
+        # Redis names only the failed command, and a command contains a vector.
+        for result in await pipeline.execute(raise_on_error=False):
+            if isinstance(result, OutOfMemoryError):
+                raise CacheError(
+                    "Redis is full and evicts nothing: set its maxmemory-policy to allkeys-lru"
+                ) from result
+            if isinstance(result, Exception):
+                raise result
+
+    async def _generation(self, part: Part) -> int:
+        """Return the generation that was last read, or else the one in Redis; begin one if there is none."""
+        if (known := self._generations.get(part.group)) is not None:
+            return known
+        key = _generation_key(part)
+        await self._redis.set(key, secrets.randbits(32), nx=True)
+        self._generations[part.group] = found = int(await self._redis.get(key) or 0)
+        return found
 
     async def forget(self, part: Part) -> None:
-        self._generations[part.group] = int(await self._redis.incr(_generation_key(part)))
+        self._generations.pop(part.group, None)
+        await self._redis.delete(_generation_key(part))  # which a full Redis does too
 
     async def close(self) -> None:
         await self._pool.disconnect()

@@ -18,7 +18,8 @@ log = structlog.get_logger(__name__)
 PATIENCE_S = 0.25
 # The time limit of a write, in seconds; no request waits for writes.
 _WRITING_S = 5.0
-# The seconds that a failed store is left alone, so that not every request has to wait for it.
+# The seconds that a failed store is left alone, so that not every request has to wait for it. A store that only cannot
+# be written, such as a full one, is still read.
 _SILENCE_S = 5.0
 # The limit of entries that wait to be written, in bytes; further ones are dropped.
 _MAX_WAITING_BYTES = 64 * 2**20
@@ -54,7 +55,7 @@ class Guarded:
     def __init__(self, model: str, store: Store) -> None:
         self._model = model
         self._store = store
-        self._silent_until = 0.0
+        self._silent_until = self._unwritten_until = 0.0
         self._num_waiting_bytes = 0
         self._to_forget: dict[str, Part] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -69,13 +70,16 @@ class Guarded:
                     await self._forget_first()
                     return await self._store.get(part, keys)
             except Exception as error:  # the texts can be computed, whatever the error of the disk or server
-                self._note(error)
+                self._silent_until = self._note(error)
         return [None] * len(keys)
 
     def put(self, part: Part, entries: Mapping[bytes, bytes]) -> None:
         """Store entries later; drop them if too many wait."""
         num_bytes = sum(map(len, entries.values()))
-        if time.monotonic() < self._silent_until or self._num_waiting_bytes + num_bytes > _MAX_WAITING_BYTES:
+        if (
+            time.monotonic() < max(self._silent_until, self._unwritten_until)
+            or self._num_waiting_bytes + num_bytes > _MAX_WAITING_BYTES
+        ):
             metrics.CACHE_ERRORS.labels(self._model, self.name).inc()
             return
         self._num_waiting_bytes += num_bytes
@@ -89,7 +93,7 @@ class Guarded:
                 await self._forget_first()
                 await self._store.put(part, entries)
         except Exception as error:  # as above
-            self._note(error)
+            self._unwritten_until = self._note(error)
         finally:
             self._num_waiting_bytes -= num_bytes
 
@@ -123,8 +127,9 @@ class Guarded:
             self._note(error)
         await self._store.close()
 
-    def _note(self, error: Exception) -> None:
-        self._silent_until = time.monotonic() + _SILENCE_S
+    def _note(self, error: Exception) -> float:
+        """Report an error; return the time until which the store is left alone."""
         metrics.CACHE_ERRORS.labels(self._model, self.name).inc()
         reason = str(error) or type(error).__name__
         log.warning("cache_store_failed", model=self._model, store=self.name, error=reason, seconds=_SILENCE_S)
+        return time.monotonic() + _SILENCE_S

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import redis.asyncio as asyncio_redis
+from structlog.testing import capture_logs
 
 from gateway.cache import disk_store, stores
 from gateway.cache.disk_store import DiskStore
@@ -221,6 +222,88 @@ async def test_a_redis_that_goes_away_and_comes_back(
         guarded = caches.open[0][1]
         assert guarded._silent_until > time.monotonic() + 3000
         assert (await cache.embed(job("a"), INFO, model.embed)).num_cached == 1  # the memory is still there
+
+
+async def test_a_redis_that_comes_back_empty_is_used_again(tmp_path: Path, caches: Caches) -> None:
+    with running_redis(tmp_path) as redis:
+        cache = caches.make(RedisStore(redis.uri, 60, 10.0))
+        await cache.embed(job("a"), INFO, Model().embed)
+        await caches.flush()
+        async with asyncio_redis.from_url(redis.uri) as client:
+            await client.flushall()  # as after its restart
+            await client.client_kill_filter(skipme=True)
+        for text in ("b", "c"):  # the first finds its connection closed
+            await cache.embed(job(text), INFO, Model().embed)
+            await caches.flush()
+        other = caches.make(RedisStore(redis.uri, 60, 10.0))
+        answer = await other.embed(job("c"), INFO, Model().embed)
+        assert answer.num_cached == 1
+        assert same(answer, await Model().embed(job("c")))
+
+
+async def test_wrong_entries_stay_forgotten_when_redis_evicts_their_generation(
+    redis_server: Redis, caches: Caches
+) -> None:
+    part = await kept_part(caches, RedisStore(redis_server.uri, 60, 10.0), "wrong")
+    cache = caches.open[0][0]
+    cache.forget()
+    await cache.embed(job("right"), INFO, Model().embed)
+    await caches.flush()
+    async with asyncio_redis.from_url(redis_server.uri) as client:
+        await client.delete(b"gateway:cache:generation:" + part.group.encode())
+    other = caches.make(RedisStore(redis_server.uri, 60, 10.0))
+    assert (await other.embed(job("wrong"), INFO, Model().embed)).num_cached == 0
+
+
+async def test_a_full_redis_is_read_and_forgets_and_says_what_to_set(
+    tmp_path: Path, caches: Caches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stores, "_SILENCE_S", 3600.0)
+    with running_redis(tmp_path) as redis, capture_logs() as logs:
+        first = caches.make(RedisStore(redis.uri, 60, 10.0))
+        await first.embed(job("kept"), INFO, Model().embed)
+        await caches.flush()
+        async with asyncio_redis.from_url(redis.uri) as client:
+            await client.config_set("maxmemory", "1")
+        other = caches.make(RedisStore(redis.uri, 60, 10.0))
+        await other.embed(job("new"), INFO, Model().embed)
+        await caches.flush()
+        assert (await other.embed(job("kept", "newer"), INFO, Model().embed)).num_cached == 1
+        [line] = [line for line in logs if line["event"] == "cache_store_failed"]
+        assert line["error"] == "Redis is full and evicts nothing: set its maxmemory-policy to allkeys-lru"
+
+        other.forget()
+        assert (await other.embed(job("kept"), INFO, Model().embed)).num_cached == 0
+        await caches.close()
+
+
+async def test_a_redis_that_only_reads_is_read_and_no_vector_is_logged(tmp_path: Path, caches: Caches) -> None:
+    with running_redis(tmp_path) as redis, capture_logs() as logs:
+        await kept_part(caches, RedisStore(redis.uri, 60, 10.0), "kept")
+        async with asyncio_redis.from_url(redis.uri) as client:
+            await client.config_set("min-replicas-to-write", 1)
+        other = caches.make(RedisStore(redis.uri, 60, 10.0))
+        assert (await other.embed(job("kept", "new"), INFO, Model().embed)).num_cached == 1
+        await caches.flush()
+        [line] = [line for line in logs if line["event"] == "cache_store_failed"]
+        assert line["error"] == "NOREPLICAS Not enough good replicas to write."
+        await caches.close()
+
+
+@pytest.mark.parametrize(("user", "problem"), [(":wrong@", "invalid username-password"), ("", "authenticated")])
+async def test_a_redis_with_another_password_says_so(
+    tmp_path: Path, caches: Caches, user: str, problem: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stores, "_SILENCE_S", 3600.0)
+    with running_redis(tmp_path) as redis, capture_logs() as logs:
+        async with asyncio_redis.from_url(redis.uri) as client:
+            await client.config_set("requirepass", "secret")
+        cache = caches.make(RedisStore(redis.uri.replace("//", f"//{user}"), 60, 10.0))
+        for text in ("a", "b"):
+            assert same(await cache.embed(job(text), INFO, Model().embed), await Model().embed(job(text)))
+        await caches.flush()
+        [line] = [line for line in logs if line["event"] == "cache_store_failed"]
+        assert problem in line["error"]
 
 
 async def test_a_redis_that_does_not_answer_costs_one_request_a_moment(
