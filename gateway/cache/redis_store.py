@@ -65,7 +65,7 @@ class RedisStore:
                 raise result
 
     async def _generation(self, part: Part) -> int:
-        """Return the generation that was last read, or else the one in Redis; begin one if there is none."""
+        """Return the generation that was last read, or else the one in Redis; begin one if it is missing."""
         if (known := self._generations.get(part.group)) is not None:
             return known
         key = _generation_key(part)
