@@ -12,10 +12,12 @@ from collections.abc import Mapping
 from typing import Final, TypeAlias
 
 from gateway.bulk.rows import Json, Row, RowId
+from gateway.config.wording import quote
 
 Value: TypeAlias = bool | int | float | str | list[bool] | list[int] | list[float] | list[str]
 
 ORIGINAL_ID: Final = "gateway_id"
+_RESERVED: Final = ("$", "#", "chroma:document")
 DOCUMENT: Final = "document"
 """Chroma's own field for the text of an item."""
 
@@ -28,6 +30,8 @@ def problem_of(payload: Mapping[str, Json]) -> str:
         return f"it has a field `{ORIGINAL_ID}`, a name reserved for numeric ids in Chroma: rename the field"
     if "" in payload:
         return "it has a field with an empty name, which Chroma rejects: leave it out with --payload"
+    if name := next((name for name in payload if name.startswith(_RESERVED)), ""):
+        return f"it has a field {quote(name)}, a name that Chroma reserves: rename it, or leave it out with --payload"
     return ""
 
 

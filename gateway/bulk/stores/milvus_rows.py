@@ -40,6 +40,8 @@ _MAX_NUMBERS: Final = 4_000_000
 NO_FURTHER_VECTOR: Final = "Milvus adds no vectors to items that exist: choose a second collection"
 _INT64: Final = range(-(2**63), 2**63)
 _DENSE_NAME, _SPARSE_NAME = "vector", "sparse"
+_DYNAMIC: Final = "$meta"
+"""The field in which Milvus keeps the fields that a collection does not define."""
 
 
 def read_page(client: MilvusClient, collection: Collection, after: RowId | None, limit: int = PAGE) -> list[Item]:
@@ -144,7 +146,7 @@ class MilvusSink:
 
     def problem(self, row: Row) -> str:
         """Return the reason why Milvus cannot store a row; empty if it can."""
-        if problem := self._ids.problem(row, self.name) or self._id_problem(row):
+        if problem := self._ids.problem(row, self.name) or self._id_problem(row) or self._field_problem(row):
             return problem
         self._ids.add(row)
         return ""
@@ -159,6 +161,28 @@ class MilvusSink:
         )
         size = len(row.id.encode())
         return f"its id has {size:,} bytes, but those of {self.name} have at most {most:,}" if size > most else ""
+
+    def _field_problem(self, row: Row) -> str:
+        found = self._collection
+        id_name = "id" if found is None else found.id.name
+        vectors = (
+            (self._keeping.vector or _DENSE_NAME, _SPARSE_NAME)
+            if found is None
+            else (one.name for one in found.vectors)
+        )
+        payload = self._payload(row)
+        if name := next((name for name in (id_name, *vectors, _DYNAMIC) if name in payload), ""):
+            return (
+                f"it has a field {quote(name)}, a name that Milvus or {self.name} uses itself, so it would be lost: rename "
+                "the field, or leave it out with --payload"
+            )
+        for field in () if found is None else found.others:
+            value, most = payload.get(field.name), field.settings.get("max_length")
+            if isinstance(value, str) and most is not None and (size := len(value.encode())) > most:
+                return (
+                    f"its field {quote(field.name)} has {size:,} bytes, but those of {self.name} have at most {most:,}"
+                )
+        return ""
 
     def _check_note(self, note: SpaceNote) -> None:
         if note.token_width:

@@ -228,7 +228,15 @@ class PgvectorSink:
             if "\0" in name or has_nul(value):
                 shown = name.replace("\0", "\\0")
                 return f"the field {quote(shown)} has the character U+0000, which PostgreSQL cannot store: remove it"
-        return tables.id_problem(row.id, None if self._table is None else self._table.id)
+        if self._table is None:
+            return tables.id_problem(row.id, None)
+        texts = {} if self._keeping.updates or self._table.is_document else self._payload(row)
+        problems = (
+            tables.text_problem("text", value, column)
+            for column in self._table.others
+            if isinstance(value := texts.get(column.name), str)
+        )
+        return tables.id_problem(row.id, self._table.id) or next(filter(None, problems), "")
 
     def _write(self, connection: Connection, rows: Sequence[Row], vectors: Vectors) -> None:
         with refusals(self.name), connection.transaction():

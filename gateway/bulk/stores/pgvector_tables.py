@@ -190,21 +190,24 @@ class Table:
 
 
 def id_problem(row_id: RowId, column: Column | None) -> str:
-    """Return the reason why the column of ids cannot store an id of its kind; empty if it can.
-
-    Args:
-        column: ``None`` for a table that does not exist yet.
-    """
+    """Return the reason why the ids' column, ``None`` in a new table, cannot store an id of its kind; empty if it can."""
     if isinstance(row_id, int):
         kind = "bigint" if column is None else column.kind
         return "" if row_id in _RANGES[kind] else f"its id {row_id} is out of range for the type {kind}"
     if column is not None and column.kind == "uuid" and not _UUID.fullmatch(row_id):
         return f"its id {cut(repr(row_id))} is not a UUID, as the column {quote(column.name)} requires"
-    if column is not None and column.kind == "character varying" and _NO_SIZE < column.size < len(row_id) + _VARHDRSZ:
-        most = column.size - _VARHDRSZ
-        return f"its id has {len(row_id):,} characters, but the column {quote(column.name)} takes at most {most:,}"
+    if column is not None and (problem := text_problem("id", row_id, column)):
+        return problem
     size = len(row_id.encode())
     return f"its id has {size:,} bytes, but can have at most {_MAX_ID_BYTES:,}" if size > _MAX_ID_BYTES else ""
+
+
+def text_problem(what: str, text: str, column: Column) -> str:
+    """Return the reason why a column cannot store a text because of its length; empty if it can."""
+    if column.kind != "character varying" or not _NO_SIZE < column.size < len(text) + _VARHDRSZ:
+        return ""
+    most = column.size - _VARHDRSZ
+    return f"its {what} has {len(text):,} characters, but the column {quote(column.name)} takes at most {most:,}"
 
 
 @contextmanager

@@ -11,8 +11,9 @@ import uuid
 from collections.abc import Mapping
 from typing import Final, TypeAlias
 
-from gateway.bulk.rows import BulkError, Json, Row, RowId
+from gateway.bulk.rows import Json, Row, RowId
 from gateway.bulk.stores.payloads import with_field
+from gateway.config.wording import cut
 
 PointId: TypeAlias = int | str
 """An unsigned integer, or a UUID in its usual spelling."""
@@ -43,24 +44,26 @@ def row_id_of(point: PointId, payload: Mapping[str, Json]) -> tuple[RowId, dict[
     return point, rest
 
 
+def problem_of(row: Row) -> str:
+    """Return the reason why Qdrant cannot store a row; empty if it can."""
+    if ORIGINAL_ID not in row.payload or point_id(row.id) == row.id:
+        return ""
+    return (
+        f"it has a field `{ORIGINAL_ID}`, a name reserved for ids that Qdrant does not allow, such as "
+        f"{cut(repr(row.id))}: rename the field"
+    )
+
+
 def payload_of(row: Row, text_field: str | None) -> dict[str, Json]:
     """Return the payload of a row's point.
 
     Args:
         text_field: the field for the text; ``None`` to leave out the text.
-
-    Raises:
-        BulkError: the row's own payload has a field with the name reserved for the text or the id.
     """
     payload = dict(row.payload)
     if text_field is not None:
         payload = with_field(payload, text_field, row.text)
     if point_id(row.id) != row.id:
-        if ORIGINAL_ID in payload:
-            raise BulkError(
-                f"{row.place} has a field `{ORIGINAL_ID}`, a name reserved for ids that Qdrant does not allow, such "
-                f"as {row.id!r}: rename the field"
-            )
         payload[ORIGINAL_ID] = row.id
     return payload
 

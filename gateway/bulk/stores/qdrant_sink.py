@@ -8,12 +8,12 @@ from typing import Any, Final, TypeAlias, TypeVar
 
 from qdrant_client import QdrantClient, models
 
-from gateway.bulk.rows import BulkError, EmbeddedRows, SpaceNote
+from gateway.bulk.rows import BulkError, EmbeddedRows, Row, SpaceNote
 from gateway.bulk.stores.notes import check_note, read_notes, write_notes
 from gateway.bulk.stores.protocol import Keeping
 from gateway.bulk.stores.qdrant_connection import Connection
 from gateway.bulk.stores.qdrant_layout import UNNAMED, Layout, Vectors, dense_params, layout_in, new_layout
-from gateway.bulk.stores.qdrant_points import payload_of, point_id
+from gateway.bulk.stores.qdrant_points import payload_of, point_id, problem_of
 from gateway.bulk.stores.qdrant_settings import create, create_like, layout_like
 
 Result = TypeVar("Result")
@@ -78,6 +78,10 @@ class QdrantSink:
             self._write_notes({**notes, layout.noted: note})
         self._layout = layout
 
+    def problem(self, row: Row) -> str:
+        """Return the reason why Qdrant cannot store a row; empty if it can."""
+        return problem_of(row)
+
     def write(self, shard: int, batch: EmbeddedRows) -> None:
         """Store a shard's points, and wait until they are on the server's disk.
 
@@ -86,6 +90,9 @@ class QdrantSink:
         """
         if self._layout is None:
             raise RuntimeError("a sink must be opened before the first write")
+        for row in batch.rows:
+            if problem := self.problem(row):
+                raise BulkError(f"{row.place}: {problem}")
         for points in _requests(batch, self._layout, self._keeping.text):
             self._call(partial(self._update if self._keeping.updates else self._upsert, points))
 

@@ -214,6 +214,31 @@ class _Numbered:
         yield from (row(number, f"text {number}") for number in self._ids)
 
 
+RESERVED = {
+    "qdrant": ("x", ["gateway_id"]),
+    "chroma": (1, ["gateway_id", "", "$schema", "#x", "chroma:document"]),
+    "milvus": (1, ["id", "vector", "sparse", "$meta"]),
+}
+"""Fields that a store needs itself, with an id for which it does."""
+
+
+def test_a_field_that_a_store_would_lose_is_a_problem_of_its_row(url: str, kind: str) -> None:
+    """Other stores keep fields of any name."""
+    row_id, names = RESERVED.get(kind, (1, []))
+    found, collection = open_url(url)
+    with closing(found), closing(found.sink(collection, Keeping())) as sink:
+        sink.open(NOTE)
+        for name in names:
+            assert isinstance(sink, Choosy)
+            assert f"it has a field `{name}`" in sink.problem(row(row_id, "x", {name: 1})) or not name
+            assert sink.problem(row(row_id, "x", {name: 1}))
+        payload: dict[str, Json] = {} if names else {"vector": 1, "$meta": {"a": 2}, "gateway_id": 3, "": 4}
+        rows = [row(row_id, "x", {**payload, "kept": 5})]
+        assert not isinstance(sink, Choosy) or not sink.problem(rows[0])
+        sink.write(0, embedded(rows))
+    assert by_id(url) == {row_id: ("x", {**payload, "kept": 5})}
+
+
 @pytest.mark.parametrize("kind", ["chroma", "lancedb", "milvus", "pgvector"])
 def test_chunks_of_items_with_numbers_as_ids_are_stored_in_every_run(url: str, kind: str) -> None:
     """A chunk's id is a text, whatever the id of its item."""

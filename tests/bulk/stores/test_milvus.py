@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from pymilvus import DataType, MilvusClient
 
 from gateway.bulk.fields import FieldNames
 from gateway.bulk.places import open_movable, read_place
-from gateway.bulk.rows import BadRow, BulkError, Row
+from gateway.bulk.rows import BadRow, BulkError, Choosy, Row
 from gateway.bulk.stores.milvus import MilvusStore
 from gateway.bulk.stores.protocol import Keeping
 from tests.bulk.stores.rows import HYBRID, NOTE, by_id, embedded, name_of, open_url, read, row, vector_of, write
@@ -51,6 +52,24 @@ def test_an_id_of_another_type_is_refused(url: str) -> None:
     write(url, [row(1, "a")])
     with pytest.raises(BulkError, match=r"id x: its id 'x' is text, but the ids of .* are integers"):
         write(url, [row("x", "b")])
+
+
+def test_a_text_that_is_too_long_for_its_field_is_a_problem_of_its_row(url: str, milvus: MilvusClient) -> None:
+    schema = milvus.create_schema(enable_dynamic_field=True)
+    schema.add_field("id", DataType.INT64, is_primary=True)
+    schema.add_field("vector", DataType.FLOAT_VECTOR, dim=4)
+    schema.add_field("text", DataType.VARCHAR, max_length=8)
+    indexes = milvus.prepare_index_params()
+    indexes.add_index("vector", index_type="AUTOINDEX", metric_type="COSINE")
+    milvus.create_collection(name_of(url), schema=schema, index_params=indexes)
+    store = store_of(url)
+    with closing(store), closing(store.sink(name_of(url), Keeping("text"))) as sink:
+        sink.open(NOTE)
+        assert isinstance(sink, Choosy)
+        assert "its field `text` has 10 bytes, but those of" in sink.problem(row(1, "äöüäö"))
+        assert not sink.problem(row(2, "äöüä"))
+        sink.write(0, embedded([row(2, "äöüä")]))
+    assert by_id(url) == {2: ("äöüä", {})}
 
 
 def test_sparse_weights_are_kept_and_found(url: str, milvus: MilvusClient) -> None:

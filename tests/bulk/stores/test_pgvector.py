@@ -293,6 +293,18 @@ def test_an_id_that_its_column_cannot_store_is_a_problem_of_its_row(url: str, sq
                     sink.write(0, embedded([row(row_id, "a")]))
 
 
+def test_a_text_that_its_column_cannot_store_is_a_problem_of_its_row(url: str, sql: psycopg.Connection) -> None:
+    sql.execute(
+        "CREATE TABLE docs (id bigint PRIMARY KEY, embedding vector(4), text varchar(5), tag varchar(3), n int)"
+    )
+    with closing(store_of(url)) as store, closing(store.sink("docs", Keeping("text"))) as sink:
+        sink.open(NOTE)
+        assert sink.problem(row(1, "äöüäöü")) == "its text has 6 characters, but the column `text` takes at most 5"
+        assert "has 4 characters, but the column `tag` takes at most 3" in sink.problem(row(1, "a", {"tag": "abcd"}))
+        sink.write(0, embedded([row(1, "äöüäö", {"tag": "abc", "n": 1})]))
+    assert by_id(url) == {1: ("äöüäö", {"tag": "abc", "n": 1})}
+
+
 def test_a_server_that_cannot_write_is_not_called_away(url: str, sql: psycopg.Connection) -> None:
     write(url, [row(1, "a")])
     sql.execute(
