@@ -11,7 +11,7 @@ import structlog
 
 from gateway.backends.base import Replica, Report, unreported
 from gateway.cluster.command import ask
-from gateway.cluster.deploying import NOT_STARTED, Cluster
+from gateway.cluster.deploying import NOT_STARTED, Cluster, Deployed
 from gateway.cluster.discovery import DIRECTORY
 from gateway.cluster.line import Line
 from gateway.cluster.placing import Spec
@@ -28,6 +28,9 @@ log = structlog.get_logger(__name__)
 _POLL_S: Final = 0.5
 # A model that no machine has room for fails after this time in seconds, and is retried later.
 _PLACE_S: Final = 60.0
+# The seconds between checks of a model that has lost all replicas; longer each time that it is deployed again.
+_FIRST_PAUSE_S: Final = 5.0
+_LONGEST_PAUSE_S: Final = 60.0
 # When a replica is replaced, a gap of this length in seconds is normal.
 _GAP_S: Final = 2.0
 
@@ -91,9 +94,11 @@ class RayBackend:
         shown, cluster = "", self._site.cluster
         while not self._pool.usable:
             found = await asyncio.to_thread(cluster.look, spec.name)
-            if found.has_failed:  # Serve does not retry until the model is deployed again
+            if await self._has_failed(found):  # Serve does not retry until the model is deployed again
                 await self._stop(delete=True)
                 raise LoadError(found.reason or f"Ray Serve says {found.status}")
+            if found.status == NOT_STARTED:  # another front has removed it, which did not know that this one waits
+                await asyncio.to_thread(cluster.deploy, spec)
             if found.reason != shown:
                 shown = found.reason
                 report(ModelState.LOADING, shown)
@@ -103,6 +108,13 @@ class RayBackend:
             await self._pool.changed(_POLL_S)
         assert self._pool.info is not None  # noqa: S101  a usable line has it
         return self._pool.info
+
+    async def _has_failed(self, found: Deployed) -> bool:
+        """Return whether Serve has given up on a deployment: between an end and the next start, it only seems so."""
+        if found.has_failed:
+            await asyncio.sleep(_POLL_S)
+            found = await asyncio.to_thread(self._site.cluster.look, found.name)
+        return found.has_failed
 
     async def start(self, report: Report) -> ModelInfo:
         info = self._pool.info if self._pool.usable else await self.plan(report)
@@ -178,15 +190,17 @@ class RayBackend:
             self._run(self._deploy_again())
 
     async def _deploy_again(self) -> None:
-        """Deploy the model again if another front or an operator removed its deployment."""
+        """Deploy the model again if Serve has given up on it, or if another front or an operator removed its deployment."""
+        pause_s = _FIRST_PAUSE_S
         while self._is_ready and self._spec is not None and not self._pool.usable:
             try:
                 found = await asyncio.to_thread(self._site.cluster.look, self._spec.name)
-                if found.status == NOT_STARTED:
+                if found.status == NOT_STARTED or await self._has_failed(found):
                     await asyncio.to_thread(self._site.cluster.deploy, self._spec)
+                    pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)  # its replicas may fail again
             except Exception as error:  # Serve may be restarting; the next check asks again
                 log.warning("cluster_not_answering", model=self._entry.id, error=repr(error))
-            await self._pool.changed(5.0)
+            await self._pool.changed(pause_s)
 
     def _run(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)

@@ -75,7 +75,7 @@ async def prune(cluster: Cluster, names: Sequence[str] = ()) -> tuple[list[Found
     found = await look(cluster)
     for name in names:
         _require_unused(name, found)
-    unused = [one for one in found if one.num_fronts == 0 or _is_failed(one.deployed) or one.deployed.name in names]
+    unused = [one for one in found if one.num_fronts == 0 or one.deployed.has_failed or one.deployed.name in names]
     await asyncio.to_thread(cluster.delete, [one.deployed.name for one in unused])
     return unused, [one for one in found if one not in unused]
 
@@ -87,10 +87,6 @@ def _require_unused(name: str, found: Sequence[Found]) -> None:
         raise StartError(f"the cluster has no deployment {name!r}: it has {names}")
     if one.num_fronts:
         raise StartError(f"{name} is in use by {one.num_fronts} gateways: stop them, or remove the model from theirs")
-
-
-def _is_failed(deployed: Deployed) -> bool:
-    return deployed.status == "DEPLOY_FAILED" and not deployed.num_running
 
 
 def describe(found: Found) -> list[str]:

@@ -50,7 +50,7 @@ class Deployed:
         status: Serve's status, such as ``RUNNING``.
         reason: the reason why the deployment is not running; may be empty.
         num_running: the number of running replicas.
-        num_starting: the number of replicas that are starting, or waiting for resources.
+        num_starting: the number of replicas that are starting, waiting for resources, or that a new controller has found.
     """
 
     name: str
@@ -61,8 +61,8 @@ class Deployed:
 
     @property
     def has_failed(self) -> bool:
-        """Whether Serve has given up on it."""
-        return self.status in ("DEPLOY_FAILED", "UNHEALTHY") and not self.num_running
+        """Whether Serve has given up on it. Serve calls it the same while it replaces replicas that have all died."""
+        return self.status in ("DEPLOY_FAILED", "UNHEALTHY") and not self.num_running and not self.num_starting
 
 
 @cache
@@ -129,8 +129,18 @@ class Cluster:
         return str(ray.get_runtime_context().gcs_address)
 
     def deploy(self, spec: Spec) -> None:
-        """Deploy a model unless it is already deployed: fronts that start together deploy the same model once."""
+        """Deploy a model unless it is already deployed: fronts that start together deploy the same model once.
+
+        A deployment that Serve has given up is deployed anew. Serve gives up if two replicas fail to start before one has
+        started, or if all replicas die while its controller restarts: the new controller does not know that they worked.
+
+        Raises:
+            TimeoutError: Serve does not remove the deployment that it has given up.
+        """
         with _TURN:
+            if (found := self.look(spec.name)).has_failed:
+                log.warning("deployed_again", model=spec.entry.id, deployment=spec.name, reason=found.reason)
+                serve.delete(spec.name)  # without that, Serve would ignore the same version
             self._deploy(spec)
 
     @staticmethod
@@ -172,7 +182,7 @@ class Cluster:
             states = {} if deployment is None else {str(state): num for state, num in deployment.replica_states.items()}
             num_running = states.get("RUNNING", 0)
             reason = _reason(app.message or "", "" if deployment is None else deployment.message)
-            num_starting = states.get("STARTING", 0)
+            num_starting = states.get("STARTING", 0) + states.get("RECOVERING", 0)
             found[name] = Deployed(name, str(app.status.value), reason, num_running, num_starting)
         return found
 

@@ -23,9 +23,9 @@ from gateway.config.cache import CacheConfig
 from gateway.config.model_entry import ModelEntry
 from gateway.config.replicas import Replicas
 from gateway.config.settings import Settings
-from gateway.errors import StartError
+from gateway.errors import LoadError, StartError
 from gateway.fleet import Fleet, Model
-from gateway.types import EmbedJob, ModelState, Truncate
+from gateway.types import EmbedJob, ModelInfo, ModelState, Truncate
 
 pytest.importorskip("ray", reason="needs the extra `cluster`")
 
@@ -42,7 +42,7 @@ class Placed:
     """A site whose deployments are there already."""
 
     cluster: Any = SimpleNamespace(
-        look=lambda _name: SimpleNamespace(has_failed=False, reason=""),
+        look=lambda name: Deployed(name, "DEPLOYING", "", num_starting=1),
         has_begun=lambda _name: True,
         others=lambda _name: [],
     )
@@ -184,6 +184,46 @@ def test_the_status_says_which_gateways_differ() -> None:
     ]
 
 
+def starting(
+    monkeypatch: pytest.MonkeyPatch, *seen: Deployed
+) -> tuple[asyncio.Task[ModelInfo], list[Deployed], list[str]]:
+    """Start to load a model without replicas, of which Serve says one thing after another.
+
+    Returns the load, the things that Serve has yet to say but for the last, which it repeats, and the models deployed again.
+    """
+    monkeypatch.setattr("gateway.cluster.backend._POLL_S", 0.01)
+    left, again = list(seen), list[str]()
+    site = Placed()
+    site.cluster = SimpleNamespace(
+        look=lambda _name: left.pop(0) if len(left) > 1 else left[0],
+        deploy=lambda spec: again.append(spec.entry.id),
+        has_begun=lambda _name: True,
+    )
+    entry = ModelEntry(id="waiting", source="./x", enabled=True)
+    return asyncio.create_task(RayBackend(entry, Settings(), site).plan()), left, again
+
+
+async def test_a_model_that_another_gateway_removes_while_this_one_waits_is_deployed_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gone, there = Deployed("gateway-x-1", "NOT_STARTED", ""), Deployed("gateway-x-1", "DEPLOYING", "", 0, 1)
+    loading, left, again = starting(monkeypatch, there, gone, there)
+    await until(lambda: len(left) == 1)
+    loading.cancel()
+    assert again == ["waiting"]
+
+
+async def test_a_load_has_failed_only_if_no_replica_runs_or_starts_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the end of the last replica and the start of another, Serve says the same as when it has given up."""
+    failed, replaced = (Deployed("gateway-x-1", "UNHEALTHY", "a node died", 0, number) for number in (0, 1))
+    waiting, left, _ = starting(monkeypatch, replaced, failed, replaced, failed, replaced)
+    await until(lambda: len(left) == 1)
+    assert not waiting.done()
+    waiting.cancel()
+    with pytest.raises(LoadError, match="a node died"):
+        await starting(monkeypatch, replaced, failed)[0]
+
+
 class Deployments:
     """A cluster with deployments, and the names of the deleted ones."""
 
@@ -205,6 +245,7 @@ class Deployments:
 WAITING = Found(Deployed("gateway-w-1", "DEPLOYING", "", 0, 1), [], None)
 SILENT = Found(Deployed("gateway-s-1", "RUNNING", "", 1), [], None)
 FAILED = Found(Deployed("gateway-f-1", "DEPLOY_FAILED", "no such file", 0), [], None)
+REPLACED = Found(Deployed("gateway-r-1", "DEPLOY_FAILED", "node died", 0, 1), [], None)
 UNUSED = Found(Deployed("gateway-u-1", "RUNNING", "", 1), [], 0)
 USED = Found(Deployed("gateway-x-1", "RUNNING", "", 2), [], 2)
 
@@ -212,13 +253,15 @@ USED = Found(Deployed("gateway-x-1", "RUNNING", "", 2), [], 2)
 async def test_prune_says_what_it_removes_and_what_it_keeps_because_nothing_answers(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    cluster = Deployments(monkeypatch, WAITING, SILENT, FAILED, UNUSED, USED)
+    cluster = Deployments(monkeypatch, WAITING, SILENT, FAILED, REPLACED, UNUSED, USED)
 
     lines = describe_pruned(*await prune(cluster))  # type: ignore[arg-type]
 
     assert cluster.deleted == ["gateway-f-1", "gateway-u-1"]
     assert lines[:2] == ["removed gateway-f-1", "removed gateway-u-1"]
-    assert [line.partition(":")[0] for line in lines[2:]] == ["kept gateway-w-1", "kept gateway-s-1"]
+    assert [line.partition(":")[0] for line in lines[2:]] == [
+        *("kept gateway-w-1", "kept gateway-s-1", "kept gateway-r-1")
+    ]
     assert lines[2].endswith("if none is, run `gateway cluster prune gateway-w-1`")
 
 

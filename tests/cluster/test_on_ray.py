@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import sys
@@ -95,11 +96,14 @@ async def test_killed_replicas_cost_no_request(
 async def test_a_machine_that_goes_costs_no_request_and_its_replica_moves(
     simulated: Simulated, on_cards: Front, traffic: Traffic
 ) -> None:
-    await asyncio.to_thread(simulated.kill_machine)
+    backend = on_cards.deployment.fleet.get(ON_CARDS).backend  # type: ignore[union-attr]
+    node = backend.lines[0].place.node  # type: ignore[attr-defined]
+    await asyncio.to_thread(simulated.kill_machine, node)
     await until_usable(on_cards, ON_CARDS, 1)
     await traffic.more(100)
     await traffic.stop()
 
+    assert node not in {line.place.node for line in backend.lines if line.is_usable}  # type: ignore[attr-defined]
     assert traffic.failed == []
     assert traffic.gap_s < LONGEST_GAP_S
     simulated.replace_machine()
@@ -117,6 +121,32 @@ async def test_serving_continues_without_the_controller(simulated: Simulated, tr
     assert traffic.failed == []
     assert traffic.gap_s < LONGEST_GAP_S
     assert noted("started") == []
+
+
+async def test_a_model_whose_replicas_all_die_while_the_controller_restarts_is_deployed_again(
+    simulated: Simulated, on_cards: Front
+) -> None:
+    """The new controller does not know that the replicas ever worked, counts their ends as failed starts, and gives up."""
+    from ray import serve
+
+    name = on_cards.deployment.fleet.get(ON_CARDS).backend._spec.name  # type: ignore[union-attr, attr-defined]
+
+    def recovering() -> int:
+        with contextlib.suppress(Exception):  # the controller may be down
+            return serve.status().applications[name].deployments["model"].replica_states.get("RECOVERING", 0)
+        return 0
+
+    replicas = simulated.processes(f"ray::ServeReplica:{name}")
+    for replica in replicas:  # so that they do not answer the new controller before they die
+        replica.suspend()
+    simulated.processes("ray::ServeController")[0].kill()
+    await until_in_thread(lambda: recovering() == 2)
+    for replica in replicas:
+        replica.kill()
+    await until_usable(on_cards, ON_CARDS, 0)
+    await until_usable(on_cards, ON_CARDS, 2)
+
+    assert (await on_cards.embed(ON_CARDS, "answered again")).status_code == 200
 
 
 async def test_a_gateway_starts_while_the_controller_is_down(
