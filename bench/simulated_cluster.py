@@ -49,8 +49,13 @@ class Simulated:
         self.workers.append(node)
         return node
 
-    def kill_machine(self) -> None:
-        """Kill all processes of a machine at once."""
+    def kill_machine(self, node: str | None = None) -> None:
+        """Kill all processes of a machine at once.
+
+        Args:
+            node: its id; by default, the newest machine.
+        """
+        self.workers.sort(key=lambda worker: worker.node_id == node)  # `replace_machine` replaces the last one
         [raylet] = self.workers[-1].all_processes["raylet"]
         parent = psutil.Process(raylet.process.pid)
         for process in [*parent.children(recursive=True), parent]:
@@ -73,13 +78,16 @@ class Simulated:
         return found
 
 
-def num_usable(port: int, model: str) -> int:
-    """Return to how many replicas of a model a gateway has a connection, as it says itself; 0 if it does not answer."""
+def usable_on(port: int, model: str) -> list[str]:
+    """Return the node of each replica of a model to which a gateway has a connection, as it says itself.
+
+    The list is empty if the gateway does not answer.
+    """
     with contextlib.suppress(httpx.HTTPError, ValueError, KeyError):
         cards = httpx.get(f"http://{HOST}:{port}/v1/models", timeout=10).json()["data"]
         [card] = [card for card in cards if card["id"] == model]
-        return sum(replica["state"] == "ready" for replica in card["replicas"])
-    return 0
+        return [replica["node"] for replica in card["replicas"] if replica["state"] == "ready"]
+    return []
 
 
 @contextlib.contextmanager

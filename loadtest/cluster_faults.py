@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ import httpx
 
 from bench.processes import ROOT
 from bench.servers import clean_environ, free_port
-from bench.simulated_cluster import Simulated, num_usable, simulated_cluster
+from bench.simulated_cluster import Simulated, simulated_cluster, usable_on
 from loadtest.faults import (
     HOST,
     MODEL,
@@ -52,15 +53,22 @@ class OnCluster(Victim):
 
     def num_usable(self) -> int:
         """Return how many replicas the gateway has a connection to."""
-        return num_usable(self.port, MODEL)
+        return len(usable_on(self.port, MODEL))
 
     def wait_until_whole(self) -> None:
         """Wait until all replicas and the other gateway are there again, so that the next fault meets a whole cluster."""
         deadline = time.monotonic() + _RETURN_S
-        while self.num_usable() < NUM_REPLICAS or not self._is_other_ready():
+        while (number := self.num_usable()) < NUM_REPLICAS or not self._is_other_ready():
             if time.monotonic() > deadline:
-                raise AssertionError(f"{self.num_usable()} of {NUM_REPLICAS} replicas after {_RETURN_S:.0f} s")
+                raise AssertionError(self._missing(number))
             time.sleep(0.2)
+
+    @staticmethod
+    def _missing(num_usable: int) -> str:
+        missing = "the other gateway is not ready"
+        if num_usable < NUM_REPLICAS:
+            missing = f"{num_usable} of {NUM_REPLICAS} replicas"
+        return f"{missing} after {_RETURN_S:.0f} s"
 
     def _is_other_ready(self) -> bool:
         with suppress(httpx.HTTPError):
@@ -76,7 +84,7 @@ def _cluster(victim: Victim) -> Simulated:
 
 def kill_replica(victim: Victim) -> None:
     """A replica is killed."""
-    _cluster(victim).processes("ray::ServeReplica")[0].kill()
+    victim.rng.choice(_cluster(victim).processes("ray::ServeReplica")).kill()  # also those of the other gateway
     time.sleep(1)  # until that has been noticed
 
 
@@ -88,7 +96,8 @@ def kill_controller(victim: Victim) -> None:
 
 def kill_machine(victim: Victim) -> None:
     """A machine with a replica is killed; another one takes its place."""
-    _cluster(victim).kill_machine()
+    on = Counter(usable_on(victim.port, MODEL))
+    _cluster(victim).kill_machine(min(on, key=lambda node: on[node], default=None))  # one of two, if there are two
     time.sleep(2)
     _cluster(victim).replace_machine()
 

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from bench.servers import free_port
+from bench.simulated_cluster import Simulated
+from loadtest import cluster_faults
 from loadtest.batch import BatchOutcome, check
 from loadtest.faults import FAULTS, Outcome, Victim, inflict
 from loadtest.soak import Sample, Soak, as_table, loading, soak
@@ -86,6 +92,49 @@ def test_a_fault_that_ends_badly_is_counted_and_the_others_have_their_turn() -> 
 
     assert (outcome.name, outcome.recovered_s) == ("Something fails", 0.5)
     assert outcome.problem == "1 of 2 replicas after 120 s"
+
+
+@pytest.mark.parametrize(
+    ("usable", "missing"),
+    [(["one"], "1 of 2 replicas after 0 s"), (["one", "two"], "the other gateway is not ready after")],
+)
+def test_a_cluster_that_does_not_become_whole_says_what_it_lacks(
+    usable: list[str], missing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster_faults, "usable_on", lambda _port, _model: usable)
+    monkeypatch.setattr(cluster_faults, "_RETURN_S", 0.0)
+    victim = cluster_faults.OnCluster(None, 0, Path("models.yaml"), other_port=free_port())  # type: ignore[arg-type]
+
+    with pytest.raises(AssertionError, match=missing):
+        victim.wait_until_whole()
+
+
+class Machine:
+    """A machine of a simulated cluster, with one process."""
+
+    def __init__(self, node_id: str) -> None:
+        process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+        self.node_id, self.process = node_id, process
+        self.all_processes = {"raylet": [SimpleNamespace(process=process)]}
+
+
+def test_the_machine_that_is_killed_has_a_replica_and_rather_not_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second, third = machines = [Machine(name) for name in ("first", "second", "third")]
+    simulated = Simulated("127.0.0.1:1", None, 1, list(machines))
+    added: list[Machine] = []
+    monkeypatch.setattr(simulated, "replace_machine", lambda: added.append(simulated.workers[-1]))
+    monkeypatch.setattr(cluster_faults, "usable_on", lambda _port, _model: ["first", "first", "second"])
+    monkeypatch.setattr(cluster_faults.time, "sleep", lambda _s: None)
+    try:
+        cluster_faults.kill_machine(cluster_faults.OnCluster(None, 0, Path("x"), simulated=simulated))  # type: ignore[arg-type]
+
+        assert second.process.wait(30) == -signal.SIGKILL
+        assert added == [second]
+        assert (first.process.poll(), third.process.poll()) == (None, None)
+    finally:
+        for machine in machines:
+            machine.process.kill()
+            machine.process.communicate()
 
 
 def test_the_load_ends_with_a_run_that_fails() -> None:
