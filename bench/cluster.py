@@ -31,7 +31,7 @@ from bench.processes import RESULTS, ROOT
 from bench.report import Goal, goals_table, note, number, table, update_page
 from bench.rounds import Shape
 from bench.servers import Server, clean_environ, free_port, start_gateway_with
-from bench.simulated_cluster import Simulated, num_usable, simulated_cluster
+from bench.simulated_cluster import Simulated, simulated_cluster, usable_on
 from bench.stats import median, percentile
 from bench.texts import Sentences
 
@@ -202,7 +202,7 @@ def measure_faults(simulated: Simulated, fronts: Sequence[Server], registry: Pat
         note(f"{name}: {found[name].num_answered} answered, lost {found[name].lost[:3]}, gap {found[name].gap_s:.2f} s")
 
     def is_whole() -> bool:
-        return all(num_usable(port, MODEL) == 2 for port in ports)
+        return all(len(usable_on(port, MODEL)) == 2 for port in ports)
 
     _until(is_whole)
     run("nothing", 3, lambda: None)
