@@ -131,7 +131,7 @@ class Cluster:
     def deploy(self, spec: Spec) -> None:
         """Deploy a model unless it is already deployed: fronts that start together deploy the same model once.
 
-        A deployment that Serve has given up is deployed anew. Serve gives up if two replicas fail to start before one has
+        A deployment that Serve has given up is deployed again. Serve gives up if two replicas fail to start before one has
         started, or if all replicas die while its controller restarts: the new controller does not know that they worked.
 
         Raises:
