@@ -30,11 +30,11 @@ from transformers import PreTrainedConfig
 
 from bench import gpu_models
 from bench.gpu_card import describe_card, describe_state
-from bench.gpu_findings import Findings, Latency, ModelFindings, Outputs, Tasks, Throughput
+from bench.gpu_findings import Findings, Latency, ModelFindings, Outputs, Tasks, Throughput, model_report
 from bench.gpu_models import NUM_TASKS, PaddedEncoder, Rows, RuntimeEncoder
 from bench.machine import describe_machine
 from bench.processes import RESULTS
-from bench.report import note, update_page
+from bench.report import goals_table, note, update_page
 from bench.stats import median, median_ratio, percentile
 
 
@@ -337,17 +337,19 @@ def _padding(rows: Rows) -> float:
 
 
 def measure(device: torch.device, dtypes: Sequence[torch.dtype], scale: Scale) -> Findings:
-    """Measure both models in each precision."""
+    """Measure both models in each precision, and print the report of each at once: a run may be ended early."""
     matmul: dict[str, dict[str, float]] = {}
     models = []
+    configs = {"Jina v3": gpu_models.jina_v3_config, "BGE-M3": gpu_models.bge_m3_config}
     with torch.inference_mode():
         for dtype in dtypes:
             bench = Bench(device, dtype, scale)
             matmul[str(dtype).removeprefix("torch.")] = {
                 " x ".join(map(str, shape)): rate for shape, rate in bench.matmul_tflops.items()
             }
-            models.append(bench.run("Jina v3", gpu_models.jina_v3_config(is_tiny=scale.is_tiny), has_tasks=True))
-            models.append(bench.run("BGE-M3", gpu_models.bge_m3_config(is_tiny=scale.is_tiny), has_tasks=False))
+            for name, make_config in configs.items():
+                models.append(bench.run(name, make_config(is_tiny=scale.is_tiny), has_tasks=name == "Jina v3"))
+                note(f"\n{goals_table(models[-1].goals())}\n\n{model_report(models[-1])}\n")
     return Findings(describe_card(device), matmul, models)
 
 

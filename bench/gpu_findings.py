@@ -156,7 +156,7 @@ class Findings:
                 f"{self.device}; {describe_machine()}",
                 f"### Goals\n\n{goals_table(self.goals())}",
                 f"### Matrix products alone, TFLOP/s\n\n{self._matmul_table()}",
-                *(_model_report(model) for model in self.models),
+                *(model_report(model) for model in self.models),
             )
         )
 
@@ -169,7 +169,8 @@ class Findings:
         )
 
 
-def _model_report(model: ModelFindings) -> str:
+def model_report(model: ModelFindings) -> str:
+    """Return the tables of one model."""
     before, after = model.matmul_tflops
     states = "; ".join(f"{when}: {state}" for when, state in zip(("before", "after"), model.states, strict=True))
     parts = [

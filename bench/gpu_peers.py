@@ -172,12 +172,16 @@ def _row(kind: str, texts: Sequence[str], num_tokens: int, encoders: Mapping[str
     note(f"{kind}: {len(texts)} texts")
     vectors = {name: torch.from_numpy(encode(texts)).float() for name, encode in encoders.items()}  # warms up
     seconds = _in_turns({name: partial(encode, texts) for name, encode in encoders.items()})
-    return Row(
+    row = Row(
         kind,
         [num_tokens / median(times) for times in seconds.values()],
         [median_ratio(seconds[name], seconds["ours"]) for name in ("theirs", "large")],
         gpu_models.min_cosine(vectors["ours"], vectors["theirs"]),
     )
+    note(
+        f"{kind}: {' '.join(map(number, (*row.tokens_per_s, *row.ratios)))}, cosine {row.cosine:.6f}"
+    )  # it may end early
+    return row
 
 
 def _costs(ours: Ours, texts: Sequence[str]) -> dict[Output, float]:
