@@ -149,5 +149,7 @@ async def test_a_vector_without_a_name_can_be_the_old_one_but_stays(
         move = await back(move, tmp_path, console, "old")
         check_vectors(shop, "", "old")
         move = await flip(move, tmp_path, console, forces=True)
-        with pytest.raises(BulkError, match="keeps a vector without a name as long as the collection"):
+        with pytest.raises(
+            BulkError, match=r"a vector without a name as long as the collection; to end .* leave out --delete-old"
+        ):
             await finish(move, tmp_path, console, deletes=True)
