@@ -134,8 +134,8 @@ class QdrantStore:
         info = self._connection.read_info(collection)
         if not vector:
             raise BulkError(
-                f"{self._connection.place.named(collection)}: Qdrant keeps a vector without a name as long as the collection; "
-                "to end a move with both vectors kept, leave out --delete-old"
+                f"{self._connection.place.named(collection)}: Qdrant keeps a vector without a name as long as the "
+                "collection; to end a move with both vectors kept, leave out --delete-old"
             )
         self._connection.call(lambda client: client.delete_vector_name(collection, vector), collection)
         notes = read_notes(info.config.metadata, self._connection.place.named(collection))
