@@ -102,7 +102,9 @@ class Worker:
     def busy_since(self) -> float | None:
         """When the current forward began, or last finished a part of its batch; ``None`` without a running forward."""
         started = self._forward_started  # the thread may clear it at any time
-        return None if started is None else max(started, self._encoder.progressed_at)
+        if started is None or self._encoder.works_ahead:  # a part that was launched is not done
+            return started
+        return max(started, self._encoder.progressed_at)
 
     def _run(self) -> None:
         while True:
@@ -200,7 +202,7 @@ class Worker:
             return False
         one = launched.popleft()
         self._arrive(one, is_followed=bool(launched))
-        if one.failure is not None and launched:
+        if one.failure is not None and any(other.failure is None for other in launched):
             # A new attempt would wait for the other batch anyway, and has more memory without it.
             launched.append(one)
             self._forward_started = time.monotonic()

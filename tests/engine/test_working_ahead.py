@@ -89,6 +89,7 @@ class CardEncoder(NumberEncoder):
     def begin(self, items: Sequence[Item]) -> Any:
         batch = [item.tokens.ids for item in items]
         self.num_padding += 10 * len(batch)
+        self.progressed_at = time.monotonic()
         flight = Flight(self, batch)
         if self.is_over:
             flight.end()
@@ -320,6 +321,24 @@ def test_a_batch_that_cannot_be_launched_does_not_fail_the_one_on_the_card(bench
     assert bench.encoder.events[2:5] == [("read", [1, 2]), ("encode", [3]), ("encode", [4])]
     results = [result for batch in bench.delivered.batches for result in batch.results]
     assert [type(result) for result in results] == [Encoded, Encoded, Encoded, InferenceFailed]
+    bench.encoder.wait_for("launch", 5)
+
+
+@pytest.mark.parametrize("place", ["wait", "launch"])
+def test_two_batches_that_fail_are_both_tried_again(bench: Bench, place: str) -> None:
+    """Neither waits for the other one."""
+    if place == "launch":
+        bench.encoder.on_launch = raise_for(4, RuntimeError("broken"))
+    bench.launch_two()
+
+    for flight in bench.encoder.flights:
+        flight.end(RuntimeError("broken"))
+    bench.delivered.wait(4)
+
+    assert sorted(bench.delivered.texts) == [1, 2, 3, 4]
+    assert all(isinstance(result, Encoded) for batch in bench.delivered.batches for result in batch.results)
+    assert bench.faults == []
+    bench.add(5)
     bench.encoder.wait_for("launch", 5)
 
 
