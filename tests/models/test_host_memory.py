@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 import weakref
 
 import numpy as np
@@ -75,6 +76,49 @@ def test_a_buffer_is_not_used_again_while_a_view_of_it_is_read(memory: HostMemor
     del view
     Event.card_is_at += 1
     memory.start_receiving(torch.full((2, 4), 9.0))
+    assert len(memory._all) == 2
+
+
+def test_a_buffer_whose_copy_could_not_be_made_is_used_again(
+    memory: HostMemory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_args: object, **_options: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory (scripted)")
+
+    with monkeypatch.context() as full:
+        full.setattr(torch.Tensor, "to", fail)
+        full.setattr(torch.Tensor, "copy_", fail)
+        for _ in range(3):
+            with pytest.raises(torch.OutOfMemoryError):
+                memory.send(np.arange(4), CPU)
+            Event.card_is_at += 1
+            with pytest.raises(torch.OutOfMemoryError):
+                memory.start_receiving(torch.arange(4.0))
+            gc.collect()
+    memory.send(np.arange(4), CPU)
+
+    assert len(memory._all) == 1
+
+
+def test_the_collector_may_give_a_buffer_back_while_another_one_is_taken(memory: HostMemory) -> None:
+    """As it runs in any thread, between any two steps."""
+
+    class Device:
+        def __hash__(self) -> int:
+            gc.collect()
+            return 0
+
+    cycle: list[object] = [memory.start_receiving(torch.arange(4.0))]
+    cycle.append(cycle)
+    del cycle
+    Event.card_is_at += 1
+
+    thread = threading.Thread(target=memory._take, args=(4, Device()), daemon=True)
+    thread.start()
+    thread.join(10)
+
+    assert not thread.is_alive()
+    memory.send(np.arange(4), CPU)
     assert len(memory._all) == 2
 
 

@@ -8,11 +8,10 @@ this memory is never freed. A buffer is used again when its copy has ended and n
 from __future__ import annotations
 
 import ctypes
-import threading
 import weakref
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,8 +35,8 @@ class HostMemory:
     """The buffers of a process. Any number of threads may use it."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._idle: defaultdict[tuple[torch.device, int], deque[_Buffer]] = defaultdict(deque)
+        # No lock: a finalizer gives a buffer back, and the collector may run it while its thread takes another one.
+        self._idle: dict[tuple[torch.device, int], deque[_Buffer]] = {}
         self._all: list[_Buffer] = []
         # Not even when the interpreter ends and clears all modules.
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._all))
@@ -63,36 +62,39 @@ class HostMemory:
         """
         buffer = self._take(tensor.nbytes, tensor.device)
         target = buffer.memory[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-        target.copy_(tensor, non_blocking=True)
-        buffer.event.record(_stream_of(tensor.device))
         received: npt.NDArray[Any] = target.numpy()
         weakref.finalize(received, self._give, tensor.device, buffer).atexit = False
+        target.copy_(tensor, non_blocking=True)
+        buffer.event.record(_stream_of(tensor.device))
         return received
 
     @contextmanager
     def _buffer(self, num_bytes: int, device: torch.device) -> Iterator[_Buffer]:
         buffer = self._take(num_bytes, device)
-        yield buffer
-        buffer.event.record(_stream_of(device))
-        self._give(device, buffer)
+        try:
+            yield buffer
+        finally:  # the card may have too little memory for a copy
+            buffer.event.record(_stream_of(device))
+            self._give(device, buffer)
 
     def _take(self, num_bytes: int, device: torch.device) -> _Buffer:
         """Return a buffer whose last copy has ended."""
         size = max(_LEAST_BYTES, 1 << max(0, num_bytes - 1).bit_length())
-        with self._lock:
-            idle = self._idle[device, size]
-            buffer = idle.popleft() if idle else None
-        if buffer is not None and buffer.event.query():
-            return buffer
-        if buffer is not None:
+        with suppress(IndexError):
+            buffer = self._of(device, size).popleft()
+            if buffer.event.query():
+                return buffer
             self._give(device, buffer)
         buffer = _make_buffer(size)
         self._all.append(buffer)
         return buffer
 
     def _give(self, device: torch.device, buffer: _Buffer) -> None:
-        with self._lock:
-            self._idle[device, len(buffer.memory)].append(buffer)
+        self._of(device, len(buffer.memory)).append(buffer)
+
+    def _of(self, device: torch.device, size: int) -> deque[_Buffer]:
+        """Return the buffers of a size that nothing on the host reads."""
+        return self._idle.setdefault((device, size), deque())
 
 
 def _stream_of(device: torch.device) -> Any:
