@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import cycle
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -338,6 +339,32 @@ def test_a_kernel_that_computes_something_else_is_not_used(
     assert "it differs from torch by" in refusal["reason"]
 
 
+@needs_compiler
+def test_a_kernel_that_could_not_be_timed_is_not_used(
+    jina: Path, load: Load, monkeypatch: pytest.MonkeyPatch, on_a_card: None
+) -> None:
+    def fail(_work: object, _device: object) -> float:
+        raise torch.OutOfMemoryError("CUDA out of memory (scripted)")
+
+    monkeypatch.setattr(tuning, "_seconds", fail)
+
+    network = tuned(jina, load).encoder.runtime.network
+
+    assert network.rotate is network.normalize is network.attend_short is network.activate is None
+
+
+@pytest.mark.parametrize("num_adapters", [1, 5])
+def test_tasks_are_computed_apart_where_that_is_faster(num_adapters: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also the texts of a model's only task, next to texts without a task."""
+
+    def seconds(_packed: object, adapters: Sequence[int]) -> float:
+        return 60 + len(adapters) * (3 if len(set(adapters)) > 1 else 1)
+
+    monkeypatch.setattr(tuning, "_forward_seconds", seconds)
+
+    assert tuning._least_part_tokens(Mock(num_adapters=num_adapters)) == 32 * 64
+
+
 def test_a_machine_without_the_compiler_uses_torch_s_functions(
     jina: Path, load: Load, monkeypatch: pytest.MonkeyPatch, on_a_card: None
 ) -> None:
@@ -373,8 +400,9 @@ def test_a_card_that_is_lost_over_a_kernel_is_not_used_on(
 class Tuned:
     """Takes the place of ``tune``; the model computes something else from then on."""
 
-    def __init__(self, error: Exception | None = None) -> None:
+    def __init__(self, error: Exception | None, *, is_early: bool) -> None:
         self.error = error
+        self.is_early = is_early
         self.captures: list[bool] = []
 
     def __call__(self, packed: PackedRuntime, *, captures: bool) -> None:
@@ -386,23 +414,27 @@ class Tuned:
             qkv.zero_()
 
         packed.network.rotate = turn  # type: ignore[assignment]
+        if self.is_early and self.error is not None:
+            raise self.error
 
 
 @pytest.mark.parametrize(
-    ("error", "reason"),
+    ("error", "is_early", "reason"),
     [
-        (None, "packed vectors have a cosine of"),
-        (RuntimeError("too many resources"), "RuntimeError: too many resources"),
+        (None, False, "packed vectors have a cosine of"),
+        (RuntimeError("too many resources"), False, "RuntimeError: too many resources"),
+        (RuntimeError("too many resources"), True, "RuntimeError: too many resources"),
     ],
+    ids=["other numbers", "error of a forward", "error while tasks are timed"],
 )
 def test_a_tuned_model_that_differs_is_served_untuned(
-    jina: Path, load: Load, monkeypatch: pytest.MonkeyPatch, error: Exception | None, reason: str
+    jina: Path, load: Load, monkeypatch: pytest.MonkeyPatch, error: Exception | None, is_early: bool, reason: str
 ) -> None:
     plan = plan_load(ModelEntry(id="tiny", source=str(jina), device="cpu", enabled=True))
     options = plan.build_options("cpu", CpuThreads(1, 1))
     loaded = load.__wrapped__(jina, "packed", "float32")  # type: ignore[attr-defined]
     runtime = loaded.encoder.runtime
-    tuner = Tuned(error)
+    tuner = Tuned(error, is_early=is_early)
     monkeypatch.setattr(tuning, "tune", tuner)
 
     def problem() -> str:

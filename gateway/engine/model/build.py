@@ -194,8 +194,8 @@ def _tune(packed: PackedRuntime, options: BuildOptions, problem: Callable[[], st
     """
     from gateway.engine.model.runtimes.tuning import tune, untune
 
-    tune(packed, captures=options.may_capture)
     try:
+        tune(packed, captures=options.may_capture)
         # A graph computes a shape only from the second time on.
         message = problem() or problem()
     except Exception as error:  # a kernel or a graph may raise anything; torch computes without them

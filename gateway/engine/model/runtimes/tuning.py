@@ -58,6 +58,7 @@ def tune(packed: PackedRuntime, *, captures: bool) -> None:
         except Exception as error:  # no kernel is required, and compiling may raise any error
             if is_card_lost(error, str(device)):
                 raise
+            setattr(network, name, None)
             log.info("kernel_not_used", kernel=name, reason=f"{type(error).__name__}: {error}")
         else:
             log.info("kernel_timed", kernel=name, ours_us=round(ours * 1e6), torch_us=round(theirs * 1e6))
@@ -171,7 +172,7 @@ def _least_part_tokens(packed: PackedRuntime) -> int:
     Adapters cost arithmetic; a forward costs its launches, which take longer than the card does on a slow host.
     """
     try:
-        tasks = [i % packed.num_adapters for i in range(_MIXED_TEXTS)]
+        tasks = [i % (packed.num_adapters + 1) - 1 for i in range(_MIXED_TEXTS)]  # -1 is no adapter
         budget = _forward_seconds(packed, tasks) / _MIXED_TEXTS  # of a text in a mixed batch
         sizes = (size for size in _PART_TEXTS if _forward_seconds(packed, [0] * size) <= size * budget)
         return 64 * next(sizes, _NEVER // 64)
