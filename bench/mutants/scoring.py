@@ -28,8 +28,8 @@ batches/answering batches/contents batches/lines batches/recording batches/runne
 bulk/chunking bulk/fields bulk/job bulk/manifest
 cache/entries cache/files cache/model_cache cache/stores cluster/line cluster/placing cluster/wire
 compare/comparison compare/cost compare/quality compare/search compare/statistics
-engine/admission engine/batcher golden engine/memory engine/model/adapters engine/model/heads engine/model/pairs
-engine/model/states engine/model/tokenizer engine/scheduler engine/worker
+engine/admission engine/ahead engine/batch_queue engine/batcher engine/checks golden engine/memory engine/model/adapters
+engine/model/heads engine/model/pairs engine/model/states engine/model/tokenizer engine/scheduler engine/worker
 experiments/exposures experiments/sample_ratio experiments/split experiments/stats experiments/units
 outcomes/reading routing/names routing/router routing/rules routing/shadow routing/spaces telemetry/logs
 """
