@@ -31,7 +31,7 @@ from transformers import PreTrainedConfig
 from bench import gpu_models
 from bench.gpu_card import describe_card, describe_state
 from bench.gpu_findings import Findings, Latency, ModelFindings, Outputs, Tasks, Throughput, model_report
-from bench.gpu_models import NUM_TASKS, PaddedEncoder, Rows, RuntimeEncoder
+from bench.gpu_models import NUM_TASKS, PaddedEncoder, Rows, RuntimeEncoder, mixed_lengths
 from bench.machine import describe_machine
 from bench.processes import RESULTS
 from bench.report import goals_table, note, update_page
@@ -315,15 +315,6 @@ def random_rows(lengths: Sequence[int], vocabulary: int) -> Rows:
     """Return texts of random token ids, the same each time, without those that may mean something special."""
     source = random.Random(len(lengths))  # noqa: S311  not for secrets
     return [[source.randrange(5, vocabulary) for _ in range(length)] for length in lengths]
-
-
-def mixed_lengths(num_tokens: int, longest: int) -> list[int]:
-    """Return lengths as texts have them, most short and a few very long: log-normal, 60 tokens in the middle."""
-    source = random.Random(0)  # noqa: S311
-    lengths: list[int] = []
-    while sum(lengths) < num_tokens:
-        lengths.append(max(4, min(longest, round(source.lognormvariate(math.log(60), 1.2)))))
-    return lengths
 
 
 def _padding(rows: Rows) -> float:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import math
+import random
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -318,6 +320,15 @@ def batch_counts(lengths: Sequence[int], max_batch_tokens: int) -> list[int]:
             counts.append(1)
             total = length
     return counts
+
+
+def mixed_lengths(num_tokens: int, longest: int) -> list[int]:
+    """Return lengths as texts have them, most short and a few very long: log-normal, 60 tokens in the middle."""
+    source = random.Random(0)  # noqa: S311
+    lengths: list[int] = []
+    while sum(lengths) < num_tokens:
+        lengths.append(max(4, min(longest, round(source.lognormvariate(math.log(60), 1.2)))))
+    return lengths
 
 
 def min_cosine(ours: torch.Tensor, theirs: torch.Tensor) -> float:

@@ -32,8 +32,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from bench import gpu_models
-from bench.gpu import mixed_lengths
 from bench.gpu_card import describe_card
+from bench.gpu_models import min_cosine, mixed_lengths
 from bench.machine import describe_machine
 from bench.report import Goal, goals_table, note, number, table, update_page
 from bench.stats import median, median_ratio
@@ -176,7 +176,7 @@ def _row(kind: str, texts: Sequence[str], num_tokens: int, encoders: Mapping[str
         kind,
         [num_tokens / median(times) for times in seconds.values()],
         [median_ratio(seconds[name], seconds["ours"]) for name in ("theirs", "large")],
-        gpu_models.min_cosine(vectors["ours"], vectors["theirs"]),
+        min_cosine(vectors["ours"], vectors["theirs"]),
     )
     note(
         f"{kind}: {' '.join(map(number, (*row.tokens_per_s, *row.ratios)))}, cosine {row.cosine:.6f}"
