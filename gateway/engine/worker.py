@@ -116,13 +116,17 @@ class Worker:
                 return
             except BaseException:  # a fault of this code must not end the model: start again
                 lost, self.in_hand = self.in_hand, ()
-                self.num_failed_in_a_row += 1
-                metrics.WORKER_FAULTS.labels(self._model).inc()
-                log.exception("worker_failed", model=self._model, replica=self._replica, texts=len(lost))
-                self._on_fault(lost)
-                time.sleep(_FAULT_PAUSE_S)
+                self._report_fault(lost)
             else:
                 return
+
+    def _report_fault(self, lost: Sequence[TokenSequence]) -> None:
+        """Log, count and report the fault that is being handled, and pause."""
+        self.num_failed_in_a_row += 1
+        metrics.WORKER_FAULTS.labels(self._model).inc()
+        log.exception("worker_failed", model=self._model, replica=self._replica, texts=len(lost))
+        self._on_fault(lost)
+        time.sleep(_FAULT_PAUSE_S)
 
     def _compute_warm_up(self) -> None:
         """Compute the warm-up batches once; a failing batch does not matter, unless the card is lost."""
@@ -225,10 +229,17 @@ class Worker:
             now = time.monotonic()
             if now >= window.end - _LOOK_S:
                 break
-            if window.first <= now <= window.last and (batch := self._batches.batch_ahead(self._replica)):
+            if window.first <= now <= window.last and (batch := self._batch_ahead()):
                 return batch
             time.sleep(min(_LOOK_S, window.first - now) if now < window.first else _LOOK_S)
         return []
+
+    def _batch_ahead(self) -> list[TokenSequence]:
+        try:
+            return self._batches.batch_ahead(self._replica)
+        except Exception:  # a fault of the queue: what is on the card is not lost
+            self._report_fault(())
+            return []
 
     def _launch(self, batch: list[TokenSequence], *, is_behind: bool) -> Launched:
         """Launch a batch, or note that this has failed.

@@ -146,6 +146,7 @@ class Bench:
         self.encoder, self.pace = encoder, pace
         self.queue, self.delivered = BatchQueue(10), Delivered()
         self.faults: list[list[int]] = []
+        self.reported = threading.Event()
         self.lost: list[tuple[int, str]] = []
         self.worker = Worker(
             "numbers", encoder, self.queue, self.delivered, self._faulted, 0, lambda *how: self.lost.append(how)
@@ -153,6 +154,7 @@ class Bench:
 
     def _faulted(self, lost: Sequence[Any]) -> None:
         self.faults.append([one.item.tokens.ids[0] for one in lost])
+        self.reported.set()
 
     def add(self, *numbers: int, length: int = 5, handle: RequestHandle | None = None) -> None:
         self.queue.add(waiters(sequences(numbers, length, handle)))
@@ -441,6 +443,26 @@ def test_a_fault_of_the_workers_own_code_loses_what_is_in_hand(bench: Bench, mon
 
     assert bench.faults == [[1, 2, 3, 4]]
     assert bench.delivered.texts == [5]
+
+
+def test_a_fault_of_the_queue_costs_no_batch_that_is_on_the_card(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But the queue is reported: what it has lost would otherwise never be answered."""
+    bench.pace.opened = SHUT
+    bench.add(1, 2)
+    bench.encoder.wait_for("launch", 1, 2)
+
+    def fail(_replica: int) -> None:
+        monkeypatch.undo()
+        raise KeyError("a bug")
+
+    monkeypatch.setattr(bench.queue, "batch_ahead", fail)
+    bench.pace.opened = OPEN
+    assert bench.reported.wait(PATIENCE_S)
+    bench.encoder.flights[0].end()
+    bench.delivered.wait(2)
+
+    assert bench.faults == [[]]
+    assert bench.delivered.texts == [1, 2]
 
 
 # ------------------------------------------------------------------------------------------------------- hang and stop

@@ -75,7 +75,7 @@ class Encoder:
     Attributes:
         num_padding: number of padding tokens computed so far.
         progressed_at: when a part of the running batch was last done, on ``time.monotonic()``, as proof that it does not
-            hang.
+            hang; if the encoder works ahead, the part was only launched.
         device: torch device of the computation.
         accumulates_in_float16: matrix products on a card may accumulate in float16.
         works_ahead: :meth:`begin` does not wait for the device, so that the next batch may be launched while it computes.
