@@ -158,7 +158,7 @@ class Batcher:
         for sequence in pending.sequences:  # empty unless the request ended early
             sequence.waiters = [waiter for waiter in sequence.waiters if waiter.handle is not pending]
             if not sequence.waiters and not sequence.is_taken:
-                self._sequences.pop(_key(sequence), None)
+                self._sequences.pop(sequence.key, None)
         pending.release()
 
     # ------------------------------------------------------------------------------------------------ tokenizing
@@ -203,7 +203,8 @@ class Batcher:
 
     def _join(self, sequence: TokenSequence) -> TokenSequence:
         """Return the sequence of an identical item that is in flight, or this one."""
-        return self._sequences.setdefault(_key(sequence), sequence)
+        sequence.key = _key(sequence)
+        return self._sequences.setdefault(sequence.key, sequence)
 
     # --------------------------------------------------------------------------------------------------- results
 
@@ -227,7 +228,7 @@ class Batcher:
     def _end_requests(self, lost: Sequence[TokenSequence], error: Callable[[], RequestError]) -> None:
         """Answer the requests that wait for sequences that will never be computed."""
         for sequence in lost:
-            self._sequences.pop(_key(sequence), None)
+            self._sequences.pop(sequence.key, None)
             for waiter in sequence.waiters:
                 waiter.handle.is_live = False
                 if (pending := self._pending.get(waiter.handle)) is not None:
@@ -269,7 +270,7 @@ class Batcher:
         metrics.COMPUTED_TOKENS.labels(self._model).inc(num_tokens + batch.num_padding)
         served: set[RequestHandle] = set()
         for sequence, result in zip(batch.sequences, batch.results, strict=True):
-            self._sequences.pop(_key(sequence), None)
+            self._sequences.pop(sequence.key, None)
             for waiter in sequence.waiters:
                 pending = self._pending.get(waiter.handle)
                 if pending is None:  # its caller has gone in the meantime

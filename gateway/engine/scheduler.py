@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
@@ -55,12 +55,14 @@ class TokenSequence:
 
     Attributes:
         replica: the replica that must compute it; ``None`` for any.
+        key: equal for two sequences that may share a computation.
     """
 
     item: Item
     waiters: list[Waiter] = field(default_factory=list)
     is_taken: bool = False
     replica: int | None = None
+    key: Hashable = None
 
 
 @dataclass(eq=False, slots=True)
