@@ -69,6 +69,7 @@ def configure_logs(level: str, style: str) -> None:
         else [format_exception, structlog.processors.JSONRenderer(_as_json)]
     )
     handler = QueuedHandler(sys.stderr, MAX_QUEUED_BYTES)
+    handler.setLevel(level.upper())  # a library may log more
     # Not through `logging`, which takes three times as long: this runs for each request.
     structlog.configure(
         processors=[*shared, *rendering],
@@ -84,6 +85,11 @@ def configure_logs(level: str, style: str) -> None:
             processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *rendering],
         )
     )
+    logging.setLoggerClass(_Logger)  # of the libraries that are imported later
+    for logger in logging.root.manager.loggerDict.values():
+        if isinstance(logger, logging.Logger) and any(map(_is_standard_stream, logger.handlers)):
+            logger.handlers[:] = [other for other in logger.handlers if not _is_standard_stream(other)]
+            logger.propagate = True
     # Infinity clears the root logger's handlers when it is imported, so the gateway's loggers must not depend on them.
     for name in ("", "gateway", "uvicorn"):
         logger = logging.getLogger(name)
@@ -93,6 +99,7 @@ def configure_logs(level: str, style: str) -> None:
     for name in _QUIET:
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.captureWarnings(True)  # Python would print them to standard error itself, and block there
+    threading.excepthook = _log_failed_thread  # also these
 
 
 def _as_json(event: EventDict, default: Callable[[object], object]) -> str:
@@ -111,6 +118,43 @@ def _plain(value: object) -> object:
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+class _Logger(logging.Logger):
+    """Passes on the records that a library wants to print to standard error itself.
+
+    Ray, transformers, torch, and pymilvus give their loggers a handler for that when they are imported. Their lines would
+    not be JSON, and a stalled reader would block the thread that logs.
+    """
+
+    _prints = False
+
+    def addHandler(self, hdlr: logging.Handler) -> None:  # noqa: N802 - the library's name
+        """Add a handler, unless it writes to a standard stream."""
+        if _is_standard_stream(hdlr):
+            self._prints = True
+        else:
+            super().addHandler(hdlr)
+
+    @property
+    def propagate(self) -> bool:
+        """Whether the parent's handlers get the records too."""
+        return self._prints or self._propagates
+
+    @propagate.setter
+    def propagate(self, value: bool) -> None:
+        self._propagates = value
+
+
+def _log_failed_thread(failed: threading.ExceptHookArgs) -> None:
+    """Log an exception that nothing in its thread caught."""
+    if failed.exc_value is not None and not isinstance(failed.exc_value, SystemExit):
+        name = failed.thread.name if failed.thread else None
+        structlog.get_logger(__name__).error("thread_failed", thread=name, exc_info=failed.exc_value)
+
+
+def _is_standard_stream(handler: logging.Handler) -> bool:
+    return isinstance(handler, logging.StreamHandler) and handler.stream in (sys.stderr, sys.stdout)
 
 
 class _Lines:

@@ -7,10 +7,12 @@ import sys
 from pathlib import Path
 
 from gateway.cluster.environment import prepare
+from gateway.telemetry.logs import configure_logs
 
 
 def main(address: str, models: str, port: str) -> None:
     """Serve until a signal."""
+    configure_logs("warning", "json")
     prepare(address)
     from gateway.cluster.site import ClusterSite
     from gateway.config.registry import load_registry
@@ -18,10 +20,8 @@ def main(address: str, models: str, port: str) -> None:
     from gateway.deployment import Deployment
     from gateway.fleet import Fleet
     from gateway.server import leave, serve
-    from gateway.telemetry.logs import configure_logs
     from tests.cluster.fakes import MAKE
 
-    configure_logs("warning", "json")
     settings = Settings(port=int(port), models=Path(models), cluster=address, request_timeout_s=60, cpu_threads=1)
     site = ClusterSite(address, settings, MAKE)
     registry = load_registry(Path(models), {})

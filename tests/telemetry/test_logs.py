@@ -249,7 +249,10 @@ def restored_logging() -> Iterator[None]:
     loggers = [logging.getLogger(name) for name in ("", "gateway", "uvicorn", "sentence_transformers")]
     before = [(logger.handlers[:], logger.level, logger.propagate) for logger in loggers]
     progress_bars = os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS")
+    of_threads, logger_class = threading.excepthook, logging.getLoggerClass()
     yield
+    threading.excepthook = of_threads
+    logging.setLoggerClass(logger_class)
     for logger, (handlers, level, propagate) in zip(loggers, before, strict=True):
         logger.handlers[:], logger.propagate = handlers, propagate
         logger.setLevel(level)
@@ -354,6 +357,45 @@ def test_the_gateway_logs_even_if_a_library_clears_the_root_loggers_handlers(mon
     logging.getLogger("uvicorn.error").warning("and here")
 
     assert [json.loads(line)["event"] for line in output.getvalue().splitlines()] == ["still here", "and here"]
+
+
+_CHATTY = """
+import io, logging, sys, threading
+early = logging.getLogger("early")
+early.addHandler(logging.StreamHandler())
+from gateway.telemetry.logs import configure_logs, flush_logs
+configure_logs("info", "json")
+import huggingface_hub, pymilvus, torch._logging, torch.distributed, transformers
+try:
+    import ray.serve
+except ModuleNotFoundError:
+    pass
+late = logging.getLogger("late")
+late.propagate = False
+late.addHandler(own := logging.StreamHandler(io.StringIO()))
+late.addHandler(logging.StreamHandler(sys.stdout))
+late.propagate = False
+libraries = ("huggingface_hub", "pymilvus", "torch", "torch.distributed", "transformers", "ray", "ray.serve")
+for logger in ("early", "late", *libraries):
+    logging.getLogger(logger).setLevel("DEBUG")
+    logging.getLogger(logger).debug("hello from %s", logger)
+    logging.getLogger(logger).warning("hello from %s", logger)
+assert own.stream.getvalue() == "hello from late\\n" * 2
+threading.Thread(target=lambda: 1 / 0, name="a thread").start()
+"""
+
+
+def test_libraries_that_print_their_lines_themselves_write_to_the_same_log() -> None:
+    printed = subprocess.run([sys.executable, "-c", _CHATTY], capture_output=True, text=True, check=True, cwd=ROOT)
+
+    *lines, last = [json.loads(line) for line in printed.stderr.splitlines()]
+    names = [line["logger"] for line in lines]
+    assert [line["event"] for line in lines] == [f"hello from {name}" for name in names]
+    assert names[:2] == ["early", "late"]
+    assert len(names) == len(set(names)) == 9
+    assert printed.stdout == ""
+    assert (last["event"], last["thread"], last["level"]) == ("thread_failed", "a thread", "error")
+    assert "ZeroDivisionError" in last["exception"]
 
 
 @pytest.mark.usefixtures("restored_logging")
