@@ -49,7 +49,7 @@ class Replica:
         self._patience_s = spec.settings.forward_timeout_s
         self._host: Host | None = None
         self._secret = secrets.token_bytes(32)
-        self._folder = tempfile.TemporaryDirectory(prefix="gateway-replica-")
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._loop = asyncio.get_running_loop()
         _internal_kv_put(begun_key(spec.name), b"1", namespace=NAMESPACE)
         if spec.version != __version__:
@@ -69,6 +69,9 @@ class Replica:
 
     def _with_files(self, spec: Spec) -> ModelEntry:
         """Return the entry with its files written to this machine."""
+        if not spec.files:
+            return spec.entry
+        self._folder = tempfile.TemporaryDirectory(prefix="gateway-replica-")  # a killed process leaves it behind
         paths = {}
         for name, text in spec.files.items():
             path = Path(self._folder.name, f"{name}.json")
@@ -118,7 +121,8 @@ class Replica:
             await self._host.drain(DRAIN_S)
             await self._host.stop()
         await self._backend.stop()
-        self._folder.cleanup()
+        if self._folder is not None:
+            self._folder.cleanup()
 
 
 def _own_address() -> str:
