@@ -21,7 +21,7 @@ from gateway.config.registry import ModelEntry
 from gateway.engine.devices import CpuThreads
 from gateway.engine.loading import plan_load
 from gateway.engine.model import build
-from gateway.engine.model.runtimes import graphs, network, own_kernels, short_attention, tuning
+from gateway.engine.model.runtimes import graphs, network, nvrtc, own_kernels, short_attention, tuning
 from gateway.engine.model.runtimes.graphs import Graphs, find_shape
 from gateway.engine.model.runtimes.nvrtc import compile_source, open_compiler
 from gateway.engine.model.runtimes.own_kernels import (
@@ -365,6 +365,19 @@ def test_tasks_are_computed_apart_where_that_is_faster(num_adapters: int, monkey
     assert tuning._least_part_tokens(Mock(num_adapters=num_adapters)) == 32 * 64
 
 
+def test_a_kernel_is_compiled_once_for_each_kind_of_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = Mock(side_effect=lambda _compiler, source, _capability: source.encode())
+    monkeypatch.setattr(nvrtc, "load_compiler", Mock)
+    monkeypatch.setattr(nvrtc, "compile_source", compiled)
+    nvrtc.machine_code.cache_clear()
+
+    made = [nvrtc.machine_code(source, (8, minor)) for source in "ab" for minor in (0, 6) for _ in range(2)]
+
+    assert made == [b"a"] * 4 + [b"b"] * 4
+    assert compiled.call_count == 4
+    nvrtc.machine_code.cache_clear()
+
+
 def test_a_machine_without_the_compiler_uses_torch_s_functions(
     jina: Path, load: Load, monkeypatch: pytest.MonkeyPatch, on_a_card: None
 ) -> None:
@@ -461,8 +474,10 @@ def test_products_that_add_up_in_float16_are_kept_out_of_graphs(jina: Path) -> N
 def test_a_model_can_be_untuned(jina: Path, load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     runtime = load.__wrapped__(jina, "packed", "float32").encoder.runtime  # type: ignore[attr-defined]
     runtime.make_graphs()
+    before, runtime.least_part_tokens = runtime.least_part_tokens, 64
     features = runtime.prepare([[5] * 9], [-1])
 
     untune(runtime)
 
+    assert runtime.least_part_tokens == before
     assert runtime.forward(features).flat.shape[0] == 9  # prepared graphs can still be computed

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import TypeAlias
 
@@ -24,8 +25,7 @@ def compile_kernel(source: str, name: str, threads: int, device: torch.device) -
         OSError: the compiler's library is not installed.
         RuntimeError: the compiler refuses the source, or the driver refuses the result.
     """
-    capability = torch.cuda.get_device_capability(device)
-    made = compile_source(load_compiler(), source, capability)
+    made = machine_code(source, torch.cuda.get_device_capability(device))
     driver = ctypes.CDLL("libcuda.so.1")
     module, kernel = ctypes.c_void_p(), ctypes.c_void_p()
     with torch.cuda.device(device):
@@ -54,6 +54,17 @@ def _require_driver(driver: ctypes.CDLL, code: int) -> None:
         message = ctypes.c_char_p()
         driver.cuGetErrorString(code, ctypes.byref(message))
         raise RuntimeError(f"CUDA driver error: {(message.value or str(code).encode()).decode()}")
+
+
+@lru_cache(maxsize=128)
+def machine_code(source: str, capability: tuple[int, int]) -> bytes:
+    """Return a source as machine code. It is compiled once: a model that is loaded again on demand does not wait for that.
+
+    Raises:
+        OSError: the compiler's library is not installed.
+        RuntimeError: the compiler refuses the source.
+    """
+    return compile_source(load_compiler(), source, capability)
 
 
 def load_compiler() -> ctypes.CDLL:

@@ -72,10 +72,11 @@ def tune(packed: PackedRuntime, *, captures: bool) -> None:
 
 
 def untune(packed: PackedRuntime) -> None:
-    """Use only torch's functions."""
+    """Use only torch's functions, and split mixed batches as on a card that was not timed."""
     for name in _TRIES:
         setattr(packed.network, name, None)
     packed.graphs = None
+    packed.least_part_tokens = type(packed).least_part_tokens
 
 
 def _try_rotate(network: Network, device: torch.device) -> tuple[float, float]:
