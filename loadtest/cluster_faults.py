@@ -32,7 +32,7 @@ from loadtest.faults import (
 
 NUM_REPLICAS: Final = 2
 _START_S, _RETURN_S = 180.0, 120.0
-_REPLICAS: Final = "    replicas: {min: 2, gpus: 1}\n"
+_REPLICAS: Final = "    replicas: {min: 2, gpus: 1, per_node: 1}\n"
 
 
 @dataclass(slots=True)

@@ -133,15 +133,17 @@ def actor_options(spec: Spec) -> dict[str, Any]:
 
 
 def scaling_options(spec: Spec, policy: object) -> dict[str, Any]:
-    """Return the number of replicas that Ray Serve runs.
+    """Return how many replicas Ray Serve runs, and how many of them on one machine.
 
     Args:
         policy: the function by which Ray scales, as an ``AutoscalingPolicy``.
     """
     replicas = spec.replicas
+    apart = {} if replicas.per_node is None else {"max_replicas_per_node": replicas.per_node}
     if replicas.most == replicas.min:
-        return {"num_replicas": replicas.min}
+        return {"num_replicas": replicas.min, **apart}
     return {
+        **apart,
         "autoscaling_config": {
             "min_replicas": replicas.min,
             "max_replicas": replicas.most,
@@ -150,5 +152,5 @@ def scaling_options(spec: Spec, policy: object) -> dict[str, Any]:
             "upscale_delay_s": UPSCALE_DELAY_S,
             "downscale_delay_s": DOWNSCALE_DELAY_S,
             "policy": policy,
-        }
+        },
     }

@@ -28,6 +28,12 @@ class Replicas(Frozen):
         description="Graphics cards of a replica, 0 or 1. By default 1 if the cluster has any, and `device` is not `cpu`.",
     )
 
+    per_node: Positive | None = Field(
+        default=None,
+        description="Maximum number of replicas on one machine of the cluster. With 1, a model with two replicas survives "
+        "the loss of any machine; a replica waits if no other machine has room. By default no maximum.",
+    )
+
     @property
     def most(self) -> int:
         """The maximum number of replicas."""

@@ -82,8 +82,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def entry(folder: Path) -> Callable[..., ModelEntry]:
     """Return a function that makes the entry of a fake model."""
 
-    def make(model_id: str, *, min: int = 2, max: int | None = None, gpus: int = 1, **changes: Any) -> ModelEntry:  # noqa: A002
-        replicas = Replicas(min=min, max=max, gpus=gpus, target_requests=4)
+    def make(
+        model_id: str,
+        *,
+        min: int = 2,  # noqa: A002
+        max: int | None = None,  # noqa: A002
+        gpus: int = 1,
+        per_node: int | None = None,
+        **changes: Any,
+    ) -> ModelEntry:
+        replicas = Replicas(min=min, max=max, gpus=gpus, target_requests=4, per_node=per_node)
         return ModelEntry(id=model_id, source=str(folder), enabled=True, replicas=replicas, **changes)
 
     return make

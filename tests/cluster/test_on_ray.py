@@ -110,6 +110,20 @@ async def test_a_machine_that_goes_costs_no_request_and_its_replica_moves(
     await until_usable(on_cards, ON_CARDS, 2)
 
 
+async def test_a_machine_gets_no_more_replicas_of_a_model_than_its_entry_allows(
+    simulated: Simulated, start_front: StartFront, entry: MakeEntry
+) -> None:
+    from gateway.cluster.deploying import Cluster
+
+    front = await start_front(entry("apart", min=4, gpus=0, per_node=1))
+    await until_usable(front, "apart", 3)
+
+    backend = front.deployment.fleet.get("apart").backend
+    assert len({line.place.node for line in backend.lines}) == 3
+    [found] = [one for name, one in Cluster(simulated.address).deployed().items() if name.startswith("gateway-apart-")]
+    assert (found.num_running, found.num_starting) == (3, 1)
+
+
 async def test_serving_continues_without_the_controller(simulated: Simulated, traffic: Traffic, noted: Noted) -> None:
     [controller] = simulated.processes("ray::ServeController")
     controller.kill()

@@ -96,6 +96,9 @@ def test_a_replica_gets_a_card_or_a_core(
 
 def test_replicas_are_a_number_or_scaled_between_two() -> None:
     assert scaling_options(spec_of(replicas={"min": 3, "max": 3}), "policy") == {"num_replicas": 3}
+    apart = scaling_options(spec_of(replicas={"min": 2, "per_node": 1}), "policy")
+    assert apart == {"num_replicas": 2, "max_replicas_per_node": 1}
+    assert scaling_options(spec_of(replicas={"max": 2, "per_node": 1}), "policy")["max_replicas_per_node"] == 1
     scaled = scaling_options(spec_of(replicas={"min": 1, "max": 4, "target_requests": 7}), "policy")[
         "autoscaling_config"
     ]
