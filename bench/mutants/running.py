@@ -67,9 +67,10 @@ class Outcome:
     """The outcome of a run of pytest.
 
     Attributes:
-        status: that of pytest: 0 passed, 5 no test was run, others failed; -1 was given up, -2 was ended from outside.
-        failed: the test that failed first, if one did.
-        detail: that test, why the run was given up, or the end of the output.
+        status: pytest's status: 0 passed, 5 no test was run, others failed; -1 for a run that exceeded a limit, -2 for one
+            that was ended from outside.
+        failed: the first test that failed, if any.
+        detail: that test, the limit that was exceeded, or the end of the output.
     """
 
     status: int
@@ -86,7 +87,7 @@ class Outcome:
 
 
 class Workspace:
-    """A copy of the project without what git ignores; ``.venv`` and ``build`` are links."""
+    """A copy of the project without the files that git ignores; ``.venv`` and ``build`` are links."""
 
     def __init__(self, folder: Path, source: Path = ROOT) -> None:
         self.root = folder / "project"
@@ -111,13 +112,13 @@ class Workspace:
         self._original: tuple[Path, bytes, float] | None = None
 
     def take_compiled(self, other: Workspace) -> None:
-        """Take over the compiled files of another copy of the same sources, rather than to compile them for each change."""
+        """Copy the compiled files of another copy of the same sources, instead of compiling them for each change."""
         for path in other.root.rglob("__pycache__"):
             if not path.is_relative_to(other.root / "build") and not path.is_relative_to(other.root / ".venv"):
                 shutil.copytree(path, self.root / path.relative_to(other.root), dirs_exist_ok=True)
 
     def change(self, path: Path, source: str) -> None:
-        """Put other text into a file, until :meth:`restore`."""
+        """Replace the text of a file until :meth:`restore`."""
         modified_s = path.stat().st_mtime
         self._original = path, path.read_bytes(), modified_s
         self._num_changes += 1
@@ -126,7 +127,7 @@ class Workspace:
         os.utime(path, (modified_s, modified_s + 10 * self._num_changes))
 
     def restore(self) -> None:
-        """Put the file back as it was."""
+        """Restore the changed file."""
         if self._original is not None:
             path, content, modified_s = self._original
             path.write_bytes(content)
@@ -144,11 +145,11 @@ def preload(workspace: Workspace, files: Sequence[str]) -> None:
         pytest.main(["--collect-only", *ARGUMENTS, *files])
         return {"modules": list(sys.modules)}
 
-    os.environ["DO_NOT_TRACK"] = "1"  # Infinity would start a thread that reports its use
+    os.environ["DO_NOT_TRACK"] = "1"  # otherwise Infinity starts a thread that reports its use
     child = Child(workspace, collect, Limits(cpu_s=300, still_s=60, wall_s=1800))
     result = child.wait()
     modules = result.get("modules", [])
-    root = logging.getLogger()  # which Infinity sets up as it is imported: the tests' output would have lines of HTTPX
+    root = logging.getLogger()  # Infinity configures it when it is imported, and HTTPX would log to the tests' output
     handlers, level = list(root.handlers), root.level
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -158,7 +159,7 @@ def preload(workspace: Workspace, files: Sequence[str]) -> None:
                     importlib.import_module(name)
     root.handlers[:] = handlers
     root.setLevel(level)
-    # A collection in a child would touch, and so copy, every page that it shares with this process.
+    # A garbage collection in a child would touch, and so copy, every page that it shares with this process.
     gc.collect()
     gc.freeze()
 
@@ -215,7 +216,7 @@ class Child:
         self._result.write_bytes(pickle.dumps(work()))
 
     def has_ended(self) -> bool:
-        """Whether the process has ended; at a limit it is killed with its children, and ``given_up`` says which."""
+        """Whether the process has ended. If it exceeds a limit, it is killed with its children; ``given_up`` names it."""
         if self._status is None:
             self._status = self._poll(os.WNOHANG)
             if self._status is not None:
@@ -238,7 +239,7 @@ class Child:
 
     @property
     def was_ended(self) -> bool:
-        """Whether someone, or a machine without memory, has ended the process."""
+        """Whether the process was ended from outside, such as by a machine without memory."""
         status = self._status or 0
         return status > 0 and os.WIFSIGNALED(status) and os.WTERMSIG(status) in (signal.SIGKILL, signal.SIGTERM)
 
@@ -258,7 +259,7 @@ class Child:
         return "\n".join(self._log.read_text(errors="replace").splitlines()[-15:])
 
     def _kill(self, children: Sequence[psutil.Process]) -> None:
-        """Kill the child's process group, which outlives it, and children that made their own group."""
+        """Kill the child's process group, which outlives it, and children that created a separate group."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._pid, signal.SIGKILL)
         for child in children:
@@ -267,7 +268,7 @@ class Child:
 
 
 def run_tests(workspace: Workspace, files: Sequence[str], tests: Sequence[str] | None) -> Mapping[str, object]:
-    """Run tests in this process, and return ``status`` and ``failed``: pytest's status, and the first that failed."""
+    """Run tests in this process, and return pytest's ``status``, and in ``failed`` the first test that failed."""
     import pytest
 
     sys.dont_write_bytecode = True
@@ -278,7 +279,7 @@ def run_tests(workspace: Workspace, files: Sequence[str], tests: Sequence[str] |
 
 
 def record_tests(workspace: Workspace, file: str, known: Container[str]) -> Mapping[str, object]:
-    """Run the tests of a file but the known ones, and return ``traces``, one for each, and pytest's ``status``."""
+    """Run the tests of a file except the known ones, and return a trace of each in ``traces``, and pytest's ``status``."""
     import pytest
 
     recorder = Recorder(workspace.root, workspace.folder / "child_lines", known)

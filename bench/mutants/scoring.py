@@ -1,4 +1,4 @@
-"""Runs the tests against the changes of a module and counts those that they notice."""
+"""Runs the tests against the mutants of a module, and counts the mutants that they kill."""
 
 from __future__ import annotations
 
@@ -38,22 +38,23 @@ CORE = tuple(_CORE.split())
 T = TypeVar("T")
 
 _START = Limits(cpu_s=60.0, still_s=20.0, wall_s=600.0)
-# A test took longer while it was recorded than it does now; with a change it may take longer again.
+# A test may take this many times as long as it took while it was recorded, because a mutant may slow it down.
 _SLOWER = 3.0
 _RECORDING = Limits(cpu_s=1200.0, still_s=300.0, wall_s=7200.0)
 _POLL_S = 0.02
-# A test that takes longer has to notice a change twice: it may wait for something that a busy machine does too late.
+# A test that takes longer than this must fail twice to kill a mutant, because on a busy machine it may just be too slow.
 _LONG_S = 0.3
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """How much to try.
+    """The number of mutants, and the time for each.
 
     Attributes:
-        sample: mutants of a module; 0 for all.
-        budget_s: recorded seconds of the tests to run against a mutant, once for its module's tests and once for others.
-        is_own_only: leave out the others.
+        sample: number of mutants per module; 0 for all.
+        budget_s: total recorded duration of the tests to run against a mutant: first for its module's own tests, then again
+            for other tests.
+        is_own_only: whether to run only the module's own tests.
     """
 
     sample: int = 40
@@ -67,11 +68,11 @@ class ModuleResult:
     """The outcomes of a module's mutants that were tried.
 
     Attributes:
-        num_mutants: how many the module has, tried or not.
-        killed: the mutants that were noticed, with the test that did.
-        survivors: those that were not, each with the number of tests that were run.
-        equivalent: those that change nothing, with the reason.
-        stale: entries of the list of equivalents that fit no mutant any more.
+        num_mutants: number of the module's mutants, tried or not.
+        killed: mutants that a test detected, each with that test.
+        survivors: mutants that no test detected, each with the number of tests that were run.
+        equivalent: mutants that do not change the behavior, with the reason.
+        stale: entries of the list of equivalents that no longer match any mutant.
     """
 
     module: str
@@ -87,7 +88,7 @@ class ModuleResult:
 
 
 def record(copies: Sequence[Workspace], records: Records, files: Iterable[str]) -> None:
-    """Record the lines that the tests in files run, where unknown, and report the tests that fail without any change."""
+    """Record the lines that the tests in files run, unless known, and report tests that fail without a mutant."""
     left = [file for file in files if not records.has(file)]
 
     def start(copy: Workspace, file: str) -> Child:
@@ -100,10 +101,10 @@ def record(copies: Sequence[Workspace], records: Records, files: Iterable[str]) 
         if not isinstance(traces, dict) or status not in (0, 1, 5):
             print(f"{file}: not recorded: {child.given_up or child.log_tail()}", flush=True)
             return ()
-        known: Mapping[str, Trace] = traces
-        records.save(file, known)
+        recorded: Mapping[str, Trace] = traces
+        records.save(file, recorded)
         for test in records.failed(file):
-            print(f"{test}: fails without any change, left out", flush=True)
+            print(f"{test}: fails without a mutant, so it is left out", flush=True)
         return ()
 
     _in_parallel(copies, left, start, end)
@@ -112,15 +113,15 @@ def record(copies: Sequence[Workspace], records: Records, files: Iterable[str]) 
 def result_of(
     project: Path, module: str, options: Options, equivalents: Sequence[Equivalent], outcomes: Outcomes
 ) -> ModuleResult:
-    """Return the outcomes of the mutants of one module that are in the sample, as far as they are known."""
+    """Return the known outcomes of one module's mutants in the sample."""
     mutants = mutants_of(module, (project / module).read_text(encoding="utf-8"))
-    of_module = [entry for entry in equivalents if entry.module == module]
-    result = ModuleResult(module, len(mutants), stale=unmatched(mutants, of_module))
+    entries = [entry for entry in equivalents if entry.module == module]
+    result = ModuleResult(module, len(mutants), stale=unmatched(mutants, entries))
     sample = _sample(mutants, options)
-    while sample and outcomes.of(sample[-1]) is None:  # a run that was stopped has not come so far
+    while sample and outcomes.of(sample[-1]) is None:  # the run was stopped before it reached these
         sample.pop()
     for mutant in sample:
-        if (reason := reason_for(mutant, of_module)) is not None:
+        if (reason := reason_for(mutant, entries)) is not None:
             result.equivalent.append((mutant, reason))
         elif (outcome := outcomes.of(mutant)) is None:
             continue
@@ -141,7 +142,7 @@ def score(
     equivalents: Sequence[Equivalent],
     outcomes: Outcomes,
 ) -> None:
-    """Run the tests against the mutants of one module: first its own, then others that run the changed line."""
+    """Run tests against the mutants of one module: first its own tests, then others that run the mutated line."""
     mutants = mutants_of(module, (project / module).read_text(encoding="utf-8"))
     own = own_tests(project, module)
     record(copies, records, own)
@@ -172,25 +173,25 @@ def _sample(mutants: Iterable[Mutant], options: Options) -> list[Mutant]:
 
 
 class Prepared:
-    """A process in each workspace that has collected the tests of some files; each is started when it is needed.
+    """A process in each workspace that has collected the tests of some files. Each is started when it is first needed.
 
-    As a context manager it ends them.
+    Leaving the context ends the processes.
     """
 
     def __init__(self, files: Sequence[str]) -> None:
         self._files = files
-        self._of: dict[Workspace, Collected] = {}
+        self._processes: dict[Workspace, Collected] = {}
 
-    def in_(self, copy: Workspace) -> Collected:
-        if copy not in self._of:
-            self._of[copy] = Collected(copy, self._files)
-        return self._of[copy]
+    def process_in(self, copy: Workspace) -> Collected:
+        if copy not in self._processes:
+            self._processes[copy] = Collected(copy, self._files)
+        return self._processes[copy]
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_details: object) -> None:
-        for collected in self._of.values():
+        for collected in self._processes.values():
             collected.close()
 
 
@@ -200,7 +201,7 @@ class _Run:
 
     Attributes:
         left: further tests, to run if these pass.
-        prepared: processes that have collected the tests, where the change can be put into an imported module.
+        prepared: processes that have collected the tests; ``None`` if the mutant cannot be put into an imported module.
     """
 
     mutant: Mutant
@@ -209,8 +210,9 @@ class _Run:
     prepared: Prepared | None = None
 
     def start(self, copy: Workspace) -> Child:
-        # Made before the change is in the file: it imports the module.
-        collected = self.prepared.in_(copy) if self.prepared is not None and self.mutant.is_in_function else None
+        collected = None
+        if self.prepared is not None and self.mutant.is_in_function:
+            collected = self.prepared.process_in(copy)  # before the file is changed, because it imports the module
         path = copy.root / self.mutant.module
         before = path.read_text(encoding="utf-8")
         copy.change(path, self.mutant.source)  # for processes that tests start
@@ -231,11 +233,11 @@ def _run_all(copies: Sequence[Workspace], runs: Sequence[_Run], outcomes: Outcom
     def end(child: Child, run: _Run) -> Sequence[_Run]:
         child.workspace.restore()
         if run.prepared is not None and not child.given_up and child.result().get("status") is None:
-            return [replace(run, prepared=None)]  # the change could not be put into the imported module
+            return [replace(run, prepared=None)]  # the mutant could not be put into the imported module
         outcome = outcome_of(child)
         names = [candidate.test for candidate in run.tests]
         if outcome.is_lost:
-            return ()  # it is tried again by the next run
+            return ()  # the next run tries it again
         if outcome.is_passed:
             outcomes.save_passed(run.mutant, names)
             return [replace(run, tests=run.left, left=())] if run.left else ()
@@ -257,7 +259,7 @@ def _in_parallel(
     start: Callable[[Workspace, T], Child],
     end: Callable[[Child, T], Sequence[T]],
 ) -> None:
-    """Start a child for each piece of work, as many side by side as there are workspaces; ``end`` may return more work."""
+    """Start a child for each piece of work, at most one per workspace at a time; ``end`` may return more work."""
     left, free = list(work)[::-1], list(copies)
     running: list[tuple[Child, T]] = []
     try:

@@ -23,8 +23,8 @@ from gateway.config.wording import cut
 from gateway.errors import BadInput, Forbidden, NotFound, RateLimited
 
 _MAX_STREAMS = 100
-_LOOK_EVERY_S = 1.0  # whether the gateway is stopping
-_BEAT_EVERY_S = 15.0
+_CHECK_EVERY_S = 1.0  # how often a stream checks whether the gateway is stopping
+_HEARTBEAT_EVERY_S = 15.0
 
 T = TypeVar("T")
 
@@ -40,7 +40,7 @@ class JudgeBody(RequestBody):
     max_tokens: PositiveInteger | None = Field(
         None,
         title="a whole number from 1",
-        description="The price that you agree to; without it, `question` shows the price.",
+        description="The maximum price in tokens that you agree to; without it, `question` shows the price.",
     )
 
 
@@ -124,11 +124,11 @@ class Comparisons:
         Raises:
             BadInput: it has no `capture`.
         """
-        known = self.captured()
-        if name not in known:
-            names = ", ".join(known) or "none"
+        captured = self.captured()
+        if name not in captured:
+            names = ", ".join(captured) or "none"
             raise BadInput(f"{cut(name)!r} has no `capture` in models.yaml; available: {names}", param="captured")
-        return known[name]
+        return captured[name]
 
     def address(self, request: Request) -> str:
         """Return the address of the API, for a comparison that this gateway starts on its own machine."""
@@ -141,21 +141,21 @@ class Comparisons:
     async def list_comparisons(self, request: Request) -> ComparisonList:
         """List the comparisons, and the data sets for new ones."""
         runs, jobs = self.require(request)
-        known = await asyncio.to_thread(runs.latest)
-        names = {run.name for run in known}
-        cards = [_of_job(job) for job in jobs.all() if job.wanted.name not in names]
-        cards += [_of_run(run) for run in known]
+        latest = await asyncio.to_thread(runs.latest)
+        names = {run.name for run in latest}
+        cards = [_job_card(job) for job in jobs.all() if job.wanted.name not in names]
+        cards += [_run_card(run) for run in latest]
         data_sets = await asyncio.to_thread(jobs.data_sets)
         return ComparisonList(data=cards, data_sets=data_sets, captured=list(self.captured()))
 
     async def start(self, request: Request) -> ComparisonCard:
-        """Start a comparison. One runs at a time; look at its progress as often as you like."""
+        """Start a comparison. Only one can run at a time."""
         _runs, jobs = self.require(request)
         body = await self._endpoint.read(request, ComparisonBody.parse)
         captured = None if body.captured is None else self.find_captured(body.captured)
         judge = None if body.judge is None else JudgeChoice(**body.judge.model_dump())
         wanted = Wanted(body.name, body.arms, body.data, body.max_documents, body.margin, body.cost, captured, judge)
-        return _of_job(await jobs.start(wanted, self.address(request)))
+        return _job_card(await jobs.start(wanted, self.address(request)))
 
     async def retrieve(self, request: Request, name: str) -> ComparisonCard:
         """Return the progress of a comparison, or its results."""
@@ -168,18 +168,18 @@ class Comparisons:
         return await self.stream(name)
 
     async def answer(self, request: Request, name: str) -> ComparisonCard:
-        """Agree to the price of the judge, or go on without the judge."""
+        """Agree to the price of the judge, or continue without the judge."""
         _runs, jobs = self.require(request)
         body = await self._endpoint.read(request, AgreementBody.parse)
-        return _of_job(await jobs.answer(name, is_agreed=body.agree))
+        return _job_card(await jobs.answer(name, is_agreed=body.agree))
 
     async def stop(self, request: Request, name: str) -> ComparisonCard:
         """Stop a running comparison. Its vectors are kept for the next comparison."""
         _runs, jobs = self.require(request)
-        return _of_job(await jobs.stop(name))
+        return _job_card(await jobs.stop(name))
 
     async def stream(self, name: str) -> StreamingResponse:
-        """Return the events of a comparison. The caller has checked the reader's rights.
+        """Return the events of a comparison. The caller has checked the reader's permissions.
 
         Raises:
             NotFound: there is no such comparison.
@@ -188,7 +188,8 @@ class Comparisons:
         runs, jobs = required(self.runs), required(self.jobs)
         await find_card(runs, jobs, name)
         if self._num_streams >= _MAX_STREAMS:
-            raise RateLimited(f"{_MAX_STREAMS} streams of events are open already: ask for the card", retry_after_s=5)
+            message = f"{_MAX_STREAMS} event streams are already open, which is the limit: poll the comparison instead"
+            raise RateLimited(message, retry_after_s=5)
         headers = {"cache-control": "no-store", "x-accel-buffering": "no"}  # the second is for nginx
         events = self._events(runs, jobs, name)
         return StreamingResponse(events, media_type="text/event-stream", headers=headers)
@@ -205,17 +206,17 @@ class Comparisons:
                     card = await find_card(runs, jobs, name)
                     yield f"event: {'progress' if is_running else 'end'}\ndata: {card.model_dump_json()}\n\n"
                     silent_s, seen = 0.0, version
-                elif (silent_s := silent_s + _LOOK_EVERY_S) >= _BEAT_EVERY_S:
+                elif (silent_s := silent_s + _CHECK_EVERY_S) >= _HEARTBEAT_EVERY_S:
                     yield ": waiting\n\n"  # a proxy may close a silent connection
                     silent_s = 0.0
                 if job is None or not is_running:
                     return
-                await job.next_change(seen, _LOOK_EVERY_S)
+                await job.next_change(seen, _CHECK_EVERY_S)
         finally:
             self._num_streams -= 1
 
     def require(self, request: Request) -> tuple[Runs, Jobs]:
-        """Return the parts that every operation needs.
+        """Return the results and the jobs, which every operation needs.
 
         Raises:
             Forbidden: the client is not the operator.
@@ -226,7 +227,7 @@ class Comparisons:
 
 
 def required(part: T | None) -> T:
-    """Return a part of :class:`Comparisons`. The caller has checked the reader's rights.
+    """Return a part of :class:`Comparisons`. The caller has checked the reader's permissions.
 
     Raises:
         NotFound: there is no folder for comparisons.
@@ -246,16 +247,16 @@ async def find_card(runs: Runs, jobs: Jobs, name: str, *, has_results: bool = Fa
     if job is not None and (
         job.state == "running" or not (job.state == "done" or await asyncio.to_thread(runs.has, name))
     ):
-        return _of_job(job)
+        return _job_card(job)
     run = await asyncio.to_thread(runs.find, name)
-    card = _of_run(run).model_copy(update={"results": run.results if has_results else None})
+    card = _run_card(run).model_copy(update={"results": run.results if has_results else None})
     # A comparison has results even if its judge failed.
     return (
         card if job is None or not job.problem else card.model_copy(update={"state": job.state, "problem": job.problem})
     )
 
 
-def _of_job(job: Job) -> ComparisonCard:
+def _job_card(job: Job) -> ComparisonCard:
     is_running = job.state == "running"
     return ComparisonCard(
         name=job.wanted.name,
@@ -271,7 +272,7 @@ def _of_job(job: Job) -> ComparisonCard:
     )
 
 
-def _of_run(run: Run) -> ComparisonCard:
+def _run_card(run: Run) -> ComparisonCard:
     results = run.results
     return ComparisonCard(
         name=run.name,
@@ -288,7 +289,7 @@ def _of_run(run: Run) -> ComparisonCard:
 
 
 def make_comparisons(endpoint: Endpoint, keyring: Keyring) -> Comparisons:
-    """Return the comparisons of a gateway, which end with the gateway."""
+    """Return the comparisons of a gateway; running ones are stopped when the gateway stops."""
     folder = endpoint.settings.runs_dir
     if folder is None:
         return Comparisons(endpoint, None, None)

@@ -1,8 +1,8 @@
-"""Launch a batch while a card still computes the one before it: what is on its way, and when the next one is launched.
+"""Launch a batch while a card still computes the previous one: the launched batches, and the time to launch the next.
 
-A card that is launched batch after batch would be idle from the end of one batch until its thread has read it, delivered
-it, and prepared and launched the next. So the thread launches the next batch ahead, but late: texts that arrive after that
-must wait for it.
+If a thread launched each batch after the previous one, its card would be idle from the end of a batch until the thread has
+read and delivered the results, and has prepared and launched the next batch. So the thread launches the next batch ahead of
+time, but as late as possible, because texts that arrive after the launch must wait for that batch.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ from gateway.engine.model.in_flight import InFlight
 from gateway.engine.model.items import Encoded, Item
 from gateway.engine.scheduler import TokenSequence
 
-# A batch may end sooner than expected, by a time that does not depend on it, and by a part of the time that it takes.
+# A batch may end earlier than expected: by a constant time, and by a fraction of its own duration.
 _SLACK_S = 0.003
 _SLACK_PART = 0.05
-# How much the newest batch counts.
+# The weight of the newest batch in the moving averages.
 _WEIGHT = 0.2
 
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """A failed attempt at a batch, without the error, whose traceback holds the memory of the forward.
+    """A failed attempt at a batch, without the error, whose traceback would hold the memory of the forward.
 
     Attributes:
-        is_lost: the card can no longer compute.
-        is_memory: the device had too little memory.
+        is_lost: whether the card can no longer compute.
+        is_memory: whether the device had too little memory.
         reason: the first line of the error's message.
     """
 
@@ -38,17 +38,17 @@ class Failure:
 
 @dataclass(slots=True)
 class Launched:
-    """A batch that was launched on a card, unless that failed.
+    """A batch that was launched on a card, or whose launch failed.
 
     Attributes:
-        started: when its thread began to prepare it (``time.monotonic()``, as all times here).
-        begun: when the card could begin it: at the launch, or when it was done with the batch before.
+        started: when its thread began to prepare it (``time.monotonic()``, like all times here).
+        begun: when the card could begin it: at the launch, or when the card finished the previous batch.
         launch_s: how long preparing and launching took.
         num_padding: number of padding tokens computed so far.
-        in_flight: what the card computes; ``None`` if the launch failed.
-        failure: the failed attempt, if it has failed.
-        was_crowded: another batch was on the card when it failed.
-        done: when the card was done.
+        in_flight: the texts that the card computes; ``None`` if the launch failed.
+        failure: the failed attempt; ``None`` if none has failed.
+        was_crowded: whether another batch was on the card when this one failed.
+        done: when the card finished.
         encoded: the results, once they have been read.
     """
 
@@ -73,20 +73,20 @@ class Launched:
 
     @property
     def is_done(self) -> bool:
-        """Whether waiting for the card would end at once, with or without an error."""
+        """Whether waiting for the card would return immediately, with or without an error."""
         try:
             return self.in_flight is None or self.in_flight.is_done
-        except RuntimeError:  # the wait raises it again, where it is handled
+        except RuntimeError:  # the wait raises it again, and its caller handles it
             return True
 
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """The time in which a batch is launched behind another one.
+    """The time in which a batch is launched while another one runs.
 
     Attributes:
-        first: before this, texts that arrive later would wait for no reason.
-        last: after this, the launch would delay the results of the running batch by more than it saves.
+        first: the earliest time. If the batch were launched earlier, texts that arrive later would wait for no reason.
+        last: the latest time. After that, the launch would delay the results of the running batch by more than it saves.
         end: when the running batch is expected to end.
     """
 
@@ -104,7 +104,7 @@ class Pace:
         self._read_s = 0.0
 
     def note(self, num_tokens: int, *, launch_s: float, device_s: float, read_s: float) -> None:
-        """Learn from a batch; a small batch says little."""
+        """Learn from a batch. Pass only large ones, because a forward has a fixed cost."""
         rate = num_tokens / max(device_s, 1e-6)
         if self._tokens_per_s is None:
             self._tokens_per_s, self._launch_s, self._read_s = rate, launch_s, read_s
@@ -114,18 +114,18 @@ class Pace:
         self._read_s += _WEIGHT * (read_s - self._read_s)
 
     def window(self, num_tokens: int, begun: float) -> Window | None:
-        """Return when to launch a batch behind one that is running; ``None`` while nothing is known.
+        """Return when to launch a batch while another one runs; ``None`` before the first batch was measured.
 
         Args:
-            num_tokens: the tokens of the running batch.
+            num_tokens: number of tokens of the running batch.
             begun: when the card began it.
         """
         if self._tokens_per_s is None:
             return None
         device_s = num_tokens / self._tokens_per_s
         margin = self._launch_s + max(_SLACK_S, _SLACK_PART * device_s)
-        # The card reaches the next batch sooner by the time in which the running one is read, as far as the card takes
-        # longer than a launch. Even without that, the thread may come a little late.
+        # A launch ahead saves the time in which the running batch is read, but at most as much as the card's time exceeds
+        # a launch. Even if it saves nothing, the thread may launch a little later than planned.
         saved = max(margin / 2, min(self._read_s, device_s - self._launch_s))
         end = begun + device_s
         return Window(end - margin, end - margin + saved, end)

@@ -11,21 +11,21 @@ from math import ceil, inf
 from gateway.engine.scheduler import FairQueue, Lanes, TokenSequence, Waiter, take
 
 FULL_FORWARD_TOKENS = 512
-"""No batch is made smaller than this: forwards of fewer tokens are clearly slower per token."""
+"""No limit makes a batch smaller than this, because forwards of fewer tokens are clearly slower per token."""
 
 # Do not split fewer tokens than this between idle threads: the fixed cost of a forward is about as high.
 _LEAST_SHARE_TOKENS = 64
 # A batch should take no longer than this, because requests that arrive in the meantime wait for it.
 _LONGEST_BATCH_S = 0.5
-# While a small request waits, and for some time after the last one, large requests get only this fraction of a batch (one
-# of so many parts), because the next small request must wait for the batch that runs when it arrives. Work of low priority
-# never gets more, because requests wait for it no matter how rarely they come.
+# While a small request waits, and for some time after the last one, large requests get only a fraction of a batch, 1 divided
+# by this number, because the next small request must wait for the batch that runs when it arrives. Low-priority work never
+# gets more, because any request that arrives while it runs must wait for it.
 _SHARED_PART = 4
 _SHARED_S = 1.0
-# That part also takes no longer than this, if the rate is known. On two cores, MiniLM computes 640 tokens in 50 ms, at
-# 95 % of its rate with full batches, and 1,600 in 125.
+# If the rate is known, that fraction also takes no longer than this. On two cores, MiniLM computes 640 tokens in 50 ms, at
+# 95 % of its rate with full batches, and 1,600 tokens in 125 ms.
 _LONGEST_SHARED_S = 0.05
-# How much the newest batch counts in the measured rate.
+# The weight of the newest batch in the measured rate.
 _RATE_WEIGHT = 0.1
 
 
@@ -53,7 +53,7 @@ class BatchQueue:
                 self._changed.notify_all()
 
     def next_batch(self, replica: int = 0) -> list[TokenSequence]:
-        """Wait for work and return a batch of it; an empty batch means that the queue is closed."""
+        """Wait for texts and return a batch of them; an empty batch means that the queue is closed."""
         with self._changed:
             self._num_idle += 1
             try:
@@ -71,10 +71,10 @@ class BatchQueue:
         return []
 
     def batch_ahead(self, replica: int = 0) -> list[TokenSequence]:
-        """Return a batch for a thread whose card still computes one, without waiting for work.
+        """Return a batch to launch while the card still computes another one, without waiting for texts.
 
-        A request that arrives now will wait for it. So it is empty while small requests come, for work of low priority, and
-        if an idle thread is about to take the waiting texts.
+        Requests that arrive later must wait for this batch. So it is empty while small requests arrive, if only low-priority
+        texts wait, and if an idle thread is about to take the waiting texts.
         """
         with self._changed:
             now = time.monotonic()
@@ -107,7 +107,7 @@ class BatchQueue:
         return batch
 
     def _most_shared(self, part: int) -> int:
-        """Return the maximum number of large requests' tokens in a batch while small requests come."""
+        """Return the maximum number of large requests' tokens in a batch while small requests arrive."""
         if self._tokens_per_s is None:
             return part
         least = FULL_FORWARD_TOKENS // _SHARED_PART
@@ -125,7 +125,7 @@ class BatchQueue:
         return min(self._max_batch_tokens, max(FULL_FORWARD_TOKENS, round(self._tokens_per_s * _LONGEST_BATCH_S)))
 
     def note_rate(self, num_tokens: int, seconds: float) -> None:
-        """Learn the speed of one thread from a batch; a small batch says little, because a forward has a fixed cost."""
+        """Learn the speed of one thread from a batch. Ignore small batches, because a forward has a fixed cost."""
         if num_tokens >= FULL_FORWARD_TOKENS:
             rate = num_tokens / max(seconds, 1e-6)
             with self._changed:
@@ -139,12 +139,12 @@ class BatchQueue:
 
     @property
     def is_empty(self) -> bool:
-        """Whether the queue holds nothing any more."""
+        """Whether no text is queued."""
         with self._changed:
             return not self._lanes and not any(self._pinned.values())
 
     def clear(self) -> None:
-        """Forget everything that is queued."""
+        """Drop everything that is queued."""
         with self._changed:
             self._lanes = Lanes()
             self._pinned.clear()

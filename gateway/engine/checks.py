@@ -1,4 +1,4 @@
-"""Check what a model has computed for a text, before it is handed out."""
+"""Check the result that a model has computed for a text before the text's request gets it."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from gateway.types import Output
 
 
 def checked(item: Item, encoded: Encoded, width: int) -> Encoded | RequestError:
-    """Return the result of a text, scored if it asks for it; or the error of a result that cannot be used.
+    """Return the result of a text, or its score if the request wants one; or an error if the result cannot be used.
 
     Args:
         width: dimensions of the model's dense vectors.
     """
     expected = (item.tokens.num_vectors, width)
     if encoded.dense.shape != expected:
-        return _invalid(f"the model returned vectors of shape {encoded.dense.shape}, promised were {expected}")
+        return _invalid(f"the model returned vectors of shape {encoded.dense.shape} instead of {expected}")
     finite = np.isfinite(encoded.dense).all(axis=1)
     if not finite.all():
         chunk = "" if item.tokens.spans is None else f"input[{int(np.argmin(finite))}]: "

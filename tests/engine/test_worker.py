@@ -259,7 +259,7 @@ def test_vectors_that_cannot_be_handed_out_count_as_failures(monkeypatch: pytest
 
     assert isinstance(result, InvalidVectors)
     assert result.is_permanent
-    assert "shape (1, 2), promised were (1, 3)" in result.message
+    assert "shape (1, 2) instead of (1, 3)" in result.message
     assert worker.num_failed_in_a_row == 1
 
 

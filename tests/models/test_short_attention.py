@@ -158,7 +158,7 @@ def test_a_row_may_be_padded_with_a_text_of_any_length_and_empty_ones(tokens: in
 
 @pytest.mark.parametrize("width", [0, 24, 144])
 def test_heads_of_other_widths_are_refused(width: int) -> None:
-    with pytest.raises(ValueError, match=f"heads of {width} numbers; the kernel takes multiples of 16 up to 128"):
+    with pytest.raises(ValueError, match=f"heads of {width} numbers; the kernel supports multiples of 16 up to 128"):
         attend_source(Heads(8, width, torch.float16))
 
 

@@ -19,17 +19,17 @@ from gateway.bulk.stores.payloads import digest
 
 _SAMPLE_RECORDS = 100
 _CHUNK_BYTES = 1 << 20
-_MADE_IDS = uuid.UUID("0f8fad5b-d9cb-469f-a165-70867728950e")
-"""The namespace of ids that are made from the place and the content of a row."""
+_ID_NAMESPACE = uuid.UUID("0f8fad5b-d9cb-469f-a165-70867728950e")
+"""The namespace of ids that are derived from the place and the content of a row."""
 
 
 @dataclass(frozen=True, slots=True)
-class _Scanned:
-    """A file whose whole content was read.
+class _Summary:
+    """A summary of a file's content.
 
     Attributes:
         digest: a hash of the content, or the filesystem's own identifier of the file's version.
-        num_rows: the approximate number of rows; ``None`` if it is unknown before the records are read.
+        num_rows: the approximate number of rows; ``None`` if the records must be read to count them.
         state: a value that changes when the file is written; ``None`` for a file on another machine.
     """
 
@@ -74,7 +74,7 @@ class FileSource:
     def __init__(self, files: Sequence[SourceFile], fields: Fields) -> None:
         self._files = files
         self.fields = fields
-        self._scanned: list[_Scanned] | None = None
+        self._summaries: list[_Summary] | None = None
 
     @property
     def name(self) -> str:
@@ -92,23 +92,23 @@ class FileSource:
     def fingerprint(self) -> str:
         """Read all files, and return a hash of their names and content."""
         hashed = hashlib.sha256()
-        for file, scanned in zip(self._files, self._scan(), strict=True):
-            hashed.update(f"{file.name}\0{scanned.digest}\n".encode(errors="surrogateescape"))
+        for file, summary in zip(self._files, self._summarize_all(), strict=True):
+            hashed.update(f"{file.name}\0{summary.digest}\n".encode(errors="surrogateescape"))
         return hashed.hexdigest()
 
     def count(self) -> int | None:
         """Return the number of lines or rows; ``None`` for compressed files, and for text files on other machines."""
         total = 0
-        for scanned in self._scan():
-            if scanned.num_rows is None:
+        for summary in self._summarize_all():
+            if summary.num_rows is None:
                 return None
-            total += scanned.num_rows
+            total += summary.num_rows
         return total
 
-    def _scan(self) -> list[_Scanned]:
-        if self._scanned is None:
-            self._scanned = [_scan(file) for file in self._files]
-        return self._scanned
+    def _summarize_all(self) -> list[_Summary]:
+        if self._summaries is None:
+            self._summaries = [_summarize(file) for file in self._files]
+        return self._summaries
 
     def read(self, after: Position | None = None) -> Iterator[Row | BadRow]:
         first, start = _read_position(after)
@@ -132,12 +132,12 @@ class FileSource:
         position = [index, record.after.offset, record.after.number]
         if isinstance(record.content, str):
             return BadRow(place, record.content, position)
-        made = None
+        derived_id = None
         if self.fields.id is None:
-            made = str(uuid.uuid5(_MADE_IDS, f"{file.name}:{record.number}:{digest(record.content).hex()}"))
-        # A field that the user names is kept under any name.
+            derived_id = str(uuid.uuid5(_ID_NAMESPACE, f"{file.name}:{record.number}:{digest(record.content).hex()}"))
+        # Fields that the user names are kept, whatever their names are.
         content = restored(record.content) if self.fields.payload is None else record.content
-        return self.fields.row(content, place, position, made)
+        return self.fields.row(content, place, position, derived_id)
 
     def _check_unchanged(self, index: int) -> None:
         """Check that a file has not changed since its fingerprint was taken.
@@ -145,14 +145,14 @@ class FileSource:
         Raises:
             BulkError: the file was written in the meantime.
         """
-        if self._scanned is not None and self._scanned[index].state != _state(self._files[index]):
+        if self._summaries is not None and self._summaries[index].state != _state(self._files[index]):
             raise BulkError(
-                f"{self._files[index].path}: was modified while it was being read, so its rows are of different "
+                f"{self._files[index].path}: was modified while it was being read, so its rows may be from different "
                 "versions: start over with --restart once the file is complete"
             )
 
     def close(self) -> None:
-        """Do nothing: a file is open only while it is read."""
+        """Do nothing, because a file is open only while it is read."""
 
 
 def _read_position(after: Position | None) -> tuple[int, Mark]:
@@ -164,7 +164,7 @@ def _read_position(after: Position | None) -> tuple[int, Mark]:
     raise BulkError(f"{after!r} is not a position in files: the manifest is damaged")
 
 
-def _scan(file: SourceFile) -> _Scanned:
+def _summarize(file: SourceFile) -> _Summary:
     """Summarize a file: read it if it is on this machine, otherwise ask its filesystem."""
     num_rows: int | None = None
     if file.format is Format.PARQUET:
@@ -173,7 +173,7 @@ def _scan(file: SourceFile) -> _Scanned:
         num_rows = count_rows(file)
     if file.filesystem is not None:
         try:
-            return _Scanned(str(file.filesystem.ukey(file.inner)), num_rows, None)
+            return _Summary(str(file.filesystem.ukey(file.inner)), num_rows, None)
         except Exception as error:  # each filesystem raises its own library's errors
             raise BulkError(f"{file.path}: cannot be read: {type(error).__name__}: {error}") from error
     state = _state(file)
@@ -185,7 +185,7 @@ def _scan(file: SourceFile) -> _Scanned:
             last = chunk[-1:]
     if file.format is not Format.PARQUET and not file.is_packed:
         num_rows = num_lines + (last != b"\n") - (file.format is Format.CSV)
-    return _Scanned(hashed.hexdigest(), num_rows, state)
+    return _Summary(hashed.hexdigest(), num_rows, state)
 
 
 def _state(file: SourceFile) -> tuple[int, int] | None:

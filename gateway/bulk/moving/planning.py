@@ -54,14 +54,14 @@ def places_of(request: StartRequest) -> tuple[Mem0 | None, Place]:
     """
     if request.into_vector is not None and (request.into or request.alias or request.mem0):
         raise BulkError(
-            "--into-vector keeps the collection, so it goes with neither --into nor --alias; nor with --mem0, since Mem0 "
-            "has no setting for the name of a vector"
+            "--into-vector keeps the collection, so it cannot be combined with --into, --alias or --mem0 (Mem0 has no "
+            "setting for the name of a vector)"
         )
     if request.mem0 is not None:
         if request.collection is not None or request.store is not None:
             raise BulkError("--mem0 already determines the store and the collection: leave out COLLECTION and --from")
-        known = read_mem0(request.mem0)
-        return known, known.place
+        mem0 = read_mem0(request.mem0)
+        return mem0, mem0.place
     if request.collection is None:
         raise BulkError("no collection was named: pass COLLECTION --from URL, or --mem0 FILE for Mem0's collections")
     if request.store is not None:
@@ -79,7 +79,7 @@ def places_of(request: StartRequest) -> tuple[Mem0 | None, Place]:
 
 
 def plan(
-    request: StartRequest, known: Mem0 | None, place: Place, store: MovableStore, folder: Path, locks: ExitStack
+    request: StartRequest, mem0: Mem0 | None, place: Place, store: MovableStore, folder: Path, locks: ExitStack
 ) -> Move:
     """Return the move, without the names of its new collections unless it was started before.
 
@@ -87,24 +87,24 @@ def plan(
         locks: gets the lock of the move, which must be held until its state is written.
 
     Raises:
-        BulkError: the collection cannot be moved, or is moved elsewhere already.
+        BulkError: the collection cannot be moved, or another move of it is in progress.
     """
-    asked = known.collection if known else place.collection
-    info = store.describe(asked)
-    alias = request.alias or (asked if info.name != asked and request.into_vector is None else None)
+    requested = mem0.collection if mem0 else place.collection
+    info = store.describe(requested)
+    alias = request.alias or (requested if info.name != requested and request.into_vector is None else None)
     if alias is not None and (reason := store.why_not_flip(alias)):
         raise BulkError(f"--alias {alias}: {reason}")
-    vector = known.vector if known else place.options.get("vector")
+    vector = mem0.vector if mem0 else place.options.get("vector")
     if request.into_vector is not None:
-        vector = _first_vector(request.into_vector, vector, info, store.name)
-    text = known.text if known else request.text
+        vector = _old_vector(request.into_vector, vector, info, store.name)
+    text = mem0.text if mem0 else request.text
     if text is None:
         source = store.source(info.name, FieldNames())
         try:
             text = source.text_field
         finally:
             source.close()
-    others = [(known.entities, "entities.sqlite3")] if known and known.entities in store.collections() else []
+    others = [(mem0.entities, "entities.sqlite3")] if mem0 and mem0.entities in store.collections() else []
     url = _url(place)
     name = name_move(folder, info.name, url)
     locks.enter_context(lock_move(folder, name))
@@ -112,15 +112,15 @@ def plan(
         name=name,
         place=url,
         pairs=[
-            Pair(info.name, "", "ledger.sqlite3", request.changed_at or (known.changed_at if known else None)),
+            Pair(info.name, "", "ledger.sqlite3", request.changed_at or (mem0.changed_at if mem0 else None)),
             *(Pair(old, "", ledger) for old, ledger in others),
         ],
         model=request.model,
         text=text,
         vector=vector,
         into_vector=request.into_vector,
-        flattens=known is not None,
-        has_default_task=known is not None,
+        flattens=mem0 is not None,
+        has_default_task=mem0 is not None,
         alias=alias,
         mem0=None if request.mem0 is None else request.mem0.resolve(),
         url=request.url,
@@ -131,16 +131,16 @@ def plan(
 
 
 def _continued(move: Move, folder: Path) -> Move:
-    """Return a move with the state of the same move, if that was started before.
+    """Return a move with its earlier state, if it was started before.
 
     Raises:
-        BulkError: the collection is moved elsewhere already.
+        BulkError: another move of the collection is in progress.
     """
     before = read_moves(folder).get(move.name)
     if before is None:
         return move
     is_other = (before.model, before.text, before.into_vector) != (move.model, move.text, move.into_vector)
-    if before.stage is Stage.FINISHED:  # its new collection may exist, with the writes of applications
+    if before.stage is Stage.FINISHED:  # its new collection may exist, with items that applications wrote
         return replace(move, was_flipped=before.was_flipped and not is_other)
     if is_other or before.stage is Stage.FLIPPED:
         raise BulkError(
@@ -160,19 +160,20 @@ def _continued(move: Move, folder: Path) -> Move:
     )
 
 
-def _first_vector(new: str, asked: str | None, info: CollectionInfo, store: str) -> str:
-    """Return the name of the old vector; the new vector is stored next to it.
+def _old_vector(new: str, requested: str | None, info: CollectionInfo, store: str) -> str:
+    """Return the name of the old vector, next to which the new vector is stored.
 
     Raises:
-        BulkError: it is ambiguous, or the new vector has its name.
+        BulkError: the collection has several vectors and none was named, or the new vector has the old one's name.
     """
     others = [name for name in info.widths if name != new]
-    if asked is None and len(others) != 1:
-        named = f"it has {enumerate_names(others)}" if others else "it has no other"
+    if requested is None and len(others) != 1:
+        available = f"it has {enumerate_names(others)}" if others else "it has no other"
         raise BulkError(
-            f"{store}: which vector of {info.name} is the old one? {named}; name it at the end of --from: ?vector=NAME"
+            f"{store}: which vector of {info.name} is the old one? {available}; name it at the end of --from: "
+            "?vector=NAME"
         )
-    old = others[0] if asked is None else asked
+    old = others[0] if requested is None else requested
     if old == new:
         raise BulkError(f"--into-vector {new}: is the old vector itself")
     return old
@@ -188,13 +189,13 @@ def _url(place: Place) -> str:
 
 def real_name(store: MovableStore, collection: str) -> str:
     """Return the name by which a store lists a collection; the name itself if the collection does not exist."""
-    with suppress(BulkError):  # a store that has gone away fails at the next request
+    with suppress(BulkError):  # if the store is unreachable, the next request fails
         return store.describe(collection).name
     return collection
 
 
 def name_copies(move: Move, work: Work, into: str | None) -> Move:
-    """Return the move with the names of its new collections, after checking that they can take its vectors.
+    """Return the move with the names of its new collections, after checking that they can hold its vectors.
 
     Raises:
         BulkError: the old collection already has vectors of the new model, or a name is in use.
@@ -203,8 +204,8 @@ def name_copies(move: Move, work: Work, into: str | None) -> Move:
     pairs = []
     for pair in move.pairs:
         old = work.reading.describe(pair.old)
-        notes = [held for name, held in old.notes.items() if name != move.into_vector]
-        if any(is_same_space(held.space, note.space) for held in notes):
+        old_notes = [old_note for name, old_note in old.notes.items() if name != move.into_vector]
+        if any(is_same_space(old_note.space, note.space) for old_note in old_notes):
             raise BulkError(f"{pair.old} already has vectors of {note.space}: there is nothing to move")
         if move.into_vector is not None:
             pairs.append(replace(pair, new=pair.old))

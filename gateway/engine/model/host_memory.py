@@ -1,8 +1,8 @@
 """Copies between the host and a card through page-locked memory, for which the host does not wait.
 
-torch has its own allocator for such memory, which notes the end of a copy when the memory is *freed*. After a fatal error of
-the card, that note fails in a destructor, and ends the process at once: no request gets an answer (torch 2.11 and 2.13). So
-this memory is never freed. A buffer is used again when its copy has ended and nothing on the host reads it any more.
+torch has its own allocator for such memory, which records an event when the memory is *freed*. After a fatal error of the
+card, recording it fails in a destructor and ends the process immediately, so that no request gets a response (torch 2.11 and
+2.13). So this memory is never freed. A buffer is reused once its copy has ended and nothing on the host reads it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-# Buffers have sizes of powers of two, this one at least.
+# The sizes of buffers are powers of two, at least this one.
 _LEAST_BYTES = 4096
 
 
@@ -35,10 +35,10 @@ class HostMemory:
     """The buffers of a process. Any number of threads may use it."""
 
     def __init__(self) -> None:
-        # No lock: a finalizer gives a buffer back, and the collector may run it while its thread takes another one.
+        # No lock: a finalizer returns a buffer, and the garbage collector may run it while its thread takes another one.
         self._idle: dict[tuple[torch.device, int], deque[_Buffer]] = {}
         self._all: list[_Buffer] = []
-        # Not even when the interpreter ends and clears all modules.
+        # Keep the buffers even when the interpreter ends and clears all modules.
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._all))
 
     def send(self, numbers: npt.NDArray[Any], device: torch.device) -> torch.Tensor:
@@ -53,9 +53,9 @@ class HostMemory:
             return source.to(device, non_blocking=True, copy=True)
 
     def start_receiving(self, tensor: torch.Tensor) -> npt.NDArray[Any]:
-        """Start copying a tensor to the host, and return the array that has it once the card is done.
+        """Start copying a tensor to the host, and return the array that holds the copy once the card is done.
 
-        The buffer is used again when neither this array nor a view of it exists.
+        The buffer is reused when neither this array nor a view of it exists any longer.
 
         Raises:
             RuntimeError: the card has failed.
@@ -110,10 +110,10 @@ HOST_MEMORY = HostMemory()
 
 
 def send(numbers: npt.NDArray[Any], device: torch.device) -> torch.Tensor:
-    """Copy an array to a device; the host does not wait for what a card still computes."""
+    """Copy an array to a device; the host does not wait for running computations of a card."""
     return HOST_MEMORY.send(numbers, device) if device.type == "cuda" else torch.from_numpy(numbers)
 
 
 def start_receiving(tensor: torch.Tensor) -> npt.NDArray[Any]:
-    """Start copying a tensor to the host, and return the array that has it once the device is done."""
+    """Start copying a tensor to the host, and return the array that holds the copy once the device is done."""
     return HOST_MEMORY.start_receiving(tensor) if tensor.is_cuda else np.asarray(tensor.numpy())

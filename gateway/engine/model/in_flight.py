@@ -1,4 +1,4 @@
-"""Texts that a device still computes: their results are on the way to the host, and are read when the device is done."""
+"""Texts that a device still computes: their results are being copied to the host, and are read when the device is done."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class InFlight:
     """Texts whose computation was launched on a device.
 
     Args:
-        read: makes the results from what the device has copied to the host.
-        device: the device; everything that was launched on it so far belongs to these texts, or to texts before them.
+        read: a function that builds the results from the numbers that the device has copied to the host.
+        device: the device; all work that was launched on it so far belongs to these texts, or to earlier texts.
     """
 
     def __init__(self, read: Callable[[], list[Encoded]], device: torch.device) -> None:
@@ -70,5 +70,5 @@ def in_order(parts: Sequence[tuple[Sequence[int], list[Encoded]]]) -> list[Encod
     Args:
         parts: the positions of some texts in the batch, and their results.
     """
-    encoded = {row: one for rows, results in parts for row, one in zip(rows, results, strict=True)}
+    encoded = {row: result for rows, results in parts for row, result in zip(rows, results, strict=True)}
     return [encoded[row] for row in range(len(encoded))]

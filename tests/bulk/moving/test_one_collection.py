@@ -127,7 +127,7 @@ async def test_the_way_back_needs_the_right_old_model(
 async def test_a_second_vector_that_does_not_fit_is_refused(
     one: Shop, models: Models, tmp_path: Path, console: Console
 ) -> None:
-    with pytest.raises(BulkError, match="goes with neither --into nor --alias"):
+    with pytest.raises(BulkError, match="cannot be combined with --into, --alias or --mem0"):
         await start(request_for(one, into_vector="second", into="other"), tmp_path, console)
     with pytest.raises(BulkError, match=r"is the old vector itself|which vector of .* is the old one"):
         await start(request_for(one, into_vector="embedding"), tmp_path, console)

@@ -1,10 +1,10 @@
 """Small forwards as CUDA graphs, which launch a few hundred kernels with one call.
 
 Computing a short text takes less time than launching its kernels one by one, and each launch releases the interpreter's
-lock and must get it back from a busy event loop. A graph has a fixed shape. So a row is padded to one of a few sizes, its
-last texts are empty, and its longest text counts as long as the row.
+lock and must get it back from a busy event loop. A graph has a fixed shape. So a row is padded to one of a few sizes, with
+empty texts at its end, and its longest text is treated as if it were as long as the row.
 
-A new shape is computed as usual the first time, and as a graph from the second time on.
+A new shape is computed without a graph the first time, and as a graph from the second time on.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch
 log = structlog.get_logger(__name__)
 
 _TOKENS = (16, 32, 64, 96, 128, 192, 256, 384, 512)
-# Places for texts; the padding after the last text counts as a text.
+# Numbers of texts in a row; the padding after the last text counts as a text.
 _TEXTS = (2, 9, 33)
 # The limit for one model; each graph holds some hundred nodes in the card's memory, a few MiB.
 _MOST_GRAPHS = 64
@@ -37,10 +37,10 @@ MIXED = -1
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """The properties that a graph fixes.
+    """The properties of a row that are fixed in a graph.
 
     Attributes:
-        texts: places for texts.
+        texts: the number of texts, including padding.
         longest: the maximum number of tokens of a text.
         parts: names of the row's arrays, in order.
         choice: the adapter of all texts, or ``MIXED``; ``None`` without adapters.
@@ -145,24 +145,24 @@ class Capturer:
     def capture(self, work: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, Callable[[], None]]:
         """Return the result of some work, and a function that computes it again in the same memory.
 
-        Other threads may use the card in the meantime. (``torch.cuda.graph`` would also run the garbage collector, which
-        stops them.)
+        Other threads may use the card in the meantime. (``torch.cuda.graph`` would also run the garbage collector, during
+        which they would wait.)
         """
         current = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(current)
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
-            work()  # loads kernels and makes workspaces, which is not allowed within a capture
+            work()  # loads kernels and allocates workspaces, which is not allowed during a capture
             graph: Any = torch.cuda.CUDAGraph()
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
-                made = work()
+                result = work()
             except BaseException:  # an open capture would make every later call fail
                 with suppress(Exception):  # its error only says that the capture was interrupted
                     graph.capture_end()
                 raise
             graph.capture_end()
         current.wait_stream(self._stream)
-        return made, graph.replay
+        return result, graph.replay
 
 
 def boundaries_of(lengths: Sequence[int]) -> Indices:

@@ -1,14 +1,14 @@
 """The forward of BERT's family and of Jina v3 on a packed row, in few calls of torch.
 
 Computing a short text takes less time than launching its kernels, and each call holds the interpreter's lock for a while.
-So this is transformers' arithmetic with fewer kernels and without its modules:
+So this code does transformers' arithmetic with fewer kernels and without its modules:
 
-- query, key and value are one product, and all weights are shared with transformers' model, which stays as the reference
-  that :mod:`.agreement` compares with;
+- query, key and value are one product. All weights are shared with transformers' model, which is kept as the reference for
+  :mod:`.agreement`;
 - the sum with the residual is part of the product before it: ``x += a W'``, in place. The bias of that product is folded
-  into the bias of the layer norm that makes ``x``, and the bias of the other product that reads ``x`` takes it out again;
-- rotary positions rotate query and key in one step, with tables instead of sines;
-- on a card, our kernels take the place of torch's wherever :mod:`.tuning` finds them faster;
+  into the bias of the layer norm that computes ``x``, and the bias of the other product that reads ``x`` subtracts it again;
+- rotary positions rotate query and key in one step, with precomputed sines and cosines;
+- on a card, our kernels replace torch's wherever :mod:`.tuning` finds them faster;
 - adapters are added in place (:mod:`.low_rank`), or are merged into weights for each task.
 """
 
@@ -53,7 +53,8 @@ class Row:
         kinds: ``(total,)`` rows of the segment table; ``None`` for row 0 for all tokens.
         positions: ``(total,)``.
         places: ``(total,)`` rows of the word table's adapters, or ``None``.
-        keys: the attended tokens: ``(k,)`` positions in the row, and the places of the texts among them; ``None`` for all.
+        keys: the attended tokens: their ``(k,)`` positions in the row, and the texts' boundaries among them; ``None`` for
+            all tokens.
     """
 
     ids: torch.Tensor
@@ -197,7 +198,7 @@ def _part(layer: nn.Module, name: str) -> Any:
 
 
 class Network:
-    """The forward. It shares the weights of ``model``, which then holds views of them.
+    """The forward pass. It shares the weights of ``model``, which then holds views of them.
 
     Args:
         model: transformers' model of BERT's family or Jina v3, on its device.
@@ -207,7 +208,7 @@ class Network:
         num_words: number of rows of the word table.
         rotate: a kernel for rotary positions; ``None`` for torch's functions.
         normalize: a kernel for layer norms; ``None`` for torch's function.
-        activate: a kernel for the product before an activation and the activation; ``None`` for one after the other.
+        activate: a kernel for an activation and the product before it; ``None`` for torch's functions, one after the other.
         attend_short: a kernel for rotary positions and attention within short texts; ``None`` for FlashAttention.
         kinds_step: number of rows in the segment table from one adapter to the next; 0 if all adapters share them.
     """
@@ -253,7 +254,7 @@ class Network:
     def has_gelu(self) -> bool:
         """Whether all activations are GELU in its exact form."""
         probe = torch.linspace(-4, 4, 65)
-        return all(torch.equal(one.activation(probe), functional.gelu(probe)) for one in self._layers)
+        return all(torch.equal(layer.activation(probe), functional.gelu(probe)) for layer in self._layers)
 
     @property
     def first_up(self) -> Product:
@@ -267,12 +268,12 @@ class Network:
     @property
     def merged_bytes(self) -> int:
         """Memory of the weights that :meth:`merge` adds for an adapter."""
-        products = [product for one in self._layers for product in (one.qkv, one.out, one.up, one.down)]
+        products = [product for layer in self._layers for product in (layer.qkv, layer.out, layer.up, layer.down)]
         return sum(product.weight.nbytes for product in products if product.adapters is not None)
 
     def merge(self, adapters: Sequence[int]) -> None:
         """Merge weights for each of the adapters, for rows in which all texts use that adapter."""
-        self._merged = {adapter: [one.merged(adapter) for one in self._layers] for adapter in adapters}
+        self._merged = {adapter: [layer.merged(adapter) for layer in self._layers] for adapter in adapters}
 
     def __call__(self, row: Row) -> torch.Tensor:
         """Return the states of a row's tokens, ``(total, width)``, in the dtype of the weights."""
@@ -331,8 +332,8 @@ def activated_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor)
 
     The formula differs from the exact one by at most 0.0005: as much as rounding 1 to float16 does.
     """
-    made: torch.Tensor = torch.ops.aten._addmm_activation(bias, x, weight.t(), use_gelu=True)
-    return made
+    activated: torch.Tensor = torch.ops.aten._addmm_activation(bias, x, weight.t(), use_gelu=True)
+    return activated
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -353,7 +354,7 @@ def _rotary_table(model: PreTrainedModel) -> torch.Tensor:
     """Return the cosines and sines of all positions, ``(positions, d)``, as transformers computes them."""
     places = torch.arange(model.config.max_position_embeddings, device=model.device)[None]
     like = torch.empty(0, dtype=model.dtype, device=model.device)
-    cos, sin = (one[0] for one in model.get_submodule("rotary_emb")(like, places))
+    cos, sin = (table[0] for table in model.get_submodule("rotary_emb")(like, places))
     half = cos.shape[-1] // 2  # the second half repeats the first
     return torch.cat((cos[:, :half], sin[:, :half]), dim=-1).contiguous()
 
@@ -364,7 +365,7 @@ def _build_layers(norm: Norm, layers: Sequence[_Modules], mask: AdapterMask | No
     built: list[Layer] = []
     for modules in layers:
         out, down = _product([modules.out], mask), _product([modules.down], mask)
-        out_bias, down_bias = (None if one.bias is None else one.bias.float() for one in (out, down))
+        out_bias, down_bias = (None if product.bias is None else product.bias.float() for product in (out, down))
         if built:
             built[-1] = replace(built[-1], last_norm=built[-1].last_norm.plus(out_bias))
         else:
@@ -391,7 +392,7 @@ def _product(layers: Sequence[nn.Module], mask: AdapterMask | None) -> Product:
     if len(layers) == 1:
         return Product(weights[0], biases[0], adapters)
     weight = torch.cat(weights)
-    for layer, part in zip(layers, torch.split(weight, [len(one) for one in weights]), strict=True):
+    for layer, part in zip(layers, torch.split(weight, [len(old) for old in weights]), strict=True):
         layer.weight = nn.Parameter(part, requires_grad=False)
-    known = [weight.new_zeros(len(old)) if bias is None else bias for bias, old in zip(biases, weights, strict=True)]
-    return Product(weight, torch.cat(known), adapters)
+    filled = [weight.new_zeros(len(old)) if bias is None else bias for bias, old in zip(biases, weights, strict=True)]
+    return Product(weight, torch.cat(filled), adapters)

@@ -19,25 +19,25 @@ def compile_kernel(source: str, name: str, threads: int, device: torch.device) -
     """Compile a kernel for a card, and return its launcher.
 
     Args:
-        threads: of a block.
+        threads: number of threads in a block.
 
     Raises:
         OSError: the compiler's library is not installed.
-        RuntimeError: the compiler refuses the source, or the driver refuses the result.
+        RuntimeError: the compiler rejects the source, or the driver rejects the result.
     """
-    made = machine_code(source, torch.cuda.get_device_capability(device))
+    binary = machine_code(source, torch.cuda.get_device_capability(device))
     driver = ctypes.CDLL("libcuda.so.1")
     module, kernel = ctypes.c_void_p(), ctypes.c_void_p()
     with torch.cuda.device(device):
-        torch.empty(1, device=device)  # begins torch's context, if nothing has
-        _require_driver(driver, driver.cuModuleLoadData(ctypes.byref(module), made))
+        torch.empty(1, device=device)  # creates torch's context, if it does not exist yet
+        _require_driver(driver, driver.cuModuleLoadData(ctypes.byref(module), binary))
         _require_driver(driver, driver.cuModuleGetFunction(ctypes.byref(kernel), module, name.encode()))
 
     def launch(grid: tuple[int, int, int], args: Sequence[torch.Tensor | int | float]) -> None:
-        given = [_argument(one) for one in args]
-        pointers = (ctypes.c_void_p * len(given))(*map(ctypes.addressof, given))
+        arguments = [_argument(value) for value in args]
+        pointers = (ctypes.c_void_p * len(arguments))(*map(ctypes.addressof, arguments))
         stream = ctypes.c_void_p(torch.cuda.current_stream(device).cuda_stream)
-        with torch.cuda.device(device):  # the context of the card that has the kernel
+        with torch.cuda.device(device):  # the context in which the kernel was loaded
             _require_driver(driver, driver.cuLaunchKernel(kernel, *grid, threads, 1, 1, 0, stream, pointers, None))
 
     return launch
@@ -86,7 +86,7 @@ def open_compiler(path: Path) -> ctypes.CDLL:
     Raises:
         OSError: the library cannot be loaded.
     """
-    # NVRTC looks for its builtins only by name, and does not find them in a package's folder unless they are loaded.
+    # NVRTC looks up its builtins by name only, and does not find them in a package's folder unless they are loaded.
     if path.is_absolute():
         for builtins in sorted(path.parent.glob("libnvrtc-builtins.so.*")):
             ctypes.CDLL(str(builtins))
@@ -97,7 +97,7 @@ def compile_source(compiler: ctypes.CDLL, source: str, capability: tuple[int, in
     """Compile a source to machine code, which, unlike PTX, runs with every driver of the same major version of CUDA.
 
     Raises:
-        RuntimeError: the compiler refuses the source; the message has the start of its log.
+        RuntimeError: the compiler rejects the source; the message has the start of its log.
     """
     program = ctypes.c_void_p()
     _check(compiler.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"gateway.cu", 0, None, None))
@@ -110,12 +110,12 @@ def compile_source(compiler: ctypes.CDLL, source: str, capability: tuple[int, in
         compiler.nvrtcDestroyProgram(ctypes.byref(program))
 
 
-def _read(compiler: ctypes.CDLL, program: ctypes.c_void_p, what: str) -> bytes:
+def _read(compiler: ctypes.CDLL, program: ctypes.c_void_p, output: str) -> bytes:
     size = ctypes.c_size_t()
-    _check(compiler[f"nvrtcGet{what}Size"](program, ctypes.byref(size)))
-    made = ctypes.create_string_buffer(size.value)
-    _check(compiler[f"nvrtcGet{what}"](program, made))
-    return made.raw
+    _check(compiler[f"nvrtcGet{output}Size"](program, ctypes.byref(size)))
+    buffer = ctypes.create_string_buffer(size.value)
+    _check(compiler[f"nvrtcGet{output}"](program, buffer))
+    return buffer.raw
 
 
 def _check(code: int) -> None:

@@ -1,12 +1,12 @@
-"""Kernels for packed rows that replace torch's: rotary positions and layer norms. :mod:`.short_attention` has another.
+"""Kernels for packed rows that replace torch's: rotary positions and layer norms. :mod:`.short_attention` has a third.
 
 They are compiled when a model is loaded, with the compiler that comes with torch's build for CUDA (NVRTC). This needs
 neither a toolkit nor its headers; torch's own function, ``torch.cuda._compile_kernel``, needs both in torch 2.13.
-:mod:`.tuning` uses a kernel only where it computes the same as torch on this card, and is faster.
+:mod:`.tuning` uses a kernel only if it computes the same as torch on this card, and is faster.
 
-- Rotary positions take torch four kernels per layer, which read and write query and key twice. Here one kernel does it in
-  place.
-- A layer norm of torch reaches half of a card's memory bandwidth. Here each row is read once, and written in place.
+- torch needs four kernels per layer for rotary positions, which read and write query and key twice. Here one kernel rotates
+  them in place.
+- torch's layer norm reaches half of a card's memory bandwidth. Here each row is read once, and written in place.
 
 The source is written in phases: all threads of a block end a phase before any begins the next, and only shared variables
 outlive a phase. So the source can also be compiled for a CPU, which runs one thread after the other, as the tests do.
@@ -40,7 +40,7 @@ __device__ unsigned short float_to_half(float x) {
 __device__ unsigned bits_of(float x) { return __float_as_uint(x); }
 __device__ float float_of(unsigned x) { return __uint_as_float(x); }
 #define FUNCTION __device__
-// The sum of what the threads of the block have left in shared memory; all of them must call it.
+// Returns the sum of the numbers that the block's threads have written to shared memory; all threads must call it.
 __device__ float block_sum(const float* parts) {
     float sum = 0;
     for (int i = threadIdx.x % 32; i < THREADS; i += 32) sum += parts[i];
@@ -94,7 +94,7 @@ KERNEL(rotate, THREADS)(unsigned short* qkv, const unsigned short* turns, const 
 }
 """
 
-# One block for each row of x: (rows, WIDTH). The variance is the mean square of what is left after the mean, as in torch.
+# One block for each row of x: (rows, WIDTH). The variance is the mean square of the deviations from the mean, as in torch.
 _NORMALIZE = r"""
 #define PACKS (WIDTH / PACK)
 KERNEL(normalize, THREADS)(unsigned short* x, const unsigned short* weight, const unsigned short* bias, double eps) {

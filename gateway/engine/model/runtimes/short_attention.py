@@ -1,18 +1,20 @@
-"""Attention within short texts of a packed row, with rotary positions: one kernel that computes it with tensor cores.
+"""Attention within short texts of a packed row, with rotary positions, in one kernel that uses tensor cores.
 
 FlashAttention computes tiles of 128 queries, so for a text of 16 tokens it discards 63 of 64 numbers. Here a warp computes
-16 queries of a text and a head, and skips keys beyond the text, 16 at a time. Reading the row is then most of the time.
+16 queries of a text and a head, and skips keys beyond the text, 16 at a time. Most of the remaining time is spent on reading
+the row.
 
-All numbers are in registers, and reading brings each to the thread that needs it. Three freedoms make that possible; the
-names are those of PTX's matrix instruction m16n8k16, whose 32 threads are 8 groups of 4 members:
+All numbers are in registers, and each thread reads the numbers that it needs. Three properties make that possible. (The
+terms are those of PTX's matrix instruction m16n8k16, whose 32 threads are 8 groups of 4 members.)
 
-- Scores are sums over columns, whose order does not matter. A group has a row of query or key, and each member has
-  neighboring columns, which it reads together, in place of the ones that the instruction's layout names.
-- The columns of an output can also be in any order, so that each thread reads neighboring columns of a value's row, and
-  writes neighboring columns.
-- The instruction leaves scores in the layout in which it takes the first factor of the next product, the shares.
+- Scores are sums over columns, whose order does not matter. A group has a row of query or key, and each member reads
+  neighboring columns at once, instead of the columns that the instruction's layout specifies.
+- The columns of an output can also be in any order, so each thread reads neighboring columns of a value's row, and writes
+  neighboring columns.
+- The instruction returns scores in the layout that it expects of the first factor of the next product, the softmax weights
+  (``shares``).
 
-Rows behind the end of a text are its last row once more, so that nothing outside the text is read; their shares are 0.
+Rows beyond the end of a text repeat its last row, so that nothing outside the text is read; their weights are 0.
 
 The threads of a warp depend on each other only in ``multiply`` and ``across``. The tests compile the source for a CPU, where
 each thread is a coroutine that waits there for the others.
@@ -28,16 +30,16 @@ from gateway.engine.model.runtimes.nvrtc import Launch, compile_kernel
 from gateway.engine.model.runtimes.own_kernels import Heads, _source
 
 MOST_TOKENS = 64
-"""The longest text that the kernel takes."""
+"""The longest text that the kernel computes."""
 WIDTH_STEP, MOST_WIDTH = 16, 128
 WARPS = 4
 THREADS = 32 * WARPS
 NAME = "attend_short"
 """The kernel's name."""
-# Below this number of texts and heads, all of them are on a card at the same time even if each has its own block.
+# Up to this number of pairs of a text and a head, a card can run all of them at the same time, each in its own block.
 _FEW = 512
 
-# Two 16-bit numbers are in an unsigned: the first is in the lower half.
+# An unsigned holds two 16-bit numbers, the first in its lower half.
 _WARP = r"""
 #ifdef __CUDACC_RTC__
 #if IS_BFLOAT16
@@ -51,15 +53,15 @@ __device__ void multiply(float (&sums)[4], unsigned a, unsigned b, unsigned c, u
         "{%0, %1, %2, %3};"
         : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3]) : "r"(a), "r"(b), "r"(c), "r"(d), "r"(e), "r"(f));
 }
-// The number of another thread: the one whose place in the warp differs by this bit.
+// Returns x of the thread whose index in the warp differs in this bit.
 __device__ float across(float x, int bit) { return __shfl_xor_sync(0xffffffffu, x, bit); }
 __device__ unsigned pack(float first, float second) {
     unsigned y; asm("cvt.rn." TYPE "x2.f32 %0, %1, %2;" : "=r"(y) : "f"(second), "f"(first)); return y;
 }
 __device__ float exp2_of(float x) { float y; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
 __device__ float inverse_of(float x) { float y; asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
-#define HIDE(x) asm volatile("" : "+r"(x))  // what x is, from the compiler
-// The compiler splits the assignment of several words into several stores.
+#define HIDE(x) asm volatile("" : "+r"(x))  // hides the value of x from the compiler
+// The compiler would split an assignment of several words into several stores.
 __device__ void store(const unsigned (&x)[1], unsigned short* to) {
     asm volatile("st.global.b32 [%0], %1;" :: "l"(to), "r"(x[0]) : "memory");
 }
@@ -88,7 +90,7 @@ _ATTEND = r"""
 struct alignas(2 * PIECE) Piece { unsigned pairs[PIECE / 2]; };
 struct Quarter { unsigned pairs[WIDTH / 8]; };
 
-// A member's quarter of a row of query or key: pieces of the first half, and the same pieces of the second.
+// Reads a member's quarter of a row of query or key: pieces of the first half, and the same pieces of the second.
 FUNCTION Quarter read_quarter(const unsigned short* row, int member) {
     Quarter made;
     EACH(half, 2) EACH(i, PIECES) {
@@ -117,7 +119,7 @@ FUNCTION Quarter read_turned(
     return x;
 }
 
-// Turns a thread's scores into shares of each row's sum; `scale` is what the shares are still to be multiplied by.
+// Replaces a thread's scores by their exponentials; multiplied by `scale`, they are the shares of each row's sum.
 template <int TILES>
 FUNCTION void exponentiate(float (&scores)[TILES][4], float (&scale)[2]) {
     EACH(half, 2) {
@@ -126,7 +128,7 @@ FUNCTION void exponentiate(float (&scores)[TILES][4], float (&scale)[2]) {
         EACH(i, 2) most = fmaxf(most, across(most, 1 << i));
         EACH(tile, TILES) EACH(i, 2) {
             float& score = scores[tile][2 * half + i];
-            sum += score = exp2_of((score - most) * (float)SCALE);  // the difference first: it is exact, or large
+            sum += score = exp2_of((score - most) * (float)SCALE);  // subtract first: the difference is exact, or large
         }
         EACH(i, 2) sum += across(sum, 1 << i);
         scale[half] = inverse_of(sum);
@@ -196,13 +198,13 @@ FUNCTION void attend_heads(
     for (int work = threadIdx.x / 32; work < heads * BLOCKS; work += WARPS) {
         const int head = work / BLOCKS, begin = work % BLOCKS * 16;
         int lane = threadIdx.x % 32;
-        HIDE(lane);  // or the compiler computes all addresses before the loop, which are more than there are registers
+        HIDE(lane);  // otherwise the compiler computes all addresses before the loop, and there are too few registers
         attend_queries<BLOCKS>(text + head * WIDTH, out + head * WIDTH, begin, length, lane, turns, positions);
     }
 }
 
-// A block has a text, and a head or as many heads as it has warps. A text of more than MOST tokens is not computed, because
-// it can only be padding.
+// A block computes one text, for one head or for as many heads as it has warps. Texts of more than MOST tokens are skipped,
+// because they can only be padding.
 KERNEL(attend_short, LIMITS)(
     const unsigned short* __restrict__ qkv, const int* __restrict__ boundaries, unsigned short* __restrict__ out,
     const unsigned short* __restrict__ turns, const int* __restrict__ positions, int are_together
@@ -250,16 +252,16 @@ class Attend:
         Args:
             qkv: ``(tokens, 3, heads, width)``, contiguous.
             boundaries: ``(texts + 1,)`` int32: where each text begins, and the end of the last.
-            positions: ``(tokens,)`` int32, rows of the table; needed only with one.
+            positions: ``(tokens,)`` int32, rows of the table; needed only with a table.
 
         Returns:
             ``(tokens, heads * width)``.
         """
         number, texts = self._heads.number, len(boundaries) - 1
         out = qkv.new_empty(len(qkv), number * self._heads.width)
-        # With several heads, a block of a text of 16 tokens has work for all its warps.
+        # With several heads per block, even a text of 16 tokens has work for all warps of its block.
         are_together = texts * number > _FEW
-        unused = qkv, boundaries  # as the table and the positions
+        unused = qkv, boundaries  # in place of the table and the positions
         turns = unused if self._table is None or positions is None else (self._table, positions)
         blocks = texts * (-(-number // WARPS) if are_together else number)
         self._launch((blocks, 1, 1), [qkv, boundaries, out, *turns, int(are_together)])
@@ -280,15 +282,15 @@ def attend_source(heads: Heads, *, rotates: bool = False, blocks_per_processor: 
     """Return the CUDA source of the kernel.
 
     Args:
-        rotates: the kernel also rotates query and key.
-        blocks_per_processor: blocks that are on a multiprocessor at the same time, which limits the registers of a thread.
+        rotates: whether the kernel also rotates query and key.
+        blocks_per_processor: number of blocks on a multiprocessor at the same time, which limits the registers of a thread.
 
     Raises:
-        ValueError: the kernel does not take heads of this width.
+        ValueError: the kernel does not support heads of this width.
     """
     if heads.width % WIDTH_STEP or not 0 < heads.width <= MOST_WIDTH:
         raise ValueError(
-            f"heads of {heads.width} numbers; the kernel takes multiples of {WIDTH_STEP} up to {MOST_WIDTH}"
+            f"heads of {heads.width} numbers; the kernel supports multiples of {WIDTH_STEP} up to {MOST_WIDTH}"
         )
     sizes = {
         "HEADS": heads.number,

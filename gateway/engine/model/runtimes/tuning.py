@@ -1,7 +1,7 @@
-"""Find out which of our kernels and graphs pay off on this card when a model is loaded, and use those.
+"""When a model is loaded, find out which of our kernels and graphs are faster on its card, and use those.
 
-Cards differ, so each kernel is compiled, compared with torch's own functions on random numbers, and timed against them. A
-kernel that is slower, wrong or unavailable is left out, and the model is then as fast as torch's functions.
+Cards differ, so each kernel is compiled, compared with torch's own functions on random numbers, and timed against them. If a
+kernel is slower, wrong or unavailable, the model uses torch's functions instead.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger(__name__)
 
-# Tokens in the comparison: enough that the card takes longer than a launch.
+# Number of tokens in the comparison: enough that the card takes longer than a launch.
 _TOKENS = 16_384
-# Tokens of the texts that the kernel for short texts is tried with.
+# Lengths of texts, in tokens, with which the kernel for short texts is tried.
 _SHORT = (16, 32, 64)
-# How often the work is done between two looks at the clock, and the number of those measurements.
+# The number of repetitions per measurement, and the number of measurements.
 _REPEATS, _ROUNDS = 10, 5
-# The tolerance for numbers up to 1, and in proportion for larger ones, after one 16-bit rounding more or less.
+# The absolute tolerance for numbers up to 1, and the relative tolerance for larger ones: about one 16-bit rounding.
 _TOLERANCE = {torch.float16: 0.004, torch.bfloat16: 0.03}
-# The batch whose tasks are computed together or apart, in texts of 64 tokens, and the sizes of the parts that are tried.
+# The size of the batch whose tasks are computed together or separately, in texts of 64 tokens, and the tried sizes of parts.
 _MIXED_TEXTS, _PART_TEXTS = 256, (16, 32, 64, 128)
 _NEVER = 2**62
 
@@ -45,17 +45,17 @@ def tune(packed: PackedRuntime, *, captures: bool) -> None:
     """Enable the kernels and graphs that are faster on a model's card.
 
     Args:
-        captures: small rows may be computed as graphs.
+        captures: whether small rows may be computed as graphs.
 
     Raises:
-        Exception: the card was lost in the meantime.
+        Exception: the card has failed for good.
     """
     network = packed.network
     device = packed.device
-    for name, try_it in _TRIES.items():
+    for name, measure in _TRIALS.items():
         try:
-            ours, theirs = try_it(network, device)
-        except Exception as error:  # no kernel is required, and compiling may raise any error
+            ours, theirs = measure(network, device)
+        except Exception as error:  # kernels are optional, and compiling may raise any error
             if is_card_lost(error, str(device)):
                 raise
             setattr(network, name, None)
@@ -73,7 +73,7 @@ def tune(packed: PackedRuntime, *, captures: bool) -> None:
 
 def untune(packed: PackedRuntime) -> None:
     """Use only torch's functions, and split mixed batches as on a card that was not timed."""
-    for name in _TRIES:
+    for name in _TRIALS:
         setattr(packed.network, name, None)
     packed.graphs = None
     packed.least_part_tokens = type(packed).least_part_tokens
@@ -83,7 +83,7 @@ def _try_rotate(network: Network, device: torch.device) -> tuple[float, float]:
     """Install the kernel for rotary positions; return its time and that of torch's functions, in seconds.
 
     Raises:
-        Exception: the kernel cannot be compiled, or computes something else; it is then not installed.
+        Exception: the kernel cannot be compiled, or computes something else; then it is not installed.
     """
     table, heads = network.rotary_table, network.heads
     if table is None:
@@ -108,17 +108,17 @@ def _try_normalize(network: Network, device: torch.device) -> tuple[float, float
     norm = network.norm
     ours = compile_normalize(len(norm.weight), norm.weight.dtype, device)
     x = _random_rows(network, device)
-    expected, found = norm(x), x.clone()
-    norm(found, ours)
-    _require_close(found, expected)
+    expected, actual = norm(x), x.clone()
+    norm(actual, ours)
+    _require_close(actual, expected)
     network.normalize = ours
-    return _seconds(lambda: norm(found, ours), device), _seconds(lambda: norm(x), device)
+    return _seconds(lambda: norm(actual, ours), device), _seconds(lambda: norm(x), device)
 
 
 def _try_attend(network: Network, device: torch.device) -> tuple[float, float]:
     """Install the kernel for short texts, up to the longest for which it is faster; see :func:`_try_rotate`.
 
-    Next to it are FlashAttention and the rotary positions as they are installed.
+    It is compared with FlashAttention after the rotary positions, computed by the installed kernel or by torch.
     """
     ours = compile_attend(network.heads, device, network.rotary_table)
     qkv = _random_qkv(network, device)
@@ -128,10 +128,10 @@ def _try_attend(network: Network, device: torch.device) -> tuple[float, float]:
         boundaries = torch.arange(0, len(qkv) + 1, length, dtype=torch.int32, device=device)
         texts = Texts(boundaries, [length] * (len(qkv) // length))
         row = Row(ids=positions, kinds=None, positions=positions, places=None, choice=None, texts=texts)
-        found, expected = partial(ours, qkv, boundaries, positions), partial(network.attend, row=row)
+        short, flash = partial(ours, qkv, boundaries, positions), partial(network.attend, row=row)
         turns = network.turns(positions)
-        _require_close(found(), expected(qkv.clone(), turns=turns))
-        times.append((_seconds(found, device), _seconds(partial(expected, qkv, turns=turns), device)))
+        _require_close(short(), flash(qkv.clone(), turns=turns))
+        times.append((_seconds(short, device), _seconds(partial(flash, qkv, turns=turns), device)))
         if times[-1][0] >= times[-1][1]:
             break
         ours.most = length
@@ -140,7 +140,7 @@ def _try_attend(network: Network, device: torch.device) -> tuple[float, float]:
 
 
 def _try_activate(network: Network, device: torch.device) -> tuple[float, float]:
-    """Let cuBLASLt compute GELU with the product before it; see :func:`_try_rotate` for the result and the errors."""
+    """Let cuBLASLt compute GELU together with the product before it; see :func:`_try_rotate` for result and errors."""
     up = network.first_up
     if up.bias is None or not network.has_gelu:
         raise ValueError("the model's activation is not GELU after a product with a bias")
@@ -159,7 +159,7 @@ def _try_activate(network: Network, device: torch.device) -> tuple[float, float]
 
 
 # By the names of the network's attributes.
-_TRIES = {
+_TRIALS = {
     "rotate": _try_rotate,
     "normalize": _try_normalize,
     "attend_short": _try_attend,
@@ -170,7 +170,7 @@ _TRIES = {
 def _least_part_tokens(packed: PackedRuntime) -> int:
     """Return how many tokens a task must have in a mixed batch to get a separate forward with its merged weights.
 
-    Adapters cost arithmetic; a forward costs its launches, which take longer than the card does on a slow host.
+    Adapters cost arithmetic. A separate forward costs launches, which on a slow host take longer than the computation.
     """
     try:
         tasks = [i % (packed.num_adapters + 1) - 1 for i in range(_MIXED_TEXTS)]  # -1 is no adapter
@@ -178,7 +178,7 @@ def _least_part_tokens(packed: PackedRuntime) -> int:
         sizes = (size for size in _PART_TEXTS if _forward_seconds(packed, [0] * size) <= size * budget)
         return 64 * next(sizes, _NEVER // 64)
     except Exception as error:
-        if not is_out_of_memory(error):  # such a batch need not fit a card that others use too
+        if not is_out_of_memory(error):  # this batch may be too large for a card that other programs use too
             raise
         return packed.least_part_tokens
 
@@ -201,8 +201,8 @@ def _random(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) ->
     return torch.randn(shape, generator=torch.Generator(device).manual_seed(0), dtype=dtype, device=device)
 
 
-def _require_close(found: torch.Tensor, expected: torch.Tensor) -> None:
-    worst = float(((found.float() - expected.float()).abs() / expected.float().abs().clamp(min=1)).max())
+def _require_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    worst = float(((actual.float() - expected.float()).abs() / expected.float().abs().clamp(min=1)).max())
     if not worst <= _TOLERANCE[expected.dtype]:  # it may be NaN
         raise ValueError(f"it differs from torch by {worst:.4f}")
 
@@ -223,5 +223,5 @@ def _seconds(work: Callable[[], object], device: torch.device, repeats: int = _R
 
 
 def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":  # not the whole card, which is an error while another model's thread captures a graph
+    if device.type == "cuda":  # only this stream: waiting for the card fails while another thread captures a graph
         torch.cuda.current_stream(device).synchronize()
