@@ -63,7 +63,7 @@ async def embed(target: Target, request: EmbedRequest, job: EmbedJob) -> EmbedAn
         )
     )
     if info.max_weights > _USUAL_WEIGHTS:
-        request.reserve(max(texts_bytes, _SPARSE_BYTES * sum(len(one.indices) for one in result.sparse or ())))
+        request.reserve(max(texts_bytes, _SPARSE_BYTES * sum(len(weights.indices) for weights in result.sparse or ())))
     vector_math.require_finite(result.sparse or (), result.multivectors or (), result.states or ())
     shape = (len(request.texts), info.width)
     vectors = vector_math.finish(result.vectors, shape, dimensions, normalize=is_normalized and info.width > 0)

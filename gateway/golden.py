@@ -81,12 +81,14 @@ def golden_vectors(texts: Sequence[str], task: str | None, vectors: Iterable[Vec
 
 def compare(vectors: Iterable[Vectors], golden: Sequence[GoldenVector]) -> list[Comparison]:
     """Compare the vectors of the golden texts, in order, with the golden vectors."""
-    return [Comparison(one, cosine(vector, one.vector)) for vector, one in zip(vectors, golden, strict=True)]
+    return [
+        Comparison(expected, cosine(vector, expected.vector)) for vector, expected in zip(vectors, golden, strict=True)
+    ]
 
 
 def compare_recorded(recorded: Iterable[GoldenVector], golden: Sequence[GoldenVector]) -> list[Comparison]:
     """Compare golden vectors with the recorded vectors of the same texts and tasks; a missing one has cosine -1."""
-    known = {(one.text, one.task): one.vector for one in recorded}
+    known = {(vector.text, vector.task): vector.vector for vector in recorded}
     missing = np.zeros(0, np.float32)
     return compare([known.get((one.text, one.task), missing) for one in golden], golden)
 
@@ -109,21 +111,23 @@ class GoldenCheck:
         Raises:
             LoadError: a vector differs by more than the number format explains.
         """
-        if problem := self._judge(compare(embed([(one.text, one.task) for one in self.vectors]), self.vectors)):
+        if problem := self._judge(
+            compare(embed([(vector.text, vector.task) for vector in self.vectors]), self.vectors)
+        ):
             raise LoadError(f"{problem}: this machine does not compute the model correctly")
 
     async def recheck(self, embed: Callable[[EmbedJob], Awaitable[Embeddings]], timeout_s: float) -> str:
         """Check a serving model, between its requests; return a description of the problem, or an empty string."""
         found: list[Comparison] = []
-        for task in dict.fromkeys(one.task for one in self.vectors):
-            wanted = [one for one in self.vectors if one.task == task]
+        for task in dict.fromkeys(vector.task for vector in self.vectors):
+            wanted = [vector for vector in self.vectors if vector.task == task]
             deadline = time.monotonic() + timeout_s
-            job = EmbedJob([one.text for one in wanted], task, Truncate.END, deadline, caller="golden vectors")
+            job = EmbedJob([vector.text for vector in wanted], task, Truncate.END, deadline, caller="golden vectors")
             found += compare((await embed(job)).vectors, wanted)
         return self._judge(found)
 
     def _judge(self, found: Sequence[Comparison]) -> str:
-        worst = min(found, key=lambda one: one.cosine)
+        worst = min(found, key=lambda comparison: comparison.cosine)
         metrics.GOLDEN_COSINE.labels(self.model).set(worst.cosine)
         metrics.GOLDEN_LIMIT.labels(self.model).set(self.min_cosine)
         if worst.cosine >= self.min_cosine:
@@ -142,11 +146,11 @@ def write(path: Path, fingerprint: str, golden: Sequence[GoldenVector]) -> None:
         "fingerprint": fingerprint,
         "vectors": [
             {
-                "text": one.text,
-                "task": one.task,
-                "vector": base64.b64encode(one.vector.astype("<f4").tobytes()).decode(),
+                "text": vector.text,
+                "task": vector.task,
+                "vector": base64.b64encode(vector.vector.astype("<f4").tobytes()).decode(),
             }
-            for one in golden
+            for vector in golden
         ],
     }
     try:
@@ -179,7 +183,7 @@ def read(path: Path, fingerprint: str, tasks: Collection[str]) -> list[GoldenVec
             f"{path}: recorded from another checkpoint (fingerprint {recorded[:12]}, this one has {fingerprint[:12]}); "
             "the weights or the tokenizer have changed. Record them again with `gateway verify MODEL --record`"
         )
-    unknown = [one.task for one in golden if one.task is not None and one.task not in tasks]
+    unknown = [vector.task for vector in golden if vector.task is not None and vector.task not in tasks]
     if unknown:
         raise LoadError(
             f"{path}: holds vectors for the task {unknown[0]!r}, which the model does not have; the prompts have changed. "

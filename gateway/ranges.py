@@ -68,7 +68,9 @@ def write(path: Path, fingerprint: str, ranges: Mapping[int, Ranges], *, is_norm
         "fingerprint": fingerprint,
         "normalized": is_normalized,
         "num_texts": num_texts,
-        "ranges": {str(size): {"low": _text(one.low), "high": _text(one.high)} for size, one in ranges.items()},
+        "ranges": {
+            str(size): {"low": _text(values.low), "high": _text(values.high)} for size, values in ranges.items()
+        },
     }
     make_folder(path)
     try:

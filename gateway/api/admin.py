@@ -231,7 +231,9 @@ def _find(fleet: Fleet, model_id: str) -> Model:
     """
     model = fleet.get(model_id)
     if model is None:
-        raise ModelNotFound(f"no model has the id {cut(model_id)!r}; available: {', '.join(one.id for one in fleet)}")
+        raise ModelNotFound(
+            f"no model has the id {cut(model_id)!r}; available: {', '.join(model.id for model in fleet)}"
+        )
     return model
 
 

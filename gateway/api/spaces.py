@@ -150,7 +150,7 @@ def _reaches(router: Router, choice: Choice, model: Model, task: str | None) -> 
         for arm, arm_model, _task in router.arms(choice)
         if arm_model is model and model.info is not None
     ]
-    return any(one is None or one == task for one in pinned)
+    return any(task_of_name is None or task_of_name == task for task_of_name in pinned)
 
 
 def _pinned(task: str | None, info: ModelInfo) -> str | None:

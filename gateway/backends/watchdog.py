@@ -120,12 +120,14 @@ class Watchdog:
                     question = None
                 if question is not None:
                     continue
-                suspects = [one for one in replicas if engine.num_failed_in_a_row(one) >= _SUSPICIOUS_FAILURES]
+                suspects = [
+                    replica for replica in replicas if engine.num_failed_in_a_row(replica) >= _SUSPICIOUS_FAILURES
+                ]
                 if suspects:
-                    question = asyncio.create_task(self._ask(self._try(engine, one) for one in suspects))
+                    question = asyncio.create_task(self._ask(self._try(engine, replica) for replica in suspects))
                 elif now >= next_recheck:
                     next_recheck = now + self._settings.golden_interval_s
-                    question = asyncio.create_task(self._ask(engine.recheck(limit_s, one) for one in replicas))
+                    question = asyncio.create_task(self._ask(engine.recheck(limit_s, replica) for replica in replicas))
         finally:
             if question is not None:
                 question.cancel()

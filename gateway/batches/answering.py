@@ -66,7 +66,7 @@ class Answering:
             try:
                 return await self._answer_in_order(run, lines, waiting)
             finally:
-                tasks = [one.task for one in waiting]
+                tasks = [request.task for request in waiting]
                 for task in tasks:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
@@ -114,7 +114,7 @@ class Answering:
                 continue
             left_s = max(0.0, run.batch.expires_at - self._now())
             await asyncio.wait([waiting[0].task], timeout=min(1.0, left_s))  # or a timeout or cancelation
-            done = list(itertools.takewhile(lambda one: one.task.done(), waiting))
+            done = list(itertools.takewhile(lambda request: request.task.done(), waiting))
             try:
                 await self._write(run, done)
             except (BatchesUnavailable, StorageFull) as error:
@@ -129,8 +129,8 @@ class Answering:
         """Begin as many further requests as may be in flight; return whether the file has more."""
         if self._requests.is_paused:
             return True
-        num_bytes = sum(len(one.raw.content) for one in waiting)
-        weight = sum(one.line.weight for one in waiting)
+        num_bytes = sum(len(request.raw.content) for request in waiting)
+        weight = sum(request.line.weight for request in waiting)
         while len(waiting) < _MAX_IN_FLIGHT and num_bytes < _MAX_BYTES_IN_FLIGHT and weight < _MAX_WEIGHT_IN_FLIGHT:
             found = await asyncio.get_running_loop().run_in_executor(self._reading, self._next, run.batch, lines)
             if found is None:
@@ -166,10 +166,10 @@ class Answering:
         errors: list[bytes] = []
         num_tokens = 0
         spaces = batch.spaces
-        for number, one in enumerate(done, start=batch.num_answered + 1):
-            answered, spaces = of_lines.in_one_space(spaces, one.line, one.task.result())
+        for number, request in enumerate(done, start=batch.num_answered + 1):
+            answered, spaces = of_lines.in_one_space(spaces, request.line, request.task.result())
             num_tokens += answered.num_tokens
-            row = of_lines.output_line(number, batch, one.line, answered)
+            row = of_lines.output_line(number, batch, request.line, answered)
             (outputs if answered.status == 200 else errors).append(row)
         await self._recorder.append(run, Answers(outputs, errors, done[-1].raw.end, spaces, num_tokens))
         metrics.BATCH_LINES.labels("completed").inc(len(outputs))

@@ -243,7 +243,7 @@ class Manifest:
                     orjson.dumps(shard.position).decode(), shard.errors_bytes,
                 ),
             )  # fmt: skip
-            db.executemany("INSERT OR IGNORE INTO ids VALUES (?)", ((_key(one),) for one in ids))
+            db.executemany("INSERT OR IGNORE INTO ids VALUES (?)", ((_key(row_id),) for row_id in ids))
 
     def finish(self) -> None:
         """Record that the source has no more rows."""
@@ -268,7 +268,7 @@ class Manifest:
 
     def seen(self, ids: Sequence[RowId]) -> set[RowId]:
         """Return the subset of these ids that committed shards contain."""
-        by_key = {_key(one): one for one in ids}
+        by_key = {_key(row_id): row_id for row_id in ids}
         keys = list(by_key)
         found: set[RowId] = set()
         with self._using():

@@ -155,7 +155,7 @@ def entries_of(
     for part in parts:
         match part.output:
             case Output.SPARSE:
-                rows.append([weight_rows(one) for one in result.sparse or ()])
+                rows.append([weight_rows(weights) for weights in result.sparse or ()])
             case Output.MULTIVECTOR:
                 rows.append(result.multivectors or ())
             case _:

@@ -118,8 +118,8 @@ class RowFile:
         try:
             self.add(
                 [
-                    (key_of(text), 0, np.ascontiguousarray(one, dtype=kind).tobytes())
-                    for text, one in zip(texts, rows, strict=True)
+                    (key_of(text), 0, np.ascontiguousarray(row, dtype=kind).tobytes())
+                    for text, row in zip(texts, rows, strict=True)
                 ]
             )
         except OSError as error:

@@ -195,7 +195,7 @@ class GatewayClient:
         answer = await self._send("POST", path, orjson.dumps(body))
         try:
             rows = [
-                [Token(one["id"], one["text"], one["special"], one["start"], one["stop"]) for one in row]
+                [Token(token["id"], token["text"], token["special"], token["start"], token["stop"]) for token in row]
                 for row in orjson.loads(answer.content)
             ]
         except (orjson.JSONDecodeError, KeyError, TypeError) as error:

@@ -72,7 +72,7 @@ def read_evidence(
     """
     experiment = registry.experiment(experiment_id)
     if experiment is None:
-        known = ", ".join(one.id for one in registry.experiments) or "none"
+        known = ", ".join(experiment.id for experiment in registry.experiments) or "none"
         raise StartError(f"{registry.path}: no experiment {experiment_id!r}; known: {known}")
     generation = Split(experiment).generation
     left_out: Counter[str] = Counter()
@@ -105,10 +105,12 @@ def print_experiments(experiments: ExperimentList) -> None:
         say(console, "no experiments; declare them under `experiments` in models.yaml")
         return
     table = make_table("experiment", "kind", "runs", "start", "end", "arms: weight")
-    for one in experiments.data:
-        arms = ", ".join(f"{arm.arm}: {arm.weight:g}" for arm in one.arms)
-        runs = "yes" if one.running else "no"
-        table.add_row(one.id, one.kind, runs, one.start or _NOTHING, one.end or _NOTHING, arms)
+    for experiment in experiments.data:
+        arms = ", ".join(f"{arm.arm}: {arm.weight:g}" for arm in experiment.arms)
+        runs = "yes" if experiment.running else "no"
+        table.add_row(
+            experiment.id, experiment.kind, runs, experiment.start or _NOTHING, experiment.end or _NOTHING, arms
+        )
     console.print(table)
 
 
@@ -133,7 +135,7 @@ def print_evidence(shown: ExperimentReport, *, has_requests: bool = True) -> Non
     if shown.uncounted:
         say(console, f"not counted: {', '.join(f'{reason} {num:,}' for reason, num in shown.uncounted.items())}")
     if len(shown.sources) > 1:
-        sources = (f"{one.source} {one.units:,} ({one.requests:,} requests)" for one in shown.sources)
+        sources = (f"{source.source} {source.units:,} ({source.requests:,} requests)" for source in shown.sources)
         say(console, f"units by source: {', '.join(sources)}")
     for warning in shown.warnings:
         say(console, warning, "bold red")

@@ -102,10 +102,13 @@ def _configured(deployment: Deployment, addresses: Addresses, *, has_keys: bool)
     if registry.experiments:
         yield (
             "experiments",
-            [f"{one.id} ({one.kind}): {', '.join(map(_arm, one.arms))}" for one in registry.experiments],
+            [
+                f"{experiment.id} ({experiment.kind}): {', '.join(map(_arm, experiment.arms))}"
+                for experiment in registry.experiments
+            ],
         )
     if registry.shadows:
-        yield "shadows", [f"{100 * one.sample:g}% of {one.of} → {one.to}" for one in registry.shadows]
+        yield "shadows", [f"{100 * shadow.sample:g}% of {shadow.of} → {shadow.to}" for shadow in registry.shadows]
     if registry.fallbacks:
         yield "fallbacks", [f"{model} → {', '.join(others)}" for model, others in registry.fallbacks.items()]
     if addresses.admin:

@@ -143,9 +143,10 @@ def _check_golden(serving: _Serving) -> list[Check]:
     worst: dict[tuple[str | None, str], tuple[float, str]] = {}
     for device, encoders in serving.encoders.items():
         for encoder in encoders:
-            for one in golden.compare(encoder.embed([(one.text, one.task) for one in vectors]), vectors):
-                key = one.golden.task, one.golden.text
-                worst[key] = min((one.cosine, device), worst.get(key, (2.0, "")))
+            embedded = encoder.embed([(vector.text, vector.task) for vector in vectors])
+            for comparison in golden.compare(embedded, vectors):
+                key = comparison.golden.task, comparison.golden.text
+                worst[key] = min((comparison.cosine, device), worst.get(key, (2.0, "")))
     checks = []
     for (task, text), (cosine, device) in worst.items():
         where = f", worst on {device}" if len(plan.devices) > 1 else ""
@@ -174,8 +175,8 @@ def _verify_servers(entry: ModelEntry) -> list[Check]:
     fingerprint, given = asyncio.run(_ask_servers(entry))
     if entry.golden is None:
         return []
-    recorded = read(Path(entry.golden), fingerprint, {one.task for one in given if one.task is not None})
+    recorded = read(Path(entry.golden), fingerprint, {vector.task for vector in given if vector.task is not None})
     return [
-        _cosine_check(one.golden.task, one.golden.text, one.cosine, SAME_MODEL_COSINE)
-        for one in compare_recorded(given, recorded)
+        _cosine_check(comparison.golden.task, comparison.golden.text, comparison.cosine, SAME_MODEL_COSINE)
+        for comparison in compare_recorded(given, recorded)
     ]

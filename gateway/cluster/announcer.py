@@ -17,9 +17,9 @@ class Announcer(RequestRouter):
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
         super().update_replicas(replicas)
         places = {
-            one.replica_id.unique_id: discovery.place_of(one.replica_id.unique_id, one.replica_metadata)
-            for one in replicas
-            if one.replica_metadata
+            replica.replica_id.unique_id: discovery.place_of(replica.replica_id.unique_id, replica.replica_metadata)
+            for replica in replicas
+            if replica.replica_metadata
         }
         discovery.DIRECTORY.publish(self.app_name, places)
 

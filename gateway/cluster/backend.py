@@ -93,14 +93,14 @@ class RayBackend:
         began = time.monotonic()
         shown, cluster = "", self._site.cluster
         while not self._pool.usable:
-            found = await asyncio.to_thread(cluster.look, spec.name)
-            if await self._has_failed(found):  # Serve does not retry until the model is deployed again
+            deployed = await asyncio.to_thread(cluster.look, spec.name)
+            if await self._has_failed(deployed):  # Serve does not retry until the model is deployed again
                 await self._stop(delete=True)
-                raise LoadError(found.reason or f"Ray Serve says {found.status}")
-            if found.status == NOT_STARTED:  # another front has removed it, which did not know that this one waits
+                raise LoadError(deployed.reason or f"Ray Serve says {deployed.status}")
+            if deployed.status == NOT_STARTED:  # another front has removed it, which did not know that this one waits
                 await asyncio.to_thread(cluster.deploy, spec)
-            if found.reason != shown:
-                shown = found.reason
+            if deployed.reason != shown:
+                shown = deployed.reason
                 report(ModelState.LOADING, shown)
             if time.monotonic() - began > _PLACE_S and not await asyncio.to_thread(cluster.has_begun, spec.name):
                 needs = "a graphics card" if spec.num_gpus else "a core"
@@ -109,12 +109,12 @@ class RayBackend:
         assert self._pool.info is not None  # noqa: S101  a usable line has it
         return self._pool.info
 
-    async def _has_failed(self, found: Deployed) -> bool:
+    async def _has_failed(self, deployed: Deployed) -> bool:
         """Return whether Serve has given up on a deployment: between an end and the next start, it only seems so."""
-        if found.has_failed:
+        if deployed.has_failed:
             await asyncio.sleep(_POLL_S)
-            found = await asyncio.to_thread(self._site.cluster.look, found.name)
-        return found.has_failed
+            deployed = await asyncio.to_thread(self._site.cluster.look, deployed.name)
+        return deployed.has_failed
 
     async def start(self, report: Report) -> ModelInfo:
         info = self._pool.info if self._pool.usable else await self.plan(report)
@@ -147,13 +147,13 @@ class RayBackend:
         await asyncio.sleep(_PLACE_S)
         num_running, wanted = len(self._pool.usable), spec.replicas.min
         if num_running < wanted:
-            found = await asyncio.to_thread(self._site.cluster.look, spec.name)
+            deployed = await asyncio.to_thread(self._site.cluster.look, spec.name)
             log.warning(
                 "replicas_missing",
                 model=self._entry.id,
                 running=num_running,
                 wanted=wanted,
-                reason=found.reason or "`gateway cluster status` shows the running replicas",
+                reason=deployed.reason or "`gateway cluster status` shows the running replicas",
             )
 
     def replicas(self) -> Sequence[Replica]:
@@ -194,8 +194,8 @@ class RayBackend:
         pause_s = _FIRST_PAUSE_S
         while self._is_ready and self._spec is not None and not self._pool.usable:
             try:
-                found = await asyncio.to_thread(self._site.cluster.look, self._spec.name)
-                if found.status == NOT_STARTED or await self._has_failed(found):
+                deployed = await asyncio.to_thread(self._site.cluster.look, self._spec.name)
+                if deployed.status == NOT_STARTED or await self._has_failed(deployed):
                     await asyncio.to_thread(self._site.cluster.deploy, self._spec)
                     pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)  # its replicas may fail again
             except Exception as error:  # Serve may be restarting; the next check asks again

@@ -21,7 +21,7 @@ _PATIENCE_S: Final = 3.0
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class DeploymentStatus:
     """A deployment on the cluster, and its reachable replicas.
 
     Attributes:
@@ -33,13 +33,13 @@ class Found:
     num_fronts: int | None
 
 
-async def look(cluster: Cluster) -> list[Found]:
+async def look(cluster: Cluster) -> list[DeploymentStatus]:
     """Ask the cluster and each replica for their status."""
-    found = await asyncio.to_thread(cluster.deployed)
-    return await asyncio.gather(*(ask(cluster, deployed) for deployed in found.values()))
+    deployments = await asyncio.to_thread(cluster.deployed)
+    return await asyncio.gather(*(ask(cluster, deployed) for deployed in deployments.values()))
 
 
-async def ask(cluster: Cluster, deployed: Deployed) -> Found:
+async def ask(cluster: Cluster, deployed: Deployed) -> DeploymentStatus:
     """Ask the replicas of a deployment for their status."""
     pool = Pool(deployed.name, lambda: None)
     await asyncio.to_thread(cluster.watch, deployed.name)
@@ -51,7 +51,7 @@ async def ask(cluster: Cluster, deployed: Deployed) -> Found:
         lines = _heard(pool)
         # This process is connected too.
         num_fronts = max((line.load.num_fronts - 1 for line in lines), default=None)
-        return Found(deployed, lines, num_fronts)
+        return DeploymentStatus(deployed, lines, num_fronts)
     finally:
         end_watch()
         await pool.close()
@@ -61,7 +61,7 @@ def _heard(pool: Pool) -> list[Line]:
     return [line for line in pool.lines.values() if line.info is not None and line.load.num_fronts]
 
 
-async def prune(cluster: Cluster, names: Sequence[str] = ()) -> tuple[list[Found], list[Found]]:
+async def prune(cluster: Cluster, names: Sequence[str] = ()) -> tuple[list[DeploymentStatus], list[DeploymentStatus]]:
     """Delete the deployments that no gateway is connected to; return them, and those that are kept.
 
     A deployment with replicas that do not answer is kept, because its gateways may be waiting for them.
@@ -72,39 +72,45 @@ async def prune(cluster: Cluster, names: Sequence[str] = ()) -> tuple[list[Found
     Raises:
         StartError: a name is not a deployment's, or a gateway uses it.
     """
-    found = await look(cluster)
+    statuses = await look(cluster)
     for name in names:
-        _require_unused(name, found)
-    unused = [one for one in found if one.num_fronts == 0 or one.deployed.has_failed or one.deployed.name in names]
-    await asyncio.to_thread(cluster.delete, [one.deployed.name for one in unused])
-    return unused, [one for one in found if one not in unused]
+        _require_unused(name, statuses)
+    unused = [
+        status
+        for status in statuses
+        if status.num_fronts == 0 or status.deployed.has_failed or status.deployed.name in names
+    ]
+    await asyncio.to_thread(cluster.delete, [status.deployed.name for status in unused])
+    return unused, [status for status in statuses if status not in unused]
 
 
-def _require_unused(name: str, found: Sequence[Found]) -> None:
-    one = next((one for one in found if one.deployed.name == name), None)
-    if one is None:
-        names = enumerate_names([one.deployed.name for one in found]) or "none"
+def _require_unused(name: str, statuses: Sequence[DeploymentStatus]) -> None:
+    status = next((status for status in statuses if status.deployed.name == name), None)
+    if status is None:
+        names = enumerate_names([status.deployed.name for status in statuses]) or "none"
         raise StartError(f"the cluster has no deployment {name!r}: it has {names}")
-    if one.num_fronts:
-        raise StartError(f"{name} is in use by {one.num_fronts} gateways: stop them, or remove the model from theirs")
+    if status.num_fronts:
+        raise StartError(
+            f"{name} is in use by {status.num_fronts} gateways: stop them, or remove the model from theirs"
+        )
 
 
-def describe(found: Found) -> list[str]:
+def describe(status: DeploymentStatus) -> list[str]:
     """Describe a deployment in lines for people."""
-    deployed = found.deployed
-    fronts = "unknown" if found.num_fronts is None else str(found.num_fronts)
+    deployed = status.deployed
+    fronts = "unknown" if status.num_fronts is None else str(status.num_fronts)
     starting = f", {deployed.num_starting} starting" if deployed.num_starting else ""
     head = f"{deployed.name}  {deployed.status.lower()}, {deployed.num_running} running{starting}, gateways: {fronts}"
     reason = [f"  {deployed.reason}"] if deployed.reason and deployed.status != "RUNNING" else []
-    return [head, *reason, *(_line(line) for line in found.lines)]
+    return [head, *reason, *(_line(line) for line in status.lines)]
 
 
-def differing(found: Sequence[Found]) -> list[str]:
+def differing(statuses: Sequence[DeploymentStatus]) -> list[str]:
     """Return a line for each model that gateways use with different entries, settings or versions."""
     used: dict[str, list[str]] = {}
-    for one in found:
-        if one.num_fronts:
-            used.setdefault(stem_of(one.deployed.name), []).append(one.deployed.name)
+    for status in statuses:
+        if status.num_fronts:
+            used.setdefault(stem_of(status.deployed.name), []).append(status.deployed.name)
     return [
         f"gateways differ in a model's entry, settings or version: {enumerate_names(names)} are in use"
         for names in used.values()
@@ -126,10 +132,10 @@ def run_status(address: str) -> list[str]:
     """
     cluster = _connect(address)
     try:
-        found = asyncio.run(look(cluster))
+        statuses = asyncio.run(look(cluster))
     finally:
         cluster.disconnect()
-    return [*(text for one in found for text in describe(one)), *differing(found)] or [
+    return [*(text for status in statuses for text in describe(status)), *differing(statuses)] or [
         "no gateway has models on this cluster"
     ]
 
@@ -151,10 +157,10 @@ def run_prune(address: str, names: Sequence[str] = ()) -> list[str]:
     return describe_pruned(removed, kept)
 
 
-def describe_pruned(removed: Sequence[Found], kept: Sequence[Found]) -> list[str]:
+def describe_pruned(removed: Sequence[DeploymentStatus], kept: Sequence[DeploymentStatus]) -> list[str]:
     """Describe the removed deployments, and why others are kept, in lines for people."""
-    unknown = [one.deployed.name for one in kept if one.num_fronts is None]
-    lines = [f"removed {one.deployed.name}" for one in removed]
+    unknown = [status.deployed.name for status in kept if status.num_fronts is None]
+    lines = [f"removed {status.deployed.name}" for status in removed]
     lines += [
         f"kept {name}: none of its replicas answers, so gateways may be waiting for it; if none is, run "
         f"`gateway cluster prune {name}`"
@@ -171,9 +177,9 @@ def _connect(address: str) -> Cluster:
     return cluster
 
 
-def address_of(asked: str | None) -> str:
+def address_of(requested: str | None) -> str:
     """Return the address of the cluster: the given one, else the environment's, else this machine's."""
     from gateway.config.settings import load_settings
 
-    set_there = load_settings(os.environ, cluster=asked).cluster
-    return "auto" if set_there in (None, "local") else str(set_there)
+    configured = load_settings(os.environ, cluster=requested).cluster
+    return "auto" if configured in (None, "local") else str(configured)

@@ -193,9 +193,9 @@ class Cluster:
     def others(self, name: str) -> Sequence[Deployed]:
         """Return the running deployments of the same model with another entry, other settings or another version."""
         return [
-            one
-            for one in self.deployed().values()
-            if one.name != name and stem_of(one.name) == stem_of(name) and one.num_running
+            deployed
+            for deployed in self.deployed().values()
+            if deployed.name != name and stem_of(deployed.name) == stem_of(name) and deployed.num_running
         ]
 
     def delete(self, names: Sequence[str]) -> None:
@@ -234,9 +234,9 @@ def _start_serve() -> None:
 
 def _reason(*messages: str) -> str:
     """Extract a replica's own error from Serve's messages and tracebacks; otherwise return their last line."""
-    said = [text for message in messages for text in _REASON.findall(message)]
+    reasons = [text for message in messages for text in _REASON.findall(message)]
     lines = [line for message in messages for line in message.splitlines() if line.strip()]
-    return str((said or lines or [""])[-1]).strip()[:_LONGEST_REASON]
+    return str((reasons or lines or [""])[-1]).strip()[:_LONGEST_REASON]
 
 
 def _checked(address: str) -> str:
@@ -271,8 +271,8 @@ def _unreachable(address: str, error: Exception) -> str:
     if address == LOCAL:
         return f"a Ray cluster cannot be started on this machine: {_first_line(error)}"
     if str(error).startswith("Version mismatch"):
-        said = " ".join(str(error).split())[:_LONGEST_REASON]
-        return f"GATEWAY_CLUSTER={address}: {said}. All machines must have the same versions of Ray and Python"
+        mismatch = " ".join(str(error).split())[:_LONGEST_REASON]
+        return f"GATEWAY_CLUSTER={address}: {mismatch}. All machines must have the same versions of Ray and Python"
     named = os.environ.get("RAY_ADDRESS") if address == "auto" else address
     where = f"no Ray cluster was found at {named}" if named else "this machine does not belong to a Ray cluster"
     return (

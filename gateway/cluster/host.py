@@ -174,18 +174,18 @@ class Host:
 
     async def _report_load(self) -> None:
         """Measure the rate, and send changes to the fronts."""
-        told: dict[Connection, Load] = {}
+        reported: dict[Connection, Load] = {}
         last = time.monotonic()
         while True:
             await asyncio.sleep(_REPORT_S)
             self._pace.measure()
             is_due = time.monotonic() - last >= _SILENCE_S
             last = time.monotonic() if is_due else last
-            told = {connection: load for connection, load in told.items() if connection in self.fronts}
+            reported = {connection: load for connection, load in reported.items() if connection in self.fronts}
             for connection, front in self.fronts.items():
-                if is_due or told.get(connection) != self.load(front):
-                    told[connection] = self.load(front)
-                    connection.send("load", told[connection])
+                if is_due or reported.get(connection) != self.load(front):
+                    reported[connection] = self.load(front)
+                    connection.send("load", reported[connection])
 
     def report(self, state: ModelState, reason: str) -> None:
         """Send the state of the model to all fronts, which send jobs only while it is ready."""

@@ -98,8 +98,8 @@ def make_spec(entry: ModelEntry, settings: Settings, *, has_cards: bool, make_ba
         LoadError: a file of the entry cannot be read.
     """
     files = {name: _read(path) for name, path in _file_paths(entry).items()}
-    asked = entry.replicas.gpus if entry.replicas is not None else None
-    wants_card = has_cards and entry.device != "cpu" if asked is None else bool(asked)
+    requested = entry.replicas.gpus if entry.replicas is not None else None
+    wants_card = has_cards and entry.device != "cpu" if requested is None else bool(requested)
     # Ray chooses the card, and the replica sees only that one.
     device = "cuda" if wants_card and entry.device.startswith("cuda:") else entry.device
     # `enabled` stays: `true` accepts a license, which `auto` does not.

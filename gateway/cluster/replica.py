@@ -138,8 +138,8 @@ def make_infinity(entry: ModelEntry, settings: Settings, on_card_lost: Callable[
 def resolve(path: str) -> Callable[[ModelEntry, Settings, Callable[[str], None]], Backend]:
     """Return the function that ``module:function`` names."""
     module, _, name = path.partition(":")
-    made: Callable[[ModelEntry, Settings, Callable[[str], None]], Backend] = getattr(import_module(module), name)
-    return made
+    function: Callable[[ModelEntry, Settings, Callable[[str], None]], Backend] = getattr(import_module(module), name)
+    return function
 
 
 def begun_key(name: str) -> bytes:

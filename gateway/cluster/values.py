@@ -136,8 +136,8 @@ class WireEmbeddings:
             num_tokens=np.asarray(result.num_tokens, np.int64),
             truncated=np.asarray(result.truncated, np.int64),
             timings=result.timings,
-            indices=None if sparse is None else Packed.of([one.indices for one in sparse]),
-            weights=None if sparse is None else Packed.of([one.values for one in sparse]),
+            indices=None if sparse is None else Packed.of([weights.indices for weights in sparse]),
+            weights=None if sparse is None else Packed.of([weights.values for weights in sparse]),
             multivectors=None if result.multivectors is None else Packed.of(result.multivectors),
             states=None if result.states is None else Packed.of(result.states),
         )

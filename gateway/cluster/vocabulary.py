@@ -20,12 +20,12 @@ class RemoteVocabulary:
         self._limit_s = limit_s
 
     def split(self, texts: Sequence[str], *, add_special_tokens: bool) -> list[list[Token]]:
-        found: list[list[Token]] = self._ask("split", texts, flag=add_special_tokens)
-        return found
+        answer: list[list[Token]] = self._ask("split", texts, flag=add_special_tokens)
+        return answer
 
     def join(self, rows: Sequence[Sequence[int]], *, skip_special_tokens: bool) -> list[str]:
-        found: list[str] = self._ask("join", [list(row) for row in rows], flag=skip_special_tokens)
-        return found
+        answer: list[str] = self._ask("join", [list(row) for row in rows], flag=skip_special_tokens)
+        return answer
 
     def _ask(self, method: str, items: Sequence[Any], *, flag: bool) -> Any:
         asking = self._line.vocabulary(method, items, flag=flag, limit_s=self._limit_s)

@@ -18,23 +18,23 @@ def decide(
     Args:
         contrasts: the contrasts of all measures; only those of the primary measure decide.
     """
-    primary = {one.arm: one for one in contrasts if one.measure == PRIMARY_MEASURE}
+    primary = {contrast.arm: contrast for contrast in contrasts if contrast.measure == PRIMARY_MEASURE}
     if not primary:
         return BottomLine(
             Advice.NO_JUDGMENTS, None, "Without judgments there is a difference, not a quality, and no recommendation."
         )
-    compared = {one.arm: one for one in costs}
+    compared = {cost.arm: cost for cost in costs}
     prices = {arm.name: _price(arm, arms[0], compared.get(arm.name)) for arm in arms[1:]}
     switch = _better(primary, prices) or _cheaper(primary, prices, margin)
     return switch or _undecided(primary, arms[0]) or _stay(primary, arms[0].name, margin)
 
 
 def _better(primary: Mapping[str, Contrast], prices: Mapping[str, _Price]) -> BottomLine | None:
-    better = [one for one in primary.values() if one.verdict is Verdict.BETTER]
+    better = [contrast for contrast in primary.values() if contrast.verdict is Verdict.BETTER]
     if not better:
         return None
-    best = max(better, key=lambda one: one.difference.mean)
-    others = ", ".join(one.arm for one in better if one is not best)
+    best = max(better, key=lambda contrast: contrast.difference.mean)
+    others = ", ".join(contrast.arm for contrast in better if contrast is not best)
     text = f"Switch to {best.arm}: it is better than {best.baseline} on these queries."
     if others:
         text += f" So is {others}; the difference between them was not tested."
@@ -45,17 +45,19 @@ def _better(primary: Mapping[str, Contrast], prices: Mapping[str, _Price]) -> Bo
 
 def _cheaper(primary: Mapping[str, Contrast], prices: Mapping[str, _Price], margin: float) -> BottomLine | None:
     """Recommend the cheapest arm that is as good, or not worse: first by the size of its vectors, then by its speed."""
-    said = {
+    reasons = {
         Verdict.AS_GOOD: f"it is as good as {{}}, within {margin:g}",
         Verdict.NOT_WORSE: f"it is not worse than {{}} by more than {margin:g}",
     }
     cheaper = [
-        one for one in primary.values() if one.verdict in said and prices[one.arm].less and not prices[one.arm].more
+        contrast
+        for contrast in primary.values()
+        if contrast.verdict in reasons and prices[contrast.arm].less and not prices[contrast.arm].more
     ]
     if not cheaper:
         return None
-    best = min(cheaper, key=lambda one: (prices[one.arm].size, prices[one.arm].time))
-    reason = said[Verdict(str(best.verdict))].format(best.baseline)
+    best = min(cheaper, key=lambda contrast: (prices[contrast.arm].size, prices[contrast.arm].time))
+    reason = reasons[Verdict(str(best.verdict))].format(best.baseline)
     less = " and ".join(prices[best.arm].less)
     return BottomLine(Advice.SWITCH, best.arm, f"Switch to {best.arm}: {reason}, with {less}.")
 
@@ -85,17 +87,17 @@ def _price(arm: Arm, baseline: Arm, cost: CostContrast | None) -> _Price:
         # Lower throughput is a higher price.
         (rate.ratio if rate and rate.is_shown else 1.0, "the throughput", -1.0),
     ]
-    said = [(ratio**sign, f"{TIMES} {fixed(ratio, 2)} {what}") for ratio, what, sign in ratios]
+    changes = [(ratio**sign, f"{TIMES} {fixed(ratio, 2)} {label}") for ratio, label, sign in ratios]
     return _Price(
-        less=[text for value, text in said if value < 1],
-        more=[text for value, text in said if value > 1],
+        less=[text for value, text in changes if value < 1],
+        more=[text for value, text in changes if value > 1],
         size=size,
         time=ratios[1][0],
     )
 
 
 def _undecided(primary: Mapping[str, Contrast], baseline: Arm) -> BottomLine | None:
-    verdicts = {one.verdict for one in primary.values()}
+    verdicts = {contrast.verdict for contrast in primary.values()}
     name = baseline.name
     if Verdict.TOO_FEW_QUERIES in verdicts:
         number = num_queries(next(iter(primary.values())))
@@ -119,14 +121,14 @@ def _undecided(primary: Mapping[str, Contrast], baseline: Arm) -> BottomLine | N
 
 
 def _stay(primary: Mapping[str, Contrast], baseline: str, margin: float) -> BottomLine:
-    verdicts = [one.verdict for one in primary.values()]
+    verdicts = [contrast.verdict for contrast in primary.values()]
     if all(verdict is Verdict.WORSE for verdict in verdicts):
         reason = "every other arm is worse" if len(verdicts) > 1 else f"{next(iter(primary))} is worse"
     elif all(verdict in {Verdict.WORSE, Verdict.AS_GOOD} for verdict in verdicts):
         reason = f"nothing is better by more than {margin:g}, or as good and cheaper"
     else:
         reason = "nothing is shown to be better"
-        found = [one.detectable for one in primary.values() if one.detectable is not None]
+        found = [contrast.detectable for contrast in primary.values() if contrast.detectable is not None]
         if found:
             reason += f"; a difference of {fixed(max(found))} would probably have been found"
     return BottomLine(Advice.STAY, baseline, f"Stay with {baseline}: {reason}.")

@@ -48,7 +48,7 @@ def calibrate(registry: Registry, entry: ModelEntry, settings: Settings, texts: 
     configure_logs("warning", "auto")  # a progress bar shows the steps
     logging.getLogger("httpx").setLevel(logging.WARNING)
     # Ignore the file of ranges, which may not exist yet or belong to other weights.
-    bare = [one.model_copy(update={"ranges": None}) if one.id == entry.id else one for one in registry.models]
+    bare = [other.model_copy(update={"ranges": None}) if other.id == entry.id else other for other in registry.models]
     registry = registry.model_copy(update={"models": tuple(bare)})
     with progress_on(make_console(is_error=True)) as reporter:
         return asyncio.run(_calibrate(entry.id, Path(entry.ranges), registry, settings, chosen, reporter))

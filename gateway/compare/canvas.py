@@ -43,7 +43,7 @@ class Scale:
 
     def share(self, value: float) -> float:
         """Return the relative position of a number: 0 for the low end, 1 for the high end."""
-        low, high, at = (math.log(one) if self.is_log else one for one in (self.low, self.high, value))
+        low, high, at = (math.log(number) if self.is_log else number for number in (self.low, self.high, value))
         return (at - low) / (high - low) if high > low else 0.5
 
     def percent(self, value: float) -> str:

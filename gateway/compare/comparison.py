@@ -73,7 +73,7 @@ async def compare(
     arms = [await plan_arm(client, name) for name in names]
     with CacheFolder(request.cache) as cache:
         ranked = {arm.name.text: await rank(client, arm, dataset, cache, reporter) for arm in arms}
-    rankings = {name: one.ranking for name, one in ranked.items()}
+    rankings = {name: ranked_arm.ranking for name, ranked_arm in ranked.items()}
     cost = CostRun({}, [], None)
     if request.measures_cost:
         texts = list(dataset.queries.values()), list(dataset.documents.values())

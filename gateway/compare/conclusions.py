@@ -49,7 +49,7 @@ def conclude(rankings: Mapping[str, Ranking], dataset: Dataset, design: Design) 
         }
         of_condensed = _contrasts(condensed, PRIMARY_MEASURE, design)
         contrasts[PRIMARY_MEASURE] = with_condensed(contrasts[PRIMARY_MEASURE], of_condensed, unlike)
-    ordered = [one for arm in others for found in contrasts.values() for one in found if one.arm == arm]
+    ordered = [contrast for arm in others for found in contrasts.values() for contrast in found if contrast.arm == arm]
     return Conclusions(qualities, ordered, unlike)
 
 

@@ -188,7 +188,7 @@ class _Turns:
         baseline, *others = series
         if not others:
             return len(baseline.seconds) >= min(MIN_FOR_P95, effort.most)
-        ratios = [ratio_of(one.seconds, baseline.seconds, self.alpha) for one in others]
+        ratios = [ratio_of(other.seconds, baseline.seconds, self.alpha) for other in others]
         return all(
             ratio.low is not None and ratio.high is not None and math.log(ratio.high / ratio.low) / 2 < _NARROW
             for ratio in ratios

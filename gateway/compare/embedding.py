@@ -195,7 +195,7 @@ def _rows(output: Output, embedded: EmbeddedTexts) -> Sequence[npt.NDArray[Any]]
     """Return the rows of each text in the cache."""
     match output:
         case Output.SPARSE:
-            return [weight_rows(one) for one in embedded.sparse]
+            return [weight_rows(weights) for weights in embedded.sparse]
         case Output.MULTIVECTOR:
             return embedded.multivectors
         case _:

@@ -129,7 +129,7 @@ def _examples(comparison: Comparison, name: str, key: int) -> Iterator[tuple[str
                     name,
                     f"{key}-{heading[8]}{number}",
                     signed(change(query)),
-                    " → ".join(fixed(query.quality[one][PRIMARY_MEASURE]) for one in (baseline, name)),
+                    " → ".join(fixed(query.quality[arm_name][PRIMARY_MEASURE]) for arm_name in (baseline, name)),
                 )
                 for number, query in enumerate(queries)
             ],

@@ -112,10 +112,10 @@ def _p95(cost: Cost | None) -> str:
 
 def _ratio_rows(comparison: Comparison) -> Iterator[Row]:
     """Yield the ratios to the baseline of paired requests."""
-    found = {one.arm: one for one in comparison.cost_contrasts}
+    found = {contrast.arm: contrast for contrast in comparison.cost_contrasts}
     for label, ratios in (
-        ("time of a query, ratio", {name: one.query_time for name, one in found.items()}),
-        ("texts/s, ratio", {name: one.texts_per_s for name, one in found.items()}),
+        ("time of a query, ratio", {name: contrast.query_time for name, contrast in found.items()}),
+        ("texts/s, ratio", {name: contrast.texts_per_s for name, contrast in found.items()}),
     ):
         cells = [
             Cell(ratio_words(ratio) if ratio else "the same model", f"{ratio.num_pairs} pairs" if ratio else "")

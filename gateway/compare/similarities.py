@@ -65,7 +65,7 @@ class Sparse:
     """
 
     def __init__(self, queries: Ragged, documents: Ragged, excluded: Sequence[int | None]) -> None:
-        size = 1 + max((int(one.rows["index"].max()) for one in (queries, documents) if len(one.rows)), default=0)
+        size = 1 + max((int(side.rows["index"].max()) for side in (queries, documents) if len(side.rows)), default=0)
         self._queries = _as_matrix(queries, size)
         self._documents = _as_matrix(documents, size)
         self._excluded = excluded

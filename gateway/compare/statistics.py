@@ -270,12 +270,18 @@ def with_verdicts(contrasts: Sequence[Contrast], margin: float) -> list[Contrast
     Raises:
         ValueError: the contrasts are of several measures.
     """
-    if len({one.measure for one in contrasts}) > 1:
+    if len({contrast.measure for contrast in contrasts}) > 1:
         raise ValueError("contrasts must be of one measure to be corrected together")
-    corrected = [replace(one, p_holm=p) for one, p in zip(contrasts, holm([one.p for one in contrasts]), strict=True)]
+    corrected = [
+        replace(contrast, p_holm=p)
+        for contrast, p in zip(contrasts, holm([contrast.p for contrast in contrasts]), strict=True)
+    ]
     if not corrected or corrected[0].measure != PRIMARY_MEASURE:
         return corrected
-    return [_with_power(replace(one, verdict=_verdict(one, margin, len(contrasts))), margin) for one in corrected]
+    return [
+        _with_power(replace(contrast, verdict=_verdict(contrast, margin, len(contrasts))), margin)
+        for contrast in corrected
+    ]
 
 
 def _verdict(one: Contrast, margin: float, num_arms: int) -> Verdict:

@@ -121,18 +121,20 @@ def _measured(arm: Arm) -> list[str]:
 
 def _agreement_table(comparison: Comparison) -> Table:
     rows = [
-        [one.arm, percent(one.overlap.mean), fixed(one.rbo.mean), percent(one.same_first.mean)]
-        for one in comparison.agreements
+        [agreement.arm, percent(agreement.overlap.mean), fixed(agreement.rbo.mean), percent(agreement.same_first.mean)]
+        for agreement in comparison.agreements
     ]
     return _table(f"Agreement with {comparison.baseline.name}", ["arm", "overlap@10", "RBO", "same first"], rows)
 
 
 def _sentences(comparison: Comparison) -> list[str]:
     """Return a sentence for each arm except the baseline: its verdict (its agreement without judgments) and its cost."""
-    said = {one.arm: verdict_sentence(comparison, one) for one in _primary(comparison)}
-    said = said or {one.arm: agreement_sentence(one) for one in comparison.agreements}
+    sentences = {result.arm: verdict_sentence(comparison, result) for result in _primary(comparison)}
+    sentences = sentences or {result.arm: agreement_sentence(result) for result in comparison.agreements}
     return [
-        f"{said[arm.name]} {arm.name}: {cost_sentence(comparison, arm)}." for arm in comparison.arms if arm.name in said
+        f"{sentences[arm.name]} {arm.name}: {cost_sentence(comparison, arm)}."
+        for arm in comparison.arms
+        if arm.name in sentences
     ]
 
 

@@ -106,5 +106,5 @@ def _one_cell(text: str) -> str:
 
 def with_condensed(whole: Sequence[Contrast], condensed: Sequence[Contrast], unlike: frozenset[str]) -> list[Contrast]:
     """Reconcile the contrasts of the arms that are not judged like the baseline."""
-    by_arm = {one.arm: one for one in condensed}
-    return [reconcile(one, by_arm[one.arm]) if one.arm in unlike else one for one in whole]
+    by_arm = {contrast.arm: contrast for contrast in condensed}
+    return [reconcile(contrast, by_arm[contrast.arm]) if contrast.arm in unlike else contrast for contrast in whole]

@@ -141,7 +141,7 @@ def draw(queries: Iterable[Query], baseline: str, arm: str, seed: int) -> Duel:
             for name in (baseline, arm)
         ]
         num_queries += 1
-        if [one.document for one in lists[0]] == [one.document for one in lists[1]]:
+        if [hit.document for hit in lists[0]] == [hit.document for hit in lists[1]]:
             continue
         num_different += 1
         pair = Pair(query=query.id, text=query.text[:_MAX_TEXT], baseline=lists[0], arm=lists[1])

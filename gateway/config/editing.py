@@ -94,7 +94,9 @@ def edit_experiment(served: Registry, experiment_id: str, change: Change, enviro
 
 
 def _changed(registry: Registry, experiment_id: str, change: Change) -> Registry:
-    experiments = (change.of(one) if one.id == experiment_id else one for one in registry.experiments)
+    experiments = (
+        change.of(experiment) if experiment.id == experiment_id else experiment for experiment in registry.experiments
+    )
     return registry.model_copy(update={"experiments": tuple(experiments)})
 
 

@@ -256,13 +256,13 @@ def _usual_name() -> str:
 
 def _quality(results: Results) -> Forest | None:
     """Return the differences of the arms from the baseline in the primary measure; ``None`` without judgments."""
-    found = {one.arm: one.difference for one in results.contrasts if one.measure == PRIMARY}
+    found = {contrast.arm: contrast.difference for contrast in results.contrasts if contrast.measure == PRIMARY}
     return _forest([found.get(arm.name) for arm in results.arms], 0.0) if found else None
 
 
 def _costs(results: Results) -> Forest | None:
     """Return the ratios of the times per query; ``None`` if they were not measured."""
-    found = {one.arm: one.query_time for one in results.cost_contrasts if one.query_time}
+    found = {contrast.arm: contrast.query_time for contrast in results.cost_contrasts if contrast.query_time}
     intervals = [_of_ratio(found.get(arm.name)) for arm in results.arms]
     return _forest(intervals, 1.0) if found else None
 
@@ -272,7 +272,7 @@ def _judged(results: Results, judge: JudgeResults) -> list[tuple[JudgeContrast, 
     found = {contrast.arm: contrast for contrast in judge.contrasts}
     known = [found[arm.name] for arm in results.arms if arm.name in found]
     figures = [contrast.figure for contrast in known]
-    forest = _forest([Interval(mean=one.mean, low=one.low, high=one.high) for one in figures], 0.0)
+    forest = _forest([Interval(mean=figure.mean, low=figure.low, high=figure.high) for figure in figures], 0.0)
     return [(contrast, whisker, forest.zero) for contrast, whisker in zip(known, forest.whiskers, strict=True)]
 
 
@@ -281,19 +281,25 @@ def _of_ratio(ratio: Ratio | None) -> Interval | None:
 
 
 def _forest(intervals: Sequence[Interval | None], zero: float) -> Forest:
-    ends = [end for one in intervals if one for end in (one.low, one.high, one.mean) if end is not None]
+    ends = [
+        end
+        for interval in intervals
+        if interval
+        for end in (interval.low, interval.high, interval.mean)
+        if end is not None
+    ]
     reach = max((abs(end - zero) for end in ends), default=0.0) * 1.1 or 1.0
     scale = Scale(zero - reach, zero + reach)
     return Forest(
         scale.at(zero),
         [
             None
-            if one is None
+            if interval is None
             else Whisker(
-                "" if one.low is None else scale.at(one.low),
-                "" if one.low is None or one.high is None else scale.length(one.low, one.high),
-                scale.at(one.mean),
+                "" if interval.low is None else scale.at(interval.low),
+                "" if interval.low is None or interval.high is None else scale.length(interval.low, interval.high),
+                scale.at(interval.mean),
             )
-            for one in intervals
+            for interval in intervals
         ],
     )

@@ -55,7 +55,7 @@ class DuelPages:
             voter = visitor_of(request).client.name
             begun = [duel_entry(found) for found in await duels.latest(MAX_LISTED, voter)]
         chosen = request.query_params.get("run", "")
-        run = next((one for one in known if one.name == chosen), known[0] if known else None)
+        run = next((candidate for candidate in known if candidate.name == chosen), known[0] if known else None)
         return self._parts.pages.render(
             request, "duel_begin.html.j2", runs=runs, known=known, run=run, begun=begun, target=TARGET
         )

@@ -167,7 +167,11 @@ class Experiments:
 
     def _usable(self, request: Request) -> list[Experiment]:
         names, client = self._parts.deployment.router.names, visitor_of(request).client
-        return [one for one in self._parts.deployment.registry.experiments if names.allows(client, one.id)]
+        return [
+            experiment
+            for experiment in self._parts.deployment.registry.experiments
+            if names.allows(client, experiment.id)
+        ]
 
     def _find(self, request: Request) -> Experiment:
         return find_experiment(self._parts.deployment, request, request.path_params["experiment_id"])
@@ -265,18 +269,18 @@ def _conclude(report: ExperimentReport, outcomes: Sequence[OutcomeView]) -> Conc
 
 
 def _conclude_from_units(report: ExperimentReport, outcomes: Sequence[OutcomeView]) -> Conclusion:
-    worse = [one for one in report.guardrails if one.verdict == "worse"]
+    worse = [guardrail for guardrail in report.guardrails if guardrail.verdict == "worse"]
     if worse:
-        what = ", ".join(f"{one.arm} in {one.metric}" for one in worse)
-        return Conclusion("bad", "An arm is worse in something that should not suffer", f"{what}.")
+        names = ", ".join(f"{guardrail.arm} in {guardrail.metric}" for guardrail in worse)
+        return Conclusion("bad", "An arm is worse in something that should not suffer", f"{names}.")
     if verdicts := decided(outcomes):
         first = verdicts[0]
         return Conclusion(first.level, first.sentence, f"{outcomes[0].outcome.name}: {first.reason}.")
     if undecided := [verdict for view in outcomes for verdict in view.verdicts]:
         return Conclusion("", "Not yet: keep it running", f"{undecided[0].arm}: {undecided[0].next}")
-    if all(one.verdict == "not yet" for one in report.guardrails):
+    if all(guardrail.verdict == "not yet" for guardrail in report.guardrails):
         num_units = sum(arm.units for arm in report.evidence)
-        least = max((one.least_units for one in report.guardrails), default=0)
+        least = max((guardrail.least_units for guardrail in report.guardrails), default=0)
         return Conclusion(
             "",
             "Too early: keep it running",
@@ -291,20 +295,20 @@ def _whiskers(report: ExperimentReport) -> list[Whisker]:
     """Return the drawings of the guardrails that have an interval: latency as a ratio, errors as a difference."""
     indices = {arm.arm: index for index, arm in enumerate(report.evidence)}
     drawn = []
-    for one in report.guardrails:
-        if one.estimate is None or one.low is None or one.high is None:
+    for guardrail in report.guardrails:
+        if guardrail.estimate is None or guardrail.low is None or guardrail.high is None:
             continue
-        none = 1.0 if one.metric == "latency" else 0.0
-        reach = max(abs(one.low - none), abs(one.high - none)) * 1.15 or 1.0
+        none = 1.0 if guardrail.metric == "latency" else 0.0
+        reach = max(abs(guardrail.low - none), abs(guardrail.high - none)) * 1.15 or 1.0
         scale = Scale(none - reach, none + reach)
         drawn.append(
             Whisker(
-                one,
-                indices[one.arm],
+                guardrail,
+                indices[guardrail.arm],
                 scale.at(none),
-                scale.at(one.low),
-                scale.length(one.low, one.high),
-                scale.at(one.estimate),
+                scale.at(guardrail.low),
+                scale.length(guardrail.low, guardrail.high),
+                scale.at(guardrail.estimate),
             )
         )
     return drawn

@@ -90,9 +90,12 @@ def view_outcomes(report: ExperimentReport) -> list[OutcomeView]:
     indices = {arm.arm: index for index, arm in enumerate(report.evidence)}
     # Only the report of the outcomes finds a mismatch in an earlier generation, and then gives no verdict.
     is_doubtful = report.mismatch or any(
-        comparison.verdict is None for one in report.outcomes.outcomes if one.primary for comparison in one.comparisons
+        comparison.verdict is None
+        for outcome in report.outcomes.outcomes
+        if outcome.primary
+        for comparison in outcome.comparisons
     )
-    return [_view(one, indices, is_doubtful=is_doubtful) for one in report.outcomes.outcomes]
+    return [_view(outcome, indices, is_doubtful=is_doubtful) for outcome in report.outcomes.outcomes]
 
 
 def decided(views: Sequence[OutcomeView]) -> list[Verdict]:
@@ -109,7 +112,11 @@ def _view(outcome: OutcomeReport, indices: Mapping[str, int], *, is_doubtful: bo
         outcome,
         _what(outcome),
         is_doubtful,
-        [_verdict(outcome, one, indices, digits) for one in outcome.comparisons if outcome.primary and one.verdict],
+        [
+            _verdict(outcome, difference, indices, digits)
+            for difference in outcome.comparisons
+            if outcome.primary and difference.verdict
+        ],
         [_mean(arm, digits) for arm in outcome.arms],
         [] if is_doubtful else _differences(outcome, indices, digits),
         first if is_doubtful or not outcome.primary else "",
@@ -160,16 +167,21 @@ def _mean(arm: OutcomeArm, digits: int) -> ArmMean:
 def _differences(outcome: OutcomeReport, indices: Mapping[str, int], digits: int) -> list[Difference]:
     drawn = []
     margin = outcome.margin or 0.0
-    known = [one for one in outcome.comparisons if one.low is not None and one.high is not None]
+    known = [
+        comparison for comparison in outcome.comparisons if comparison.low is not None and comparison.high is not None
+    ]
     # Use one scale for all arms, so that they can be compared by eye.
-    reach = max([margin, *(max(abs(one.low or 0.0), abs(one.high or 0.0)) for one in known)]) * 1.15 or 1.0
+    reach = (
+        max([margin, *(max(abs(comparison.low or 0.0), abs(comparison.high or 0.0)) for comparison in known)]) * 1.15
+        or 1.0
+    )
     scale = Scale(-reach, reach)
-    for one in known:
-        low, high, estimate = one.low or 0.0, one.high or 0.0, one.estimate or 0.0
+    for comparison in known:
+        low, high, estimate = comparison.low or 0.0, comparison.high or 0.0, comparison.estimate or 0.0
         drawn.append(
             Difference(
-                one.arm,
-                indices[one.arm],
+                comparison.arm,
+                indices[comparison.arm],
                 signed(estimate, digits),
                 f"{signed(low, digits)} to {signed(high, digits)}",
                 scale.at(0),
@@ -188,6 +200,10 @@ def _range(low: float, high: float, digits: int) -> str:
 
 def _digits(outcome: OutcomeReport) -> int:
     """Return the number of decimals that show a tenth of the margin, or of the narrowest interval without a margin."""
-    widths = [one.high - one.low for one in outcome.comparisons if one.low is not None and one.high is not None]
+    widths = [
+        comparison.high - comparison.low
+        for comparison in outcome.comparisons
+        if comparison.low is not None and comparison.high is not None
+    ]
     scale = outcome.margin or min((width for width in widths if width), default=0.01)
     return min(_MOST_DIGITS, max(0, 1 - math.floor(math.log10(scale))))

@@ -213,15 +213,15 @@ class Batcher:
 
     def _faulted(self, lost: Sequence[TokenSequence]) -> None:
         """Fail the requests whose sequences a computing thread has lost, and leave those that other threads compute."""
-        safe = {one for worker in self._workers for one in worker.in_hand}
+        safe = {sequence for worker in self._workers for sequence in worker.in_hand}
         if not lost:
             self._batches.clear()
         self._call_soon(lambda: self._end_unsafe(lost, safe))
 
     def _end_unsafe(self, lost: Sequence[TokenSequence], safe: set[TokenSequence]) -> None:
         if not lost:
-            safe = safe | {one for worker in self._workers for one in worker.in_hand}
-            lost = [one for one in self._sequences.values() if one not in safe]
+            safe = safe | {sequence for worker in self._workers for sequence in worker.in_hand}
+            lost = [sequence for sequence in self._sequences.values() if sequence not in safe]
         message = f"model {self._model!r} failed while it computed this request"
         self._end_requests(lost, lambda: InferenceFailed(message))
 
@@ -305,12 +305,12 @@ class Batcher:
 
     def oldest_s(self, priority: Priority = Priority.NORMAL) -> float:
         """Return the seconds that the oldest pending request of a priority has been waiting, 0 without one."""
-        oldest = next((one for one in self._pending.values() if one.priority is priority), None)
+        oldest = next((pending for pending in self._pending.values() if pending.priority is priority), None)
         return 0.0 if oldest is None else time.monotonic() - oldest.admitted_at
 
     def stats(self) -> SequenceStats:
         """Return the number of sequences in flight, and the number of texts that wait for them."""
-        return SequenceStats(len(self._sequences), sum(len(one.waiters) for one in self._sequences.values()))
+        return SequenceStats(len(self._sequences), sum(len(sequence.waiters) for sequence in self._sequences.values()))
 
     @property
     def num_requests(self) -> int:

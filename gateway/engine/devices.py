@@ -57,7 +57,9 @@ def leave_out_full(setting: str, devices: Sequence[str], needed_bytes: int) -> t
         return tuple(devices)
     cards = see_cards().visible
     roomy = [
-        one for one in devices if not (card := _card_of(one, cards)).total_bytes or card.free_bytes >= needed_bytes
+        device
+        for device in devices
+        if not (card := _card_of(device, cards)).total_bytes or card.free_bytes >= needed_bytes
     ]
     return tuple(roomy or devices)
 

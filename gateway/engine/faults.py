@@ -82,18 +82,20 @@ def is_card_lost(error: BaseException, device: str) -> bool:
         return False
     # Check each error in the chain: the surrounding code may have raised a less specific error, or failed during cleanup.
     errors = [
-        one for one in _chain(error) if isinstance(one, RuntimeError) and not isinstance(one, torch.OutOfMemoryError)
+        cause
+        for cause in _chain(error)
+        if isinstance(cause, RuntimeError) and not isinstance(cause, torch.OutOfMemoryError)
     ]
-    if any(sign in str(one).lower() for one in errors for sign in _FINAL_SIGNS):
+    if any(sign in str(cause).lower() for cause in errors for sign in _FINAL_SIGNS):
         return True
-    return any(_is_from_cuda(one) for one in errors) and not still_computes(device)
+    return any(_is_from_cuda(cause) for cause in errors) and not still_computes(device)
 
 
 def find_lost_card(error: BaseException, devices: Sequence[str]) -> str | None:
     """Return the device that was lost, after an error of work that used all of them; ``None`` if no device was lost."""
-    for one in _chain(error):
-        if isinstance(one, CardLost):
-            return one.device or devices[0]
+    for cause in _chain(error):
+        if isinstance(cause, CardLost):
+            return cause.device or devices[0]
     suspects = [device for device in devices if is_card_lost(error, device)]
     # An error does not name its card, so another card may be well.
     broken = [device for device in suspects if len(suspects) > 1 and not still_computes(device)]

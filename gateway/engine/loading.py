@@ -291,8 +291,8 @@ def _warm_up(encoder: Encoder, plan: LoadPlan) -> None:
             except Exception as error:  # a configuration that makes no sense can make a model raise anything
                 reason = f"{type(error).__name__}: {error}"
                 raise LoadError(f"{plan.checkpoint.folder}: the model cannot be run: {reason}") from error
-            for row, one in zip(batch, encoded, strict=True):
-                require_promised(one, len(row.ids), plan.checkpoint, plan.outputs, plan.dtype)
+            for row, result in zip(batch, encoded, strict=True):
+                require_promised(result, len(row.ids), plan.checkpoint, plan.outputs, plan.dtype)
 
 
 def _card_batches(encoder: Encoder, plan: LoadPlan) -> list[list[Item]]:

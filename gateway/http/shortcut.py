@@ -77,7 +77,9 @@ def direct_routes(routes: Iterable[APIRoute]) -> Routes:
     for route in routes:
         if route.param_convertors:
             with_parameters.append(route)
-        elif _takes_the_request_alone(route) and not any(one.path_regex.match(route.path) for one in with_parameters):
+        elif _takes_the_request_alone(route) and not any(
+            other.path_regex.match(route.path) for other in with_parameters
+        ):
             for method in route.methods or ():
                 found.setdefault((method, route.path), route)
     return found

@@ -63,7 +63,7 @@ def report_files(experiment: Experiment, exposures: Sequence[Path], outcomes: Se
     stores = [path for path in dict.fromkeys([*exposures, *outcomes]) if is_store(path)]
     units = _gather(experiment, read_units(dict.fromkeys([*exposures, *stores])))
     split, primary = Split(experiment), experiment.outcome.name if experiment.outcome else None
-    posted = [one for path in outcomes if path not in stores for one in read_csv(path, split, primary)]
+    posted = [outcome for path in outcomes if path not in stores for outcome in read_csv(path, split, primary)]
     return report_outcomes(experiment, units, _by_name(experiment, posted, stores), time.time()).report
 
 
@@ -73,16 +73,24 @@ def _gather(experiment: Experiment, found: Iterable[Exposure]) -> Exposures:
     places = {(branch.generation, branch.arm): place for place, branch in enumerate(branches)}
     tasks = {(arm.label, arm.model): arm.task for arm in experiment.arms}
     first: dict[tuple[int, int], float] = {}
-    for one in found:
-        if one.experiment != experiment.id:
+    for exposure in found:
+        if exposure.experiment != experiment.id:
             continue
-        place = places.get((one.generation, one.arm))
+        place = places.get((exposure.generation, exposure.arm))
         if place is None:
-            if one.share is None:  # of an earlier version: the weights of other generations are not known
+            if exposure.share is None:  # of an earlier version: the weights of other generations are not known
                 continue
-            place = places[one.generation, one.arm] = len(branches)
-            branches.append(Branch(one.generation, one.arm, one.model, tasks.get((one.arm, one.model)), one.share))
-        key, seconds = (signed(one.unit), place), datetime.fromisoformat(one.time).timestamp()
+            place = places[exposure.generation, exposure.arm] = len(branches)
+            branches.append(
+                Branch(
+                    exposure.generation,
+                    exposure.arm,
+                    exposure.model,
+                    tasks.get((exposure.arm, exposure.model)),
+                    exposure.share,
+                )
+            )
+        key, seconds = (signed(exposure.unit), place), datetime.fromisoformat(exposure.time).timestamp()
         first[key] = min(first.get(key, seconds), seconds)
     pairs = sorted(first.items(), key=lambda pair: pair[1])
     unit, branch = (np.array([key[i] for key, _ in pairs], np.int64) for i in (0, 1))
@@ -92,9 +100,9 @@ def _gather(experiment: Experiment, found: Iterable[Exposure]) -> Exposures:
 def _by_name(experiment: Experiment, posted: Sequence[NewOutcome], stores: Sequence[Path]) -> dict[str, Outcomes]:
     """Return the outcomes by name, each key once."""
     found: dict[str, dict[bytes, tuple[int, float, float, float, bool]]] = {}
-    for one in posted:
-        row = (one.unit, one.value, one.of, one.time, one.is_before)
-        found.setdefault(one.name, {}).setdefault(one.key, row)
+    for outcome in posted:
+        row = (outcome.unit, outcome.value, outcome.of, outcome.time, outcome.is_before)
+        found.setdefault(outcome.name, {}).setdefault(outcome.key, row)
     for path in stores:
         with Reader(path) as reader:
             for name in reader.names(experiment.id):

@@ -170,7 +170,9 @@ class Keeper:
             try:
                 if any(exposure.generation not in self._declared for exposure in exposures):
                     self._declare()
-                self._store.expose([(one, datetime.fromisoformat(one.time).timestamp()) for one in exposures])
+                self._store.expose(
+                    [(exposure, datetime.fromisoformat(exposure.time).timestamp()) for exposure in exposures]
+                )
             except (StoreBusy, StoreFull) as error:
                 if time.monotonic() - self._warned_at > _SECONDS_BETWEEN_WARNINGS:
                     self._warned_at = time.monotonic()

@@ -154,7 +154,7 @@ class Names:
     def _read(self, name: str) -> Written | None:
         """Return the parts of a name; ``None`` if the registry does not have it."""
         known = (written for written in readings(name) if written.name in self._known)
-        of_units = (written for one in self._experiments if (written := read_after(one, name)))
+        of_units = (written for experiment in self._experiments if (written := read_after(experiment, name)))
         return next(known, None) or next(of_units, None)
 
     def _resembles_model(self, name: str) -> bool:

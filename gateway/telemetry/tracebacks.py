@@ -41,8 +41,8 @@ def format_traceback(error: BaseException) -> str:
         if any(current is other for other, _link in shown):
             current = None
     lines = [] if current is None else ["(earlier exceptions are left out)", "", link, ""]
-    for one, after in reversed(shown):
-        lines += _lines_of(one)
+    for exception, after in reversed(shown):
+        lines += _lines_of(exception)
         if after:
             lines += ["", after, ""]
     return "\n".join(lines)
@@ -107,12 +107,12 @@ def _frames(last: TracebackType) -> Iterator[str]:
         places.append(place)
         place = place.tb_next
     num_omitted = len(places) - _FIRST_FRAMES - _LAST_FRAMES
-    for index, one in enumerate(places):
+    for index, frame in enumerate(places):
         if num_omitted > 0 and _FIRST_FRAMES <= index < _FIRST_FRAMES + num_omitted:
             if index == _FIRST_FRAMES:
                 yield f"  ... {num_omitted:,} frames are left out ..."
             continue
-        for text in traceback.format_list(traceback.extract_tb(one, limit=1)):
+        for text in traceback.format_list(traceback.extract_tb(frame, limit=1)):
             yield from (_cut(line, _MAX_LINE) for line in text.rstrip("\n").split("\n"))
 
 

@@ -32,7 +32,7 @@ pytest.importorskip("ray", reason="needs the extra `cluster`")
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # Ray's own use of other libraries
     from gateway.cluster.backend import RayBackend
-    from gateway.cluster.command import Found, describe_pruned, differing, prune
+    from gateway.cluster.command import DeploymentStatus, describe_pruned, differing, prune
     from gateway.cluster.deploying import Cluster, Deployed, _unreachable
 
 SECRET = b"s" * 32
@@ -158,8 +158,8 @@ async def test_another_gateway_with_another_entry_is_a_warning(
     monkeypatch.setattr("gateway.cluster.backend._PLACE_S", 0.01)
     used, unused = Deployed("gateway-mini-0123456789ab", "RUNNING", "", 1), Deployed("gateway-mini-b", "RUNNING", "", 1)
 
-    async def ask(_cluster: object, deployed: Deployed) -> Found:
-        return Found(deployed, [], 2 if deployed is used else 0)
+    async def ask(_cluster: object, deployed: Deployed) -> DeploymentStatus:
+        return DeploymentStatus(deployed, [], 2 if deployed is used else 0)
 
     monkeypatch.setattr("gateway.cluster.backend.ask", ask)
     site = Placed()
@@ -176,7 +176,7 @@ async def test_another_gateway_with_another_entry_is_a_warning(
 
 def test_the_status_says_which_gateways_differ() -> None:
     found = [
-        Found(Deployed(name, "RUNNING", "", 1), [], num_fronts)
+        DeploymentStatus(Deployed(name, "RUNNING", "", 1), [], num_fronts)
         for name, num_fronts in [("gateway-a-1-x", 1), ("gateway-a-1-y", 1), ("gateway-a-z", 1), ("gateway-a-w", 0)]
     ]
     assert differing(found) == [
@@ -227,12 +227,12 @@ async def test_a_load_has_failed_only_if_no_replica_runs_or_starts_for_a_while(m
 class Deployments:
     """A cluster with deployments, and the names of the deleted ones."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, *found: Found) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *found: DeploymentStatus) -> None:
         self.found = {one.deployed.name: one for one in found}
         self.deleted: list[str] = []
         monkeypatch.setattr("gateway.cluster.command.ask", self._ask)
 
-    async def _ask(self, _cluster: object, deployed: Deployed) -> Found:
+    async def _ask(self, _cluster: object, deployed: Deployed) -> DeploymentStatus:
         return self.found[deployed.name]
 
     def deployed(self) -> dict[str, Deployed]:
@@ -242,12 +242,12 @@ class Deployments:
         self.deleted += names
 
 
-WAITING = Found(Deployed("gateway-w-1", "DEPLOYING", "", 0, 1), [], None)
-SILENT = Found(Deployed("gateway-s-1", "RUNNING", "", 1), [], None)
-FAILED = Found(Deployed("gateway-f-1", "DEPLOY_FAILED", "no such file", 0), [], None)
-REPLACED = Found(Deployed("gateway-r-1", "DEPLOY_FAILED", "node died", 0, 1), [], None)
-UNUSED = Found(Deployed("gateway-u-1", "RUNNING", "", 1), [], 0)
-USED = Found(Deployed("gateway-x-1", "RUNNING", "", 2), [], 2)
+WAITING = DeploymentStatus(Deployed("gateway-w-1", "DEPLOYING", "", 0, 1), [], None)
+SILENT = DeploymentStatus(Deployed("gateway-s-1", "RUNNING", "", 1), [], None)
+FAILED = DeploymentStatus(Deployed("gateway-f-1", "DEPLOY_FAILED", "no such file", 0), [], None)
+REPLACED = DeploymentStatus(Deployed("gateway-r-1", "DEPLOY_FAILED", "node died", 0, 1), [], None)
+UNUSED = DeploymentStatus(Deployed("gateway-u-1", "RUNNING", "", 1), [], 0)
+USED = DeploymentStatus(Deployed("gateway-x-1", "RUNNING", "", 2), [], 2)
 
 
 async def test_prune_says_what_it_removes_and_what_it_keeps_because_nothing_answers(

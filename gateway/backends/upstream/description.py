@@ -82,7 +82,7 @@ def read_golden(entry: ModelEntry, fingerprint: str, tasks: Tasks) -> Sequence[G
 
 def full_fingerprint(base: str, width: int, recorded: Iterable[GoldenVector]) -> str:
     """Return a hash of a model's identity, including its recorded vectors."""
-    vectors = b"".join(one.vector.astype("<f4").tobytes() for one in recorded)
+    vectors = b"".join(golden.vector.astype("<f4").tobytes() for golden in recorded)
     return hashlib.sha256(f"{base} {width}".encode() + vectors).hexdigest()
 
 

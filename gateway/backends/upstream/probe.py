@@ -152,7 +152,7 @@ def _ignored_tasks(tasks: Tasks, by_task: dict[str | None, Vectors]) -> str:
 
     Tasks whose vectors differ in width cannot belong to one model.
     """
-    if len(widths := sorted({one.shape[1] for one in by_task.values()})) > 1:
+    if len(widths := sorted({vectors.shape[1] for vectors in by_task.values()})) > 1:
         return f"gives vectors of {' and '.join(map(str, widths))} dimensions for different tasks"
     by_name = {name: by_task[task] for task, name in tasks.names.items() if task in by_task}
     pairs = list(combinations(by_name, 2))
@@ -175,8 +175,8 @@ def _ignored_tasks(tasks: Tasks, by_task: dict[str | None, Vectors]) -> str:
 
 
 def _by_task(recorded: Sequence[GoldenVector]) -> dict[str | None, Vectors]:
-    tasks = dict.fromkeys(one.task for one in recorded)
-    return {task: np.stack([one.vector for one in recorded if one.task == task]) for task in tasks}
+    tasks = dict.fromkeys(golden.task for golden in recorded)
+    return {task: np.stack([golden.vector for golden in recorded if golden.task == task]) for task in tasks}
 
 
 def _is_same(one: Vectors, other: Vectors) -> bool:

@@ -125,7 +125,7 @@ def find_files(places: Sequence[str], without: Sequence[str] = ()) -> list[Sourc
     found: list[tuple[str, Any, str]] = []
     for place in places:
         all_of_it = _find_remote(place) if "://" in place else [(path, None, "") for path in _find_local(place)]
-        kept = [one for one in all_of_it if not is_written(one[0])]
+        kept = [item for item in all_of_it if not is_written(item[0])]
         if not kept:
             raise BulkError(f"{place}: is also where this job would write: choose another --to, --manifest or --errors")
         found += kept
@@ -159,9 +159,9 @@ def _find_local(place: str) -> list[str]:
     path = os.path.expanduser(place)  # noqa: PTH111  a pattern is not a path
     try:
         if os.path.isdir(path):  # noqa: PTH112  the method of a path raises for a name that is too long
-            return _known(place, [str(one) for one in Path(path).rglob("*") if one.is_file()], path)
+            return _known(place, [str(child) for child in Path(path).rglob("*") if child.is_file()], path)
         if not os.path.lexists(path) and glob.has_magic(path):
-            matches = [one for one in glob.glob(path, recursive=True) if os.path.isfile(one)]  # noqa: PTH207, PTH113
+            matches = [match for match in glob.glob(path, recursive=True) if os.path.isfile(match)]  # noqa: PTH207, PTH113
             return _known(place, matches, "")
     except OSError as error:
         raise BulkError(f"{place}: cannot be read: {error.strerror}") from error

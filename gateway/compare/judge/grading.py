@@ -81,7 +81,7 @@ class Grader:
     def unjudged(self, questions: Iterable[Question]) -> list[Outcome]:
         """Return the reason for each question without a grade."""
         texts = (self.texts(question.pair) for question in questions if self.known(question) is None)
-        return [self.tally.unjudged.get(one, Outcome.UNREADABLE) for one in texts]
+        return [self.tally.unjudged.get(text, Outcome.UNREADABLE) for text in texts]
 
     async def ask(self, questions: Sequence[Question], step: Step) -> None:
         """Ask about pairs, several at a time.
@@ -145,7 +145,7 @@ class Grader:
     def known_models(self, questions: Iterable[Question]) -> set[str]:
         """Return the ids of the models that gave the known grades of questions."""
         stored = (self._stores[question.order].get(*self.texts(question.pair)) for question in questions)
-        return {one.model for one in stored if one is not None and one.model}
+        return {grade.model for grade in stored if grade is not None and grade.model}
 
 
 def _too_many(name: str, tally: Tally) -> str:

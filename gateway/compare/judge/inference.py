@@ -158,8 +158,8 @@ def self_agreement(gradings: Sequence[Sequence[int]]) -> float:
     """Return the share of equal grades among any two gradings of the same pair; each pair was graded several times."""
     equal = total = 0
     for grades in gradings:
-        for place, one in enumerate(grades):
+        for place, grade in enumerate(grades):
             for other in grades[place + 1 :]:
-                equal += one == other
+                equal += grade == other
                 total += 1
     return equal / total if total else 1.0

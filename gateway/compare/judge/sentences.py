@@ -71,7 +71,7 @@ def judge_sentences(report: JudgeReport) -> list[str]:
     return [
         *_introduction(report),
         *([_check_sentence(check)] if check else []),
-        *(contrast_sentence(report, one) for one in report.contrasts),
+        *(contrast_sentence(report, contrast) for contrast in report.contrasts),
         *([] if check else [_WITHOUT_CHECK]),
         *(f"Note: {note}" for note in (*report.check_notes, *report.notes)),
     ]

@@ -56,7 +56,11 @@ def quality(rankings: Mapping[str, Ranking], grades: Grades) -> dict[str, Values
 def levels(evidence: Evidence) -> dict[str, Figure]:
     """Return the mean nDCG@10 of each arm by the judge's grades."""
     values = quality(evidence.rankings, evidence.judged)
-    return {arm: mean_of(list(_by_unit(one, evidence.groups).values())).figure for arm, one in values.items() if one}
+    return {
+        arm: mean_of(list(_by_unit(arm_values, evidence.groups).values())).figure
+        for arm, arm_values in values.items()
+        if arm_values
+    }
 
 
 def conclude(evidence: Evidence) -> list[JudgeContrast]:
@@ -71,16 +75,16 @@ def conclude(evidence: Evidence) -> list[JudgeContrast]:
     by_people = [_by_unit(_differences(arm, baseline, people), evidence.groups) for arm in arms]
     # For a group that people checked, only the judge's grades of the checked queries count.
     same = [
-        _by_unit({query: one[query] for query in evidence.people if query in one}, evidence.groups)
-        for one in every_query
+        _by_unit({query: differences[query] for query in evidence.people if query in differences}, evidence.groups)
+        for differences in every_query
     ]
     simple = [mean_of(list(values.values())) for values in by_judge]
     corrected = [_corrected(theirs, all_ | ours) for theirs, all_, ours in zip(by_people, by_judge, same, strict=True)]
-    simple_ps, corrected_ps = holm([one.p for one in simple]), _with_holm(corrected)
-    found = []
+    simple_ps, corrected_ps = holm([tested.p for tested in simple]), _with_holm(corrected)
+    contrasts = []
     for place, arm in enumerate(arms):
         both, checked = corrected[place], list(by_people[place].values())
-        one = JudgeContrast(
+        contrast = JudgeContrast(
             arm=arm,
             baseline=baseline,
             judged=simple[place].figure,
@@ -92,8 +96,8 @@ def conclude(evidence: Evidence) -> list[JudgeContrast]:
             num_untied=_num_untied(by_people[place] if evidence.check else by_judge[place]),
             verdict=JudgeVerdict.INCONCLUSIVE,
         )
-        found.append(replace(one, verdict=_verdict(evidence, one)))
-    return found
+        contrasts.append(replace(contrast, verdict=_verdict(evidence, contrast)))
+    return contrasts
 
 
 def _differences(arm: str, baseline: str, values: Mapping[str, Values]) -> dict[str, float]:
@@ -118,8 +122,8 @@ def _corrected(people: Values, judged: Values) -> Tested | None:
 
 
 def _with_holm(corrected: Sequence[Tested | None]) -> list[float | None]:
-    ps = iter(holm([one.p for one in corrected if one is not None]))
-    return [None if one is None else next(ps) for one in corrected]
+    ps = iter(holm([tested.p for tested in corrected if tested is not None]))
+    return [None if tested is None else next(ps) for tested in corrected]
 
 
 def _verdict(evidence: Evidence, found: JudgeContrast) -> JudgeVerdict:

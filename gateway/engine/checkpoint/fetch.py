@@ -73,7 +73,7 @@ def require_disk_space(repositories: Sequence[Repository]) -> None:
     Raises:
         LoadError: too little space is free; the message gives the sizes and a remedy.
     """
-    missing, free = sum(one.missing_bytes for one in repositories), free_bytes(cache_folder())
+    missing, free = sum(repository.missing_bytes for repository in repositories), free_bytes(cache_folder())
     if missing > free:
         raise LoadError(
             f"{format_size(missing)} would be downloaded, but only {format_size(free)} are free in {cache_folder()}: "

@@ -34,8 +34,8 @@ def _read_safetensors(path: Path) -> dict[str, tuple[int, ...]]:
     try:
         with safe_open(path, framework="numpy") as tensors:
             slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118  not a dict
-            narrow = {name: str(one.get_dtype()) for name, one in slices.items() if one.get_dtype() not in _WIDE}
-            shapes = {name: tuple(one.get_shape()) for name, one in slices.items()}
+            narrow = {name: str(part.get_dtype()) for name, part in slices.items() if part.get_dtype() not in _WIDE}
+            shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
     except (SafetensorError, OSError) as error:
         raise LoadError(f"{path}: corrupt or cut short: {error}") from error
     _require_wide(path, narrow)
@@ -55,7 +55,9 @@ def _read_pickle(path: Path) -> dict[str, tuple[int, ...]]:
         ) from error
     except Exception as error:  # a pickle can be broken in as many ways as there are classes of errors
         raise LoadError(f"{path}: corrupt or cut short: {type(error).__name__}: {error}") from error
-    _require_wide(path, {name: str(one.dtype) for name, one in tensors.items() if one.dtype.itemsize < _MIN_BYTES})
+    _require_wide(
+        path, {name: str(tensor.dtype) for name, tensor in tensors.items() if tensor.dtype.itemsize < _MIN_BYTES}
+    )
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 

@@ -218,18 +218,18 @@ def explain(error: Exception, name: str, revision: str) -> LoadError:
 
     where = f"{name} at {revision}"
     chain = [error, *([error.__cause__] if isinstance(error.__cause__, Exception) else [])]
-    for one in chain:
-        if isinstance(one, GatedRepoError):
+    for cause in chain:
+        if isinstance(cause, GatedRepoError):
             return HubRefusal(
                 f"{where}: the repository is gated; accept its terms on {endpoint()}/{name}, and set HF_TOKEN to a token of "
                 "that account"
             )
-        if isinstance(one, RevisionNotFoundError):
+        if isinstance(cause, RevisionNotFoundError):
             return HubRefusal(
                 f"{where}: the repository exists but has no such revision; its commits are on "
                 f"{endpoint()}/{name}/commits/main"
             )
-        if isinstance(one, RepositoryNotFoundError):
+        if isinstance(cause, RepositoryNotFoundError):
             token = "the token of HF_TOKEN may not read it" if _has_token() else "HF_TOKEN is not set"
             return HubRefusal(f"{where}: no such repository on {endpoint()}, or it is private and {token}")
     return LoadError(f"{where}: cannot download from the model hub: {_reason(chain)}")

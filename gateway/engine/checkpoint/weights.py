@@ -99,4 +99,6 @@ def unknown_tensors(unexpected: Iterable[str], checkpoint: Checkpoint) -> list[s
         patterns.append(_PRETRAINING)
         if checkpoint.model_type == "modernbert":
             patterns.append(_MODERNBERT_UNUSED)
-    return sorted(name for name in unexpected if name not in known and not any(one.search(name) for one in patterns))
+    return sorted(
+        name for name in unexpected if name not in known and not any(pattern.search(name) for pattern in patterns)
+    )

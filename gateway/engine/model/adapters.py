@@ -181,7 +181,7 @@ def _is_target(layer: str, targets: object) -> bool:
     """Return whether PEFT adapts a layer: by the end of its name, or by a pattern for the whole name."""
     if isinstance(targets, str):
         return targets == "all-linear" or re.fullmatch(targets, layer) is not None
-    return isinstance(targets, list) and any(layer == one or layer.endswith(f".{one}") for one in targets)
+    return isinstance(targets, list) and any(layer == target or layer.endswith(f".{target}") for target in targets)
 
 
 def _layer(key: str) -> str:

@@ -60,10 +60,10 @@ def least_cosine(
         if batch.attended is not None:
             attended = [min(number, length) for number, length in zip(batch.attended, lengths, strict=True)]
         ours, theirs = (
-            one.forward(one.prepare(rows, batch.adapters, seconds, attended)) for one in (runtime, reference)
+            part.forward(part.prepare(rows, batch.adapters, seconds, attended)) for part in (runtime, reference)
         )
         poolings = {checkpoint.pooling, Pooling.MEAN} if is_packed else {checkpoint.pooling}
-        cosines += [functional.cosine_similarity(ours.pool(one), theirs.pool(one)) for one in poolings]
+        cosines += [functional.cosine_similarity(ours.pool(part), theirs.pool(part)) for part in poolings]
     return float(torch.cat(cosines).min())
 
 
@@ -73,5 +73,5 @@ def _batches(num_adapters: int, *, is_packed: bool) -> Iterator[_Batch]:
         yield _Batch(lengths, [next(adapter) for _ in lengths])
     if is_packed:
         yield _Batch(_SHORT, [-1, -1], [length // 2 for length in _SHORT])
-        for one in range(num_adapters):
-            yield _Batch(_SHORT, [one, one])
+        for adapter in range(num_adapters):
+            yield _Batch(_SHORT, [adapter, adapter])

@@ -209,7 +209,10 @@ class ScoreHead(nn.Module):
             spans: for each text the one token that is read; ``None`` if the pooling determines it.
         """
         if any(text_spans is not None for text_spans in spans):  # then the pooling takes the last token
-            ends = [[(n - 1, n)] if one is None else one for one, n in zip(spans, states.lengths, strict=True)]
+            ends = [
+                [(n - 1, n)] if text_spans is None else text_spans
+                for text_spans, n in zip(spans, states.lengths, strict=True)
+            ]
             read: torch.Tensor = self.layers(states.pool_spans(ends))
             return read
         if self._is_late:

@@ -69,6 +69,6 @@ def attend(
     pieces = zip(*(torch.split(tensor, list(numbers)) for tensor, numbers in counts), strict=True)
     alone = []
     for piece in pieces:
-        q, k, v = (one.transpose(0, 1) for one in piece)
+        q, k, v = (tensor.transpose(0, 1) for tensor in piece)
         alone.append(functional.scaled_dot_product_attention(q, k, v, scale=scale).transpose(0, 1))
     return torch.cat(alone)

@@ -139,7 +139,7 @@ def expand_table(table: torch.nn.Module, mask: AdapterMask | None) -> torch.Tens
     if mask is None or not isinstance(table, AdaptedEmbedding):
         return weight
     changed = [weight.float() + table.down[:, part].float() @ table.up[:, part].float().t() for part in mask.parts()]
-    return torch.cat([weight, *(one.to(weight.dtype) for one in changed)])
+    return torch.cat([weight, *(part.to(weight.dtype) for part in changed)])
 
 
 def _padded(rank: int) -> int:

@@ -74,7 +74,10 @@ class _Traced(nn.Module):
     ) -> torch.Tensor:
         if self._mask is not None and adapter_mask is not None:
             self._mask.value = adapter_mask
-        mask: Any = next((one for one in (attention_mask, full_attention, sliding_attention) if one is not None), None)
+        mask: Any = next(
+            (candidate for candidate in (attention_mask, full_attention, sliding_attention) if candidate is not None),
+            None,
+        )
         if self._takes_mask_by_type:
             mask = {FULL: full_attention, SLIDING: sliding_attention}
         optional = {"position_ids": position_ids, "token_type_ids": token_type_ids}
