@@ -188,7 +188,7 @@ class PeakMemory(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Follows the memory of the tensors that are made on the card, as torch's allocator counts it.
 
     Attributes:
-        peak_bytes: the most that was held at a time.
+        peak_bytes: the maximum number of bytes that were allocated at the same time.
     """
 
     def __init__(self) -> None:

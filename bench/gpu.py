@@ -45,7 +45,7 @@ class Scale:
     Attributes:
         matmul: side of the large square product.
         tokens: of the texts that are encoded in one measurement.
-        max_batch_tokens: the most tokens of the gateway in one forward.
+        max_batch_tokens: the gateway's maximum number of tokens in one forward.
         requests: texts and tokens of a request whose latency is measured.
         num_latencies: of a request; the p99 of fewer than some hundred would be the slowest.
         output_lengths: of the texts whose other outputs are measured.
@@ -137,7 +137,7 @@ class Bench:
         return time.perf_counter() - started
 
     def _peak_mib(self, work: Callable[[], object]) -> float:
-        """Return the most memory that is allocated during ``work``, models included."""
+        """Return the peak of the memory allocated during ``work``, models included."""
         if self.device.type != "cuda":
             return math.nan
         torch.cuda.reset_peak_memory_stats(self.device)

@@ -22,7 +22,7 @@ class Throughput:
         even_tokens_per_s: of padded batches with as many tokens as ours.
         padding: of the padded batches of 32, as a share of the real tokens.
         cosine: the smallest between our vectors and those of the padded batches.
-        peak_mib: the most memory that is allocated, with our model alone on the card.
+        peak_mib: the peak of the allocated memory, with our model alone on the card.
     """
 
     lengths: str

@@ -60,7 +60,7 @@ class Row:
     Attributes:
         tokens_per_s: of the engine, of sentence-transformers, and of that with large batches.
         ratios: of the engine to the other two.
-        cosine: the least between vectors of the engine and of sentence-transformers.
+        cosine: the lowest cosine between vectors of the engine and of sentence-transformers.
     """
 
     lengths: str
@@ -217,7 +217,7 @@ def markdown(device: torch.device, findings: Findings) -> str:
         f"in batches of {_LARGE_BATCH}",
         "engine, x",
         f"x batches of {_LARGE_BATCH}",
-        "least cosine",
+        "lowest cosine",
     )
     lines = [(row.lengths, *map(number, (*row.tokens_per_s, *row.ratios)), f"{row.cosine:.6f}") for row in rows]
     costs = [(output.value, f"{cost:.1%}") for output, cost in findings.costs.items()]

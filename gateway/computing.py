@@ -115,7 +115,7 @@ def _text_bytes(info: ModelInfo, outputs: frozenset[Output]) -> int:
 
 
 def _output_bytes(info: ModelInfo, outputs: frozenset[Output]) -> int:
-    """Return the most bytes of output per token."""
+    """Return the maximum number of bytes of output per token."""
     numbers = {Output.MULTIVECTOR: info.token_width, Output.STATES: info.width}
     num_bytes = _FLOAT_BYTES * sum(numbers[output] for output in outputs & PER_TOKEN)
     return num_bytes + (_SPARSE_BYTES if Output.SPARSE in outputs and not info.max_weights else 0)
@@ -159,7 +159,7 @@ def _check_precision(info: ModelInfo, precision: Precision, *, is_normalized: bo
 
 def _check_outputs(info: ModelInfo, request: EmbedRequest) -> None:
     if Output.STATES in request.outputs and not info.dimensions:
-        raise UnsupportedOutput(f"model {info.id!r} pools no token states; it returns: {', '.join(info.outputs)}")
+        raise UnsupportedOutput(f"model {info.id!r} has no token states; it returns: {', '.join(info.outputs)}")
     if Output.STATES in request.outputs and not info.has_states:
         raise UnsupportedOutput(
             f"model {info.id!r} runs on another server, which does not return un-pooled token vectors"

@@ -67,7 +67,7 @@ class Deployment:
 
     Attributes:
         resources: connections and files, which are closed once everything has stopped.
-        lost: the reason why this process has to end, such as a card that can no longer compute in it; normally empty.
+        lost: the reason why this process has to end, such as a card that can no longer compute; normally empty.
         on_lost: called once when that happens.
         counting_since: the time when each experiment was first served with its present arms and weights, ISO 8601.
         errors, traffic: the last requests that failed; the rate and the latency of each model.

@@ -293,7 +293,7 @@ class Fleet:
                     tasks.create_task(load(model))
 
     async def load_one(self, model: Model) -> None:
-        """Load a model, or prepare it for loading on demand. Afterwards it takes requests or has failed."""
+        """Load a model, or prepare it for loading on demand. After that, it takes requests or has failed."""
         # Loads with absent or wrong servers are retried indefinitely: log the reason only when it changes.
         logged = model.reason if model.state is ModelState.FAILED else None
         (log.info if logged is None else log.debug)("model_loading", model=model.id, source=model.entry.source)
@@ -346,7 +346,7 @@ class Fleet:
 
     @staticmethod
     async def _may_succeed(model: Model) -> bool:
-        """Return whether a load may succeed: a load reads gigabytes, which is a waste while the card is full."""
+        """Return whether a load may succeed. A load reads gigabytes, so it is not tried while the card is full."""
         return not model.lacks_memory or not isinstance(model.backend, Waiting) or await model.backend.may_fit()
 
     async def _try_again(self, model: Model, accept: Callable[[], Sequence[str]]) -> None:

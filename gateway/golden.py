@@ -27,13 +27,13 @@ Embed: TypeAlias = Callable[[Sequence[tuple[str, str | None]]], Sequence[Vectors
 """Returns a vector of ``(width,)`` for each text and its task; computes it synchronously, in the calling thread."""
 
 MIN_COSINE = {"float32": 0.9999, "float16": 0.9995, "bfloat16": 0.999}
-"""Least cosine to the golden vector, by the number format of the computation, on a CPU or a card.
+"""Minimum cosine to the golden vector, by the number format of the computation, on a CPU or a card.
 
 Rounding alone gives 0.99999 in float16 and 0.9995 in bfloat16, measured with 24 layers of width 1,024, random weights
 and an emulation of a card's rounding.
 """
 SAME_MODEL_COSINE = 0.999
-"""Least cosine between two vectors of one text from the same model, on any device and in any number format."""
+"""Minimum cosine between two vectors of one text from the same model, on any device and in any number format."""
 
 TEXTS = (
     "Hello, world",
@@ -118,21 +118,21 @@ class GoldenCheck:
 
     async def recheck(self, embed: Callable[[EmbedJob], Awaitable[Embeddings]], timeout_s: float) -> str:
         """Check a serving model, between its requests; return a description of the problem, or an empty string."""
-        found: list[Comparison] = []
+        comparisons: list[Comparison] = []
         for task in dict.fromkeys(vector.task for vector in self.vectors):
             wanted = [vector for vector in self.vectors if vector.task == task]
             deadline = time.monotonic() + timeout_s
             job = EmbedJob([vector.text for vector in wanted], task, Truncate.END, deadline, caller="golden vectors")
-            found += compare((await embed(job)).vectors, wanted)
-        return self._judge(found)
+            comparisons += compare((await embed(job)).vectors, wanted)
+        return self._judge(comparisons)
 
-    def _judge(self, found: Sequence[Comparison]) -> str:
-        worst = min(found, key=lambda comparison: comparison.cosine)
+    def _judge(self, comparisons: Sequence[Comparison]) -> str:
+        worst = min(comparisons, key=lambda comparison: comparison.cosine)
         metrics.GOLDEN_COSINE.labels(self.model).set(worst.cosine)
         metrics.GOLDEN_LIMIT.labels(self.model).set(self.min_cosine)
         if worst.cosine >= self.min_cosine:
             return ""
-        return f"golden vectors: {worst}, the least is {self.min_cosine}"
+        return f"golden vectors: {worst}; the minimum is {self.min_cosine}"
 
 
 def write(path: Path, fingerprint: str, golden: Sequence[GoldenVector]) -> None:

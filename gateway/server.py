@@ -40,7 +40,7 @@ EXIT_RESTART = 75
 _ANNOUNCE = "announce"
 # The seconds that the process waits, at its end, for threads that may end soon.
 _LAST_WAIT_S = 1.0
-# The seconds that models and connections have to end after the grace period if a lost card may hang.
+# How many seconds models and connections have to end after the grace period, because a lost card may hang.
 _LAST_RESORT_S = 15.0
 # The minimum time between two log lines about exhausted file descriptors.
 _LIMIT_LOG_S = 10.0
@@ -66,7 +66,7 @@ Announce = Callable[[Addresses, bool], None]
 def serve(deployment: Deployment, announce: Announce) -> None:
     """Serve until a signal says to stop.
 
-    The server answers at once, with 503 for models that are still loading, so that probes see a living process while
+    The server answers immediately, with 503 for models that are still loading, so that probes see a live process while
     gigabytes are downloaded.
 
     Args:
@@ -266,7 +266,7 @@ class _Server(uvicorn.Server):
                 )
 
     def _on_signal(self, number: signal.Signals) -> None:
-        """Become unready at once, and stop after a delay. A second signal skips the delay, a third aborts requests."""
+        """Become unready immediately, and stop after a delay. A second signal skips the delay, a third aborts requests."""
         if self.should_exit:
             self.force_exit = True
         delay_s = 0.0 if self._deployment.is_draining else self._deployment.settings.drain_delay_s

@@ -128,7 +128,7 @@ class ModelInfo:
         width: native dimensions of a dense vector; 0 for a model without one.
         dimensions: every accepted size of a dense vector, largest (``width``) first.
         token_width: dimensions of a vector in the multi-vector output; 0 without that output.
-        max_weights: the most weights that a text may have in the sparse output, for any length; 0 for one per token.
+        max_weights: the maximum number of weights of a text in the sparse output, for any length; 0 for one per token.
         rerank: for a model that embeds: the outputs, with weights, by which it scores texts against a query; may be
             empty.
         is_mean_maxsim: multi-vectors are compared by the mean over the query's vectors, rather than by the sum.
@@ -270,9 +270,9 @@ class EmbedJob:
             text alone, or for all of them. The vector of a text then has a number for each label.
         scorer: turns the outputs of a text into a number, which is then the text's only output, as a vector of width 1.
         text_name: the name of the texts in an error.
-        max_text_tokens: the most tokens of each text, before it is combined with a query; ``None`` for no such limit.
-        max_total_tokens: the most tokens of all texts together, after truncation; ``None`` for no such limit.
-        may_wait: the job may wait until the model is loaded; otherwise it fails at once.
+        max_text_tokens: the maximum number of tokens per text, before it is combined with a query; ``None`` for no limit.
+        max_total_tokens: the maximum number of tokens of all texts together, after truncation; ``None`` for no limit.
+        may_wait: whether the job may wait until the model is loaded; otherwise it fails immediately.
         priority: low for work that can wait for all other work.
         on_tokens: called with the number of tokens counted so far, before any are computed; raises to refuse the job.
     """

@@ -235,7 +235,7 @@ def _attack(name: str, process: psutil.Process, port: int, seconds: float, ready
 
 
 class _Peak:
-    """The most memory that a process has while it is watched."""
+    """The peak memory of a process while it is watched."""
 
     def __init__(self, process: psutil.Process) -> None:
         self._process = process

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 _STAGE: Final = re.compile(r"([a-z]+);dur=([0-9.]+)")
 MIN_COSINE: Final = 0.999
-"""The least cosine between a vector and the vector of the same text alone: bfloat16 in another batch differs by "
+"""The minimum cosine between a vector and the vector of the same text alone: bfloat16 in another batch differs by "
 "0.0003 at most."""
 
 

@@ -67,11 +67,11 @@ def broken(tally: Tally, seconds: float, limits: Thresholds) -> list[str]:
         found.append("no request came to an end")
     if tally.fail_ratio > limits.max_fail_ratio:
         causes = ", ".join(f"{count} x {cause}" for cause, count in tally.failures.most_common(3))
-        found.append(f"{100 * tally.fail_ratio:.2f} % failed, the limit is {100 * limits.max_fail_ratio:g} %: {causes}")
+        found.append(f"{100 * tally.fail_ratio:.2f} % failed; the limit is {100 * limits.max_fail_ratio:g} %: {causes}")
     if limits.p95_ms is not None and p95 > limits.p95_ms:
-        found.append(f"p95 was {p95:.0f} ms, the limit is {limits.p95_ms:g} ms")
+        found.append(f"p95 was {p95:.0f} ms; the limit is {limits.p95_ms:g} ms")
     if limits.min_rps is not None and rps < limits.min_rps:
-        found.append(f"{rps:.1f} requests/s, the limit is {limits.min_rps:g}")
+        found.append(f"{rps:.1f} requests/s; the limit is {limits.min_rps:g}")
     return found
 
 

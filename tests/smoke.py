@@ -135,8 +135,8 @@ def embed(client: httpx.Client, card: dict[str, Any]) -> None:
     recorded = np.stack([np.frombuffer(base64.b64decode(one["vector"]), "<f4") for one in golden])
     worst = float((found * recorded).sum(1).min())
     least = MIN_COSINE[card["dtype"]]
-    expect(worst >= least, f"{card['id']}: cosine {worst:.6f} to a recorded vector, the least is {least}")
-    say("golden", f"{len(golden)} recorded vectors, the least cosine is {worst:.6f} (limit {least})")
+    expect(worst >= least, f"{card['id']}: cosine {worst:.6f} to a recorded vector; the minimum is {least}")
+    say("golden", f"{len(golden)} recorded vectors, the lowest cosine is {worst:.6f} (limit {least})")
 
 
 def rerank(client: httpx.Client, card: dict[str, Any]) -> None:

@@ -3,9 +3,9 @@
 Windows are fixed: a minute begins with a client's first request and ends 60 s later. That takes one counter per client,
 in memory as in Redis, and OpenAI's headers can express it.
 
-The tokens of a request are known only after tokenization, so they are charged afterwards. While a request runs, an estimate
-is reserved, so that a client cannot send any number of requests on its last token. So a client can exceed its tokens by
-those of one request, once per replica. A client that disconnects before its answer is charged the estimate, because the
+The tokens of a request are known only after tokenization, so they are charged at its end. While a request runs, an estimate
+is reserved, so that a client cannot send any number of requests on its last token. So a client can exceed its quota by the
+tokens of one request, once per replica. A client that disconnects before its answer is charged the estimate, because the
 work may already be done.
 """
 

@@ -109,7 +109,7 @@ class LineRequests:
             raise WrongLine("invalid_request", f"`body` cannot be passed on: {error}.", "body") from None
         limit = self._endpoint.settings.max_body_bytes
         if len(written) > limit:
-            raise WrongLine("line_too_long", f"`body` has {len(written)} bytes, the limit is {limit}.", "body")
+            raise WrongLine("line_too_long", f"`body` has {len(written)} bytes; the limit is {limit}.", "body")
         name = model if isinstance(model, str) and model not in NO_MODEL else None
         return Line(custom_id, name, written, _weight(body), _options_of(body))
 
@@ -229,7 +229,7 @@ def _options_of(body: Mapping[str, Json]) -> str:
 
 
 def _weight(body: dict[str, Json]) -> int:
-    """Return the most vectors in the answer to a request; a text may have one per token."""
+    """Return the maximum number of vectors in the answer to a request; a text may have one per token."""
     texts = body.get("input") or body.get("documents")
     num_texts = len(texts) if isinstance(texts, list) else 1
     outputs = body.get("outputs")

@@ -204,12 +204,12 @@ def _metadata(value: Json) -> dict[str, str] | None:
     if not isinstance(value, dict):
         raise BadInput(f"`metadata` must be an object, got {describe(value)}", param="metadata")
     if len(value) > _MAX_METADATA:
-        raise BadInput(f"`metadata` has {len(value)} pairs, the limit is {_MAX_METADATA}", param="metadata")
+        raise BadInput(f"`metadata` has {len(value)} pairs; the limit is {_MAX_METADATA}", param="metadata")
     metadata: dict[str, str] = {}
     for key, text in value.items():
         if len(key) > _MAX_KEY:
             raise BadInput(
-                f"a key of `metadata` has {len(key)} characters, the limit is {_MAX_KEY}: {cut(repr(key))}",
+                f"a key of `metadata` has {len(key)} characters; the limit is {_MAX_KEY}: {cut(repr(key))}",
                 param="metadata",
             )
         if not isinstance(text, str) or len(text) > _MAX_VALUE:

@@ -112,7 +112,7 @@ class ClassifyBody(RequestBody):
             raise BadInput("`input` is an empty list; send at least one text", param="input")
         if len(items) > max_inputs:
             raise BadInput(
-                f"`input` has {len(items)} items, the limit is {max_inputs}: send several requests", param="input"
+                f"`input` has {len(items)} items; the limit is {max_inputs}: send several requests", param="input"
             )
         pairs = [_pair(item, f"input[{i}]" if isinstance(given, list) else "input") for i, item in enumerate(items)]
         firsts = [first for first, _text in pairs]

@@ -150,7 +150,7 @@ def parse_input(value: Json, max_inputs: int) -> list[Item]:
         return [ids]
     if len(value) > max_inputs:
         raise BadInput(
-            f"`input` has {len(value)} items, the limit is {max_inputs}: send several requests", param="input"
+            f"`input` has {len(value)} items; the limit is {max_inputs}: send several requests", param="input"
         )
     return [item if isinstance(item, str) else _parse_item(item, f"`input[{i}]`") for i, item in enumerate(value)]
 
@@ -178,7 +178,7 @@ def _token_ids(items: list[Json], where: str) -> TokenIds | None:
         return None
     if len(items) > MAX_IDS:
         raise BadInput(
-            f"{where} holds {len(items)} numbers, the limit is {MAX_IDS} token ids: send texts", param="input"
+            f"{where} holds {len(items)} numbers; the limit is {MAX_IDS} token ids: send texts", param="input"
         )
     ids: list[int] = []
     for item in map(integral, items):

@@ -173,7 +173,7 @@ class RerankBody(RequestBody):
             raise error(f"`{name}` is an empty list; send at least one text", param=name)
         if len(given) > max_inputs:
             raise BadInput(
-                f"`{name}` has {len(given)} items, the limit is {max_inputs}: send several requests", param=name
+                f"`{name}` has {len(given)} items; the limit is {max_inputs}: send several requests", param=name
             )
         return [_text(item, name, i) for i, item in enumerate(given)]
 

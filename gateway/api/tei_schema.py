@@ -164,7 +164,7 @@ def check_ids(rows: Sequence[Sequence[int]], field: str) -> None:
 
 def _check_size(size: int, limit: int, field: str, unit: str) -> None:
     if size > limit:
-        raise BadInput(f"`{field}` has {size} {unit}, the limit is {limit}: send several requests", param=field)
+        raise BadInput(f"`{field}` has {size} {unit}; the limit is {limit}: send several requests", param=field)
 
 
 def describe_model(target: Target, settings: Settings) -> dict[str, Any]:

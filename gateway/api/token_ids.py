@@ -28,7 +28,7 @@ _SPECIAL = {
     100276: b"<|endofprompt|>",
 }
 MAX_IDS = 100_000
-"""The most ids of one text: more than any model takes. One id can decode to a hundred characters."""
+"""The maximum number of ids in one text: more than any model accepts. One id can decode to a hundred characters."""
 
 _ADVICE = "send texts; with LangChain's OpenAIEmbeddings, set check_embedding_ctx_length=False"
 

@@ -53,7 +53,9 @@ async def verify_same_space(info: ModelInfo, backend: Backend, reference: Refere
         raise LoadError(f"that could not be checked: {error.message}") from error
     for comparison in golden.compare_recorded(expected, given):
         if comparison.cosine < SAME_MODEL_COSINE:
-            raise LoadError(f"its vectors are not those of {theirs.id}: {comparison}, the least is {SAME_MODEL_COSINE}")
+            raise LoadError(
+                f"its vectors are not those of {theirs.id}: {comparison}; the minimum is {SAME_MODEL_COSINE}"
+            )
     return replace(
         info,
         fingerprint=theirs.fingerprint,

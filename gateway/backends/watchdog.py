@@ -144,7 +144,7 @@ class Watchdog:
         if busy_s <= limit_s:
             return None
         busiest = replicas[stopwatch.busiest]
-        reason = f"a forward has been running for {busy_s:.0f} s, the limit is {limit_s:.0f} s"
+        reason = f"a forward has been running for {busy_s:.0f} s; the limit is {limit_s:.0f} s"
         return Trouble(reason, None if engine.device(busiest) == "cpu" else busiest)
 
     async def _try(self, engine: Engine, replica: int) -> str:

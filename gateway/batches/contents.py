@@ -11,7 +11,7 @@ from typing import BinaryIO
 
 from gateway.batches.values import BatchesUnavailable, StorageFull
 
-# The least size of a file on disk, and in the quota: a client must not create millions of empty files.
+# The minimum size of a file on disk, and in the quota: a client must not create millions of empty files.
 _LEAST_BYTES = 4096
 _FREE_BYTES = 64 * 1024 * 1024
 

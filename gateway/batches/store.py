@@ -32,7 +32,7 @@ from gateway.errors import BadInput, StartError
 
 _BUSY_S = 5.0
 _VERSION = 1
-# The most batches of a client. A batch can take up to 100 KiB in the database, for metadata and errors.
+# The maximum number of batches per client. A batch can take up to 100 KiB in the database, for metadata and errors.
 _MAX_KEPT = 10_000
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS files (

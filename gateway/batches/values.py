@@ -15,7 +15,7 @@ MAX_UPLOAD_BYTES = MAX_FILE_BYTES + 64 * 1024
 """The size limit of an upload's body in bytes: the file, and the other fields of the form."""
 
 MAX_LINES = 50_000
-"""The most requests in a file, as in OpenAI's API."""
+"""The maximum number of requests in a file, as in OpenAI's API."""
 
 WINDOW_S = 24 * 3600
 """The time limit of a batch, in seconds."""

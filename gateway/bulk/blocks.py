@@ -1,4 +1,4 @@
-"""Read a source in blocks of rows, check ids over the whole source, and take long texts apart."""
+"""Read a source in blocks of rows, check that ids are unique in the whole source, and split long texts."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class BlockReader:
 
     Args:
         seen: returns the subset of some ids that committed shards contain.
-        max_rows: the most rows in a block.
+        max_rows: the maximum number of rows in a block.
         expand: splits rows; by default, each row is embedded whole.
         problem: returns the reason why the sink cannot store a row; empty if it can.
     """
@@ -105,10 +105,10 @@ class BlockReader:
             raise failure
 
     def _blocks(self, items: Sequence[Row | BadRow], num_bytes: int) -> Iterator[Block]:
-        """Yield items as a block, or as several if their rows, taken apart, are too many for one.
+        """Yield items as one block, or as several blocks if splitting them gives too many rows for one.
 
         Raises:
-            BulkError: one is bad, and the job is to stop there; the last block then ends before it.
+            BulkError: an item is bad, and the job stops at bad items; the last block then ends before it.
         """
         # A part has another id than its item, so parts are checked in place of items.
         found = items if self._expand is not None else [self._checked(item) for item in items]
@@ -119,15 +119,15 @@ class BlockReader:
                 ((index, item) for index, item in enumerate(checked) if isinstance(item, BadRow)), (len(checked), None)
             )
             checked = checked[:count]
-        yield from self._taken_apart(checked, num_bytes)
+        yield from self._split(checked, num_bytes)
         if bad is not None:
             raise BulkError(stopped_at(bad))
 
-    def _taken_apart(self, items: Sequence[Row | BadRow], num_bytes: int) -> Iterator[Block]:
-        """Yield blocks that end after an item: only one that is more than a block by itself makes a larger one.
+    def _split(self, items: Sequence[Row | BadRow], num_bytes: int) -> Iterator[Block]:
+        """Yield blocks that end after an item; a block exceeds the limit only if a single item does.
 
         Raises:
-            BulkError: a part is bad, and the job is to stop there.
+            BulkError: a part is bad, and the job stops at bad items.
         """
         first, items = 0, list(items)
         parts: list[Row | BadRow] = []

@@ -19,7 +19,7 @@ _WINDOW_CHARACTERS = 20_000
 _CALL_CHARACTERS = 50_000
 _CALL_TEXTS = 64
 _LEAST_TOKENS = 8
-# After this number of attempts, each further one gets less room, so that the loop ends.
+# After this number of attempts, each further attempt has less room, so that the loop ends.
 _FEW_CUTS = 3
 _INK = re.compile(r"\S")
 _Places = npt.NDArray[np.int64]
@@ -32,8 +32,8 @@ class ModelTokens:
     Attributes:
         split: returns the tokens of each text, without special tokens.
         count: returns each text's number of tokens as embedded: with special tokens and the task's instruction.
-        max_tokens: the most tokens that the model reads.
-        can_chunk_late: the model can embed the chunks of a document together.
+        max_tokens: the maximum number of tokens that the model reads.
+        can_chunk_late: whether the model can embed the chunks of a document together.
     """
 
     split: Callable[[Sequence[str]], Sequence[Sequence[Token]]]
@@ -63,10 +63,10 @@ class Chunking:
     """The rules for cutting texts.
 
     Attributes:
-        tokens: the most tokens in a chunk, including special tokens, instruction and title.
-        overlap: the most tokens that a chunk shares with the previous chunk.
-        is_late: embed chunks together with as much of their document as the model reads.
-        repeats_title: begin each chunk with the title, rather than the first one only.
+        tokens: the maximum number of tokens in a chunk, including special tokens, instruction and title.
+        overlap: the maximum number of tokens that a chunk shares with the previous chunk.
+        is_late: whether chunks are embedded together with as much of their document as the model reads.
+        repeats_title: whether each chunk begins with the title, rather than only the first.
     """
 
     tokens: int
@@ -230,7 +230,7 @@ def _cut(
     Args:
         starts, stops: the first character of each token, and the character after its last.
         first, size: the number of tokens in the first chunk, and in the others.
-        overlap: the most tokens that a chunk shares with the previous chunk.
+        overlap: the maximum number of tokens that a chunk shares with the previous chunk.
     """
     end = len(text.rstrip())
     starts = starts[: int(np.searchsorted(starts, end))]

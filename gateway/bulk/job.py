@@ -63,7 +63,7 @@ class Options:
 
     Attributes:
         errors: the file that lists skipped items, as JSON lines.
-        shard_rows: the most rows in a shard, unless rows are expanded; a large or slow shard ends earlier.
+        shard_rows: the maximum number of rows in a shard, unless rows are expanded; a large or slow shard ends earlier.
         expand: splits rows, such as into chunks.
     """
 

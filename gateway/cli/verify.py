@@ -25,7 +25,7 @@ class Check:
 
     Attributes:
         what: the text or task that was computed.
-        quantity: ``cosine``, ``least cosine``, ``tokens`` or ``deviation``.
+        quantity: ``cosine``, ``lowest cosine``, ``tokens`` or ``deviation``.
     """
 
     what: str
@@ -131,7 +131,7 @@ def _check_agreement(serving: _Serving, reference: Encoder, device: str) -> Chec
     is_packed = runtime.name == "torch-packed"
     cosine = least_cosine(runtime, reference.runtime, plan.checkpoint, encoder.tokenizer, is_packed=is_packed)
     what = f"{runtime.name} in {plan.dtype} on {device}, compared with torch in float32"
-    return Check(what, "least cosine", f"{cosine:.6f}", f"at least {limit}", cosine >= limit)
+    return Check(what, "lowest cosine", f"{cosine:.6f}", f"at least {limit}", cosine >= limit)
 
 
 def _check_golden(serving: _Serving) -> list[Check]:

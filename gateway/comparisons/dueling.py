@@ -110,7 +110,7 @@ class DuelFolder:
         most = _MAX_FILE_BYTES - (0 if vote.end else _END_BYTES)
         try:
             if path.exists() and path.stat().st_size + len(line) > most:
-                raise BadInput(f"{path} is full, the limit is {most:,} bytes: end this duel, and begin another")
+                raise BadInput(f"{path} is full; the limit is {most:,} bytes: end this duel, and begin another")
             _append(path, line)
         except OSError as error:
             raise BadInput(f"{path} cannot be written: {error.strerror}; the vote was not counted") from error

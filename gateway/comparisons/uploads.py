@@ -156,7 +156,7 @@ def _texts(table: Table, most: int, columns: Sequence[str]) -> dict[str, dict[st
         if not text:
             continue
         if len(text) > _MAX_TEXT:
-            raise _wrong(table, number, f"the text has {len(text):,} characters, the limit is {_MAX_TEXT:,}")
+            raise _wrong(table, number, f"the text has {len(text):,} characters; the limit is {_MAX_TEXT:,}")
         id_ = next((row[key].strip() for key in _ID_NAMES if row.get(key, "").strip()), "") or str(len(rows) + 1)
         if any(character.isspace() for character in id_):
             raise _wrong(table, number, f"the id {cut(id_)!r} contains white space")

@@ -72,7 +72,7 @@ def read_bounded(path: Path, max_bytes: int) -> bytes:
         content = file.read(max_bytes + 1)
         if len(content) > max_bytes:
             size = os.fstat(file.fileno()).st_size
-            raise UnsuitableFile(f"has {size:,} bytes, the limit is {max_bytes:,}")
+            raise UnsuitableFile(f"has {size:,} bytes; the limit is {max_bytes:,}")
     return content
 
 

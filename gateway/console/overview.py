@@ -103,7 +103,7 @@ class Overview:
     async def verify(self, request: Request) -> Response:
         """Compare a model with its golden vectors."""
         found = await verify(self._parts.deployment, request.path_params["model"])
-        text = f"{found.id}: the lowest cosine to a golden vector is {found.cosine:.5f}, the limit is {found.limit:g}"
+        text = f"{found.id}: the lowest cosine to a golden vector is {found.cosine:.5f}; the limit is {found.limit:g}"
         return self._parts.done(
             request, "", f"{text}: {'the vectors are right' if found.ok else 'the vectors are wrong'}."
         )

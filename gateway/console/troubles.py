@@ -87,7 +87,7 @@ def _of_models(models: Sequence[LiveModel]) -> Iterator[Trouble]:
                 "bad",
                 model.id,
                 "returns wrong vectors",
-                f"Its lowest cosine to a golden vector is {model.golden_cosine:.5f}, the limit is {model.golden_limit:.5f}.",
+                f"Its lowest cosine to a golden vector is {model.golden_cosine:.5f}; the limit is {model.golden_limit:.5f}.",
                 "The gateway reloads the model. If the vectors stay wrong, the weights or the device are faulty.",
                 line=f"gateway verify {model.id}",
             )

@@ -1,8 +1,8 @@
-"""Let some forwards, and no others, accumulate their matrix products in float16.
+"""Let only some forwards accumulate their matrix products in float16.
 
-torch has one switch for the whole process (``allow_fp16_accumulation``), which each product reads when it is launched. The
-switch is therefore on only while every running forward allows it. Next to a forward that does not, all products accumulate
-in float32, which is slower and more exact.
+torch has one switch for the whole process (``allow_fp16_accumulation``), which each product reads when it is launched. So
+the switch is on only while every running forward allows it. While another forward runs too, all products accumulate in
+float32, which is slower and more exact.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Accumulation:
         """Run a forward on a card. Any number of threads may call this.
 
         Args:
-            in_float16: the products of the forward may accumulate in float16.
+            in_float16: whether the products of the forward may accumulate in float16.
         """
         self._count(in_float16, 1)
         try:

@@ -18,7 +18,7 @@ _CHARS_PER_TOKEN = 4
 # A caller without other requests may queue this many texts even if others have filled the queue.
 _NEWCOMER_TEXTS = 32
 _NEWCOMERS_SHARE = 1.5
-# Work of low priority has its own queue, whose limits are those of the main queue divided by this number.
+# Low-priority work has a separate queue, whose limits are those of the main queue divided by this number.
 _LOW_PART = 4
 
 
@@ -37,8 +37,8 @@ class _Lane:
 class Admission:
     """Counts the texts and tokens of the unanswered requests, and refuses requests beyond the limits.
 
-    Tokens are estimated, because a request is admitted before it is tokenized. Work of low priority is counted separately,
-    so that it takes no room from work of normal priority.
+    Tokens are estimated, because a request is admitted before it is tokenized. Low-priority work is counted separately,
+    so that it takes no room from other work.
 
     Args:
         longest_text: the number of tokens of the longest text that the model reads.
@@ -48,7 +48,7 @@ class Admission:
         self._model = model
         self._longest_text = longest_text
         self._tokens_per_s: float | None = None
-        low = _Lane(max_texts // _LOW_PART, max_tokens // _LOW_PART, "work of low priority: ")
+        low = _Lane(max_texts // _LOW_PART, max_tokens // _LOW_PART, "low-priority work: ")
         self._lanes = {Priority.NORMAL: _Lane(max_texts, max_tokens), Priority.LOW: low}
 
     @property
@@ -76,7 +76,7 @@ class Admission:
         """Count a job while the context is open.
 
         Raises:
-            Overloaded: too much is waiting already.
+            Overloaded: too many texts or tokens are already waiting.
         """
         lane = self._lanes[job.priority]
         num_texts, num_tokens = len(job.texts), self._estimate_tokens(job)
@@ -109,7 +109,7 @@ class Admission:
 
     @staticmethod
     def _is_newcomer(lane: _Lane, caller: str, num_texts: int) -> bool:
-        """Return whether this is a small request of a caller without others: one caller must not block all others."""
+        """Return whether this is a small request of a caller that has no others: one caller must not block the rest."""
         return (
             num_texts <= _NEWCOMER_TEXTS
             and lane.num_texts + num_texts <= _NEWCOMERS_SHARE * lane.max_texts

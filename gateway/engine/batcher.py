@@ -108,12 +108,12 @@ class Batcher:
             replica: the replica that must compute the job, before anything else; ``None`` for the first free replica.
 
         Raises:
-            Overloaded: too much is waiting already.
+            Overloaded: too many texts or tokens are already waiting.
             ContextLengthExceeded: a text is too long, and the job asks to refuse such texts.
-            BadInput: the texts have more tokens together than the job allows.
+            BadInput: together, the texts have more tokens than the job allows.
             DeadlineExceeded: the job's deadline passed first.
             InternalError: the forward failed on one of the texts, or gave vectors that cannot be used.
-            ModelNotReady: the batcher is stopping, or has been given up.
+            ModelNotReady: the batcher is stopping, or was given up.
         """
         if self._refusal is not None:
             raise self._refusal()
@@ -139,7 +139,7 @@ class Batcher:
                 await pending.done
         except TimeoutError:
             is_low = job.priority is Priority.LOW
-            why = ", as requests of low priority do while others take all of the model's time" if is_low else ""
+            why = ", because low-priority requests wait while others take all of the model's time" if is_low else ""
             raise DeadlineExceeded(
                 f"the request did not finish within its time limit: {pending.num_missing} of {len(job.texts)} texts "
                 f"were still waiting{why}"
@@ -164,7 +164,7 @@ class Batcher:
     # ------------------------------------------------------------------------------------------------ tokenizing
 
     async def _enqueue(self, job: EmbedJob, pending: PendingRequest, replica: int | None) -> None:
-        """Tokenize in slices, and queue each slice at once: the device starts while the rest is tokenized."""
+        """Tokenize in slices, and queue each slice immediately: the device starts while the rest is tokenized."""
         waiters: list[Waiter] = []
         query = None
         if job.query is not None:
@@ -212,7 +212,7 @@ class Batcher:
         self._call_soon(lambda: self._deliver(batch))
 
     def _faulted(self, lost: Sequence[TokenSequence]) -> None:
-        """Fail the requests whose sequences a computing thread has lost, and leave those that other threads compute."""
+        """Fail the requests whose sequences a computing thread has lost, but not those that other threads compute."""
         safe = {sequence for worker in self._workers for sequence in worker.in_hand}
         if not lost:
             self._batches.clear()
@@ -304,7 +304,7 @@ class Batcher:
     # ---------------------------------------------------------------------------------------------------- health
 
     def oldest_s(self, priority: Priority = Priority.NORMAL) -> float:
-        """Return the seconds that the oldest pending request of a priority has been waiting, 0 without one."""
+        """Return how many seconds the oldest pending request of a priority has been waiting; 0 if there is none."""
         oldest = next((pending for pending in self._pending.values() if pending.priority is priority), None)
         return 0.0 if oldest is None else time.monotonic() - oldest.admitted_at
 
@@ -329,16 +329,16 @@ class Batcher:
 
     @property
     def is_idle(self) -> bool:
-        """Whether no part of any request is left: queued, counted or being computed."""
+        """Whether no text of any request is queued, counted or being computed."""
         is_counted = self._pending or self._sequences or not self._admission.is_empty
         return not is_counted and self._batches.is_empty and self._tokenizers.is_empty
 
     def busy_since(self, replica: int) -> float | None:
-        """Return the time when a replica's running forward began (``time.monotonic()``); ``None`` without one."""
+        """Return when a replica's running forward began (``time.monotonic()``); ``None`` if no forward runs."""
         return self._workers[replica].busy_since
 
     def num_failed_in_a_row(self, replica: int) -> int:
-        """Return the number of consecutive batches on a replica that have given only errors."""
+        """Return how many consecutive batches on a replica have returned only errors."""
         return self._workers[replica].num_failed_in_a_row
 
     def give_up(self, error: Callable[[], RequestError]) -> None:

@@ -63,8 +63,8 @@ class Obstacle:
     """The reason why a card, or all cards, cannot be used.
 
     Attributes:
-        what: half a sentence with the problem and the versions.
-        mend: half a sentence with the remedy and its command; empty if nothing can be done.
+        what: the problem with the versions, as a clause.
+        mend: the remedy with its command, as a clause; empty if there is no remedy.
     """
 
     reason: Reason
@@ -90,10 +90,10 @@ class TorchBuild:
 
 @dataclass(frozen=True, slots=True)
 class Surroundings:
-    """The environment of the process, as far as it matters for the advice.
+    """The parts of the process's environment that affect the advice.
 
     Attributes:
-        is_image: the process runs in the gateway's own image, or in another image without the files that ``make`` needs.
+        is_image: whether the process runs in the gateway's own image, or in another image without the files for ``make``.
         vendors: makers of the graphics cards on the PCI bus, which a container sees even if it may not use them.
     """
 
@@ -181,8 +181,8 @@ class Machine:
             return obstacle
         return Obstacle(
             Reason.NOT_CHOSEN,
-            f"{_a(card.name)} has compute capability {_dots(card.capability)}, and texts are packed from "
-            f"{_dots(PACKING_CAPABILITY)} on",
+            f"{_a(card.name)} has compute capability {_dots(card.capability)}, and packing texts needs "
+            f"{_dots(PACKING_CAPABILITY)}",
             f"`device: cuda:{index}` in models.yaml uses it anyway, with padding",
         )
 

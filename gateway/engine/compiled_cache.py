@@ -42,7 +42,7 @@ _OURS = re.compile(rf"[0-9a-f]{{32}}|{re.escape(_NEW)}.*")
 _UNUSED_S = 30 * 24 * 3600.0
 # The space to leave free on the disk, which also covers an entry that two processes write at once.
 _MIN_FREE_BYTES = 1 << 30
-# Formats of weights, which may have gigabytes and say nothing about sizes or tokens.
+# Formats of weights, which may take gigabytes and do not affect sizes or tokens.
 _WEIGHTS = frozenset(
     {
         *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".npz", ".gguf", ".ot"),
@@ -80,7 +80,7 @@ def describe_files(folder: Path) -> Mapping[str, str]:
 
 
 class CompiledCache:
-    """A folder of compiled models. A fault of the disk never ends a start: the model is compiled again.
+    """A folder of compiled models. A disk error never aborts a start: the model is compiled again.
 
     Args:
         folder: the folder, created with the first entry; ``None`` keeps nothing.

@@ -15,7 +15,7 @@ from gateway.engine.memory import available_host_bytes, format_bytes
 from gateway.engine.nvml import Card
 from gateway.errors import LoadError
 
-# Memory of other processes on a card from which they are reported; a desktop takes less.
+# Other processes on a card are reported if they hold at least this much memory; a desktop takes less.
 _NOTED_BYTES = 2**30
 _MIN_STREAMS = 2
 _MAX_THREADS_A_STREAM = 4
@@ -192,7 +192,7 @@ class CpuThreads:
     """The cores of a model: the number of parallel forwards, and the threads of each.
 
     Attributes:
-        are_bound: each stream stays on the cores of one NUMA node, near its memory.
+        are_bound: whether each stream stays on the cores of one NUMA node, near its memory.
     """
 
     num_streams: int
@@ -206,12 +206,12 @@ def choose_cpu_threads(setting: int, runtime: str) -> CpuThreads:
 
 
 def share_cores(cores: Cores, setting: int, runtime: str) -> CpuThreads:
-    """Distribute cores to the forwards of a model; ``setting`` is the number of threads, 0 lets the gateway choose.
+    """Distribute cores among the forwards of a model; ``setting`` is the number of threads, and 0 lets the gateway choose.
 
     The threads of one forward wait for each other after every operation: if one of them shares its core with the event
     loop, all are late. Parallel forwards do not wait for each other, so OpenVINO runs several streams with few threads
     each, and no stream has threads on two NUMA nodes. torch has one pool of threads, which spin while they wait, so one
-    core is left to the event loop. Measured in docs/performance.md.
+    core is left to the event loop. docs/performance.md has measurements.
     """
     num_threads = setting or cores.num_usable
     if runtime != "openvino":

@@ -71,9 +71,9 @@ def is_out_of_memory(error: BaseException) -> bool:
 def is_card_lost(error: BaseException, device: str) -> bool:
     """Return whether a card can no longer compute in this process, after an error on it.
 
-    CUDA's errors are of two kinds. After some, such as an illegal access to memory, every call fails with the same error
-    until the process ends. Others, such as a shape that a kernel cannot take, affect only that call. If the message does
-    not tell, the card is asked to compute something.
+    There are two kinds of CUDA errors. After some, such as an illegal access to memory, every call fails with the same
+    error until the process ends. Others, such as a shape that a kernel does not support, affect only that call. If the
+    message does not show the kind, the card is tested with a small computation.
 
     Args:
         device: torch device on which the error was raised.
@@ -97,7 +97,7 @@ def find_lost_card(error: BaseException, devices: Sequence[str]) -> str | None:
         if isinstance(cause, CardLost):
             return cause.device or devices[0]
     suspects = [device for device in devices if is_card_lost(error, device)]
-    # An error does not name its card, so another card may be well.
+    # An error does not name its card, so another card may still work.
     broken = [device for device in suspects if len(suspects) > 1 and not still_computes(device)]
     return next(iter(broken or suspects), None)
 
@@ -127,7 +127,7 @@ def still_computes(device: str) -> bool:
 
 
 def on_card(device: str, limit_s: float, work: Callable[[], T]) -> T:
-    """Do part of a load on a device, without waiting forever for a card that hangs.
+    """Run part of a load on a device, without waiting forever for a card that hangs.
 
     Raises:
         CardLost: the work has not ended within the limit; its thread is abandoned.

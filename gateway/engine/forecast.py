@@ -28,7 +28,7 @@ _HUB_TIMEOUT_S = 5.0
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """A forecast of how a model would run, as far as it is known.
+    """A forecast of how a model would run.
 
     Attributes:
         info: the model's info; ``None`` before its checkpoint has been downloaded.

@@ -182,7 +182,7 @@ class Engine(AsyncEmbeddingEngine):
         return None if self._batcher is None else self._batcher.busy_since(replica)
 
     def num_failed_in_a_row(self, replica: int) -> int:
-        """Return the number of consecutive batches on a replica that have given only errors."""
+        """Return how many consecutive batches on a replica have returned only errors."""
         return 0 if self._batcher is None else self._batcher.num_failed_in_a_row(replica)
 
     @property

@@ -38,13 +38,13 @@ from gateway.types import LabelFunction, ModelInfo, ModelKind, Output, Truncate
 _WARM_UP_TOKENS = 2048
 # Texts and their tokens in the batches that warm up a computing thread on a card.
 _CARD_SHAPES = ((1, 4), (1, 16), (4, 16), (8, 32), (16, 64), (64, 64), (256, 64))
-# Reading the weights, copying them to a card and checking them there: minutes at most, from a slow network drive.
+# The limit for reading the weights, copying them to a card and checking them there; a slow network drive takes minutes.
 _BUILD_LIMIT_S = 1800.0
 
 
 @dataclass(frozen=True, slots=True)
 class LoadPlan:
-    """All facts about a model before its weights are read: its wishes and its placement."""
+    """All facts about a model before its weights are read: its requested features and its placement."""
 
     entry: ModelEntry
     checkpoint: Checkpoint
@@ -255,7 +255,7 @@ def require_golden(plan: LoadPlan) -> None:
     """Refuse float16 accumulation for other dtypes, or without golden vectors that check it."""
     if plan.entry.fp16_accumulation and (plan.dtype != "float16" or plan.entry.golden is None):
         raise LoadError(
-            f"fp16_accumulation needs dtype float16 (this is {plan.dtype}) and golden vectors to watch over it (golden: "
+            f"fp16_accumulation needs dtype float16 (this is {plan.dtype}) and golden vectors to check it (golden: "
             f"{plan.entry.golden or 'is not set'})"
         )
 
@@ -264,7 +264,7 @@ def _prepare(encoder: Encoder, plan: LoadPlan, golden: golden_vectors.GoldenChec
     """Warm an encoder up, and compare its vectors with the golden vectors.
 
     Args:
-        limit_s: the time limit of each of both on a card.
+        limit_s: the time limit for each of the two on a card.
     """
     on_card(encoder.device, limit_s, partial(_warm_up, encoder, plan))
     if golden is not None:

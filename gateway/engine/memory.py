@@ -93,9 +93,9 @@ def estimate_memory(
 ) -> MemoryPlan:
     """Estimate the memory of a model of the given shape.
 
-    A forward of T tokens holds, at its widest point, about the layer's input and residual, the query, key, value and
-    context, and the feed-forward's input before and after its activation: T * (2 * width + 4 * attention + 2 *
-    intermediate) numbers, and three times the width in float32, in which norms are computed. :func:`_bytes_per_pair` has
+    At its peak, a forward of T tokens holds about the layer's input and residual, the query, key, value and context, and
+    the feed-forward's input before and after its activation: T * (2 * width + 4 * attention + 2 * intermediate) numbers.
+    It also holds three times the width in float32, in which norms are computed. :func:`_bytes_per_pair` has
     the part that grows with the square of a text's length. A document whose chunks are embedded together is one text.
     """
     size = DTYPE_BYTES[dtype]

@@ -43,7 +43,7 @@ class PendingRequest(RequestHandle):
         if not self.done.done():
             self.error = error
             self.done.set_result(None)
-        if self.tokenizing is not None and not self.tokenizing.done():  # its turn will not come
+        if self.tokenizing is not None and not self.tokenizing.done():  # it will never run
             self.tokenizing.set_result([])
 
     def release(self) -> None:

@@ -127,7 +127,7 @@ class _FairHeap(Generic[T]):
         heapq.heapreplace(self._heap, _Share(share.virtual_time + num_tokens, share.arrival, share.holder))
 
     def leave(self) -> None:
-        """Remove the first holder. The virtual time advances to the holder's, so returning at once gains nothing."""
+        """Remove the first holder. The virtual time advances to the holder's, so rejoining immediately gains nothing."""
         self._now = max(self._now, heapq.heappop(self._heap).virtual_time)
 
 
@@ -155,7 +155,7 @@ class QueueStats(NamedTuple):
 
 
 class FairQueue(Generic[W]):
-    """Entries that wait, in the order in which fairness serves them. Not safe across threads: guard it."""
+    """Entries that wait, served fairly. Not thread-safe: guard it with a lock."""
 
     def __init__(self) -> None:
         self._order: _FairHeap[_Caller[W]] = _FairHeap()
@@ -246,7 +246,7 @@ class FairQueue(Generic[W]):
 class Lanes(Generic[W]):
     """Two fair queues; the queue of low priority is served only while the other is empty.
 
-    Not safe across threads: guard it.
+    Not thread-safe: guard it with a lock.
     """
 
     def __init__(self) -> None:
@@ -285,14 +285,14 @@ def take(
 ) -> list[TokenSequence]:
     """Remove and return the next batch: sequences in fair order, up to ``max_batch_tokens`` tokens together.
 
-    A waiter that exceeds the budget alone is a batch by itself. Waiters are dropped if their handle has gone or is past its
-    deadline, or if they have been computed for another request in the meantime. The result is empty exactly when nothing is
-    left to compute.
+    A waiter that alone exceeds the budget forms a separate batch. Waiters are dropped if their request has ended or is past
+    its deadline, or if they have been computed for another request in the meantime. The result is empty if and only if
+    nothing is left to compute.
 
     Args:
         max_shared_tokens: a request of at most this many tokens is small. A batch with a small request takes at most this
             many tokens of larger requests, because the small request waits until the whole batch is done.
-        is_shared: apply that limit to every batch, because a small request may come at any moment.
+        is_shared: whether to apply that limit to every batch, because a small request may arrive at any moment.
     """
     batch: list[TokenSequence] = []
     small: set[RequestHandle] = set()

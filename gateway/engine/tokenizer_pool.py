@@ -4,7 +4,7 @@ Work is distributed as the scheduler distributes the device, but by characters i
 then between the requests of one caller. A text is read in steps (:mod:`gateway.engine.model.tokenizer`). After each step a
 request waits for its turn again, and a request of low priority waits until nothing else waits. So a short text waits only
 for the current step, no matter how many long texts others have sent. Steps of many characters have a separate thread,
-because they cannot be interrupted. A sentence or two take no turn, and are read on the event loop.
+because they cannot be interrupted. One or two sentences do not wait for a turn: they are read on the event loop.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ LONG_STEP_CHARS = 20_000
 
 @dataclass(eq=False, slots=True)
 class TokenizeTask:
-    """One text, or a few short ones, on their way through the tokenizer.
+    """One text, or a few short ones, to be tokenized.
 
     Attributes:
         done: receives the result of the steps, or their error.

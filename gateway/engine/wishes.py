@@ -19,7 +19,7 @@ from gateway.types import Output
 
 @dataclass(frozen=True, slots=True)
 class Wishes:
-    """The served features of a model: the entry's wishes, or the checkpoint's own values.
+    """The served features of a model: those that its entry requests, or the checkpoint's own values.
 
     Attributes:
         outputs: the outputs that are served.
@@ -60,12 +60,12 @@ def _require_no_vectors(entry: ModelEntry) -> None:
     Raises:
         LoadError: the entry has such keys; the message names them.
     """
-    asked = [
+    requested = [
         key for key in ("default_task", "prompts", "dimensions", "golden", "ranges", "rerank") if getattr(entry, key)
     ]
-    asked += [] if entry.outputs == (Output.DENSE,) else ["outputs"]
-    if asked:
-        raise LoadError(f"{', '.join(asked)} cannot be set: this model scores texts and returns no vectors")
+    requested += [] if entry.outputs == (Output.DENSE,) else ["outputs"]
+    if requested:
+        raise LoadError(f"{', '.join(requested)} cannot be set: this model scores texts and returns no vectors")
 
 
 def _outputs(entry: ModelEntry, checkpoint: Checkpoint) -> tuple[Output, ...]:

@@ -13,7 +13,7 @@ from gateway.experiments.sample_ratio import RatioProcess
 from gateway.experiments.units import MAX_UNITS, LatencyHistogram, UnitSet, UnitSums
 
 MAX_SUMS = 200_000
-"""The most units with sums in all arms of a generation: 10 MB. Enough for an interval of 1 % around a latency."""
+"""The maximum number of units with sums in all arms of a generation: 10 MB, enough for an interval of 1 % of a latency."""
 
 # The columns of an arm's sums.
 REQUESTS, SERVER_ERRORS, TIMED, LOG_SECONDS, LOG_CHARACTERS = range(5)

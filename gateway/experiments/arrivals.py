@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from typing import Final, Literal
 
 MAX_HOURS: Final = 24 * 92
-"""The most hours that are kept, the latest ones: about 400 bytes for each."""
+"""The number of latest hours that are kept: about 400 bytes for each."""
 
 _LENGTHS: Final = {"hour": 13, "day": 10}
 Step = Literal["hour", "day"]

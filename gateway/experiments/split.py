@@ -145,7 +145,7 @@ class Split:
             return self._assignment(self.arm_of(secrets.token_hex(8)), Reason.RANDOM)
         if (num_bytes := len(unit.encode(errors="replace"))) > MAX_UNIT_BYTES:
             raise BadInput(
-                f"the unit in `{source}` of experiment {self.experiment.id!r} has {num_bytes:,} bytes, the limit is "
+                f"the unit in `{source}` of experiment {self.experiment.id!r} has {num_bytes:,} bytes; the limit is "
                 f"{MAX_UNIT_BYTES:,}: send a hash of it, here and with its outcomes"
             )
         return self._assignment(self.arm_of(unit), Reason.UNIT, self.hash_of(unit), source)

@@ -13,7 +13,7 @@ from gateway.errors import BodyTooLarge, BodyTooSlow, ClientDisconnected, Unsupp
 from gateway.http.decoding import Decoder, decoder_for
 from gateway.http.pace import Pace
 
-# The most bytes that are read of a refused body; enough for an honest mistake.
+# The maximum number of bytes that are read of a refused body; enough for an honest mistake.
 _MAX_DRAINED_BYTES = 64 * 1024 * 1024
 # A file may take longer to arrive than another body: as long as a slow connection needs for the largest file.
 _LEAST_BYTES_PER_S = 256 * 1024
@@ -186,5 +186,5 @@ class Body:
     def _check_size(self, num_bytes: int) -> None:
         if num_bytes > self._max_bytes:
             raise BodyTooLarge(
-                f"the request body has {num_bytes} bytes or more, the limit is {self._max_bytes}: {self._advice}"
+                f"the request body has {num_bytes} bytes or more; the limit is {self._max_bytes}: {self._advice}"
             )

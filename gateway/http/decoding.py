@@ -18,7 +18,7 @@ _ZSTD_INPUT_BYTES = 512
 # The sizes of the header of a frame, and of a frame without content.
 _ZSTD_FIRST_BYTES = frozenset((0x28, *range(0x50, 0x60)))
 _GZIP_MAGIC = b"\x1f\x8b"
-# The most members of a gzip body, and frames of a zstd body. Of the tools, bgzip writes one for each 64 KiB.
+# The maximum number of members in a gzip body, and of frames in a zstd body. bgzip, for example, writes one per 64 KiB.
 _MAX_PARTS = 4096
 # The largest window that a zstd body may ask for, by RFC 9659.
 _ZSTD_WINDOW_BYTES = 8 * 1024 * 1024
@@ -28,7 +28,7 @@ class Decoder(Protocol):
     """Decodes a stream of bytes."""
 
     memory_bytes: int
-    """The most memory that the decoder itself holds."""
+    """The maximum memory that the decoder itself holds, in bytes."""
 
     def feed(self, data: bytes) -> Iterator[bytes]:
         """Decode further bytes, and yield the result in pieces.

@@ -131,7 +131,7 @@ async def send_error(error: RequestError, form: ErrorForm, send: Send, drain: Ca
     if isinstance(error, MethodNotAllowed):
         headers.append((b"allow", error.allow.encode()))
     if isinstance(error, BodyTooSlow):
-        headers.append((b"connection", b"close"))  # the rest of the body is not awaited
+        headers.append((b"connection", b"close"))  # the rest of the body is not read
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body, "more_body": True})
     await drain()

@@ -208,11 +208,11 @@ class Admission:
 
     def _check_headers(self, headers: Headers) -> None:
         if len(headers.raw) > MAX_HEADERS:
-            raise HeadersTooLarge(f"the request has {len(headers.raw)} headers, the limit is {MAX_HEADERS}")
+            raise HeadersTooLarge(f"the request has {len(headers.raw)} headers; the limit is {MAX_HEADERS}")
         num_bytes = sum(len(name) + len(value) for name, value in headers.raw)
         if num_bytes > self._settings.max_header_bytes:
             raise HeadersTooLarge(
-                f"the request's headers have {num_bytes} bytes, the limit is {self._settings.max_header_bytes}"
+                f"the request's headers have {num_bytes} bytes; the limit is {self._settings.max_header_bytes}"
             )
 
 

@@ -23,16 +23,16 @@ REFUSED: Final = "gateway.refused"
 """The key in the scope of a request that is to be refused; its value is the error to answer with."""
 
 MAX_HEADERS: Final = 500
-"""The most headers of a request. An empty header takes 4 bytes on the wire, and 150 bytes here."""
+"""The maximum number of headers in a request. An empty header takes 4 bytes on the wire, and 150 bytes here."""
 
-# Seconds that an idle connection stays open when the process stops; a request on its way is still answered.
+# Seconds that an idle connection stays open when the process stops; a request that arrives in that time is answered.
 _LINGER_S = 1.0
-# The most bytes that are read and discarded after an error.
+# The maximum number of bytes that are read and discarded after an error.
 _MAX_IGNORED_BYTES = 256 * 1024
 # Seconds until a client that has sent its last byte is probed, and seconds it has to reset the connection.
 _FIRST_PROBE_S, _SECOND_PROBE_S = 1.5, 0.75
 _PROBE = b"HTTP/1.1 100 Continue\r\n\r\n"
-# The most requests of a connection that may wait behind an earlier request. Data is parsed in slices of at most eighty
+# How many requests of a connection may wait behind an earlier request. Data is parsed in slices of at most eighty
 # requests, which take some milliseconds, so that other connections get their turn.
 _MAX_PIPELINED = 16
 _SLICE_BYTES = 2 * 1024

@@ -22,10 +22,10 @@ from gateway.outcomes.joining import Branch, Exposures, Outcomes, signed
 
 FILE_NAME = "experiments.sqlite3"
 MAX_PER_UNIT = 1_000
-"""The most outcomes kept per name and unit: a client that repeats itself must not sway results or fill the disk."""
+"""The maximum number of outcomes per name and unit: a client that repeats itself must not sway results or fill the disk."""
 
 MAX_UNKNOWN = 100_000
-"""The most outcomes kept of units without an exposure here: another replica's file may have the exposure."""
+"""The maximum number of outcomes of units without an exposure here: another replica's file may have the exposure."""
 
 MAX_NAMES = 20
 """The most different names of outcomes of an experiment, besides the deciding one."""

@@ -86,7 +86,7 @@ def decode_unit(experiment: str, written: str) -> str:
     content = unquote_to_bytes(written)
     if len(content) > MAX_UNIT_BYTES:
         raise BadInput(
-            f"the unit after {experiment + '/'!r} in `model` has {len(content)} bytes, the limit is {MAX_UNIT_BYTES}; send "
+            f"the unit after {experiment + '/'!r} in `model` has {len(content)} bytes; the limit is {MAX_UNIT_BYTES}; send "
             "a hash of it",
             param="model",
         )

@@ -165,12 +165,12 @@ QUEUE_OLDEST_SECONDS = Gauge(
 )
 LOW_QUEUE_TEXTS = Gauge(
     "gateway_low_priority_queue_texts",
-    "Texts of low priority admitted and not yet answered. `gateway_queue_*` leave these out.",
+    "Low-priority texts admitted and not yet answered. `gateway_queue_*` leave these out.",
     ["model"],
 )
 LOW_QUEUE_OLDEST_SECONDS = Gauge(
     "gateway_low_priority_queue_oldest_seconds",
-    "Age of the oldest request of low priority that the model has not answered yet: it grows while requests of normal "
+    "Age of the oldest low-priority request that the model has not answered yet: it grows while requests of normal "
     "priority leave no time for it.",
     ["model"],
 )

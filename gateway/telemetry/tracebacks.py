@@ -16,7 +16,7 @@ from structlog.typing import EventDict, ExcInfo, WrappedLogger
 
 _FIRST_FRAMES: Final = 5
 _LAST_FRAMES: Final = 25
-# The most exceptions of a chain or a group that are shown.
+# The maximum number of exceptions of a chain or a group that are shown.
 _MAX_EXCEPTIONS: Final = 6
 _MAX_MESSAGE: Final = 2_000
 _MAX_LINE: Final = 300

@@ -141,7 +141,7 @@ def reloads(outcome: str) -> float:
         (lambda path: path.unlink(), "the file does not exist"),
         (lambda path: (path.unlink(), os.mkfifo(path)), "the file must be a regular file, and is a named pipe"),
         (lambda path: (path.unlink(), path.mkdir()), "the file must be a regular file, and is a folder"),
-        (lambda path: path.write_bytes(b"#" * 2_000_000), "the file has 2,000,000 bytes, the limit is 1,048,576"),
+        (lambda path: path.write_bytes(b"#" * 2_000_000), "the file has 2,000,000 bytes; the limit is 1,048,576"),
     ],
     ids=["wrong", "gone", "named pipe", "folder", "huge"],
 )

@@ -221,7 +221,7 @@ async def test_a_unit_has_the_same_limit_wherever_it_is_read(connect: Connect, c
     refused = await client.post("/v1/embeddings", json=body, headers={"x-unit": longer.encode()})
     message = check_error(refused, 400, "invalid_input")
     assert message.startswith(
-        "the unit in `header:x-unit` of experiment 'exp' has 1,025 bytes, the limit is 1,024: send a hash"
+        "the unit in `header:x-unit` of experiment 'exp' has 1,025 bytes; the limit is 1,024: send a hash"
     )
     assert longer not in message
     asked = check_error(await client.get(PATH, params={"unit": longer}), 400, "invalid_input", param="unit")
@@ -320,7 +320,7 @@ async def test_any_unit_can_be_written_in_a_name(client: httpx.AsyncClient, unit
         ("50%", "all other characters as %XX"),
         ("Zoë", "all other characters as %XX"),
         ("%FF", "is not UTF-8"),
-        ("x" * 257, "has 257 bytes, the limit is 256"),
+        ("x" * 257, "has 257 bytes; the limit is 256"),
         ("x" * 20_000, "the limit is 256"),
     ],
 )

@@ -211,7 +211,7 @@ async def test_fields_that_agree_are_taken(client: httpx.AsyncClient) -> None:
 async def test_the_limit_of_inputs_is_a_setting(connect: Connect, make_labeler: MakeModel) -> None:
     client = await connect(make_labeler(), aliases={}, max_inputs=2)
 
-    refused(await classify(client), 400, "has 3 items, the limit is 2", "input")
+    refused(await classify(client), 400, "has 3 items; the limit is 2", "input")
     assert (await client.post("/predict", json={"inputs": [["a"]] * 3})).status_code == 422
 
 

@@ -280,7 +280,7 @@ async def test_every_form_of_input_is_read(
     ("value", "message"),
     [
         pytest.param([], "`input` is an empty list; send at least one text", id="no texts"),
-        pytest.param(["a"] * 2049, "`input` has 2049 items, the limit is 2048", id="2,049 texts"),
+        pytest.param(["a"] * 2049, "`input` has 2049 items; the limit is 2048", id="2,049 texts"),
         pytest.param(None, "`input` is required", id="null"),
         pytest.param(1, "`input` must be a string or a list of strings, got the number 1", id="number"),
         pytest.param(True, "`input` must be a string or a list of strings, got true", id="bool"),
@@ -324,7 +324,7 @@ async def test_the_number_of_inputs_can_be_limited(connect: Connect, check_error
 
     assert (await embed(client, input=["a", "b"])).status_code == 200
     message = check_error(await embed(client, input=["a", "b", "c"]), 400, "invalid_input", param="input")
-    assert message == "`input` has 3 items, the limit is 2: send several requests"
+    assert message == "`input` has 3 items; the limit is 2: send several requests"
 
 
 # ----------------------------------------------------------------------------------------------------- 3: token ids
@@ -419,10 +419,10 @@ async def test_more_ids_than_a_text_may_have_are_refused_before_they_are_looked_
     client: httpx.AsyncClient, check_error: CheckError
 ) -> None:
     message = check_error(await embed(client, input=[1] * 100_000 + ["a"]), 400, "invalid_input", param="input")
-    assert message == "`input` holds 100001 numbers, the limit is 100000 token ids: send texts"
+    assert message == "`input` holds 100001 numbers; the limit is 100000 token ids: send texts"
 
     message = check_error(await embed(client, input=["a", [1] * 100_001]), 400, "invalid_input", param="input")
-    assert message == "`input[1]` holds 100001 numbers, the limit is 100000 token ids: send texts"
+    assert message == "`input[1]` holds 100001 numbers; the limit is 100000 token ids: send texts"
 
 
 # ------------------------------------------------------------------------------------------------- fields: wrong types
@@ -909,7 +909,7 @@ async def test_a_larger_body_is_refused_with_limit_and_size(
     response = await client.post("/v1/embeddings", content=content)
 
     message = check_error(response, 413, "body_too_large")
-    assert f"has {size} or more, the limit is 1000" in message
+    assert f"has {size} or more; the limit is 1000" in message
 
 
 async def test_a_body_that_never_ends_is_refused_as_soon_as_it_is_too_large(

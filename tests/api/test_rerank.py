@@ -214,7 +214,7 @@ async def test_null_means_absent_and_unknown_fields_are_ignored(client: httpx.As
         ({"documents": ["a", 3]}, "documents", '`documents[1]` must be a string or {"text": string}, got the number 3'),
         ({"documents": [{"title": "a"}]}, "documents", "`documents[0]` must be a string"),
         ({"documents": [{"text": 3}]}, "documents", "got an object with 'text'"),
-        ({"documents": ["a"] * 2049}, "documents", "`documents` has 2049 items, the limit is 2048"),
+        ({"documents": ["a"] * 2049}, "documents", "`documents` has 2049 items; the limit is 2048"),
         ({"top_n": 0}, "top_n", "`top_n` must be a positive integer, got the number 0"),
         ({"top_n": -1}, "top_n", "`top_n` must be a positive integer"),
         ({"top_n": 1.5}, "top_n", "`top_n` must be a positive integer"),

@@ -85,7 +85,7 @@ async def test_many_tokens_are_written_whole(client: httpx.AsyncClient) -> None:
         ({"input": []}, 400, "empty_input", "input"),
         ({}, 400, "invalid_input", "input"),
         ({"input": [1, 2]}, 400, "invalid_input", "input"),
-        ({"input": "a" * 250_001}, 400, "invalid_input", "250001 characters, the limit is 250000"),
+        ({"input": "a" * 250_001}, 400, "invalid_input", "250001 characters; the limit is 250000"),
         ({"input": "a", "model": "nothing"}, 404, "model_not_found", "nothing"),
         ({"input": "a", "model": "jina", "task": "cooking"}, 400, "invalid_input", "cooking"),
     ],

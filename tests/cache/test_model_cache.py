@@ -74,7 +74,7 @@ class Model:
         if not words:
             raise BadInput(f"input[{i}] has no tokens")
         if len(words) > LIMIT and job.truncate is Truncate.REFUSE:
-            raise ContextLengthExceeded(f"input[{i}] has {len(words)} tokens, the limit is {LIMIT}")
+            raise ContextLengthExceeded(f"input[{i}] has {len(words)} tokens; the limit is {LIMIT}")
         return words[-LIMIT:] if job.truncate is Truncate.START else words[:LIMIT]
 
     def _numbers(self, words: Sequence[str], job: EmbedJob, width: int) -> np.ndarray:

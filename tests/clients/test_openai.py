@@ -182,7 +182,7 @@ def test_2048_texts_fit_in_one_request(client: OpenAI, assert_same_vectors: Call
 
 
 def test_2049_texts_are_a_bad_request_that_names_the_limit(client: OpenAI) -> None:
-    with pytest.raises(openai.BadRequestError, match=r"2049 items, the limit is 2048"):
+    with pytest.raises(openai.BadRequestError, match=r"2049 items; the limit is 2048"):
         client.embeddings.create(model=MODEL, input=["a"] * 2049)
 
 

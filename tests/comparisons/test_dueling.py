@@ -75,7 +75,7 @@ async def test_a_full_file_stays_readable_and_the_duel_can_be_ended(
         for number in range(1000):  # each character of the name has four bytes
             await duels.vote((RUN, name), f"{number}{'🚂' * 60}", 0, "tie", ())
 
-    with pytest.raises(BadInput, match=r"is full, the limit is [0-9,]+ bytes: end this duel, and begin another"):
+    with pytest.raises(BadInput, match=r"is full; the limit is [0-9,]+ bytes: end this duel, and begin another"):
         await vote_often()
     assert (folder / "votes.jsonl").stat().st_size <= limit - dueling._END_BYTES
 

@@ -177,7 +177,7 @@ async def test_what_cannot_be_graded_is_named(graders: Grading, runs: Path, monk
     with pytest.raises(BadInput, match="has no query 'made up' with document 'd'"):
         await graders.grade(RUN, ADA, ("made up", "d"), 1)
     monkeypatch.setattr(grading, "_MAX_FILE_BYTES", 1_000)
-    with pytest.raises(BadInput, match=r"judge_check.tsv cannot be read: has [0-9,]+ bytes, the limit is 1,000"):
+    with pytest.raises(BadInput, match=r"judge_check.tsv cannot be read: has [0-9,]+ bytes; the limit is 1,000"):
         await graders.show(RUN, ADA)
     path.write_text("query-id\tcorpus-id\tscore\nq\td\tgood\n")
     with pytest.raises(BadInput, match=r"judge_check.tsv:2: the score must be 0, 1, 2 or 3, or empty"):

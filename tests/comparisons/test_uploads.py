@@ -111,7 +111,7 @@ def test_a_text_may_begin_like_the_name_of_a_format(tmp_path: Path, text: str) -
         ({"documents": "id,text\na b,c\n"}, "the id 'a b' contains white space"),
         ({"documents": "id,text\n1,a,b\n"}, "line 2 of 'my.csv': the line has 3 columns, not 2"),
         ({"documents": 'text\n"open\n'}, "the line cannot be read: unexpected end of data"),
-        ({"documents": f"text\n{'x' * 100_001}\n"}, "the text has 100,001 characters, the limit is 100,000"),
+        ({"documents": f"text\n{'x' * 100_001}\n"}, "the text has 100,001 characters; the limit is 100,000"),
         ({"documents": '{"text": "a"}\n{\n'}, "line 2 of 'my.csv': the line is not JSON"),
         (
             {"documents": '{"text": "\\ud83d x"}\n'},

@@ -23,7 +23,7 @@ def test_a_file_up_to_the_limit_is_read_and_a_larger_one_refused_with_its_size(t
     assert read_bounded(path, 5) == b"12345"
     with pytest.raises(UnsuitableFile) as caught:
         read_bounded(path, 4)
-    assert caught.value.strerror == "has 5 bytes, the limit is 4"
+    assert caught.value.strerror == "has 5 bytes; the limit is 4"
 
 
 @pytest.mark.parametrize(

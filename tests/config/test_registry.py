@@ -300,7 +300,7 @@ def test_invalid_yaml_is_reported_with_the_remedy(tmp_path: Path, text: str, adv
 def test_a_huge_file_is_not_parsed(tmp_path: Path) -> None:
     (problem,) = problems_of(tmp_path, VALID + "#" * MAX_FILE_BYTES)
 
-    assert problem.message.startswith(f"the file has {MAX_FILE_BYTES + len(VALID):,} bytes, the limit is 1,048,576; ")
+    assert problem.message.startswith(f"the file has {MAX_FILE_BYTES + len(VALID):,} bytes; the limit is 1,048,576; ")
 
 
 @pytest.mark.parametrize("item", ["1", "a: 1", "{a: 1}", "[]"])

@@ -117,7 +117,7 @@ SITUATIONS = {
     ),
     "capability below 8.0": Situation(
         FakeDriver([FakeCard("NVIDIA GeForce RTX 2080 Ti", (7, 5))]),
-        text="compute capability 7.5, and texts are packed from 8.0 on",
+        text="compute capability 7.5, and packing texts needs 8.0",
         mend="device: cuda:0",
     ),
     "card too old for this torch": Situation(

@@ -299,7 +299,7 @@ def test_a_card_that_texts_cannot_be_packed_on_is_used_only_when_asked_for(look:
     assert obstacle is not None
     assert obstacle.reason is Reason.NOT_CHOSEN
     assert str(obstacle) == (
-        "an NVIDIA GeForce RTX 2080 Ti has compute capability 7.5, and texts are packed from 8.0 on: `device: cuda:0` in "
+        "an NVIDIA GeForce RTX 2080 Ti has compute capability 7.5, and packing texts needs 8.0: `device: cuda:0` in "
         "models.yaml uses it anyway, with padding"
     )
 

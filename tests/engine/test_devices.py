@@ -201,7 +201,7 @@ def test_notes_about_the_devices_for_the_operator(see: See) -> None:
 def test_a_model_on_the_cpu_says_which_card_it_does_not_use(see: See) -> None:
     see(RTX_2080)
     assert device_notes("auto", choose_devices("auto")) == (
-        "on the CPU, because an NVIDIA GeForce RTX 2080 Ti has compute capability 7.5, and texts are packed from 8.0 on: "
+        "on the CPU, because an NVIDIA GeForce RTX 2080 Ti has compute capability 7.5, and packing texts needs 8.0: "
         "`device: cuda:0` in models.yaml uses it anyway, with padding",
     )
     see()

@@ -153,7 +153,7 @@ def test_the_worst_vector_decides(bundled_encoder: Encoder) -> None:
     off = [replace(one, vector=turned(one.vector, 0.99) if i == 2 else one.vector) for i, one in enumerate(vectors)]
 
     with pytest.raises(
-        LoadError, match=r"cosine 0\.9900\d\d for 'The treaty was signed .*the least is 0\.9999: this machine"
+        LoadError, match=r"cosine 0\.9900\d\d for 'The treaty was signed .*the minimum is 0\.9999: this machine"
     ):
         check(bundled_encoder, off, "float32")
 
@@ -285,7 +285,7 @@ def test_drift_is_refused_at_load_with_the_cosine(entry: ModelEntry, file: Path)
     change(file, 1, lambda vector: turned(vector, 0.95))
 
     with pytest.raises(
-        LoadError, match=r"cosine 0\.95\d{4} for 'How do I reset my password\?' \(task None\), the least"
+        LoadError, match=r"cosine 0\.95\d{4} for 'How do I reset my password\?' \(task None\); the minimum"
     ):
         load_engine(plan_load(entry), Settings())
 
@@ -352,7 +352,7 @@ async def test_a_model_that_serves_is_compared_with_its_vectors_again(entry: Mod
 
     assert well == ""
     assert best > 0.9999
-    assert re.match(r"golden vectors: cosine -?0\.\d+ for .*, the least is 0\.9999", broken)
+    assert re.match(r"golden vectors: cosine -?0\.\d+ for .*; the minimum is 0\.9999", broken)
     assert shown("gateway_golden_min_cosine") < 0.99
     assert shown("gateway_golden_limit_cosine") == 0.9999
 

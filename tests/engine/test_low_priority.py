@@ -183,7 +183,7 @@ def test_what_waits_with_low_priority_takes_no_room_from_the_others(make_job: Ma
 
     with admission.admit(low(make_job(*["1"] * 25))), admission.admit(make_job(*["1"] * 100)):
         assert (admission.num_texts, admission.num_low_texts) == (100, 25)
-        with pytest.raises(Overloaded, match="work of low priority: 25 texts"):
+        with pytest.raises(Overloaded, match="low-priority work: 25 texts"):
             admission.admit(low(make_job(*["1"] * 33))).__enter__()
 
     assert admission.is_empty
@@ -238,6 +238,6 @@ async def test_a_request_of_low_priority_that_starves_says_so(
     error = await answer(batcher.submit(low(make_job("2", timeout_s=0.05))))
 
     assert isinstance(error, DeadlineExceeded)
-    assert "as requests of low priority do" in error.message
+    assert "because low-priority requests wait" in error.message
     gate.open()
     await first

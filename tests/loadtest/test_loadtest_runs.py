@@ -120,7 +120,7 @@ def test_a_limit_that_does_not_hold_fails_the_run(url: str, tmp_path: Path) -> N
     assert code == 1
     assert found["right"]["failures"] == {}
     assert found["failing"]["failures"].keys() == {"500 inference_failed"}
-    assert re.search(r"FAILED  failing: 3[0-6]\.\d+ % failed, the limit is 1 %", printed)
+    assert re.search(r"FAILED  failing: 3[0-6]\.\d+ % failed; the limit is 1 %", printed)
 
 
 def test_open_arrivals_over_two_workers_come_as_offered(url: str, tmp_path: Path) -> None:

@@ -174,7 +174,7 @@ def test_a_forward_that_computes_something_else_is_not_served(
 ) -> None:
     monkeypatch.setattr(where, name, wrong)
 
-    with pytest.raises(LoadError, match=r"packed vectors have a cosine of .* to those of padded texts, the least"):
+    with pytest.raises(LoadError, match=r"packed vectors have a cosine of .* to those of padded texts; the minimum"):
         build_packed(jina)
 
 
@@ -184,7 +184,7 @@ def fail(*_args: Any) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     ("wrong", "reason"),
-    [(attend_to_all, "the least is 0.99999"), (fail, "cannot be computed: NotImplementedError: no kernel")],
+    [(attend_to_all, "the minimum is 0.99999"), (fail, "cannot be computed: NotImplementedError: no kernel")],
 )
 def test_the_padded_forward_serves_instead_and_a_warning_says_why(
     jina: Path, load: Load, monkeypatch: pytest.MonkeyPatch, wrong: Callable[..., Any], reason: str

@@ -226,7 +226,7 @@ class Pool:
         else:
             if len(addresses) > MAX_ADDRESSES:
                 reason = (
-                    f"{name.host!r} has {len(addresses)} addresses, the limit is {MAX_ADDRESSES}: the others get none"
+                    f"{name.host!r} has {len(addresses)} addresses; the limit is {MAX_ADDRESSES}: the others get none"
                 )
             name.addresses = addresses[:MAX_ADDRESSES]
         metrics.UPSTREAM_LOOKUPS.labels(self._model, outcome).inc()

@@ -21,7 +21,7 @@ from gateway.types import Vectors
 
 DEPTH: Final = 10
 _MIN_COSINE: Final = 0.98
-"""The least cosine of a text's vector and its stored vector; half precision and other devices change it less."""
+"""The minimum cosine between a text's vector and its stored vector; half precision and other devices change it less."""
 _CALL_TEXTS: Final = 32
 _UNRELATED: Final = 0.05
 """With more than a few hundred items, an overlap@10 below this means that the models have nothing in common."""
@@ -68,7 +68,7 @@ class CheckReport:
     Attributes:
         first, second: items of the collections, or those with the old and with the new vector.
         vector: the name of the new vector, if both are in one collection.
-        may_lack: the user agreed to leave the items behind that cannot be copied.
+        may_lack: whether the user agreed to leave behind the items that cannot be copied.
         pending: the number of items that a pass would change.
         num_vectors: the number of stored vectors that were compared with the vectors of their texts.
         wrong_vectors: the ids of those items whose vectors differ.
@@ -148,7 +148,7 @@ class CheckReport:
 
 
 def allowed_changes(num_items: int) -> int:
-    """Return the most changes in a pass that count as few: the next pass and the pass after the flip copy them."""
+    """Return the number of changes in a pass up to which they count as few: the next pass, or the flip's, copies them."""
     return max(10, num_items // 100)
 
 

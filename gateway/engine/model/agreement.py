@@ -45,9 +45,9 @@ def least_cosine(
     there.
 
     Args:
-        is_packed: also compare a long text and many short ones; each adapter in a batch of only its texts, which takes
-            another code path than a mixed batch; texts whose last tokens are not attended to; and the means over all
-            tokens.
+        is_packed: whether to compare more: a long text and many short ones; each adapter in a batch of only its texts,
+            which takes another code path than a mixed batch; texts whose last tokens are not attended to; and the means
+            over all tokens.
     """
     num_adapters = len(checkpoint.adapter_folders)
     ids = tokenizer.sample_ids()

@@ -54,13 +54,13 @@ class BuildOptions:
         dtype: name of the torch dtype to compute in.
         runtime: ``auto``, ``torch``, ``openvino``; or, whatever the device, ``reference`` (torch, padded) or ``packed``.
         max_tokens: the longest text; at most the checkpoint's own limit.
-        merges_adapters: merge weights for each adapter if texts are packed; ``None``: if the memory allows it.
-        may_capture: small batches on a card may be computed as graphs, whose products always accumulate in float32.
+        merges_adapters: whether to merge weights for each adapter if texts are packed; ``None``: if the memory allows it.
+        may_capture: whether small batches on a card may be computed as graphs, whose products accumulate in float32.
         max_query_tokens: the longest query, if queries and documents are treated differently.
         threads: how a model on the CPU uses its cores.
         tasks: instruction of each task.
         instruction: the instruction for a text without a task.
-        trust_remote_code: let Python code of the checkpoint run in this process.
+        trust_remote_code: whether Python code of the checkpoint may run in this process.
         compiled_folder: where compiled models are kept for a later start; ``None`` keeps none.
     """
 
@@ -120,7 +120,7 @@ def build_encoders(checkpoint: Checkpoint, options: BuildOptions) -> list[Encode
 
 
 def _require_room(encoder: Encoder, checkpoint: Checkpoint, tasks: Iterable[str]) -> None:
-    """Refuse a limit that leaves no token of a text: all texts of a task would have the same vector."""
+    """Refuse a limit that leaves no room for a text: all texts of a task would have the same vector."""
     for task in (None, *tasks):
         limit, room = encoder.limits(task)
         if room < 1:
@@ -167,7 +167,7 @@ def _try_packed(
         limit = MIN_COSINE[options.dtype]
         if cosine >= limit:  # it may be NaN
             return ""
-        return f"packed vectors have a cosine of {cosine:.6f} to those of padded texts, the least is {limit}"
+        return f"packed vectors have a cosine of {cosine:.6f} to those of padded texts; the minimum is {limit}"
 
     try:
         packed = PackedRuntime(model, mask)
@@ -259,7 +259,7 @@ def _try_openvino(checkpoint: Checkpoint, options: BuildOptions, tokenizer: Toke
         return []
     if not cosine >= MIN_COSINE[options.dtype]:  # it may be NaN
         message = (
-            f"OpenVINO's vectors have a cosine of {cosine:.6f} to torch's, the least is {MIN_COSINE[options.dtype]}"
+            f"OpenVINO's vectors have a cosine of {cosine:.6f} to torch's; the minimum is {MIN_COSINE[options.dtype]}"
         )
         if options.runtime == "openvino":
             raise LoadError(f"{checkpoint.folder}: {message}")

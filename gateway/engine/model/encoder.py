@@ -74,11 +74,12 @@ class Encoder:
 
     Attributes:
         num_padding: number of padding tokens computed so far.
-        progressed_at: when a part of the running batch was last done, on ``time.monotonic()``, as proof that it does not
-            hang; if the encoder works ahead, the part was only launched.
+        progressed_at: when a part of the running batch was last finished, on ``time.monotonic()``, as proof that it does
+            not hang; if the encoder works ahead, when the part was launched.
         device: torch device of the computation.
-        accumulates_in_float16: matrix products on a card may accumulate in float16.
-        works_ahead: :meth:`begin` does not wait for the device, so that the next batch may be launched while it computes.
+        accumulates_in_float16: whether matrix products on a card may accumulate in float16.
+        works_ahead: whether :meth:`begin` returns without waiting for the device, so that the next batch can be launched
+            while it computes.
     """
 
     num_padding = 0
@@ -186,13 +187,13 @@ class Encoder:
     @property
     def _chat_pairs(self) -> ChatPairTokenizer:
         if not isinstance(self.tokenizer, ChatPairTokenizer):
-            raise TypeError("this model reads no pairs by a template")
+            raise TypeError("this model does not read pairs by a template")
         return self.tokenizer
 
     @property
     def _pairs(self) -> PairTokenizer:
         if not isinstance(self.tokenizer, PairTokenizer):
-            raise TypeError("this model scores no pairs")
+            raise TypeError("this model does not score pairs")
         return self.tokenizer
 
     # ----------------------------------------------------------------------------------------- tokens to vectors
@@ -214,7 +215,7 @@ class Encoder:
 
     @torch.inference_mode()
     def begin(self, items: Sequence[Item]) -> InFlight:
-        """Launch all of the device's work for tokenized texts, the copies of its results to the host included.
+        """Launch all of the device's work for tokenized texts, including the copies of its results to the host.
 
         Like :meth:`encode`, but the host does not wait for the device if the encoder works ahead. Runs in one thread at a
         time. A device computes in the order of the calls.

@@ -84,7 +84,7 @@ class SpladeHead(nn.Module):
     def begin(
         self, states: TokenStates, items: Sequence[Item], rows: Sequence[int]
     ) -> Callable[[], Sequence[SparseVector]]:
-        """Compute the weights at once: the number of those above 0 is known only when the device is done."""
+        """Compute the weights immediately: the number of those above 0 is known only when the device is done."""
         outputs = self.forward(states, items, rows)
         return lambda: outputs
 

@@ -26,7 +26,7 @@ def to_host(tensor: torch.Tensor) -> npt.NDArray[np.float32]:
 
 
 def to_device(numbers: Sequence[int] | npt.NDArray[np.int64], device: torch.device) -> torch.Tensor:
-    """Copy whole numbers to a device as int64, without waiting for what a card still computes."""
+    """Copy whole numbers to a device as int64, without waiting for running computations of a card."""
     return send(np.asarray(numbers, np.int64), device)
 
 

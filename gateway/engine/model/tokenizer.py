@@ -113,7 +113,7 @@ class Tokenizer:
         self.largest_id = max([*tokenizer.get_vocab(with_added_tokens=True).values(), *template.ids], default=-1)
 
     def room(self, instruction: str) -> int:
-        """Return how many tokens of a text are read after ``instruction``; 0 or less if none."""
+        """Return how many tokens of a text are read after ``instruction``; 0 or less if there is no room."""
         return self.max_tokens - len(self._head_ids(Prefixed(instruction, ""))) - len(self._tail)
 
     def sample_ids(self) -> list[int]:
@@ -146,7 +146,7 @@ class Tokenizer:
     def tokenize(
         self, texts: Sequence[str], instruction: str, truncate: Truncate, first_index: int = 0
     ) -> list[Tokens]:
-        """Tokenize texts at once, like :meth:`read`, which lists the errors."""
+        """Tokenize texts in one call; :meth:`read` lists the errors."""
         return at_once(self.read(texts, instruction, truncate, first_index))
 
     def read(

@@ -27,7 +27,7 @@ class Texts:
     Attributes:
         boundaries: ``(b + 1,)`` int32, on the device: where each text begins, and the end of the last.
         lengths: tokens of each text.
-        longest: the most tokens of a text; every layer asks for it.
+        longest: the number of tokens of the longest text; kept because every layer needs it.
     """
 
     boundaries: torch.Tensor

@@ -241,9 +241,9 @@ def _convert(traced: _Traced, inputs: InputMaker, adapters: Sequence[int]) -> op
 
 
 def _drop_marks(model: openvino.Model) -> None:
-    """Drop the converter's marks, such as on constants that must not be folded, which no saved model has.
+    """Drop the converter's marks, such as those on constants that must not be folded; a saved model does not have them.
 
-    With them, a model would be compiled in another way than after it was saved, and its vectors would differ in the last
+    With them, a model would be compiled differently than after it was saved, and its vectors would differ in the last
     bits.
     """
     for operation in model.get_ops():
