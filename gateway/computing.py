@@ -262,20 +262,20 @@ def _sum(one: Timings, other: Timings) -> Timings:
     return Timings(one.tokenize_s + other.tokenize_s, one.queue_s + other.queue_s, one.inference_s + other.inference_s)
 
 
-def _weights(info: ModelInfo, asked: Mapping[Output, float] | None) -> Mapping[Output, float]:
+def _weights(info: ModelInfo, requested: Mapping[Output, float] | None) -> Mapping[Output, float]:
     """Return the outputs to score by, with their weights.
 
     Raises:
         UnsupportedOutput: the model lacks one of the requested outputs.
     """
-    if asked is None:
+    if requested is None:
         return info.rerank
-    if missing := [output.value for output in asked if output not in info.outputs]:
+    if missing := [output.value for output in requested if output not in info.outputs]:
         raise UnsupportedOutput(
             f"`score_by` asks for {', '.join(missing)}, but model {info.id!r} returns only: {', '.join(info.outputs)}",
             param="score_by",
         )
-    return asked
+    return requested
 
 
 async def classify(target: Target, request: ClassifyRequest, job: EmbedJob) -> ClassifyAnswer:

@@ -73,7 +73,7 @@ class MemoryBudget:
         largest = self.max_bytes // 2
         if wanted > largest:
             raise TooMuchMemory(
-                f"the request needs about {wanted} bytes of memory, the maximum is {largest}, half of "
+                f"the request needs about {wanted} bytes of memory; the maximum is {largest}, half of "
                 "GATEWAY_MEMORY_BUDGET_BYTES: send fewer or shorter texts per request"
             )
         weight = _SMALL_WEIGHT if wanted <= _SMALL_BYTES else 1

@@ -48,8 +48,8 @@ T = TypeVar("T")
 class Quotas:
     """Counts the requests and tokens of each client.
 
-    When the storage cannot be reached, requests pass uncounted, and the storage is left alone for some seconds: an embedding
-    is worth more than its count. The log and ``gateway_quota_errors_total`` report it.
+    If the storage cannot be reached, requests are not counted, and it is not tried again for some seconds: answering a
+    request matters more than counting it. The log and ``gateway_quota_errors_total`` report it.
 
     The methods add OpenAI's ``x-ratelimit-*`` to the ``headers`` of the request's response, as the values become known.
 
@@ -190,7 +190,7 @@ def _connect(uri: str) -> tuple[Storage, ConnectionPool | None]:
     except ValueError as error:
         raise ConfigError([Problem("environment", 0, 0, "GATEWAY_QUOTA_STORAGE", str(error))]) from error
     options: dict[str, Any] = {"connection_pool": pool}
-    # The pool connects; `limits` reads no more of the URI than the kind of server, and takes a socket's for Valkey's.
+    # The pool connects; `limits` reads only the kind of server from the URI, and would take a socket's for Valkey's.
     return RedisStorage(f"async+redis+{uri}", wrap_exceptions=True, implementation="redispy", **options), pool
 
 

@@ -70,9 +70,9 @@ class ClassifyDialect:
 
     async def _ask(self, request: Request, parsed: _Parsed) -> ClassifyRequest:
         body = parsed.body
-        asked = _request(self._endpoint, request, parsed.texts, parsed.firsts)
+        classify_request = _request(self._endpoint, request, parsed.texts, parsed.firsts)
         unit = unit_source(request, body.user)
-        return replace(asked, model=body.model, truncate=body.wanted_truncation, unit_source=unit)
+        return replace(classify_request, model=body.model, truncate=body.wanted_truncation, unit_source=unit)
 
 
 class Predictor:
@@ -91,8 +91,8 @@ class Predictor:
         check_batch(len(items), self._endpoint.settings.max_inputs, "inputs")
         has_pairs = any(len(item) > 1 for item in items)
         firsts = [item[0] if len(item) > 1 else None for item in items] if has_pairs else None
-        asked = _request(self._endpoint, request, [item[-1] for item in items], firsts)
-        return replace(asked, model=request.path_params.get("model"), truncate=body.wanted_truncation)
+        classify_request = _request(self._endpoint, request, [item[-1] for item in items], firsts)
+        return replace(classify_request, model=request.path_params.get("model"), truncate=body.wanted_truncation)
 
 
 def classify_router(endpoint: Endpoint) -> APIRouter:

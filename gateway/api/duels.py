@@ -91,7 +91,7 @@ class DuelResult(BaseModel):
     low: float = Field(description="`low` and `high` are the ends of an interval that is valid at any look.")
     high: float
     evidence: float = Field(description="The value of the e-process.")
-    threshold: float = Field(description="Least evidence that shows a preference.")
+    threshold: float = Field(description="Minimum evidence that shows a preference.")
     queries: int = Field(description="Number of queries of the comparison.")
     different: int = Field(description="Number of queries for which the arms' first five documents differ.")
     repeated: int = Field(description="Number of pairs that were shown again with the sides swapped.")
@@ -99,7 +99,7 @@ class DuelResult(BaseModel):
     left_share: float = Field(description="The share of the decided votes that went to the left list.")
     prefers_side: bool = Field(description="Whether the votes show a preference for one side.")
     voters: int
-    voters_for_baseline: int = Field(description="Those who preferred it more often than the other.")
+    voters_for_baseline: int = Field(description="Number of voters who preferred it more often than the other arm.")
     voters_for_arm: int
     general: bool = Field(
         description="Whether a preference shows beyond these voters: 15 or more voted, and it shows with one vote for each."
@@ -142,7 +142,7 @@ class DuelList(AnswerBody):
 
 
 def duel_card(known: Open, *, counted: bool | None = None) -> DuelCard:
-    """Return a duel as the voter sees it that it was opened for."""
+    """Return a duel as it looks to the voter who opened it."""
     standing = known.standing
     turn = standing.next_turn
     return DuelCard(

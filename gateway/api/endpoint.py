@@ -92,10 +92,10 @@ class Endpoint:
             ClientDisconnected: the client went away first.
         """
         body = await self.receive(request, parse)
-        asked = await ask(request, body)
-        answer = await self._run(request, asked, run)
+        service_request = await ask(request, body)
+        answer = await self._run(request, service_request, run)
         num_bytes = answer.num_bytes + held_bytes(body)
-        return await self._respond(request, asked, answer, write(request, body, answer), num_bytes)
+        return await self._respond(request, service_request, answer, write(request, body, answer), num_bytes)
 
     async def receive(self, request: Request, parse: Parse[B], rows: str | None = None) -> B:
         """Count a request, then read its body; a large one is parsed in a thread.
@@ -180,7 +180,7 @@ class Endpoint:
             reserve=reserve_texts(request, texts),
         )
 
-    async def embed(self, request: Request, asked: EmbedRequest) -> EmbedAnswer:
+    async def embed(self, request: Request, service_request: EmbedRequest) -> EmbedAnswer:
         """Have the service answer a request that comes from a page, counted like one of the API.
 
         Raises:
@@ -189,20 +189,20 @@ class Endpoint:
         """
         context = RequestContext.of(request)
         await self._quotas.admit(context.client, context.headers)
-        return await self._run(request, asked, self.service.embed)
+        return await self._run(request, service_request, self.service.embed)
 
-    async def _run(self, request: Request, asked: R, run: Run[R, A]) -> A:
+    async def _run(self, request: Request, service_request: R, run: Run[R, A]) -> A:
         """Have the service answer, and charge the client for the tokens."""
         context = RequestContext.of(request)
-        self.note_name(request, asked.model)
+        self.note_name(request, service_request.model)
         longest = self.deployment.fleet.max_tokens
-        async with self._quotas.reserve(context.client, context.headers, asked.lengths, longest):
-            answer = await unless_disconnected(request, run(asked))
+        async with self._quotas.reserve(context.client, context.headers, service_request.lengths, longest):
+            answer = await unless_disconnected(request, run(service_request))
             await self._quotas.charge(context.client, context.headers, answer.num_tokens)
         return answer
 
     async def _respond(
-        self, request: Request, asked: ServiceRequest, answer: Answer, parts: Parts, num_bytes: int
+        self, request: Request, service_request: ServiceRequest, answer: Answer, parts: Parts, num_bytes: int
     ) -> Response:
         """Write an answer, and note it for the log, the metrics and the headers.
 
@@ -219,7 +219,7 @@ class Endpoint:
             timings = replace(timings, serialize_s=written_s)
         headers = answer_headers(answer, timings, context.elapsed_s)
         if context.error_form is ErrorForm.TEI:
-            headers |= tei_headers(sum(asked.lengths), answer.num_tokens, timings, context.elapsed_s)
+            headers |= tei_headers(sum(service_request.lengths), answer.num_tokens, timings, context.elapsed_s)
         if content is not None:
             note_answer(context, answer, written_s)
             context.memory.shrink(len(content))
@@ -228,7 +228,10 @@ class Endpoint:
         def note(serialize_s: float) -> None:
             note_answer(context, answer, serialize_s)
 
-        has_length = isinstance(asked, EmbedRequest) and asked.encoding not in (None, Precision.FLOAT)
+        has_length = isinstance(service_request, EmbedRequest) and service_request.encoding not in (
+            None,
+            Precision.FLOAT,
+        )
         return await self.stream(request, parts, num_bytes, headers, note, has_length=has_length)
 
     async def stream(

@@ -105,7 +105,7 @@ def grading_card(standing: Standing) -> GradingCard:
 
 
 def read_place(text: str) -> int:
-    """Return a place in the file, or one behind its end.
+    """Return a place in the file, which may be after its last pair.
 
     Raises:
         BadInput: it is not a whole number from 0.

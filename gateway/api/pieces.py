@@ -147,7 +147,7 @@ async def unless_disconnected(request: Request, work: Coroutine[Any, Any, T]) ->
     """
     loop, task = asyncio.get_running_loop(), cast("asyncio.Task[Any]", asyncio.current_task())
     num_cancels = task.cancelling()
-    gone: asyncio.Task[None] | None = None
+    watching: asyncio.Task[None] | None = None
     is_gone = False
 
     def leave(watch: asyncio.Task[None]) -> None:
@@ -157,17 +157,17 @@ async def unless_disconnected(request: Request, work: Coroutine[Any, Any, T]) ->
             task.cancel()
 
     def watch() -> None:
-        nonlocal gone
-        gone = loop.create_task(_disconnected(request))
-        gone.add_done_callback(leave)
+        nonlocal watching
+        watching = loop.create_task(_disconnected(request))
+        watching.add_done_callback(leave)
 
-    # Most work is done before the client is worth a task that watches it.
+    # Most work ends before a task that watches the client would pay off.
     timer = loop.call_later(_WATCH_AFTER_S, watch)
     try:
         try:
             return await work
         finally:
-            if is_gone:  # maybe at the very moment when the work was done: the cancellation is yet to come
+            if is_gone:  # perhaps just as the work ended, so that its cancellation is still pending
                 await asyncio.sleep(0)
     except asyncio.CancelledError:
         if is_gone and task.uncancel() <= num_cancels:
@@ -175,9 +175,9 @@ async def unless_disconnected(request: Request, work: Coroutine[Any, Any, T]) ->
         raise
     finally:
         timer.cancel()
-        if gone is not None:
-            gone.remove_done_callback(leave)
-            gone.cancel()
+        if watching is not None:
+            watching.remove_done_callback(leave)
+            watching.cancel()
 
 
 async def _disconnected(request: Request) -> None:

@@ -65,7 +65,7 @@ class Spaces:
         self._deployment = deployment
 
     async def list_spaces(self, request: Request) -> SpaceList:
-        """List the spaces that vectors can be in, and the names of each, as far as the key may use them."""
+        """List the spaces that vectors can be in, and the names of each that the key may use."""
         client = RequestContext.of(request).client
         return SpaceList(data=space_cards(self._deployment.router, self._deployment.fleet, client))
 

@@ -150,8 +150,8 @@ class TeiDialect:
         )
 
     async def _ask_vectors(self, request: Request, body: EmbedBody) -> EmbedRequest:
-        asked = await self._ask(request, body)
-        return replace(asked, is_normalized=body.normalize, dimensions=body.dimensions)
+        embed_request = await self._ask(request, body)
+        return replace(embed_request, is_normalized=body.normalize, dimensions=body.dimensions)
 
     def _parse_similarity(self, content: dict[str, Json]) -> tuple[SimilarityInputs, Cutting]:
         body = SimilarityBody.parse(content)

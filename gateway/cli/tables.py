@@ -128,13 +128,13 @@ def _arm(arm: Arm) -> str:
 
 
 def _curl(base_url: str, model: Model, *, has_keys: bool) -> str:
-    path, asked = _TRIED[ModelKind.EMBED if model.info is None else model.info.kind]
+    path, fields = _TRIED[ModelKind.EMBED if model.info is None else model.info.kind]
     key = [f"-H 'authorization: Bearer {_KEY_PLACEHOLDER}'"] if has_keys else []
     parts = [
         f"  curl {base_url}/v1/{path}",
         *key,
         "-H 'content-type: application/json'",
-        f"""-d '{{"model": "{model.id}", {asked}}}'\n""",
+        f"""-d '{{"model": "{model.id}", {fields}}}'\n""",
     ]
     return " \\\n    ".join(parts)
 

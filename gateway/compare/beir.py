@@ -107,10 +107,10 @@ def read_corpus(path: Path, queries: Mapping[str, str]) -> Corpus:
 
 def _is_same(query: str, text: str, whole: str) -> bool:
     """Return whether a document is the query, with or without its title, apart from spaces and a few words."""
-    asked = " ".join(query.split()).casefold()
+    normalized = " ".join(query.split()).casefold()
     for content in (text, whole):
         found = " ".join(content.split()).casefold()
-        shorter, longer = sorted((asked, found), key=len)
+        shorter, longer = sorted((normalized, found), key=len)
         if shorter in longer and len(shorter) >= _NEARLY_ALL * len(longer):
             return True
     return False

@@ -95,9 +95,9 @@ def read_dataset(
         raise CompareError(f"{folder}: is not a folder; a data set is a folder with corpus.jsonl and queries.jsonl")
     notes: list[str] = []
     qrels = None if captured is not None and split is None else qrels_path(folder, split)
-    asked = read_captured(captured, notes) if captured is not None else read_queries(folder / "queries.jsonl")
-    corpus = read_corpus(folder / "corpus.jsonl", asked.texts)
-    documents, queries = corpus.texts, asked.texts
+    query_set = read_captured(captured, notes) if captured is not None else read_queries(folder / "queries.jsonl")
+    corpus = read_corpus(folder / "corpus.jsonl", query_set.texts)
+    documents, queries = corpus.texts, query_set.texts
     judgments: Mapping[str, Mapping[str, int]] = {}
     if qrels is not None or judged is not None:
         read = _read_all(qrels, judged, notes)
@@ -105,12 +105,14 @@ def read_dataset(
         queries = {id_: text for id_, text in queries.items() if id_ in judgments}
         judgments = {query: judgments[query] for query in queries}
         _note_unanswerable(judgments, notes)
-    num_unjudged = len(asked.texts) - len(queries)
+    num_unjudged = len(query_set.texts) - len(queries)
     if num_unjudged:
         notes.insert(0, f"{count(num_unjudged, 'query was', 'queries were')} left out: no judgment names them.")
-    if asked.num_titles:
-        notes.append(f"{count(asked.num_titles, 'query has a title', 'queries have titles')}, which BEIR does not use.")
-    groups = group_queries({id_: asked.groups[id_] for id_ in queries if id_ in asked.groups}, judgments, notes)
+    if query_set.num_titles:
+        notes.append(
+            f"{count(query_set.num_titles, 'query has a title', 'queries have titles')}, which BEIR does not use."
+        )
+    groups = group_queries({id_: query_set.groups[id_] for id_ in queries if id_ in query_set.groups}, judgments, notes)
     own = _own_documents(corpus, queries, judgments, notes)
     documents = _sampled(documents, judgments, max_documents, seed, notes)
     _note_empty(documents, "documents", notes)

@@ -89,8 +89,8 @@ def _point_rows(comparison: Comparison, rows: Mapping[str, Mapping[str, Estimate
             low, high = bounds(estimate)
             mark = marks(comparison)[name]
             canvas.colored_line((scale.percent(low), scale.percent(high)), (y, y), mark.color)
-            said = f"{name}: {measure} {write(estimate.mean)} ({write_interval(estimate) or 'no interval'})"
-            canvas.point(scale.percent(estimate.mean), y, mark, said)
+            description = f"{name}: {measure} {write(estimate.mean)} ({write_interval(estimate) or 'no interval'})"
+            canvas.point(scale.percent(estimate.mean), y, mark, description)
     return canvas
 
 
@@ -107,7 +107,7 @@ def _latency(comparison: Comparison) -> Plot:
     note = f" Not measured: {', '.join(missing)}." if missing else ""
     x = {name: 1000 * cost.p50_s for name, cost in costs.items()}
     tails = {name: 1000 * (cost.p95_s or cost.p50_s) for name, cost in costs.items()}
-    said = {
+    descriptions = {
         name: f"p50 {milliseconds(cost.p50_s)} ms" + (f", p95 {milliseconds(cost.p95_s)} ms" if cost.p95_s else "")
         for name, cost in costs.items()
     }
@@ -117,7 +117,7 @@ def _latency(comparison: Comparison) -> Plot:
         id="plot-latency",
         title="Quality against latency",
         caption=f"Up and to the left is better. The point is the median; the bar to its right ends at p95.{note}",
-        svg=_trade_off(comparison, scale, "milliseconds for one query", x, said, tails),
+        svg=_trade_off(comparison, scale, "milliseconds for one query", x, descriptions, tails),
         legend=list(costs),
     )
 
@@ -125,7 +125,7 @@ def _latency(comparison: Comparison) -> Plot:
 def _sizes(comparison: Comparison) -> Plot:
     sizes = [arm.bytes_per_document for arm in comparison.arms]
     x = {arm.name: float(arm.bytes_per_document) for arm in comparison.arms}
-    said = {arm.name: f"{arm.bytes_per_document:,} bytes per document" for arm in comparison.arms}
+    descriptions = {arm.name: f"{arm.bytes_per_document:,} bytes per document" for arm in comparison.arms}
     notes = ["Up and to the left is better."]
     if len({arm.model for arm in comparison.arms}) < len(sizes):
         notes.append("A line joins the sizes of one model.")
@@ -134,7 +134,7 @@ def _sizes(comparison: Comparison) -> Plot:
         title="Quality against size",
         caption=" ".join(notes),
         svg=_trade_off(
-            comparison, Scale(min(sizes) / 1.5, 1.5 * max(sizes), is_log=True), "bytes per document", x, said
+            comparison, Scale(min(sizes) / 1.5, 1.5 * max(sizes), is_log=True), "bytes per document", x, descriptions
         ),
         legend=list(x),
     )
@@ -145,7 +145,7 @@ def _trade_off(
     scale: Scale,
     title: str,
     x: Mapping[str, float],
-    said: Mapping[str, str],
+    descriptions: Mapping[str, str],
     tails: Mapping[str, float] | None = None,
 ) -> Markup:
     """Draw quality over ``x``, one point per arm; ``tails`` are the ends of bars to the right of the points."""
@@ -169,8 +169,8 @@ def _trade_off(
         if tails:
             canvas.colored_line((at, scale.percent(tails[arm.name])), (y, y), mark.color)
         text = f"{arm.name}: {PRIMARY_MEASURE} {fixed(_mean(arm))} ({interval(arm.quality[PRIMARY_MEASURE])})"
-        canvas.point(at, y, mark, f"{text}, {said[arm.name]}")
-    label = ". ".join(f"{arm.name}: {PRIMARY_MEASURE} {fixed(_mean(arm))}, {said[arm.name]}" for arm in arms)
+        canvas.point(at, y, mark, f"{text}, {descriptions[arm.name]}")
+    label = ". ".join(f"{arm.name}: {PRIMARY_MEASURE} {fixed(_mean(arm))}, {descriptions[arm.name]}" for arm in arms)
     return canvas.svg(label)
 
 

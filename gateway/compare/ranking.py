@@ -50,10 +50,10 @@ async def rank(
     wanted = arm.mix.outputs
     is_late = Output.MULTIVECTOR in wanted
     first = [output for output in _FIRST_STAGE if output in (arm.card.outputs if is_late else wanted)]
-    asked = [*first, Output.MULTIVECTOR] if is_late else first
+    requested = [*first, Output.MULTIVECTOR] if is_late else first
     documents = await embed_side(client, arm, arm.passages, first, texts, cache, reporter, "documents")
     queries = await embed_side(
-        client, arm, arm.queries, asked, list(dataset.queries.values()), cache, reporter, "queries"
+        client, arm, arm.queries, requested, list(dataset.queries.values()), cache, reporter, "queries"
     )
     similarities = _similarities(queries, documents, excluded)
     size = _bytes_per_document(arm, documents)

@@ -59,21 +59,22 @@ def verdict_sentence(comparison: Comparison, contrast: Contrast) -> str:
     within = f"{comparison.margin:g}"
     match contrast.verdict:
         case Verdict.BETTER | Verdict.WORSE:
-            said = f"{arm} is {contrast.verdict} than {baseline}"
+            sentence = f"{arm} is {contrast.verdict} than {baseline}"
         case Verdict.AS_GOOD:
-            said = f"{arm} is as good as {baseline}, within {within}"
+            sentence = f"{arm} is as good as {baseline}, within {within}"
         case Verdict.NOT_WORSE:
-            said = f"{arm} is not worse than {baseline} by more than {within}, and may be better"
+            sentence = f"{arm} is not worse than {baseline} by more than {within}, and may be better"
         case Verdict.TOO_FEW_QUERIES:
             number = len(comparison.queries)
-            said = f"{number:,} {'query is' if number == 1 else 'queries are'} too few to distinguish {arm} from {baseline}"
+            queries = "query is" if number == 1 else "queries are"
+            sentence = f"{number:,} {queries} too few to distinguish {arm} from {baseline}"
         case Verdict.TOO_FEW_DIFFER:
             return f"{_few_differ(comparison, contrast)} {_figures(comparison, contrast)}."
         case Verdict.NOT_JUDGED_ALIKE:
             return f"{_not_judged_alike(contrast)} {_wins(contrast)}."
         case _:
-            said = f"These queries do not show whether {arm} is better or worse than {baseline}"
-    text = f"{said}: {_figures(comparison, contrast)}."
+            sentence = f"These queries do not show whether {arm} is better or worse than {baseline}"
+    text = f"{sentence}: {_figures(comparison, contrast)}."
     if contrast.verdict in {Verdict.INCONCLUSIVE, Verdict.NOT_WORSE}:
         text += f"{_beyond_interval(contrast)}{_power(comparison, contrast)}"
     return text
@@ -119,12 +120,13 @@ def _power(comparison: Comparison, contrast: Contrast) -> str:
     if contrast.detectable is None or contrast.queries_needed is None:
         return ""
     number = len(comparison.queries)
-    said = f" {number:,} queries like these show a difference of {fixed(contrast.detectable)} in 80 % of comparisons"
-    if contrast.queries_needed <= number:
-        return f"{said}."
-    return (
-        f"{said}; one of {max(SMALL_DIFFERENCE, comparison.margin):g} needs about {_rounded(contrast.queries_needed)}."
+    sentence = (
+        f" {number:,} queries like these show a difference of {fixed(contrast.detectable)} in 80 % of comparisons"
     )
+    if contrast.queries_needed <= number:
+        return f"{sentence}."
+    small = max(SMALL_DIFFERENCE, comparison.margin)
+    return f"{sentence}; one of {small:g} needs about {_rounded(contrast.queries_needed)}."
 
 
 def _rounded(number: int) -> str:

@@ -89,11 +89,11 @@ def view_arrivals(units: UnitsOverTime) -> ArrivalsView | None:
     lines = [
         Line(arm, _points(shares[arm][-MAX_BARS:], low, high), _height(units.expected[arm], low, high)) for arm in arms
     ]
-    said = ", ".join(
+    description = ", ".join(
         f"{units.arms[arm]} has {percent(shares[arm][-1], 1)} of the units, {percent(units.expected[arm], 1)} by the weights"
         for arm in arms
     )
-    return ArrivalsView(bars, lines, units.step, rows[0].time, rows[-1].time, low, high, said)
+    return ArrivalsView(bars, lines, units.step, rows[0].time, rows[-1].time, low, high, description)
 
 
 def _points(shares: Sequence[float], low: float, high: float) -> str:

@@ -114,22 +114,22 @@ async def _run(
     endpoint: Endpoint, request: Request, plan: PlannedArm, query: str, candidates: Sequence[str]
 ) -> ArmResult:
     texts = await _embed(endpoint, request, plan, plan.passage_name, plan.passage_task, candidates)
-    asked = None
+    query_answer = None
     if query:
-        asked = await _embed(endpoint, request, plan, plan.query_name, plan.query_task, [query])
+        query_answer = await _embed(endpoint, request, plan, plan.query_name, plan.query_task, [query])
     output = plan.arm.output
-    scores = [] if asked is None else [float(score) for score in between(asked, texts, output)[0]]
+    scores = [] if query_answer is None else [float(score) for score in between(query_answer, texts, output)[0]]
     reading = await _read(endpoint, request, plan, query, candidates)
     return ArmResult(
         plan=plan,
-        space=(asked or texts).space or plan.space,
-        task=(asked or texts).task,
+        space=(query_answer or texts).space or plan.space,
+        task=(query_answer or texts).task,
         scores=scores,
         order=order(scores) if scores else range(len(candidates)),
-        likeness=[] if output is Output.MULTIVECTOR else _likeness(asked, texts, output),
-        query_times=None if asked is None else asked.timings,
+        likeness=[] if output is Output.MULTIVECTOR else _likeness(query_answer, texts, output),
+        query_times=None if query_answer is None else query_answer.timings,
         texts_times=texts.timings,
-        query_tokens=0 if asked is None else asked.num_tokens,
+        query_tokens=0 if query_answer is None else query_answer.num_tokens,
         texts_tokens=texts.num_tokens,
         truncated=texts.truncated,
         bytes_per_text=bytes_per_text(texts, output),
@@ -140,21 +140,21 @@ async def _run(
 async def _embed(
     endpoint: Endpoint, request: Request, plan: PlannedArm, name: str, task: str | None, texts: Sequence[str]
 ) -> EmbedAnswer:
-    asked = endpoint.embed_request(request, texts, name)
+    embed_request = endpoint.embed_request(request, texts, name)
     arm = plan.arm
     return await endpoint.embed(
         request,
-        replace(asked, task=task, dimensions=arm.dimensions, precision=arm.precision, outputs=(arm.output,)),
+        replace(embed_request, task=task, dimensions=arm.dimensions, precision=arm.precision, outputs=(arm.output,)),
     )
 
 
-def _likeness(asked: EmbedAnswer | None, texts: EmbedAnswer, output: Output) -> list[list[float]]:
+def _likeness(query_answer: EmbedAnswer | None, texts: EmbedAnswer, output: Output) -> list[list[float]]:
     few = replace(texts, vectors=texts.vectors[:MAX_COMPARED], sparse=texts.sparse and texts.sparse[:MAX_COMPARED])
     among = between(few, few, output)
     rows = [[float(value) for value in row] for row in among]
-    if asked is None:
+    if query_answer is None:
         return rows
-    of_query = [float(value) for value in between(asked, few, output)[0]]
+    of_query = [float(value) for value in between(query_answer, few, output)[0]]
     return [[1.0, *of_query], *([score, *row] for score, row in zip(of_query, rows, strict=True))]
 
 

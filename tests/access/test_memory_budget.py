@@ -95,7 +95,7 @@ def test_a_refusal_leaves_everything_as_it_was(budget: MemoryBudget) -> None:
 
 
 def test_a_request_that_never_fits_is_refused_for_good(budget: MemoryBudget) -> None:
-    with pytest.raises(TooMuchMemory, match=f"about {51 * MIB} bytes of memory, the maximum is {50 * MIB}") as raised:
+    with pytest.raises(TooMuchMemory, match=f"about {51 * MIB} bytes of memory; the maximum is {50 * MIB}") as raised:
         budget.open("ann").resize(51 * MIB)
 
     assert raised.value.status == 413

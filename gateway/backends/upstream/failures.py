@@ -149,29 +149,29 @@ def failure_of(
         retry_after_s: as the answer says.
     """
     message, code = error_of(content)
-    said = f": {message}" if message else ""
+    quoted = f": {message}" if message else ""
     is_of_a_text = _TEXT_WORDS.search(message) is not None
     if status in _REFUSALS or (status == 500 and is_of_a_text):
         is_too_long = is_of_a_text or _is_about_length(code, message)
         is_number = _BATCH_WORDS.search(message) is not None and not is_of_a_text
         kind = ContextLengthExceeded if is_too_long and not is_number else BadInput
-        refusal = kind(f"the server of model {model!r} refuses the request{said}", param="input")
+        refusal = kind(f"the server of model {model!r} refuses the request{quoted}", param="input")
         if is_number or (status == 413 and not is_too_long):
             # The number of tokens depends on the texts, so a limit on it does not apply to other requests.
             return TooLarge(refusal, is_number=is_number and "token" not in message.lower())
         return refusal
     if status in _OPERATOR_FAULTS:
-        reason = f"{server} {_OPERATOR_FAULTS[status]} ({status}){said}"
+        reason = f"{server} {_OPERATOR_FAULTS[status]} ({status}){quoted}"
         return Failure("refused", reason, is_worth_repeating=False, is_grave=True, is_permanent=True)
     if 300 <= status < 400:
         reason = f"{server} redirects ({status}), which is not followed: put the address of the API itself into `urls`"
         return Failure("refused", reason, is_worth_repeating=False, is_grave=True, is_permanent=True)
     if status in (429, 503):
         outcome = "overloaded" if status == 429 else "unready"
-        return Failure(outcome, f"{server} is {outcome} ({status}){said}", retry_after_s=retry_after_s)
+        return Failure(outcome, f"{server} is {outcome} ({status}){quoted}", retry_after_s=retry_after_s)
     # 408, 502 and 504 come from a proxy in between. With a 500, the server itself may have failed on these texts.
     is_proxys = status in (408, 502, 504)
-    return Failure("failed", f"{server} answers {status}{said}", is_worth_repeating=is_proxys, is_grave=not is_proxys)
+    return Failure("failed", f"{server} answers {status}{quoted}", is_worth_repeating=is_proxys, is_grave=not is_proxys)
 
 
 def _is_about_length(code: str, message: str) -> bool:

@@ -224,8 +224,8 @@ def agree(store: MovableStore, first: Side, second: Side, queries: Sequence[Quer
     biased: list[float] = []
     for query in queries:
         rankings: list[list[str]] = []
-        for side, asked in ((first, query.first), (second, query.second)):
-            hits = store.search(side.collection, asked, DEPTH + (query.left_out is not None), side.vector)
+        for side, side_query in ((first, query.first), (second, query.second)):
+            hits = store.search(side.collection, side_query, DEPTH + (query.left_out is not None), side.vector)
             rankings.append([repr(hit.id) for hit in hits if hit.id != query.left_out][:DEPTH])
         overlaps.append((query.text, overlap(rankings[0], rankings[1], DEPTH)))
         firsts.append(same_first(rankings[0], rankings[1]))

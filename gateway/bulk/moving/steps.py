@@ -161,9 +161,9 @@ async def _check_pair(
     first, second = Side(pair.old, move.vector), Side(pair.new, move.new_vector)
     compared, wrong = await wrong_vectors(store, second, move.text, ids[:_NUM_VECTORS], work.embedder)
     if queries is None:
-        asked = item_queries(store, first, second, move.text, ids)
+        drawn_queries = item_queries(store, first, second, move.text, ids)
     else:
-        asked = await _captured(work, pair, queries, old_model)
+        drawn_queries = await _captured(work, pair, queries, old_model)
     number = store.describe(pair.new).count
     if move.into_vector is not None:
         number = sum(1 for _ in store.filled(pair.new, move.into_vector))
@@ -173,7 +173,7 @@ async def _check_pair(
         counts,
         compared,
         wrong,
-        agree(store, first, second, asked),
+        agree(store, first, second, drawn_queries),
         queries is not None,
         move.into_vector,
         may_lack=move.refused <= move.left_behind,

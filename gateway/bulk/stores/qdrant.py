@@ -155,12 +155,12 @@ class QdrantStore:
     ) -> Sequence[Hit]:
         """Return the points nearest to a query vector."""
         vectors = Vectors.of(self._connection.read_info(collection))
-        asked: models.SparseVector | list[float]
+        vector_query: models.SparseVector | list[float]
         if isinstance(query, SparseVector):
-            asked = models.SparseVector(indices=query.indices.tolist(), values=query.values.tolist())
+            vector_query = models.SparseVector(indices=query.indices.tolist(), values=query.values.tolist())
             known = list(vectors.sparse)
         else:
-            asked = query.tolist()
+            vector_query = query.tolist()
             known = list(vectors.single)
         name = vector if vector is not None else self._connection.place.options.get("vector")
         if name is None:
@@ -171,7 +171,7 @@ class QdrantStore:
             name = known[0]
         found = self._connection.call(
             lambda client: client.query_points(
-                collection, query=asked, using=name or None, limit=limit, with_payload=[ORIGINAL_ID]
+                collection, query=vector_query, using=name or None, limit=limit, with_payload=[ORIGINAL_ID]
             ),
             collection,
         )
@@ -247,8 +247,8 @@ class QdrantStore:
             )
         self._connection.call(lambda client: client.delete_collection(collection), collection)
 
-    def _vector_to_read(self, known: Sequence[str], collection: str, asked: str | None) -> str:
-        name = asked if asked is not None else self._connection.place.options.get("vector")
+    def _vector_to_read(self, known: Sequence[str], collection: str, requested: str | None) -> str:
+        name = requested if requested is not None else self._connection.place.options.get("vector")
         if name is not None:
             return name
         if len(known) != 1:

@@ -107,12 +107,12 @@ def layout_in(vectors: Vectors, note: SpaceNote, vector: str | None, where: str)
     return layout
 
 
-def _choose(kind: str, known: Mapping[str, object], asked: str | None, usual: tuple[str, ...], where: str) -> str:
+def _choose(kind: str, known: Mapping[str, object], requested: str | None, usual: tuple[str, ...], where: str) -> str:
     names = list(known)
-    if asked is not None:
-        if asked in known:
-            return asked
-        raise BulkError(f"{where} has no {kind} {quote(asked)}; it has {_list(names)}")
+    if requested is not None:
+        if requested in known:
+            return requested
+        raise BulkError(f"{where} has no {kind} {quote(requested)}; it has {_list(names)}")
     if len(names) == 1:
         return names[0]
     if not names:

@@ -76,12 +76,12 @@ class Dialect:
         Args:
             complaint: the error's text.
         """
-        said = complaint.lower()
-        if "max_completion_tokens" in said and self.limit == "max_tokens":
+        lowered = complaint.lower()
+        if "max_completion_tokens" in lowered and self.limit == "max_tokens":
             yield replace(self, limit="max_completion_tokens")
-        if "temperature" in said and self.has_temperature:
+        if "temperature" in lowered and self.has_temperature:
             yield replace(self, has_temperature=False)
-        if "system" in said and self.has_system:
+        if "system" in lowered and self.has_system:
             yield replace(self, has_system=False)
         yield from (
             replace(self, answer_format=name) for name in _FORMATS[_FORMATS.index(self.answer_format) + 1 :][:1]

@@ -130,5 +130,5 @@ def contrast_sentence(report: JudgeReport, one: JudgeContrast) -> str:
 
 
 def _figures(difference: Figure, p: float | None = None) -> str:
-    said = f"{signed(difference.mean)} (95 % interval {signed(difference.low)} to {signed(difference.high)}"
-    return f"{said}, p {p_value(p)})" if p is not None else f"{said})"
+    figures = f"{signed(difference.mean)} (95 % interval {signed(difference.low)} to {signed(difference.high)}"
+    return f"{figures}, p {p_value(p)})" if p is not None else f"{sentence})"

@@ -86,16 +86,16 @@ def _read(
     sentence_config = read_object(path, optional=True)
     prompts = read_prompts(sentence_config, path)
     prompt = prompts.texts.get(prompts.default or "") or None
-    asked = prompt if instruction is None else instruction
+    chosen = prompt if instruction is None else instruction
     if scores is not None:
-        template = read_pair_template(root, asked, is_declared=True) if scores.is_llm else None
+        template = read_pair_template(root, chosen, is_declared=True) if scores.is_llm else None
         found = Ranking(scores.classifier, template, scores.is_llm, is_pooled=not scores.is_llm)
     else:
         classifier = read_classifier(folder, config, sentence_config)
         is_causal = is_plain and (architecture(config) or "").endswith(CAUSAL)
         template = None
         if is_causal or (classifier is not None and classifier.pooling is Pooling.LAST):
-            template = read_pair_template(root, asked, is_declared=not is_plain)
+            template = read_pair_template(root, chosen, is_declared=not is_plain)
             if template is None and (instruction is not None or is_qwen3_reranker(source)):
                 _require_qwen3(folder, config)
                 template = qwen3_template(instruction)
