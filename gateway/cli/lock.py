@@ -168,8 +168,8 @@ def differences(registry: Registry, lock: Lock, read_info: ReadInfo = read_check
     found = []
     if now.preprocessing != lock.preprocessing:
         found.append(
-            f"this gateway preprocesses texts by version {now.preprocessing}, and the lock is of version "
-            f"{lock.preprocessing}: every space is new"
+            f"this gateway preprocesses texts by version {now.preprocessing}, but the lock has version "
+            f"{lock.preprocessing}: every space changes"
         )
     for entry in registry.models:
         locked = lock.models.get(entry.id)

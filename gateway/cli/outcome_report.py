@@ -25,7 +25,7 @@ def _print_outcome(console: Console, outcome: OutcomeReport) -> None:
     )
     say(console, f"outcome {outcome.name} ({kind}): {outcome.outcomes:,} posted")
     if outcome.unmatched:
-        say(console, f"not counted: {outcome.unmatched:,} of units that were in no arm before")
+        say(console, f"not counted: {outcome.unmatched:,} from units that were not in any arm before")
     table = make_table("arm", "units", "with outcome", "mean", "interval")
     for arm in outcome.arms:
         mean = _NOTHING if arm.mean is None else _number(arm.mean)

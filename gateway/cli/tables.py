@@ -150,7 +150,7 @@ def print_checks(model: str, checks: Sequence[Check]) -> None:
         console.print(table)
     num_failed = sum(not check.is_passed for check in checks)
     if num_failed:
-        say(console, f"{model}: {num_failed} of {len(checks)} are off", "red")
+        say(console, f"{model}: {num_failed} of {len(checks)} checks failed", "red")
     else:
         say(console, f"{model}: pass", "green")
 
@@ -215,7 +215,7 @@ def _notes(forecaster: Forecaster) -> Iterator[str]:
     for device, (need, free) in forecaster.excesses().items():
         yield (
             f"The models that are loaded on demand need {format_bytes(need)} together on {device}, and {format_bytes(free)} "
-            "are free for them: they do not all fit at once, and take turns."
+            "are free for them: they do not all fit at once, so they take turns."
         )
 
 

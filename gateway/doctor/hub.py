@@ -40,7 +40,7 @@ def _hub() -> Iterator[Finding]:
         yield Finding(
             "hub",
             Status.NOTE,
-            "not asked, because HF_HUB_OFFLINE is set: only downloaded models are served",
+            "not checked, because HF_HUB_OFFLINE is set: only downloaded models are served",
             details=details,
         )
         return
@@ -80,7 +80,7 @@ def _token() -> Iterator[Finding]:
     try:
         answer = get_session().get(f"{endpoint()}/api/whoami-v2", headers=build_hf_headers(), timeout=_TIMEOUT_S)
     except Exception:  # the hub check has the reason
-        yield Finding("token", Status.OK, "HF_TOKEN is set, not tried", details={"is_set": True})
+        yield Finding("token", Status.OK, "HF_TOKEN is set, but was not checked", details={"is_set": True})
         return
     details = {"is_set": True, "is_valid": answer.status_code == 200}
     if answer.status_code == 401:

@@ -46,7 +46,7 @@ _FINAL_SIGNS = (
 _CUDA_SIGNS = ("cuda error", "cublas_status_", "cudnn_status_", "cuda driver error")
 # The time limit for releasing cached memory: freeing it waits for the kernels of its card, and a kernel may hang.
 _RELEASE_S = 5.0
-# The time limit for a card to show that it still computes; earlier kernels run first.
+# The time limit for a card to show that it still computes; kernels that were launched earlier run first.
 _ANSWER_S = 60.0
 
 

@@ -207,7 +207,7 @@ def test_new_preprocessing_changes_every_space(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(lock_module, "PREPROCESSING_VERSION", 2)
 
     assert (
-        "preprocesses texts by version 2, and the lock is of version 1"
+        "preprocesses texts by version 2, but the lock has version 1"
         in differences(load_registry(path, {}), lock, describe())[0]
     )
 

@@ -222,7 +222,7 @@ def test_checks_are_printed_with_the_name_of_the_measure(printed: Printed) -> No
     assert "compared tokens limit" in said
     assert "compared cosine limit" in said
     assert "no task: '[red]a' 0.900000 at least 0.9995 off" in said
-    assert said.endswith("mini[a]: 1 of 2 are off")
+    assert said.endswith("mini[a]: 1 of 2 checks failed")
 
 
 # --------------------------------------------------------------------------------------------------- the start table

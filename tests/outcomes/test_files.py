@@ -104,7 +104,7 @@ def test_a_csv_file_is_compared_by_hand(models: Path, experiment: Experiment, tm
     assert comparison.verdict == "better"
     assert (status, errors) == (0, "")
     assert f"outcome kept (per unit, more is better, margin 0.05): {num_kept + 1} posted" in printed
-    assert "not counted: 1 of units that were in no arm before" in printed
+    assert "not counted: 1 from units that were not in any arm before" in printed
     assert f"second {num_second} {num_kept} {num_kept / num_second:.4g} " in printed
     assert f"second against one: better, difference +{expected:.4g} (" in printed
 

@@ -94,7 +94,7 @@ class Judging:
         if not console.is_terminal:
             raise CompareError("the judge has not been asked: agree to its price by --yes, or by --judge-budget TOKENS")
         try:
-            is_agreed = Confirm.ask("Go on?", console=console, default=False)
+            is_agreed = Confirm.ask("Continue?", console=console, default=False)
         except EOFError:  # a terminal to write to, and nothing to read from
             is_agreed = False
         if not is_agreed:

@@ -131,4 +131,4 @@ def contrast_sentence(report: JudgeReport, one: JudgeContrast) -> str:
 
 def _figures(difference: Figure, p: float | None = None) -> str:
     figures = f"{signed(difference.mean)} (95 % interval {signed(difference.low)} to {signed(difference.high)}"
-    return f"{figures}, p {p_value(p)})" if p is not None else f"{sentence})"
+    return f"{figures}, p {p_value(p)})" if p is not None else f"{figures})"
