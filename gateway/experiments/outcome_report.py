@@ -59,7 +59,9 @@ class OutcomeReport(_Report):
     better: Literal["more", "less"]
     margin: float | None
     outcomes: int = Field(description="Number of outcomes that were posted under this name.")
-    unmatched: int = Field(description="Number of outcomes whose units were in no arm before. They do not count.")
+    unmatched: int = Field(
+        description="Number of outcomes from units that were not in any arm before. They do not count."
+    )
     arms: Sequence[OutcomeArm] = Field(description="The arms; the first is the control.")
     comparisons: Sequence[OutcomeComparison]
 

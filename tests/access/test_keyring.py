@@ -318,7 +318,7 @@ async def test_a_client_is_found_by_its_name_while_its_key_is_valid(tmp_path: Pa
 
 
 @pytest.mark.parametrize("settings", [{}, {"api_keys": "client-key"}])
-async def test_a_key_that_was_lent_opens_nothing_afterwards(settings: dict[str, str]) -> None:
+async def test_a_lent_key_is_invalid_after_it_is_taken_back(settings: dict[str, str]) -> None:
     keyring = Keyring(Settings(**settings))
     key, take_back = keyring.lend("comparison")
 

@@ -82,7 +82,7 @@ def test_memory_that_is_given_back_is_free_again(budget: MemoryBudget) -> None:
     assert len(fill(budget, "ann", 10 * MIB)) == len(held)
 
 
-def test_a_refusal_leaves_everything_as_it_was(budget: MemoryBudget) -> None:
+def test_a_refusal_changes_nothing(budget: MemoryBudget) -> None:
     one = budget.open("ann")
     one.resize(40 * MIB)
     other = budget.open("ann")
@@ -94,7 +94,7 @@ def test_a_refusal_leaves_everything_as_it_was(budget: MemoryBudget) -> None:
     assert (one.num_bytes, other.num_bytes, budget.num_bytes) == (40 * MIB, 5 * MIB, 45 * MIB)
 
 
-def test_a_request_that_never_fits_is_refused_for_good(budget: MemoryBudget) -> None:
+def test_a_request_that_can_never_fit_is_refused_permanently(budget: MemoryBudget) -> None:
     with pytest.raises(TooMuchMemory, match=f"about {51 * MIB} bytes of memory; the maximum is {50 * MIB}") as raised:
         budget.open("ann").resize(51 * MIB)
 

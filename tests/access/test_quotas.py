@@ -191,7 +191,7 @@ async def test_concurrent_requests_get_no_more_than_the_limit(quotas: Quotas) ->
     assert sum(isinstance(result, RateLimited) for result in results) == 150
 
 
-async def test_many_at_once_share_a_few_connections(connect: Callable[[str], Quotas], redis: str) -> None:
+async def test_many_concurrent_requests_share_a_few_connections(connect: Callable[[str], Quotas], redis: str) -> None:
     quotas, one = connect(redis), client(requests_per_minute=1000)
     async with asyncio_redis.from_url(redis) as operator:
         before = (await operator.info("stats"))["total_connections_received"]

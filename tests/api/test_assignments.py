@@ -464,7 +464,7 @@ async def test_a_unit_that_has_moved_gets_no_vectors_for_its_old_collection(
     assert (await embed(client, (await ask(client, unit))["send"]["model"])).status_code == 200
 
 
-async def test_what_only_looks_like_a_space_is_an_unknown_name(
+async def test_a_name_that_only_looks_like_a_space_is_unknown(
     client: httpx.AsyncClient, check_error: CheckError
 ) -> None:
     for name in ("mini@0123", "mini@", "mini@0123456789AB", "@0123456789ab"):

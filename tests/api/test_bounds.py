@@ -419,7 +419,7 @@ async def test_a_body_of_very_many_parts_is_refused_before_it_is_parsed(
     assert message in response.text
 
 
-async def test_what_looks_like_many_parts_in_a_text_is_a_text(client: httpx.AsyncClient) -> None:
+async def test_a_text_that_looks_like_many_parts_is_one_text(client: httpx.AsyncClient) -> None:
     text = '[{,:}]\\"' * 200_000
 
     response = await client.post("/v1/embeddings", json={"model": "mini", "input": text})

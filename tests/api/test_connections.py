@@ -289,7 +289,7 @@ def test_half_a_request_behind_another_does_not_cost_that_its_answer(
         assert connection.recv(1) == b""
 
 
-def test_so_does_half_a_request_behind_more_than_are_taken_at_once(
+def test_so_does_half_a_request_behind_more_requests_than_may_wait(
     connect: Callable[..., socket.socket], backend: HeldBackend
 ) -> None:
     """The end of what the client sends is noted when all that came before it is read."""

@@ -66,7 +66,7 @@ INPUTS = [
 
 
 @pytest.mark.parametrize("value", INPUTS, ids=str)
-async def test_the_described_input_is_what_is_accepted(connect: Connect, value: object) -> None:
+async def test_the_described_input_is_accepted(connect: Connect, value: object) -> None:
     client = await connect()
     schema = await schema_of(client)
     body = schema["paths"]["/v1/embeddings"]["post"]["requestBody"]["content"]["application/json"]["schema"]

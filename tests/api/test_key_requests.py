@@ -175,7 +175,7 @@ def test_an_address_is_believed_from_a_trusted_proxy_alone(serve: Serve, trusted
     assert [answer.status_code for answer in answers] == statuses
 
 
-async def test_what_costs_no_work_is_not_counted(connect: Connect) -> None:
+async def test_requests_without_work_are_not_counted(connect: Connect) -> None:
     client = await connect(requests_per_minute=1)
 
     assert [(await client.get(path)).status_code for path in ("/v1/models", "/health", "/v1/spaces")] == [200] * 3

@@ -153,7 +153,7 @@ RERANK_PATHS = ["/v1/rerank", "/v2/rerank", "/v1/v2/rerank", "/rerank"]
 
 
 @pytest.mark.parametrize("path", RERANK_PATHS)
-async def test_what_ragflow_sends_to_a_reranker(client: httpx.AsyncClient, path: str) -> None:
+async def test_ragflows_request_to_a_reranker_is_read(client: httpx.AsyncClient, path: str) -> None:
     body = {"model": "ranker", "query": "fox", "documents": ["a fox", "b"]}
     asked = {"return_documents": "true", "return_len": "true", "top_n": "1"}
 
@@ -165,7 +165,7 @@ async def test_what_ragflow_sends_to_a_reranker(client: httpx.AsyncClient, path:
 
 
 @pytest.mark.parametrize("path", ["/rerank", "/tei/ranker/rerank"])
-async def test_what_forms_send_to_tei_s_rerank(client: httpx.AsyncClient, path: str) -> None:
+async def test_requests_from_forms_to_teis_rerank_are_read(client: httpx.AsyncClient, path: str) -> None:
     body = {"query": "fox", "texts": ["fox", "b"]}
     raw = await client.post(path, json={**body, "raw_scores": "True", "return_text": "1", "truncate": "true"})
     plain = await client.post(path, json={**body, "raw_scores": "False", "return_text": "0", "truncate": ""})

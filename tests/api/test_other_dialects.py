@@ -117,7 +117,7 @@ async def test_azure_s_newer_path(client: httpx.AsyncClient) -> None:
 # --------------------------------------------------------------------------------------------------------- Infinity
 
 
-async def test_cards_have_what_infinity_s_clients_need(client: httpx.AsyncClient) -> None:
+async def test_cards_have_the_fields_that_infinitys_clients_need(client: httpx.AsyncClient) -> None:
     cards = (await client.get("/models")).json()["data"]
 
     assert {"mini", "jina"} <= {card["id"] for card in cards}
@@ -128,9 +128,7 @@ async def test_cards_have_what_infinity_s_clients_need(client: httpx.AsyncClient
 
 
 @pytest.mark.parametrize("path", ["/api/pull", "/api/embeddings", "/api/show"])
-async def test_what_ollama_has_and_the_gateway_does_not_is_refused_in_ollamas_form(
-    client: httpx.AsyncClient, path: str
-) -> None:
+async def test_ollamas_other_paths_are_refused_in_ollamas_form(client: httpx.AsyncClient, path: str) -> None:
     response = await client.post(path, json={"model": "mini"})
 
     assert response.status_code == 404

@@ -34,7 +34,7 @@ async def logged(client: httpx.AsyncClient, path: str, body: object) -> Line:
         ("/tei/minni/tokenize", {"inputs": "a"}),
     ],
 )
-async def test_the_model_is_named_as_it_was_asked_for(connect: Connect, path: str, body: object) -> None:
+async def test_the_model_has_the_name_in_the_request(connect: Connect, path: str, body: object) -> None:
     line = await logged(await connect(), path, body)
 
     assert line["model"] == "minni"
@@ -91,7 +91,7 @@ async def test_an_answered_request_has_no_reason(connect: Connect) -> None:
     }
 
 
-async def test_only_what_failed_is_counted_as_an_error(connect: Connect) -> None:
+async def test_only_failed_requests_are_counted_as_errors(connect: Connect) -> None:
     def counted() -> set[str]:
         [errors] = [one for one in metrics.REGISTRY.collect() if one.name == "gateway_errors"]
         return {sample.labels["code"] for sample in errors.samples}

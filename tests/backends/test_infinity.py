@@ -362,7 +362,7 @@ async def watched(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Watched]:
     assert watched.engine is None or engines[-1].is_stopped  # one that was given up has ended already
 
 
-async def test_an_engine_that_is_well_is_left_alone(watched: Watched) -> None:
+async def test_a_working_engine_is_neither_questioned_nor_restarted(watched: Watched) -> None:
     watched.engines[0].failures = [2, 2]
     watched.engines[0].questions.clear()
     for _ in range(20):  # never the same forward for long

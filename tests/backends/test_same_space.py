@@ -225,7 +225,7 @@ async def test_golden_vectors_speak_for_a_model_that_is_not_ready(tmp_path: Path
         await adopt(other, only(golden.TEXTS[0], "retrieval.query", ANGLE * 1.025))
 
 
-async def test_a_model_that_is_ready_speaks_for_itself(tmp_path: Path) -> None:
+async def test_a_ready_model_is_compared_by_its_own_vectors(tmp_path: Path) -> None:
     await adopt(await near(ModelState.READY, record(tmp_path / "near.json", turn=1.0)))
     with pytest.raises(LoadError, match="its vectors are not those of near"):
         await adopt(await near(ModelState.FAILED, tmp_path / "near.json"))

@@ -258,7 +258,7 @@ async def test_a_request_that_a_full_queue_or_a_loading_model_refuses_is_sent_ag
     assert batch.request_counts.completed == 2
 
 
-async def test_what_always_fails_ends_in_an_error_and_does_not_hold_up_the_rest(start: Start) -> None:
+async def test_a_request_that_always_fails_ends_in_an_error_and_does_not_delay_the_others(start: Start) -> None:
     def fail(job: EmbedJob) -> None:
         if "poison" in job.texts[0]:
             raise InferenceFailed("it cannot be computed")
@@ -348,7 +348,7 @@ async def test_a_file_of_line_breaks_keeps_no_thread_busy(start: Start) -> None:
     assert "more than 200,000 lines" in error.message
 
 
-async def test_the_requests_of_a_batch_may_differ_in_what_they_ask_for(start: Start) -> None:
+async def test_the_requests_of_a_batch_may_differ_in_their_options(start: Start) -> None:
     client = (await start()).client()
     options: list[dict[str, Any]] = [
         {},

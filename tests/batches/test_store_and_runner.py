@@ -111,7 +111,7 @@ def test_a_process_that_is_refused_a_folder_holds_nothing_of_it(open_store: Open
     assert before > 0
 
 
-def test_what_is_synced_survives_a_power_cut(open_store: OpenStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_synced_data_survives_a_power_cut(open_store: OpenStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """The content, and the folder's entry for it."""
     synced: list[Path] = []
     monkeypatch.setattr(os, "fsync", lambda number: synced.append(Path(f"/proc/self/fd/{number}").readlink()))

@@ -56,7 +56,7 @@ async def test_a_name_is_a_name_and_no_path(start: Start, tmp_path: Path, sent: 
     assert path.name == response.json()["id"]
 
 
-async def test_a_file_comes_back_as_it_was(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+async def test_a_file_is_returned_unchanged(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     monkeypatch.setattr(files_module, "_PIECE_BYTES", 1000)
     client = (await start()).client()
     content = bytes(range(256)) * 100

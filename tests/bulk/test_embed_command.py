@@ -291,7 +291,7 @@ def test_long_texts_are_cut_and_counted(way: Sequence[str], tmp_path: Path) -> N
         (["--model", "mini", "--text", "txt"], "--text txt: no such field"),
     ],
 )
-def test_what_cannot_be_embedded_is_said_first(
+def test_a_job_that_is_impossible_fails_before_it_embeds(
     way: Sequence[str], options: Sequence[str], message: str, tmp_path: Path
 ) -> None:
     source = write(tmp_path / "docs.jsonl", ["one"])

@@ -223,7 +223,7 @@ async def test_labels_are_computed_each_time() -> None:
     ],
     ids=lambda changes: next(iter(changes)),
 )
-async def test_what_vectors_depend_on_keeps_them_apart(changes: dict[str, object]) -> None:
+async def test_vectors_that_depend_on_different_settings_are_kept_apart(changes: dict[str, object]) -> None:
     model, cache = Model(), make_cache()
     await cache.embed(job("a"), INFO, model.embed)
     assert (await cache.embed(job("a"), replace(INFO, **changes), model.embed)).num_cached == 0
@@ -348,7 +348,7 @@ async def test_servers_say_how_many_tokens_a_request_has() -> None:
     assert (some.num_cached, sum(some.num_tokens)) == (1, 3 + 2)
 
 
-async def test_servers_do_not_report_what_they_cut() -> None:
+async def test_servers_do_not_report_the_texts_that_they_cut() -> None:
     model, cache = Model(), make_cache(is_remote=True)
     for _ in range(2):
         for truncate in (Truncate.END, Truncate.START):
@@ -396,7 +396,7 @@ def entry(*numbers: float) -> bytes:
     ids=range(10),
 )
 @pytest.mark.parametrize("output", EVERYTHING)
-async def test_what_cannot_be_an_answer_is_computed(forged: bytes, output: Output) -> None:
+async def test_entries_that_cannot_be_an_answer_are_computed_again(forged: bytes, output: Output) -> None:
     class Forged:
         name = "redis"
 

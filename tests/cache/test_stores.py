@@ -494,7 +494,7 @@ class SlowStore:
         pass
 
 
-async def test_what_waits_is_stored_at_the_end_and_what_was_dropped_is_counted(
+async def test_waiting_entries_are_stored_at_the_end_and_dropped_ones_are_counted(
     caches: Caches, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     part = await kept_part(caches, DiskStore(tmp_path, 2**30), "a")

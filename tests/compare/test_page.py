@@ -197,7 +197,7 @@ def test_long_texts_are_cut() -> None:
     assert len(html) < len(plain) + 4_000_000
 
 
-def test_without_judgments_it_speaks_of_a_difference() -> None:
+def test_without_judgments_the_page_reports_a_difference() -> None:
     html = render_page(make_comparison(has_judgments=False))
     page = Page(html)
     assert "A difference, not a quality." in page.words

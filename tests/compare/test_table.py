@@ -103,7 +103,7 @@ def test_without_judgments_there_is_no_conclusion() -> None:
     assert "Stay with" not in render_page(comparison)
 
 
-def test_without_judgments_it_speaks_of_a_difference_alone() -> None:
+def test_without_judgments_the_table_reports_only_a_difference() -> None:
     text = printed(make_comparison(JINA, MINILM, has_judgments=False))
     assert "This is a difference, not a quality." in text
     assert "all-minilm-l6-v2 and jina-embeddings-v3 have" in text

@@ -169,7 +169,9 @@ async def test_a_full_disk_loses_a_grade_and_not_the_file(graders: Grading, runs
     assert not (await graders.show(RUN, ADA)).can_undo
 
 
-async def test_what_cannot_be_graded_is_named(graders: Grading, runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_impossible_grades_are_rejected_with_the_reason(
+    graders: Grading, runs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = runs / RUN / CHECK_FILE
     for name in ("none", "../judged", ""):
         with pytest.raises(NotFound, match="no comparison is called"):

@@ -166,7 +166,7 @@ async def test_a_program_that_cannot_be_started_is_a_failure(
         (Wanted("new", ARMS, "empty"), "no data set is called 'empty'"),
     ],
 )
-async def test_what_cannot_be_compared_is_refused_before_anything_runs(
+async def test_an_impossible_comparison_is_refused_before_anything_runs(
     make_jobs: Callable[[str], Jobs], wanted: Wanted, message: str
 ) -> None:
     jobs = make_jobs("")

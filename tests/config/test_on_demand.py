@@ -24,7 +24,7 @@ def problems_of(tmp_path: Path, text: str) -> list[str]:
     return [f"{one.line}:{one.column} {one.key}: {one.message}" for one in caught.value.problems]
 
 
-def test_models_are_loaded_at_the_start_unless_told_otherwise(tmp_path: Path) -> None:
+def test_models_are_loaded_at_the_start_by_default(tmp_path: Path) -> None:
     one, two = load(tmp_path, TWO).models
 
     assert (one.load, one.is_on_demand, one.idle_unload_s) == ("eager", False, None)

@@ -661,7 +661,7 @@ models:
     ]
 
 
-def test_no_message_speaks_pydantic(tmp_path: Path) -> None:
+def test_no_message_has_pydantics_wording(tmp_path: Path) -> None:
     for case in FIELD_CASES + CONFLICT_CASES:
         for problem in problems_of(tmp_path, case.text):
             assert "Input should" not in problem.message

@@ -133,7 +133,7 @@ def test_a_key_is_kept_from_sight(tmp_path: Path) -> None:
         ("'schlüssel'", "must be printable ASCII"),
     ],
 )
-def test_what_cannot_be_a_key_is_refused(tmp_path: Path, key: str, message: str) -> None:
+def test_impossible_keys_are_refused(tmp_path: Path, key: str, message: str) -> None:
     found = problem(tmp_path, f"{{urls: [{URL}], api_key: {key}}}")
 
     assert message in found
@@ -179,7 +179,7 @@ def test_what_cannot_be_a_key_is_refused(tmp_path: Path, key: str, message: str)
     ],
 )
 @pytest.mark.parametrize("backend", ["openai", "tei"])
-def test_what_cannot_be_sent_is_refused(tmp_path: Path, backend: str, lines: str, message: str) -> None:
+def test_values_that_cannot_be_sent_are_refused(tmp_path: Path, backend: str, lines: str, message: str) -> None:
     assert message in problem(tmp_path, f"{{urls: [{URL}], {lines}}}", backend)
 
 
@@ -211,7 +211,7 @@ def test_fields_may_be_set_left_out_and_named(tmp_path: Path) -> None:
         ("    revision: main\n", "must be a commit, 40 lowercase hex digits"),
     ],
 )
-def test_what_of_an_entry_the_servers_decide_is_refused(tmp_path: Path, more: str, message: str) -> None:
+def test_settings_that_the_servers_decide_are_refused(tmp_path: Path, more: str, message: str) -> None:
     assert message in problem(tmp_path, f"{{urls: [{URL}], tasks: {{query: q}}}}", more=more)
 
 

@@ -85,7 +85,7 @@ def test_figures_are_asked_for_again_and_can_be_paused(gateway: Gateway, visit: 
         page.locator("table.errors", has_text="nothing-like-it").wait_for()
         assert page.locator("details[open]").count() == 1  # an open element stays open
         page.locator("[data-pause]").click()
-        assert page.locator("[data-pause]").inner_text() == "go on"
+        assert page.locator("[data-pause]").inner_text() == "resume"
         requests: list[str] = []
         page.on("request", lambda request: requests.append(request.url))
         page.clock.run_for(20_000)

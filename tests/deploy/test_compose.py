@@ -125,7 +125,7 @@ def test_mounted_files_exist(name: str) -> None:
     assert [file for file in files if not (COMPOSE / file).exists()] == []
 
 
-def test_what_starts_later_waits_for_something_with_a_healthcheck() -> None:
+def test_services_wait_only_for_services_with_a_healthcheck() -> None:
     awaited = [pair for service in GPU["services"].values() for pair in service.get("depends_on", {}).items()]
 
     assert "gateway" in dict(awaited)
@@ -153,7 +153,7 @@ def test_the_gateways_volumes_are_those_of_its_image() -> None:
     assert named == {volume.value for volume in last_stage(DOCKERFILE)["VOLUME"]}
 
 
-def test_what_experiments_write_is_on_a_volume() -> None:
+def test_the_files_of_experiments_are_on_a_volume() -> None:
     gateway = GPU["services"]["gateway"]
     settings = load_settings(
         {**image_environ(), "GATEWAY_EXPOSURE_LOG": gateway["environment"]["GATEWAY_EXPOSURE_LOG"]}
@@ -205,7 +205,7 @@ def test_prometheus_asks_the_operators_port_of_the_gateway() -> None:
     assert f"gateway:{load_settings(image_environ()).admin_port}" in targets
 
 
-def test_grafana_shows_the_dashboard_with_what_prometheus_has() -> None:
+def test_grafana_shows_the_dashboard_with_prometheus_data() -> None:
     grafana = DEPLOY / "grafana"
     found = {
         kind: [read_yaml(file) for file in (grafana / "provisioning" / kind).glob("*.y*ml")] for kind in PROVISIONED

@@ -49,7 +49,7 @@ def metric_monitors() -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("line", LINES, ids=lambda line: line[0])
-def test_every_query_of_the_dashboard_asks_for_what_exists(line: tuple[str, str, dict[str, str]]) -> None:
+def test_every_query_of_the_dashboard_names_existing_metrics(line: tuple[str, str, dict[str, str]]) -> None:
     _, formula, named = line
     formula_names(formula, set(named))
 
@@ -67,7 +67,7 @@ def test_the_dashboard_has_every_panel_that_grafana_has() -> None:
 
 
 @pytest.mark.parametrize("monitor", metric_monitors().values(), ids=metric_monitors())
-def test_every_metric_monitor_asks_for_what_exists_and_compares_with_its_threshold(monitor: Any) -> None:
+def test_every_metric_monitor_names_existing_metrics_and_compares_with_its_threshold(monitor: Any) -> None:
     compared = condition(monitor["query"])
 
     for asked in queries(compared.expression):

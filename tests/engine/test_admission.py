@@ -31,7 +31,7 @@ def waiting() -> Iterator[ExitStack]:
         yield stack
 
 
-def test_what_waits_is_counted_until_it_is_answered(admission: Admission, make_job: MakeJob) -> None:
+def test_waiting_texts_are_counted_until_they_are_answered(admission: Admission, make_job: MakeJob) -> None:
     with admission.admit(make_job("1", "four")), admission.admit(make_job("12345678")):
         counted = admission.num_texts, admission.num_tokens
 
@@ -40,7 +40,7 @@ def test_what_waits_is_counted_until_it_is_answered(admission: Admission, make_j
 
 
 @pytest.mark.parametrize(("priority", "gauges"), [(Priority.NORMAL, (3, 9, 0)), (Priority.LOW, (0, 0, 3))], ids=str)
-def test_what_waits_is_in_the_metrics_of_its_priority(
+def test_waiting_texts_are_in_the_metrics_of_their_priority(
     admission: Admission, make_job: MakeJob, priority: Priority, gauges: tuple[int, int, int]
 ) -> None:
     def measured() -> tuple[float | None, ...]:
@@ -168,7 +168,7 @@ def retry_after(admission: Admission, make_job: MakeJob) -> int | None:
 
 
 @pytest.mark.parametrize(("tokens_per_s", "expected"), [(10**9, 1), (100, 2), (99, 3), (1, 120)])
-def test_retry_after_is_the_time_that_what_waits_will_take(
+def test_retry_after_is_the_time_that_the_waiting_texts_will_take(
     admission: Admission, make_job: MakeJob, tokens_per_s: int, expected: int
 ) -> None:
     admission.note_rate(2 * tokens_per_s, seconds=2.0)

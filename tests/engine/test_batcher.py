@@ -125,7 +125,7 @@ async def test_each_request_gets_the_outputs_that_it_asks_for(
     assert (sparse.multivectors, multi.states, states.sparse) == (None, None, None)
 
 
-async def test_what_batches_hold_is_shown(start_batcher: StartBatcher, make_job: MakeJob) -> None:
+async def test_the_sizes_of_batches_are_shown(start_batcher: StartBatcher, make_job: MakeJob) -> None:
     def shown() -> list[float]:
         names = ("batch_texts", "batch_tokens", "batch_fill_ratio")
         sums = [f"gateway_{name}_{part}" for name in names for part in ("count", "sum")]

@@ -296,7 +296,7 @@ async def test_the_twin_still_waits_when_the_first_owner_has_expired(blocked: Bl
     assert blocked.computed == [7]
 
 
-async def test_what_all_have_left_is_not_computed(blocked: Blocked, make_job: MakeJob) -> None:
+async def test_a_text_that_no_request_needs_any_longer_is_not_computed(blocked: Blocked, make_job: MakeJob) -> None:
     leaving = [await blocked.queue(make_job("7", caller=caller)) for caller in "ab"]
 
     for task in leaving:

@@ -75,7 +75,7 @@ def test_a_text_that_both_wait_for_comes_with_the_higher_priority_and_once() -> 
     assert last not in rest
 
 
-def test_callers_share_what_low_priority_gets() -> None:
+def test_callers_share_the_time_for_low_priority() -> None:
     batches = BatchQueue(400)
     batches.add(waiters(handle(caller="first"), [10] * 1000))
     batches.next_batch()
@@ -178,7 +178,7 @@ async def test_texts_of_low_priority_are_read_when_no_other_waits_to_be_read(gat
 # ----------------------------------------------------------------------------------------------------- admission
 
 
-def test_what_waits_with_low_priority_takes_no_room_from_the_others(make_job: MakeJob) -> None:
+def test_waiting_low_priority_texts_take_no_room_from_others(make_job: MakeJob) -> None:
     admission = Admission("numbers", max_texts=100, max_tokens=1000, longest_text=50)
 
     with admission.admit(low(make_job(*["1"] * 25))), admission.admit(make_job(*["1"] * 100)):

@@ -86,7 +86,7 @@ def test_the_memory_of_a_batch_is_that_of_its_tokens(checkpoint: Checkpoint) -> 
     assert large - small == 2048 * (6 * 384 + 2 * 1536 + 3 * 384) * 4
 
 
-def test_a_text_longer_than_the_budget_is_a_batch_by_itself(checkpoint: Checkpoint) -> None:
+def test_a_text_longer_than_the_budget_is_a_separate_batch(checkpoint: Checkpoint) -> None:
     assert (
         plan_memory(checkpoint, "float32", "torch-packed", 512, 100).batch_bytes
         == plan_memory(checkpoint, "float32", "torch-packed", 512, 512).batch_bytes

@@ -48,7 +48,7 @@ def test_each_moment_in_which_something_happened_counts_once(spans: list[tuple[S
         pytest.param([(Stage.QUEUE, 5, 2)], (0, 0, 0), id="what ended before it began"),
     ],
 )
-def test_what_counts_where_stages_overlap(
+def test_the_first_stage_counts_where_stages_overlap(
     spans: list[tuple[Stage, float, float]], expected: tuple[float, float, float]
 ) -> None:
     timings = timeline_of(*spans).timings()

@@ -426,7 +426,9 @@ async def test_each_request_of_a_lost_card_gets_one_error(make_job: MakeJob, mon
     assert await becomes(lambda: batcher.num_requests == 0)
 
 
-def test_a_fault_of_the_workers_own_code_loses_what_is_in_hand(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fault_of_the_workers_own_code_loses_the_sequences_in_hand(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
     real = worker_module.FinishedBatch
 
     def fail(*args: Any) -> None:

@@ -91,7 +91,7 @@ function clock() {
   const now = live.querySelector("[data-now]");
   if (now) now.textContent = lastAnswer.toLocaleTimeString();
   const pause = live.querySelector("[data-pause]");
-  if (pause) pause.textContent = isPaused ? "go on" : "pause";
+  if (pause) pause.textContent = isPaused ? "resume" : "pause";
 }
 
 // Progress comes as server-sent events; while they do not come, the page is asked for.

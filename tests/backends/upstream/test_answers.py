@@ -380,7 +380,7 @@ def test_when_to_come_back_is_a_finite_number_of_seconds(value: str | None, expe
         (3, Facts()),
     ],
 )
-def test_what_openais_models_say(content: object, expected: Facts) -> None:
+def test_openais_list_of_models_is_read(content: object, expected: Facts) -> None:
     assert OPENAI.read_facts(json.dumps(content).encode()) == expected
     assert OPENAI.read_facts(b"<html>") == Facts()
 
@@ -399,6 +399,6 @@ def test_what_openais_models_say(content: object, expected: Facts) -> None:
         (None, Facts()),
     ],
 )
-def test_what_teis_info_says(content: object, expected: Facts) -> None:
+def test_teis_info_is_read(content: object, expected: Facts) -> None:
     assert TEI.read_facts(json.dumps(content).encode()) == expected
     assert TEI.read_facts(b"<html>") == Facts()

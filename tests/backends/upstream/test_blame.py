@@ -86,7 +86,7 @@ async def test_a_server_that_fails_at_the_probe_as_well_is_shut_out(server: Stan
 
 
 @pytest.mark.parametrize("fault", ["nan", "500", "404", "narrow"])
-async def test_one_grave_failure_is_looked_into_at_once(
+async def test_one_grave_failure_is_investigated_immediately(
     server: StandIn, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
     monkeypatch.setattr(watch_module, "_LOOK_S", 1000.0)  # only when it is called for
@@ -596,7 +596,7 @@ async def test_requests_are_counted_by_server_and_result(server: StandIn, monkey
         assert count("abandoned") - before == 1
 
 
-async def test_what_waits_is_shown_while_it_waits(server: StandIn) -> None:
+async def test_waiting_texts_are_shown_while_they_wait(server: StandIn) -> None:
     texts = ["x" * 40] * 10
     async with loaded(entry(server, id="waiting", upstream={"max_batch_texts": 4, "max_connections": 1})) as backend:
         server.delay_s = 60

@@ -112,7 +112,7 @@ def test_pauses_grow_to_a_minute_while_it_stays_open() -> None:
     assert breaker.reason == "still broken"
 
 
-def test_a_pause_that_is_longer_than_a_minute_stays_as_it_is() -> None:
+def test_a_pause_longer_than_a_minute_is_not_changed() -> None:
     breaker = opened(pause_s=300.0, now=0.0)
     breaker.open("still broken", now=0.0)
 
@@ -140,7 +140,7 @@ def test_once_closed_the_pauses_are_short_again() -> None:
     assert breaker.is_trial_due(112.1)
 
 
-def test_one_that_is_held_is_tried_at_once_and_its_first_failure_waits_for_the_usual_pause() -> None:
+def test_a_held_server_is_tried_immediately_and_after_a_failure_waits_for_the_usual_pause() -> None:
     breaker = Breaker(10.0)
     breaker.open("broken", now=100.0)
     breaker.open("broken", now=200.0)

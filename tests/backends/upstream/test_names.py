@@ -170,7 +170,7 @@ async def test_an_address_that_comes_back_while_it_leaves_is_checked_again(
         assert working(backend) == ["127.0.0.1"]
 
 
-async def test_what_cannot_be_looked_up_stays_as_it_is(pods: Pods) -> None:
+async def test_names_that_cannot_be_looked_up_keep_their_servers(pods: Pods) -> None:
     await pods.add(1)
     states = States()
     async with loaded(pods.entry(), states, pods.resolver) as backend:

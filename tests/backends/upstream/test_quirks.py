@@ -616,7 +616,9 @@ def bomb(num_megabytes: int) -> Response:
 
 
 @pytest.mark.parametrize("make", [endless, bomb])
-async def test_an_answer_is_read_up_to_what_vectors_can_need(server: StandIn, make: Callable[[int], Response]) -> None:
+async def test_an_answer_is_read_up_to_the_size_that_vectors_can_have(
+    server: StandIn, make: Callable[[int], Response]
+) -> None:
     states = States()
     response = make(200)
     async with loaded(entry(server), states) as backend:

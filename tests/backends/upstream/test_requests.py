@@ -353,7 +353,7 @@ async def test_a_server_that_comes_back_with_another_model_is_not_let_in(servers
 # --------------------------------------------------------------------------------------------------------- many at once
 
 
-async def test_requests_go_where_the_least_is_on_its_way(servers: tuple[StandIn, StandIn]) -> None:
+async def test_requests_go_to_the_server_with_the_fewest_texts_in_flight(servers: tuple[StandIn, StandIn]) -> None:
     async with loaded(entry(*servers)) as backend:
         servers[0].delay_s = PATIENCE_S
         before = len(servers[0].bodies)
@@ -377,7 +377,7 @@ async def test_no_more_connections_than_allowed(server: StandIn) -> None:
     assert server.most_at_once == 3
 
 
-async def test_too_much_at_once_is_refused(server: StandIn) -> None:
+async def test_too_many_concurrent_texts_are_refused(server: StandIn) -> None:
     async with loaded(entry(server), max_queue_texts=15) as backend:
         server.delay_s = 0.2
         results = await asyncio.gather(*(backend.embed(job()) for _ in range(3)), return_exceptions=True)
@@ -392,7 +392,7 @@ async def test_the_first_failure_of_a_split_request_ends_it(server: StandIn) -> 
             await backend.embed(job())
 
 
-async def test_what_waits_between_attempts_is_bounded(server: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_pause_between_attempts_is_bounded(server: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend_module, "_FIRST_PAUSE_S", 100.0)
     async with loaded(entry(server, upstream={"max_retries": 50})) as backend:
         server.fault = "502"

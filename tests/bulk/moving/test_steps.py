@@ -209,7 +209,9 @@ async def test_items_without_a_text_are_named_and_stay_only_on_the_users_word(
     assert "900" in (tmp_path / move.name / "ledger.not_copied.jsonl").read_text()
 
 
-async def test_what_cannot_be_moved_says_why(shop: Shop, models: Models, tmp_path: Path, console: Console) -> None:
+async def test_a_move_that_is_impossible_gives_the_reason(
+    shop: Shop, models: Models, tmp_path: Path, console: Console
+) -> None:
     with pytest.raises(BulkError, match="no such model"):
         await start(request_for(shop, model="unknown"), tmp_path, console)
     with pytest.raises(BulkError, match=r"already has vectors of old@\S+: there is nothing to move"):

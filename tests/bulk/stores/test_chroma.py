@@ -142,7 +142,7 @@ def test_a_folder_that_is_not_chroma_is_an_error(tmp_path: Path) -> None:
         read(f"chroma:{tmp_path}#docs")
 
 
-def test_what_chroma_cannot_do_is_refused(url: str) -> None:
+def test_operations_that_chroma_lacks_are_refused(url: str) -> None:
     for keeping in (Keeping(vector="a"), Keeping(updates=True), Keeping(like="b")):
         with pytest.raises(BulkError, match="stores one unnamed vector per item"):
             write(url, [], keeping=keeping)

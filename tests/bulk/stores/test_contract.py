@@ -115,7 +115,7 @@ def test_a_shard_again_replaces_its_rows(url: str, ids: list[RowId]) -> None:
     assert by_id(url) == {one: ("c", {"new": 2}), other: ("b", {})}
 
 
-def test_a_job_goes_on_with_the_next_shard(url: str) -> None:
+def test_a_job_continues_with_the_next_shard(url: str) -> None:
     write(url, [row(1, "a"), row(2, "b")])
     write(url, [row(3, "c")], shard=1)
 
@@ -264,7 +264,7 @@ def test_chunks_of_items_with_numbers_as_ids_are_stored_in_every_run(url: str, k
 
 
 @pytest.mark.usefixtures("_small_pages")
-def test_reading_goes_on_after_any_row(url: str, kind: str, ids: list[RowId]) -> None:
+def test_reading_continues_after_any_row(url: str, kind: str, ids: list[RowId]) -> None:
     write(url, [row(row_id, f"t {row_id}") for row_id in ids])
     rows = read(url)
 

@@ -139,7 +139,7 @@ def test_columns_of_every_kind_become_json(url: str) -> None:
     }  # fmt: skip
 
 
-def test_what_lancedb_cannot_do_is_refused(url: str) -> None:
+def test_operations_that_lancedb_lacks_are_refused(url: str) -> None:
     for keeping in (Keeping(vector="a"), Keeping(updates=True), Keeping(like="b"), Keeping(adopts=True)):
         with pytest.raises(BulkError, match="in a table that the job creates"):
             write(url, [], keeping=keeping)

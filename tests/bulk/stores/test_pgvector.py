@@ -114,7 +114,7 @@ def test_a_shard_is_written_as_a_whole_or_not_at_all(url: str) -> None:
     assert list(by_id(url)) == [1]
 
 
-def test_the_index_is_hnsw_by_cosine_as_far_as_pgvector_can(base: str, sql: psycopg.Connection) -> None:
+def test_the_index_is_hnsw_by_cosine_where_pgvector_supports_it(base: str, sql: psycopg.Connection) -> None:
     for width, kind in [(2_000, "vector"), (2_001, "halfvec"), (4_000, "halfvec"), (4_001, "vector")]:
         write(f"{base}/d{width}", [row(1, "a")], replace(NOTE, dimensions=width))
         definition = value(sql, f"SELECT string_agg(indexdef, ';') FROM pg_indexes WHERE tablename = 'd{width}'")  # noqa: S608
@@ -457,7 +457,7 @@ def test_a_flipped_view_keeps_its_schema_owner_and_options(url: str, postgres: s
         )
 
 
-def test_what_cannot_flip_says_why(url: str, sql: psycopg.Connection) -> None:
+def test_a_flip_that_is_impossible_gives_the_reason(url: str, sql: psycopg.Connection) -> None:
     write(url, [row(1, "a")])
     others = {
         "part": "SELECT * FROM docs WHERE id > 5",

@@ -119,7 +119,7 @@ async def test_a_long_pause_is_not_waited_for(start_judge: StartJudge) -> None:
     ("status", "hint"),
     [(401, "--judge-key-env names"), (403, "--judge-key-env names"), (404, "does it have the model"), (302, "302")],
 )
-async def test_what_never_succeeds_is_said_at_once_without_the_key(
+async def test_a_permanent_failure_is_reported_immediately_without_the_key(
     start_judge: StartJudge, status: int, hint: str
 ) -> None:
     judge = start_judge(lambda _body, _number: refusal(status, "wrong key: secret-key"))
@@ -217,7 +217,7 @@ async def test_a_pause_until_a_date_that_does_not_exist_is_no_traceback(start_ju
     assert [answer.grade for answer in await ask(judge.url)] == [1]
 
 
-async def test_a_key_with_a_line_break_is_said_at_once(start_judge: StartJudge) -> None:
+async def test_a_key_with_a_line_break_is_reported_immediately(start_judge: StartJudge) -> None:
     judge = start_judge(lambda _body, _number: graded(1))
     with pytest.raises(CompareError, match="has the key a character that no key has") as raised:
         await ask(judge.url, key="sk-one\nsk-two", patience_s=600.0)

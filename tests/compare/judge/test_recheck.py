@@ -76,7 +76,7 @@ async def test_the_verdict_is_that_of_a_whole_run(
     assert again == report
 
 
-async def test_a_comparison_is_read_as_it_was_written(tmp_path: Path) -> None:
+async def test_a_comparison_is_read_back_unchanged(tmp_path: Path) -> None:
     comparison = make_comparison(num_queries=60)
     write_results(comparison, {}, tmp_path)
     assert render_page(read_comparison(tmp_path)) == render_page(comparison)

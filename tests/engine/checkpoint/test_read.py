@@ -178,7 +178,7 @@ def change_json(name: str, **changes: object) -> Callable[[Path], None]:
         pytest.param(change_json("README.md", title="x"), False, id="a file that is not read"),
     ],
 )
-def test_the_fingerprint_changes_with_what_determines_the_vectors(
+def test_the_fingerprint_changes_with_everything_that_determines_the_vectors(
     make_checkpoint: MakeCheckpoint, change: Callable[[Path], None], is_other: bool
 ) -> None:
     folder = make_checkpoint()
@@ -327,7 +327,7 @@ REFUSALS: dict[str, tuple[Callable[[Path], None], str]] = {
 
 
 @pytest.mark.parametrize("name", REFUSALS)
-def test_what_cannot_be_served_is_refused_with_the_reason(make_checkpoint: MakeCheckpoint, name: str) -> None:
+def test_an_unsupported_checkpoint_is_refused_with_the_reason(make_checkpoint: MakeCheckpoint, name: str) -> None:
     change, message = REFUSALS[name]
     folder = make_checkpoint()
     change(folder)

@@ -124,7 +124,7 @@ def assert_cannot_download() -> str:
 
 
 @pytest.mark.parametrize("endpoint", ["http://hub.invalid", "http://127.0.0.1:9"], ids=["no such host", "no server"])
-def test_a_hub_that_cannot_be_reached_is_said_at_once(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_hub_is_reported_immediately(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", endpoint)
 
     assert_cannot_download()

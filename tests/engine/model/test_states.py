@@ -127,7 +127,7 @@ def test_a_text_does_not_depend_on_its_neighbors() -> None:
         torch.testing.assert_close(together.pool(pooling), torch.cat(alone), rtol=1e-6, atol=1e-6)
 
 
-def test_what_is_on_the_host_is_not_copied_through_pinned_memory() -> None:
+def test_numbers_on_the_host_are_not_copied_through_pinned_memory() -> None:
     """A machine without a card has none."""
     tensor = torch.arange(6.0).reshape(2, 3)
 
