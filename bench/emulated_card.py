@@ -1,4 +1,4 @@
-"""A graphics card, as far as a CPU can emulate one: devices, shapes and dtypes, and the attention kernel's own checks.
+"""An emulation of a graphics card on a CPU: devices, shapes and dtypes, and the attention kernel's own checks.
 
 A fake tensor says that it is on ``cuda:0`` and computes nothing, so that a full-size model takes no memory. torch's build
 for CPUs lacks one thing for that: a guard that makes a device the current one. The CPU's own, which does nothing, serves.

@@ -309,7 +309,7 @@ class PaddedEncoder:
 
 
 def batch_counts(lengths: Sequence[int], max_batch_tokens: int) -> list[int]:
-    """Return how many texts go into each batch, in order, when a batch takes so many tokens."""
+    """Return how many texts go into each batch, in order, if a batch has at most this many tokens."""
     counts: list[int] = []
     total = 0
     for length in lengths:

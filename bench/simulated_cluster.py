@@ -63,7 +63,7 @@ class Simulated:
                 process.kill()
 
     def replace_machine(self) -> None:
-        """Put a new machine in place of the killed one. Only on the main thread."""
+        """Put a new machine instead of the killed one. Only on the main thread."""
         self.cluster.remove_node(self.workers.pop(), allow_graceful=False)
         self.add_machine()
 

@@ -1,14 +1,14 @@
-"""Check everything that people read for the words of docs/style.md: docstrings, comments, messages, names and pages.
+"""Find the words that docs/style.md rejects, in docstrings, comments, messages, names and pages.
 
 ::
 
-    python docs/check_prose.py              print every bad word, except in folders that are not checked yet; exit 1
+    python docs/check_prose.py              print each of them, except in folders that are not checked yet; exit 1 if any
     python docs/check_prose.py --all        the same for all files
     python docs/check_prose.py gateway/api  the same for one folder or file
-    python docs/check_prose.py --count      how many are left, by file
+    python docs/check_prose.py --count      print only their number, by file
 
-``docs/prose.toml`` lists the folders that are not checked yet, and the lines where a word is right, such as the name of
-another project's parameter.
+``docs/prose.toml`` lists the folders that are not checked yet, and the lines on which such a word is correct, for example
+in the name of another project's parameter.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from typing import Final
 
 ROOT: Final = Path(__file__).resolve().parents[1]
 
-# Patterns, and replacements for them. Case is ignored, and underscores in names are read as blanks.
+# Patterns, with their replacements. Case is ignored, and underscores in names count as spaces.
 WORDS: Final = {
     # Translated idioms.
     r"anew": "again; re-read, reload",
@@ -46,7 +46,13 @@ WORDS: Final = {
         "is not a ..."
     ),
     r"held against": "compared with, checked against",
-    r"the same command goes on": "the same command continues",
+    r"(?:goes|go|going|went|gone) on": "continue, resume",
+    r"afterwards": "after that, at the end",
+    r"in place of": "instead of",
+    r"once more": "again, a second time",
+    r"the most (?:texts|tokens|rows|bytes|vectors|requests|batches|memory|numbers|headers)": "the maximum number of",
+    r"\w+, the (?:limit|maximum|minimum|least) is": "a semicolon: it has 5 bytes; the limit is 4",
+    r"work of low priority|requests? of low priority": "low-priority work, low-priority requests",
     r"point of time": "point in time",
     r"guard-rails?": "guardrail",
     r"towards": "toward",
@@ -65,7 +71,7 @@ DOCSTRING: Final = {
     r"(?:Return|Say|Tell|Give|Yield) (?:what|who|whether there)\b": "a noun: Return the model's info",
     r"Say\b": "Return, Print, Log, Describe",
 }
-"""Only at the start of a docstring."""
+"""Patterns for the start of a docstring only."""
 
 _WORDS: Final = [
     (re.compile(rf"\b(?:{pattern})\b".replace(" ", r"\s+"), re.IGNORECASE), advice) for pattern, advice in WORDS.items()
@@ -75,12 +81,12 @@ _QUOTED: Final = re.compile(r"^```.*?^```|``[^`]*``|`[^`\n]*`|\]\([^)]*\)|https?
 _TEXT_SUFFIXES: Final = {".md", ".yaml", ".yml", ".toml", ".sh", ".j2", ".mjs"}
 _TEXT_NAMES: Final = {"Makefile", "Dockerfile", "run"}
 _UNREAD: Final = {"docs/check_prose.py", "docs/style.md", "docs/prose.toml", "tests/test_docs.py"}
-"""Files that quote the bad words to warn of them."""
+"""Files that list these words themselves."""
 
 
 @dataclass(frozen=True, slots=True)
 class Passage:
-    """A text that people read: a comment, a string, a name or a page."""
+    """A piece of text for people: a comment, a string, a name or a page."""
 
     line: int
     text: str
@@ -89,7 +95,7 @@ class Passage:
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """A bad word, and a replacement for it."""
+    """A rejected word, with its replacement."""
 
     path: str
     line: int
@@ -101,7 +107,7 @@ class Finding:
 
 
 def passages(path: Path) -> Iterator[Passage]:
-    """Yield the passages of a file that people read."""
+    """Yield the texts for people in a file."""
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".py":
         yield from _python(text)
@@ -132,7 +138,7 @@ def _python(text: str) -> Iterator[Passage]:
 
 
 def _blocks(comments: Sequence[tokenize.TokenInfo]) -> Iterator[Passage]:
-    """Join comments on consecutive lines into one passage, because a phrase may span lines."""
+    """Join comments on consecutive lines into one passage, because a phrase may continue on the next line."""
     lines: list[str] = []
     for index, comment in enumerate(comments):
         lines.append(comment.string.lstrip("#: "))
@@ -143,11 +149,11 @@ def _blocks(comments: Sequence[tokenize.TokenInfo]) -> Iterator[Passage]:
 
 
 def findings(path: Path, allowed: Sequence[str]) -> Iterator[Finding]:
-    """Yield the bad words of a file, except on lines that contain an allowed fragment."""
+    """Yield the rejected words in a file, except on lines that contain an allowed fragment."""
     name = path.relative_to(ROOT).as_posix()
     lines = path.read_text(encoding="utf-8").splitlines()
     for passage in passages(path):
-        # Quoted parts are code; marks of the same length keep the positions of the rest.
+        # Quoted parts are code. They are masked by text of the same length, so that the other positions stay valid.
         prose = _QUOTED.sub(lambda quoted: re.sub(r"[^\n]", "`", quoted.group()), passage.text)
         matches = [(match, advice) for pattern, advice in _WORDS for match in pattern.finditer(prose)]
         if passage.is_docstring:
@@ -159,7 +165,7 @@ def findings(path: Path, allowed: Sequence[str]) -> Iterator[Finding]:
 
 
 def readable() -> list[Path]:
-    """Return the files of the repository that contain prose."""
+    """Return the files of the repository that contain text for people."""
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
     paths = [ROOT / name for name in listed.splitlines() if name not in _UNREAD]
     return [
@@ -170,11 +176,11 @@ def readable() -> list[Path]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the bad words; return the exit status."""
+    """Print the rejected words, and return the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("folders", nargs="*", help="only these folders and files")
-    parser.add_argument("--all", action="store_true", help="the folders that are still to do as well")
-    parser.add_argument("--count", action="store_true", help="count by file; exit 0")
+    parser.add_argument("folders", nargs="*", help="check only these folders and files")
+    parser.add_argument("--all", action="store_true", help="also check the folders that are not checked yet")
+    parser.add_argument("--count", action="store_true", help="print only the number of findings, by file; exit 0")
     options = parser.parse_args(arguments)
     settings = tomllib.loads((ROOT / "docs" / "prose.toml").read_text(encoding="utf-8"))
     to_do: list[str] = [] if options.all or options.count or options.folders else settings["to_do"]
@@ -189,7 +195,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.count:
         for name, count in sorted(Counter(finding.path for finding in found).items()):
             sys.stdout.write(f"{count:5} {name}\n")
-        sys.stdout.write(f"{len(found):5} in all\n")
+        sys.stdout.write(f"{len(found):5} in total\n")
         return 0
     for finding in found:
         sys.stdout.write(f"{finding}\n")

@@ -29,7 +29,7 @@ MAX_FILE_LINES: Final = 400
 MAX_FUNCTION_LINES: Final = 60
 MAX_IMPORT_LINES: Final = 30
 TO_DO: Final[set[str]] = set()
-"""Files that are over a budget and still to be split. The list only gets shorter."""
+"""Files that exceed a budget and must still be split. The list only gets shorter."""
 _NOT_CODE: Final = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT}
 _NOT_CODE_EITHER: Final = {tokenize.ENCODING, tokenize.ENDMARKER}
 # Of namedtuples, of `os`, and of the answers of OpenAI's client, which all document them.

@@ -351,7 +351,7 @@ class Fleet:
 
     async def _try_again(self, model: Model, accept: Callable[[], Sequence[str]]) -> None:
         await self.load_one(model)
-        if self._is_replaced:  # a reload has replaced or removed the model meanwhile
+        if self._is_replaced:  # a reload has replaced or removed the model in the meantime
             await model.retire(0)
             return
         if model.state is ModelState.READY and (problems := accept()):

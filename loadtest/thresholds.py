@@ -76,7 +76,7 @@ def broken(tally: Tally, seconds: float, limits: Thresholds) -> list[str]:
 
 
 def is_hopeless(recent: Tally, limits: Thresholds) -> bool:
-    """Return whether the last :data:`HOPELESS_S` seconds of a target were so bad that the run need not go on."""
+    """Return whether the last :data:`HOPELESS_S` seconds of a target were so bad that the run can be stopped."""
     if recent.answered + recent.failed < _MIN_REQUESTS:
         return False
     if recent.fail_ratio > max(_HOPELESS_FAILURES, limits.max_fail_ratio):

@@ -79,7 +79,7 @@ def pytest_runtest_teardown() -> None:
         function.cache_clear()
 
 
-# A folder for all workers in place of the user's: a model is compiled once in a run, not at each start of a gateway.
+# A folder for all workers instead of the user's: a model is compiled once in a run, not at each start of a gateway.
 _CACHE = pytest.StashKey[tempfile.TemporaryDirectory[str]]()
 
 

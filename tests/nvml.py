@@ -1,4 +1,4 @@
-"""NVIDIA's driver in place of a real one: pynvml's functions, replaced one by one at the edge, with pynvml's own errors."""
+"""NVIDIA's driver instead of a real one: pynvml's functions, replaced one by one at the edge, with pynvml's own errors."""
 
 # ruff: noqa: N802  pynvml's own names
 
@@ -147,7 +147,7 @@ def _raise(code: int) -> None:
 
 
 def install(monkeypatch: pytest.MonkeyPatch, driver: FakeDriver) -> None:
-    """Have the gateway find this driver in place of the machine's."""
+    """Have the gateway find this driver instead of the machine's."""
     for name in (name for name in dir(driver) if name.startswith("nvml")):
         monkeypatch.setattr(pynvml, name, getattr(driver, name))
     monkeypatch.setattr(nvml, "load", cache(nvml.load.__wrapped__))

@@ -60,7 +60,7 @@ gateway.deployment.make_real_backend = lambda entry, *rest: (
 import gateway.cli.main
 gateway.cli.main.main()
 """
-# The same without a real engine. Every way to end in order hangs.
+# The same without a real engine. Every orderly way to end hangs.
 STUCK = """
 import os, sys, threading, time
 sys.argv = ["gateway", "serve", "--port", "0", "--models", os.environ["MODELS"]]

@@ -40,7 +40,7 @@ def read_equivalents(path: Path = FILE) -> list[Equivalent]:
 
 
 def reason_for(mutant: Mutant, equivalents: Iterable[Equivalent]) -> str | None:
-    """Return why a change makes no difference, or ``None``."""
+    """Return the reason why a mutant does not change the behavior; ``None`` for any other mutant."""
     return next((entry.reason for entry in equivalents if entry.is_of(mutant)), None)
 
 

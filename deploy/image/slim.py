@@ -4,7 +4,7 @@ python deploy/image/slim.py .venv               do it
 python deploy/image/slim.py .venv --dry-run     only say how much each step would save
 
 Run by `Dockerfile`, in the stage whose result is copied. It needs `strip` (binutils), for symbols of libraries that only
-debuggers read. The files are gone afterwards: use it on an environment that nothing else uses.
+debuggers read. The files are deleted: use it on an environment that nothing else uses.
 """
 
 from __future__ import annotations

@@ -154,7 +154,7 @@ class Keyring:
             return
         self._seen = seen  # even if the file is wrong, so that the error is logged once and not every second
         try:
-            # In a thread: a file of thousands of keys takes seconds to read, and meanwhile requests use the previous
+            # In a thread: a file of thousands of keys takes seconds to read, and until then requests use the previous
             # keys.
             self._clients = await asyncio.to_thread(self._read, path)
         except ConfigError as error:

@@ -155,7 +155,7 @@ def _check_encoding(body: bytes | bytearray, charset: str | None) -> None:
 
 
 def _without_lone_surrogates(body: bytes | bytearray) -> bytearray:
-    """Return a JSON text with U+FFFD in place of lone surrogates, which no tokenizer accepts.
+    """Return a JSON text with U+FFFD instead of lone surrogates, which no tokenizer accepts.
 
     Raises:
         BadInput: the text has too many of them.

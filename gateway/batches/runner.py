@@ -166,7 +166,7 @@ class Runner:
 
     async def _advance(self, run: Run) -> None:
         try:
-            await self._go_on(run)
+            await self._continue(run)
         except FileNotFoundError as error:
             message = f"A file of this batch is missing from the gateway's disk: {Path(error.filename or '').name}"
             batch = run.batch
@@ -177,7 +177,7 @@ class Runner:
             change = partial(replace, errors=(LineError("file_missing", message),), end=Status.FAILED, **sizes)
             await self._become(run, Status.FINALIZING, change)
 
-    async def _go_on(self, run: Run) -> None:
+    async def _continue(self, run: Run) -> None:
         match run.batch.status:
             case Status.VALIDATING:
                 await self._validate(run)

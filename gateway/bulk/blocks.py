@@ -110,7 +110,7 @@ class BlockReader:
         Raises:
             BulkError: an item is bad, and the job stops at bad items; the last block then ends before it.
         """
-        # A part has another id than its item, so parts are checked in place of items.
+        # A part has another id than its item, so parts are checked instead of items.
         found = items if self._expand is not None else [self._checked(item) for item in items]
         checked = self._without_duplicates(found)
         bad: BadRow | None = None

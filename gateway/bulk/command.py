@@ -179,14 +179,14 @@ def stop_on_signals(stop: asyncio.Event, console: Console) -> None:
     """Stop in an orderly way at the first signal, and immediately at the second."""
     loop = asyncio.get_running_loop()
 
-    def stop_in_order() -> None:
+    def stop_gracefully() -> None:
         say(console, "Stopping after the embedded rows are written. Press Ctrl-C again to stop immediately.")
         stop.set()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.remove_signal_handler(number)
 
     for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stop_in_order)
+        loop.add_signal_handler(number, stop_gracefully)
 
 
 def _announce(console: Console, job: _Prepared, note: SpaceNote, num_done: int) -> None:

@@ -153,7 +153,7 @@ class Shape:
 
     @classmethod
     def on_replicas(cls, note: SpaceNote, devices: Sequence[str], num_replicas: int) -> Shape:
-        """Return the shape for replicas: one replica computes each call, and has the next call waiting meanwhile."""
+        """Return the shape for replicas: each call goes to one replica, which always has the next call waiting."""
         texts = _block_texts(note, devices)
         return cls(texts * num_replicas, max(1, texts // _CALLS_PER_BLOCK), 2 * num_replicas)
 

@@ -176,7 +176,7 @@ class RemoteEmbedder:
         )
 
     async def _patiently(self, texts: Sequence[str], *, is_late: bool = False) -> EmbeddedTexts:
-        """Send a request; try once more after an error that the texts may not have caused."""
+        """Send a request; try again once after an error that the texts may not have caused."""
         try:
             return await _embed(self._client, self._asked, texts, self._task, self.note.space, is_late=is_late)
         except Refused as refused:

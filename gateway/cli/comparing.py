@@ -63,7 +63,7 @@ QueriesOption = Annotated[
     Path | None,
     typer.Option(
         metavar="FILE",
-        help="Captured queries, in place of queries.jsonl. Without a date in the name, the files of all days.",
+        help="Captured queries, instead of queries.jsonl. Without a date in the name, the files of all days.",
     ),
 ]
 ProgressOption = Annotated[

@@ -61,7 +61,7 @@ def start(  # noqa: PLR0913, PLR0917  an argument for each option
     ] = None,
     mem0: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Mem0's configuration, YAML or JSON, in place of COLLECTION and --from."),
+        typer.Option(metavar="FILE", help="Mem0's configuration, YAML or JSON, instead of COLLECTION and --from."),
     ] = None,
     text: Annotated[str | None, typer.Option(help="Field with the text, or its path. By default a usual name.")] = None,
     into: Annotated[

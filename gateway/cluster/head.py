@@ -1,7 +1,7 @@
 """The head of a Ray cluster: whether it answers, and what its loss means.
 
 A process that cannot reach the head for ``RAY_gcs_rpc_server_reconnect_timeout_s`` (60 s by default) is ended by Ray, from
-its C++ code and without a word to its clients. The replicas end in the same way.
+its C++ code and without notice to its clients. The replicas end in the same way.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _TO_DRAIN_S: Final = 15.0
 
 
 def patience_s() -> float:
-    """Return how long a front waits for a lost head, in seconds: it needs some of Ray's time to end in order."""
+    """Return how long a front waits for a lost head, in seconds: it needs the rest of Ray's limit to stop properly."""
     ends_s = _RAY_ENDS_S
     with suppress(ValueError):
         ends_s = float(os.environ.get(_RAY_ENDS) or ends_s)

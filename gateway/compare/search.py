@@ -79,7 +79,7 @@ def _highest(scores: npt.NDArray[np.float32], number: int) -> npt.NDArray[np.int
 def make_ranking(
     query_ids: Sequence[str], document_ids: Sequence[str], indices: IntMatrix, scores: FloatMatrix
 ) -> dict[str, list[tuple[str, float]]]:
-    """Return the ranking of each query, with ids in place of the indices of ``search``."""
+    """Return the ranking of each query, with ids instead of the indices of ``search``."""
     return {
         query: [(document_ids[place], score) for place, score in zip(places, values, strict=True) if place >= 0]
         for query, places, values in zip(query_ids, indices.tolist(), scores.tolist(), strict=True)

@@ -323,7 +323,7 @@ class Jobs:
 
 
 def _check_judge(judge: JudgeChoice) -> None:
-    """Check a judge as far as that is possible without asking it.
+    """Check a judge without sending it a request.
 
     Raises:
         BadInput: its address or its model cannot be right.

@@ -145,7 +145,7 @@ class JudgeCheck(BaseModel):
 
 
 class JudgeResults(BaseModel):
-    """``judge.json``, as far as it is shown."""
+    """The parts of ``judge.json`` that are shown."""
 
     bottom_line: str
     sentences: Sequence[str]
@@ -154,7 +154,7 @@ class JudgeResults(BaseModel):
 
 
 class Results(BaseModel):
-    """``results.json``, as far as it is shown.
+    """The parts of ``results.json`` that are shown.
 
     Attributes:
         judge: the results of ``judge.json``; ``None`` if no judge was asked, or the file cannot be read.

@@ -14,7 +14,7 @@ from gateway.engine.model.in_flight import InFlight
 from gateway.engine.model.items import Encoded, Item
 from gateway.engine.scheduler import TokenSequence
 
-# A batch may end earlier than expected: by a constant time, and by a fraction of its own duration.
+# A batch may end earlier than expected: by a constant time, and by a fraction of its duration.
 _SLACK_S = 0.003
 _SLACK_PART = 0.05
 # The weight of the newest batch in the moving averages.

@@ -304,7 +304,7 @@ class Batcher:
     # ---------------------------------------------------------------------------------------------------- health
 
     def oldest_s(self, priority: Priority = Priority.NORMAL) -> float:
-        """Return how many seconds the oldest pending request of a priority has been waiting; 0 if there is none."""
+        """Return how many seconds the oldest pending request of a priority has been waiting; 0 if no request is pending."""
         oldest = next((pending for pending in self._pending.values() if pending.priority is priority), None)
         return 0.0 if oldest is None else time.monotonic() - oldest.admitted_at
 

@@ -8,7 +8,7 @@ an even share so far (Demers, Keshav, Shenker: "Analysis and Simulation of a Fai
 least that of the caller being served (Goyal, Vin, Cheng: "Start-time Fair Queueing", SIGCOMM 1996). It advances with all
 work, so a stream of newcomers that would fill the device by itself does not starve a large request.
 
-Work of low priority has a separate fair queue (:class:`Lanes`), which is served only while the other is empty. It can
+Low-priority work has a separate fair queue (:class:`Lanes`), which is served only while the other is empty. It can
 starve until its deadline, by design.
 
 Infinity's ``CustomFIFOQueue`` sorts everything by length and limits a batch by its number of items: a long text waits as

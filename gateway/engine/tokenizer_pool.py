@@ -2,7 +2,7 @@
 
 Work is distributed as the scheduler distributes the device, but by characters instead of tokens: first between callers,
 then between the requests of one caller. A text is read in steps (:mod:`gateway.engine.model.tokenizer`). After each step a
-request waits for its turn again, and a request of low priority waits until nothing else waits. So a short text waits only
+request waits for its turn again, and a low-priority request waits until nothing else waits. So a short text waits only
 for the current step, no matter how many long texts others have sent. Steps of many characters have a separate thread,
 because they cannot be interrupted. One or two sentences do not wait for a turn: they are read on the event loop.
 """

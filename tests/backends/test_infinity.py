@@ -745,7 +745,7 @@ async def test_every_client_of_a_lost_card_gets_a_503_and_the_process_has_to_end
 # ------------------------------------------------------------------------------------------- files that have changed
 
 
-async def test_a_model_whose_files_have_changed_is_not_loaded_in_place_of_the_other(
+async def test_a_model_whose_files_have_changed_is_not_loaded_instead_of_the_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its vectors would be of another space; and its weights are not even read."""

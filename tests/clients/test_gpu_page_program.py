@@ -1,4 +1,4 @@
-"""The program of docs/gpu.md runs; with the bundled model in place of both, and Milvus Lite in place of the server."""
+"""The program of docs/gpu.md runs; with the bundled model instead of both, and Milvus Lite instead of the server."""
 
 from __future__ import annotations
 

@@ -65,7 +65,7 @@ def config(request: pytest.FixtureRequest, furnished_gateway: Gateway, tmp_path:
 
 @contextmanager
 def memory_of(config: Path) -> Iterator[Any]:
-    """Open Mem0 as an application does, and let other processes have its store afterwards."""
+    """Open Mem0 as an application does, and close its store at the end, so that other processes can use it."""
     from mem0 import Memory
 
     content = YAML(typ="safe").load(config.read_text())

@@ -236,7 +236,7 @@ def test_the_largest_frame_is_sent_and_one_byte_more_is_not(monkeypatch: pytest.
 
 
 class Transport:
-    """Keeps what is written, in place of a socket."""
+    """Keeps what is written, instead of a socket."""
 
     def __init__(self) -> None:
         self.written = b""

@@ -242,7 +242,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         load_registry(tmp_path / "none.yaml", {})
 
 
-def test_a_folder_in_place_of_the_file_cannot_be_read(tmp_path: Path) -> None:
+def test_a_folder_instead_of_the_file_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(
         ConfigError, match="the file must be a regular file, and is a folder; name another with GATEWAY_MODELS"
     ):

@@ -527,7 +527,7 @@ def test_files_are_dropped_and_a_judge_is_asked_after_its_price_was_shown(
         assert not judge.bodies
         assert "Queries and documents stay on this machine" in page.get_by_role("alert").inner_text()
         check_everywhere(page, "compare-asking")
-        page.get_by_role("button", name="Go on").click()
+        page.get_by_role("button", name="Continue").click()
         page.get_by_role("heading", name="Too few queries to decide between jina and bge.").wait_for(timeout=60_000)
         assert set(judge.keys) == {"Bearer judge-secret"}
         assert page.locator("section", has=page.locator("#judge")).locator(".chip").inner_text() == "too few queries"

@@ -1,4 +1,4 @@
-"""Work of low priority waits for all other work, and no other work waits for more than a small batch of it."""
+"""Low-priority work waits for all other work, and no other work waits for more than a small batch of it."""
 
 from __future__ import annotations
 
@@ -204,7 +204,7 @@ def test_low_priority_may_have_a_quarter_of_the_queue(make_job: MakeJob) -> None
 
 
 @pytest.mark.usefixtures("no_thread_is_left")
-async def test_a_request_of_low_priority_is_computed_last(
+async def test_a_low_priority_request_is_computed_last(
     start_batcher: StartBatcher, make_job: MakeJob, encoder: NumberEncoder, gate: Gate
 ) -> None:
     encoder.on_forward = gate
@@ -227,7 +227,7 @@ async def test_a_request_of_low_priority_is_computed_last(
 
 
 @pytest.mark.usefixtures("no_thread_is_left")
-async def test_a_request_of_low_priority_that_starves_says_so(
+async def test_a_low_priority_request_that_starves_says_so(
     start_batcher: StartBatcher, make_job: MakeJob, encoder: NumberEncoder, gate: Gate
 ) -> None:
     encoder.on_forward = gate

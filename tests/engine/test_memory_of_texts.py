@@ -40,7 +40,7 @@ def make_model(model_type: str, dtype: str, longest: int) -> PreTrainedModel:
 
 
 def measured_bytes(model: PreTrainedModel, lengths: Sequence[int]) -> int:
-    """Return the most memory that a forward held, by what torch's allocator reports: every buffer, of kernels too."""
+    """Return the peak memory of a forward, as torch's allocator reports it, including the buffers of kernels."""
     runtime = PaddedRuntime(model, None)
     features = runtime.prepare([[3 + i % 60 for i in range(length)] for length in lengths], [-1] * len(lengths))
     activities = [torch.profiler.ProfilerActivity.CPU]

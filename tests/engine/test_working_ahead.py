@@ -551,7 +551,7 @@ def test_nothing_is_launched_ahead_while_small_requests_come() -> None:
     assert queue.next_batch()
 
 
-def test_work_of_low_priority_is_not_launched_ahead() -> None:
+def test_low_priority_work_is_not_launched_ahead() -> None:
     """A request waits for at most one batch of it."""
     queue = BatchQueue(10)
     queue.add(waiters(sequences([1], handle=RequestHandle("a", math.inf, priority=Priority.LOW))))

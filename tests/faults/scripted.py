@@ -90,7 +90,7 @@ _INFO = fake_info("scripted", width=WIDTH, dimensions=(WIDTH,), max_tokens=64)
 
 
 class ScriptedBackend(InfinityBackend):
-    """The real backend, with a scripted model in place of a checkpoint.
+    """The real backend, with a scripted model instead of a checkpoint.
 
     Attributes:
         encoder: the one that runs, or did last.

@@ -39,7 +39,7 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 133466
 def test_a_git_lfs_pointer_is_named(name: str, dense: Path) -> None:
     (dense / name).write_bytes(LFS)
 
-    with pytest.raises(LoadError, match=rf"{re.escape(name)}: a Git LFS pointer in place of the file"):
+    with pytest.raises(LoadError, match=rf"{re.escape(name)}: a Git LFS pointer instead of the file"):
         plan_load(entry(dense))
 
 
@@ -108,7 +108,7 @@ def only(folder: Path, **files: str) -> Path:
         ({"config_dot_json": '{"a":' * 100_000}, "config.json: not readable as JSON"),
     ],
 )
-def test_files_in_place_of_a_model_are_named(files: dict[str, str], reason: str, tmp_path: Path) -> None:
+def test_files_instead_of_a_model_are_named(files: dict[str, str], reason: str, tmp_path: Path) -> None:
     with pytest.raises(LoadError, match=reason):
         plan_load(entry(only(tmp_path / "model", **files)))
 

@@ -203,10 +203,10 @@ def test_a_broken_head_is_refused(broken_head: Path, load: Load, content: bytes)
         load(broken_head.parent, "reference")
 
 
-def test_a_git_lfs_pointer_in_place_of_a_head_is_named(broken_head: Path, load: Load) -> None:
+def test_a_git_lfs_pointer_instead_of_a_head_is_named(broken_head: Path, load: Load) -> None:
     broken_head.write_bytes(b"version https://git-lfs.github.com/spec/v1\nsize 3\n")
 
-    with pytest.raises(LoadError, match=r"_linear\.pt: a Git LFS pointer in place of the file"):
+    with pytest.raises(LoadError, match=r"_linear\.pt: a Git LFS pointer instead of the file"):
         load(broken_head.parent, "reference")
 
 

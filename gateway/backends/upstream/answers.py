@@ -201,7 +201,7 @@ def _read_row(embedding: object) -> Vectors:
         except (ValueError, binascii.Error):
             raise WrongAnswer("a vector in text that is not base64 of float32 numbers") from None
     if not isinstance(embedding, list):
-        raise WrongAnswer(f"{str(embedding)[:40]!r} in place of a vector")
+        raise WrongAnswer(f"{str(embedding)[:40]!r} instead of a vector")
     try:
         numbers = np.asarray(embedding)
         if numbers.dtype.kind == "O":  # nulls among them, or whole numbers beyond 64 bits
@@ -209,7 +209,7 @@ def _read_row(embedding: object) -> Vectors:
     except (ValueError, TypeError, OverflowError):
         raise WrongAnswer("a vector that is not a list of numbers") from None
     if numbers.ndim != 1:
-        raise WrongAnswer(f"a list of shape {numbers.shape} in place of a vector: token vectors that were not pooled?")
+        raise WrongAnswer(f"a list of shape {numbers.shape} instead of a vector: token vectors that were not pooled?")
     if numbers.dtype.kind not in "iuf":
         raise WrongAnswer("a vector that is not a list of numbers")
     with np.errstate(over="ignore", invalid="ignore"):  # becomes infinity, which is reported

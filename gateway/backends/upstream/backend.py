@@ -262,7 +262,7 @@ class UpstreamBackend:
             async with asyncio.timeout(job.deadline - time.monotonic()):
                 await self._pool.low_turns.acquire()
         except TimeoutError:
-            reason = "not done within the time limit: other requests of low priority were ahead of it"
+            reason = "not done within the time limit: other low-priority requests were ahead of it"
             raise DeadlineExceeded(reason) from None
 
     async def _embed_halves(self, job: EmbedJob, places: range, error: TooLarge) -> Answer:

@@ -72,7 +72,7 @@ class Dialect(Protocol):
         """
 
     def read_facts(self, content: bytes) -> Facts:
-        """Read a server's statements about itself, as far as they are understood."""
+        """Read the parts of a server's description of itself that the gateway understands."""
 
 
 class OpenAi:

@@ -96,7 +96,7 @@ class Pool:
     Attributes:
         servers: the servers that may get requests, in the order of the registry, those of a name by address. The list
             object never changes.
-        low_turns: the turns of requests of low priority.
+        low_turns: the turns of low-priority requests.
     """
 
     def __init__(self, model: str, dialect: Dialect, upstream: Upstream, resolver: Resolver) -> None:

@@ -32,7 +32,7 @@ class Action(Enum):
     DELETE = "delete"
     """Delete the item from the second collection, because it was deleted from the first."""
     FORGET = "forget"
-    """Forget the item: neither collection has it any more."""
+    """Forget the item, because neither collection has it any longer."""
     KEEP = "keep"
     """Keep the second collection's own version, which the move must not touch."""
 

@@ -138,7 +138,7 @@ class Ledger:
             self._change("INSERT OR REPLACE INTO facts VALUES ('mark', ?)", [(mark,)])
 
     def copy_to(self, path: Path) -> None:
-        """Write a copy of the ledger as it is now, in place of an older one."""
+        """Write a copy of the present ledger, which replaces an older copy."""
         path.unlink(missing_ok=True)
         with self._using():
             self._db.execute("VACUUM INTO ?", (str(path),))

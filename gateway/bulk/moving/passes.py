@@ -332,7 +332,7 @@ def _some_problems(path: Path) -> list[str]:
 
 
 def _delete_doomed(direction: Direction, ledger: Ledger, counts: PassCounts) -> None:
-    """Delete the items that the first collection no longer has, after checking it once more."""
+    """Delete the items that the first collection no longer has, after checking that again."""
     while ids := ledger.doomed():
         there = {row.id for row in direction.reading.read_ids(direction.first, ids, FieldNames(text=direction.text))}
         gone = [row_id for row_id in ids if row_id not in there]

@@ -120,7 +120,7 @@ async def check(
     """Copy changes, and compare each collection with its copy.
 
     Raises:
-        BulkError: the way back has not ended, or a store or the model fails.
+        BulkError: `back` was interrupted and must be completed first, or a store or the model fails.
     """
     with hold(folder, move) as held:
         if held.is_returning:

@@ -15,7 +15,7 @@ from chromadb.errors import ChromaError, NotFoundError
 
 from gateway.bulk.rows import BulkError
 from gateway.bulk.stores.folders import check_folder
-from gateway.bulk.stores.patience import GOES_ON, PATIENCE_S, insist
+from gateway.bulk.stores.patience import PATIENCE_S, RETRY_HINT, insist
 from gateway.bulk.stores.protocol import Place
 from gateway.config.wording import cut, did_you_mean, enumerate_names, quote
 
@@ -125,7 +125,7 @@ class Connection:
                 return f"{where} rejects the key in the environment variable {self.place.key}: {message}"
             return f"{where} needs a key: set the environment variable {self.place.key}, or name another with ?key_env=NAME"
         if _pause_after(error) is not None and has_responded:
-            return f"{where} has gone away: {message}; {GOES_ON}"
+            return f"{where} has gone away: {message}; {RETRY_HINT}"
         if not has_responded:
             problem = "cannot be opened as a Chroma store" if self.place.location else "cannot be reached"
             return f"{where} {problem}: {message}"

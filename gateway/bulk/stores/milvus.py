@@ -156,11 +156,11 @@ class MilvusStore:
         return (0, row_id) if isinstance(row_id, int) else (1, row_id)
 
     def filled(self, collection: str, vector: str) -> Iterator[RowId]:
-        """Refuse: no item gets a further vector in Milvus."""
+        """Raise an error, because Milvus cannot add a vector to existing items."""
         raise BulkError(f"{self._find(collection).place}: {NO_FURTHER_VECTOR}")
 
     def delete_vector(self, collection: str, vector: str) -> None:
-        """Refuse: see `filled`."""
+        """Raise an error, like `filled`."""
         raise BulkError(f"{self._find(collection).place}: {NO_FURTHER_VECTOR}")
 
     def delete_ids(self, collection: str, ids: Sequence[RowId]) -> None:

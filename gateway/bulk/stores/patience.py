@@ -11,7 +11,7 @@ Result = TypeVar("Result")
 PATIENCE_S: Final = 60.0
 """The seconds that a store may be unavailable: enough for a restart, or a failover to another replica."""
 
-GOES_ON: Final = "run the same command again when the store is back, and it continues where it stopped"
+RETRY_HINT: Final = "run the same command again when the store is back, and it continues where it stopped"
 
 _FIRST_PAUSE_S: Final = 0.25
 _MAX_PAUSE_S: Final = 8.0

@@ -8,7 +8,7 @@ import httpx
 from qdrant_client.common.client_exceptions import ResourceExhaustedResponse
 from qdrant_client.http.exceptions import ResponseHandlingException, UnexpectedResponse
 
-from gateway.bulk.stores.patience import GOES_ON, PATIENCE_S
+from gateway.bulk.stores.patience import PATIENCE_S, RETRY_HINT
 from gateway.bulk.stores.protocol import Place
 from gateway.config.wording import cut
 
@@ -38,7 +38,7 @@ def explain(error: Exception, place: Place, collection: str, has_key: bool, has_
         case UnexpectedResponse():
             return _explain_response(error, place, place.named(collection), has_key)
         case ResourceExhaustedResponse():
-            return f"{place.store} has rate-limited requests for more than {PATIENCE_S:.0f} s; {GOES_ON}"
+            return f"{place.store} has rate-limited requests for more than {PATIENCE_S:.0f} s; {RETRY_HINT}"
         case ResponseHandlingException(source=httpx.HTTPError() as source):
             return _explain_transport(source, place, has_responded)
         case ResponseHandlingException():
@@ -52,7 +52,7 @@ def _explain_transport(error: httpx.HTTPError, place: Place, has_responded: bool
         return f"{place.store} failed to set up TLS: {reason}. Without TLS, write qdrant:// instead of qdrant+https://"
     if not has_responded:
         return f"{place.store} cannot be reached: {reason}. Is it running, and is {place.port} its HTTP port?"
-    return f"{place.store} has gone away: {reason}; {GOES_ON}"
+    return f"{place.store} has gone away: {reason}; {RETRY_HINT}"
 
 
 def _explain_response(error: UnexpectedResponse, place: Place, where: str, has_key: bool) -> str:
@@ -68,7 +68,7 @@ def _explain_response(error: UnexpectedResponse, place: Place, where: str, has_k
                 "`service.max_request_size_mb`; the multi-vectors of a single long text can exceed the default of 32 MB"
             )
         case int() if status in _PASSING:
-            return f"{where} fails with status {status}: {message}; {GOES_ON}"
+            return f"{where} fails with status {status}: {message}; {RETRY_HINT}"
     return f"{where} rejects a request with status {status}: {message}"
 
 

@@ -63,7 +63,7 @@ class GradeStore:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        with suppress(OSError):  # each grade was flushed, or its error is known: a full disk fails once more here
+        with suppress(OSError):  # each grade was flushed, or its error is known: a full disk fails again here
             self._file.close()
 
     def get(self, query: str, document: str) -> StoredGrade | None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from gateway.engine.checkpoint.json_files import is_lfs_pointer, read_object
 from gateway.errors import LoadError
 
-_LFS = "a Git LFS pointer in place of the file: run `git lfs pull` in its repository"
+_LFS = "a Git LFS pointer instead of the file: run `git lfs pull` in its repository"
 # Formats of weights that the gateway does not read.
 _OTHER_FORMS = {
     "*.gguf": "GGUF, llama.cpp's form of a model",

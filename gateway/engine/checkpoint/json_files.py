@@ -22,7 +22,7 @@ def read_json(path: Path) -> Json:
     except FileNotFoundError as error:
         raise LoadError(f"{path}: no such file; is this a checkpoint folder?") from error
     except (OSError, ValueError, RecursionError) as error:
-        what = "a Git LFS pointer in place of the file" if is_lfs_pointer(path) else "not readable as JSON"
+        what = "a Git LFS pointer instead of the file" if is_lfs_pointer(path) else "not readable as JSON"
         raise LoadError(f"{path}: {what}: {error}") from error
     return content
 

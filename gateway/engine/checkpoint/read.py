@@ -175,7 +175,7 @@ def read_checkpoint(
     """Read the description of the checkpoint in ``folder``.
 
     Args:
-        trust_remote_code: the checkpoint's own code may run in place of transformers' class.
+        trust_remote_code: the checkpoint's own code may run instead of transformers' class.
         source: the registry's name of the checkpoint.
         instruction: the registry's instruction for a model that reranks.
         is_sparse: the registry says that the model gives only sparse vectors, which a folder without modules cannot say.

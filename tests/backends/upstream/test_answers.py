@@ -108,14 +108,14 @@ def test_a_vector_is_numbers_or_base64(embedding: object) -> None:
     [
         ("not base64!", "not base64 of float32"),
         (base64.b64encode(b"12345").decode(), "not base64 of float32"),
-        ([[1.0, 2.0]], r"a list of shape \(1, 2\) in place of a vector: token vectors"),
+        ([[1.0, 2.0]], r"a list of shape \(1, 2\) instead of a vector: token vectors"),
         ([[1.0, 2.0], [3.0]], "not a list of numbers"),
         (["1.0", "2.0"], "not a list of numbers"),
         ([True, False], "not a list of numbers"),
         ([{"a": 1}, 2.0], "not a list of numbers"),
         ([None, "x"], "not a list of numbers"),
-        ({"float": [1.0]}, "in place of a vector"),
-        (0.5, "'0.5' in place of a vector"),
+        ({"float": [1.0]}, "instead of a vector"),
+        (0.5, "'0.5' instead of a vector"),
     ],
 )
 def test_a_value_that_is_not_a_vector_is_refused(embedding: object, problem: str) -> None:
@@ -220,7 +220,7 @@ def test_an_answer_without_openais_form_is_refused(content: bytes, problem: str)
         (b"<html>", "not JSON"),
         (b'{"embeddings": [[1.0]]}', "not a list of vectors"),
         (b"null", "not a list of vectors"),
-        (b"[1.0]", "'1.0' in place of a vector"),
+        (b"[1.0]", "'1.0' instead of a vector"),
         (b"[[[1.0]]]", "token vectors"),
     ],
 )

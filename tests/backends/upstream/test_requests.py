@@ -410,7 +410,7 @@ def waiting_texts(queue: str) -> float | None:
     return metrics.REGISTRY.get_sample_value(f"gateway_{queue}_texts", {"model": "patient"})
 
 
-async def test_a_server_has_one_request_of_low_priority_at_a_time(server: StandIn) -> None:
+async def test_a_server_has_one_low_priority_request_at_a_time(server: StandIn) -> None:
     texts = [f"patient {i}" for i in range(6)]
     async with loaded(entry(server, id="patient", upstream={"max_batch_texts": 2})) as backend:
         server.delay_s = 60
@@ -424,7 +424,7 @@ async def test_a_server_has_one_request_of_low_priority_at_a_time(server: StandI
         assert len(server.bodies) == 2
         assert waiting_texts("low_priority_queue") == 6
         assert waiting_texts("queue") == 0
-        with pytest.raises(DeadlineExceeded, match="other requests of low priority were ahead"):
+        with pytest.raises(DeadlineExceeded, match="other low-priority requests were ahead"):
             await backend.embed(job(["another"], seconds=0.05, priority=Priority.LOW))
         waiting.cancel()
         await asyncio.gather(waiting, return_exceptions=True)
@@ -450,7 +450,7 @@ async def test_low_priority_may_have_a_quarter_of_the_texts_on_their_way(server:
         await asyncio.gather(waiting, return_exceptions=True)
 
 
-async def test_halves_of_a_request_of_low_priority_do_not_wait_for_each_other(server: StandIn) -> None:
+async def test_halves_of_a_low_priority_request_do_not_wait_for_each_other(server: StandIn) -> None:
     async with loaded(entry(server)) as backend:
         server.max_texts = 2
         result = await backend.embed(job(priority=Priority.LOW))

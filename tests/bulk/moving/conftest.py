@@ -44,7 +44,7 @@ class HashModel:
     """An embedder.
 
     Attributes:
-        note_of: notes in place of the usual ones, by model.
+        note_of: notes instead of the usual ones, by model.
     """
 
     note_of: ClassVar[dict[str, SpaceNote]] = {}

@@ -261,7 +261,7 @@ class Attend:
         out = qkv.new_empty(len(qkv), number * self._heads.width)
         # With several heads per block, even a text of 16 tokens has work for all warps of its block.
         are_together = texts * number > _FEW
-        unused = qkv, boundaries  # in place of the table and the positions
+        unused = qkv, boundaries  # instead of the table and the positions
         turns = unused if self._table is None or positions is None else (self._table, positions)
         blocks = texts * (-(-number // WARPS) if are_together else number)
         self._launch((blocks, 1, 1), [qkv, boundaries, out, *turns, int(are_together)])
