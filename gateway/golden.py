@@ -171,7 +171,7 @@ def read(path: Path, fingerprint: str, tasks: Collection[str]) -> list[GoldenVec
         golden = [_golden_vector(row) for row in content["vectors"]]
         version, recorded = content["version"], str(content["fingerprint"])
         if version != _VERSION:
-            raise ValueError(f"version {version!r}, known is {_VERSION}")
+            raise ValueError(f"version {version!r}; this gateway reads version {_VERSION}")
     except FileNotFoundError as error:
         raise LoadError(f"{path}: there is no such file; write it with `gateway verify MODEL --record`") from error
     except OSError as error:

@@ -111,7 +111,7 @@ def read(file: str | None, fingerprint: str, sizes: Sequence[int], *, is_normali
     try:
         content = json.loads(read_bounded(path, _MAX_BYTES))
         if content["version"] != _VERSION:
-            raise ValueError(f"version {content['version']!r}, known is {_VERSION}")
+            raise ValueError(f"version {content['version']!r}; this gateway reads version {_VERSION}")
         found = {int(size): _ranges(int(size), row) for size, row in content["ranges"].items()}
         recorded, was_normalized = str(content["fingerprint"]), bool(content["normalized"])
     except FileNotFoundError as error:

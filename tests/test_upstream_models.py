@@ -250,7 +250,7 @@ async def test_recorded_vectors_catch_a_model_that_was_exchanged_between_two_sta
 
     server.weights = "other"
     async with gateway.serving(text) as deployment:
-        assert "gives other vectors than its golden file says" in state(deployment)[1]
+        assert "gives different vectors than its golden file says" in state(deployment)[1]
     assert not all(check.is_passed for check in await asyncio.to_thread(verify, entry, Settings()))
 
     assert await asyncio.to_thread(record_golden, entry, Path(entry.golden)) == 6

@@ -113,7 +113,7 @@ class Store(Contents):
         db.execute("PRAGMA synchronous = FULL")  # an answer that is recorded as written survives a power failure
         (version,) = db.execute("PRAGMA user_version").fetchone()
         if version not in (0, _VERSION):
-            raise sqlite3.DatabaseError(f"it is of version {version}, and this gateway reads {_VERSION}")
+            raise sqlite3.DatabaseError(f"it has version {version}, but this gateway reads version {_VERSION}")
         for statement in _SCHEMA.split(";"):
             db.execute(statement)
         if why := why_other_tables(db, _SCHEMA):

@@ -1,4 +1,4 @@
-"""Embed through a running gateway, as a client of low priority."""
+"""Embed through a running gateway, as a low-priority client."""
 
 from __future__ import annotations
 

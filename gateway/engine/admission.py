@@ -63,7 +63,7 @@ class Admission:
 
     @property
     def num_low_texts(self) -> int:
-        """Texts of low priority that wait."""
+        """Low-priority texts that wait."""
         return self._lanes[Priority.LOW].num_texts
 
     @property

@@ -244,7 +244,7 @@ class FairQueue(Generic[W]):
 
 
 class Lanes(Generic[W]):
-    """Two fair queues; the queue of low priority is served only while the other is empty.
+    """Two fair queues; the low-priority queue is served only while the other is empty.
 
     Not thread-safe: guard it with a lock.
     """

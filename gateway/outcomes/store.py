@@ -120,7 +120,7 @@ class Store:
                     self._db.execute(statement)
                 (version,) = self._db.execute("PRAGMA user_version").fetchone()
                 if version not in (0, _VERSION):
-                    raise StartError(f"{path} is of version {version}, and this gateway reads {_VERSION}")
+                    raise StartError(f"{path} has version {version}, but this gateway reads version {_VERSION}")
                 if why := why_other_tables(self._db, _SCHEMA):
                     raise StartError(
                         f"GATEWAY_STATE_DIR: {path} cannot be opened as a file of experiments: {why}; move it away to start "
@@ -281,7 +281,7 @@ class Reader:
         except sqlite3.Error as error:
             raise StartError(f"{path} is not a file of experiments: {error}") from error
         if version not in (0, _VERSION):
-            raise StartError(f"{path} is of version {version}, and this gateway reads {_VERSION}")
+            raise StartError(f"{path} has version {version}, but this gateway reads version {_VERSION}")
         if why:
             raise StartError(f"{path} is not a file of experiments: {why}")
 

@@ -145,7 +145,7 @@ def test_a_database_of_a_later_version_is_left_alone(tmp_path: Path) -> None:
     with sqlite3.connect(tmp_path / "batches.sqlite3") as db:
         db.execute("PRAGMA user_version = 9")
 
-    with pytest.raises(StartError, match="version 9, and this gateway reads 1"):
+    with pytest.raises(StartError, match="version 9, but this gateway reads version 1"):
         Store(tmp_path, 1 << 30)
 
 

@@ -194,7 +194,7 @@ def test_another_file_is_refused(tmp_path: Path, content: bytes) -> None:
 def test_a_file_of_a_later_version_is_refused(store: Store, path: Path) -> None:
     command(path, "PRAGMA user_version = 7")
 
-    with pytest.raises(StartError, match="is of version 7, and this gateway reads 1"):
+    with pytest.raises(StartError, match="has version 7, but this gateway reads version 1"):
         Store(path, MB)
 
 
@@ -222,7 +222,7 @@ def test_a_reader_needs_every_table_and_its_own_version(store: Store, path: Path
         Reader(path)
 
     command(path, "PRAGMA user_version = 7")
-    with pytest.raises(StartError, match="is of version 7, and this gateway reads 1"):
+    with pytest.raises(StartError, match="has version 7, but this gateway reads version 1"):
         Reader(path)
 
 

@@ -43,7 +43,7 @@ _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 2.0
 _CHARS_PER_TOKEN = 4
 # Reading more numbers from one answer would block the event loop for more than 50 ms.
 _MAX_NUMBERS = 131_072
-# Jobs of low priority may have this fraction (1/4) of the limit on texts in flight, in addition to the others.
+# Low-priority jobs may use this fraction (1/4) of the limit on texts in flight, in addition to the others.
 _LOW_PART = 4
 
 
@@ -169,12 +169,12 @@ class UpstreamBackend:
             raise ShuttingDown("the gateway is shutting down", retry_after_s=RETRY_AFTER_S)
 
     def _admit(self, job: EmbedJob) -> None:
-        limit, num_before, which = self._settings.max_queue_texts, self._num_texts, ""
+        limit, num_before, kind = self._settings.max_queue_texts, self._num_texts, ""
         if job.priority is Priority.LOW:
-            limit, num_before, which = limit // _LOW_PART, self._num_low_texts, " of low priority"
+            limit, num_before, kind = limit // _LOW_PART, self._num_low_texts, "low-priority "
         if num_before and num_before + len(job.texts) > limit:
             raise Overloaded(
-                f"model {self._entry.id!r} is full: {num_before} texts{which} are in progress, and this request has "
+                f"model {self._entry.id!r} is full: {num_before} {kind}texts are in progress, and this request has "
                 f"{len(job.texts)}; the limit is {limit}",
                 retry_after_s=1,
             )
@@ -257,7 +257,7 @@ class UpstreamBackend:
                 self._pool.low_turns.release()
 
     async def _take_low_turn(self, job: EmbedJob) -> None:
-        """Wait for a turn of low priority. Servers have no priorities, so each gets one such request at a time."""
+        """Wait for a low-priority turn. Servers have no priorities, so each gets one such request at a time."""
         try:
             async with asyncio.timeout(job.deadline - time.monotonic()):
                 await self._pool.low_turns.acquire()

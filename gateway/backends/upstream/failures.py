@@ -22,11 +22,11 @@ _MAX_SHOWN = 5
 _REFUSALS = {400, 413, 422}
 _OPERATOR_FAULTS = {
     401: "refuses the API key",
-    402: "wants to be paid",
+    402: "requires payment",
     403: "refuses the API key",
-    404: "knows no such path or model",
-    405: "knows no such path",
-    410: "has no such model any more",
+    404: "has no such path or model",
+    405: "has no such path",
+    410: "no longer has the model",
 }
 # llama.cpp's messages about a single text, sent with status 500; its "physical batch" is a number of tokens.
 _TEXT_WORDS = re.compile(r"context size|too large to process", re.IGNORECASE)

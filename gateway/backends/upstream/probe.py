@@ -93,7 +93,7 @@ async def take_probe(
             if probe is None:
                 probe, giver = Probe(model, tasks, await _take(server, tasks)), f"{server.name} gives"
             elif problem := await probe.compare(server):
-                wrong = f"{server.name} gives other vectors than {giver}: {problem}"
+                wrong = f"{server.name} gives different vectors than {giver}: {problem}"
                 if not server.is_found:
                     raise LoadError(wrong)
                 reasons.append(wrong)

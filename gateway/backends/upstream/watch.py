@@ -90,7 +90,9 @@ class Watch:
         else:
             if problem:
                 has_served = server.breaker.is_closed
-                server.shut_out(f"{server.name} gives other vectors than before, and may run another model: {problem}")
+                server.shut_out(
+                    f"{server.name} gives different vectors than before, so it may run another model: {problem}"
+                )
                 if (
                     has_served
                 ):  # its last vectors may be wrong, so a cache of the model is emptied even if other servers work

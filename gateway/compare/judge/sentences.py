@@ -35,7 +35,7 @@ _TEMPLATES = {
         "People checked too few queries to distinguish {arm} from {baseline}: {num_checked} whole ones, and {num_untied} of "
         "them differ; at least {min_checked} and {min_untied} are needed."
     ),
-    JudgeVerdict.TOO_MANY_UNJUDGED: "No verdict on {arm}: {unjudged} of the pairs have no grade, and the limit is {limit}.",
+    JudgeVerdict.TOO_MANY_UNJUDGED: "No verdict on {arm}: {unjudged} of the pairs have no grade; the limit is {limit}.",
     JudgeVerdict.UNUSABLE: (
         "This judge cannot be used: its kappa may be as low as {kappa}, and at least {min_kappa} is needed. "
         "By people alone, {arm} against {baseline}: {measure} {people}."

@@ -104,7 +104,7 @@ async def test_a_new_address_gets_requests_once_it_gives_the_right_vectors(pods:
         wrong = await pods.add(2, weights="other")
         right = await pods.add(3)
         await wait_until(lambda: working(backend) == ["127.0.0.1", "127.0.0.3"])
-        await wait_until(lambda: "other vectors" in backend.servers[1].breaker.reason)
+        await wait_until(lambda: "different vectors" in backend.servers[1].breaker.reason)
         asked = len(wrong.bodies)
         for _ in range(20):
             await backend.embed(job(["a text of a client"]))
@@ -165,7 +165,7 @@ async def test_an_address_that_comes_back_while_it_leaves_is_checked_again(
         await wait_until(lambda: len(backend.servers) == 1)
         other.weights = "other"
         pods.addresses.append(other.host)
-        await wait_until(lambda: len(backend.servers) == 2 and "other vectors" in backend.servers[1].breaker.reason)
+        await wait_until(lambda: len(backend.servers) == 2 and "different vectors" in backend.servers[1].breaker.reason)
 
         assert working(backend) == ["127.0.0.1"]
 
@@ -196,7 +196,7 @@ async def test_when_all_pods_are_exchanged_at_once_the_old_ones_serve_until_a_ne
     async with loaded(pods.entry(probe_interval_s=0.1), states, pods.resolver) as backend:
         new = await pods.add(2, weights="other")
         pods.addresses.remove("127.0.0.1")
-        await wait_until(lambda: "other vectors" in backend.servers[0].breaker.reason)
+        await wait_until(lambda: "different vectors" in backend.servers[0].breaker.reason)
         await backend.embed(job())
         assert working(backend) == ["127.0.0.1"]
         new.weights = "first"

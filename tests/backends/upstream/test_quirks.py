@@ -127,7 +127,7 @@ async def test_a_server_that_does_one_task_differently_is_refused(servers: tuple
     servers[1].vector = lambda text, task: plain(text, "other" if task == "passage" else task)  # type: ignore[method-assign]
     reason = await why_not_loaded(UpstreamBackend(entry(*servers, upstream={"tasks": TASKS}), Settings()))
 
-    assert f"127.0.0.1:{servers[1].port} gives other vectors than 127.0.0.1:{servers[0].port}" in reason
+    assert f"127.0.0.1:{servers[1].port} gives different vectors than 127.0.0.1:{servers[0].port}" in reason
     assert "(task retrieval.passage)" in reason
 
 
@@ -136,7 +136,7 @@ async def test_a_server_that_forgets_the_tasks_is_shut_out(server: StandIn) -> N
     async with loaded(entry(server, upstream={"tasks": TASKS}), states, golden_interval_s=0.2):
         server.task_field = ""
         reason = await states.wait_for(ModelState.RECOVERING)
-        assert "gives other vectors than before" in reason
+        assert "gives different vectors than before" in reason
         server.task_field = None
         await states.wait_for(ModelState.READY)
 

@@ -187,7 +187,7 @@ async def test_a_wrong_key_is_said_so(server: StandIn) -> None:
 async def test_servers_with_different_models_are_refused(servers: tuple[StandIn, StandIn]) -> None:
     servers[1].weights = "other"
 
-    with pytest.raises(LoadError, match=rf"127.0.0.1:{servers[1].port} gives other vectors than 127.0.0.1"):
+    with pytest.raises(LoadError, match=rf"127.0.0.1:{servers[1].port} gives different vectors than 127.0.0.1"):
         await UpstreamBackend(entry(*servers), Settings()).plan()
 
 
@@ -323,7 +323,7 @@ async def test_another_model_behind_the_same_name_is_shut_out(server: StandIn) -
         server.weights = "first"
         await states.wait_for(ModelState.READY)
 
-    assert "gives other vectors than before, and may run another model" in reason
+    assert "gives different vectors than before, so it may run another model" in reason
 
 
 async def test_other_vectors_of_one_of_two_servers_are_reported_once(servers: tuple[StandIn, StandIn]) -> None:
@@ -336,7 +336,7 @@ async def test_other_vectors_of_one_of_two_servers_are_reported_once(servers: tu
         await wait_until(lambda: len(servers[0].bodies) > num_trials + 2)  # it is probed again and again
         np.testing.assert_array_equal((await backend.embed(job())).vectors, expected())
     assert [state for state, _reason in states.reported] == [ModelState.RECOVERING, ModelState.READY]
-    assert "gives other vectors than before" in states.reported[0][1]
+    assert "gives different vectors than before" in states.reported[0][1]
 
 
 async def test_a_server_that_comes_back_with_another_model_is_not_let_in(servers: tuple[StandIn, StandIn]) -> None:
@@ -443,7 +443,7 @@ async def test_low_priority_may_have_a_quarter_of_the_texts_on_their_way(server:
         waiting = asyncio.create_task(backend.embed(job(["a"] * 8, priority=Priority.LOW)))
         await wait_until(lambda: len(server.bodies) > 0)
         with pytest.raises(
-            Overloaded, match="8 texts of low priority are in progress, and this request has 3; the limit is 10"
+            Overloaded, match="8 low-priority texts are in progress, and this request has 3; the limit is 10"
         ):
             await backend.embed(job(["b"] * 3, priority=Priority.LOW))
         waiting.cancel()
