@@ -42,9 +42,7 @@ WORDS: Final = {
     r"\w+, say\b(?=[,.;:)])|, say, ": "for example, such as",
     r"(?:that|what|which|all|those|whether) there (?:is|are|was|were)": "name the thing",
     r"(?:tokens|texts|requests|vectors|numbers|times|lines|batches|bytes|MiB|MB) an? (?:second|minute|hour|day)": "per",
-    r"(?:is|are|was|were) no (?:markup|vectors?|model|number|text|JSON|HTTP|embedder|error|fault|gift|guard|package)": (
-        "is not a ..."
-    ),
+    r"(?<!here\s)(?:is|are|was|were) no (?!longer|more|less|one|such|need|obstacle|reason|\w+er\b)[a-z]+": "is not a ...",
     r"held against": "compared with, checked against",
     r"(?:goes|go|going|went|gone) on": "continue, resume",
     r"afterwards": "after that, at the end",

@@ -157,7 +157,7 @@ class Model:
                 self._is_idle.set()
 
     async def retire(self, grace_s: float) -> None:
-        """Stop the backend for good when its last request has ended, or after a grace period."""
+        """Stop the backend permanently when its last request has ended, or after a grace period."""
         self._is_retired = True
         try:
             if self._num_in_flight:

@@ -75,7 +75,7 @@ class Recorder:
         self._tallies: dict[Key, Tally] = {}
 
     def offer(self, second: int, label: str) -> None:
-        """Count a request that is to be sent now."""
+        """Count a request that is about to be sent."""
         self._at(second, label).offered += 1
 
     def answer(

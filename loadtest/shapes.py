@@ -73,7 +73,7 @@ class PlannedShape(LoadTestShape):
         self._slot: Slot | None = None
 
     def tick(self) -> Tick | None:
-        """Return how many users of which target there are to be; ``None`` at the end."""
+        """Return the number of users that each target should have; ``None`` at the end."""
         now = self.get_run_time()
         slot = self._plan.slot_at(now)
         if slot is not None and slot is not self._slot:
@@ -121,7 +121,7 @@ class KneeShape(LoadTestShape):
         self._ticks = self._run()
 
     def tick(self) -> Tick | None:
-        """Return how many turns a second there are to be, and of which target; ``None`` at the end."""
+        """Return the number of turns per second that each target should have; ``None`` at the end."""
         return next(self._ticks, None)
 
     def _run(self) -> Iterator[Tick]:

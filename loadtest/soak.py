@@ -202,7 +202,7 @@ def _run(victim: Victim, folder: Path, seconds: float, peak: int, faults: Sequen
 
 @contextmanager
 def loading(command: Sequence[str]) -> Iterator[subprocess.Popen[bytes]]:
-    """Start the load, which ends at the latest with the run, however that ends."""
+    """Start the load, and end it with the run, even if the run fails."""
     # A command in a shell's background ignores SIGINT, and so would the load, which that signal ends: it gets this handler's
     # default instead.
     ignored = signal.signal(signal.SIGINT, signal.default_int_handler)

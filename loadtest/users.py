@@ -60,7 +60,7 @@ class EmbeddingUser(FastHttpUser):
         """Send the requests of a turn, one after another.
 
         Args:
-            due: when the first is to be sent, by ``time.perf_counter``; a delay counts as latency.
+            due: the time at which the first should be sent, by ``time.perf_counter``; a delay counts as latency.
         """
         run = self.run_state
         for ask in WORKLOADS[run.options.workload](run.texts[self.target.label], self.rng):

@@ -37,7 +37,7 @@ from gateway.engine import cards
 from gateway.fleet import Fleet, Model
 from gateway.types import ModelState
 
-# A machine that is busy is no failure.
+# A busy machine is not a failure.
 settings.register_profile("patient", deadline=None)
 settings.load_profile("patient")
 

@@ -1,4 +1,4 @@
-"""Programs that tests hold the gateway against. A developer may do without them; CI may not."""
+"""Programs that tests compare the gateway with. A developer need not install them; CI must."""
 
 from __future__ import annotations
 

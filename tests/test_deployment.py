@@ -377,7 +377,7 @@ async def test_an_alias_may_move_inside_its_space(gateway: Gateway) -> None:
     assert deployment.router.resolve("name", None).info.id == "twin"
 
 
-async def test_another_task_of_the_same_family_is_no_move(gateway: Gateway) -> None:
+async def test_another_task_of_the_same_family_is_not_a_move(gateway: Gateway) -> None:
     """Queries and passages share a space; an alias that goes from one to the other stays comparable."""
     text = models(one="a-tasks") + "aliases:\n  name: {model: one, task: %s}\n"
     deployment = await gateway.start(text % "query")

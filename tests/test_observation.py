@@ -83,7 +83,7 @@ async def test_a_request_is_counted_under_its_task(
     assert outcomes() == {(label, "overloaded" if is_failing else "ok"): 1}
 
 
-async def test_a_task_that_a_client_makes_up_is_no_label(make_model: MakeModel, make_fleet: MakeFleet) -> None:
+async def test_a_task_that_a_client_makes_up_is_not_a_label(make_model: MakeModel, make_fleet: MakeFleet) -> None:
     embedding = await service(make_model, make_fleet)
 
     with pytest.raises(RequestError) as caught:

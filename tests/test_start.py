@@ -238,8 +238,8 @@ gateway.cli.tables.print_serving = lambda *_a, **_k: print(len(gc.get_objects())
 """
 
 
-def test_a_full_collection_of_garbage_has_little_to_look_at(tmp_path: Path) -> None:
-    """Libraries, routes and models stay for good: with them, it would stop all requests for a tenth of a second."""
+def test_a_full_garbage_collection_has_little_to_scan(tmp_path: Path) -> None:
+    """Libraries, routes and models are not scanned: with them, it would stop all requests for a tenth of a second."""
     with gateway(tmp_path, COUNT_OBJECTS) as (process, _log):
         assert process.stdout is not None
         watched, frozen = (int(number) for number in process.stdout.readline().split())

@@ -4,11 +4,11 @@
 
     make image-proof
 
-Real are: every step of ``Dockerfile`` and of ``compose/mem0/Dockerfile``, done by podman's own builder; the secrets
-of ``compose/make-secrets.sh``; and the containers, run by podman. Not real is the base image. In its place is a
-Debian of the same release with Debian's own Python 3.11, made by debootstrap.
+These are real: every step of ``Dockerfile`` and of ``compose/mem0/Dockerfile``, run by podman's own builder; the
+secrets of ``compose/make-secrets.sh``; and the containers, run by podman. Only the base image is not: debootstrap makes
+a Debian of the same release, with Debian's own Python 3.11, to replace it.
 
-Needs root, and ``apt-get install --no-install-recommends debootstrap podman runc``. Everything that it makes lies in
+Needs root, and ``apt-get install --no-install-recommends debootstrap podman runc``. Everything that it makes is in
 ``build/image-proof``; with ``--keep`` it stays there, and the next run makes no new base.
 """
 

@@ -110,7 +110,7 @@ class Replica:
         """Raise an error if only a new process can help, which Serve then starts.
 
         Raises:
-            RuntimeError: the model has failed for good, or cannot be reloaded in this process.
+            RuntimeError: the model has failed permanently, or cannot be reloaded in this process.
         """
         if self._host is not None and (reason := self._host.why_unwell(self._patience_s)):
             raise RuntimeError(reason)

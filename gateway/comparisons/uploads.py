@@ -32,7 +32,7 @@ _JUDGMENT_NAMES: Final = (
     ("corpus-id", "corpus_id", "document", "document-id", "document_id"),
     ("score", "grade", "relevance"),
 )
-# Files that are no tables, by their first bytes: enough of them that no text begins so. A spreadsheet is an archive.
+# Files that are not tables, by their first bytes: enough of them that no text begins so. A spreadsheet is an archive.
 _NO_TABLES: Final = (
     ((b"\xff\xfe", b"\xfe\xff"), "is in UTF-16 or UTF-32: save it as UTF-8"),
     ((b"PK\x03\x04", b"\xd0\xcf\x11\xe0"), "is a spreadsheet or an archive: save it as CSV in UTF-8"),

@@ -70,7 +70,7 @@ class ModelEntry(Frozen):
     )
     license_accepted: bool = Field(
         default=False,
-        description="Accepts a license that forbids commercial use (CC BY-NC and the like). Without it, or `enabled: true`, "
+        description="Accepts a license that forbids commercial use (CC BY-NC, for example). Without it, or `enabled: true`, "
         "such weights are not downloaded. Weights that are on this machine are served in any case.",
     )
     enabled: Enabled = Field(
@@ -83,7 +83,7 @@ class ModelEntry(Frozen):
     )
     load: Literal["eager", "on_demand"] = Field(
         default="eager",
-        description="Time at which the model is loaded. `eager`: at the start, for good. `on_demand`: when a request "
+        description="Time at which the model is loaded. `eager`: at the start, and then kept. `on_demand`: when a request "
         "needs it; it leaves the memory when another model needs the room. At the start, only its description is "
         "read.",
     )

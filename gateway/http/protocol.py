@@ -20,7 +20,7 @@ from gateway.telemetry import metrics
 log = structlog.get_logger(__name__)
 
 REFUSED: Final = "gateway.refused"
-"""The key in the scope of a request that is to be refused; its value is the error to answer with."""
+"""The key in the scope of a request to refuse; its value is the error to answer with."""
 
 MAX_HEADERS: Final = 500
 """The maximum number of headers in a request. An empty header takes 4 bytes on the wire, and 150 bytes here."""

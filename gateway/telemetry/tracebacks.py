@@ -49,7 +49,7 @@ def format_traceback(error: BaseException) -> str:
 
 
 def exception_of(event: EventDict) -> BaseException | None:
-    """Return the exception that is to be logged with an event."""
+    """Return the exception to log with an event."""
     exc_info = event.get("exc_info")
     if isinstance(exc_info, BaseException):
         return exc_info

@@ -71,7 +71,7 @@ def test_small_requests_get_in_where_large_ones_of_the_same_client_are_refused(b
 def test_memory_that_is_given_back_is_free_again(budget: MemoryBudget) -> None:
     held = fill(budget, "ann", 10 * MIB)
     for reservation in held:
-        reservation.shrink(11 * MIB)  # is no growth
+        reservation.shrink(11 * MIB)  # does not grow
         reservation.shrink(1 * MIB)
     assert budget.num_bytes == len(held) * MIB
     for reservation in held:

@@ -71,7 +71,7 @@ PREFIXED = [({"root_path": "/ai/embed"}, {}), ({}, {"x-forwarded-prefix": "/ai/e
 
 @pytest.mark.parametrize(("settings", "headers"), PREFIXED, ids=["setting", "header"])
 @pytest.mark.parametrize("prefix", ["", "/ai/embed"], ids=["taken off", "left on"])
-async def test_a_prefix_is_no_part_of_the_path(
+async def test_a_prefix_is_not_part_of_the_path(
     connect: Connect, settings: dict[str, str], headers: dict[str, str], prefix: str
 ) -> None:
     client = await connect(**settings, api_keys=KEY)
@@ -112,7 +112,7 @@ async def test_without_a_prefix_paths_have_none(client: httpx.AsyncClient) -> No
 
 
 @pytest.mark.parametrize("prefix", ["nothing", "//", "/a//b", "/<script>", '/"', "/a b", "/" + "a" * 300, "/../a?", ""])
-async def test_a_prefix_that_is_no_path_is_ignored(client: httpx.AsyncClient, prefix: str) -> None:
+async def test_a_prefix_that_is_not_a_path_is_ignored(client: httpx.AsyncClient, prefix: str) -> None:
     response = await client.get("/openapi.json", headers={"x-forwarded-prefix": prefix})
 
     assert response.status_code == 200

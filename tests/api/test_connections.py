@@ -578,7 +578,7 @@ def test_a_client_that_asks_before_a_large_body_is_refused_and_may_continue(
     assert answer_of(connection, "POST")[0] in (413, 400)
 
 
-def test_the_rest_of_a_refused_body_is_no_second_error(connect: Callable[..., socket.socket]) -> None:
+def test_the_rest_of_a_refused_body_does_not_cause_a_second_error(connect: Callable[..., socket.socket]) -> None:
     connection = connect(max_header_bytes=4096)
     before = sample("gateway_errors_total", code="headers_too_large")
     connection.sendall(

@@ -1057,7 +1057,7 @@ async def test_health_and_documentation_need_no_key(connect: Connect, path: str)
     assert (await client.get(path)).status_code == 200
 
 
-async def test_a_body_that_is_too_large_is_no_way_around_a_key(connect: Connect) -> None:
+async def test_a_body_that_is_too_large_does_not_bypass_the_key(connect: Connect) -> None:
     client = await connect(api_keys=KEY, max_body_bytes=10)
 
     assert (await embed(client)).status_code == 401

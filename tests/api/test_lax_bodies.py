@@ -321,7 +321,9 @@ async def test_the_query_may_be_written_like_a_document(client: httpx.AsyncClien
         ("/api/embed", {"input": "a"}),
     ],
 )
-async def test_the_default_tag_of_ollama_is_no_task(client: httpx.AsyncClient, path: str, body: dict[str, Any]) -> None:
+async def test_the_default_tag_of_ollama_is_not_a_task(
+    client: httpx.AsyncClient, path: str, body: dict[str, Any]
+) -> None:
     response = await client.post(path, json={**body, "model": "mini:latest"})
 
     assert response.status_code == 200, response.text

@@ -25,7 +25,7 @@ def test_vectors_read_back_exactly(width: int, length: int) -> None:
     np.testing.assert_array_equal(np.array(written, np.float32).reshape(-1, width), vectors)
 
 
-def test_many_vectors_are_no_large_piece() -> None:
+def test_many_vectors_are_not_a_large_piece() -> None:
     vectors = np.random.default_rng(5).standard_normal((4_096, 1_024)).astype(np.float32)
 
     sizes = [len(piece) for piece in pieces.in_pieces(pieces.vector_list(vectors))]

@@ -409,7 +409,7 @@ async def test_wrong_fields_of_embed(client: httpx.AsyncClient, body: dict) -> N
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff"])
-async def test_a_body_that_is_no_object(client: httpx.AsyncClient, content: bytes) -> None:
+async def test_a_body_that_is_not_an_object(client: httpx.AsyncClient, content: bytes) -> None:
     error(await client.post("/tei/jina/embed", content=content), 422, "Validation")
 
 

@@ -130,7 +130,7 @@ def test_a_client_s_batches_are_listed_and_no_other_s(open_store: OpenStore) -> 
     assert [batch.id for batch in store.batches("another", Page())] == [other.id]
 
 
-@pytest.mark.parametrize("content", [b"this is no database" * 100, b"SQLite format 3\x00" + b"\xff" * 5000])
+@pytest.mark.parametrize("content", [b"this is not a database" * 100, b"SQLite format 3\x00" + b"\xff" * 5000])
 def test_a_database_that_is_damaged_is_named_at_the_start(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "batches.sqlite3").write_bytes(content)
 
@@ -150,7 +150,7 @@ def test_a_database_of_a_later_version_is_left_alone(tmp_path: Path) -> None:
 
 
 def test_a_database_with_other_tables_is_named_at_the_start(tmp_path: Path) -> None:
-    """Otherwise every list of files is an error for good."""
+    """Otherwise every later list of files would be an error."""
     Store(tmp_path, 1 << 30).close()
     with sqlite3.connect(tmp_path / "batches.sqlite3") as db:
         db.execute("ALTER TABLE files DROP COLUMN purpose")
@@ -162,7 +162,7 @@ def test_a_database_with_other_tables_is_named_at_the_start(tmp_path: Path) -> N
 @pytest.mark.parametrize("damage", ["{}", "[]", "{", '{"status": "completed", "end": "completed", "errors": []}'])
 @pytest.mark.parametrize("is_open", [0, 1])
 def test_a_damaged_row_of_a_batch_is_named_at_the_start(tmp_path: Path, damage: str, is_open: int) -> None:
-    """Otherwise every list of batches is an error for good."""
+    """Otherwise every later list of batches would be an error."""
     Store(tmp_path, 1 << 30).close()
     with sqlite3.connect(tmp_path / "batches.sqlite3") as db:
         db.execute(
@@ -390,7 +390,7 @@ def test_pages_together_are_the_whole_list(open_store: OpenStore, limit: int, is
         found += [file.id for file in page]
 
     assert found == (ids if is_ascending else ids[::-1])
-    with pytest.raises(BadInput, match="after"):  # the id of another client is no place in a list
+    with pytest.raises(BadInput, match="after"):  # the id of another client is not a position in a list
         store.files("another", Page(ids[3]))
 
 

@@ -339,7 +339,7 @@ def test_a_folder_with_other_files_is_refused(tmp_path: Path) -> None:
     assert [path.name for path in folder.iterdir()] == ["notes.txt"]
 
 
-def test_a_sink_within_the_source_is_no_part_of_it(tmp_path: Path) -> None:
+def test_a_sink_within_the_source_is_not_part_of_it(tmp_path: Path) -> None:
     folder = tmp_path / "docs"
     folder.mkdir()
     write(folder / "a.jsonl", ["one", "two", "three"])

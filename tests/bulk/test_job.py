@@ -415,7 +415,7 @@ def test_a_damaged_manifest_says_what_to_do(damage: str, tmp_path: Path) -> None
         manifest.begin({"sink": "out"})
 
 
-def test_a_database_of_another_program_is_no_manifest(tmp_path: Path) -> None:
+def test_a_database_of_another_program_is_not_a_manifest(tmp_path: Path) -> None:
     with closing(sqlite3.connect(tmp_path / "shop.db")) as db:
         db.execute("CREATE TABLE users (name)")
         db.commit()

@@ -248,7 +248,7 @@ for name in ("vectors", "rows", "grades"):
 """
 
 
-def test_a_full_disk_is_said_and_is_no_traceback(tmp_path: Path) -> None:
+def test_a_full_disk_is_reported_without_a_traceback(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", FULL_DISK, str(tmp_path)], check=False, capture_output=True, text=True)
     lines = done.stderr.splitlines()
     assert [line.partition(":")[0] for line in lines] == ["vectors", "rows", "grades"], done.stderr

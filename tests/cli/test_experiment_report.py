@@ -190,7 +190,7 @@ def test_the_key_comes_from_the_environment(
     gateway_answers(respond)
     monkeypatch.setenv("EMBEDDINGS_API_KEY", "usual")
     monkeypatch.setenv("MY_KEY", "mine\n")
-    monkeypatch.setenv("NO_TEXT", "\udcff")  # a byte that is no UTF-8
+    monkeypatch.setenv("NO_TEXT", "\udcff")  # a byte that is not UTF-8
 
     run("exp")
     run("exp", "--api-key-env", "MY_KEY")

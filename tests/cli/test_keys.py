@@ -222,7 +222,7 @@ def test_a_wrong_file_is_not_extended(tmp_path: Path) -> None:
     assert file.read_text() == "version: 1\nkeys:\n  - {name: one}\n"
 
 
-def test_keys_that_are_no_plain_list_are_left_to_people(tmp_path: Path) -> None:
+def test_keys_that_are_not_a_plain_list_are_left_to_people(tmp_path: Path) -> None:
     file = tmp_path / "keys.yaml"
     text = f"version: 1\n<<: &more\n  keys: [{{name: one, sha256: {DIGEST}}}]\n"
     file.write_text(text)

@@ -40,7 +40,7 @@ def test_text_is_escaped() -> None:
     assert "<title>a &lt; b</title>" in drawing
     assert "<title>&lt;i&gt;</title>" in drawing
     assert 'aria-label="&quot;&gt;&lt;script&gt;"' in drawing
-    assert 'd="M0.0 1L1000.0 2"' in drawing, "a point by itself is no line"
+    assert 'd="M0.0 1L1000.0 2"' in drawing, "a point by itself is not a line"
 
 
 def test_every_symbol_is_drawn_differently() -> None:

@@ -307,7 +307,7 @@ async def test_cost_is_measured_in_turns(gateway: FakeGateway, write_data: Write
     assert not any("cost" in note for note in found.notes)
 
 
-async def test_an_experiment_is_no_arm(gateway: FakeGateway, write_data: WriteData) -> None:
+async def test_an_experiment_is_not_an_arm(gateway: FakeGateway, write_data: WriteData) -> None:
     def say_experiment(body: dict[str, Any]) -> httpx.Response | None:
         if body["model"] != "plain":
             return None

@@ -393,7 +393,7 @@ def test_an_empty_form_says_what_to_do(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("score", ["1000001", "-1000001", str(2**31 - 1), str(-(2**40)), "9" * 5000, "1_0", "٣"])
 def test_a_score_that_the_measures_cannot_take_is_reported(write_data: WriteData, score: str) -> None:
-    """trec_eval crashes on some of them, and others are no numbers in any file of judgments."""
+    """trec_eval crashes on some of them, and others are not numbers in any file of judgments."""
     folder = write_data()
     (folder / "qrels" / "test.tsv").write_text(f"query-id\tcorpus-id\tscore\nq0\td0\t{score}\n")
     with pytest.raises(
@@ -410,7 +410,7 @@ def test_an_id_that_no_file_of_judgments_can_name_is_said(write_data: WriteData,
         read_dataset(folder, None)
 
 
-def test_names_that_are_too_long_are_no_traceback(write_data: WriteData) -> None:
+def test_names_that_are_too_long_cause_no_traceback(write_data: WriteData) -> None:
     long = Path("/tmp", "a" * 300)  # noqa: S108  never made
     with pytest.raises(CompareError, match="is not a folder"):
         read_dataset(long, None)

@@ -88,7 +88,7 @@ async def test_a_failure_shows_the_last_lines(make_jobs: Callable[[str], Jobs]) 
     assert len(job.problem.splitlines()) == 20
 
 
-async def test_lines_that_are_no_progress_do_no_harm(make_jobs: Callable[[str], Jobs]) -> None:
+async def test_lines_that_do_not_show_progress_do_no_harm(make_jobs: Callable[[str], Jobs]) -> None:
     strange = [
         "[]",
         "1",

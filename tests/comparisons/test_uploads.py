@@ -67,7 +67,7 @@ def test_each_kind_of_file_is_understood(tmp_path: Path, documents: Table) -> No
     }
 
 
-@pytest.mark.parametrize("text", ["PAR1 bulbs", "BZh is no word"])
+@pytest.mark.parametrize("text", ["PAR1 bulbs", "BZh is not a word"])
 def test_a_text_may_begin_like_the_name_of_a_format(tmp_path: Path, text: str) -> None:
     store(tmp_path, documents=table("documents", text, "my.txt"), queries=QUERIES)
     assert read_dataset(tmp_path / "mine", None).documents == {"1": text}

@@ -206,7 +206,7 @@ def test_an_empty_variable_counts_as_unset() -> None:
     assert (settings.port, settings.api_keys) == (8000, ())
 
 
-def test_an_override_wins_and_none_is_no_override() -> None:
+def test_an_override_wins_and_none_is_not_an_override() -> None:
     settings = load_settings({"GATEWAY_PORT": "9000", "GATEWAY_HOST": "::1"}, port=9001, host=None)
 
     assert (settings.port, settings.host) == (9001, "::1")
@@ -323,7 +323,7 @@ def test_a_wrong_override_is_reported_as_an_option() -> None:
     assert (problem.file, problem.key) == ("command line", "--max-inputs")
 
 
-def test_an_override_that_is_no_setting_is_a_mistake_in_the_program() -> None:
+def test_an_override_of_an_unknown_setting_is_a_bug() -> None:
     with pytest.raises(TypeError, match="not settings: prot"):
         load_settings({}, prot=1)
 

@@ -314,7 +314,7 @@ def test_only_queries_that_differ_are_drawn_with_sides_by_chance_and_one_in_ten_
     assert all(turn.is_swapped != sides[turn.pair] for turn in repeats)
 
 
-def test_arms_that_never_differ_are_no_duel() -> None:
+def test_arms_that_never_differ_have_no_duel() -> None:
     with pytest.raises(BadInput, match="the same for every query"):
         draw(make_queries(20, same=20), "a", "b", seed=1)
 
@@ -343,7 +343,7 @@ def test_ties_skips_and_repeats_do_not_count_as_votes_for_either() -> None:
     assert stand(duel, votes, "you").next_turn == 0
 
 
-def test_a_preference_alone_is_no_judgment() -> None:
+def test_a_preference_alone_is_not_a_judgment() -> None:
     duel = draw(make_queries(30), "a", "b", seed=1)
     only = [vote(0, "left", "a")]
     assert qrels(duel, only) == "query-id\tcorpus-id\tscore\n"

@@ -1,4 +1,4 @@
-"""Reads queries in Datadog's language, as far as the dashboard, the monitors and the objectives use it."""
+"""Reads the part of Datadog's query language that the dashboard, the monitors and the objectives use."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def formula_names(formula: str, names: set[str]) -> None:
     """Check a formula over queries with these names.
 
     Raises:
-        NotAQuery: it has another name, or is no arithmetic.
+        NotAQuery: it has another name, or is not arithmetic.
     """
     _check_arithmetic(formula, names)
 
@@ -143,7 +143,7 @@ def check(asked: Asked) -> None:
         raise NotAQuery(f"{asked.metric} has no {unknown}")
     is_of_values = asked.aggregation[0] == "p" or "(" in asked.aggregation or asked.aggregation == "count"
     if is_of_values and metric.kind != "distribution":
-        raise NotAQuery(f"{asked.aggregation} of {asked.metric}, which is no distribution")
+        raise NotAQuery(f"{asked.aggregation} of {asked.metric}, which is not a distribution")
     is_counted = bool({"as_rate", "as_count"} & set(asked.functions))
     must_be_counted = metric.kind == "count" or asked.aggregation.startswith("count")
     if is_counted != must_be_counted:

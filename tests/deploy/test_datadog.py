@@ -228,7 +228,7 @@ def test_the_metrics_of_a_query_are_found() -> None:
     assert second == Asked("p99.9", "e", (("f", ("g", "h")),), ("i", "j"), ("as_rate",), frozenset())
 
 
-def test_the_status_of_a_response_is_no_severity() -> None:
+def test_the_status_of_a_response_is_not_a_severity() -> None:
     """Datadog takes an attribute `status` for the severity, and 200 for an emergency: it goes away first."""
     first, second, *_ = PIPELINE["processors"]
 

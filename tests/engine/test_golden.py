@@ -197,7 +197,7 @@ MALFORMED: dict[str, str | bytes] = {
     "a text that is a number": content(vectors=[{**ROW, "text": 1}]),
     "a task that is a number": content(vectors=[{**ROW, "task": 1}]),
     "a vector of numbers": content(vectors=[{**ROW, "vector": [1.0, 0.0]}]),
-    "a vector that is no base64": content(vectors=[{**ROW, "vector": "A"}]),
+    "a vector that is not base64": content(vectors=[{**ROW, "vector": "A"}]),
     "a vector with characters that are not base64": content(vectors=[{**ROW, "vector": "AACA PwAAAAA="}]),
     "a vector cut short": content(vectors=[{**ROW, "vector": "AACAPwAA"}]),
 }

@@ -147,7 +147,7 @@ def test_tasks_have_their_canonical_names(make_checkpoint: MakeCheckpoint) -> No
     assert info.default_task == "retrieval.passage"
 
 
-def test_prompts_that_are_all_empty_are_no_tasks(make_checkpoint: MakeCheckpoint) -> None:
+def test_prompts_that_are_all_empty_are_not_tasks(make_checkpoint: MakeCheckpoint) -> None:
     folder = make_checkpoint(sentence={"prompts": {"query": "", "document": ""}})
 
     assert plan_load(entry(folder)).info.tasks == {}

@@ -61,7 +61,7 @@ def test_an_arm_that_fails_more_is_found() -> None:
     assert found(make_arms(np.random.default_rng(24), 2_000, error_rates=(0.1, 0.02)))["errors"].verdict == "better"
 
 
-def test_texts_of_other_lengths_are_no_difference() -> None:
+def test_texts_of_other_lengths_make_no_difference() -> None:
     """The seconds of one arm are three times those of the other, and so is the work."""
     rng = np.random.default_rng(25)
     arms = (ArmCounts(), ArmCounts())

@@ -181,7 +181,7 @@ def test_a_single_arm_with_weight_needs_no_test() -> None:
 
 
 @given(st.lists(st.tuples(st.integers(0, 10**7), st.floats(1e-3, 1e3)), min_size=2, max_size=6))
-def test_counts_as_the_weights_ask_are_no_mismatch(arms: list[tuple[int, float]]) -> None:
+def test_counts_that_match_the_weights_are_not_a_mismatch(arms: list[tuple[int, float]]) -> None:
     total = sum(weight for _, weight in arms)
     shares = [weight / total for _, weight in arms]
     num_units = sum(num for num, _ in arms)

@@ -106,7 +106,7 @@ def test_errors_of_the_server_and_of_clients_are_counted_apart(
     assert (arm.requests, arm.errors, arm.error_rate, arm.texts) == (5, 4, 0.8, 2)
     assert (arm.server_errors, arm.client_errors) == (3, 1)
     assert arm.errors_by_code == {"overloaded": 2, "inference_failed": 1, "invalid_input": 1}
-    assert arm.p50_s == pytest.approx(0.1, rel=0.02)  # refusals in microseconds are no latencies
+    assert arm.p50_s == pytest.approx(0.1, rel=0.02)  # refusals take microseconds and do not count as latencies
 
 
 def test_units_whose_requests_fail_stay_in_their_arm(make_experiment: MakeExperiment, make_record: MakeRecord) -> None:
@@ -338,7 +338,7 @@ def test_a_mismatch_is_found_again_after_a_restart(
         assert report.sample_ratio.mismatch
 
 
-def test_an_arm_that_is_full_is_no_mismatch(
+def test_an_arm_that_is_full_is_not_a_mismatch(
     make_experiment: MakeExperiment, make_record: MakeRecord, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The other arms would catch up with it, so units are tested up to then."""

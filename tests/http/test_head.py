@@ -142,5 +142,5 @@ def test_a_key_may_come_in_several_headers(headers: dict[str, str], key: str) ->
 
 
 @pytest.mark.parametrize("sent", ["", "Bearer", "Bearer ", 'Bearer ""', "Basic", "Basic !", basic(b":"), "Digest a"])
-def test_an_empty_key_is_no_key(sent: str) -> None:
+def test_an_empty_key_is_not_a_key(sent: str) -> None:
     assert sent_key(Headers({"authorization": sent})) is None

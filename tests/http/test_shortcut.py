@@ -140,7 +140,7 @@ async def test_a_client_that_leaves_as_the_work_is_done_gets_no_second_cancellat
     await asyncio.sleep(0)
 
 
-async def test_the_cancellation_of_the_request_itself_is_no_disconnection() -> None:
+async def test_the_cancellation_of_the_request_itself_is_not_a_disconnection() -> None:
     begun = asyncio.Event()
 
     async def work() -> None:

@@ -221,7 +221,7 @@ def test_a_compiled_model_sees_what_transformers_own_sees(
     assert load(folder, "openvino").encoder.runtime.name == "openvino"
 
 
-def test_a_padding_id_that_is_no_token_does_not_matter(
+def test_a_padding_id_that_is_not_a_token_does_not_matter(
     make_family: MakeFamily, copy: Copy, edit_json: EditJson, load: Load, reference: Reference, cosines: Cosines
 ) -> None:
     folder = copy(make_family("llama"))

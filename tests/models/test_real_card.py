@@ -49,12 +49,12 @@ CARD = torch.device("cuda:0")
 LIMITS = {"float16": 0.9999, "bfloat16": 0.99, "float32": 0.999999}  # tiny models with large weights round a lot
 TASKS = [None, "retrieval.query", "retrieval.passage", "separation", "classification", "text-matching"]
 MIXED = [TASKS[i % 6] for i in range(len(TEXTS))]
-# The events of a card that does without something: a kernel, graphs, packing.
+# The events of a card that lacks a faster way: a kernel, graphs, packing.
 SLOWER = {"packed_refused", "tuning_refused", "graphs_refused", "kernel_not_used", "warm_up_failed"}
 
 
 def slower(logs: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Return the events of a card that does without something that the model could use."""
+    """Return the events of a card that cannot use something that makes the model faster."""
     return [log for log in logs if log["event"] in SLOWER and "no rotary positions" not in str(log.get("reason"))]
 
 

@@ -261,7 +261,7 @@ def test_a_graph_that_cannot_be_made_leaves_the_model_as_it_was(
 
 @needs_compiler
 @pytest.mark.usefixtures("on_a_card")
-def test_texts_some_of_whose_tokens_are_not_attended_to_and_long_rows_are_no_graphs(jina: Path, load: Load) -> None:
+def test_partly_masked_texts_and_long_rows_do_not_use_graphs(jina: Path, load: Load) -> None:
     runtime = tuned(jina, load).encoder.runtime
 
     assert runtime.prepare([[5] * 9], [-1]).shape is not None

@@ -283,5 +283,5 @@ def test_equal_values_of_any_size_tell_nothing_and_do_not_fail(per: Per, value: 
 
     found = compare(joined, A, B, per, ALPHA)
 
-    # What rounding leaves of equal values is no difference either.
+    # The rounding error of equal values does not count as a difference either.
     assert found.difference is None or found.difference.low <= 0 <= found.difference.high

@@ -206,7 +206,7 @@ def test_a_file_of_a_later_version_is_refused(store: Store, path: Path) -> None:
     ],
 )
 def test_a_file_with_other_tables_is_refused(store: Store, path: Path, change: str, what: str) -> None:
-    """Otherwise every outcome is a 503 for good."""
+    """Otherwise every later outcome would get a 503."""
     store.close()
     command(path, change)
 

@@ -67,7 +67,7 @@ def test_a_reranker_cannot_be_a_shadow(put: Put) -> None:
     ]
 
 
-def test_a_model_of_the_other_kind_is_no_fallback(put: Put) -> None:
+def test_a_model_of_the_other_kind_is_not_a_fallback(put: Put) -> None:
     [problem] = broken_rules(*put(fallbacks={"ranker": ("mini",)}))
 
     assert problem.startswith("'mini' cannot be a fallback of 'ranker': ")

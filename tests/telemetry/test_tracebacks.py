@@ -132,7 +132,7 @@ def test_a_context_is_shown_unless_it_is_suppressed_and_a_circle_ends() -> None:
     assert format_traceback(one).count("ValueError") == 2
 
 
-def test_messages_notes_and_groups_are_bounded_and_a_message_that_fails_is_no_failure() -> None:
+def test_messages_notes_and_groups_are_bounded_and_a_broken_message_does_no_harm() -> None:
     class Mute(Exception):
         def __str__(self) -> str:
             raise RuntimeError

@@ -1,6 +1,6 @@
-"""Find the changes in a table of PostgreSQL since a moment, by the transactions that wrote its rows.
+"""Find the changes in a table of PostgreSQL since a point in time, by the transactions that wrote its rows.
 
-Each version of a row has the number of its transaction, in a column of the system. A mark is the lowest number of all
+Each version of a row has the number of its transaction, in a system column. A mark is the lowest number of all
 transactions that had not ended: later changes of rows have that number or a higher one. So no change is missed, whatever an
 application writes, and no column is needed for it. Deleted rows have no version; they are those whose ids are missing.
 

@@ -190,7 +190,7 @@ class MovableStore(Store, Protocol):
         """
 
     def changes(self, collection: str, since: Mark) -> Iterator[tuple[RowId, bool]]:
-        """Yield the id of each item, and whether it may have changed since a moment, in the order of `digests`.
+        """Yield the id of each item, and whether it may have changed since the mark, in the order of `digests`.
 
         Payloads are not read, where the store allows that. No change is missed. But a store without an order of changes
         misses the changes of an application that does not set the field, or has a clock that is slow by an hour.

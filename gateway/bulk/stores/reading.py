@@ -125,7 +125,7 @@ class KeysetSource(ItemSource):
 
 
 def is_later(payload: Mapping[str, Json], since: Since) -> bool:
-    """Return whether a field is later than a moment; values that cannot be compared count as later, to miss nothing."""
+    """Return whether a field is later than ``since``; values that cannot be compared count as later, to miss nothing."""
     value = get(payload, since.field)
     moment: Moment | None = None
     if isinstance(value, int | float):

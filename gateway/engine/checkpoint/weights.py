@@ -30,7 +30,7 @@ def read_tensors(files: Sequence[Path], names: Container[str] | None = None) -> 
     for path in files:
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as tensors:
-                wanted = (name for name in tensors.keys() if names is None or name in names)  # noqa: SIM118  # it is no dictionary
+                wanted = (name for name in tensors.keys() if names is None or name in names)  # noqa: SIM118  # it is not a dictionary
                 found |= {name: tensors.get_tensor(name) for name in wanted}
         else:
             # The format before torch 1.6 is not a zip file, and cannot be mapped.
@@ -52,7 +52,7 @@ def read_rows(files: Sequence[Path], matrix: str, rows: Sequence[int]) -> torch.
     for path in files:
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118  # it is no dictionary
+                for name in tensors.keys():  # noqa: SIM118  # it is not a dictionary
                     if _is_called(name, matrix):
                         slices = tensors.get_slice(name)
                         return torch.stack([slices[row] for row in rows])

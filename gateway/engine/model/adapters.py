@@ -166,7 +166,7 @@ def _read(folder: Path) -> _Adapter:
         )
     strange = sorted(key for key in tensors if not key.endswith(_SUFFIXES))
     if strange:
-        raise LoadError(f"{folder}: holds {strange[0]}, which is no part of a plain LoRA adapter")
+        raise LoadError(f"{folder}: holds {strange[0]}, which is not part of a plain LoRA adapter")
     tensors = {key.removeprefix(_PREFIX): value for key, value in tensors.items()}
     if unused := sorted(key for key in tensors if not _is_target(_layer(key), config.get("target_modules"))):
         raise LoadError(

@@ -644,7 +644,7 @@ async def test_a_server_that_is_shut_out_is_shown(server: StandIn) -> None:
         assert sample("gateway_upstream_up", **labels) == 1
 
 
-async def test_counts_of_tokens_that_cannot_be_are_no_harm(server: StandIn) -> None:
+async def test_impossible_token_counts_do_no_harm(server: StandIn) -> None:
     def boast(answer: Any) -> Any:
         answer["usage"] = {"total_tokens": 10**30, "prompt_tokens": "x"}
         return answer

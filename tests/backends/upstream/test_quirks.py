@@ -176,7 +176,7 @@ async def test_a_model_with_a_task_for_queries_alone_takes_documents_as_they_are
     assert not {"task", "prompt_name"} & body.keys()
 
 
-async def test_empty_prompts_are_no_tasks_but_their_own(server: StandIn) -> None:
+async def test_an_empty_prompt_adds_only_its_own_task(server: StandIn) -> None:
     assert list((await info_of(entry(server, prompts={"query": ""}))).tasks) == ["retrieval.query"]
 
 

@@ -158,13 +158,13 @@ def test_a_comparison_with_a_judge(
     assert contrasts[0][0]["verdict"] == "worse"
 
 
-def test_a_folder_without_a_judge_is_no_traceback(tmp_path: Path) -> None:
+def test_a_folder_without_a_judge_is_reported_without_a_traceback(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["judge-check", str(tmp_path)])
     assert result.exit_code == 1
     assert "judge_check.tsv: there is no such file" in result.stderr
 
 
-def test_a_terminal_without_an_input_is_no_consent(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_terminal_without_an_input_does_not_consent(monkeypatch: pytest.MonkeyPatch) -> None:
     console = Console(force_terminal=True, file=open("/dev/null", "w"))  # noqa: SIM115, PTH123
 
     def ended(*_arguments: object, **_options: object) -> str:

@@ -211,7 +211,7 @@ def test_where_the_texts_go(host: str, is_here: bool) -> None:
     assert is_on_this_machine(httpx.URL(f"http://{host}:8080/v1")) is is_here
 
 
-async def test_a_pause_until_a_date_that_does_not_exist_is_no_traceback(start_judge: StartJudge) -> None:
+async def test_a_pause_until_an_impossible_date_causes_no_traceback(start_judge: StartJudge) -> None:
     date = f"Thu, 01 Jan 2026 00:00:00 +{'9' * 20}"
     judge = start_judge(lambda _body, number: refusal(429, "slowly", Retry_After=date) if number == 0 else graded(1))
     assert [answer.grade for answer in await ask(judge.url)] == [1]
@@ -233,7 +233,7 @@ async def test_a_redirection_is_not_followed(start_judge: StartJudge, location: 
     assert len(judge.bodies) == 1
 
 
-def test_a_host_that_is_no_name_is_said() -> None:
+def test_a_host_that_is_not_a_name_is_reported() -> None:
     with pytest.raises(CompareError, match="--judge http://xn--/: "):
         chat_url("http://xn--/")
 

@@ -48,7 +48,7 @@ def test_a_line_that_was_cut_short_is_removed(tmp_path: Path) -> None:
         assert (store.get("q", "d"), store.get("q", "e")) == (GRADE, StoredGrade(1, ""))
 
 
-def test_lines_that_are_no_grades_are_asked_for_again(tmp_path: Path) -> None:
+def test_lines_without_a_grade_are_graded_again(tmp_path: Path) -> None:
     with GradeStore(tmp_path, IDENTITY) as store:
         store.add("q", "d", GRADE)
         path = store.path

@@ -48,7 +48,7 @@ def tune(packed: PackedRuntime, *, captures: bool) -> None:
         captures: whether small rows may be computed as graphs.
 
     Raises:
-        Exception: the card has failed for good.
+        Exception: the card has failed permanently.
     """
     network = packed.network
     device = packed.device
