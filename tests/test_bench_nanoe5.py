@@ -106,7 +106,7 @@ def test_every_scale_and_half_is_exact():
     assert decode_q4_0(blocks).tolist() == numbers_of(blocks)
 
 
-def test_each_tensor_is_where_transformers_wants_it(folder, tensors):
+def test_each_tensor_is_where_transformers_expects_it(folder, tensors):
     model, report = BertModel.from_pretrained(folder, add_pooling_layer=False, output_loading_info=True)
 
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))

@@ -110,7 +110,7 @@ def here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., None]
 
 
 @pytest.mark.parametrize("name", SITUATIONS)
-async def test_a_card_that_cannot_be_used_is_said_in_all_places(
+async def test_a_card_that_cannot_be_used_is_reported_everywhere(
     here: Callable[..., None], capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
     driver, torch_build, mend = SITUATIONS[name]
@@ -158,7 +158,7 @@ def on_a_card(monkeypatch: pytest.MonkeyPatch, here: Callable[..., None]) -> Cal
 NO_ROOM = "16 MiB are free next to ollama (pid 812) 23,552 MiB. Lower max_batch_tokens or max_tokens"
 
 
-async def test_a_card_that_another_program_fills_is_said_in_all_places(
+async def test_a_card_that_another_program_fills_is_reported_everywhere(
     on_a_card: Callable[[FakeCard], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
     on_a_card(TAKEN)
@@ -171,7 +171,7 @@ async def test_a_card_that_another_program_fills_is_said_in_all_places(
     assert told.count("or end one of those processes") == dict.fromkeys(told.places, 1)
 
 
-async def test_a_card_that_is_shared_is_said_in_all_places(
+async def test_a_card_that_is_shared_is_reported_everywhere(
     on_a_card: Callable[[FakeCard], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The model itself cannot run here; its log is in tests/backends/test_infinity.py."""

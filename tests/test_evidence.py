@@ -94,7 +94,7 @@ def test_arms_of_the_draws_are_equally_good_and_vary_as_they_do_in_reality() -> 
         assert np.std(after - before) == pytest.approx(spread[kind], abs=0.02)
 
 
-def test_the_command_prints_and_tells_by_its_status(
+def test_the_command_prints_and_sets_its_exit_status(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(evidence, "simulations", lambda: [simulation_of(0.02), simulation_of(0.2)])

@@ -104,11 +104,11 @@ def test_the_driver_decides_from_where_torch_comes(machine: Machine, form: str, 
     assert machine.index()[0] == index
 
 
-def test_without_a_driver_torch_comes_from_pypi_and_nothing_is_said(machine: Machine) -> None:
+def test_without_a_driver_torch_comes_from_pypi_without_a_message(machine: Machine) -> None:
     assert machine.index() == ("", "")
 
 
-def test_an_older_driver_is_said_to_be_one(machine: Machine) -> None:
+def test_an_older_driver_is_reported_as_old(machine: Machine) -> None:
     machine.has_driver("550.54.14")
     assert "NVIDIA's driver 550.54.14 is older than 580: torch for CUDA 12.6" in machine.index()[1]
 

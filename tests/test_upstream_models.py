@@ -197,7 +197,7 @@ async def test_models_whose_servers_are_absent_are_served_when_they_come(
     np.testing.assert_allclose(answer.vectors, expected / np.linalg.norm(expected, axis=1, keepdims=True), rtol=1e-5)
 
 
-async def test_a_model_that_stays_wrong_is_said_to_be_once_and_when_that_changes(
+async def test_a_model_that_stays_wrong_is_reported_once_and_again_when_that_changes(
     gateway: Gateway, server: StandIn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fleet_module, "_FIRST_PAUSE_S", 0.01)
@@ -269,9 +269,7 @@ async def test_raw_vectors_cannot_be_had_where_they_come_normalized(gateway: Gat
     assert "returns normalized vectors only" in response.json()["message"]
 
 
-async def test_a_text_that_a_server_cannot_embed_is_named_and_costs_no_one_else(
-    gateway: Gateway, server: StandIn
-) -> None:
+async def test_a_text_that_a_server_cannot_embed_is_named_and_others_succeed(gateway: Gateway, server: StandIn) -> None:
     server.fault, server.fault_on = "nan", "bad"
     async with gateway.serving(NEAR + FAR % ("openai", "acme/embed", f"{server.url}/v1")) as deployment:
         transport = httpx.ASGITransport(create_app(deployment))

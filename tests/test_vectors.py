@@ -121,7 +121,7 @@ def test_a_zero_vector_passes_where_nothing_is_normalized() -> None:
     assert not finish(np.zeros((1, 4), np.float32), (1, 4), 4, normalize=False).any()
 
 
-def test_a_retry_does_not_mend_invalid_vectors() -> None:
+def test_a_retry_does_not_fix_invalid_vectors() -> None:
     with pytest.raises(InvalidVectors) as caught:
         finish(np.zeros((1, 4), np.float32), (1, 4), 4, normalize=True)
 

@@ -575,7 +575,7 @@ def test_values_outside_strings_are_counted_for_any_split_of_the_body(monkeypatc
             assert found == b"{:[" + b"," * (len(texts) - 1) + b"]}", body
 
 
-def test_lone_surrogates_are_mended_as_python_would(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lone_surrogates_are_replaced_as_python_would(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = random.Random(2)
     parts = ["\ud83d", "\ude00", "\ud83d\ude00", "\\", "\\\\", "\\ud83d", "a", '"', "\u00e9", "\udbff", "\udc00"]
     for size in (7, 12, 64):

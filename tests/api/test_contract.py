@@ -723,7 +723,7 @@ async def test_floats_are_the_shortest_that_read_back_as_the_same_float32(
         ("text-matching", "text-matching"),
     ],
 )
-async def test_a_task_goes_by_all_its_names(client: httpx.AsyncClient, field: str, name: str, task: str) -> None:
+async def test_a_task_is_accepted_by_all_its_names(client: httpx.AsyncClient, field: str, name: str, task: str) -> None:
     with_tasks = await embed(client, model="jina", **{field: name})
     without_tasks = await embed(client, model="mini", **{field: name})
 

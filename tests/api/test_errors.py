@@ -426,7 +426,7 @@ def test_a_client_that_leaves_in_the_middle_of_its_upload_is_not_an_internal_err
     assert [entry["error_code"] for entry in entries(log_of_errors, "request")] == ["client_disconnected"]
 
 
-async def test_an_answer_that_has_begun_is_cut_off_rather_than_mended(log_of_errors: io.StringIO) -> None:
+async def test_an_answer_that_has_begun_is_cut_off_rather_than_repaired(log_of_errors: io.StringIO) -> None:
     """A client must not take the first half of an answer for the whole."""
 
     async def half(_scope: Scope, _receive: Receive, send: Send) -> None:

@@ -141,7 +141,7 @@ def test_a_body_that_does_not_arrive_in_time_gets_an_error(
     assert error["message"].startswith(f"only {len(sent)} bytes of the request body arrived in 0.3 s")
 
 
-def test_a_body_that_comes_a_byte_at_a_time_has_no_more_time_than_any(
+def test_a_body_that_arrives_a_byte_at_a_time_gets_the_usual_time(
     connections: Callable[..., socket.socket],
 ) -> None:
     slow = connections(body_timeout_s=0.5)
@@ -152,7 +152,7 @@ def test_a_body_that_comes_a_byte_at_a_time_has_no_more_time_than_any(
     assert is_served(connections())
 
 
-def test_a_body_that_comes_a_byte_at_a_time_has_no_more_time(connections: Callable[..., socket.socket]) -> None:
+def test_a_body_that_arrives_a_byte_at_a_time_gets_no_extra_time(connections: Callable[..., socket.socket]) -> None:
     """Its time counts from the first byte, and does not restart with each."""
     slow = connections(body_timeout_s=0.5)
     slow.sendall(POST.replace(b"%d" % len(BODY), b"100000"))

@@ -233,7 +233,7 @@ async def test_a_disabled_model_is_not_there_and_says_why(
 # ----------------------------------------------------------------------------------------------------------- health
 
 
-async def test_a_living_process_says_so(connect: Connect, make_model: MakeModel) -> None:
+async def test_a_living_process_reports_that_it_lives(connect: Connect, make_model: MakeModel) -> None:
     client = await connect(make_model(state=ModelState.LOADING), has_started=False, aliases={})
 
     response = await client.get("/health/live")

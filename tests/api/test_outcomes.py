@@ -274,7 +274,7 @@ async def test_less_may_be_better(start: Start) -> None:
     assert comparison["verdict"] == "worse"
 
 
-async def test_numbers_and_booleans_mean_what_they_say_as_text_too(client: httpx.AsyncClient) -> None:
+async def test_numbers_and_booleans_are_accepted_as_text_too(client: httpx.AsyncClient) -> None:
     same = [
         ("a", 1, {}),
         ("b", "1", {"of": ""}),

@@ -186,7 +186,7 @@ async def test_the_spaces_are_listed(client: httpx.AsyncClient) -> None:
 
 
 @pytest.mark.parametrize("precision", ["int8", "uint8"])
-async def test_without_ranges_the_line_that_mends_it_is_named(
+async def test_without_ranges_the_line_that_fixes_it_is_named(
     client: httpx.AsyncClient, check_error: CheckError, precision: str
 ) -> None:
     refused = await embed(client, model="plain", encoding_format=precision)

@@ -369,7 +369,7 @@ async def test_tei_s_description_of_a_reranker(client: httpx.AsyncClient) -> Non
 
 
 @pytest.mark.parametrize("model", ["ranker", "owner/ranker", "best", "", None])
-async def test_a_reranker_goes_by_any_name_or_none(
+async def test_a_reranker_is_accepted_by_any_name_or_none(
     connect: Connect, models: list[Model], make_ranker: MakeModel, model: str | None
 ) -> None:
     client = await connect(*models, make_ranker(), aliases={"default": "mini", "best": "ranker"})
@@ -425,7 +425,7 @@ async def test_a_model_of_the_other_kind_names_those_that_fit(
     )
 
 
-async def test_models_and_spaces_tell_the_kinds_apart(client: httpx.AsyncClient) -> None:
+async def test_models_and_spaces_distinguish_the_kinds(client: httpx.AsyncClient) -> None:
     cards = {card["id"]: card for card in (await client.get("/v1/models")).json()["data"]}
     spaces = (await client.get("/v1/spaces")).json()["data"]
 

@@ -116,7 +116,7 @@ async def test_every_name_leads_where_the_space_says(client: httpx.AsyncClient) 
     assert num_asked == 2 + 3 * (5 + 1 + 1) + 1  # mini and default; jina with tasks, without one, its alias; team/small
 
 
-async def test_an_alias_stands_by_its_task(connect: Connect, make_model: MakeModel) -> None:
+async def test_an_alias_keeps_its_task(connect: Connect, make_model: MakeModel) -> None:
     tasks = {"retrieval.query": "query: ", "retrieval.passage": "", "separation": "separate: "}
     models = [make_model("m", tasks=tasks, default_task="separation"), make_model("plain")]
     aliases = {"usual": "m", "ask": ("m", "search_query"), "bare": ("plain", "query")}

@@ -262,7 +262,7 @@ async def test_wrong_inputs_of_similarity(client: httpx.AsyncClient, inputs: obj
 # ----------------------------------------------------------------------------------------------------------- tokens
 
 
-async def test_tokenize_tells_each_token_s_place(client: httpx.AsyncClient) -> None:
+async def test_tokenize_returns_each_token_s_position(client: httpx.AsyncClient) -> None:
     response = await client.post("/tokenize", json={"inputs": "né  b"})
 
     assert answer(response, "tokenize") == [

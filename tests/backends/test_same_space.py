@@ -215,7 +215,7 @@ STATES = [ModelState.FAILED, ModelState.DISABLED, ModelState.RECOVERING, ModelSt
 
 
 @pytest.mark.parametrize("state", STATES)
-async def test_golden_vectors_speak_for_a_model_that_is_not_ready(tmp_path: Path, state: ModelState) -> None:
+async def test_golden_vectors_identify_a_model_that_is_not_ready(tmp_path: Path, state: ModelState) -> None:
     other = await near(state, record(tmp_path / "near.json"))
 
     assert (await adopt(other)).fingerprint == "f" * 64

@@ -145,7 +145,7 @@ for number in range(1_000_000):
     assert stored_file(tmp_path).stat().st_size % (4 * WIDTH) == 0
 
 
-def test_a_folder_that_cannot_be_made_is_said(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_made_is_reported(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with CacheFolder(tmp_path / "file" / "cache") as cache, pytest.raises(CacheError, match="cannot be written"):
         cache.rows(IDENTITY, VECTOR)
@@ -158,7 +158,7 @@ class FullDisk(io.BytesIO):
         raise OSError(errno.ENOSPC, "No space left on device")
 
 
-def test_a_full_disk_is_said() -> None:
+def test_a_full_disk_is_reported() -> None:
     with pytest.raises(CacheError, match=r"the cache full\.rows cannot be written: No space left on device"):
         RowFile(io.BytesIO(), FullDisk(), VECTOR).append(["a"], vectors(1))
 

@@ -169,7 +169,7 @@ def make_on_demand(tmp_path: Path) -> Callable[[], tuple[Model, FakeBackend]]:
         ("yes", "cache"),
     ],
 )
-def test_wrong_settings_are_said(tmp_path: Path, cache: str, problem: str) -> None:
+def test_wrong_settings_are_reported(tmp_path: Path, cache: str, problem: str) -> None:
     file = tmp_path / "models.yaml"
     file.write_text(f"version: 1\nmodels:\n  - {{id: one, source: ./one, cache: {cache}}}\n", encoding="utf-8")
     with pytest.raises(ConfigError) as caught:

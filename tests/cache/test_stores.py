@@ -184,9 +184,7 @@ async def test_a_value_that_is_damaged_is_not_used(redis_server: Redis, caches: 
     assert found.num_cached == 0
 
 
-async def test_a_key_that_something_else_has_written_is_an_error_like_any_other(
-    redis_server: Redis, caches: Caches
-) -> None:
+async def test_a_key_that_another_program_wrote_is_handled_as_an_error(redis_server: Redis, caches: Caches) -> None:
     part = await kept_part(caches, RedisStore(redis_server.uri, 60, 10.0), "kind")
     async with asyncio_redis.from_url(redis_server.uri) as client:
         await client.set(b"gateway:cache:generation:" + part.group.encode(), "no number")

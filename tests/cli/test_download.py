@@ -98,7 +98,7 @@ def test_a_second_time_nothing_is_fetched_and_the_hub_is_not_asked(
     assert hub.requests == []
 
 
-def test_a_named_model_needs_a_yes_to_its_license_too(hub: Hub, models: Path) -> None:
+def test_a_named_model_needs_an_accepted_license_too(hub: Hub, models: Path) -> None:
     status, _, errors = run(models, "two")
 
     assert status == 1
@@ -120,7 +120,7 @@ def test_a_model_that_fails_does_not_keep_the_others_from_their_download(hub: Hu
     assert "Done" not in said
 
 
-def test_a_disk_that_is_too_small_for_all_together_is_said_first(
+def test_a_disk_that_is_too_small_for_all_together_is_reported_first(
     hub: Hub, models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fetching, "free_bytes", lambda _folder: 400_000)

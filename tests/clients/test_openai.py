@@ -86,7 +86,7 @@ def test_quantized_numbers_are_a_list_and_never_read_as_float32(client: OpenAI) 
         client.embeddings.create(model=MODEL, input="hello", extra_body={"embedding_type": "ubinary"})
 
 
-def test_base64_asked_for_is_handed_on_as_a_string_of_little_endian_float32(client: OpenAI) -> None:
+def test_requested_base64_is_returned_as_a_string_of_little_endian_float32(client: OpenAI) -> None:
     text = client.embeddings.create(model=MODEL, input="hello", encoding_format="base64").data[0].embedding
     floats = client.embeddings.create(model=MODEL, input="hello", encoding_format="float").data[0].embedding
 

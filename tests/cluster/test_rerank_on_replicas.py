@@ -17,7 +17,7 @@ from tests.api.test_rerank import (  # noqa: F401  its tests
     test_a_limit_for_each_document_reaches_the_model,
     test_huge_scores_do_not_overflow,
     test_long_texts_are_cut_unless_truncate_is_false,
-    test_models_and_spaces_tell_the_kinds_apart,
+    test_models_and_spaces_distinguish_the_kinds,
     test_quotas_count_the_tokens_of_all_pairs,
     test_the_answer_has_the_fields_of_every_client,
     test_the_cut_texts_reach_the_model,

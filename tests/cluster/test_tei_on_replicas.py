@@ -23,7 +23,7 @@ from tests.api.test_tei import (  # noqa: F401  its tests
     test_similarity_is_the_cosine,
     test_states_are_in_their_own_space,
     test_token_ids_of_the_model_are_read_as_their_text,
-    test_tokenize_tells_each_token_s_place,
+    test_tokenize_returns_each_token_s_position,
     test_tokenize_with_a_prompt,
     test_tokenize_without_special_tokens,
     test_truncate_false_refuses_a_long_text,

@@ -144,7 +144,7 @@ async def test_an_unknown_model_is_an_error(start_gateway: StartGateway) -> None
         await plan_arm(gateway.client, arm("absent"))
 
 
-async def test_int8_without_ranges_is_refused_with_the_line_that_mends_it(start_gateway: StartGateway) -> None:
+async def test_int8_without_ranges_is_refused_with_the_line_that_fixes_it(start_gateway: StartGateway) -> None:
     gateway = await start_gateway()
 
     with pytest.raises(StartError, match=r"set `ranges: ranges/plain.json` on it in models.yaml"):

@@ -40,7 +40,7 @@ def compare(*arguments: str, **environ: str) -> Result:
     return CliRunner().invoke(app, ["compare", *arguments], env=environ)
 
 
-def test_wrong_data_is_said_before_anything_loads(tmp_path: Path, write_data: WriteData) -> None:
+def test_wrong_data_is_reported_before_anything_loads(tmp_path: Path, write_data: WriteData) -> None:
     """The models of the registry could not be loaded: they are not looked at."""
     registry = tmp_path / "models.yaml"
     registry.write_text(REGISTRY)
@@ -182,7 +182,7 @@ def test_vectors_are_kept_where_the_system_keeps_such_things() -> None:
 
 
 @pytest.mark.parametrize("name", ["long", "link"])
-def test_a_folder_for_results_that_cannot_be_made_is_said_first(
+def test_a_folder_for_results_that_cannot_be_made_is_reported_first(
     tmp_path: Path, write_data: WriteData, name: str
 ) -> None:
     out = tmp_path / ("o" * 300)
@@ -199,7 +199,7 @@ def test_a_folder_for_results_that_cannot_be_made_is_said_first(
     ("variable", "value"),
     [("HTTP_PROXY", "ftp://proxy"), ("HTTP_PROXY", "socks5://127.0.0.1:1"), ("SSL_CERT_FILE", "/nowhere.pem")],
 )
-def test_a_proxy_or_certificate_of_the_environment_that_is_wrong_is_said(
+def test_a_proxy_or_certificate_of_the_environment_that_is_wrong_is_reported(
     write_data: WriteData, variable: str, value: str
 ) -> None:
     result = compare("a", "b", "--data", str(write_data()), "--url", "http://gateway.invalid", **{variable: value})

@@ -276,7 +276,7 @@ async def test_arms_that_are_not_judged_alike_get_no_verdict_until_they_are(
     assert found.contrasts[0].verdict == Verdict.BETTER
 
 
-async def test_lists_of_relevant_documents_alone_are_said_to_be_that(
+async def test_lists_of_relevant_documents_alone_are_reported_as_such(
     gateway: FakeGateway, write_data: WriteData, tmp_path: Path
 ) -> None:
     """The share of judged documents is then the precision, and differs because one arm is better."""

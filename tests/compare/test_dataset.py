@@ -404,7 +404,7 @@ def test_a_score_that_the_measures_cannot_take_is_reported(write_data: WriteData
 
 
 @pytest.mark.parametrize("mark", ["\t", "\n", "\r"])
-def test_an_id_that_no_file_of_judgments_can_name_is_said(write_data: WriteData, mark: str) -> None:
+def test_an_id_that_no_file_of_judgments_can_name_is_reported(write_data: WriteData, mark: str) -> None:
     folder = write_data({f"a{mark}b": "text"}, {"q": "query"}, None)
     with pytest.raises(CompareError, match=r"corpus.jsonl:1: _id has a tab or a line break"):
         read_dataset(folder, None)
@@ -418,7 +418,7 @@ def test_names_that_are_too_long_cause_no_traceback(write_data: WriteData) -> No
         read_dataset(write_data(), None, captured=long)
 
 
-def test_captured_queries_that_are_all_empty_are_said(write_data: WriteData, tmp_path: Path) -> None:
+def test_captured_queries_that_are_all_empty_are_reported(write_data: WriteData, tmp_path: Path) -> None:
     captured = tmp_path / "captured.jsonl"
     captured.write_text('{"_id": "a", "text": " "}\n')
     with pytest.raises(CompareError, match="all queries are empty"):

@@ -46,7 +46,7 @@ def test_returns_the_same_as_a_full_sort(data: st.DataObject) -> None:
         assert found == wanted + [(-1, -np.inf)] * (width - len(wanted))
 
 
-def test_the_same_text_has_the_same_score_wherever_it_stands() -> None:
+def test_the_same_text_has_the_same_score_at_any_position() -> None:
     dice = np.random.default_rng(3)
     documents = dice.normal(size=(1003, 384)).astype(np.float32)
     query = dice.normal(size=(2, 384)).astype(np.float32)

@@ -117,7 +117,7 @@ def test_with_cost(url: str, write_data: WriteData, tmp_path: Path) -> None:
     ("out", "message"),
     [("file", "file is not a folder"), ("file/deeper/out", "file is not a folder")],
 )
-def test_a_folder_that_cannot_be_is_said_before_anything_is_asked(
+def test_a_folder_that_cannot_be_is_reported_before_anything_is_asked(
     write_data: WriteData, tmp_path: Path, out: str, message: str
 ) -> None:
     (tmp_path / "file").touch()
@@ -128,7 +128,7 @@ def test_a_folder_that_cannot_be_is_said_before_anything_is_asked(
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_folder_that_takes_nothing_is_said(write_data: WriteData, tmp_path: Path) -> None:
+def test_a_folder_that_takes_nothing_is_reported(write_data: WriteData, tmp_path: Path) -> None:
     (tmp_path / "closed").mkdir(mode=0o500)
     arguments = [
         "plain",
@@ -150,7 +150,7 @@ def test_an_address_with_more_than_a_path_is_refused(write_data: WriteData, tmp_
     assert "must be an address such as http://127.0.0.1:8000" in result.stderr
 
 
-def test_odd_ids_come_through(url: str, write_data: WriteData, tmp_path: Path, browse: Browse) -> None:
+def test_unusual_ids_are_kept(url: str, write_data: WriteData, tmp_path: Path, browse: Browse) -> None:
     """Spaces, tags and letters of any language, in ids and texts: measured, written and shown as they are."""
     documents = {f"{EVIL} {i}": f"thing{i} and [bold]more[/bold] {EVIL}" for i in range(4)} | {"日本 50%": "thing4 and"}
     queries = {f"q {EVIL} {i}": f"thing{i} and" for i in range(5)}

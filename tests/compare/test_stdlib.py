@@ -113,7 +113,7 @@ def test_cuts_are_worse(run: Run) -> None:
     assert all(one["p_holm"] < 0.01 and one["difference"]["high"] < 0 for one in primary)
 
 
-def test_it_is_said_in_words(run: Run) -> None:
+def test_it_is_written_in_words(run: Run) -> None:
     for arm in ("shallow", "full@32"):
         assert f"{arm} is worse than full: nDCG@10 \N{MINUS SIGN}0." in run.stdout
     assert "The search is exact" in run.stdout

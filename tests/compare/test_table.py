@@ -36,7 +36,7 @@ def printed(comparison: Comparison, width: int = 160) -> str:
 
 
 @pytest.mark.parametrize("width", [80, 160])
-def test_every_figure_is_there_whole(width: int) -> None:
+def test_every_figure_is_complete(width: int) -> None:
     comparison = make_comparison(JINA, BGE, JINA_CUT, MINILM)
     text = printed(comparison, width)
     for arm in comparison.arms:
@@ -236,7 +236,7 @@ def test_of_two_better_arms_the_best_is_taken() -> None:
     assert "So is jina-embeddings-v3; the difference between them was not tested." in comparison.bottom_line.text
 
 
-def test_the_price_of_a_better_arm_is_said() -> None:
+def test_the_price_of_a_better_arm_is_reported() -> None:
     assert make_comparison(JINA, BGE).bottom_line.text == (
         "Switch to bge-m3: it is better than jina-embeddings-v3 on these queries."
     )
@@ -279,7 +279,7 @@ def test_ratios_in_words(ratio: Ratio, words: str) -> None:
     assert ratio_words(ratio) == words
 
 
-def test_one_model_in_two_sizes_is_said_to_be_measured_once() -> None:
+def test_one_model_in_two_sizes_is_reported_as_measured_once() -> None:
     comparison = make_comparison(JINA, JINA_CUT)
     assert cost_sentence(comparison, comparison.arms[1]) == (
         "22.9 ms per query, 75.1 texts/s, the same model as jina-embeddings-v3, which was not measured twice, "

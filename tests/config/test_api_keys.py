@@ -91,7 +91,7 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
         load_key_file(tmp_path / "keys.yaml", {})
 
 
-def test_names_and_keys_are_there_once(tmp_path: Path) -> None:
+def test_names_and_keys_are_unique(tmp_path: Path) -> None:
     path = write(
         tmp_path,
         f"version: 1\nkeys:\n- {{name: a, sha256: {ONE}}}\n- {{name: A, sha256: {OTHER}}}\n- {{name: b, sha256: {ONE}}}",

@@ -57,7 +57,7 @@ def test_an_end_is_added_below_the_id(tmp_path: Path) -> None:
     assert after == HEAD + BLOCK.replace("send this\n", "send this\n    end: 2030-01-02T03:04:05Z\n")
 
 
-def test_an_end_that_is_there_is_replaced(tmp_path: Path) -> None:
+def test_an_existing_end_is_replaced(tmp_path: Path) -> None:
     before = HEAD + BLOCK.replace("    arms:\n", '    end: "2031-01-01"  # later\n    arms:\n', 1)
 
     after = edited(tmp_path, before, Change({}, END))

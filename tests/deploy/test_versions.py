@@ -23,7 +23,7 @@ def test_everything_was_supported_when_it_was_pinned() -> None:
 
 
 @pytest.mark.parametrize(("today", "is_supported"), [(date(2027, 7, 31), True), (date(2027, 8, 1), False)])
-def test_the_end_of_support_is_said(today: date, is_supported: bool) -> None:
+def test_the_end_of_support_is_reported(today: date, is_supported: bool) -> None:
     found = {line.split()[0]: (line, good) for line, good in versions.lines(today)}
     line, is_good = found["prom/prometheus:v3.13.3"]
 
@@ -32,7 +32,7 @@ def test_the_end_of_support_is_said(today: date, is_supported: bool) -> None:
     assert "days old" in line
 
 
-def test_a_pin_without_dates_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pin_without_dates_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(versions, "KNOWN", {})
 
     assert [good for _, good in versions.lines(date(2026, 11, 26))] == [False] * len(

@@ -139,7 +139,7 @@ SITUATIONS = {
 
 
 @pytest.mark.parametrize("situation", SITUATIONS.values(), ids=SITUATIONS)
-def test_a_card_that_cannot_be_used_is_explained_with_the_line_that_mends_it(
+def test_a_card_that_cannot_be_used_is_explained_with_the_line_that_fixes_it(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, write: Write, situation: Situation
 ) -> None:
     install(monkeypatch, situation.driver)

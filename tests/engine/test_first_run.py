@@ -144,7 +144,7 @@ def test_a_license_is_asked_about_only_where_the_weights_are_missing(
     assert bool(why_disabled(far)) != has_weights
 
 
-def test_a_yes_to_the_license_takes_effect_with_a_reload() -> None:
+def test_accepting_the_license_takes_effect_with_a_reload() -> None:
     entry = model("far", "owner/model", enabled="auto", license="CC BY-NC 4.0")
     registry = Registry(path=Path("models.yaml"), version=1, models=(entry,))
     fleet = Fleet.from_registry(registry, lambda _entry: None)  # type: ignore[arg-type, return-value]
@@ -157,7 +157,7 @@ def test_a_yes_to_the_license_takes_effect_with_a_reload() -> None:
     assert (after.state, after.entry.license_accepted) == (ModelState.LOADING, True)
 
 
-def test_a_yes_to_the_license_of_a_served_model_does_not_load_it_again() -> None:
+def test_accepting_the_license_of_a_served_model_does_not_reload_it() -> None:
     entry = model("far", "owner/model", license="CC BY-NC 4.0")
 
     assert entry.loads_like(entry.model_copy(update={"license_accepted": True, "license": "cc-by-nc-4.0"}))

@@ -425,7 +425,7 @@ def test_verify_passes_where_the_model_computes_right(registry: Path, file: Path
     assert "retrieval.passage" in result.stdout
 
 
-def test_verify_tells_by_how_much_a_model_is_off(registry: Path, file: Path) -> None:
+def test_verify_reports_by_how_much_a_model_is_off(registry: Path, file: Path) -> None:
     change(file, 0, lambda vector: turned(vector, 0.95))
 
     result = verify(registry, "tiny")

@@ -185,7 +185,7 @@ PLAN_REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("name", PLAN_REFUSALS)
-def test_a_wish_that_the_model_cannot_meet_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_setting_that_the_model_cannot_fulfill_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     changes, message = PLAN_REFUSALS[name]
     if changes.get("device") == "cuda:0":  # is there
         monkeypatch.setattr(placement, "choose_devices", lambda setting: (setting,))
@@ -432,7 +432,7 @@ def test_a_configuration_with_its_own_code_is_read_as_transformers_own(
     assert victim.exists()
 
 
-def test_code_that_is_trusted_runs_and_is_held_to_the_width_that_is_promised(
+def test_code_that_is_trusted_runs_and_must_give_the_declared_width(
     make_checkpoint: MakeCheckpoint, victim: Path, load_checkpoint: Callable[..., Encoder]
 ) -> None:
     folder = make_checkpoint(config={"auto_map": {"AutoConfig": "trap.TrapConfig", "AutoModel": "trap.TrapModel"}})

@@ -27,7 +27,7 @@ def evidence_of(firsts: np.ndarray) -> np.ndarray:
     return table[np.arange(1, num_votes + 1), firsts]
 
 
-def test_a_look_after_each_vote_finds_a_preference_that_is_not_there_in_5_percent_at_most() -> None:
+def test_a_look_after_each_vote_finds_a_false_preference_in_at_most_5_percent() -> None:
     is_found = (evidence_of(paths(0.5, seed=1)) >= THRESHOLD).any(axis=1)
     assert 0.01 < is_found.mean() < 0.05  # some: a test that never errs would find nothing
 
@@ -74,7 +74,7 @@ def test_a_verdict_stays_after_the_threshold_was_reached() -> None:
     assert late.low <= 0.5 <= late.high  # the interval is the present one
 
 
-def test_no_votes_say_nothing() -> None:
+def test_without_votes_there_is_no_verdict() -> None:
     nothing = judge([])
     assert (nothing.low, nothing.high, nothing.share, nothing.preferred) == (0.0, 1.0, 0.5, None)
     assert nothing.evidence == 1

@@ -46,7 +46,7 @@ def test_the_estimate_is_weighted_by_the_planned_shares() -> None:
         pytest.param(np.empty(0), np.empty(0), id="nothing"),
     ],
 )
-def test_with_too_few_units_that_differ_nothing_is_said(control: np.ndarray, new: np.ndarray) -> None:
+def test_with_too_few_units_that_differ_there_is_no_verdict(control: np.ndarray, new: np.ndarray) -> None:
     assert difference(control, new, share=0.5) is None
 
 
@@ -74,7 +74,7 @@ def looks(rng: np.random.Generator, kind: str, shares: tuple[float, ...], num_un
 
 @pytest.mark.parametrize("shares", [(0.5, 0.5), (0.9, 0.1), (0.4, 0.3, 0.3)])
 @pytest.mark.parametrize("kind", ["conversion", "rare", "heavy", "exponential"])
-def test_equal_arms_are_seldom_told_apart_at_any_look(kind: str, shares: tuple[float, ...]) -> None:
+def test_equal_arms_are_rarely_distinguished_at_any_look(kind: str, shares: tuple[float, ...]) -> None:
     """At most 5 % of experiments, looked at every 100 units up to 3,000."""
     rng = np.random.default_rng(11)
 
@@ -90,7 +90,7 @@ def test_a_real_difference_is_found() -> None:
 
 
 @pytest.mark.parametrize("width", [0.5, 0.05, 0.001])
-def test_as_many_units_as_are_said_to_be_needed_make_the_interval_that_narrow(width: float) -> None:
+def test_the_predicted_number_of_units_makes_the_interval_that_narrow(width: float) -> None:
     num = units_needed(0.4, width)
 
     assert 0.4 * margin(num, ALPHA) <= width

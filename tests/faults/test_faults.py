@@ -86,7 +86,7 @@ def test_a_hung_forward_is_answered_and_the_engine_replaced(gateway: Gateway, by
     assert gateway.embed("a good text").status_code == 200
 
 
-def test_readiness_tells_the_truth_while_the_engine_is_replaced(gateway: Gateway) -> None:
+def test_readiness_is_accurate_while_the_engine_is_replaced(gateway: Gateway) -> None:
     gateway.backend.encoder.is_hanging.set()
     gateway.backend.failing_loads = 2
     hung = gateway.embed("please hang")

@@ -51,7 +51,7 @@ PARTS = st.lists(
 
 
 @given(parts=PARTS, cuts=st.lists(st.integers(0, 400), max_size=30))
-def test_the_parts_come_out_however_the_body_is_cut(parts: list[Part], cuts: list[int]) -> None:
+def test_the_parts_are_the_same_however_the_body_is_cut(parts: list[Part], cuts: list[int]) -> None:
     assert read(form(parts), cuts) == parts
 
 

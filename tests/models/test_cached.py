@@ -153,7 +153,7 @@ async def test_some_of_the_texts_are_known(client: httpx.AsyncClient) -> None:
     assert response.json()["usage"]["prompt_tokens"] > 0
 
 
-async def test_the_card_and_the_live_figures_tell_of_the_cache(client: httpx.AsyncClient) -> None:
+async def test_the_card_and_the_live_figures_show_the_cache(client: httpx.AsyncClient) -> None:
     cards = {card["id"]: card for card in (await client.get("/v1/models")).json()["data"]}
     assert {name: card["cache"] for name, card in cards.items()} == {
         "jina": False,

@@ -191,7 +191,7 @@ def test_code_that_is_known_to_compute_the_same_need_not_run(
     assert cosines(load(folder, "torch").vectors(TEXTS), theirs).min() > 0.99999
 
 
-def test_jina_v2_is_said_to_have_positions_of_another_kind(make_plain: MakePlain, edit_json: EditJson) -> None:
+def test_jina_v2_is_refused_for_its_kind_of_positions(make_plain: MakePlain, edit_json: EditJson) -> None:
     folder = make_plain("bert")
     edit_json(
         folder / "config.json",

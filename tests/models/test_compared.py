@@ -253,6 +253,6 @@ def test_a_mix_of_another_form(name: str) -> None:
         ("a+dense=0+sparse=1", "a weight must be above 0"),
     ],
 )
-def test_a_mix_that_makes_no_sense(name: str, message: str) -> None:
+def test_an_invalid_mix_is_refused(name: str, message: str) -> None:
     with pytest.raises(CompareError, match=message):
         parse_arms([name, "b"])

@@ -223,9 +223,7 @@ def test_the_end_token_of_a_tokenizers_own_code_is_put_behind_each_text(
     assert [tokens.ids for tokens in before] == [tokens.ids for tokens in after]
 
 
-def test_an_end_token_that_is_there_already_is_not_put_twice(
-    make_family: MakeFamily, copy: Copy, edit_json: EditJson, load: Load
-) -> None:
+def test_an_end_token_is_not_added_twice(make_family: MakeFamily, copy: Copy, edit_json: EditJson, load: Load) -> None:
     folder = copy(make_family("qwen2"))
     before = load(folder, "torch").encoder.tokenize(TEXTS, None, Truncate.END)
     edit_json(folder / "tokenizer_config.json", add_eos_token=True, auto_map=OWN_TOKENIZER)

@@ -156,7 +156,7 @@ KINDS = {
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shares", [(0.5, 0.5), (0.9, 0.1), (0.5, 0.3, 0.2)])
-def test_equal_arms_are_seldom_told_apart(shares: tuple[float, ...], kind: str) -> None:
+def test_equal_arms_are_rarely_distinguished(shares: tuple[float, ...], kind: str) -> None:
     rng = np.random.default_rng(31)
 
     wrong = [looked(rng, shares, KINDS[kind](rng, 2_000)) for _ in range(50)]

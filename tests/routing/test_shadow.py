@@ -437,7 +437,7 @@ async def test_no_more_than_four_are_ever_worked_on(make_shadows: MakeShadows, s
     assert len(second.jobs) - num_before == 4
 
 
-async def test_texts_may_fill_the_room_to_its_end(
+async def test_texts_may_fill_the_available_room_completely(
     make_shadows: MakeShadows, second: Second, counted: Callable[[str], float]
 ) -> None:
     router, shadows = make_shadows()

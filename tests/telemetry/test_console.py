@@ -118,7 +118,7 @@ def test_a_traceback_follows_its_line_without_the_values_of_variables() -> None:
     assert "raise ValueError(len(secret))" in shown
 
 
-def test_problems_of_a_file_stand_below_each_other() -> None:
+def test_problems_of_a_file_are_listed_one_per_line() -> None:
     shown = rendered({"event": "reload_refused", "level": "error", "reason": "a.yaml:1:1: one\na.yaml:2:1: two"})
 
     assert shown.splitlines()[-2:] == ["  a.yaml:1:1: one", "  a.yaml:2:1: two"]
@@ -128,7 +128,7 @@ def test_problems_of_a_file_stand_below_each_other() -> None:
     ("environ", "expected"),
     [({}, True), ({"NO_COLOR": "1"}, False), ({"NO_COLOR": ""}, True), ({"TERM": "dumb"}, False)],
 )
-def test_colors_are_for_a_terminal_that_wants_them(
+def test_colors_are_only_for_a_terminal_that_supports_them(
     monkeypatch: pytest.MonkeyPatch, environ: dict[str, str], expected: bool
 ) -> None:
     monkeypatch.delenv("NO_COLOR", raising=False)

@@ -205,7 +205,7 @@ with trace_export.sending(trace_export.TraceSettings(("otlp",))):
 """
 
 
-def test_a_tracer_that_is_there_already_is_used_instead() -> None:
+def test_an_existing_tracer_is_used_instead() -> None:
     """As ``opentelemetry-instrument`` sets one, before the gateway runs."""
     done = subprocess.run([sys.executable, "-c", GIVEN], capture_output=True, text=True, check=True)
 

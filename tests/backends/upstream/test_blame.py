@@ -49,7 +49,7 @@ def num_trials(server: StandIn) -> int:
 
 @pytest.mark.parametrize("fault", ["nan", "500", "404", "403", "garbage", "half", "502", "503", "424", "one missing"])
 @pytest.mark.parametrize("kind", ["openai", "tei"])
-async def test_a_text_on_which_a_server_fails_takes_it_from_no_one(
+async def test_a_text_on_which_a_server_fails_does_not_take_it_from_others(
     server: StandIn, monkeypatch: pytest.MonkeyPatch, kind: str, fault: str
 ) -> None:
     monkeypatch.setattr(breaker_module, "_LEAST_PAUSE_S", 0.1)  # between two trials
@@ -179,7 +179,7 @@ async def test_a_server_that_refuses_everything_is_shut_out_and_no_client_is_bla
         await fail(backend, UpstreamUnavailable, ["any"])
 
 
-async def test_one_text_that_is_too_long_does_not_make_everyones_requests_small(server: StandIn) -> None:
+async def test_one_text_that_is_too_long_does_not_make_all_requests_small(server: StandIn) -> None:
     """llama.cpp speaks of its batch of tokens, with one status or the other."""
     message = "input (600 tokens) is too large to process. increase the physical batch size (current batch size: 512)"
     async with loaded(entry(server)) as backend:
@@ -304,7 +304,7 @@ async def test_a_change_of_the_state_is_logged_with_the_model(server: StandIn) -
     assert "answers 500" in said[0]["reasons"]
 
 
-async def test_after_a_suspicion_there_is_rest(server: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_after_a_suspicion_the_next_trial_waits(server: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watch_module, "_LOOK_S", 1000.0)
     monkeypatch.setattr(watch_module, "_SETTLE_S", 0.0)
     looks = 0
@@ -440,7 +440,7 @@ async def test_a_text_that_is_too_long_is_not_sent_in_parts(server: StandIn) -> 
 
 
 @pytest.mark.parametrize("status", [401, 402, 403, 404, 405, 410])
-async def test_an_error_that_only_the_operator_can_mend_is_permanent(server: StandIn, status: int) -> None:
+async def test_an_error_that_only_the_operator_can_fix_is_permanent(server: StandIn, status: int) -> None:
     states = States()
     async with loaded(entry(server), states) as backend:
         server.fault = str(status)

@@ -146,7 +146,7 @@ async def test_the_key_and_further_fields_are_sent(server: StandIn) -> None:
 # ------------------------------------------------------------------------------------------------------------ loading
 
 
-async def test_a_server_that_cannot_be_reached_is_said_so() -> None:
+async def test_a_server_that_cannot_be_reached_is_reported() -> None:
     async with StandIn().serving() as server:
         pass
 
@@ -177,7 +177,7 @@ async def test_an_openai_server_may_have_any_names_for_its_models(server: StandI
     assert server.bodies[-1]["model"] == "acme/other"
 
 
-async def test_a_wrong_key_is_said_so(server: StandIn) -> None:
+async def test_a_wrong_key_is_reported(server: StandIn) -> None:
     server.key = "secret"
 
     with pytest.raises(NotReachable, match="refuses the API key"):

@@ -33,7 +33,7 @@ def blocking() -> Iterator[Blocking]:
     look_up.let_go.set()
 
 
-async def test_addresses_are_in_numerical_order_and_each_is_there_once() -> None:
+async def test_addresses_are_distinct_and_in_numerical_order() -> None:
     found = ["fd00::a", "10.0.0.10", "10.0.0.9", "fd00::0009", "10.0.0.10", "fd00::9"]
 
     assert await Resolver(lambda _host, _port: found).resolve("a", 80) == [
@@ -92,7 +92,7 @@ async def test_it_is_asked_again_when_it_has_come_back(blocking: Blocking) -> No
     assert blocking.begun == 2
 
 
-async def test_those_who_ask_for_a_name_together_share_a_look_up(blocking: Blocking) -> None:
+async def test_concurrent_look_ups_of_a_name_share_one_query(blocking: Blocking) -> None:
     resolver = Resolver(blocking)
     waiting = [asyncio.create_task(resolver.resolve("a", 80)) for _ in range(3)]
     other = asyncio.create_task(resolver.resolve("b", 80))

@@ -189,7 +189,7 @@ def test_with_nothing_to_grade_the_comparison_is_kept(
     assert judge.bodies == []
 
 
-def test_a_check_of_pairs_that_the_judge_refused_is_said(
+def test_a_check_of_pairs_that_the_judge_refused_is_reported(
     url: str, start_judge: StartJudge, write_data: WriteData, tmp_path: Path
 ) -> None:
     judge = start_judge(lambda _body, _number: completion(None, refusal="no"))

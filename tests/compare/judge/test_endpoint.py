@@ -78,14 +78,14 @@ async def test_a_server_that_knows_no_format_at_all_is_asked_in_words(start_judg
     assert len(judge.bodies) == 3
 
 
-async def test_a_schema_that_makes_it_write_nonsense_is_left_out(start_judge: StartJudge) -> None:
+async def test_a_schema_that_makes_its_answers_unreadable_is_left_out(start_judge: StartJudge) -> None:
     judge = start_judge(
         lambda body, _number: completion("{}") if body.get("response_format", {}).get("json_schema") else graded(3)
     )
     assert [answer.grade for answer in await ask(judge.url)] == [3]
 
 
-async def test_one_that_accepts_nothing_is_said(start_judge: StartJudge) -> None:
+async def test_a_server_that_accepts_nothing_is_reported(start_judge: StartJudge) -> None:
     judge = start_judge(lambda _body, _number: refusal(400, "no max_completion_tokens, no temperature, no system role"))
     with pytest.raises(CompareError, match="gives no grade to any form of the request; its last answer: no max_comp"):
         await ask(judge.url)
@@ -242,7 +242,7 @@ def test_a_host_that_is_not_a_name_is_reported() -> None:
     ("variable", "value"),
     [("HTTP_PROXY", "ftp://user:hidden@x"), ("HTTP_PROXY", "http://[::1"), ("SSL_CERT_FILE", "/nowhere.pem")],
 )
-async def test_a_proxy_or_certificate_that_is_wrong_is_said(
+async def test_a_proxy_or_certificate_that_is_wrong_is_reported(
     monkeypatch: pytest.MonkeyPatch, variable: str, value: str
 ) -> None:
     monkeypatch.setenv(variable, value)

@@ -244,7 +244,7 @@ async def test_a_check_of_other_data_is_refused_before_anything_is_asked(tmp_pat
         await run(other, url, tmp_path, check)
 
 
-async def test_another_run_asks_nothing_and_no_price_is_said(start_judge: StartJudge, tmp_path: Path) -> None:
+async def test_another_run_asks_nothing_and_shows_no_price(start_judge: StartJudge, tmp_path: Path) -> None:
     world, stand_in = make_world(), start_judge(responding(true_grade))
     first = (await run(world, stand_in.url, tmp_path)).report
     num_asked = len(stand_in.bodies)

@@ -103,7 +103,7 @@ def test_downloaded_files_are_found_without_the_hub(hub: Hub, monkeypatch: pytes
     assert hub.requests == []
 
 
-def test_weights_in_parts_are_found_without_the_hub_once_all_are_there(hub: Hub) -> None:
+def test_weights_in_parts_are_found_without_the_hub_once_all_exist(hub: Hub) -> None:
     parts = {f"model-0000{number}-of-00002.safetensors": os.urandom(LARGE) for number in (1, 2)}
     hub.repos[NAME] = Repo({"config.json": b"{}", "model.safetensors.index.json": b"{}", **parts})
 
@@ -172,7 +172,7 @@ def test_a_partial_file_that_is_too_large_is_fetched_again(hub: Hub, tmp_path: P
 # ------------------------------------------------------------------------------------------------------- refusals
 
 
-def test_a_disk_without_room_is_said_before_anything_is_fetched(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_without_room_is_reported_before_anything_is_fetched(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fetching, "free_bytes", lambda _folder: 1000)
 
     with pytest.raises(
@@ -183,7 +183,7 @@ def test_a_disk_without_room_is_said_before_anything_is_fetched(hub: Hub, monkey
     assert hub.fetched() == []
 
 
-def test_a_disk_that_is_full_in_the_middle_is_said(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_is_full_in_the_middle_is_reported(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_arguments: object) -> None:
         raise OSError(28, "No space left on device")
 
@@ -191,7 +191,7 @@ def test_a_disk_that_is_full_in_the_middle_is_said(hub: Hub, monkeypatch: pytest
         fetch(describe(NAME, COMMIT), full)
 
 
-def test_a_folder_that_may_not_be_written_to_is_said(hub: Hub, tmp_path: Path) -> None:
+def test_a_folder_that_may_not_be_written_to_is_reported(hub: Hub, tmp_path: Path) -> None:
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache" / "models--owner--model").write_text("a file where a folder must be")
 

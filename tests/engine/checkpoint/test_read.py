@@ -347,7 +347,7 @@ def test_optional_files_may_be_missing(make_checkpoint: MakeCheckpoint, name: st
 
 
 @pytest.mark.parametrize("limit", [None, "12", 0, -1, True, 1.5e30])
-def test_a_length_that_makes_no_sense_is_ignored(make_checkpoint: MakeCheckpoint, limit: Any) -> None:
+def test_an_impossible_length_is_ignored(make_checkpoint: MakeCheckpoint, limit: Any) -> None:
     folder = make_checkpoint(transformer={"max_seq_length": limit})
 
     assert read_checkpoint(folder).max_tokens == 40

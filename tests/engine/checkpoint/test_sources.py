@@ -137,7 +137,7 @@ def test_a_hub_that_never_answers_is_given_up(silent_server: str, monkeypatch: p
     assert "time" in assert_cannot_download()
 
 
-def test_offline_mode_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offline_mode_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
 
     assert "offline" in assert_cannot_download()

@@ -166,7 +166,7 @@ def test_the_bundled_model_s_tokenizer_is_one_whose_long_runs_are_known(bundled_
 
 
 @pytest.mark.parametrize("text", ["word " * 60_000, "a" * 300_000, "漢" * 300_000, "." * 300_000])
-def test_no_step_reads_more_than_it_has_said(text: str) -> None:
+def test_no_step_reads_more_than_it_announced(text: str) -> None:
     """The time that one client's text keeps a thread busy is bounded, and known in advance."""
     counting = Counting(fresh("WordPiece"))
     tokenizer = Tokenizer(counting, 64)  # type: ignore[arg-type]

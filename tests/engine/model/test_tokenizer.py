@@ -161,7 +161,7 @@ def test_refuse_says_the_limit_and_the_length(bundled_encoder: Encoder, name: st
     assert (caught.value.code, caught.value.param) == ("context_length_exceeded", "input")
 
 
-def test_the_first_text_has_index_0_unless_it_is_said(bundled_encoder: Encoder) -> None:
+def test_the_first_text_has_index_0_if_the_server_omits_it(bundled_encoder: Encoder) -> None:
     with pytest.raises(ContextLengthExceeded, match=r"input\[0\] has 257 tokens"):
         bundled_encoder.tokenizer.tokenize([TEXTS["one over"]], "", Truncate.REFUSE)
 
