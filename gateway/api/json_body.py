@@ -81,9 +81,9 @@ def _parse(body: bytes | bytearray, charset: str | None) -> Json:
     # orjson rejects a lone surrogate such as "\ud83d", which JavaScript and many other clients send when they cut a
     # text in the middle of an emoji.
     if _SURROGATE.search(body):
-        mended = _without_lone_surrogates(body)
+        repaired = _without_lone_surrogates(body)
         try:
-            content = orjson.loads(mended)
+            content = orjson.loads(repaired)
         except orjson.JSONDecodeError as error:
             reason = str(error)
         else:
@@ -161,21 +161,21 @@ def _without_lone_surrogates(body: bytes | bytearray) -> bytearray:
         BadInput: the text has too many of them.
     """
     # Spelled as \u005c, an escaped backslash cannot be mistaken for the beginning of an escape.
-    mended = bytearray(body.replace(rb"\\", rb"\u005c"))
+    repaired = bytearray(body.replace(rb"\\", rb"\u005c"))
     num_found = 0
-    for first in range(0, len(mended), _PIECE_BYTES):
+    for first in range(0, len(repaired), _PIECE_BYTES):
         end = first + _PIECE_BYTES
         # Whether an escape at the end of a piece is a lone surrogate depends on the escape after it.
-        for surrogate in _LONE_SURROGATE.finditer(mended, first, end + 2 * _ESCAPE_BYTES):
+        for surrogate in _LONE_SURROGATE.finditer(repaired, first, end + 2 * _ESCAPE_BYTES):
             if surrogate.start() < end:
                 num_found += 1
-                mended[surrogate.start() : surrogate.end()] = rb"\ufffd"
+                repaired[surrogate.start() : surrogate.end()] = rb"\ufffd"
         if num_found > _MAX_LONE_SURROGATES:
             raise BadInput(
                 f"the request body has more than {_MAX_LONE_SURROGATES} lone surrogates, which is the limit: its texts have "
                 "been cut in the middle of characters"
             )
-    return mended
+    return repaired
 
 
 def charset_of(content_type: str) -> str | None:
