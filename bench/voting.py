@@ -26,14 +26,14 @@ class Voter:
     error: float
     favors_left: float = 0.0
 
-    def choose(self, left: int, right: int, dice: random.Random) -> Choice:
+    def choose(self, left: int, right: int, rng: random.Random) -> Choice:
         """Return the vote on two lists with so many relevant documents: as many are a tie, and none "both bad"."""
-        if dice.random() < self.favors_left:
+        if rng.random() < self.favors_left:
             return "left"
-        errs = dice.random() < self.error
+        errs = rng.random() < self.error
         if left == right:
             if errs:
-                return "left" if dice.random() < 0.5 else "right"
+                return "left" if rng.random() < 0.5 else "right"
             return "tie" if left else "bad"
         return "left" if (left > right) is not errs else "right"
 
@@ -44,14 +44,14 @@ def play(duel: Duel, relevant: AbstractSet[tuple[str, str]], voter: Voter, seed:
     Args:
         relevant: pairs of the ids of a query and a document.
     """
-    dice = random.Random(seed)  # noqa: S311  a simulation, not a secret
+    rng = random.Random(seed)  # noqa: S311  a simulation, not a secret
     votes = []
     for number, turn in enumerate(duel.turns):
         pair = duel.pairs[turn.pair]
         sides = [(duel.baseline, pair.baseline), (duel.arm, pair.arm)]
         (left, on_left), (right, on_right) = sides[::-1] if turn.is_swapped else sides
         counts = [sum((pair.query, one.document) in relevant for one in shown) for shown in (on_left, on_right)]
-        choice = voter.choose(counts[0], counts[1], dice)
+        choice = voter.choose(counts[0], counts[1], rng)
         preferred = {"left": left, "right": right}.get(choice)
         votes.append(
             Vote(time="", voter="simulated", turn=number, query=pair.query, choice=choice, preferred=preferred)

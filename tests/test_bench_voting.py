@@ -32,8 +32,8 @@ NEW_IS_RIGHT = {(query.id, "new0") for query in QUERIES}
 
 
 def votes_of(voter: Voter, left: int, right: int, num: int = 2_000) -> dict[Choice, float]:
-    dice = random.Random(1)
-    counts = Counter(voter.choose(left, right, dice) for _ in range(num))
+    rng = random.Random(1)
+    counts = Counter(voter.choose(left, right, rng) for _ in range(num))
     return {choice: count / num for choice, count in counts.items()}
 
 

@@ -15,8 +15,8 @@ from bench.evidence.values import DRAWS
 KNOWN = {simulation.name: simulation for simulation in evidence.simulations()}
 
 
-def happens(share: float, dice: np.random.Generator) -> bool:
-    return dice.random() < share
+def happens(share: float, rng: np.random.Generator) -> bool:
+    return rng.random() < share
 
 
 def simulation_of(share: float, runs: int = 400) -> Simulation:

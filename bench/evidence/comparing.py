@@ -33,49 +33,49 @@ def conclusions(values: Values, groups: Sequence[int] | None = None, margin: flo
     return with_verdicts(found, margin)
 
 
-def says_a_difference(kind: str, arms: int, queries: int, dice: np.random.Generator) -> bool:
+def says_a_difference(kind: str, arms: int, queries: int, rng: np.random.Generator) -> bool:
     """Return whether any of several equal arms is called better or worse."""
-    found = conclusions(DRAWS[kind](dice, arms, queries))
+    found = conclusions(DRAWS[kind](rng, arms, queries))
     return any(one.verdict in _WRONG for one in found)
 
 
-def says_a_difference_at_any_size(kind: str, arms: int, dice: np.random.Generator) -> bool:
+def says_a_difference_at_any_size(kind: str, arms: int, rng: np.random.Generator) -> bool:
     """Return the same for a number of queries from 50 to 1,000, small ones as often as large ones."""
-    return says_a_difference(kind, arms, round(float(np.exp(dice.uniform(np.log(50), np.log(1_000))))), dice)
+    return says_a_difference(kind, arms, round(float(np.exp(rng.uniform(np.log(50), np.log(1_000))))), rng)
 
 
-def misses(kind: str, queries: int, dice: np.random.Generator) -> bool:
+def misses(kind: str, queries: int, rng: np.random.Generator) -> bool:
     """Return whether the interval, if one is given, misses the true difference, which is 0."""
-    (found,) = conclusions(DRAWS[kind](dice, 2, queries))
+    (found,) = conclusions(DRAWS[kind](rng, 2, queries))
     low, high = found.difference.low, found.difference.high
     return low is not None and high is not None and not low <= 0 <= high
 
 
-def says_as_good(queries: int, worse_by: float, dice: np.random.Generator) -> bool:
+def says_as_good(queries: int, worse_by: float, rng: np.random.Generator) -> bool:
     """Return whether an arm that is worse by exactly the margin is called as good, or not worse."""
-    before, after = latent(dice, 2, queries, 0.8)
+    before, after = latent(rng, 2, queries, 0.8)
     (found,) = conclusions(np.array([before, after - worse_by]), margin=worse_by)
     return found.verdict in {Verdict.AS_GOOD, Verdict.NOT_WORSE}
 
 
-def says_as_good_with_rare_losses(queries: int, worse_by: float, dice: np.random.Generator) -> bool:
+def says_as_good_with_rare_losses(queries: int, worse_by: float, rng: np.random.Generator) -> bool:
     """Return the same of an arm that gains 0.2 in a tenth of the queries, and loses 0.8 in a few."""
-    kinds = dice.random(queries)
+    kinds = rng.random(queries)
     losing = (0.1 * 0.2 + worse_by) / 0.8
     after = np.where(kinds < 0.1, 1.0, np.where(kinds > 1 - losing, 0.0, 0.8))
     (found,) = conclusions(np.array([np.full(queries, 0.8), after]), margin=worse_by)
     return found.verdict in {Verdict.AS_GOOD, Verdict.NOT_WORSE}
 
 
-def says_a_difference_of_groups(queries: int, topics: int, likeness: float, dice: np.random.Generator) -> bool:
+def says_a_difference_of_groups(queries: int, topics: int, likeness: float, rng: np.random.Generator) -> bool:
     """Return whether equal arms are called different when their differences go with the topic of a query.
 
     Args:
         likeness: intraclass correlation of the differences.
     """
     # Topics of unequal size, as real ones.
-    groups = dice.choice(topics, queries, p=(weights := dice.gamma(2, size=topics)) / weights.sum())
-    of_topic, own = dice.normal(size=topics)[groups], dice.normal(size=queries)
+    groups = rng.choice(topics, queries, p=(weights := rng.gamma(2, size=topics)) / weights.sum())
+    of_topic, own = rng.normal(size=topics)[groups], rng.normal(size=queries)
     difference = 0.15 * (np.sqrt(likeness) * of_topic + np.sqrt(1 - likeness) * own)
     values = np.array([np.full(queries, 0.5), 0.5 + difference])
     return conclusions(values, groups.tolist())[0].verdict in _WRONG
@@ -86,12 +86,12 @@ def says_a_difference_of_groups(queries: int, topics: int, likeness: float, dice
 _NUM_RELEVANT, _POOL, _QUERIES = 8, 150, 200
 
 
-def _rankings(dice: np.random.Generator, skills: Sequence[float]) -> list[Ranking]:
+def _rankings(rng: np.random.Generator, skills: Sequence[float]) -> list[Ranking]:
     """Rank 150 documents, of which the first eight are relevant, for 200 queries."""
-    shared = dice.normal(size=(_QUERIES, _POOL))
+    shared = rng.normal(size=(_QUERIES, _POOL))
     rankings: list[Ranking] = []
     for skill in skills:
-        scores = 0.7 * shared + dice.normal(size=(_QUERIES, _POOL))
+        scores = 0.7 * shared + rng.normal(size=(_QUERIES, _POOL))
         scores[:, :_NUM_RELEVANT] += skill
         order = np.argsort(-scores, axis=1)[:, :100]
         rankings.append(
@@ -122,20 +122,20 @@ def _verdict(rankings: Sequence[Ranking], judgments: Mapping[str, Mapping[str, i
     return next(one.verdict for one in found.contrasts if one.measure == PRIMARY_MEASURE)
 
 
-def misjudges(advantage: float, pooled: int, dice: np.random.Generator) -> bool:
+def misjudges(advantage: float, pooled: int, rng: np.random.Generator) -> bool:
     """Return whether a verdict contradicts the truth when only the baseline's first documents were judged.
 
     Args:
         advantage: of the new arm: 0 is equal, so that better and worse are wrong; above 0, worse is wrong.
     """
-    rankings = _rankings(dice, (1.5, 1.5 + advantage))
+    rankings = _rankings(rng, (1.5, 1.5 + advantage))
     verdict = _verdict(rankings, _judged(rankings[:1], pooled))
     return verdict is Verdict.WORSE or (advantage == 0 and verdict is Verdict.BETTER)
 
 
-def finds(advantage: float, dice: np.random.Generator) -> bool:
+def finds(advantage: float, rng: np.random.Generator) -> bool:
     """Return whether a better arm is found when the first ten documents of both arms were judged."""
-    rankings = _rankings(dice, (1.5, 1.5 + advantage))
+    rankings = _rankings(rng, (1.5, 1.5 + advantage))
     return _verdict(rankings, _judged(rankings, 10)) is Verdict.BETTER
 
 

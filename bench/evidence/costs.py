@@ -36,7 +36,7 @@ class BusyMachine(GatewayClient):
 
     def __init__(
         self,
-        dice: np.random.Generator,
+        rng: np.random.Generator,
         load: float,
         noise: float,
         stalls: float = 0.02,
@@ -45,12 +45,12 @@ class BusyMachine(GatewayClient):
     ) -> None:
         super().__init__(httpx.AsyncClient(), "simulated")
         self.now = 0.0
-        self._dice = dice
+        self._rng = rng
         self._load, self._noise, self._stalls, self._warmth, self._factor = load, noise, stalls, warmth, factor
-        self._states = dice.normal(size=2)
+        self._states = rng.normal(size=2)
         self._numbers: Counter[str] = Counter()
         # The effect of one process on a model as long as the process lives, such as the place of its weights in memory.
-        self._luck = {f"model{number}": float(np.exp(0.03 * dice.normal())) for number in range(10)}
+        self._luck = {f"model{number}": float(np.exp(0.03 * rng.normal())) for number in range(10)}
         self._last: Sequence[str] = ()
 
     async def embed(  # noqa: PLR0913  as the client's
@@ -67,12 +67,12 @@ class BusyMachine(GatewayClient):
         is_late: bool = False,
     ) -> EmbeddedTexts:
         memory = 0.975
-        self._states = memory * self._states + np.sqrt(1 - memory**2) * self._dice.normal(size=2)
+        self._states = memory * self._states + np.sqrt(1 - memory**2) * self._rng.normal(size=2)
         self._numbers[model] += 1
         state = self._states[self._numbers[model] % 2]
-        elapsed_s = 0.008 * len(texts) ** 0.8 * np.exp(self._load * state + self._noise * self._dice.normal())
+        elapsed_s = 0.008 * len(texts) ** 0.8 * np.exp(self._load * state + self._noise * self._rng.normal())
         elapsed_s *= self._luck[model]
-        elapsed_s *= 10 if self._dice.random() < self._stalls else 1
+        elapsed_s *= 10 if self._rng.random() < self._stalls else 1
         elapsed_s *= 1 - self._warmth if texts == self._last else 1
         elapsed_s *= self._factor if model == "model1" else 1
         self._last = texts
@@ -88,17 +88,17 @@ def _arm(number: int) -> PlannedArm:
 
 
 def shows_a_difference(
-    arms: int, load: float, noise: float, factor: float, which: str, dice: np.random.Generator
+    arms: int, load: float, noise: float, factor: float, which: str, rng: np.random.Generator
 ) -> bool:
     """Return whether a comparison shows that any arm is faster or slower.
 
     Args:
         which: ``any`` ratio, or that of a ``query``.
     """
-    client = BusyMachine(dice, load, noise, factor=factor)
+    client = BusyMachine(rng, load, noise, factor=factor)
     texts = [f"text {number}" for number in range(200)]
     planned = [_arm(number) for number in range(arms)]
-    seed = int(dice.integers(2**31))
+    seed = int(rng.integers(2**31))
     run = measure_costs(client, planned, texts, texts, seed, Silent(), lambda: client.now)
     found = asyncio.run(run).contrasts
     return any(

@@ -35,43 +35,43 @@ def _queries(num: int) -> tuple[Query, ...]:
     )
 
 
-def finds_a_preference_between_equals(voter: Voter, num_pairs: int, dice: np.random.Generator) -> bool:
+def finds_a_preference_between_equals(voter: Voter, num_pairs: int, rng: np.random.Generator) -> bool:
     """Return whether any look at a duel finds a preference, though both find an answer in half of the queries."""
     queries = _queries(num_pairs)
     relevant = {
-        (query.id, f"{name}-{query.id}-0") for query in queries for name in (_BASELINE, _ARM) if dice.random() < 0.5
+        (query.id, f"{name}-{query.id}-0") for query in queries for name in (_BASELINE, _ARM) if rng.random() < 0.5
     }
-    seed = int(dice.integers(2**32))
+    seed = int(rng.integers(2**32))
     duel = draw(queries, _BASELINE, _ARM, seed)
     return verdicts(duel, play(duel, relevant, voter, seed))[-1] is not None
 
 
-def better_is_found(share: float, num_votes: int, dice: np.random.Generator) -> bool:
+def better_is_found(share: float, num_votes: int, rng: np.random.Generator) -> bool:
     """Return whether the second, which gets this share of the votes for either, is preferred by the last vote."""
-    votes = dice.random(num_votes) < share
+    votes = rng.random(num_votes) < share
     return judge(Ballot.SECOND if vote else Ballot.FIRST for vote in votes).preferred is Ballot.SECOND
 
 
-def interval_misses(share: float, num_votes: int, dice: np.random.Generator) -> bool:
+def interval_misses(share: float, num_votes: int, rng: np.random.Generator) -> bool:
     """Return whether the interval leaves the true share out after any vote."""
-    firsts = np.cumsum(dice.random(num_votes) < share)
+    firsts = np.cumsum(rng.random(num_votes) < share)
     return any(
         not low <= share <= high
         for low, high in (interval(int(first), num - int(first)) for num, first in enumerate(firsts, 1))
     )
 
 
-def tastes_look_general(num_voters: int, num_votes: int, dice: np.random.Generator) -> bool:
+def tastes_look_general(num_voters: int, num_votes: int, rng: np.random.Generator) -> bool:
     """Return whether any look finds a preference beyond the voters, who have different tastes, but none in common.
 
     Looked at after each fifth of the voters. The log-odds of their tastes have a standard deviation of one half.
     """
-    duel = draw(_queries(num_votes + num_votes // 5), _BASELINE, _ARM, int(dice.integers(2**32)))
+    duel = draw(_queries(num_votes + num_votes // 5), _BASELINE, _ARM, int(rng.integers(2**32)))
     turns = [number for number, turn in enumerate(duel.turns) if not turn.is_repeat][:num_votes]
     votes: list[Vote] = []
     for voter in range(num_voters):
-        share = 1 / (1 + np.exp(-0.5 * dice.normal()))
-        chosen = [_BASELINE if dice.random() < share else _ARM for _ in turns]
+        share = 1 / (1 + np.exp(-0.5 * rng.normal()))
+        chosen = [_BASELINE if rng.random() < share else _ARM for _ in turns]
         votes += [
             Vote(time="", voter=f"voter {voter}", turn=turn, choice="left", preferred=name)
             for turn, name in zip(turns, chosen, strict=True)

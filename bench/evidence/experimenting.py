@@ -29,14 +29,14 @@ _SPLITS = {
 # ----------------------------------------------------------------------------------------------------- sample ratio
 
 
-def is_flagged(shares: Sequence[float], units: int, lost: float, dice: np.random.Generator) -> bool:
+def is_flagged(shares: Sequence[float], units: int, lost: float, rng: np.random.Generator) -> bool:
     """Return whether the split is ever called wrong, looked at after every unit.
 
     Args:
         lost: the share of its units that the last arm loses.
     """
-    arms = dice.choice(len(shares), units, p=shares)
-    arms = arms[(arms < len(shares) - 1) | (dice.random(units) >= lost)]
+    arms = rng.choice(len(shares), units, p=shares)
+    arms = arms[(arms < len(shares) - 1) | (rng.random(units) >= lost)]
     log_e = largest_log_e([arms == arm for arm in range(len(shares))], np.array(shares))
     return log_e >= math.log(100)
 
@@ -44,20 +44,20 @@ def is_flagged(shares: Sequence[float], units: int, lost: float, dice: np.random
 # --------------------------------------------------------------------------------------------------------- outcomes
 
 
-def _draw(kind: str, dice: np.random.Generator, num: int) -> tuple[Values, Values]:
+def _draw(kind: str, rng: np.random.Generator, num: int) -> tuple[Values, Values]:
     """Return the values and the chances of some units."""
     ones = np.ones(num)
     match kind:
         case "conversions of 10 %":
-            return (dice.random(num) < 0.1).astype(np.float64), ones
+            return (rng.random(num) < 0.1).astype(np.float64), ones
         case "conversions of 1 %":
-            return (dice.random(num) < 0.01).astype(np.float64), ones
+            return (rng.random(num) < 0.01).astype(np.float64), ones
         case "purchases":
-            return dice.exponential(size=num), ones
+            return rng.exponential(size=num), ones
         case "heavy users":
-            return np.minimum(1_000, np.ceil(dice.pareto(1.5, num))), ones
-    of = np.ceil(np.minimum(1_000, dice.pareto(1.5, num) + 0.1))
-    return dice.binomial(of.astype(int), dice.beta(2, 5, num)).astype(np.float64), of
+            return np.minimum(1_000, np.ceil(rng.pareto(1.5, num))), ones
+    of = np.ceil(np.minimum(1_000, rng.pareto(1.5, num) + 0.1))
+    return rng.binomial(of.astype(int), rng.beta(2, 5, num)).astype(np.float64), of
 
 
 def _branches(shares: Sequence[float], generation: str = "g") -> list[Branch]:
@@ -76,15 +76,15 @@ def _compare(
 
 
 def looks_different(
-    kind: str, per: Per, shares: Sequence[float], units: int, effect: float, dice: np.random.Generator
+    kind: str, per: Per, shares: Sequence[float], units: int, effect: float, rng: np.random.Generator
 ) -> bool:
     """Return whether any look finds any arm different, of 20 looks while units come.
 
     Args:
         effect: the share by which the values of the second arm are higher; then only "better" counts.
     """
-    arm = dice.choice(len(shares), units, p=shares)
-    value, of = _draw(kind, dice, units)
+    arm = rng.choice(len(shares), units, p=shares)
+    value, of = _draw(kind, rng, units)
     value = value * (1 + effect * (arm == 1))
     unit = np.arange(units)
     for end in np.linspace(units / _NUM_LOOKS, units, _NUM_LOOKS).astype(int):
@@ -96,7 +96,7 @@ def looks_different(
     return False
 
 
-def ramp_looks_different(units: int, effect: float, dice: np.random.Generator) -> bool:
+def ramp_looks_different(units: int, effect: float, rng: np.random.Generator) -> bool:
     """Return whether any of 20 looks at a ramp from 90/10 to 50/50 finds the arms different.
 
     The users have lasting habits. Half of them come with the second weights, in a better week. The others come back then,
@@ -105,12 +105,12 @@ def ramp_looks_different(units: int, effect: float, dice: np.random.Generator) -
     Args:
         effect: how much higher the values of the second arm are; then only "better" counts.
     """
-    race, habit = dice.random(units), dice.exponential(size=units)
+    race, habit = rng.random(units), rng.exponential(size=units)
     is_old = np.arange(units) < units // 2
     unit = np.concatenate([np.arange(units)[is_old], np.arange(units)])
     branch = np.concatenate([(race[is_old] < 0.1).astype(int), 2 + (race < 0.5)])
     time = np.concatenate([np.zeros(int(is_old.sum())), np.full(units, 10.0)])
-    value = habit[unit] + 0.3 * dice.exponential(size=len(unit)) + 2 * (time > 0) + effect * (branch % 2)
+    value = habit[unit] + 0.3 * rng.exponential(size=len(unit)) + 2 * (time > 0) + effect * (branch % 2)
     arms = [*_branches((0.9, 0.1)), *_branches((0.5, 0.5), "h")]
     for end in np.linspace(len(unit) / _NUM_LOOKS, len(unit), _NUM_LOOKS).astype(int):
         seen = slice(0, end)
@@ -124,14 +124,14 @@ def ramp_looks_different(units: int, effect: float, dice: np.random.Generator) -
 # --------------------------------------------------------------------------------------------------------- guardrails
 
 
-def guardrail_is_worse(metric: str, units: int, dice: np.random.Generator) -> bool:
+def guardrail_is_worse(metric: str, units: int, rng: np.random.Generator) -> bool:
     """Return whether one of two equal arms looks slower or worse, though a few users send most requests."""
     arms = (ArmCounts(), ArmCounts())
     for unit in range(units):
-        num = int(min(500, 1 + dice.pareto(1.3) * 5))
-        length, failing = dice.normal(5, 1), min(1.0, 0.05 * dice.exponential())
-        log_s = num * (0.8 * length - 4.6 + dice.normal(0, 0.4)) + dice.normal(0, math.sqrt(num))
-        arms[int(dice.random() < 0.5)].sums.add(unit, [num, dice.binomial(num, failing), num, log_s, num * length])
+        num = int(min(500, 1 + rng.pareto(1.3) * 5))
+        length, failing = rng.normal(5, 1), min(1.0, 0.05 * rng.exponential())
+        log_s = num * (0.8 * length - 4.6 + rng.normal(0, 0.4)) + rng.normal(0, math.sqrt(num))
+        arms[int(rng.random() < 0.5)].sums.add(unit, [num, rng.binomial(num, failing), num, log_s, num * length])
     found = next(one for one in guardrails("b", *arms, share=0.5, alpha=ALPHA) if one.metric == metric)
     return found.verdict in {"better", "worse"}
 

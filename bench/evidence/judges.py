@@ -19,11 +19,11 @@ _JUDGES = (
 _SIZES = ((60, 50), (300, 60), (600, 120))
 
 
-def tells_equal_arms_apart(judge: Judge, num_queries: int, num_checked: int, dice: np.random.Generator) -> bool:
+def tells_equal_arms_apart(judge: Judge, num_queries: int, num_checked: int, rng: np.random.Generator) -> bool:
     """Return whether a comparison of equally good arms shows a difference, corrected by people."""
-    truth = differences(num_queries, 0.0, dice)
-    judged = {str(query): float(value) for query, value in enumerate(judge.grade(truth, dice))}
-    checked = dice.permutation(num_queries)[:num_checked]
+    truth = differences(num_queries, 0.0, rng)
+    judged = {str(query): float(value) for query, value in enumerate(judge.grade(truth, rng))}
+    checked = rng.permutation(num_queries)[:num_checked]
     return corrected_difference({str(query): float(truth[query]) for query in checked}, judged).p < ALPHA
 
 

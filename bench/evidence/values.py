@@ -25,9 +25,9 @@ Draw = Callable[[np.random.Generator, int, int], Values]
 _DISCOUNTED = 1 / np.log2(np.arange(2, 12))  # of ranks 1 to 10
 
 
-def latent(dice: np.random.Generator, arms: int, queries: int, likeness: float) -> Values:
+def latent(rng: np.random.Generator, arms: int, queries: int, likeness: float) -> Values:
     """Return numbers that are uniform between 0 and 1, and correlated between the arms."""
-    shared, own = dice.normal(size=(1, queries)), dice.normal(size=(arms, queries))
+    shared, own = rng.normal(size=(1, queries)), rng.normal(size=(arms, queries))
     found: Values = stats.norm.cdf(np.sqrt(likeness) * shared + np.sqrt(1 - likeness) * own)
     return found
 
@@ -45,30 +45,30 @@ def _shares() -> Values:
     return found
 
 
-def single(dice: np.random.Generator, arms: int, queries: int) -> Values:
+def single(rng: np.random.Generator, arms: int, queries: int) -> Values:
     """Draw nDCG@10 of queries with one relevant document."""
-    return _ranked(latent(dice, arms, queries, 0.86), ones=0.46, zeros=0.15)
+    return _ranked(latent(rng, arms, queries, 0.86), ones=0.46, zeros=0.15)
 
 
-def binary(dice: np.random.Generator, arms: int, queries: int) -> Values:
+def binary(rng: np.random.Generator, arms: int, queries: int) -> Values:
     """Draw Success@1."""
-    return (latent(dice, arms, queries, 0.87) < 0.55).astype(np.float64)
+    return (latent(rng, arms, queries, 0.87) < 0.55).astype(np.float64)
 
 
-def easy(dice: np.random.Generator, arms: int, queries: int) -> Values:
+def easy(rng: np.random.Generator, arms: int, queries: int) -> Values:
     """Draw nDCG@10 of queries that nearly all models solve."""
-    return _ranked(latent(dice, arms, queries, 0.86), ones=0.88, zeros=0.01)
+    return _ranked(latent(rng, arms, queries, 0.86), ones=0.88, zeros=0.01)
 
 
-def multi(dice: np.random.Generator, arms: int, queries: int) -> Values:
+def multi(rng: np.random.Generator, arms: int, queries: int) -> Values:
     """Draw nDCG@10 of queries with many relevant documents."""
-    found: Values = stats.beta.ppf(latent(dice, arms, queries, 0.8), 2, 1.5)
+    found: Values = stats.beta.ppf(latent(rng, arms, queries, 0.8), 2, 1.5)
     return found
 
 
-def skew(dice: np.random.Generator, arms: int, queries: int) -> Values:
+def skew(rng: np.random.Generator, arms: int, queries: int) -> Values:
     """Draw a baseline, and arms that gain a little in a tenth of the queries and lose all in a fortieth."""
-    kinds = dice.random((arms, queries))
+    kinds = rng.random((arms, queries))
     values = np.where(kinds < 0.1, 1.0, np.where(kinds > 0.975, 0.0, 0.8))
     values[0] = 0.8
     return values

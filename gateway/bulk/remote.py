@@ -155,7 +155,7 @@ class RemoteEmbedder:
 
     async def embed(self, texts: Sequence[str], *, is_late: bool = False) -> TextVectors:
         try:
-            answer = await self._patiently(texts, is_late=is_late)
+            answer = await self._embed_with_retries(texts, is_late=is_late)
         except Refused as refused:
             message = without_place(refused.reason)
             if refused.code in _OF_A_TEXT or (refused.status in _TOO_MUCH and len(texts) > 1):
@@ -175,7 +175,7 @@ class RemoteEmbedder:
             answer.multivectors if self.note.token_width else None,
         )
 
-    async def _patiently(self, texts: Sequence[str], *, is_late: bool = False) -> EmbeddedTexts:
+    async def _embed_with_retries(self, texts: Sequence[str], *, is_late: bool = False) -> EmbeddedTexts:
         """Send a request; try again once after an error that the texts may not have caused."""
         try:
             return await _embed(self._client, self._asked, texts, self._task, self.note.space, is_late=is_late)

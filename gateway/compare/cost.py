@@ -103,7 +103,7 @@ async def measure_costs(
     Arms with the same model, device, tasks and outputs are measured once, because they differ only in the size of the
         vectors.
     """
-    dice = random.Random(seed)  # noqa: S311  a sample, not a secret
+    rng = random.Random(seed)  # noqa: S311  a sample, not a secret
     # Remove duplicates, because a gateway computes equal texts only once.
     queries, documents = list(dict.fromkeys(queries)), list(dict.fromkeys(documents))
     same_as: dict[str, str] = {}
@@ -111,12 +111,12 @@ async def measure_costs(
     for arm in arms:
         key = (arm.card.id, arm.card.device, arm.queries.task, arm.passages.task, frozenset(arm.mix.outputs))
         same_as[arm.name.text] = measured.setdefault(key, arm).name.text
-    turns = _Turns(client, list(measured.values()), dice, clock)
+    turns = _Turns(client, list(measured.values()), rng, clock)
     step = reporter.step("cost, in turns", QUERIES.most + BATCHES.most)
     before = _load()
-    single = await turns.measure(lambda: dice.sample(queries, 1), lambda arm: arm.queries, QUERIES, step)
+    single = await turns.measure(lambda: rng.sample(queries, 1), lambda arm: arm.queries, QUERIES, step)
     batched = await turns.measure(
-        lambda: dice.sample(documents, min(BATCH, len(documents))), lambda arm: arm.passages, BATCHES, step
+        lambda: rng.sample(documents, min(BATCH, len(documents))), lambda arm: arm.passages, BATCHES, step
     )
     after = _load()
     num_texts = min(BATCH, len(documents))
@@ -140,11 +140,11 @@ class _Turns:
     """
 
     def __init__(
-        self, client: GatewayClient, arms: Sequence[PlannedArm], dice: random.Random, clock: Callable[[], float]
+        self, client: GatewayClient, arms: Sequence[PlannedArm], rng: random.Random, clock: Callable[[], float]
     ) -> None:
         self._client = client
         self._arms = arms
-        self._dice = dice
+        self._rng = rng
         self._clock = clock
         self.alpha = ALPHA / max(1, 2 * (len(arms) - 1))  # of single queries, and of batches
 
@@ -160,7 +160,7 @@ class _Turns:
                 deadline = self._clock() + effort.seconds
             texts = draw()
             for arm in order:
-                if self._dice.random() < _UNCOUNTED and len(order) > 1:
+                if self._rng.random() < _UNCOUNTED and len(order) > 1:
                     await self._embed(arm, side(arm), draw()[:1])
                 answer = await self._embed(arm, side(arm), texts)
                 if number > 0:
@@ -180,7 +180,7 @@ class _Turns:
     def _orders(self) -> Iterator[Sequence[PlannedArm]]:
         """Yield orders of the arms: each is drawn at random, then reversed, so that all arms are first equally often."""
         while True:
-            order = self._dice.sample(self._arms, len(self._arms))
+            order = self._rng.sample(self._arms, len(self._arms))
             yield order
             yield order[::-1]
 

@@ -132,10 +132,10 @@ def randomization_p(sums: Sequence[float] | Floats, num_resamples: int, seed: in
         for size in sizes[1:]:  # the first sign is fixed: the other sign gives the same totals, negated
             totals = np.concatenate((totals - size, totals + size))
         return float(np.mean(np.abs(totals + sizes[0]) >= least)), 0.0
-    dice = np.random.default_rng(seed)
+    rng = np.random.default_rng(seed)
     totals = np.zeros(num_resamples)
     for start in range(0, sizes.size, _BITS):
-        drawn = dice.integers(0, 2**_BITS, num_resamples, dtype=np.uint8)
+        drawn = rng.integers(0, 2**_BITS, num_resamples, dtype=np.uint8)
         totals += _signed_sums(sizes[start : start + _BITS])[drawn]
     p = (int(np.count_nonzero(np.abs(totals) >= least)) + 1) / (num_resamples + 1)
     return p, math.sqrt(p * (1 - p) / num_resamples)

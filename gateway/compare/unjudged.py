@@ -90,11 +90,11 @@ def write_to_judge(comparison: Comparison, dataset: Dataset, folder: Path) -> Pa
 
 
 def _lines(comparison: Comparison, dataset: Dataset) -> Iterator[bytes]:
-    dice = random.Random(comparison.seed)  # noqa: S311  an order, not a secret
+    rng = random.Random(comparison.seed)  # noqa: S311  an order, not a secret
     for query in comparison.queries:
         judged = dataset.judgments.get(query.id, {})
         found = {hit.document for hits in query.rankings.values() for hit in hits} - judged.keys()
-        for document in dice.sample(sorted(found), len(found)):
+        for document in rng.sample(sorted(found), len(found)):
             texts = (_one_cell(query.text), _one_cell(dataset.documents[document]))
             yield form_line((query.id, document, "", *texts))
 

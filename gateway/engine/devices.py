@@ -56,12 +56,12 @@ def leave_out_full(setting: str, devices: Sequence[str], needed_bytes: int) -> t
     if setting != "auto" or len(devices) < 2:
         return tuple(devices)
     cards = see_cards().visible
-    roomy = [
+    fitting = [
         device
         for device in devices
         if not (card := _card_of(device, cards)).total_bytes or card.free_bytes >= needed_bytes
     ]
-    return tuple(roomy or devices)
+    return tuple(fitting or devices)
 
 
 def _card_of(device: str, cards: Sequence[Card]) -> Card:

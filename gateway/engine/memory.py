@@ -142,11 +142,11 @@ def require_memory(plan: MemoryPlan, available_bytes: int, device: str, others: 
     """
     if plan.total_bytes > available_bytes:
         card = f" + {format_bytes(plan.card_bytes)} for CUDA itself" if plan.card_bytes else ""
-        company = f" next to {others}" if others else ""
+        next_to = f" next to {others}" if others else ""
         raise TooLittleMemory(
             f"too little memory on {device}: needs {format_bytes(plan.total_bytes)} "
             f"({format_bytes(plan.weights_bytes)} weights + {format_bytes(plan.batch_bytes)} for the largest batch{card}), "
-            f"{format_bytes(available_bytes)} are free{company}. Lower max_batch_tokens or max_tokens, use a 16-bit dtype, "
+            f"{format_bytes(available_bytes)} are free{next_to}. Lower max_batch_tokens or max_tokens, use a 16-bit dtype, "
             f"or disable another model{', or end one of those processes' if others else ''}",
             device,
             plan.total_bytes - available_bytes,

@@ -109,29 +109,37 @@ def check_sample_ratio(
         num_tests: the number of these tests in an experiment; together they err as often as a single test.
         note: added to the verdict.
     """
-    racing = [count for count in counts if count.share]
-    total = sum(count.num for count in racing)
+    weighted = [count for count in counts if count.share]
+    total = sum(count.num for count in weighted)
     if stray := next((count for count in counts if count.num and not count.share), None):
         verdict = (
             f"sample ratio mismatch: arm {stray.arm!r} has weight 0, and {stray.num:,} {of}; do not trust a comparison"
         )
         return SampleRatio(of, 0.0, True, stray.arm, 0.0, None, 0, None, verdict)
-    if len(racing) < 2:
+    if len(weighted) < 2:
         return SampleRatio(of, None, False, None, None, None, 0, None, "one arm has all the weight: nothing to test")
     if not total:
-        return SampleRatio(of, None, False, None, None, None, len(racing) - 1, None, f"no {of} yet")
-    log_e = max(_log_e(racing), largest_log_e or 0.0)
+        return SampleRatio(of, None, False, None, None, None, len(weighted) - 1, None, f"no {of} yet")
+    log_e = max(_log_e(weighted), largest_log_e or 0.0)
     p = min(1.0, num_tests * math.exp(-min(log_e, _LARGEST_LOG)))
     mismatch = p <= 1 / _MISMATCH_E
-    fewest = min(racing, key=lambda count: (count.num - total * count.share) / math.sqrt(total * count.share))
+    fewest = min(weighted, key=lambda count: (count.num - total * count.share) / math.sqrt(total * count.share))
     expected = total * fewest.share
-    chi2, chi2_p = _chi_square(racing)
+    chi2, chi2_p = _chi_square(weighted)
     if mismatch:
         verdict = f"sample ratio mismatch (p = {p:.2g} at any look): {_describe(fewest, expected, of)}"
     else:
         verdict = f"no mismatch found, p = {p:.2g} at any look"
     return SampleRatio(
-        of, p, mismatch, fewest.arm, expected, chi2, len(racing) - 1, chi2_p, f"{verdict}; {note}" if note else verdict
+        of,
+        p,
+        mismatch,
+        fewest.arm,
+        expected,
+        chi2,
+        len(weighted) - 1,
+        chi2_p,
+        f"{verdict}; {note}" if note else verdict,
     )
 
 

@@ -185,11 +185,11 @@ def _ratios(
     """Return the tests of the units, and of the requests without a unit if these are split too."""
     is_random = experiment.kind == "same_space"
     num_tests = 1 + is_random
-    nums = {arm.arm: arm.units for arm in arms}
+    units_by_arm = {arm.arm: arm.units for arm in arms}
     if counted.is_full and counted.is_ratio_known:
-        nums |= counted.unit_ratio.counts  # the counts from before an arm was full
+        units_by_arm |= counted.unit_ratio.counts  # the counts from before an arm was full
     units = check_sample_ratio(
-        [ArmCount(arm.arm, nums[arm.arm], arm.share, arm.requests, arm.server_errors) for arm in arms],
+        [ArmCount(arm.arm, units_by_arm[arm.arm], arm.share, arm.requests, arm.server_errors) for arm in arms],
         counted.unit_ratio.largest_log_e if counted.is_ratio_known else None,
         num_tests=num_tests,
         note=f"units are counted up to {MAX_UNITS:,} per arm" if counted.is_full else "",

@@ -55,16 +55,16 @@ def work(source_path: str, sink_path: str, kill_at_call: int = 0) -> None:
         asyncio.run(job.run(progress, asyncio.Event()))
 
 
-def _work_and_be_killed(source_path: str, sink_path: str, dice: random.Random) -> None:
+def _work_and_be_killed(source_path: str, sink_path: str, rng: random.Random) -> None:
     kill_at_call = kill_at_event = 0
-    match dice.randrange(3):
+    match rng.randrange(3):
         case 0:
-            kill_at_call = dice.randint(1, 60)
+            kill_at_call = rng.randint(1, 60)
         case 1:
-            kill_at_event = dice.randint(1, 40)
+            kill_at_event = rng.randint(1, 40)
         case _:
             # The default action of this signal ends a process immediately.
-            signal.setitimer(signal.ITIMER_REAL, dice.uniform(0.001, _LONGEST_S))
+            signal.setitimer(signal.ITIMER_REAL, rng.uniform(0.001, _LONGEST_S))
     events = 0
 
     def hook(event: str, _arguments: object) -> None:
@@ -80,16 +80,16 @@ def _work_and_be_killed(source_path: str, sink_path: str, dice: random.Random) -
 
 def main() -> None:
     source_path, sink_path, seed = sys.argv[1:]
-    dice = random.Random(int(seed))
+    rng = random.Random(int(seed))
     num_killed = 0
     deadline = time.monotonic() + 60
     for _ in range(_KILLS):
         child = os.fork()
         if child == 0:
-            _work_and_be_killed(source_path, sink_path, dice)
+            _work_and_be_killed(source_path, sink_path, rng)
             os._exit(0)
-        dice.random()
-        dice = random.Random(dice.random())
+        rng.random()
+        rng = random.Random(rng.random())
         _, status = os.waitpid(child, 0)
         assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0, status
         num_killed += os.WIFSIGNALED(status)

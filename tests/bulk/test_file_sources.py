@@ -384,7 +384,7 @@ def test_a_value_that_cannot_be_read_is_a_bad_row_and_does_not_touch_its_neighbo
     assert second.payload == {"at": good}
 
 
-def random_bytes(dice: random.Random) -> Iterator[bytes]:
+def random_bytes(rng: random.Random) -> Iterator[bytes]:
     pieces = [
         b'{"id":"a","text":"b"}',
         b"\n",
@@ -400,7 +400,7 @@ def random_bytes(dice: random.Random) -> Iterator[bytes]:
         b"x" * 70,
     ]
     while True:
-        yield b"".join(dice.choices(pieces, k=dice.randint(1, 12)))
+        yield b"".join(rng.choices(pieces, k=rng.randint(1, 12)))
 
 
 @pytest.mark.usefixtures("short_lines")
@@ -410,10 +410,10 @@ def test_a_file_with_any_content_is_read_to_its_end_or_refused_and_continues_fro
 ) -> None:
     path = tmp_path / f"docs.{ending}"
     first = b'{"id":"a","text":"b"}\n' if ending == "jsonl" else b"id,text\n1,x\n"
-    dice = random.Random(7)
-    for _, content in zip(range(150), random_bytes(dice), strict=False):
+    rng = random.Random(7)
+    for _, content in zip(range(150), random_bytes(rng), strict=False):
         path.write_bytes(first + content)
         source = opened(path)
         read = list(source.read())
-        at = dice.randrange(len(read))
+        at = rng.randrange(len(read))
         assert list(source.read(read[at].position)) == read[at + 1 :]

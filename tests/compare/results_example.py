@@ -119,14 +119,14 @@ def make_comparison(
 
 
 def _make_query(number: int, likenesses: Sequence[Likeness], seed: int, *, has_judgments: bool) -> QueryResult:
-    dice = np.random.default_rng((seed, number))
-    thing, question = THINGS[dice.integers(len(THINGS))], QUESTIONS[dice.integers(len(QUESTIONS))]
-    pool = dice.choice(5183, POOL, replace=False)
+    rng = np.random.default_rng((seed, number))
+    thing, question = THINGS[rng.integers(len(THINGS))], QUESTIONS[rng.integers(len(QUESTIONS))]
+    pool = rng.choice(5183, POOL, replace=False)
     relevance = np.zeros(POOL, dtype=int)
-    relevance[: dice.integers(1, 4)] = 1
+    relevance[: rng.integers(1, 4)] = 1
     relevance[0] = 2
-    is_judged = (relevance > 0) | (dice.random(POOL) < 0.3)
-    shared = dice.normal(0.55, 0.09, POOL)
+    is_judged = (relevance > 0) | (rng.random(POOL) < 0.3)
+    shared = rng.normal(0.55, 0.09, POOL)
     orders = {}
     for one in likenesses:
         own = np.random.default_rng((seed, number, *one.model.encode()))

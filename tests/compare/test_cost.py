@@ -49,7 +49,7 @@ class SteadyClient(GatewayClient):
         self._seconds_a_text = seconds_a_text
         self._noise = noise
         self._numbers: Counter[tuple[str, str | None]] = Counter()
-        self._dice = np.random.default_rng(seed)
+        self._rng = np.random.default_rng(seed)
 
     async def embed(
         self,
@@ -66,7 +66,7 @@ class SteadyClient(GatewayClient):
         self._numbers[model, task] += 1
         is_first = self._numbers[model, task] <= 2
         elapsed_s = FIRST_REQUEST_S if is_first else len(texts) * self._seconds_a_text[model]
-        elapsed_s *= float(np.exp(self._noise * self._dice.normal()))
+        elapsed_s *= float(np.exp(self._noise * self._rng.normal()))
         self.now += elapsed_s
         vectors = np.zeros((len(texts), 8), np.float32)
         return EmbeddedTexts(vectors, "space", model, task, TOKENS_A_TEXT * len(texts), elapsed_s, is_experiment=False)
@@ -105,9 +105,9 @@ def test_five_pairs_have_no_interval() -> None:
 
 
 def test_ratios_in_a_row_that_are_alike_count_as_fewer() -> None:
-    dice = np.random.default_rng(0)
-    alike = np.exp(np.repeat(dice.normal(size=20), 5))
-    mixed = ratio_of(dice.permutation(alike), [1] * 100, 0.05)
+    rng = np.random.default_rng(0)
+    alike = np.exp(np.repeat(rng.normal(size=20), 5))
+    mixed = ratio_of(rng.permutation(alike), [1] * 100, 0.05)
     in_a_row = ratio_of(alike, [1] * 100, 0.05)
     assert mixed.ratio == in_a_row.ratio
     assert None not in {mixed.low, mixed.high, in_a_row.low, in_a_row.high}

@@ -27,10 +27,10 @@ def expected(
 def test_returns_the_same_as_a_full_sort(data: st.DataObject) -> None:
     num_documents, num_queries = data.draw(st.integers(0, 60)), data.draw(st.integers(0, 5))
     depth, at_once = data.draw(st.integers(1, 70)), data.draw(st.integers(1, 6))
-    dice = np.random.default_rng(data.draw(st.integers(0, 1000)))
+    rng = np.random.default_rng(data.draw(st.integers(0, 1000)))
     # Small integers: many scores are equal, and all are exact.
-    documents = dice.integers(-1, 2, (num_documents, 3)).astype(np.float32)
-    queries = dice.integers(-1, 2, (num_queries, 3)).astype(np.float32)
+    documents = rng.integers(-1, 2, (num_documents, 3)).astype(np.float32)
+    queries = rng.integers(-1, 2, (num_queries, 3)).astype(np.float32)
     choices = st.none() | st.integers(0, num_documents - 1) if num_documents else st.none()
     excluded = [data.draw(choices) for _ in range(num_queries)]
     with pytest.MonkeyPatch.context() as patch:
@@ -47,9 +47,9 @@ def test_returns_the_same_as_a_full_sort(data: st.DataObject) -> None:
 
 
 def test_the_same_text_has_the_same_score_at_any_position() -> None:
-    dice = np.random.default_rng(3)
-    documents = dice.normal(size=(1003, 384)).astype(np.float32)
-    query = dice.normal(size=(2, 384)).astype(np.float32)
+    rng = np.random.default_rng(3)
+    documents = rng.normal(size=(1003, 384)).astype(np.float32)
+    query = rng.normal(size=(2, 384)).astype(np.float32)
     best = int(np.argmax(documents @ query[0]))
     twins = [1, 500, 1002]
     documents[twins] = documents[best]
@@ -59,9 +59,9 @@ def test_the_same_text_has_the_same_score_at_any_position() -> None:
 
 
 def test_finds_the_best_among_many_and_orders_by_the_exact_score() -> None:
-    dice = np.random.default_rng(5)
-    documents = dice.normal(size=(3000, 32)).astype(np.float32)
-    queries = dice.normal(size=(300, 32)).astype(np.float32)
+    rng = np.random.default_rng(5)
+    documents = rng.normal(size=(3000, 32)).astype(np.float32)
+    queries = rng.normal(size=(300, 32)).astype(np.float32)
     indices, scores = search(queries, documents)
     assert indices.shape == (300, 100)
     exact = (queries.astype(np.float64) @ documents.astype(np.float64).T).astype(np.float32)
@@ -83,8 +83,8 @@ def test_small_scores_stay_distinct() -> None:
 def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """All scores at once would take 5 MB."""
     monkeypatch.setattr(search_module, "_MAX_BYTES", 2**20)
-    dice = np.random.default_rng(6)
-    documents = dice.normal(size=(20_000, 4)).astype(np.float32)
+    rng = np.random.default_rng(6)
+    documents = rng.normal(size=(20_000, 4)).astype(np.float32)
     tracemalloc.start()
     try:
         search(documents[:64], documents, 10)

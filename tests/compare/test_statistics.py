@@ -149,11 +149,11 @@ def test_p_of_few_queries_is_exact(differences: list[float], p: float) -> None:
 
 @given(st.lists(st.sampled_from([-0.5, -0.25, 0.0, 0.25, 1.0]), min_size=1, max_size=30), st.randoms())
 @settings(max_examples=50)
-def test_p_does_not_depend_on_the_order_of_the_queries_or_of_the_arms(differences: list[float], dice: Random) -> None:
+def test_p_does_not_depend_on_the_order_of_the_queries_or_of_the_arms(differences: list[float], rng: Random) -> None:
     p, error = randomization_p(differences, 199, 0)
     assert 0 < p <= 1
     assert (error == 0) == (p == 1 or 2 ** sum(map(bool, differences)) <= 199)
-    shuffled = dice.sample(differences, len(differences))
+    shuffled = rng.sample(differences, len(differences))
     assert randomization_p(shuffled, 199, 0)[0] == randomization_p([-one for one in differences], 199, 0)[0] == p
 
 
@@ -204,8 +204,8 @@ def test_few_differences_among_many_ties_have_no_interval(num_differ: int, num_t
 
 
 def test_p_is_even_where_there_is_no_difference() -> None:
-    dice = np.random.default_rng(2)
-    ps = [randomization_p(dice.normal(size=40), 199, number)[0] for number in range(200)]
+    rng = np.random.default_rng(2)
+    ps = [randomization_p(rng.normal(size=40), 199, number)[0] for number in range(200)]
     assert 0.01 <= np.mean(np.array(ps) < 0.05) <= 0.1
     assert 0.4 <= np.mean(ps) <= 0.6
 

@@ -126,11 +126,11 @@ class FolderSink(ABC):
                 else:
                     self._filesystem.rm_file(f"{self._inner}/{name}")
 
-    def check_files(self, shards: Iterable[int], maybe: int | None) -> None:
+    def check_files(self, shards: Iterable[int], unconfirmed: int | None) -> None:
         """Check that the folder has exactly the files of these shards.
 
         Args:
-            maybe: a shard that a killed process may have written.
+            unconfirmed: a shard that a killed process may have written.
 
         Raises:
             BulkError: a file is missing, or another job has written there, so that its files would be replaced or
@@ -144,7 +144,7 @@ class FolderSink(ABC):
                 f"{self.name}: {count(len(missing), 'file of this job is', 'files of this job are')} missing, such as "
                 f"{missing[0]}: put them back, or embed everything again with --restart"
             )
-        others = names - expected - ({self.file_name(maybe)} if maybe is not None else set())
+        others = names - expected - ({self.file_name(unconfirmed)} if unconfirmed is not None else set())
         if others:
             raise BulkError(f"{self.name}: has {min(others)}, which this job did not write: choose another folder")
 

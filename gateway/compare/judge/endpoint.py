@@ -70,13 +70,13 @@ class Dialect:
             fields["response_format"] = {"type": "json_object"}
         return json.dumps(fields).encode()
 
-    def others(self, complaint: str) -> Iterator[Dialect]:
+    def others(self, error_text: str) -> Iterator[Dialect]:
         """Yield the dialects to try next after a rejected request, most likely first.
 
         Args:
-            complaint: the error's text.
+            error_text: the error's text.
         """
-        lowered = complaint.lower()
+        lowered = error_text.lower()
         if "max_completion_tokens" in lowered and self.limit == "max_tokens":
             yield replace(self, limit="max_completion_tokens")
         if "temperature" in lowered and self.has_temperature:
@@ -119,7 +119,7 @@ class ChatEndpoint:
         """
         untried = [self.dialect]
         tried: set[Dialect] = set()
-        complaint = ""
+        error_text = ""
         while untried:
             dialect = untried.pop()
             if dialect in tried:
@@ -131,9 +131,9 @@ class ChatEndpoint:
                 if answer.outcome is not Outcome.UNREADABLE:
                     self.dialect = dialect
                     return answer
-            complaint = self._quote(content)
-            untried += reversed(list(dialect.others(complaint)))
-        raise CompareError(f"{self.name} gives no grade to any form of the request; its last answer: {complaint}")
+            error_text = self._quote(content)
+            untried += reversed(list(dialect.others(error_text)))
+        raise CompareError(f"{self.name} gives no grade to any form of the request; its last answer: {error_text}")
 
     async def ask(self, messages: Sequence[Message]) -> Answer:
         """Ask for a grade. A rejected request is ``REFUSED``, for example by a content filter.

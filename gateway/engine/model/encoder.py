@@ -178,8 +178,8 @@ class Encoder:
             places = list(group)
             index, some = first_index + places[0], [texts[i] for i in places]
             if has_first:
-                befores = [firsts[i] or "" for i in places]
-                rows += yield from self._pairs.read_each(befores, some, truncate, first_index=index)
+                first_texts = [firsts[i] or "" for i in places]
+                rows += yield from self._pairs.read_each(first_texts, some, truncate, first_index=index)
             else:
                 rows += yield from self.tokenizer.read(some, self._instruction, truncate, index)
         return rows

@@ -89,11 +89,11 @@ class PairTokenizer(Tokenizer):
         Raises:
             ContextLengthExceeded: a pair is too long, and ``truncate`` says to refuse.
         """
-        befores = yield from self._rows([Prefixed("", text) for text in firsts], Truncate.END, has_special=False)
+        first_rows = yield from self._rows([Prefixed("", text) for text in firsts], Truncate.END, has_special=False)
         rows = yield from self._rows([Prefixed("", text) for text in texts], truncate, has_special=False)
         return [
             self._cut_pair(before, row, truncate, None, f"the two texts of input[{i}]")
-            for i, (before, row) in enumerate(zip(befores, rows, strict=True), first_index)
+            for i, (before, row) in enumerate(zip(first_rows, rows, strict=True), first_index)
         ]
 
     def _cut_pair(self, query: Row, text: Row, truncate: Truncate, max_text_tokens: int | None, what: str) -> Tokens:

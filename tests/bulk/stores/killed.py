@@ -52,13 +52,13 @@ def work(source_url: str, sink_url: str, state: Path, outputs: Sequence[str], ki
 
 def main() -> None:
     source, sink, state, outputs, seed, kills = sys.argv[1:]
-    dice = random.Random(int(seed))
+    rng = random.Random(int(seed))
     num_killed = 0
     kind = sink.partition(":")[0]
     if kind != "lancedb":  # which starts threads that a fork does not copy
         importlib.import_module(f"gateway.bulk.stores.{kind}")
     for _ in range(int(kills)):
-        kill_after_s = dice.uniform(0.001, _LONGEST_S)
+        kill_after_s = rng.uniform(0.001, _LONGEST_S)
         child = os.fork()
         if child == 0:
             work(source, sink, Path(state), outputs.split(","), kill_after_s)
