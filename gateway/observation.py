@@ -111,7 +111,7 @@ class Observer:
                 num_tokens=answer.num_tokens if answer else 0,
                 queue_s=answer.timings.queue_s if answer else 0.0,
                 error_code=error.code if error else None,
-                is_server_error=error is not None and _is_of_the_server(error),
+                is_server_error=error is not None and _is_server_fault(error),
                 is_cut=isinstance(error, DeadlineExceeded | ClientDisconnected),
             )
         )
@@ -134,7 +134,7 @@ def observe_tokenizer(model: str, operation: str) -> Iterator[None]:
         metrics.TOKENIZER_REQUESTS.labels(model, operation, outcome).inc()
 
 
-def _is_of_the_server(error: RequestError) -> bool:
+def _is_server_fault(error: RequestError) -> bool:
     """Return whether a request failed through no fault of its client. A client that hung up had waited too long."""
     return error.status >= 500 or isinstance(error, Overloaded | ClientDisconnected)
 

@@ -312,7 +312,7 @@ async def _load(deployment: Deployment, app: FastAPI, server: uvicorn.Server, an
         log.exception("start_failed", reason=str(error))
         server.should_exit = True
         return f"the start was ended by an unexpected error: {type(error).__name__}: {error}"
-    _spare_collector()
+    _freeze_objects()
     _keep_freed_memory()
     threading.Thread(target=_announce, args=(announce,), name=_ANNOUNCE, daemon=True).start()
     # Otherwise the first request for the documentation would delay the others. Not earlier: it would delay the load.
@@ -321,7 +321,7 @@ async def _load(deployment: Deployment, app: FastAPI, server: uvicorn.Server, an
     return ""
 
 
-def _spare_collector() -> None:
+def _freeze_objects() -> None:
     """Exempt the permanent objects, a hundred thousand, from collections, which would stop all requests for 0.1 s."""
     gc.collect()
     gc.freeze()

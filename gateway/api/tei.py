@@ -136,7 +136,7 @@ class TeiDialect:
     async def info(self, request: Request) -> Response:
         """Return the model's properties and the limits of a request."""
         target = self._target(request)
-        return _about(target, orjson.dumps(describe_model(target, self._settings)))
+        return _model_response(target, orjson.dumps(describe_model(target, self._settings)))
 
     # -------------------------------------------------------------------------------------------------------- requests
 
@@ -201,7 +201,7 @@ class TeiDialect:
     async def _answer_about(self, request: Request, target: Target, parts: Parts, num_tokens: int) -> Response:
         """Answer with tokens of a model."""
         if num_tokens <= _FEW_TOKENS:
-            return _about(target, b"".join(parts()))
+            return _model_response(target, b"".join(parts()))
         return await self._endpoint.stream(request, parts, _BYTES_PER_TOKEN * num_tokens, _headers_about(target))
 
     # ----------------------------------------------------------------------------------------------------------- names
@@ -304,7 +304,7 @@ def _token(token: Token) -> dict[str, object]:
     }
 
 
-def _about(target: Target, content: bytes) -> Response:
+def _model_response(target: Target, content: bytes) -> Response:
     """Answer a request about a model that is not for embeddings."""
     return Response(content, media_type="application/json", headers=_headers_about(target))
 

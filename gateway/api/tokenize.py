@@ -122,7 +122,7 @@ class Tokenizer:
         def parts() -> Iterator[bytes]:
             yield dumps(head)[:-1] + b',"data":'
             yield from nested_list(
-                _written(index, row, target.info.max_tokens, len(before), shows_special=shows_special)
+                _write_text(index, row, target.info.max_tokens, len(before), shows_special=shows_special)
                 for index, row in enumerate(rows)
             )
             yield b"}"
@@ -132,7 +132,7 @@ class Tokenizer:
         )
 
 
-def _written(
+def _write_text(
     index: int, tokens: Sequence[Token], limit: int, num_before: int, *, shows_special: bool
 ) -> Iterator[bytes]:
     """Write a :class:`TokenizedText`, some tokens at a time."""

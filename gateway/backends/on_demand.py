@@ -251,10 +251,10 @@ class OnDemandBackend:
             if self._clock.now() < self._retry_at:
                 raise self._failed()
             self._load = _Load(asyncio.get_running_loop().create_future(), self._clock.now())
-            self._run(self._carry_out(self._load))
+            self._run(self._run_load(self._load))
         return self._load
 
-    async def _carry_out(self, load: _Load) -> None:
+    async def _run_load(self, load: _Load) -> None:
         failure: Failure | None = None
         try:
             if self._leaving is not None:

@@ -74,15 +74,15 @@ class Residents:
 
     def can_make_room(self, shortage: TooLittleMemory) -> bool:
         """Return whether unloading models would free the missing memory of a device."""
-        on_device = self._on(shortage.device)
+        on_device = self._residents_on(shortage.device)
         return bool(on_device) and sum(model.info.memory_bytes for model in on_device) >= shortage.missing_bytes
 
     async def _make_room(self, shortage: TooLittleMemory) -> None:
         if not self.can_make_room(shortage):
             raise shortage
-        leaving = min(self._on(shortage.device), key=lambda model: (model.is_busy, model.used_at))
+        leaving = min(self._residents_on(shortage.device), key=lambda model: (model.is_busy, model.used_at))
         log.info("model_makes_room", model=leaving.info.id, device=shortage.device, reason=str(shortage))
         await leaving.leave("memory")
 
-    def _on(self, device: str) -> list[Resident]:
+    def _residents_on(self, device: str) -> list[Resident]:
         return [resident for resident in self._present if device in resident.info.devices]

@@ -155,7 +155,7 @@ class BlockReader:
         return parts if bad is None else [replace(bad, id=item.id)]
 
     def _block(self, items: Sequence[Row | BadRow], parts: Sequence[Row | BadRow], item_bytes: int) -> Block:
-        ids = [] if self._source.has_unique_ids else [_bare(item.id) for item in items if isinstance(item, Row)]
+        ids = [] if self._source.has_unique_ids else [_unique_form(item.id) for item in items if isinstance(item, Row)]
         self._uncommitted.update(ids)
         return Block(
             [part for part in parts if isinstance(part, Row)],
@@ -174,12 +174,12 @@ class BlockReader:
         """Return the items, with duplicates of an earlier id turned into bad items."""
         if self._source.has_unique_ids:
             return list(items)
-        known = self._seen([_bare(item.id) for item in items if isinstance(item, Row)])
+        known = self._seen([_unique_form(item.id) for item in items if isinstance(item, Row)])
         checked: list[Row | BadRow] = []
         new: set[RowId] = set()
         for item in items:
             if isinstance(item, Row):
-                bare = _bare(item.id)
+                bare = _unique_form(item.id)
                 if bare in known or bare in new or bare in self._uncommitted:
                     also = ", as a number or as text" if isinstance(bare, int) else ""
                     problem = f"the id {cut(repr(item.id))} was already used by an earlier row{also}"
@@ -190,7 +190,7 @@ class BlockReader:
         return checked
 
 
-def _bare(row_id: RowId) -> RowId:
+def _unique_form(row_id: RowId) -> RowId:
     """Return the form of an id that must be unique: most sinks keep ids as text, so ``1`` and ``"1"`` are equal."""
     is_number = isinstance(row_id, str) and len(row_id) <= _MAX_DIGITS and row_id.isascii() and row_id.isdecimal()
     return int(row_id) if is_number and str(int(row_id)) == row_id else row_id

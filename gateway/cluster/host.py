@@ -227,13 +227,13 @@ class Host:
         for connection, front in list(self.fronts.items()):
             for key, task in list(front.tasks.items()):
                 task.cancel()
-                connection.send("error", key, _leaving(self._info.id)())
+                connection.send("error", key, _stopped_error(self._info.id)())
             connection.close("the replica has stopped")
         if self._server is not None:
             self._server.close()
 
 
-def _leaving(model: str) -> Callable[[], RequestError]:
+def _stopped_error(model: str) -> Callable[[], RequestError]:
     return lambda: ModelRecovering(f"a replica of model {model!r} has stopped", retry_after_s=5)
 
 

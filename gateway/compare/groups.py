@@ -32,7 +32,7 @@ def group_queries(
                 "Intervals and tests count the queries of a group together."
             )
         return groups
-    groups = _that_share_documents(judgments)
+    groups = _group_by_documents(judgments)
     if len(groups) <= _NOTEWORTHY * len(judgments):
         return {}
     found = f"{len(groups):,} of {len(judgments):,} queries share a relevant document with another query"
@@ -50,7 +50,7 @@ def group_queries(
     return groups
 
 
-def _that_share_documents(judgments: Mapping[str, Mapping[str, int]]) -> dict[str, str]:
+def _group_by_documents(judgments: Mapping[str, Mapping[str, int]]) -> dict[str, str]:
     """Return a group for each query that shares a relevant document with another, directly or through others."""
     parents = {query: query for query in judgments}
 

@@ -43,7 +43,7 @@ def judgment_notes(dataset: Dataset, found: Conclusions) -> list[str]:
 
 def arm_notes(arms: Sequence[PlannedArm]) -> list[str]:
     """Return notes on the spaces and precisions of the arms."""
-    notes = [_of_space(other, arm) for i, arm in enumerate(arms) for other in arms[:i] if _share_space(arm, other)]
+    notes = [_space_note(other, arm) for i, arm in enumerate(arms) for other in arms[:i] if _share_space(arm, other)]
     notes += [
         f"{arm.name.text} has an instruction for queries but not for documents, so the gateway gives them two spaces: "
         f"{arm.queries.space} and {arm.passages.space}."
@@ -55,10 +55,10 @@ def arm_notes(arms: Sequence[PlannedArm]) -> list[str]:
             "int8 and uint8 vectors are compared by the dot product of their integers, binary ones by their Hamming "
             "distance, without another pass over float vectors."
         )
-    return notes + [note for arm in arms if (note := _of_mix(arm))]
+    return notes + [note for arm in arms if (note := _mix_note(arm))]
 
 
-def _of_mix(arm: PlannedArm) -> str:
+def _mix_note(arm: PlannedArm) -> str:
     """Return a note on the ranking of an arm that uses more than dense vectors."""
     name, outputs = arm.name.text, arm.mix.outputs
     has_first_stage = any(output in arm.card.outputs for output in (Output.DENSE, Output.SPARSE))
@@ -85,7 +85,7 @@ def _share_space(arm: PlannedArm, other: PlannedArm) -> bool:
     return has_one_precision and is_one_space and arm.mix == other.mix
 
 
-def _of_space(one: PlannedArm, other: PlannedArm) -> str:
+def _space_note(one: PlannedArm, other: PlannedArm) -> str:
     """Return a note on two arms in one space, which may still differ in their tasks."""
     names = f"{one.name.text} and {other.name.text}"
     if (one.queries.task, one.passages.task) == (other.queries.task, other.passages.task):

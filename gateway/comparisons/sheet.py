@@ -117,10 +117,10 @@ class Sheet:
 
     def __init__(self, content: bytes) -> None:
         self._lines = list(io.BytesIO(content))
-        filled = [number for number, line in enumerate(self._lines) if _bare(line, number).strip()]
+        filled = [number for number, line in enumerate(self._lines) if _strip_line(line, number).strip()]
         if len(filled) > _MAX_PAIRS + 1:
             raise CompareError(f"{CHECK_FILE}: has {len(filled) - 1:,} pairs; the limit is {_MAX_PAIRS:,}")
-        places = ((f"{CHECK_FILE}:{number + 1}", _bare(self._lines[number], number)) for number in filled)
+        places = ((f"{CHECK_FILE}:{number + 1}", _strip_line(self._lines[number], number)) for number in filled)
         self._numbers: defaultdict[tuple[str, str], list[int]] = defaultdict(list)
         pairs: dict[tuple[str, str], Row] = {}
         for number, row in zip(filled[1:], parse_rows(places), strict=True):
@@ -147,7 +147,7 @@ class Sheet:
             yield _with_score(line, score) if number in changed else line
 
 
-def _bare(line: bytes, number: int) -> bytes:
+def _strip_line(line: bytes, number: int) -> bytes:
     """Return a line without its end, and without the byte order mark that some editors put in front of the first one."""
     return (line.removeprefix(_MARK) if number == 0 else line).rstrip(b"\r\n")
 

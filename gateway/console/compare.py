@@ -108,7 +108,7 @@ class Compare:
             await jobs.start(wanted, self._comparisons.address(request))
         except BadInput as error:
             RequestContext.of(request).refuse(error)
-            return await self._form(request, jobs, _written(form), error, captured=form.first("captured"))
+            return await self._form(request, jobs, _form_texts(form), error, captured=form.first("captured"))
         return self._parts.pages.redirect(request, f"/compare/{quote(wanted.name)}")
 
     async def upload(self, request: Request) -> Response:
@@ -225,7 +225,7 @@ def _wanted(form: Form) -> Wanted:
     """
     number, margin = form.first("max_documents").strip().replace(",", ""), form.first("margin").strip()
     budget = form.first("judge_budget").strip().replace(",", "")
-    written = _written(form)
+    written = _form_texts(form)
     judge = written.judge
     try:
         max_documents = int(number) if number else None
@@ -241,7 +241,7 @@ def _wanted(form: Form) -> Wanted:
     return replace(written, max_documents=max_documents, margin=wanted_margin, judge=judge)
 
 
-def _written(form: Form) -> Wanted:
+def _form_texts(form: Form) -> Wanted:
     """Return the texts of a form, so that they can be shown again."""
     arms = [arm.strip() for arm in form.all("arm")]
     name, data = form.first("name").strip(), form.first("data")
@@ -263,7 +263,7 @@ def _quality(results: Results) -> Forest | None:
 def _costs(results: Results) -> Forest | None:
     """Return the ratios of the times per query; ``None`` if they were not measured."""
     found = {contrast.arm: contrast.query_time for contrast in results.cost_contrasts if contrast.query_time}
-    intervals = [_of_ratio(found.get(arm.name)) for arm in results.arms]
+    intervals = [_ratio_interval(found.get(arm.name)) for arm in results.arms]
     return _forest(intervals, 1.0) if found else None
 
 
@@ -276,7 +276,7 @@ def _judged(results: Results, judge: JudgeResults) -> list[tuple[JudgeContrast, 
     return [(contrast, whisker, forest.zero) for contrast, whisker in zip(known, forest.whiskers, strict=True)]
 
 
-def _of_ratio(ratio: Ratio | None) -> Interval | None:
+def _ratio_interval(ratio: Ratio | None) -> Interval | None:
     return None if ratio is None else Interval(mean=ratio.ratio, low=ratio.low, high=ratio.high)
 
 

@@ -110,7 +110,7 @@ def _view(outcome: OutcomeReport, indices: Mapping[str, int], *, is_doubtful: bo
     first = outcome.comparisons[0].reason if outcome.comparisons else ""
     return OutcomeView(
         outcome,
-        _what(outcome),
+        _describe_outcome(outcome),
         is_doubtful,
         [
             _verdict(outcome, difference, indices, digits)
@@ -123,7 +123,7 @@ def _view(outcome: OutcomeReport, indices: Mapping[str, int], *, is_doubtful: bo
     )
 
 
-def _what(outcome: OutcomeReport) -> str:
+def _describe_outcome(outcome: OutcomeReport) -> str:
     kind = {"unit": "sum of each unit", "mean": "mean of each unit", "ratio": "all values divided by all chances"}[
         outcome.per
     ]

@@ -60,16 +60,16 @@ def find_troubles(
     """
     since = (now or datetime.now(UTC)) - _RECENT
     troubles = [
-        *_of_models(models),
-        *(trouble for error in errors if (trouble := _of_error(error, since))),
-        *(trouble for report in experiments if (trouble := _of_experiment(report))),
-        *(trouble for shadow in shadows if (trouble := _of_shadow(shadow))),
-        *(trouble for card in cards if (trouble := _of_card(card, processes.get(card.device, "")))),
+        *_model_troubles(models),
+        *(trouble for error in errors if (trouble := _error_trouble(error, since))),
+        *(trouble for report in experiments if (trouble := _experiment_trouble(report))),
+        *(trouble for shadow in shadows if (trouble := _shadow_trouble(shadow))),
+        *(trouble for card in cards if (trouble := _card_trouble(card, processes.get(card.device, "")))),
     ]
     return sorted(troubles, key=lambda trouble: trouble.level == "warn")
 
 
-def _of_models(models: Sequence[LiveModel]) -> Iterator[Trouble]:
+def _model_troubles(models: Sequence[LiveModel]) -> Iterator[Trouble]:
     for model in models:
         if model.state == "failed":
             yield Trouble(
@@ -98,7 +98,7 @@ def _drifts(model: LiveModel) -> bool:
     return cosine is not None and limit is not None and cosine < limit
 
 
-def _of_error(error: ErrorCard, since: datetime) -> Trouble | None:
+def _error_trouble(error: ErrorCard, since: datetime) -> Trouble | None:
     """Return a trouble for recurring refusals, and for faults of the gateway or its models."""
     is_fault, is_refusal = error.status >= 500, error.status == 429
     if read_time(error.last) < since or not (is_fault or (is_refusal and error.number >= _MANY_REFUSALS)):
@@ -120,7 +120,7 @@ def _of_error(error: ErrorCard, since: datetime) -> Trouble | None:
     )
 
 
-def _of_experiment(report: ExperimentReport) -> Trouble | None:
+def _experiment_trouble(report: ExperimentReport) -> Trouble | None:
     link = f"/experiments/{report.id}"
     if report.mismatch:
         ratio = report.sample_ratio if report.sample_ratio.mismatch else report.request_ratio or report.sample_ratio
@@ -139,7 +139,7 @@ def _of_experiment(report: ExperimentReport) -> Trouble | None:
     return None
 
 
-def _of_shadow(shadow: ShadowCard) -> Trouble | None:
+def _shadow_trouble(shadow: ShadowCard) -> Trouble | None:
     num_all, num_dropped = sum(shadow.outcomes.values()), shadow.outcomes.get("dropped", 0)
     if num_dropped <= _MANY_DROPPED * num_all:
         return None
@@ -152,7 +152,7 @@ def _of_shadow(shadow: ShadowCard) -> Trouble | None:
     )
 
 
-def _of_card(card: LiveCard, processes: str) -> Trouble | None:
+def _card_trouble(card: LiveCard, processes: str) -> Trouble | None:
     if not card.total_bytes or not card.used_bytes or card.used_bytes <= _FULL_CARD * card.total_bytes:
         return None
     others = card.used_bytes - (card.allocated_bytes or 0)

@@ -92,14 +92,14 @@ def _torch() -> list[Finding]:
         reason = f"it does not start within {_TORCH_LIMIT_S:g} s"
         return [Finding("torch", Status.TODO, f"{text}; {reason}", "a card may hang: `nvidia-smi`", details)]
     if done.returncode:
-        reason = _why_it_ended(done)
+        reason = _exit_reason(done)
         return [Finding("torch", Status.TODO, f"{text}; it does not run: {reason}", "make clean run", details)]
     number = done.stdout.strip()
     tried = "" if number == "0" else f"; it computes on {number} card{'' if number == '1' else 's'}"
     return [Finding("torch", Status.OK, text + tried, details=details)]
 
 
-def _why_it_ended(done: subprocess.CompletedProcess[str]) -> str:
+def _exit_reason(done: subprocess.CompletedProcess[str]) -> str:
     lines = done.stderr.strip().splitlines()
     return lines[-1] if lines and done.returncode > 0 else f"it was ended by signal {-done.returncode}"
 

@@ -58,7 +58,7 @@ def _models(registry: Registry) -> Iterator[Finding]:
         plan = plans.get(entry.id)
         if plan is not None:
             yield _model(entry, plan)
-    yield from _together(plans)
+    yield from _registry_findings(plans)
 
 
 def _model(entry: ModelEntry, plan: Plan) -> Finding:
@@ -77,7 +77,7 @@ def _model(entry: ModelEntry, plan: Plan) -> Finding:
     }
     lines = list(plan.lines)
     mend = f"correct `{entry.id}` in models.yaml, or turn it off: `enabled: false`" if status is Status.TODO else ""
-    if plan.verdict == "off" and (once := _once_accepted(entry)) is not None:
+    if plan.verdict == "off" and (once := _forecast_if_accepted(entry)) is not None:
         forecast = once
         lines += describe_forecast(once)
         mend = "if you may use it under this license, `license_accepted: true` in models.yaml"
@@ -101,7 +101,7 @@ def _model(entry: ModelEntry, plan: Plan) -> Finding:
     return Finding("model", status, "\n".join([heading, *lines, *licensed]), mend, details)
 
 
-def _once_accepted(entry: ModelEntry) -> Forecast | None:
+def _forecast_if_accepted(entry: ModelEntry) -> Forecast | None:
     """Return a model's forecast with its license accepted; ``None`` if the license is no obstacle, or it is unknown."""
     if entry.is_remote or entry.accepts_license or not forbids_commercial_use(entry.license or ""):
         return None
@@ -114,7 +114,7 @@ def _once_accepted(entry: ModelEntry) -> Forecast | None:
         return None
 
 
-def _together(plans: Plans) -> Iterator[Finding]:
+def _registry_findings(plans: Plans) -> Iterator[Finding]:
     """Yield the broken rules between models, and the notes about all models."""
     for problem in plans.broken:
         yield Finding("models", Status.TODO, problem)

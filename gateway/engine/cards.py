@@ -149,7 +149,7 @@ class Machine:
             problem = Obstacle(Reason.CUDA_FAILED, f"CUDA does not start ({self.cuda_error})", _MEND_CUDA)
         if problem is None:
             return None
-        card = _a(self.cards[0].name) if self.cards[0].name else "a card"
+        card = _with_article(self.cards[0].name) if self.cards[0].name else "a card"
         return Obstacle(problem.reason, f"{card} is here, but {problem.what}", problem.mend)
 
     @property
@@ -181,7 +181,7 @@ class Machine:
             return obstacle
         return Obstacle(
             Reason.NOT_CHOSEN,
-            f"{_a(card.name)} has compute capability {_dots(card.capability)}, and packing texts needs "
+            f"{_with_article(card.name)} has compute capability {_dots(card.capability)}, and packing texts needs "
             f"{_dots(PACKING_CAPABILITY)}",
             f"`device: cuda:{index}` in models.yaml uses it anyway, with padding",
         )
@@ -221,9 +221,8 @@ def find_obstacle(card: Card, torch: TorchBuild | None) -> Obstacle | None:
         )
     cuda = (13, 0) if torch is None or torch.cuda is None else torch.cuda
     least, beyond = _KERNELS[max(version for version in _KERNELS if version <= max(cuda, (12, 0)))]
-    what = (
-        f"torch for CUDA {_dots(cuda)} has no kernels for {_a(card.name)} (compute capability {_dots(card.capability)})"
-    )
+    name = f"{_with_article(card.name)} (compute capability {_dots(card.capability)})"
+    what = f"torch for CUDA {_dots(cuda)} has no kernels for {name}"
     older = _KERNELS[12, 0][0]
     if platform.machine() == "aarch64":
         least = older = _LEAST_ON_ARM
@@ -266,10 +265,10 @@ def _torch_obstacle(torch: TorchBuild | None, driver: Driver, where: Surrounding
         return Obstacle(Reason.NO_TORCH, "torch is not installed", "`make install`")
     if torch.is_rocm:
         what = f"torch {torch.version} is built for AMD's cards (ROCm)"
-        return Obstacle(Reason.TORCH_WITHOUT_CUDA, what, _mend_torch(driver, where))
+        return Obstacle(Reason.TORCH_WITHOUT_CUDA, what, _torch_remedy(driver, where))
     if torch.cuda is None:
         what = f"torch {torch.version} is a build without CUDA"
-        return Obstacle(Reason.TORCH_WITHOUT_CUDA, what, _mend_torch(driver, where))
+        return Obstacle(Reason.TORCH_WITHOUT_CUDA, what, _torch_remedy(driver, where))
     if driver.cuda is None:
         mend = "install the driver's compute part (libcuda.so.1)"
         if where.is_container:
@@ -281,11 +280,11 @@ def _torch_obstacle(torch: TorchBuild | None, driver: Driver, where: Surrounding
             f"driver {driver.version} (CUDA {_dots(driver.cuda)}) is too old for torch {torch.version}, which is built for "
             f"CUDA {_dots(torch.cuda)}" + ("" if needed is None else f" and needs driver {needed} or newer")
         )
-        return Obstacle(Reason.DRIVER_TOO_OLD, what, _mend_torch(driver, where))
+        return Obstacle(Reason.DRIVER_TOO_OLD, what, _torch_remedy(driver, where))
     return None
 
 
-def _mend_torch(driver: Driver, where: Surroundings) -> str:
+def _torch_remedy(driver: Driver, where: Surroundings) -> str:
     index = torch_index(driver)
     if index is None:
         return f"upgrade the driver to {_LEAST_DRIVER[13]} or newer (now {driver.version})" + (
@@ -386,6 +385,6 @@ def _dots(version: tuple[int, int]) -> str:
     return f"{version[0]}.{version[1]}"
 
 
-def _a(name: str) -> str:
+def _with_article(name: str) -> str:
     """Return a card's name with its article."""
     return f"an {name}" if name[:1] in ("N", "A") else f"a {name}"

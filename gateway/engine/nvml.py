@@ -86,7 +86,7 @@ def read_driver() -> Driver | Failure:
     try:
         nvml = load()
         version = str(nvml.nvmlSystemGetDriverVersion())
-        number = _or(None, nvml.nvmlSystemGetCudaDriverVersion_v2)
+        number = _ask_or(None, nvml.nvmlSystemGetCudaDriverVersion_v2)
         cuda = None if number is None else (number // 1000, number % 1000 // 10)
         cards = [card for index in range(nvml.nvmlDeviceGetCount()) for card in _read_cards(nvml, index)]
     except pynvml.NVMLError as error:
@@ -138,7 +138,7 @@ def _read_cards(nvml: Any, index: int) -> Iterator[Card]:
         capability = tuple(nvml.nvmlDeviceGetCudaComputeCapability(handle))
         slices = list(_slices(nvml, handle))
         for part in slices or [handle]:
-            memory = _or(None, nvml.nvmlDeviceGetMemoryInfo, part)
+            memory = _ask_or(None, nvml.nvmlDeviceGetMemoryInfo, part)
             yield Card(
                 index=index,
                 uuid=str(nvml.nvmlDeviceGetUUID(part)),
@@ -154,10 +154,10 @@ def _read_cards(nvml: Any, index: int) -> Iterator[Card]:
 
 def _slices(nvml: Any, handle: Any) -> Iterator[Any]:
     """Yield the handles of the slices of a card in MIG mode."""
-    is_divided, _pending = _or((0, 0), nvml.nvmlDeviceGetMigMode, handle)
+    is_divided, _pending = _ask_or((0, 0), nvml.nvmlDeviceGetMigMode, handle)
     if is_divided:
         for number in range(nvml.nvmlDeviceGetMaxMigDeviceCount(handle)):
-            part = _or(None, nvml.nvmlDeviceGetMigDeviceHandleByIndex, handle, number)
+            part = _ask_or(None, nvml.nvmlDeviceGetMigDeviceHandleByIndex, handle, number)
             if part is not None:
                 yield part
 
@@ -166,15 +166,15 @@ def _others(nvml: Any, handle: Any) -> Iterator[Process]:
     """Yield the other processes on a card; NVML lists a process that computes and draws twice."""
     seen = {os.getpid()}
     for ask in (nvml.nvmlDeviceGetComputeRunningProcesses, nvml.nvmlDeviceGetGraphicsRunningProcesses):
-        for process in _or((), ask, handle):
+        for process in _ask_or((), ask, handle):
             if process.pid not in seen:
                 seen.add(process.pid)
-                path = _or("", nvml.nvmlSystemGetProcessName, process.pid)
+                path = _ask_or("", nvml.nvmlSystemGetProcessName, process.pid)
                 name = PurePath(str(path).split(" ")[0]).name or "unknown"
                 yield Process(process.pid, name, process.usedGpuMemory)
 
 
-def _or(default: Any, ask: Callable[..., Any], *args: Any) -> Any:
+def _ask_or(default: Any, ask: Callable[..., Any], *args: Any) -> Any:
     """Return NVML's answer, or the default if this card or driver does not support the call.
 
     Raises:

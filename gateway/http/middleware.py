@@ -165,7 +165,7 @@ class ErrorExit:
             if not context.status:
                 with suppress(TimeoutError):
                     async with asyncio.timeout(_LAST_ANSWER_S):
-                        await send_error(stopping, context.error_form, send, _at_once)
+                        await send_error(stopping, context.error_form, send, _no_wait)
         except Exception:  # the last resort
             log.exception("unexpected_error", request_id=context.request_id, **context.trace_ids)
             context.error_code = InternalError.code
@@ -265,7 +265,7 @@ async def _refuse(error: RequestError, context: RequestContext, send: Send) -> N
         raise error
 
 
-async def _at_once() -> None:
+async def _no_wait() -> None:
     """Do not wait for the rest of a request."""
 
 

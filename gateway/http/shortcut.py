@@ -77,15 +77,13 @@ def direct_routes(routes: Iterable[APIRoute]) -> Routes:
     for route in routes:
         if route.param_convertors:
             with_parameters.append(route)
-        elif _takes_the_request_alone(route) and not any(
-            other.path_regex.match(route.path) for other in with_parameters
-        ):
+        elif _takes_only_request(route) and not any(other.path_regex.match(route.path) for other in with_parameters):
             for method in route.methods or ():
                 found.setdefault((method, route.path), route)
     return found
 
 
-def _takes_the_request_alone(route: APIRoute) -> bool:
+def _takes_only_request(route: APIRoute) -> bool:
     signature = inspect.signature(route.endpoint)
     returns_answer = signature.return_annotation in ("Response", Response)
     return list(signature.parameters) == ["request"] and returns_answer and inspect.iscoroutinefunction(route.endpoint)

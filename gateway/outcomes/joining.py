@@ -97,7 +97,7 @@ def join(exposures: Exposures, outcomes: Outcomes) -> Joined:
         np.bincount(owner[is_matched], numbers[after][is_matched], num).astype(np.float64)
         for numbers in (outcomes.value, outcomes.of)
     )
-    before, before_of = (_before(exposures, outcomes, numbers) for numbers in (outcomes.value, outcomes.of))
+    before, before_of = (_sums_before(exposures, outcomes, numbers) for numbers in (outcomes.value, outcomes.of))
     return Joined(exposures, value, of, before, before_of, int((~is_matched).sum()))
 
 
@@ -115,7 +115,7 @@ def _owners(exposures: Exposures, unit: Numbers, time: Values) -> Numbers:
     return owners[num:]
 
 
-def _before(exposures: Exposures, outcomes: Outcomes, numbers: Values) -> Values:
+def _sums_before(exposures: Exposures, outcomes: Outcomes, numbers: Values) -> Values:
     """Return the sum of each exposed unit's numbers from before the experiment; NaN for a unit without such numbers."""
     units, place = np.unique(outcomes.unit[outcomes.is_before], return_inverse=True)
     if not len(units):

@@ -94,7 +94,7 @@ class OpenAi:
             body[self._task_field] = task
         if truncate is not Truncate.END:  # OpenAI has no field for this, so the gateway's own field is used
             body["truncate"] = False if truncate is Truncate.REFUSE else "START"
-        return _written(body, self._extra)
+        return _write_body(body, self._extra)
 
     def read(self, content: bytes, headers: Mapping[str, str], num_texts: int) -> Answer:
         answer = read_json(content)
@@ -146,7 +146,7 @@ class Tei:
         }
         if task is not None:
             body[self._task_field] = task
-        return _written(body, self._extra)
+        return _write_body(body, self._extra)
 
     def read(self, content: bytes, headers: Mapping[str, str], num_texts: int) -> Answer:
         rows = read_json(content)
@@ -173,7 +173,7 @@ class Tei:
         )
 
 
-def _written(body: Mapping[str, Any], extra: Mapping[str, Extra]) -> bytes:
+def _write_body(body: Mapping[str, Any], extra: Mapping[str, Extra]) -> bytes:
     """Write a body without the fields that ``extra_body`` sets to null, and without an encoding that is ``None``."""
     left_out = {name for name, value in extra.items() if value is None}
     return orjson.dumps(

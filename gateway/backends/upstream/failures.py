@@ -85,9 +85,11 @@ class Failure(Exception):
             case "unready" | "unreachable" | "refused":
                 return unavailable(f"{what}, and {self}", after, is_permanent=self.is_permanent)
             case _:
-                return UpstreamFailed(f"{what}, and {self}{self._where(places)}", is_permanent=self.is_permanent)
+                return UpstreamFailed(
+                    f"{what}, and {self}{self._describe_texts(places)}", is_permanent=self.is_permanent
+                )
 
-    def _where(self, places: Sequence[int]) -> str:
+    def _describe_texts(self, places: Sequence[int]) -> str:
         if not self.bad_texts:
             return ""
         numbers = [str(places[i]) for i in self.bad_texts]

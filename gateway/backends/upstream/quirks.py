@@ -68,15 +68,15 @@ async def learn(ask: _Ask, encodings: Sequence[Encoding]) -> Quirks:
     """
     quirks, answer = await _first_accepted(ask, encodings)
     if not answer.has_numbers and "float" in encodings:
-        quirks, answer = await _if_it_says_the_same(ask, quirks, answer)
+        quirks, answer = await _compare_encodings(ask, quirks, answer)
     width = answer.vectors.shape[1]
     for blank in BLANKS:
-        if await _takes(ask, blank, quirks, width):
+        if await _accepts_blank(ask, blank, quirks, width):
             return Quirks(quirks.encoding, blank, quirks.has_numbers)
     return Quirks(quirks.encoding, None, quirks.has_numbers)
 
 
-async def _if_it_says_the_same(ask: _Ask, quirks: Quirks, answer: Answer) -> tuple[Quirks, Answer]:
+async def _compare_encodings(ask: _Ask, quirks: Quirks, answer: Answer) -> tuple[Quirks, Answer]:
     """Switch to numbers if a server's numbers differ from its base64; return the quirks and the answer.
 
     Base64 may hold a type other than float32 without any sign of it.
@@ -107,7 +107,7 @@ async def _first_accepted(ask: _Ask, encodings: Sequence[Encoding]) -> tuple[Qui
     raise first
 
 
-async def _takes(ask: _Ask, text: str, quirks: Quirks, width: int) -> bool:
+async def _accepts_blank(ask: _Ask, text: str, quirks: Quirks, width: int) -> bool:
     """Return whether a server returns a vector for a blank text."""
     try:
         answer = await ask([text], quirks)

@@ -59,7 +59,9 @@ def _print(console: Console, move: Move, *, with_log: bool = False) -> None:
     target = pair.new if move.into_vector is None else f"its vector {move.into_vector}"
     say(console, f"{move.name}: {pair.old} → {target} in {move.place.partition('?')[0]}", "bold")
     where = (
-        "going back: items of the new collection are missing from the old one" if move.is_returning else _where(move)
+        "going back: items of the new collection are missing from the old one"
+        if move.is_returning
+        else _describe_stage(move)
     )
     say(console, f"{where}; space {move.space}, {move.dimensions} dimensions, text in {move.text}")
     if move.refused:
@@ -79,7 +81,7 @@ def _print(console: Console, move: Move, *, with_log: bool = False) -> None:
         say(console, f"next: {command}")
 
 
-def _where(move: Move) -> str:
+def _describe_stage(move: Move) -> str:
     match move.stage:
         case Stage.COPYING:
             return "copying: the new collection does not have all items yet"

@@ -29,7 +29,7 @@ def check_lines(dataset: Dataset, pool: Sequence[Pair], seed: int, people: Grade
             known = (people or {}).get(query, {}).get(document)
             score = "" if known is None else str(known)
             texts = cut(dataset.queries[query], dataset.documents[document])
-            yield form_line((query, document, score, *map(_for_people, texts)))
+            yield form_line((query, document, score, *map(_spreadsheet_safe, texts)))
 
 
 def read_check(path: Path) -> dict[str, dict[str, int]]:
@@ -90,7 +90,7 @@ def _by_query(pool: Sequence[Pair]) -> Mapping[str, list[str]]:
     return found
 
 
-def _for_people(text: str) -> str:
+def _spreadsheet_safe(text: str) -> str:
     """Return a text on one line, protected from spreadsheets, which read a text that begins with ``=`` as a formula."""
     text = " ".join(text.split())
     return f" {text}" if text.startswith(("=", "+", "-", "@")) else text

@@ -47,7 +47,7 @@ def mean_of(values: Sequence[float]) -> Tested:
     if not sample.size:
         raise ValueError("there are no values to estimate a mean of")
     degrees = sample.size - 1
-    return _by_t(float(sample.mean()), _variance(sample, 1) / sample.size if degrees else 0.0, degrees)
+    return _t_test(float(sample.mean()), _variance(sample, 1) / sample.size if degrees else 0.0, degrees)
 
 
 def corrected_difference(people: Mapping[str, float], judged: Mapping[str, float]) -> Tested:
@@ -92,7 +92,7 @@ def corrected_difference(people: Mapping[str, float], judged: Mapping[str, float
         gap = float(ours.mean() - rest.mean())
         mean -= weight * gap
         variance += weight**2 * _variance(rest, 1) / num_rest + gap**2 * share**2 * error / ((num_people - 1) * spread)
-    return _by_t(mean, variance, num_people - 2, weight)
+    return _t_test(mean, variance, num_people - 2, weight)
 
 
 def _variance(values: Floats, num_estimated: int) -> float:
@@ -100,7 +100,7 @@ def _variance(values: Floats, num_estimated: int) -> float:
     return float(np.sum((values - values.mean()) ** 2) / (len(values) - num_estimated))
 
 
-def _by_t(mean: float, variance: float, degrees: int, weight: float = 0.0) -> Tested:
+def _t_test(mean: float, variance: float, degrees: int, weight: float = 0.0) -> Tested:
     error = float(np.sqrt(variance))
     if error <= 0:
         is_shown = degrees > 0 and mean != 0

@@ -169,7 +169,7 @@ def require_embedder(folder: Path, config: Mapping[str, Json], model_type: str, 
     name = architecture(config)
     if name is None or name == MODEL_TYPES[model_type] or (model_type, name) in _SAME_CLASSES:
         return
-    what = _what_class_is(name, config)
+    what = _describe_class(name, config)
     if not what and has_own_code:
         return
     what = what or f"it is not the class of transformers for {model_type!r}"
@@ -179,7 +179,7 @@ def require_embedder(folder: Path, config: Mapping[str, Json], model_type: str, 
     )
 
 
-def _what_class_is(name: str, config: Mapping[str, Json]) -> str:
+def _describe_class(name: str, config: Mapping[str, Json]) -> str:
     if name.endswith("ForSequenceClassification"):
         labels = config.get("id2label")
         num_labels = len(labels) if isinstance(labels, dict) else config.get("num_labels", 2)

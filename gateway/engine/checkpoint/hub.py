@@ -255,10 +255,10 @@ def _reason(chain: list[Exception]) -> str:
             return f"cannot write to {cache_folder()}: {error.strerror}; set HF_HOME to a folder that this user may write to"
     if not endpoint().startswith(("https://", "http://")):
         return f"HF_ENDPOINT is {endpoint()}; it must begin with https:// or http://"
-    return f"{first_line(chain[-1]).rstrip('.')}. {_ways_to(endpoint())}"
+    return f"{first_line(chain[-1]).rstrip('.')}. {_describe_route(endpoint())}"
 
 
-def _ways_to(url: str) -> str:
+def _describe_route(url: str) -> str:
     proxy = os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy")
     through = f"through HTTPS_PROXY={without_password(proxy)}" if proxy else "without a proxy"
     return f"The hub is {url}, {through}; HF_ENDPOINT sets a mirror, HTTPS_PROXY a proxy"

@@ -144,7 +144,7 @@ def read_modules(folder: Path) -> Modules | None:
     # One transformer, one pooling, any number of linear layers, and optionally a normalization.
     expected = ["Transformer", "Pooling", *["Dense"] * len(dense), *["Normalize"] * kinds.count("Normalize")]
     if not kinds or kinds != expected[: len(kinds)] or kinds.count("Normalize") > 1:
-        what = _what_modules_make(kinds, types, [folder / at / "config.json" for at in dense])
+        what = _describe_modules(kinds, types, [folder / at / "config.json" for at in dense])
         raise LoadError(
             f"{path}: the modules {', '.join(kinds) or 'none'} are not supported{what and f': {what}'}; supported: "
             "Transformer, Pooling, then optionally Dense layers, then optionally Normalize"
@@ -196,7 +196,7 @@ def inside(place: str, path: Path) -> str:
     return place
 
 
-def _what_modules_make(kinds: Sequence[str], types: Sequence[str], dense: Iterable[Path]) -> str:
+def _describe_modules(kinds: Sequence[str], types: Sequence[str], dense: Iterable[Path]) -> str:
     """Return the kind of model that a list of unsupported modules describes; empty if unknown."""
     known = [_KINDS[kind] for kind in kinds if kind in _KINDS]
     if known:

@@ -128,7 +128,7 @@ class Sizes:
                 _require_layers(name, given.get(name), shapes, where)
         try:
             config = load_config(folder)
-            sizes = cls._of(config, is_projected=layout_of(read_object(where)) is Layout.VOYAGE)
+            sizes = cls._from_config(config, is_projected=layout_of(read_object(where)) is Layout.VOYAGE)
         except LoadError:
             raise
         except Exception as error:  # transformers' validation raises errors of many classes
@@ -144,7 +144,7 @@ class Sizes:
         return sizes
 
     @classmethod
-    def _of(cls, config: PreTrainedConfig, *, is_projected: bool) -> Sizes:
+    def _from_config(cls, config: PreTrainedConfig, *, is_projected: bool) -> Sizes:
         unused = _UNUSED_POSITIONS.get(config.model_type, 0)
         if config.model_type in OFFSET_BY_PADDING:
             unused = int(config.pad_token_id) + 1

@@ -81,7 +81,7 @@ class HostMemory:
         """Return a buffer whose last copy has ended."""
         size = max(_LEAST_BYTES, 1 << max(0, num_bytes - 1).bit_length())
         with suppress(IndexError):
-            buffer = self._of(device, size).popleft()
+            buffer = self._idle_buffers(device, size).popleft()
             if buffer.event.query():
                 return buffer
             self._give(device, buffer)
@@ -90,9 +90,9 @@ class HostMemory:
         return buffer
 
     def _give(self, device: torch.device, buffer: _Buffer) -> None:
-        self._of(device, len(buffer.memory)).append(buffer)
+        self._idle_buffers(device, len(buffer.memory)).append(buffer)
 
-    def _of(self, device: torch.device, size: int) -> deque[_Buffer]:
+    def _idle_buffers(self, device: torch.device, size: int) -> deque[_Buffer]:
         """Return the buffers of a size that nothing on the host reads."""
         return self._idle.setdefault((device, size), deque())
 

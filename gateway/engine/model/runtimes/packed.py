@@ -112,7 +112,7 @@ class PackedRuntime:
             choice = MIXED if "choices" in parts else int(adapters[0])
         shape = None
         if attended is not None:
-            parts["keys"] = _within(lengths, attended).nonzero()[0].astype(np.int32)
+            parts["keys"] = _is_among_first(lengths, attended).nonzero()[0].astype(np.int32)
             parts["key_boundaries"] = boundaries_of(attended)
         elif self.graphs is not None:
             short = self.network.attend_short
@@ -193,7 +193,7 @@ class PackedRuntime:
         return send(np.concatenate([*parts.values()], dtype=np.int32), self.device)
 
 
-def _within(lengths: Sequence[int], counts: Sequence[int]) -> npt.NDArray[np.bool_]:
+def _is_among_first(lengths: Sequence[int], counts: Sequence[int]) -> npt.NDArray[np.bool_]:
     """Return whether each token is among the first ``counts`` tokens of its text, ``(total,)``."""
     starts = np.array([0, *accumulate(lengths)][:-1])
     is_first: npt.NDArray[np.bool_] = np.arange(sum(lengths)) < np.repeat(starts + np.array(counts), lengths)
@@ -205,4 +205,4 @@ def _segments(lengths: Sequence[int], seconds: Sequence[int | None] | None) -> I
     if seconds is None or all(second is None for second in seconds):
         return None
     firsts = [n if second is None else second for n, second in zip(lengths, seconds, strict=True)]
-    return (~_within(lengths, firsts)).astype(np.int32)
+    return (~_is_among_first(lengths, firsts)).astype(np.int32)
