@@ -1,1 +1,1 @@
-"""How the gateway is deployed and watched."""
+"""The gateway's deployment and monitoring."""

@@ -1,4 +1,4 @@
-"""Follow one ``POST /v1/embeddings`` through a gateway: which modules it enters, and which values it makes.
+"""Follow one ``POST /v1/embeddings`` through a gateway: the modules that it enters, and the values that it creates.
 
 :func:`follow` starts this file as a script in a separate process, where the gateway runs as it does in production, but under
 Python's profiling hook. It follows several requests and leaves out what only some of them met, such as a timer that fired.

@@ -1,4 +1,4 @@
-"""Hold a process to an amount of memory: by a cgroup where one can be made, else by watching it."""
+"""Limit the memory of a process, with a cgroup if possible, or else by watching the process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What ``locust -f loadtest/locustfile.py`` runs: puts options, users, shape and report together."""
+"""The file for ``locust -f loadtest/locustfile.py``: combines options, users, shape and report."""
 
 from __future__ import annotations
 

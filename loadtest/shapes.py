@@ -1,4 +1,4 @@
-"""Shapes of locust: who sends how much, second by second."""
+"""Locust's load shapes: the number of users or turns of each target, second by second."""
 
 from __future__ import annotations
 

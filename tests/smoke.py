@@ -1,4 +1,4 @@
-"""Does this installation work? `make smoke` runs it after an installation, with nothing but the gateway's own environment.
+"""Check that an installation works: `make smoke` runs this with only the gateway's own environment.
 
 Starts a gateway with the bundled model on a free port, embeds, compares the vectors with the recorded ones, reranks if a
 model does that, reads the metrics, and stops the gateway. Prints each step; exits with 1 at the first failure.

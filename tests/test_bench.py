@@ -1,4 +1,4 @@
-"""What of the benchmarks can be wrong without anybody noticing: the texts, the statistics, the counting."""
+"""The parts of the benchmarks whose errors would go unnoticed: the texts, the statistics, the counting."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The tool that asks whether the tests would notice."""
+"""The tool that checks whether tests would notice a changed line."""
 
 from __future__ import annotations
 

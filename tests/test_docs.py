@@ -1,4 +1,4 @@
-"""The generated pages are up to date, and say what the code says."""
+"""The generated pages are up to date and agree with the code."""
 
 from __future__ import annotations
 

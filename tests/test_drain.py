@@ -1,4 +1,4 @@
-"""A stop costs nothing to clients that heed readiness. A process with fake models, so that it starts in a second."""
+"""A shutdown causes no errors for clients that respect readiness. Fake models, so that the process starts in a second."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Conclusions err as rarely as promised, in small simulations that are always the same."""
+"""Conclusions are wrong as rarely as promised, in small deterministic simulations."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models do not wait for each other without need, and a model that is not the declared one is stopped."""
+"""Models do not wait for each other without need, and a model that differs from its declaration is stopped."""
 
 from __future__ import annotations
 

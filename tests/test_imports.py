@@ -1,4 +1,4 @@
-"""Imports point down the layers, file by file, without a circle, and torch stays where it belongs."""
+"""Imports follow the layers, file by file, without cycles, and only some modules import torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A gateway whose card is lost answers everyone, and ends with a special exit code, even if a step hangs."""
+"""A gateway whose card is lost answers all requests, and ends with a special exit code, even if a step hangs."""
 
 from __future__ import annotations
 

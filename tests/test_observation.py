@@ -1,4 +1,4 @@
-"""Each request is recorded once, under names of the registry only."""
+"""Each request is recorded once, under the registry's names only."""
 
 from __future__ import annotations
 

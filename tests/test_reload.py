@@ -1,4 +1,4 @@
-"""A running gateway, in its own process: reloads under load, refusals, restarts, two replicas that agree."""
+"""A gateway in its own process: reloads under load, refusals, restarts, and two replicas that agree."""
 
 from __future__ import annotations
 

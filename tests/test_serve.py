@@ -1,4 +1,4 @@
-"""`gateway serve` as a process, as a person at a terminal or an orchestrator sees it."""
+"""`gateway serve` as a process, as a user at a terminal or an orchestrator sees it."""
 
 from __future__ import annotations
 

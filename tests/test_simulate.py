@@ -1,4 +1,4 @@
-"""The simulation of many replicas, compared with the theory of queues, and with replicas that run."""
+"""The simulation of many replicas, compared with queueing theory and with real replicas."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A start, a reload or a stop in which something unforeseen happens: it is logged, counted, and ends as documented."""
+"""An unexpected error during a start, a reload or a stop is logged and counted, and ends as documented."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models that run on other servers, as part of a gateway: their space, their stand-ins, their comings and goings."""
+"""Models that run on other servers, as part of a gateway: their space, their fallbacks, and servers that come and go."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Vectors are checked, cut, normalized and written without a bit being lost."""
+"""Vectors are checked, cut, normalized and written without losing a bit."""
 
 from __future__ import annotations
 

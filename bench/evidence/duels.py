@@ -1,4 +1,4 @@
-"""Simulations of blind duels: votes that are looked at one by one, on pairs and sides that the console draws."""
+"""Simulations of blind duels: votes that are evaluated one by one, on pairs and sides that the console draws."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Simulations of experiments: the sample ratio, outcomes and guardrails, looked at repeatedly."""
+"""Simulations of experiments: the sample ratio, outcomes and guardrails, evaluated repeatedly."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Simulations of ``gateway compare --judge``: a judge with a taste for an arm, corrected by people."""
+"""Simulations of ``gateway compare --judge``: a judge that is biased toward an arm, corrected by people."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Values of queries for arms that are equally good, as they come about with real judgments.
+"""Values of queries for arms that are equally good, distributed as with real judgments.
 
 Every draw is ``(arms, queries)`` values from 0 to 1. Arms resemble each other: a hard query is hard for all.
 

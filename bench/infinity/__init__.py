@@ -1,1 +1,1 @@
-"""Programs for the environment of Infinity's own server, which is not ours."""
+"""Programs for the environment of Infinity's own server, which is separate from the gateway's."""

@@ -1,1 +1,1 @@
-"""Would the tests notice? Changes the code in small ways, one at a time, and runs the tests against each change."""
+"""Check whether the tests would notice a bug: change the code in one small way at a time, and run the tests."""

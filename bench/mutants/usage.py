@@ -1,4 +1,4 @@
-"""Limits of a run of tests: processor time, and time in which nothing happens.
+"""Limits of a run of tests: processor time, and time without progress.
 
 Neither depends on what else the machine does, so a busy machine gives up on no run that an idle one would finish.
 """

@@ -1,4 +1,4 @@
-"""Classify over HTTP: the shapes of vLLM, Infinity and TEI, each rule of the request, and who may ask which model."""
+"""Classify over HTTP: the shapes of vLLM, Infinity and TEI, each rule of the request, and the permissions of keys."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What Datadog's log pipeline and facets read is in the log."""
+"""The log has the fields that Datadog's log pipeline and facets read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Keys over HTTP: which models they are for, how much a minute, and how they are exchanged while requests come."""
+"""Keys over HTTP: their models, their quotas per minute, and their rotation while requests arrive."""
 
 from __future__ import annotations
 

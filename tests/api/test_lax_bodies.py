@@ -1,4 +1,4 @@
-"""A value that can mean only one thing is taken for it, in every body and in every dialect."""
+"""A value with only one possible meaning is accepted, in every body and in every dialect."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``/v1/live``, ``/v1/shadows`` and ``/v1/errors``: the present of a gateway, as far as a key may see it."""
+"""``/v1/live``, ``/v1/shadows`` and ``/v1/errors``: the current state of a gateway, limited to the models of the key."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ollama's and Azure's ways to ask for embeddings, and what Infinity's clients read of the list of models."""
+"""Embedding requests in Ollama's and Azure's formats, and the list of models as Infinity's clients read it."""
 
 from __future__ import annotations
 

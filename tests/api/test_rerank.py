@@ -1,4 +1,4 @@
-"""Rerank over HTTP: each client's shape, each rule of the request, and who may ask which model."""
+"""Rerank over HTTP: each client's shape, each rule of the request, and the permissions of keys."""
 
 from __future__ import annotations
 

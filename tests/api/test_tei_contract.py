@@ -1,4 +1,4 @@
-"""The paths for TEI's clients take every request that TEI's contract allows, and answer as it says."""
+"""The paths for TEI's clients take every request that TEI's contract allows, and answer as the contract requires."""
 
 from __future__ import annotations
 

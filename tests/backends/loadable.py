@@ -1,4 +1,4 @@
-"""Models without a checkpoint that are loaded on demand into a memory of a given size, and a clock that a test moves."""
+"""Models without a checkpoint that are loaded on demand into a memory of a given size, and a clock that a test controls."""
 
 from __future__ import annotations
 

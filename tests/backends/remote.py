@@ -1,4 +1,4 @@
-"""Models on stand-in servers, as the tests load and ask them."""
+"""Helpers that load models on stand-in servers and send them requests."""
 
 from __future__ import annotations
 

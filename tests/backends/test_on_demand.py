@@ -1,4 +1,4 @@
-"""A model that is loaded on demand: who waits, who is refused, who leaves, and that nothing is left behind."""
+"""A model that is loaded on demand: requests that wait, are refused or disconnect, and the release of all resources."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model that runs elsewhere is of the space that its entry names only if its vectors are those of the model there."""
+"""A model on another server is in the space that its entry names only if it returns the vectors of that space's model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The registry is read again in the middle of a batch: models go, come, and change."""
+"""The registry is read again in the middle of a batch: models are removed, added and changed."""
 
 from __future__ import annotations
 

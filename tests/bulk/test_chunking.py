@@ -1,4 +1,4 @@
-"""Chunks: exact slices in order that leave nothing out, never longer than the limit, at borders where there are some."""
+"""Chunks: exact slices in order that omit nothing, never exceed the limit, and end at sentences or words if possible."""
 
 from __future__ import annotations
 

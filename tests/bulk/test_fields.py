@@ -1,4 +1,4 @@
-"""Which fields of a record make a row, and the errors about the others."""
+"""The fields of a record that become a row, and the errors for invalid fields."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files as a source: formats, places, positions, and the errors about bad ones."""
+"""Files as a source: formats, places, positions, and the errors for bad ones."""
 
 from __future__ import annotations
 

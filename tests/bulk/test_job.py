@@ -1,4 +1,4 @@
-"""Each row exactly once: after every kind of end, the next process continues. And the jobs that are refused."""
+"""Each row exactly once: after every kind of interruption, the next process continues. Also the jobs that are refused."""
 
 from __future__ import annotations
 

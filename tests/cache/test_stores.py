@@ -1,4 +1,4 @@
-"""Entries on a disk and in a real Redis: they are found again, and every request is answered, even if one of them fails."""
+"""Entries on a disk and in a real Redis: they are found again, and a disk or Redis that fails fails no request."""
 
 from __future__ import annotations
 

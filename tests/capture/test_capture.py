@@ -1,4 +1,4 @@
-"""Captured queries: which texts are kept, in which form, and that no request waits or fails because of that."""
+"""Captured queries: the texts that are kept, their format, and that no request waits or fails because of the capture."""
 
 from __future__ import annotations
 

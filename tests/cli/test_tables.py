@@ -1,4 +1,4 @@
-"""Output for people: `gateway models` counts the memory of the models before, and names are shown unchanged."""
+"""Output for people: `gateway models` includes the memory of earlier models, and names are shown unchanged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Gateways to talk to, vectors to compare with, and a guard against talking to anything else."""
+"""Gateways for clients, expected vectors, and a guard against connections to anything else."""
 
 from __future__ import annotations
 

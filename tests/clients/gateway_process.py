@@ -1,4 +1,4 @@
-"""The gateway in a separate process, started as a person starts it."""
+"""The gateway in a separate process, started as a user starts it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""LangChain's OpenAIEmbeddings: as it comes, when it sends token ids, and with the setting that makes it send texts."""
+"""LangChain's OpenAIEmbeddings: with its defaults, which send token ids, and with the setting that makes it send texts."""
 
 from __future__ import annotations
 

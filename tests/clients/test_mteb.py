@@ -1,4 +1,4 @@
-"""mteb, the benchmark of embedding models, runs against the gateway as it is, through its client of OpenAI's API."""
+"""mteb, the benchmark of embedding models, runs against the unchanged gateway through its client for OpenAI's API."""
 
 from __future__ import annotations
 

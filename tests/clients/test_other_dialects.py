@@ -1,4 +1,4 @@
-"""Clients that speak neither OpenAI's nor our own form: Hugging Face's to TEI, and Azure's."""
+"""Clients that use neither OpenAI's format nor the gateway's own: Hugging Face's client for TEI, and Azure's."""
 
 from __future__ import annotations
 

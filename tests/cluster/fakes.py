@@ -1,4 +1,4 @@
-"""Backends of replicas for tests, made in the replicas' processes. The model's id says how one behaves."""
+"""Backends of replicas for tests, made in the replicas' processes. A model's id determines how it behaves."""
 
 from __future__ import annotations
 

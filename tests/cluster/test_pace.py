@@ -1,4 +1,4 @@
-"""How fast replicas are, and which of them gets the work for it."""
+"""The measured speed of replicas, and the choice of a replica for each job."""
 
 from __future__ import annotations
 

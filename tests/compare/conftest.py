@@ -1,4 +1,4 @@
-"""A gateway in this process whose models know only words, and which counts its requests."""
+"""A gateway in this process that counts its requests, and whose models only count words."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Comparisons as they come out of a small support corpus, made up from a seed: rankings first, figures from them."""
+"""Example comparisons of a small synthetic support corpus: rankings from a seed, and figures computed from them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a name on the command line to how its texts are embedded."""
+"""A name on the command line determines how an arm's texts are embedded."""
 
 from __future__ import annotations
 

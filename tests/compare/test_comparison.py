@@ -1,4 +1,4 @@
-"""A whole comparison on a gateway whose models know nothing but words."""
+"""A complete comparison on a gateway whose models only count words."""
 
 from __future__ import annotations
 

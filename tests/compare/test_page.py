@@ -1,4 +1,4 @@
-"""The page holds everything, shows text as text, and loads nothing from elsewhere."""
+"""The page is self-contained, escapes texts, and loads nothing from elsewhere."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How far a comparison is: bars on a terminal, and elsewhere a line for each step."""
+"""The progress of a comparison: bars on a terminal, and elsewhere a line for each step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Measures are those of their definitions, of every judged query, and of one order of the documents."""
+"""Measures follow their definitions, cover every judged query, and use one order of the documents."""
 
 from __future__ import annotations
 

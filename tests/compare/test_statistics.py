@@ -1,4 +1,4 @@
-"""Intervals, p values and verdicts are right where they can be computed by hand, and never a warning or a NaN."""
+"""Intervals, p values and verdicts match results computed by hand, and never cause a warning or a NaN."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The files of a duel: what a person or a crash can do to them, and their limit."""
+"""The files of a duel: damage by people or a crash, and their size limit."""
 
 from __future__ import annotations
 

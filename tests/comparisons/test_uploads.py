@@ -1,4 +1,4 @@
-"""Data sets from uploaded tables: what is understood, what is refused, and that nothing is left half-written."""
+"""Data sets from uploaded tables: accepted and refused formats, and no half-written files."""
 
 from __future__ import annotations
 

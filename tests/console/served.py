@@ -1,4 +1,4 @@
-"""A gateway behind a real socket whose models know nothing but words, for the pages and for a browser."""
+"""A gateway behind a real socket whose models only count words, for the pages and for a browser."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who sees the console, with which key, and that no other site can have a browser change anything."""
+"""Access to the console by key, and protection against requests that other sites make a browser send."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The playground in a browser: arms side by side, failures that leave the others, texts that stay out of links and logs."""
+"""The playground in a browser: arms side by side, isolated failures, texts that stay out of links and logs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""deploy/compose: valid by the Compose specification, hardened, and at one with the image and the gateway's settings."""
+"""deploy/compose: valid by the Compose specification, hardened, and consistent with the image and the gateway's settings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What deploy/ names exists: settings of the gateway, files, targets of make, versions that are written twice."""
+"""Everything that deploy/ names exists: settings, files and make targets; and versions written twice are equal."""
 
 from __future__ import annotations
 

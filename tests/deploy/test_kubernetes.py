@@ -1,4 +1,4 @@
-"""deploy/kubernetes: what kustomize makes of it is valid, restricted, and at one with the image and the settings."""
+"""deploy/kubernetes: the output of kustomize is valid, restricted, and consistent with the image and the settings."""
 
 from __future__ import annotations
 

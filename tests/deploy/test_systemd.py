@@ -1,4 +1,4 @@
-"""deploy/systemd: valid for systemd, and at one with the gateway's settings, its stop, and docs/gpu.md."""
+"""deploy/systemd: valid for systemd, and consistent with the gateway's settings, its shutdown, and docs/gpu.md."""
 
 from __future__ import annotations
 

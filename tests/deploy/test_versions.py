@@ -1,4 +1,4 @@
-"""deploy/versions.py knows every pinned version, and says which is not supported any more."""
+"""deploy/versions.py finds every pinned version, and reports those that are no longer supported."""
 
 from __future__ import annotations
 

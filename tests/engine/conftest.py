@@ -1,4 +1,4 @@
-"""Batchers around a scripted encoder, the real model, and checkpoints made on the spot."""
+"""Batchers around a scripted encoder, the real model, and checkpoints made for each test."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An encoder without a model, and helpers to hold it up, to wait, and to send requests."""
+"""An encoder without a model, and helpers to delay it, to wait, and to send requests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which requests a model still takes when others wait for it, and when it says to come back."""
+"""The requests that a model accepts while others wait for it, and the time after which a refused client may retry."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The cards of a machine are found, and one that cannot be used says why, with what to do."""
+"""The cards of a machine are found, and a card that cannot be used is reported with the reason and the remedy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The first start: models that are on this machine answer before others are downloaded, and a license is asked about."""
+"""The first start: models that are on this machine answer before others are downloaded, and a license must be accepted."""
 
 from __future__ import annotations
 

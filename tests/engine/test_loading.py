@@ -1,4 +1,4 @@
-"""Loading checks everything before it serves, runs no code of a checkpoint, and one failure stays alone."""
+"""Loading checks everything before it serves, runs no code of a checkpoint, and one failure does not affect other models."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tokenizing is shared out between callers as the device is: one text waits for a step of others, not for all of them."""
+"""The tokenizer is shared fairly between callers, like the device: one text waits for a step of others, not for all."""
 
 from __future__ import annotations
 

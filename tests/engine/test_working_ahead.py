@@ -1,4 +1,4 @@
-"""A thread launches a batch while its card still computes the one before: when, and what happens when one of them fails."""
+"""A thread launches a batch while its card computes the previous one: the time of the launch, and failures."""
 
 from __future__ import annotations
 

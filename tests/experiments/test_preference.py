@@ -1,4 +1,4 @@
-"""The evidence of votes that are looked at one by one keeps its error rate, and finds real preferences."""
+"""The evidence of votes, checked after each vote, keeps its error rate and finds real preferences."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The test of the split: against the formulas by hand, at any look, and on splits that are wrong on purpose."""
+"""The test of the split: compared with formulas by hand, at any look, and on splits that are wrong on purpose."""
 
 from __future__ import annotations
 

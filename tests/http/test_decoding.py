@@ -1,4 +1,4 @@
-"""Compressed bodies are decoded piece by piece; what cannot be is said."""
+"""Compressed bodies are decoded piece by piece; others are refused with the reason."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Large bodies are taken in at a bounded rate, in the order in which they come."""
+"""Large bodies are read at a bounded rate, in the order of their arrival."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The short way to handlers of fixed paths: which routes take it, and that the answers are the framework's."""
+"""The shortcut to handlers of fixed paths: the routes that use it, and answers equal to the framework's."""
 
 from __future__ import annotations
 

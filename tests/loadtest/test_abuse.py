@@ -1,4 +1,4 @@
-"""The shortest abuse: the worst attacks for two seconds each. `python -m loadtest.abuse` is the long one."""
+"""The shortest abuse: the worst attacks for two seconds each. `python -m loadtest.abuse` runs longer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The parts of the load test that know nothing of locust."""
+"""The parts of the load test that do not depend on locust."""
 
 from __future__ import annotations
 

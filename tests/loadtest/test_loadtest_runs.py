@@ -1,4 +1,4 @@
-"""Locust itself, as a process, against a gateway that serves two fake models: one of them right, one not."""
+"""Locust itself, as a process, against a gateway that serves two fake models, one correct and one faulty."""
 
 from __future__ import annotations
 

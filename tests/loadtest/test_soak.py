@@ -1,4 +1,4 @@
-"""The shortest soak: each thing that can go wrong, once, under load. `make soak` is the long one."""
+"""The shortest soak: each thing that can go wrong, once, under load. `make soak` runs longer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a checkpoint of a family is made, and the families that are made with the publisher's own configuration."""
+"""Makers of a checkpoint for each family, and the families that use the publisher's own configuration."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Plain checkpoints of transformers' classes, and what sentence-transformers puts around them."""
+"""Plain checkpoints of transformers' classes, and sentence-transformers' files around them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Jina v5 as published: a base and LoRA adapters. Each task is as PEFT and the publisher's rules give it, in any batch."""
+"""Jina v5 as published: a base and LoRA adapters. Each task gives the vectors of PEFT and the publisher's rules."""
 
 from __future__ import annotations
 

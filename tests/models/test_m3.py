@@ -1,4 +1,4 @@
-"""BGE-M3: dense, sparse and multi-vector are what FlagEmbedding makes of a text, in any batch and any combination."""
+"""BGE-M3: its dense, sparse and multi-vector outputs equal FlagEmbedding's, in any batch and any combination."""
 
 from __future__ import annotations
 

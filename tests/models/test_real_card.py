@@ -1,4 +1,4 @@
-"""What only a card can show: run this file on a machine with one (`pytest tests/models/test_real_card.py`).
+"""Tests that need a real card: run this file on a machine with one (`pytest tests/models/test_real_card.py`).
 
 Everywhere else, :mod:`tests.models.test_on_a_card` and :mod:`tests.test_lost_card` emulate the card.
 """

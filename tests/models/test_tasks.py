@@ -1,4 +1,4 @@
-"""Tasks of models with few prompts, and what really runs a model, as they are seen over HTTP."""
+"""Tasks of models with few prompts, and the runtime of a model, as clients see them over HTTP."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Arms compared by outcomes: by hand, and how often equal ones look different at any of many looks."""
+"""Arms compared by outcomes: compared with results by hand, and the rate of false differences over many looks."""
 
 from __future__ import annotations
 

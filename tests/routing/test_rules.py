@@ -1,4 +1,4 @@
-"""What cannot stand together: models that embed and models that rerank."""
+"""Models that embed and models that rerank cannot be combined."""
 
 from __future__ import annotations
 

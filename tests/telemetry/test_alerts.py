@@ -1,4 +1,4 @@
-"""Prometheus' own tool finds that the rules are well-formed, and that each alert fires when it must and only then."""
+"""Prometheus' own tool finds that the rules are well-formed, and that each alert fires exactly when it should."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The log at a terminal: a line that people read, in colors where those are wanted, and JSON that has not changed."""
+"""The log at a terminal: readable lines, with colors where they are supported, and unchanged JSON."""
 
 from __future__ import annotations
 

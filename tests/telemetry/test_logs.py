@@ -1,4 +1,4 @@
-"""The log: whole lines, in order, and never a reason to wait for its reader."""
+"""The log: complete lines, in order, which never wait for their reader."""
 
 from __future__ import annotations
 

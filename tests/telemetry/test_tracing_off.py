@@ -1,4 +1,4 @@
-"""Without ``OTEL_*`` a request costs nothing: nothing is loaded, nothing is made."""
+"""Without ``OTEL_*`` tracing costs a request nothing: no module is loaded, and no span is created."""
 
 from __future__ import annotations
 

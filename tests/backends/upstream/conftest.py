@@ -1,4 +1,4 @@
-"""Remote models that ask again at once."""
+"""Remote models that retry immediately."""
 
 from __future__ import annotations
 

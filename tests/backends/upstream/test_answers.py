@@ -1,4 +1,4 @@
-"""What servers answer, in the variety in which they do: read where it is right, refused with the reason where it is not."""
+"""The many forms of servers' answers: valid ones are read, and others are refused with the reason."""
 
 from __future__ import annotations
 

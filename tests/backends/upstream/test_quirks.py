@@ -1,4 +1,4 @@
-"""What servers differ in: tasks, encodings, blank texts, the order of vectors; and how much they may answer."""
+"""The differences between servers: tasks, encodings, blank texts, the order of vectors; and the size limit of answers."""
 
 from __future__ import annotations
 

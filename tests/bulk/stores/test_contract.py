@@ -1,4 +1,4 @@
-"""The rules that every store keeps as a source and a sink, and those that every movable store keeps.
+"""The rules for every store as a source and a sink, and for every store whose collections can move.
 
 Files with the name of a store test its own settings and limits.
 """

@@ -1,4 +1,4 @@
-"""Jobs into stores and out of them: killed at random moments, nothing is lost and nothing is there twice."""
+"""Jobs into stores and out of them: killed at random moments, they lose and duplicate nothing."""
 
 from __future__ import annotations
 

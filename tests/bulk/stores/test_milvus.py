@@ -1,4 +1,4 @@
-"""Milvus as a source, a sink and a store that can be moved: Milvus Lite, which speaks the protocol of a server."""
+"""Milvus as a source, a sink and a store that can be moved: Milvus Lite, which uses a server's protocol."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Judges to ask, and rankings to judge."""
+"""Stand-in judges, and rankings for them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The folder of a comparison with a judge, as `gateway compare` writes it, without a model and without a judge to ask."""
+"""The folder of a comparison with a judge, as `gateway compare` writes it, made without a model and without a judge."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Kappa and the corrected difference: equal to results by hand, and right as often as they claim."""
+"""Kappa and the corrected difference: equal to results computed by hand, and correct as often as they claim."""
 
 from __future__ import annotations
 

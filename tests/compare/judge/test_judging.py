@@ -1,4 +1,4 @@
-"""A whole judging: two arms, a stand-in with a known bias behind HTTP, and people who check it."""
+"""A complete run of a judge: two arms, a stand-in with a known bias behind HTTP, and people who check it."""
 
 from __future__ import annotations
 

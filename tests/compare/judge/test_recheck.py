@@ -1,4 +1,4 @@
-"""The verdict again from the files of a comparison: the same as that of a whole run with the check."""
+"""The verdict recomputed from the files of a comparison equals that of a complete run with the check."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Verdicts from grades: what counts as one query, and what several arms cost."""
+"""Verdicts from grades: the unit that counts as one query, and the correction for several arms."""
 
 from __future__ import annotations
 
