@@ -12,7 +12,7 @@ IS_CI = os.environ.get("CI", "") not in ("", "0", "false")
 
 
 def needs(command: str, package: str) -> pytest.MarkDecorator:
-    """Return a mark that skips a test where a command is missing; in CI it runs, and fails for want of it."""
+    """Return a mark that skips a test if a command is missing; in CI, the test runs and fails instead."""
     is_there = shutil.which(command) is not None
     return pytest.mark.skipif(not is_there and not IS_CI, reason=f"{command} (Debian: {package}) is not installed")
 
@@ -26,7 +26,7 @@ def find(command: str, package: str) -> str:
 
 
 def is_missing(what: str) -> NoReturn:
-    """Skip a test for want of something, or fail it in CI."""
+    """Skip a test because something is missing, or fail it in CI."""
     if IS_CI:
         pytest.fail(what)
     pytest.skip(what)

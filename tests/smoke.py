@@ -40,7 +40,7 @@ STOP_LIMIT_S = 20
 
 
 class Wrong(Exception):
-    """Something does not work."""
+    """A check of the installation failed."""
 
 
 def main() -> None:

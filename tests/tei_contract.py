@@ -124,7 +124,7 @@ def validate(schema: Schema, value: object) -> None:
 
 
 def validate_answer(path: str, status: int, body: object) -> None:
-    """Hold an answer, or an error, against what TEI says of the path.
+    """Validate an answer, or an error, against TEI's contract for the path.
 
     Raises:
         jsonschema.ValidationError: it has another shape.

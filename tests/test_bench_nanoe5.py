@@ -27,7 +27,7 @@ def floats_of(data: bytes) -> list[float]:
 
 
 def numbers_of(data: bytes) -> list[float]:
-    """Decode blocks of 4-bit numbers as slowly and plainly as can be."""
+    """Decode blocks of 4-bit numbers with a simple loop."""
     numbers = []
     for scale, *nibbles in struct.iter_unpack("<e16B", data):
         numbers += [scale * (byte % 16 - 8) for byte in nibbles]

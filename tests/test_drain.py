@@ -163,7 +163,7 @@ def test_while_it_drains_an_answer_sends_the_client_elsewhere() -> None:
 
 
 class Kept(threading.Thread):
-    """A client on one kept connection, with pauses, which goes when the server says so."""
+    """A client on one kept connection, with pauses, which disconnects when the server asks for it."""
 
     def __init__(self, url: str, number: int) -> None:
         super().__init__()

@@ -150,7 +150,7 @@ async def test_where_nothing_is_ready_the_answer_is_a_503_for_the_model_that_was
 
 
 async def test_a_disabled_model_has_no_fallback(gateway: Gateway) -> None:
-    """It is a matter of the registry that it does not answer, and none of faults."""
+    """The registry causes it, and not a fault."""
     gateway.models["gpu"].report(ModelState.DISABLED, "switched off")
 
     with pytest.raises(ModelNotFound):
@@ -190,7 +190,7 @@ async def test_errors_of_the_request_or_the_load_are_not_tried_elsewhere(gateway
     ],
 )
 async def test_a_model_of_another_space_never_answers(make_gateway: MakeGateway, other: dict[str, object]) -> None:
-    """The registry with it would not have started; it does not answer even so."""
+    """A registry with it would not have started; even so, it never answers."""
     gateway = await make_gateway(cpu=other, spare=other)
     gateway.failing["gpu"] = InferenceFailed("raised")
 

@@ -89,7 +89,7 @@ def test_every_front_knows_its_own_requests_only() -> None:
 
 
 def test_the_counts_of_a_front_are_those_of_its_requests() -> None:
-    """The fewest, as they are found by looking at all replicas."""
+    """The fewest requests, as found by comparing all replicas."""
     rng = np.random.default_rng(5)
     system = System(7, lambda size: 0.5 + 0.1 * size, max_batch=4, policy="least")
     found = simulate(system, poisson(30, 5000, rng), np.random.default_rng(1))

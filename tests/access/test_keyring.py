@@ -185,7 +185,7 @@ async def test_a_named_pipe_is_refused_at_the_start(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("checks_often")
 async def test_the_file_is_still_checked_after_a_check_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A key that was revoked would otherwise work until a restart."""
+    """Otherwise, a revoked key would work until a restart."""
     path = tmp_path / "keys.yaml"
     write(path, entry("a", "one"))
     keyring = Keyring(Settings(api_keys_file=path))
@@ -292,7 +292,7 @@ async def test_without_a_file_nothing_is_checked() -> None:
 
 
 async def test_a_client_is_found_by_its_name_while_its_key_is_valid(tmp_path: Path, checks_often: None) -> None:
-    """A batch does this: after a restart, it may continue before any request has come."""
+    """A batch does this: after a restart, it may continue before any request arrives."""
     path = tmp_path / "keys.yaml"
     old = entry("old", "two", ", expires: 2020-01-01")
     write(path, old, entry("first", "one"), entry("other", "three", ", expires: 2999-01-01"))

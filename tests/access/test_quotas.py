@@ -144,7 +144,7 @@ async def test_a_query_counts_with_each_text() -> None:
 
 
 async def test_tokens_used_while_a_body_arrived_count(quotas: Quotas) -> None:
-    """Any number of requests can be admitted before their bodies come, and then be sent one by one."""
+    """Any number of requests can be admitted before their bodies arrive, and then be sent one by one."""
     one = client(tokens_per_minute=10)
     for _ in range(20):
         await quotas.admit(one, {})

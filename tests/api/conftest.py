@@ -83,13 +83,13 @@ def make_random_model(make_model: MakeModel) -> MakeModel:
 
 @pytest.fixture
 def models(make_random_model: MakeModel) -> list[Model]:
-    """Return the models that most tests ask: ``mini`` is plain, ``jina`` has tasks and dimensions to choose from."""
+    """Return the models that most tests use: ``mini`` is plain, ``jina`` has tasks and several sizes."""
     return [make_random_model(model_id, **info) for model_id, info in MODELS.items()]
 
 
 @pytest.fixture
 def tiktoken_cache_dir() -> Path:
-    """Return a folder with the cl100k_base vocabulary: llama-index-core brings it along."""
+    """Return a folder with the cl100k_base vocabulary, which llama-index-core contains."""
     spec = importlib.util.find_spec("llama_index.core")
     assert spec is not None
     assert spec.origin is not None

@@ -47,7 +47,7 @@ async def test_without_an_operators_key_every_client_is_refused(
 async def test_no_other_key_passes(
     connect: Connect, check_error: CheckError, settings: dict[str, str], key: str | None
 ) -> None:
-    """A client's key does not pass either: it could load and drop all models."""
+    """A client's key is refused, too: with it, a client could load and unload all models."""
     client = await connect(admin_key=ADMIN, **settings)
 
     assert check_error(await reload(client, key), 403, "forbidden", type_="permission_error") == KEY_NEEDED

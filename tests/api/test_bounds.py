@@ -206,7 +206,7 @@ def keys_file(tmp_path: Any) -> Any:
 def test_unread_answers_fill_only_the_share_of_their_client(
     serve: Serve, make_model: MakeModel, keys_file: Any
 ) -> None:
-    """The arrays of an answer stay until it is read, and not its JSON; its client gets no more, and others do."""
+    """The arrays of an unread answer stay, but not its JSON; its client gets no more memory, and others do."""
     request = post("/v1/embeddings", json.dumps({"model": "mini", "input": ["a"] * 600}).encode(), "attacker")
     with serve(make_model("mini", width=4096), api_keys_file=keys_file, **SMALL) as address:
         deaf = [unread(address, request)]

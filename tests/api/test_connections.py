@@ -84,7 +84,7 @@ def answer_of(connection: socket.socket, method: str = "GET") -> tuple[int, byte
 
 
 def is_silent(connection: socket.socket, seconds: float) -> bool:
-    """Whether so long nothing comes, not even the end."""
+    """Return whether nothing arrives for so long, not even the end of the connection."""
     connection.settimeout(seconds)
     try:
         connection.recv(1)
@@ -96,7 +96,7 @@ def is_silent(connection: socket.socket, seconds: float) -> bool:
 
 
 def answers_of(connection: socket.socket, number: int) -> list[int]:
-    """Read answers that may come in one packet; return their statuses."""
+    """Read answers that may arrive in one packet; return their statuses."""
     with connection.makefile("rb") as file:
         statuses = []
         for _ in range(number):
@@ -292,7 +292,7 @@ def test_half_a_request_behind_another_does_not_cost_that_its_answer(
 def test_so_does_half_a_request_behind_more_requests_than_may_wait(
     connect: Callable[..., socket.socket], backend: HeldBackend
 ) -> None:
-    """The end of what the client sends is noted when all that came before it is read."""
+    """The end of the client's data is processed only after everything before it has been read."""
     connection = connect()
     connection.sendall(SLOW + LIVE * 200 + b"GET /health")
     assert backend.has_begun.wait(PATIENCE_S)

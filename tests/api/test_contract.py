@@ -34,7 +34,7 @@ async def embed(client: httpx.AsyncClient, **body: Any) -> httpx.Response:
 
 
 async def send(client: httpx.AsyncClient, body: bytes | str, **headers: str) -> httpx.Response:
-    """Send a body as it is."""
+    """Send a body unchanged."""
     return await client.post("/v1/embeddings", content=body, headers=headers)
 
 
@@ -399,7 +399,7 @@ def no_vocabulary(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: p
 async def test_token_ids_are_refused_without_the_vocabulary(
     client: httpx.AsyncClient, check_error: CheckError, value: Any
 ) -> None:
-    """They are never taken for ids of the served model."""
+    """They are never interpreted as ids of the served model."""
     message = check_error(await embed(client, input=value), 400, "invalid_input", param="input")
 
     assert "the cl100k_base vocabulary that they belong to is not installed" in message

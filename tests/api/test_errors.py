@@ -219,7 +219,7 @@ async def test_work_is_given_up_when_its_client_has_stopped_waiting(
 
 
 def exchange(address: tuple[str, int], request: bytes) -> tuple[int, dict[str, str], bytes]:
-    """Send bytes as they are and return status, headers and body of the answer."""
+    """Send bytes unchanged, and return status, headers and body of the answer."""
     with socket.create_connection(address, timeout=10) as connection:
         connection.sendall(request)
         response = http.client.HTTPResponse(connection)
@@ -427,7 +427,7 @@ def test_a_client_that_leaves_in_the_middle_of_its_upload_is_not_an_internal_err
 
 
 async def test_an_answer_that_has_begun_is_cut_off_rather_than_repaired(log_of_errors: io.StringIO) -> None:
-    """A client must not take the first half of an answer for the whole."""
+    """A client must not mistake the first half of an answer for the whole."""
 
     async def half(_scope: Scope, _receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": []})

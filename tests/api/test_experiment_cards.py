@@ -117,7 +117,7 @@ async def test_a_task_that_an_arm_does_not_have_is_refused(connect: Connect, che
 
 
 async def test_equal_sizes_do_not_make_two_spaces_one(connect: Connect, make_model: MakeModel) -> None:
-    """As Jina v3 and BGE-M3 are: no vector store would notice."""
+    """Jina v3 and BGE-M3 have the same width, so no vector store would notice a mix-up."""
     client = await connect(make_model("mini"), make_model("jina"), experiments=[experiment()], aliases={})
 
     card = await card_of(client)

@@ -242,7 +242,7 @@ async def test_a_user_must_be_text_or_a_whole_number_to_be_a_unit(client: httpx.
 async def test_the_space_that_is_expected_guards_against_the_other_arm(
     client: httpx.AsyncClient, check_error: CheckError
 ) -> None:
-    """A client whose collection is of one arm gets no vectors of another."""
+    """A client whose collection belongs to one arm gets no vectors of another arm."""
     space = (await embed(client, {"x-unit": unit_in("mini")})).headers["x-gateway-space"]
     expecting = {"x-gateway-expect-space": space}
 
@@ -417,7 +417,7 @@ async def test_so_is_one_that_is_not_ready(
 
 
 async def test_an_arm_with_invalid_vectors_too(connect: Connect, make_model: MakeModel) -> None:
-    """Found out after the model has answered."""
+    """The mismatch is found only after the model has answered."""
     narrow = make_model("jina", backend=FakeBackend(fake_info("jina", width=4)), width=8)
     client = await connect(make_model("mini"), narrow, aliases={}, experiments=[experiment()])
 

@@ -308,7 +308,7 @@ async def test_tei_and_ollama_take_dimensions_as_forms_send_them(client: httpx.A
 
 
 async def test_the_query_may_be_written_like_a_document(client: httpx.AsyncClient) -> None:
-    """As NVIDIA's clients do."""
+    """NVIDIA's clients send this."""
     body = {"query": {"text": "fox"}, "documents": [{"text": "a fox"}], "truncate": "END"}
 
     assert (await client.post("/v1/rerank", json=body)).status_code == 200

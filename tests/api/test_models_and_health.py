@@ -35,7 +35,7 @@ async def test_models_are_listed_in_the_order_of_the_registry(client: httpx.Asyn
 
 
 async def test_models_that_are_ready_are_listed_first(connect: Connect, make_model: MakeModel) -> None:
-    """Clients that fill a menu from the list offer its first entries."""
+    """Clients that fill a menu from the list may show only its first entries."""
     off, late = make_model("off", state=ModelState.DISABLED), make_model("late", state=ModelState.LOADING)
     client = await connect(off, make_model("a"), late, make_model("b"), aliases={})
 

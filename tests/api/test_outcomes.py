@@ -152,7 +152,7 @@ async def test_an_outcome_that_is_sent_again_counts_once(client: httpx.AsyncClie
 
 
 async def test_they_survive_a_kill_and_a_restart(start: Start, tmp_path: Path) -> None:
-    """Outcomes that got a 202 are on the disk: a second process opens the file while the first still has it open."""
+    """Outcomes that got a 202 are on disk: a second process can read them while the first still has the file open."""
     client = await start()
     await embed_for(client, UNITS[:40])
     await post(client, *(outcome(unit) for unit in UNITS[:20]))
@@ -464,7 +464,7 @@ async def test_the_largest_values_out_of_the_fewest_chances_still_make_a_report(
 async def test_the_error_about_a_unit_or_an_id_does_not_repeat_it(
     client: httpx.AsyncClient, check_error: CheckError, field: str
 ) -> None:
-    """It may identify a person, and clients log the messages of errors."""
+    """It may identify a person, and clients log error messages."""
     answer = await client.post(PATH, json=[outcome("u") | {field: 1709.25}])
 
     message = check_error(answer, 400, "invalid_input", param=f"[0].{field}")

@@ -78,7 +78,7 @@ async def test_a_smaller_size_has_its_own_ranges(client: httpx.AsyncClient, prec
 async def test_base64_has_the_bytes_of_the_numbers(
     client: httpx.AsyncClient, precision: str, field: str, other: str
 ) -> None:
-    """As Voyage's client asks for it, and decodes it."""
+    """Voyage's client requests and decodes it like this."""
     response = await embed(client, **{field: "base64", other: precision})
 
     decoded = [

@@ -63,7 +63,7 @@ def configure(*modes: schemathesis.GenerationMode, expected_statuses: list[str])
 
 
 def narrowed(app: FastAPI) -> dict[str, Any]:
-    """Return the schema with what only the registry knows: which names, tasks and dimensions there are."""
+    """Return the schema with the names, tasks and dimensions that only the registry knows."""
     content = copy.deepcopy(app.openapi())
     content["paths"] = {"/v1/embeddings": content["paths"]["/v1/embeddings"]}
     operation = content["paths"]["/v1/embeddings"]["post"]

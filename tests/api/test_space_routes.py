@@ -134,7 +134,7 @@ async def test_an_alias_keeps_its_task(connect: Connect, make_model: MakeModel) 
 async def test_a_request_without_a_task_has_its_own_space_if_the_model_has_no_default(
     connect: Connect, make_model: MakeModel
 ) -> None:
-    """What such a request gets belongs to no task of the model."""
+    """The vectors of such a request belong to no task of the model."""
     model = make_model("m", tasks={"retrieval.query": "query: "})
     client = await connect(model, aliases={"usual": "m", "ask": ("m", "query")})
     answer = await client.post("/v1/embeddings", json={"model": "m", "input": "a"})

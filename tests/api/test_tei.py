@@ -52,7 +52,7 @@ def error(response: httpx.Response, status: int, error_type: str) -> str:
 
 
 class SilentBackend(FakeBackend):
-    """Runs a model whose tokens it cannot tell."""
+    """Runs a model whose tokens it does not know."""
 
     def vocabulary(self) -> None:  # type: ignore[override]
         raise UnsupportedOutput("the tokens of this model are not known here")
@@ -478,7 +478,7 @@ async def test_many_at_a_time_each_get_their_own_tokens(client: httpx.AsyncClien
 
 
 async def test_openai_s_form_below_a_model_s_path(client: httpx.AsyncClient) -> None:
-    """Clients that speak it to TEI send no model, or a made-up one."""
+    """Clients that use it with TEI send no model, or a made-up one."""
     response = await client.post("/tei/team/small/v1/embeddings", json={"input": "a", "model": "tei"})
 
     assert response.json()["model"] == "team/small"
@@ -498,7 +498,7 @@ async def mixed(connect: Connect, models: list[Model], make_model: MakeModel) ->
 
 @pytest.mark.parametrize("path", ["/", "/invocations", "/tei/mini", "/tei/mini/", "/tei/mini/invocations"])
 async def test_the_address_alone_embeds(mixed: httpx.AsyncClient, vectors_of: VectorsOf, path: str) -> None:
-    """As `HuggingFaceEndpointEmbeddings(model="http://host:8080")` asks, and SageMaker."""
+    """`HuggingFaceEndpointEmbeddings(model="http://host:8080")` and SageMaker send such requests."""
     vectors = answer(await mixed.post(path, json={"inputs": ["a", "b c"], "normalize": True}), "embed")
 
     np.testing.assert_allclose(vectors, unit(vectors_of(["a", "b c"], 8)), rtol=1e-5)

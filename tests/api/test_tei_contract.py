@@ -74,7 +74,7 @@ def operation(path: str, where: str) -> Any:
 @pytest.mark.parametrize("where", PLACES)
 @pytest.mark.parametrize("path", ANSWERS)
 def test_requests_that_the_contract_allows_are_answered(path: str, where: str) -> None:
-    """Or it is refused for what only the model can tell: which sizes and prompts there are."""
+    """Or it is refused because of sizes and prompts that only the model determines."""
     statuses = set()
 
     @bounded[where]

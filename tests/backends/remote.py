@@ -22,7 +22,7 @@ PATIENCE_S = 30
 
 
 def entry(*servers: StandIn, kind: str = "openai", **changes: Any) -> ModelEntry:
-    """Return an entry of the registry for a model on these servers; ``upstream`` in ``changes`` adds to its own."""
+    """Return an entry of the registry for a model on these servers; ``upstream`` in ``changes`` extends its own."""
     path = "/v1" if kind == "openai" else ""
     upstream = {"urls": tuple(server.url + path for server in servers), "probe_interval_s": 0.1, "max_retries": 2}
     fields: dict[str, Any] = {"id": "far", "backend": kind, "source": MODEL}

@@ -158,7 +158,7 @@ class StandIn:
         return JSONResponse(facts)
 
     def _hold(self, check: Callable[[], None]) -> None:
-        """Hold something against TEI's contract."""
+        """Validate a value against TEI's contract."""
         try:
             check()
         except (ValidationError, AssertionError) as error:
@@ -187,7 +187,7 @@ class StandIn:
         return self.respond(body) if self.respond else None
 
     async def _fail(self, texts: list[str], error: Callable[[int, str], Response]) -> Response | None:
-        """Cause the commanded fault; ``error`` writes an error in the dialect's form."""
+        """Cause the requested fault; ``error`` writes an error in the dialect's format."""
         if not any(self.fault_on in text for text in texts):
             return None
         if self.key is not None and self.headers[-1].get("authorization") != f"Bearer {self.key}":

@@ -128,7 +128,7 @@ async def test_a_planned_model_may_fit_where_a_device_has_room(
 
 
 class FaultyForward:
-    """Stands before each encoder's ``encode``: raises for batches that hold the text, and can hold batches back.
+    """Wraps each encoder's ``encode``: raises for batches that contain the text, and can hold batches back.
 
     Attributes:
         batches: the number of texts of each batch that was begun.
@@ -413,7 +413,7 @@ async def test_an_engine_that_hangs_is_replaced(watched: Watched) -> None:
 async def test_an_engine_that_hangs_while_it_is_asked_something_is_replaced(
     watched: Watched, *, is_recheck: bool
 ) -> None:
-    """The question is behind what hangs."""
+    """The question waits behind the forward that hangs."""
     engine = watched.engines[0]
     engine.is_silent = True
     if is_recheck:
@@ -451,7 +451,7 @@ async def test_an_engine_that_fails_the_question_too_is_replaced(watched: Watche
 
 
 async def test_the_watchdog_asks_a_text_that_the_model_embedded_at_its_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A checkpoint may fail on any one text: that must not pass for a broken engine."""
+    """A checkpoint may fail on any single text, which must not look like a broken engine."""
     engine = SteeredEngine()
     engine.bad_texts = {"Does it still work?"}
     monkeypatch.setattr(InfinityBackend, "_load", lambda _backend: (engine, fake_info()))
@@ -488,7 +488,7 @@ async def test_a_model_that_embeds_nothing_does_not_start(monkeypatch: pytest.Mo
     ids=lambda error: type(error).__name__,
 )
 async def test_an_answer_that_says_nothing_of_the_model_does_not_replace_it(watched: Watched, error: Exception) -> None:
-    """A full queue is not a reason either: the model is working on it. And the watch continues."""
+    """A full queue does not count either: the model is working on it. And the watchdog continues."""
     watched.engines[0].answer = error
     watched.engines[0].failures[0] = 3
     await until(lambda: len(watched.engines[0].questions) > 3)
@@ -672,7 +672,7 @@ def test_remarks_about_the_devices_are_logged(monkeypatch: pytest.MonkeyPatch) -
 
 
 class CardForward:
-    """Stands before each encoder's ``encode``, as a card would: once its context is broken, each call fails, or hangs."""
+    """Wraps each encoder's ``encode`` like a card: once its context is broken, each call fails or hangs."""
 
     def __init__(self, encoders: Sequence[Encoder], monkeypatch: pytest.MonkeyPatch, *, hangs: bool) -> None:
         self.is_broken = False
@@ -748,7 +748,7 @@ async def test_every_client_of_a_lost_card_gets_a_503_and_the_process_has_to_end
 async def test_a_model_whose_files_have_changed_is_not_loaded_instead_of_the_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its vectors would be of another space; and its weights are not even read."""
+    """Its vectors would be in another space; its weights are not even read."""
     folder = tmp_path / "model"
     shutil.copytree(locate(MINILM), folder)
     backend = InfinityBackend(

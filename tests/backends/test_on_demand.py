@@ -96,7 +96,7 @@ async def test_a_job_that_is_canceled_while_it_waits_changes_nothing(machine: Ma
 
 
 async def test_a_job_whose_deadline_comes_first_learns_how_long_the_load_will_take() -> None:
-    """By its size if it was never loaded: 4 s here."""
+    """The time is estimated from its size if it was never loaded: 4 s here."""
     machine = Machine(10**9)
     backend = await machine.start("one", 500_000_000)
     inner = machine.inner["one"]
@@ -327,7 +327,7 @@ async def test_two_models_that_exclude_each_other_take_turns(machine: Machine) -
 
 
 async def test_a_model_that_is_needed_again_while_it_leaves_comes_back(machine: Machine) -> None:
-    """The load that makes it leave, and its own next load, must not wait for each other."""
+    """The load that unloads it and its own next load must not wait for each other."""
     first, second = await machine.start("first", 60), await machine.start("second", 60)
     at_work = asyncio.create_task(first.embed(machine.job("held")))
     await settle()

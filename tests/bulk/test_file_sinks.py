@@ -129,7 +129,7 @@ def test_ids_are_text_unless_the_first_ones_are_all_numbers(tmp_path: Path) -> N
 
 
 def test_a_text_that_is_read_before_the_first_shard_is_written_makes_all_ids_texts(tmp_path: Path) -> None:
-    """Rows are read ahead, and one that is found good must be stored."""
+    """Rows are read ahead, so a row that was accepted must be stored."""
     sink = opened(tmp_path)
     [number], [text], [late] = rows({}), rows({}, first="a"), rows({}, first="b")
     assert isinstance(sink, Choosy)

@@ -120,7 +120,7 @@ def test_rows_without_ids_get_the_same_ones_wherever_the_folder_is(tmp_path: Pat
 
 @pytest.mark.parametrize("name", ["part.jsonl", "part.csv", "part.parquet"])
 def test_rows_without_ids_of_files_with_one_name_do_not_replace_each_other(name: str, tmp_path: Path) -> None:
-    """Two jobs, with one file each, into one collection; and one more of the same file, wherever it is."""
+    """Two jobs, with one file each, write into one collection; then a third job reads a copy of the first file."""
     records = [{"text": f"text {i}", "lang": lang} for i in range(3) for lang in ("en", "de")]
     ids = []
     for folder, some in (("a", records[::2]), ("b", records[1::2]), ("c", records[::2])):

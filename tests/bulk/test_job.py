@@ -227,7 +227,7 @@ def test_a_row_that_the_sink_cannot_store_is_a_bad_row(jobs: Jobs) -> None:
 
 
 class Broken:
-    """A sink whose store goes away."""
+    """A sink whose store becomes unavailable."""
 
     def __init__(self, sink: Any, num_good: int) -> None:
         self._sink = sink
@@ -254,7 +254,7 @@ def test_a_store_that_goes_away_midway_is_named_and_the_next_run_continues(jobs:
 
 
 class GoneSource:
-    """A source that goes away after some rows."""
+    """A source that becomes unavailable after some rows."""
 
     name, has_unique_ids, text_field = "gone", False, "text"
 
@@ -480,7 +480,7 @@ def test_a_full_disk_at_the_manifest_is_named(
 
 
 def test_rows_can_be_taken_apart_and_a_block_ends_with_an_item(tmp_path: Path) -> None:
-    """As chunking does: an item gives several rows, or one that cannot be embedded."""
+    """Like chunking: an item becomes several rows, or cannot be embedded."""
     path = tmp_path / "docs.jsonl"
     path.write_bytes(b"".join(orjson.dumps({"id": i, "text": "a b c"}) + b"\n" for i in range(5)))
 
@@ -505,7 +505,7 @@ def test_rows_can_be_taken_apart_and_a_block_ends_with_an_item(tmp_path: Path) -
 
 
 def test_an_item_with_a_part_that_the_sink_cannot_store_is_a_bad_row_as_a_whole(tmp_path: Path) -> None:
-    """The parts are checked, which have other ids than their item; a later item may have the id of the bad one."""
+    """The parts are checked, and their ids differ from their item's; a later item may have the id of the bad one."""
     path = tmp_path / "docs.jsonl"
     items = {"id": [0, 1, 2, 1], "text": ["a b", "a bad", "c d", "e f"]}
     rows = [dict(zip(items, values, strict=True)) for values in zip(*items.values(), strict=True)]

@@ -41,7 +41,7 @@ def test_vectors_are_read_in_the_order_of_the_texts(tmp_path: Path) -> None:
 
 
 def test_another_run_finds_them_and_says_how_many(tmp_path: Path) -> None:
-    """Vectors of this run are not counted, nor is one that is read twice."""
+    """Vectors of this run are not counted, and a vector that is read twice counts once."""
     with CacheFolder(tmp_path) as cache:
         cache.rows(IDENTITY, VECTOR).append(["a", "b"], vectors(1, 2))
         cache.rows(IDENTITY, VECTOR).read(["a", "b"])
@@ -299,7 +299,7 @@ def test_a_record_that_would_read_gigabytes_is_damaged(tmp_path: Path) -> None:
 
 
 def test_thousands_of_entries_are_found(tmp_path: Path) -> None:
-    """They are sorted in now and then; of two with the same first bytes, each is found."""
+    """Entries are sorted occasionally; two entries with the same first bytes are both found."""
     keys = [number.to_bytes(8, "big") + tail.to_bytes(8, "big") for number in range(5000) for tail in (1, 2)]
     with CacheFolder(tmp_path) as cache:
         file = cache.rows(IDENTITY, np.dtype("<f4"))

@@ -333,7 +333,7 @@ async def test_memory_is_reserved_for_all_texts() -> None:
 
 
 async def test_servers_say_how_many_tokens_a_request_has() -> None:
-    """A request that comes again has as many; of others, each text counts by its length."""
+    """A repeated request gets the same number; otherwise, each text counts by its length."""
     model, cache = Model(), make_cache(is_remote=True)
 
     async def remote(job: EmbedJob) -> Embeddings:

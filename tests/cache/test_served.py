@@ -93,7 +93,7 @@ async def test_changed_weights_find_nothing(served: Served, tmp_path: Path) -> N
 
 
 async def test_a_model_that_is_reloaded_after_a_fault_forgets(served: Served) -> None:
-    """Its golden vectors were wrong, for example: vectors from before the check may be wrong as well."""
+    """For example, its golden vectors were wrong: vectors from before the check may be wrong as well."""
     await served.start(CACHE)
     assert [await served.num_cached() for _ in range(2)] == [0, 1]
     served.model().report(ModelState.RECOVERING, "golden vectors: cosine 0.9")
@@ -124,7 +124,7 @@ async def test_a_shadow_neither_reads_nor_fills_a_cache(served: Served) -> None:
 
 
 async def test_a_reference_is_computed(served: Served) -> None:
-    """The vectors that another model is compared with must be those of now."""
+    """Another model must be compared with current vectors."""
     await served.start(CACHE)
     await served.num_cached()
     reference = served.model().as_reference()

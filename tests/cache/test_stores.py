@@ -36,7 +36,7 @@ TEXTS = ["a", "b c", "a b c d e f g h"]
 
 @pytest.fixture
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Give stores time to answer, however busy the machine is, and ask them again at once."""
+    """Give stores time to answer, however busy the machine is, and retry immediately."""
     monkeypatch.setattr(stores, "PATIENCE_S", 10.0)
     monkeypatch.setattr(stores, "_SILENCE_S", 0.0)
 
@@ -137,7 +137,7 @@ async def test_a_text_that_was_cut_at_the_other_end_is_not_found(place: Callable
 
 @both
 async def test_wrong_entries_are_forgotten_by_all(place: Callable[[], Store], caches: Caches) -> None:
-    """Also by replicas that share a Redis, and by the next process."""
+    """Replicas that share a Redis find it, too, and so does the next process."""
     first = caches.make(place())
     await first.embed(job(*TEXTS), INFO, Model().embed)
     await caches.flush()
@@ -470,7 +470,7 @@ async def test_a_disk_that_hangs_costs_one_request_a_moment(
 
 
 class SlowStore:
-    """Keeps entries in memory, as soon as it is let go."""
+    """Stores entries in memory as soon as it is released."""
 
     name = "slow"
 

@@ -50,7 +50,7 @@ def experiment(models: Path) -> Experiment:
 
 @pytest.fixture
 def gateway_answers(monkeypatch: pytest.MonkeyPatch) -> Answering:
-    """Return a function that says how the gateway answers."""
+    """Return a function that sets the gateway's answer."""
 
     def answer(respond: Callable[[httpx.Request], httpx.Response]) -> None:
         transport = httpx.MockTransport(respond)

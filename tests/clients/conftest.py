@@ -97,7 +97,7 @@ def vocabulary() -> Path:
 
 @pytest.fixture
 def embed(gateway: Gateway) -> Callable[..., np.ndarray]:
-    """Return a function that embeds texts with no client in between, to compare with: ``(n, d)`` float32."""
+    """Return a function that embeds texts without a client, for comparisons: ``(n, d)`` float32."""
 
     def embed(*texts: str) -> np.ndarray:
         answer = httpx.post(f"{gateway.base_url}/embeddings", json={"model": "default", "input": texts})

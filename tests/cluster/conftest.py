@@ -142,7 +142,7 @@ def _remove_all_but_shared(simulated: Simulated) -> None:
 
 
 async def until_in_thread(condition: Callable[[], object], timeout_s: float = 240) -> None:
-    """Wait until something that blocks is so."""
+    """Wait until a condition holds that blocks while it is checked."""
     deadline = time.monotonic() + timeout_s
     while not await asyncio.to_thread(condition):
         assert time.monotonic() < deadline, "it has not come true"

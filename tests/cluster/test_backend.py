@@ -187,7 +187,7 @@ def test_the_status_says_which_gateways_differ() -> None:
 def starting(
     monkeypatch: pytest.MonkeyPatch, *seen: Deployed
 ) -> tuple[asyncio.Task[ModelInfo], list[Deployed], list[str]]:
-    """Start to load a model without replicas, of which Serve says one thing after another.
+    """Start to load a model without replicas, while Serve reports one status after another.
 
     Returns the load, the things that Serve has yet to say but for the last, which it repeats, and the models deployed again.
     """
@@ -214,7 +214,7 @@ async def test_a_model_that_another_gateway_removes_while_this_one_waits_is_depl
 
 
 async def test_a_load_has_failed_only_if_no_replica_runs_or_starts_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between the end of the last replica and the start of another, Serve says the same as when it has given up."""
+    """Between the end of the last replica and the start of another, Serve reports the same as when it has given up."""
     failed, replaced = (Deployed("gateway-x-1", "UNHEALTHY", "a node died", 0, number) for number in (0, 1))
     waiting, left, _ = starting(monkeypatch, replaced, failed, replaced, failed, replaced)
     await until(lambda: len(left) == 1)

@@ -54,7 +54,7 @@ async def on_cards(start_front: StartFront, entry: MakeEntry) -> Front:
 
 @pytest.fixture
 async def traffic(on_cards: Front) -> AsyncIterator[Traffic]:
-    """Return clients that ask both replicas, and have had some answers."""
+    """Return clients that send requests to both replicas and have received some answers."""
     traffic = Traffic()
     traffic.start(lambda n: on_cards.embed(ON_CARDS, f"text {n}"))
     await traffic.more(50)

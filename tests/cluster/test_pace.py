@@ -150,7 +150,7 @@ class Counted(FakeBackend):
 
 
 async def ask_for(seconds: float, pool: Pool, num_clients: int) -> None:
-    """Ask without a pause, as several clients."""
+    """Send requests without a pause, like several clients."""
     until_s = time.monotonic() + seconds
 
     async def client() -> None:
@@ -192,7 +192,7 @@ async def test_a_slow_replica_is_avoided() -> None:
 
 
 class Noting(Pace):
-    """A pace that keeps the canceled work."""
+    """A pace that includes the canceled work."""
 
     canceled = 0
 

@@ -12,7 +12,7 @@ rankings = st.lists(st.sampled_from([f"d{number}" for number in range(20)]), uni
 
 
 def by_equation_32(one: list[str], other: list[str], p: float) -> float:
-    """Compute RBO_EXT literally as printed."""
+    """Compute RBO_EXT exactly as published."""
     shorter, longer = sorted((one, other), key=len)
     s, l = len(shorter), len(longer)  # noqa: E741  (the paper's names)
 

@@ -41,7 +41,7 @@ def compare(*arguments: str, **environ: str) -> Result:
 
 
 def test_wrong_data_is_reported_before_anything_loads(tmp_path: Path, write_data: WriteData) -> None:
-    """The models of the registry could not be loaded: they are not looked at."""
+    """The models of the registry could not be loaded: they are not used."""
     registry = tmp_path / "models.yaml"
     registry.write_text(REGISTRY)
     data = write_data()

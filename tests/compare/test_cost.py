@@ -124,7 +124,7 @@ def test_differences_below_a_tenth_are_not_shown() -> None:
 
 
 async def test_some_requests_in_between_do_not_count(client: SteadyClient) -> None:
-    """They break the rhythm in which the workers of a model take turns."""
+    """They interrupt the rhythm in which the workers of a model alternate."""
     found = await client.measure(arm("quick"), arm("slow"))
     counted = found.costs["quick"].num_queries + QUERIES.discarded
     for model in ("quick", "slow"):
@@ -241,7 +241,7 @@ async def test_an_arm_is_measured_with_the_outputs_that_it_ranks_by(client: Stea
 
 
 async def test_no_text_is_twice_in_a_batch(client: SteadyClient) -> None:
-    """Not even where the data has it under several ids: the second one would cost nothing."""
+    """Not even if the data has it under several ids: the second request would cost nothing."""
     await client.measure(arm("quick"), arm("slow"), documents=DOCUMENTS[:40] * 10)
     for batch in client.of("quick", "retrieval.passage"):
         assert set(Counter(batch).values()) == {1}
@@ -280,7 +280,7 @@ async def test_progress_ends_when_the_measurement_does(client: SteadyClient) -> 
 
 
 def test_one_model_against_itself_is_rarely_different() -> None:
-    """Both ratios of a comparison together: 5 % of 150 are 8, and 14 would come about in 2 % of such tests."""
+    """Both ratios of a comparison together: 5 % of 150 are 8, and 14 would occur in 2 % of such tests."""
 
     async def is_different(seed: int) -> bool:
         client = SteadyClient(noise=0.5, seed=seed, one=0.001, other=0.001)

@@ -88,7 +88,7 @@ def test_runs_are_measured_by_others_as_they_were_here(tmp_path: Path) -> None:
 
 
 def test_equal_scores_are_in_the_order_of_trec_eval(tmp_path: Path) -> None:
-    """Written as they are, equal scores of documents in descending order are ranked as they are here."""
+    """The scores are written unchanged; other tools rank equal scores in descending order of ids, as here."""
     ids = ["z", "é", "d9", "d10", "a"]
     ids.sort(reverse=True)
     vectors = np.ones((5, 1), dtype=np.float32)

@@ -305,7 +305,7 @@ def test_bars_are_sorted_and_say_both_values(comparison: Comparison, html: str) 
 
 @pytest.mark.parametrize("has_judgments", [True, False])
 def test_drawings_are_sound(has_judgments: bool) -> None:
-    """Every one is XML, and nothing of it lies outside."""
+    """Each is XML, and nothing is drawn outside."""
     html = render_page(make_comparison(JINA, BGE, JINA_CUT, MINILM, has_judgments=has_judgments))
     for drawing in drawings_of(html).values():
         root = ElementTree.fromstring(drawing)  # noqa: S314  made here

@@ -131,7 +131,7 @@ def test_scores_without_ties_fall_and_keep_the_order(scores: list[float]) -> Non
 
 
 def test_equal_scores_about_zero_become_far_enough_apart_for_any_tool() -> None:
-    """The next number below 0 is 1e-45, which some take for 0."""
+    """The next number below 0 is 1e-45, which some programs read as 0."""
     assert without_ties([("a", 0.0), ("b", 0.0)]) == [("a", 0.0), ("b", pytest.approx(-1e-9))]
 
 

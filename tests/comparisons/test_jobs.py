@@ -20,7 +20,7 @@ ARMS = ("one", "two")
 
 
 class Keys:
-    """Lends keys, and knows which are out."""
+    """Issues keys, and tracks which are in use."""
 
     def __init__(self) -> None:
         self.out: set[str] = set()

@@ -298,7 +298,7 @@ def test_a_short_api_key_is_refused_without_showing_it() -> None:
     ],
 )
 def test_the_operators_port_must_be_another_one(environ: dict[str, str], overrides: dict[str, int]) -> None:
-    """Both would be listened on, and the clients' would answer everything."""
+    """The gateway would listen on both, and the clients' port would answer everything."""
     (problem,) = problems_of(environ, **overrides)
 
     assert problem.key == "GATEWAY_ADMIN_PORT"

@@ -49,7 +49,7 @@ OpenPage = Callable[..., "contextmanager[Page]"]
 
 @pytest.fixture
 def visit(browser: Browser) -> Callable[..., Any]:
-    """Return a context manager that gives an empty page, and checks at its end that the browser had no complaints."""
+    """Return a context manager that yields an empty page, and checks at its end that the browser reported no errors."""
 
     @contextmanager
     def visit(url: str, *, theme: str = "light", expected: tuple[str, ...] = (), **options: Any) -> Iterator[Page]:

@@ -66,7 +66,7 @@ def scraped(instance: dict[str, Any], exported: str) -> dict[str, Any]:
 
 
 def problems(kind: str, value: Any) -> list[str]:
-    """Return the parts of an object that the model of the API does not know."""
+    """Return the parts of an object that the model of the API does not define."""
     model = validate_and_convert_types(value, (MODELS[kind],), ["it"], True, True, Configuration())
     return list(_unknown(model, kind))
 

@@ -28,7 +28,7 @@ _MONITOR = re.compile(
 
 
 class NotAQuery(Exception):
-    """Datadog would refuse it, or answer it with nothing."""
+    """Datadog would refuse it, or return nothing for it."""
 
 
 @dataclass(frozen=True)

@@ -85,7 +85,7 @@ def read_yaml(path: Path) -> Any:
 
 
 def merged(base: Any, override: Any) -> Any:
-    """Put one Compose file over another, as far as these need it: mappings are merged, all else is replaced."""
+    """Merge one Compose file into another, as far as these files need it: mappings are merged, all else is replaced."""
     if not (isinstance(base, Mapping) and isinstance(override, Mapping)):
         return override
     result = dict(base)

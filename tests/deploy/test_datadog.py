@@ -156,7 +156,7 @@ def test_every_objective_divides_counts_that_exist(objective: Any) -> None:
 
 
 def test_the_limit_of_latency_is_a_bucket() -> None:
-    """Datadog knows how many values are below a bound exactly, and between two of them by a guess."""
+    """Datadog counts the values below a bucket's bound exactly, and those between two bounds approximately."""
     assert SLOW_S in _SECONDS
     assert f'le="{SLOW_S}"' in str(rules())
     assert f"v<={SLOW_S}" in OBJECTIVES["latency"]["query"]["numerator"]
@@ -229,7 +229,7 @@ def test_the_metrics_of_a_query_are_found() -> None:
 
 
 def test_the_status_of_a_response_is_not_a_severity() -> None:
-    """Datadog takes an attribute `status` for the severity, and 200 for an emergency: it goes away first."""
+    """Datadog interprets an attribute `status` as the severity, and 200 as an emergency, so it is removed first."""
     first, second, *_ = PIPELINE["processors"]
 
     assert (first["sources"], first["preserve_source"]) == (["status"], False)

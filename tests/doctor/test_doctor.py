@@ -46,7 +46,7 @@ def hub(server: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Hub:
 
 @pytest.fixture(autouse=True)
 def here(hub: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A machine without a card, with free ports, whose torch starts: no other process is asked for that."""
+    """A machine without a card, with free ports, whose torch starts without a subprocess."""
     monkeypatch.setattr(machine, "_TRY_TORCH", "print(0)")
     monkeypatch.setattr(command, "_program", lambda: "gateway")
     monkeypatch.setenv("GATEWAY_PORT", str(free_port()))

@@ -22,7 +22,7 @@ PATIENCE_S = 10.0
 
 
 class NumberTokenizer:
-    """Takes a text for a list of numbers, and each number for a token."""
+    """Interprets a text as a list of numbers, and each number as a token."""
 
     def __init__(self, max_tokens: int) -> None:
         self.max_tokens = max_tokens

@@ -184,7 +184,7 @@ async def test_different_texts_are_not_shared(blocked: Blocked, make_job: MakeJo
 async def test_tasks_with_the_same_tokens_are_not_shared(
     blocked: Blocked, make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A task may have an adapter, which the tokens do not show."""
+    """A task may have an adapter, which does not appear in the tokens."""
     monkeypatch.setattr(blocked.encoder, "instruction", lambda _task: "")
     tasks = [await blocked.queue(make_job("7", task=name)) for name in (None, "a", "b", "a")]
 

@@ -105,7 +105,7 @@ def test_a_device_that_cannot_be_used_is_refused(see: See, cards: list[FakeCard]
 
 @pytest.mark.parametrize("setting", ["auto", "cuda", "cuda:0"])
 def test_a_card_that_cuda_cannot_start_is_never_replaced_by_the_cpu(see: See, setting: str) -> None:
-    """The driver says that it is well, so its owner would not notice for days."""
+    """The driver reports it as healthy, so its owner would not notice for days."""
     see(RTX_3090, cuda_error="CUDA unknown error - this may be due to a suspended machine\nand more")
 
     with pytest.raises(LoadError) as caught:

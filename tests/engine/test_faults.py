@@ -86,7 +86,7 @@ HARMLESS = [
 
 @pytest.fixture
 def probes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The devices that were asked to compute; they do not."""
+    """The devices on which a test computation was tried; each fails."""
     asked: list[str] = []
     monkeypatch.setattr(faults, "still_computes", lambda device: bool(asked.append(device)))
     return asked

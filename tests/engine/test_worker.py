@@ -515,7 +515,7 @@ def test_a_fault_of_the_workers_own_code_is_reported_and_the_thread_continues(
 def test_a_fault_that_recurs_is_a_failure_of_its_replica(
     start: Start, delivered: Delivered, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """So the watchdog asks that replica whether it still works."""
+    """The watchdog therefore asks that replica whether it still works."""
     batch_queue = BatchQueue(max_batch_tokens=1)
     lost: list[Sequence[TokenSequence]] = []
 
@@ -700,7 +700,7 @@ def test_an_error_that_a_card_survives_costs_its_own_text(monkeypatch: pytest.Mo
 
 
 def test_a_replica_that_was_given_up_takes_no_more_batches(start: Start, delivered: Delivered) -> None:
-    """It hung, another took its place, and now it comes back."""
+    """It hung and was replaced, and now it returns."""
     batch_queue, gate, encoder = BatchQueue(max_batch_tokens=1), Gate(), NumberEncoder()
     encoder.on_forward = gate
     batch_queue.add(waiters(sequences([1, 2])))
@@ -724,7 +724,7 @@ def sizes_of(batch_queue: BatchQueue, number: int) -> list[int]:
 
 @pytest.mark.parametrize(("tokens_per_s", "size"), [(100_000, 4000), (6_000, 3000), (1_000, 510), (10, 510)], ids=str)
 def test_a_batch_is_so_small_that_it_takes_half_a_second_at_most(tokens_per_s: int, size: int) -> None:
-    """But not so small that it is slow: the smallest forward costs as much as one of some hundred tokens."""
+    """But not so small that it is slow: the smallest forward costs as much as a forward of some hundred tokens."""
     batch_queue = BatchQueue(max_batch_tokens=4000)
     batch_queue.note_rate(4000, 4000 / tokens_per_s)
     batch_queue.add(waiters(sequences(range(2000), length=10)))

@@ -110,7 +110,7 @@ class CardEncoder(NumberEncoder):
 
 
 class ScriptedPace(Pace):
-    """Says that it is time when a test says so.
+    """Allows launches when a test allows them.
 
     Attributes:
         opened: the window of every batch.
@@ -328,7 +328,7 @@ def test_a_batch_that_cannot_be_launched_does_not_fail_the_one_on_the_card(bench
 
 @pytest.mark.parametrize("place", ["wait", "launch"])
 def test_two_batches_that_fail_are_both_tried_again(bench: Bench, place: str) -> None:
-    """Neither waits for the other one."""
+    """Neither batch waits for the other."""
     if place == "launch":
         bench.encoder.on_launch = raise_for(4, RuntimeError("broken"))
     bench.launch_two()
@@ -448,7 +448,7 @@ def test_a_fault_of_the_workers_own_code_loses_the_sequences_in_hand(
 
 
 def test_a_fault_of_the_queue_costs_no_batch_that_is_on_the_card(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    """But the queue is reported: what it has lost would otherwise never be answered."""
+    """But the fault is reported: requests that the queue has lost would otherwise never be answered."""
     bench.pace.opened = SHUT
     bench.add(1, 2)
     bench.encoder.wait_for("launch", 1, 2)

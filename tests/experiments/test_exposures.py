@@ -187,7 +187,7 @@ def test_a_full_disk_costs_lines_and_no_requests(tmp_path: Path) -> None:
 
 
 def test_a_log_that_is_a_pipe_is_not_read_back(tmp_path: Path) -> None:
-    """Such as ``/dev/stdout`` in a container: reading it would wait for this process itself."""
+    """For example, ``/dev/stdout`` in a container: reading it would wait for this process itself."""
     path = tmp_path / "pipe"
     os.mkfifo(path)
     reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)

@@ -89,7 +89,7 @@ def test_a_request_without_a_unit_counts_as_one() -> None:
 
 
 def test_units_with_sums_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Even with invented ids of a client; units that have sums continue."""
+    """Even with a client's invented ids; units that already have sums still add to them."""
     monkeypatch.setattr("gateway.experiments.arms.MAX_SUMS", 10)
     generation = Generation("now")
     for number in [*range(20), 0]:

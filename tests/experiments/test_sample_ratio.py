@@ -60,7 +60,7 @@ def test_hardly_any_correct_split_is_ever_flagged_however_often_one_looks(shares
 
 
 def test_a_mismatch_stays_one_when_later_units_hide_it() -> None:
-    """The largest E counts: a verdict that comes and goes would depend on the look."""
+    """The largest E counts; otherwise the verdict would depend on the time of the look."""
     process = RatioProcess()
     for arm in "a" * 700 + "b" * 300 + "b" * 400:
         process.add(arm, 0.5)

@@ -34,7 +34,7 @@ VOCABULARY = {"[UNK]": 0, **{word: number for number, word in enumerate(COMMANDS
 
 
 class _NoRuntime:
-    """Holds no weights."""
+    """Has no weights."""
 
 
 class ScriptedEncoder(Encoder):

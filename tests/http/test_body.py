@@ -20,7 +20,7 @@ GONE: Message = {"type": "http.disconnect"}
 
 
 class CountingPace(Pace):
-    """Lets everything pass at once, and notes how many bytes asked."""
+    """Grants every request immediately, and records the requested bytes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ class CountingPace(Pace):
 
 
 class Upload:
-    """A body whose pieces have all arrived, and its client has gone after them.
+    """A body whose pieces have all arrived, and whose client has then disconnected.
 
     Attributes:
         left: the messages that have not been received.

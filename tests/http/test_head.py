@@ -63,7 +63,7 @@ def test_a_body_may_come_in_chunks(headers: list[tuple[bytes, bytes]]) -> None:
     ],
 )
 def test_transfer_codings_must_end_with_chunked_once(headers: list[tuple[bytes, bytes]]) -> None:
-    """RFC 9112, 6.1: a proxy in front may find another end of such a message, and take its rest for a request."""
+    """RFC 9112, 6.1: a proxy in front may see another end of such a message, and read its rest as a second request."""
     refused = why_refused(headers, "1.1")
 
     assert isinstance(refused, InvalidHttp)

@@ -159,7 +159,7 @@ def _library(source: str, name: str) -> ctypes.CDLL:
 
 
 def compile_on_host(source: str, name: str, _threads: int, _device: torch.device) -> Launch:
-    """Take the place of ``nvrtc.compile_kernel``."""
+    """Replaces ``nvrtc.compile_kernel``."""
     library = _library(source, name)
 
     def launch(grid: tuple[int, int, int], args: Sequence[torch.Tensor | int | float]) -> None:
@@ -182,7 +182,7 @@ _RECORDERS: list[_Recorder] = []
 
 
 class _Recorder(TorchDispatchMode):
-    """Writes down each call of torch, and plays them again on the same tensors."""
+    """Records each call of torch, and replays them on the same tensors."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -204,7 +204,7 @@ class _Recorder(TorchDispatchMode):
 
 
 class HostCapturer:
-    """Takes the place of ``graphs.Capturer``. The gateway's own kernels, which torch does not see, record themselves."""
+    """Replaces ``graphs.Capturer``. The gateway's own kernels, which torch does not see, record themselves."""
 
     def __init__(self, _device: torch.device) -> None:
         pass

@@ -93,7 +93,7 @@ def test_multilingual_gte_gives_its_publishers_numbers(
 
 @pytest.mark.parametrize("other", [plain_frequencies(20000), plain_frequencies(160000)])
 def test_the_scaling_of_positions_can_be_seen(other: torch.Tensor, multilingual: Path, cosines: Cosines) -> None:
-    """Otherwise the test above would prove nothing of it."""
+    """Otherwise, the test above would prove nothing about it."""
     vectors = [
         normalized([states(multilingual, LONG * 6, frequencies)[0]])
         for frequencies in (gte_frequencies(20000, 8.0), other)

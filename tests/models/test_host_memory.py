@@ -17,7 +17,7 @@ CPU = torch.device("cpu")
 
 
 class Event:
-    """A card's event: it has happened once the card is as far."""
+    """A card's event: it has happened once the card has reached it."""
 
     card_is_at = 0
 
@@ -101,7 +101,7 @@ def test_a_buffer_whose_copy_could_not_be_made_is_used_again(
 
 
 def test_the_collector_may_give_a_buffer_back_while_another_one_is_taken(memory: HostMemory) -> None:
-    """As it runs in any thread, between any two steps."""
+    """It runs in any thread, between any two steps."""
 
     class Device:
         def __hash__(self) -> int:

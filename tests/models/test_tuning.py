@@ -411,7 +411,7 @@ def test_a_card_that_is_lost_over_a_kernel_is_not_used_on(
 
 
 class Tuned:
-    """Takes the place of ``tune``; the model computes something else from then on."""
+    """Replaces ``tune``; the model then computes something else."""
 
     def __init__(self, error: Exception | None, *, is_early: bool) -> None:
         self.error = error

@@ -166,7 +166,7 @@ def test_equal_arms_are_rarely_distinguished(shares: tuple[float, ...], kind: st
 
 @pytest.mark.parametrize("per", ["mean", "ratio"])
 def test_nor_by_ratios_though_some_units_have_most_chances(per: Per) -> None:
-    """By chance, rather than by unit, 36 to 52 % of such experiments find a difference."""
+    """Randomized by chance instead of by unit, 36 to 52 % of such experiments find a difference."""
     rng = np.random.default_rng(32)
     wrong = []
     for _ in range(60):

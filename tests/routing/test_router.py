@@ -210,7 +210,7 @@ def test_a_model_that_does_not_answer_says_why(
     reason: str,
     expected: tuple[type[RequestError], str, int | None, bool],
 ) -> None:
-    """Another model never answers in its place."""
+    """Another model never answers instead."""
     late = make_model("late", state=state, reason=reason)
     router = Router(*make_fleet(make_model("mini"), late, aliases={"default": "late"}))
 
@@ -280,7 +280,7 @@ def test_a_model_answers_as_soon_as_it_is_ready(make_model: MakeModel, make_flee
 def test_the_error_for_a_name_that_is_nearly_right_suggests_the_right_one(
     router: Router, name: str, meant: str | None
 ) -> None:
-    """It is not taken for the right one: that would be a guess."""
+    """It is not interpreted as the right one, which would be a guess."""
     with pytest.raises(RequestError) as caught:
         router.resolve(name, None)
 

@@ -121,7 +121,7 @@ def split(make_model: MakeModel) -> Put:
     ],
 )
 def test_arms_of_one_space_are_fine(split: Put, tasks: Tasks, arms: str) -> None:
-    """Queries and passages share one; what cannot be read breaks nothing yet."""
+    """Queries and passages share one space; a model that cannot be read breaks no rule yet."""
     assert broken_rules(*split(tasks, arms)) == []
 
 

@@ -78,7 +78,7 @@ MakeShadows = Callable[..., tuple[Router, Shadows]]
 
 @pytest.fixture
 def counted() -> Callable[[str], float]:
-    """Return a function that says how often something was counted since the test began."""
+    """Return a function that counts an outcome's occurrences since the test began."""
 
     def read(outcome: str, of: str = "default") -> float:
         labels = {"of": of, "to": "second", "outcome": outcome}

@@ -147,7 +147,7 @@ def test_every_metric_is_documented() -> None:
 
 
 def test_no_series_says_when_another_was_made() -> None:
-    """The Python client would export one for each counter and histogram, which no one asks for."""
+    """The Python client would export one for each counter and histogram, which no dashboard needs."""
     metrics.RELOADS.labels("ok").inc(0)
 
     assert "gateway_reloads_total" in metrics.render().decode()

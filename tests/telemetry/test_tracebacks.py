@@ -30,7 +30,7 @@ MOST_CPU_S = 0.15
 
 
 class Texts:
-    """A local variable that is slow and loud to show."""
+    """A local variable whose representation is slow and noisy."""
 
     def __repr__(self) -> str:
         return SECRET * 1_000_000

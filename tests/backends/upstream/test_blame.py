@@ -153,7 +153,7 @@ async def test_a_request_that_was_refused_says_nothing_of_the_server(server: Sta
 
 
 async def test_texts_that_are_refused_again_and_again_shut_no_server_out(server: StandIn) -> None:
-    """The probe is asked, and is not refused."""
+    """The probe is sent, and is not refused."""
     states = States()
     async with loaded(entry(server), states) as backend:
         server.fault, server.fault_on = "400", POISON
@@ -168,7 +168,7 @@ async def test_texts_that_are_refused_again_and_again_shut_no_server_out(server:
 
 
 async def test_a_server_that_refuses_everything_is_shut_out_and_no_client_is_blamed(server: StandIn) -> None:
-    """Some answer 400 for a model that they no longer have, or a key that has ended."""
+    """Some answer 400 for a model that they no longer have, or for an expired key."""
     states = States()
     async with loaded(entry(server), states) as backend:
         server.fault = "400"
@@ -180,7 +180,7 @@ async def test_a_server_that_refuses_everything_is_shut_out_and_no_client_is_bla
 
 
 async def test_one_text_that_is_too_long_does_not_make_all_requests_small(server: StandIn) -> None:
-    """llama.cpp speaks of its batch of tokens, with one status or the other."""
+    """llama.cpp's message mentions its batch of tokens, with either status."""
     message = "input (600 tokens) is too large to process. increase the physical batch size (current batch size: 512)"
     async with loaded(entry(server)) as backend:
         for status in (400, 500):
@@ -218,7 +218,7 @@ async def test_a_server_that_hangs_is_found_even_if_no_client_waits_for_its_time
 
 
 async def test_a_busy_server_is_not_taken_for_a_broken_one(server: StandIn) -> None:
-    """The probe is refused for the load, which says that the server works."""
+    """The probe is refused because of the load, which shows that the server works."""
     states = States()
     async with loaded(entry(server), states) as backend:
         server.fault = "429"
@@ -232,7 +232,7 @@ async def test_a_busy_server_is_not_taken_for_a_broken_one(server: StandIn) -> N
 
 
 async def test_a_server_that_answers_others_in_the_meantime_does_not_count_as_hung(server: StandIn) -> None:
-    """It is too slow for the probe, and not hung: a client's request is answered in the same time."""
+    """It is too slow for the probe, but does not hang: a client's request is answered in the same time."""
     states = States()
     async with loaded(entry(server, upstream={"timeout_s": 1.0}), states) as backend:
         server.bodies.clear()
@@ -376,7 +376,7 @@ async def test_another_server_is_asked_for_a_text_that_one_cannot_embed(servers:
 
 
 async def test_a_server_does_not_get_a_request_again_that_would_fail_again(servers: tuple[StandIn, StandIn]) -> None:
-    """One server gives no vector for a text, and the other one breaks the connection off: only that is worth repeating."""
+    """One server returns no vector for a text, and the other drops the connection: only the latter is worth a retry."""
     async with loaded(entry(*servers, upstream={"max_retries": 6})) as backend:
         servers[0].fault, servers[1].fault = "nan", "half"
         servers[0].fault_on = servers[1].fault_on = POISON

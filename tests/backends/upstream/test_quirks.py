@@ -228,7 +228,7 @@ async def test_a_golden_file_of_other_extra_fields_is_refused(server: StandIn, t
 async def test_a_golden_file_of_a_server_that_ignored_tasks_is_refused(
     server: StandIn, tmp_path: Path, tasks: dict[str, str]
 ) -> None:
-    """It may have been recorded before that was looked at."""
+    """It may have been recorded before this was checked."""
     path = tmp_path / "far.json"
     model = entry(server, golden=str(path), upstream={"tasks": tasks})
     async with loaded(entry(server, upstream={"tasks": tasks})) as backend:
@@ -443,7 +443,7 @@ async def test_where_no_blank_text_is_taken_the_text_is_named_before_it_is_sent(
 async def test_a_server_that_takes_no_blank_text_is_sent_a_full_stop(
     server: StandIn, kind: str, spoil: list[float] | None
 ) -> None:
-    """It refuses them, or gives zeros or nothing for them."""
+    """It refuses them, or returns zeros or nothing for them."""
     name = "inputs" if kind == "tei" else "input"
 
     def refuse(body: dict[str, Any]) -> Response | None:

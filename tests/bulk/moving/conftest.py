@@ -191,7 +191,7 @@ def closing_shop(url: str) -> Iterator[Shop]:
 
 @pytest.fixture(autouse=True)
 def close_shops() -> Iterator[None]:
-    """Close what a test has opened, also if it fails: a connection that is left open is the fault of a later test."""
+    """Close everything that a test has opened, even if it fails: an open connection would break a later test."""
     yield
     for shop in [*Shop.open]:
         shop.close()

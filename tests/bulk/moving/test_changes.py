@@ -94,7 +94,7 @@ async def test_a_change_that_its_field_does_not_tell_is_found_by_the_check(
 async def test_a_transaction_that_ends_after_a_pass_has_begun_is_not_missed(
     shop: Shop, postgres: str, models: Models, tmp_path: Path, console: Console
 ) -> None:
-    """It has an older number than others that the pass has seen."""
+    """Its number is older than others that the pass has seen."""
     with psycopg.connect(postgres) as slow:
         table = sql.Identifier(shop.collection)
         slow.execute(sql.SQL("UPDATE {} SET payload = payload || '{{\"n\": 2}}' WHERE id = 5").format(table))
@@ -140,7 +140,7 @@ async def test_a_table_that_was_rewritten_is_compared_as_a_whole(
 def test_rows_have_32_bits_of_the_number_of_their_transaction(
     postgres: str, row: int, mark: int, expected: bool
 ) -> None:
-    """After four billion transactions, the numbers begin again."""
+    """After four billion transactions, the numbers start over."""
     with psycopg.connect(postgres) as db:
         query = sql.SQL("SELECT {} FROM (VALUES (%s::text::xid)) t (xmin)").format(is_later(mark))
         assert db.execute(query, [str(row)]).fetchone() == (expected,)

@@ -80,7 +80,7 @@ STEP = st.tuples(st.integers(0, 3), st.sampled_from(["first", "second"]), st.sam
 def test_after_the_flip_nothing_that_was_written_into_the_second_collection_is_lost(
     steps: list[tuple[int, str, bytes | None] | None],
 ) -> None:
-    """Writes into either collection at any time, and passes between them: the second keeps its own writes."""
+    """Writes to either collection at any time, with passes in between: the second collection keeps its own writes."""
     collections: dict[str, dict[int, bytes]] = {"first": {}, "second": {}}
     bases: dict[int, Base] = {}
     own: dict[int, bytes] = {}  # what applications wrote into the second collection last, and not deleted there

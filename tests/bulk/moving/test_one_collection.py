@@ -67,7 +67,7 @@ async def test_the_items_get_a_second_vector_and_stay_as_they_are(
 async def test_items_that_applications_write_in_between_get_the_second_vector_too(
     one: Shop, models: Models, tmp_path: Path, console: Console
 ) -> None:
-    """A new item has none, a changed one has a stale one, and in Qdrant a replaced one has lost it."""
+    """A new item has no vector, a changed item has a stale one, and in Qdrant a replaced item has lost its vector."""
     move = await begun(one, tmp_path, console)
     models.texts.clear()
     one.put({100: "word1 added", 3: "word3 changed", 4: "word4 text 4"})

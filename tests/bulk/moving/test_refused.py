@@ -48,7 +48,7 @@ def _forget_text(shop: Shop, table: str, row_id: str) -> None:
 
 @pytest.fixture
 def shown(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
-    """What the commands print."""
+    """The output of the commands."""
     found = io.StringIO()
     monkeypatch.setattr(command, "make_console", lambda **_: Console(file=found, width=400))
     return found

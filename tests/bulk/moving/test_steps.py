@@ -30,7 +30,7 @@ from tests.bulk.moving.conftest import HashModel, Models, Shop, copy_of, request
 
 
 class _Killed(BaseException):
-    """Ends a step at once, as the death of its process would."""
+    """Ends a step immediately, like the death of its process."""
 
 
 async def test_a_copy_has_all_items_with_the_vectors_of_the_new_model(
@@ -321,7 +321,7 @@ async def test_a_finished_move_has_no_further_steps(
 async def test_another_move_of_a_collection_copies_all_of_its_items(
     any_shop: Shop, models: Models, tmp_path: Path, console: Console
 ) -> None:
-    """The files of the first one say what was written into another collection."""
+    """The files of the first move describe writes to another collection."""
     move = await start(request_for(any_shop, changed_at="changed_at"), tmp_path, console)
     await finish(move, tmp_path, console, deletes=False)
 

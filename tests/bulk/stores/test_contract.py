@@ -67,7 +67,7 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def url(kind: str, request: pytest.FixtureRequest) -> str:
-    """A collection that no other test has; it does not exist yet."""
+    """A collection that only this test uses; it does not exist yet."""
     return str(request.getfixturevalue(f"{kind}_url"))
 
 
@@ -184,7 +184,7 @@ def test_a_note_of_another_space_is_not_overruled(url: str) -> None:
 @pytest.mark.parametrize("kind", ["chroma", "milvus", "pgvector"])
 @pytest.mark.parametrize(("first", "other"), [(1, "x"), ("x", 1)])
 def test_an_id_of_another_kind_is_a_problem_of_its_row(url: str, kind: str, first: RowId, other: RowId) -> None:
-    """The first row decides, and later the collection."""
+    """The first row determines the kind of ids, and later the collection does."""
     for does_exist in [False, True]:
         opened, collection = open_url(url)
         sink = opened.sink(collection, Keeping())

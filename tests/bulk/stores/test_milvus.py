@@ -106,7 +106,7 @@ def test_a_collection_without_a_note_or_of_another_width_is_refused(url: str, mi
 
 
 def typed(milvus: MilvusClient, name: str) -> None:
-    """Make a collection with all that Mem0's has, and more."""
+    """Make a collection with everything that Mem0's has, and more."""
     schema = milvus.create_schema(enable_dynamic_field=True)
     schema.add_field("key", DataType.VARCHAR, is_primary=True, max_length=64)
     schema.add_field("vectors", DataType.FLOAT_VECTOR, dim=4)

@@ -34,7 +34,7 @@ def main() -> None:
 
 
 def keep_to_this_machine() -> list[str]:
-    """Let nothing look up another host; return the list that the names of those go into."""
+    """Prevent look-ups of other hosts; return the list that collects their names."""
     others: list[str] = []
     look_up = socket.getaddrinfo
 

@@ -79,7 +79,7 @@ class _Server(ThreadingHTTPServer):
     daemon_threads = True
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """Keep quiet about clients that are gone."""
+        """Print nothing about clients that have disconnected."""
 
 
 @contextlib.contextmanager

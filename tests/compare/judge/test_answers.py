@@ -65,7 +65,7 @@ def test_an_answer_that_is_not_a_completion_is_unreadable(content: bytes) -> Non
 
 
 def test_refusals() -> None:
-    """A grade next to a refusal does not count."""
+    """A grade in a refusal does not count."""
     assert read_answer(completion(None, refusal="I cannot grade this.").body).outcome is Outcome.REFUSED
     filtered = json.loads(graded(3).body)
     filtered["choices"][0]["finish_reason"] = "content_filter"

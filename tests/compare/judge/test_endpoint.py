@@ -48,7 +48,7 @@ async def test_without_a_key_none_is_sent(start_judge: StartJudge) -> None:
 
 
 def picky(body: dict[str, Any], _number: int) -> Reply:
-    """Answer as a model that thinks first, on a server that knows no schema and a template without a system role."""
+    """Answer like a reasoning model, on a server that supports no schema, with a template without a system role."""
     if "max_tokens" in body:
         return refusal(400, "Unsupported parameter: use 'max_completion_tokens' instead of 'max_tokens'.")
     if "temperature" in body:
@@ -136,7 +136,7 @@ async def test_nothing_listens() -> None:
 
 
 async def test_a_document_that_is_not_accepted_later_is_refused(start_judge: StartJudge) -> None:
-    """The filter of a provider, for example."""
+    """For example, the provider's content filter."""
     judge = start_judge(lambda _body, number: refusal(400, "content_filter") if number else graded(0))
     assert [answer.outcome for answer in await ask(judge.url, times=2)] == [Outcome.GRADED, Outcome.REFUSED]
 
@@ -161,7 +161,7 @@ async def test_garbage_without_an_end_is_cut_off(start_judge: StartJudge, monkey
 
 
 async def test_a_judge_that_dribbles_is_given_up(start_judge: StartJudge, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each byte comes in time, and the answer never."""
+    """Each byte arrives in time, but the answer never ends."""
     monkeypatch.setattr(endpoint, "_ANSWER_TIMEOUT_S", 0.2)
 
     def dribble() -> Any:

@@ -79,7 +79,7 @@ def true_grade(_query: str, document: str) -> int:
 
 
 def biased(query: str, document: str) -> int:
-    """Grade what ``new`` finds up by one in half of the queries: kappa does not show that."""
+    """Raise the grades of documents found by ``new`` by one in half of the queries, which kappa does not show."""
     favors = document.endswith("by new") and int(query.split()[1]) % 2
     return min(3, true_grade(query, document) + (1 if favors else 0))
 
@@ -143,7 +143,7 @@ async def test_a_judge_alone_prefers_and_does_not_say_better(start_judge: StartJ
 
 
 async def test_each_pair_is_asked_once_and_without_its_arm(start_judge: StartJudge, tmp_path: Path) -> None:
-    """And a tenth of them twice more, with other examples first."""
+    """A tenth of them are graded twice more, with the examples in another order."""
     world, stand_in = make_world(), start_judge(responding(true_grade))
 
     report = (await run(world, stand_in.url, tmp_path)).report
@@ -233,7 +233,7 @@ async def test_queries_that_are_checked_in_part_do_not_count(tmp_path: Path) -> 
 
 
 async def test_a_check_of_other_data_is_refused_before_anything_is_asked(tmp_path: Path) -> None:
-    """Queries that were picked by looking at results would be no random sample."""
+    """Queries that were picked by looking at results would not be a random sample."""
     world = make_world()
     url = graded_before(world, tmp_path, true_grade)
     first = await run(world, url, tmp_path)

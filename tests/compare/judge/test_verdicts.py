@@ -49,7 +49,7 @@ def test_several_arms_are_corrected_together() -> None:
 
 
 def test_few_queries_that_differ_show_no_preference() -> None:
-    """Ten wins of 200 queries: Student's t would believe them."""
+    """Ten wins of 200 queries: Student's t would call this significant."""
     evidence = make_evidence(200, shift=0.0)
     same = {query: [("good", 2.0), ("bad", 1.0)] for query in evidence.judged}
     worse = {

@@ -91,7 +91,7 @@ def test_the_files_that_are_read_are_fetched_and_no_others(hub: Hub) -> None:
 
 
 def test_downloaded_files_are_found_without_the_hub(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Although files of the repository are missing, which the gateway does not read."""
+    """Some files of the repository are missing, but the gateway does not read them."""
     assert not is_cached(entry())
     folder = locate(entry())
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)

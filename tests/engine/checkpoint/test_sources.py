@@ -176,7 +176,7 @@ def test_nothing_is_downloaded_where_that_is_not_wanted() -> None:
 @pytest.mark.parametrize("source", ["jinaai/jina-embeddings-v3", "jinaai/Jina-Embeddings-v3"])
 @pytest.mark.parametrize("may_download", [True, False])
 def test_a_repository_that_only_its_own_code_can_read_names_the_one_to_take(source: str, may_download: bool) -> None:
-    """The hub is not asked: it cannot be reached here, and no error says so."""
+    """The hub is not queried: it cannot be reached here, and no error mentions it."""
     for refused in (
         lambda: locate(entry(source, COMMIT), may_download=may_download),
         lambda: Forecaster().forecast(entry(source, COMMIT)),

@@ -36,7 +36,7 @@ def linear(weight: list[list[float]], bias: list[float] | None = None) -> dict[s
 
 @pytest.fixture
 def checkpoint(make_checkpoint: MakeCheckpoint) -> Checkpoint:
-    """Return a checkpoint that says it has states of two numbers."""
+    """Return a checkpoint that declares states of two numbers."""
     return replace(read_checkpoint(make_checkpoint()), hidden_width=2, width=2, pooling=Pooling.MEAN)
 
 

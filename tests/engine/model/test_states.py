@@ -23,7 +23,7 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
 def padded(lengths: Sequence[int], dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """Return states ``(b, t, width)``; those of the padding are not finite, so that one that is read shows."""
+    """Return states ``(b, t, width)``; those of the padding are not finite, so that reading one is noticed."""
     generator = torch.Generator().manual_seed(5)
     states = torch.full((len(lengths), max(lengths), WIDTH), float("nan"), dtype=dtype)
     for row, length in enumerate(lengths):

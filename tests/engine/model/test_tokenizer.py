@@ -178,7 +178,7 @@ def test_refuse_takes_a_text_of_exactly_the_limit(bundled_encoder: Encoder) -> N
 @pytest.mark.parametrize("truncate", [Truncate.END, Truncate.START, Truncate.REFUSE])
 @pytest.mark.parametrize("text", ["lorem ipsum " * 200_000, "a" * 2_000_000], ids=["words", "one word"])
 def test_a_huge_text_does_not_stop_other_threads(bundled_encoder: Encoder, text: str, truncate: Truncate) -> None:
-    """The event loop is one of them."""
+    """The event loop runs in one of them."""
     gaps = []
     is_done = threading.Event()
 
