@@ -196,7 +196,7 @@ find_python() {
     seen=''
     for python in ${PYTHON:-python3.11 python3.12 python3.13 python3}; do
         command -v "$python" >/dev/null 2>&1 || continue
-        # A command that is there may still not run: pyenv has one for every version that is installed anywhere.
+        # A command that exists may still fail: pyenv has one for every version that is installed anywhere.
         if ! version=$("$python" -c 'import sys; print("%d.%d.%d" % sys.version_info[:3])' 2>/dev/null); then
             seen="$seen
   $python is there, but doesn't run"
