@@ -58,7 +58,7 @@ def minilm(name: str, **more: object) -> ModelEntry:
     return ModelEntry.model_validate({"id": name, **plain, **more})
 
 
-class Told:
+class Messages:
     """The messages of a gateway with some models, in each of the four places."""
 
     def __init__(self, models: list[ModelEntry], capsys: pytest.CaptureFixture[str], **backend: Any) -> None:
@@ -117,14 +117,14 @@ async def test_a_card_that_cannot_be_used_is_reported_everywhere(
     usable = [] if torch_build or driver.error or driver.cuda < 13000 else driver.cards
     here(driver, **torch_build, cuda_cards=[card for card in usable if not card.error])
     models = [minilm("if-a-card", enabled="auto"), minilm("first-card", enabled=True, device="cuda:0")]
-    told = Told(models if name != "capability below 8.0" else models[:1], capsys)
+    messages = Messages(models if name != "capability below 8.0" else models[:1], capsys)
 
-    await told.start()
-    await told.deployment.stop()
+    await messages.start()
+    await messages.deployment.stop()
 
-    states = [model.state for model in told.deployment.fleet]
+    states = [model.state for model in messages.deployment.fleet]
     assert states == [ModelState.DISABLED, ModelState.FAILED][: len(states)]
-    assert told.count(mend) == dict.fromkeys(told.places, len(states))
+    assert messages.count(mend) == dict.fromkeys(messages.places, len(states))
 
 
 async def test_a_model_that_may_run_on_the_cpu_says_why_it_does(
@@ -132,15 +132,15 @@ async def test_a_model_that_may_run_on_the_cpu_says_why_it_does(
 ) -> None:
     driver, _, mend = SITUATIONS["driver too old"]
     here(driver)
-    told = Told([minilm("anywhere", enabled=True)], capsys)
+    messages = Messages([minilm("anywhere", enabled=True)], capsys)
 
-    await told.start()
-    await told.deployment.stop()
+    await messages.start()
+    await messages.deployment.stop()
 
-    assert told.count("on the CPU, because an NVIDIA GeForce RTX 3090 is here, but driver 550.54.14") == dict.fromkeys(
-        told.places, 1
-    )
-    assert told.count(mend) == dict.fromkeys(told.places, 1)
+    assert messages.count(
+        "on the CPU, because an NVIDIA GeForce RTX 3090 is here, but driver 550.54.14"
+    ) == dict.fromkeys(messages.places, 1)
+    assert messages.count(mend) == dict.fromkeys(messages.places, 1)
 
 
 @pytest.fixture
@@ -162,13 +162,13 @@ async def test_a_card_that_another_program_fills_is_reported_everywhere(
     on_a_card: Callable[[FakeCard], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
     on_a_card(TAKEN)
-    told = Told([minilm("first-card", enabled=True, device="cuda:0")], capsys)
+    messages = Messages([minilm("first-card", enabled=True, device="cuda:0")], capsys)
 
-    await told.start()
-    await told.deployment.stop()
+    await messages.start()
+    await messages.deployment.stop()
 
-    assert told.count(NO_ROOM) == dict.fromkeys(told.places, 1)
-    assert told.count("or end one of those processes") == dict.fromkeys(told.places, 1)
+    assert messages.count(NO_ROOM) == dict.fromkeys(messages.places, 1)
+    assert messages.count("or end one of those processes") == dict.fromkeys(messages.places, 1)
 
 
 async def test_a_card_that_is_shared_is_reported_everywhere(
@@ -179,14 +179,14 @@ async def test_a_card_that_is_shared_is_reported_everywhere(
     note = "other processes hold 20.0 GiB of cuda:0: ollama (pid 812) 20,480 MiB"
     assert devices.device_notes("cuda", ("cuda:0",)) == (note,)
     info = fake_info("first-card", device="cuda:0", notes=devices.device_notes("cuda", ("cuda:0",)))
-    told = Told(
+    messages = Messages(
         [minilm("first-card", enabled=True, device="cuda")], capsys, make_backend=lambda _entry: FakeBackend(info)
     )
 
-    await told.start()
-    await told.deployment.stop()
+    await messages.start()
+    await messages.deployment.stop()
 
-    assert told.count(note) == {"log": 0, "start table": 1, "gateway models": 1, "/v1/models": 1}
+    assert messages.count(note) == {"log": 0, "start table": 1, "gateway models": 1, "/v1/models": 1}
 
 
 # ------------------------------------------------------------------------------------------------ room that comes later
@@ -211,16 +211,16 @@ async def test_a_model_is_loaded_once_the_other_program_has_left_the_card(
         return may_fit(*args)
 
     monkeypatch.setattr(placement, "has_room", count)
-    told = Told([minilm("mini", enabled=True, device="cpu")], capsys)
-    [model] = told.deployment.fleet
+    messages = Messages([minilm("mini", enabled=True, device="cpu")], capsys)
+    [model] = messages.deployment.fleet
 
-    await told.start()
+    await messages.start()
     assert model.state is ModelState.FAILED
     assert model.reason.endswith("; the gateway loads it as soon as there is room")
     with capture_logs() as lines:
         while model.state is not ModelState.READY:  # noqa: ASYNC110  until the limit of the test
             await asyncio.sleep(0.01)
-    await told.deployment.stop()
+    await messages.deployment.stop()
 
     assert looks == 3
     assert [line["event"] for line in lines] == ["model_loading", "model_ready"]  # before, it was only looked at
@@ -230,11 +230,11 @@ async def test_a_model_that_fails_for_another_reason_is_not_tried_again(
     here: Callable[..., None], capsys: pytest.CaptureFixture[str]
 ) -> None:
     here(FakeDriver([]))
-    told = Told([minilm("first-card", enabled=True, device="cuda:0")], capsys)
+    messages = Messages([minilm("first-card", enabled=True, device="cuda:0")], capsys)
 
-    await told.start()
-    [model] = told.deployment.fleet
-    await told.deployment.stop()
+    await messages.start()
+    [model] = messages.deployment.fleet
+    await messages.deployment.stop()
 
     assert model.state is ModelState.FAILED
-    assert not told.deployment.fleet.is_absent(model)
+    assert not messages.deployment.fleet.is_absent(model)

@@ -1044,9 +1044,9 @@ async def test_without_a_configured_key_nothing_is_shown(
 
     response = await client.request(method, path, headers=headers)
 
-    told = check_error(response, 401, "invalid_api_key", type_="authentication_error")
-    assert told.startswith(message)
-    assert KEY not in told
+    refusal = check_error(response, 401, "invalid_api_key", type_="authentication_error")
+    assert refusal.startswith(message)
+    assert KEY not in refusal
     assert response.headers["www-authenticate"] == "Bearer"
 
 

@@ -133,7 +133,7 @@ async def test_the_requests_next_to_and_after_a_failed_one_are_answered(
 
 
 @pytest.mark.parametrize(
-    ("vectors", "told"),
+    ("vectors", "message"),
     [
         pytest.param(np.full((2, 8), np.nan, np.float32), "not finite", id="NaN"),
         pytest.param(np.array([[1] * 8, [np.inf] * 8], np.float32), "not finite", id="infinity in one of two"),
@@ -144,7 +144,7 @@ async def test_the_requests_next_to_and_after_a_failed_one_are_answered(
 )
 @pytest.mark.parametrize("encoding", ["float", "base64", "binary"])
 async def test_vectors_that_are_not_right_are_never_handed_out(
-    connect: Connect, make_model: MakeModel, check_error: CheckError, vectors: np.ndarray, told: str, encoding: str
+    connect: Connect, make_model: MakeModel, check_error: CheckError, vectors: np.ndarray, message: str, encoding: str
 ) -> None:
     client = await connect(make_model("broken", backend=StubBackend(vectors)), aliases={})
 
@@ -152,7 +152,7 @@ async def test_vectors_that_are_not_right_are_never_handed_out(
         "/v1/embeddings", json={"input": ["a", "b"], "model": "broken", "encoding_format": encoding}
     )
 
-    assert told in check_error(response, 500, "invalid_vectors", type_="server_error")
+    assert message in check_error(response, 500, "invalid_vectors", type_="server_error")
     assert response.headers["x-should-retry"] == "false"
 
 

@@ -69,11 +69,11 @@ async def test_it_is_for_no_other(
 ) -> None:
     client = await connect(api_keys_file=write(tmp_path / "keys.yaml", a=f"key,models: [{allowed}]"))
 
-    told = check_error(
+    message = check_error(
         await embed(client, "key", model), 403, "model_not_allowed", param="model", type_="permission_error"
     )
 
-    assert told == f"this API key may not use model {model or 'default'!r}"
+    assert message == f"this API key may not use model {model or 'default'!r}"
 
 
 async def test_spaces_and_experiments_are_shown_to_those_who_may_use_them(
@@ -125,8 +125,8 @@ async def test_requests_of_a_minute_are_used_up(connect: Connect, check_error: C
     refused = await embed(client, "key")
 
     assert [answer.headers["x-ratelimit-remaining-requests"] for answer in answers] == ["1", "0"]
-    told = check_error(refused, 429, "rate_limit_exceeded", type_="rate_limit_error")
-    assert told.startswith("rate limit reached for a (2 requests per minute); retry in ")
+    message = check_error(refused, 429, "rate_limit_exceeded", type_="rate_limit_error")
+    assert message.startswith("rate limit reached for a (2 requests per minute); retry in ")
     assert refused.headers["x-ratelimit-limit-requests"] == "2"
     assert refused.headers["x-ratelimit-remaining-requests"] == "0"
     assert 50 < int(refused.headers["retry-after"]) <= 60

@@ -169,9 +169,9 @@ async def test_the_lists_have_every_name_that_a_key_may_use_and_no_other(gateway
     assert len({card["id"] for card in cards}) == len(cards)
     assert [tag["name"] for tag in tags] == [*bare, *aliases, *experiments]
     assert [one["id"] for one in listed] == experiments
-    told = re.search(r"; available: (.*)", unknown.json()["message"])
-    assert told
-    assert told[1] == (", ".join([*bare, *aliases, *experiments]) or "none")
+    available = re.search(r"; available: (.*)", unknown.json()["message"])
+    assert available
+    assert available[1] == (", ".join([*bare, *aliases, *experiments]) or "none")
 
 
 @pytest.mark.parametrize("key", KEYS)

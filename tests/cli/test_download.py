@@ -67,10 +67,10 @@ def run(models: Path, *names: str) -> tuple[int, str, str]:
 def test_models_that_would_load_are_downloaded_with_size_license_and_cache(
     hub: Hub, models: Path, tmp_path: Path
 ) -> None:
-    status, said, errors = run(models)
+    status, output, errors = run(models)
 
     assert (status, errors) == (0, "")
-    lines = said.splitlines()
+    lines = output.splitlines()
     cache = tmp_path / "cache"
     assert lines[0] == f"one: 300 kB in 3 files, {hub.url}/owner/one at {COMMIT[:12]}, license mit, into {cache}"
     assert lines[1].startswith("two: not downloaded, because it would not be loaded here: no accelerator is present")
@@ -91,10 +91,10 @@ def test_a_second_time_nothing_is_fetched_and_the_hub_is_not_asked(
     hub.requests.clear()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
 
-    status, said, _ = run(models, "one")
+    status, output, _ = run(models, "one")
 
     assert status == 0
-    assert said.startswith("one: is already here, in ")
+    assert output.startswith("one: is already here, in ")
     assert hub.requests == []
 
 
@@ -111,13 +111,13 @@ def test_a_model_that_fails_does_not_keep_the_others_from_their_download(hub: Hu
     models.write_text(models.read_text().replace("id: two,", "id: two, enabled: true,"))
     del hub.repos["owner/one"]
 
-    status, said, errors = run(models)
+    status, output, errors = run(models)
 
     assert status == 1
     assert "one: owner/one at " in errors
     assert "no such repository on" in errors
-    assert "two: 300 kB of 300 kB" in said
-    assert "Done" not in said
+    assert "two: 300 kB of 300 kB" in output
+    assert "Done" not in output
 
 
 def test_a_disk_that_is_too_small_for_all_together_is_reported_first(
@@ -149,10 +149,10 @@ def test_a_stop_keeps_the_received_bytes(hub: Hub, models: Path, monkeypatch: py
         1,
         "one: stopped. The downloaded parts are kept, and the same command continues from there\n",
     )
-    status, said, _ = run(models, "one")
+    status, output, _ = run(models, "one")
     assert status == 0
-    assert said.startswith("one: 1")
-    assert " kB of 300 kB in 3 files" in said
+    assert output.startswith("one: 1")
+    assert " kB of 300 kB in 3 files" in output
     assert hub.ranges() == ["bytes=110000-"]
 
 
@@ -166,14 +166,14 @@ def test_a_disk_that_fills_up_is_reported_and_the_next_attempt_continues(
             raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(fetching, "fetch", lambda repository, _report: fetch(repository, fill))
-    status, said, errors = run(models, "one")
+    status, output, errors = run(models, "one")
     monkeypatch.setattr(fetching, "fetch", fetch)
     hub.requests.clear()
 
     assert status == 1
     assert "the disk of " in errors
     assert "is full; make room, or set HF_HOME to a folder on another disk" in errors
-    assert "Done" not in said
+    assert "Done" not in output
     assert run(models, "one")[0] == 0
     assert hub.ranges() == ["bytes=110000-"]
 
@@ -242,12 +242,12 @@ def test_everything_goes_through_a_proxy_if_there_is_one(
         monkeypatch.setenv("HTTP_PROXY", url)
         close_session()  # which has read the environment
         try:
-            status, said, errors = run(models, "one")
+            status, output, errors = run(models, "one")
         finally:
             close_session()
 
     assert (status, errors) == (0, "")
-    assert "one: 300 kB of 300 kB" in said
+    assert "one: 300 kB of 300 kB" in output
     assert sorted(urlsplit(one).path for one in asked) == sorted(path for _, path, _ in hub.requests)
     assert hub.ranges() == [""]
 

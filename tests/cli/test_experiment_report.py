@@ -216,7 +216,7 @@ def error(message: str) -> dict[str, dict[str, str]]:
 
 
 @pytest.mark.parametrize(
-    ("respond", "said"),
+    ("respond", "reason"),
     [
         (refuse, "no gateway answers at http://127.0.0.1:8000: [Errno 111] Connection refused"),
         (never, "the gateway (http://127.0.0.1:8000) has not answered for 10 s"),
@@ -245,11 +245,11 @@ def error(message: str) -> dict[str, dict[str, str]]:
     ],
 )
 def test_a_failure_is_one_line(
-    gateway_answers: Answering, respond: Callable[[httpx.Request], httpx.Response], said: str
+    gateway_answers: Answering, respond: Callable[[httpx.Request], httpx.Response], reason: str
 ) -> None:
     gateway_answers(respond)
 
-    assert run("exp") == (1, "", f"{said}\n")
+    assert run("exp") == (1, "", f"{reason}\n")
 
 
 @pytest.mark.parametrize("url", ["gateway:8000", "ftp://gateway", "http://gateway:port"])

@@ -50,10 +50,10 @@ def test_a_model_that_the_ones_before_leave_no_room_for_is_refused(
     plans = make_plans(registry_of(minilm("first"), minilm("second")))
     print_plans(plans)
 
-    said = printed()
-    assert "first yes cpu, float32, openvino, 384 dimensions, 256 tokens memory: " in said
-    assert "second no too little memory on cpu: needs" in said
-    assert "max_batch_tokens" in said
+    output = printed()
+    assert "first yes cpu, float32, openvino, 384 dimensions, 256 tokens memory: " in output
+    assert "second no too little memory on cpu: needs" in output
+    assert "max_batch_tokens" in output
     assert not plans.is_sound
 
 
@@ -73,9 +73,9 @@ def test_models_that_are_loaded_on_demand_may_share_the_rest_of_the_memory(
         ("second", "on demand"),
     ]
     assert plans.is_sound
-    said = printed()
-    assert "The models that are loaded on demand need 4" in said
-    assert "together on cpu, and 2" in said
+    output = printed()
+    assert "The models that are loaded on demand need 4" in output
+    assert "together on cpu, and 2" in output
     monkeypatch.setattr(forecast, "available_bytes", lambda _device: 1000 * MIB)
     assert make_plans(registry_of(*models)).notes == []
     monkeypatch.setattr(forecast, "available_bytes", lambda _device: 300 * MIB)
@@ -104,17 +104,17 @@ def test_a_card_that_cannot_be_used_is_named_with_what_to_do(
     plans = make_plans(registry_of(*models))
     print_plans(plans)
 
-    said = printed()
+    output = printed()
     obstacle = (
         "an NVIDIA GeForce RTX 3090 is here, but driver 550.54.14 (CUDA 12.4) is too old for torch 2.13.0, which is built "
         "for CUDA 13.0 and needs driver 580 or newer: install the build that fits, `make clean run "
         "TORCH_INDEX=https://download.pytorch.org/whl/cu126`, or upgrade the driver to 580 or newer"
     )
     assert [plan.verdict for plan in plans.models] == ["off", "yes", "no", "yes"]
-    assert f"asked off {obstacle} (`enabled: true` in models.yaml runs it on the CPU)" in said
-    assert f"on the CPU, because {obstacle} memory: " in said
-    assert f"there no device cuda:0 cannot be used: {obstacle}" in said
-    assert said.count(obstacle) == 3
+    assert f"asked off {obstacle} (`enabled: true` in models.yaml runs it on the CPU)" in output
+    assert f"on the CPU, because {obstacle} memory: " in output
+    assert f"there no device cuda:0 cannot be used: {obstacle}" in output
+    assert output.count(obstacle) == 3
 
 
 HUB = {
@@ -150,9 +150,9 @@ def test_a_model_of_the_hub_shows_its_download_and_whether_it_fits(
     plans = make_plans(registry_of(hub_model()))
     print_plans(plans)
 
-    said = printed()
-    assert "m3 after a download cpu, float32, torch download: 2.3 GB, license mit memory: about " in said
-    assert "(2.1 GiB weights" in said
+    output = printed()
+    assert "m3 after a download cpu, float32, torch download: 2.3 GB, license mit memory: about " in output
+    assert "(2.1 GiB weights" in output
     assert plans.is_sound
 
 
@@ -171,9 +171,9 @@ def test_of_another_model_nothing_is_invented(monkeypatch: pytest.MonkeyPatch, p
 
     print_plans(make_plans(registry_of(hub_model(source="owner/other"))))
 
-    said = printed()
-    assert "download: of unknown size; no route to host" in said
-    assert "memory: known after the download" in said
+    output = printed()
+    assert "download: of unknown size; no route to host" in output
+    assert "memory: known after the download" in output
 
 
 def test_a_download_that_would_not_fit_is_refused_before_it_is_made(
@@ -218,11 +218,11 @@ def test_checks_are_printed_with_the_name_of_the_measure(printed: Printed) -> No
 
     print_checks("mini[a]", checks)
 
-    said = printed()
-    assert "compared tokens limit" in said
-    assert "compared cosine limit" in said
-    assert "no task: '[red]a' 0.900000 at least 0.9995 off" in said
-    assert said.endswith("mini[a]: 1 of 2 checks failed")
+    output = printed()
+    assert "compared tokens limit" in output
+    assert "compared cosine limit" in output
+    assert "no task: '[red]a' 0.900000 at least 0.9995 off" in output
+    assert output.endswith("mini[a]: 1 of 2 checks failed")
 
 
 # --------------------------------------------------------------------------------------------------- the start table
@@ -252,7 +252,7 @@ async def test_everything_that_was_configured_is_listed_and_the_command_has_a_ke
 
     print_serving(deployment, Addresses("http://127.0.0.1:8000", "http://127.0.0.1:9000"), has_keys=True)
 
-    said = printed()
+    output = printed()
     await deployment.stop()
     for part in (
         "mini ready",
@@ -267,7 +267,7 @@ async def test_everything_that_was_configured_is_listed_and_the_command_has_a_ke
         "Serving on http://127.0.0.1:8000, documentation at http://127.0.0.1:8000/docs",
         "-H 'authorization: Bearer YOUR_KEY'",
     ):
-        assert part in said
+        assert part in output
 
 
 @pytest.mark.parametrize(
@@ -287,10 +287,10 @@ async def test_the_console_is_listed_where_it_is(printed: Printed, settings: Map
 
     print_serving(deployment, Addresses("http://127.0.0.1:8000", "http://127.0.0.1:9000"), has_keys=False)
 
-    said = printed()
+    output = printed()
     await deployment.stop()
-    assert line in said
-    assert ("/console" in said) == bool(line)
+    assert line in output
+    assert ("/console" in output) == bool(line)
 
 
 async def test_remarks_about_the_devices_are_in_the_start_table(printed: Printed) -> None:
@@ -329,9 +329,9 @@ async def test_without_a_model_that_is_ready_no_command_is_suggested(printed: Pr
 
     print_serving(deployment, Addresses("http://127.0.0.1:8000"), has_keys=False)
 
-    said = printed()
-    assert "No model is ready; requests are answered with 503." in said
-    assert "curl" not in said
+    output = printed()
+    assert "No model is ready; requests are answered with 503." in output
+    assert "curl" not in output
 
 
 def test_devices_are_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:

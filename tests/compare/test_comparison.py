@@ -231,9 +231,9 @@ async def test_arms_of_one_space_are_noted(gateway: FakeGateway, write_data: Wri
 
 
 async def test_an_instruction_for_queries_alone_is_noted(gateway: FakeGateway, write_data: WriteData) -> None:
-    said = await notes(gateway, write_data(), "plain", "queries")
-    assert "queries has an instruction for queries but not for documents" in said
-    assert "plain has an instruction" not in said
+    note_text = await notes(gateway, write_data(), "plain", "queries")
+    assert "queries has an instruction for queries but not for documents" in note_text
+    assert "plain has an instruction" not in note_text
 
 
 async def test_arms_that_are_not_judged_alike_get_no_verdict_until_they_are(
@@ -257,8 +257,8 @@ async def test_arms_that_are_not_judged_alike_get_no_verdict_until_they_are(
     assert found.contrasts[0].condensed.mean > 0
     assert found.contrasts[0].verdict == Verdict.NOT_JUDGED_ALIKE
     assert found.bottom_line.advice == Advice.JUDGE_MORE
-    said = "\n".join(found.notes)
-    assert "The arms differ in the share of judged documents among their first ten (tasks@8 1.00, tasks 0." in said
+    note_text = "\n".join(found.notes)
+    assert "The arms differ in the share of judged documents among their first ten (tasks@8 1.00, tasks 0." in note_text
     assert "tasks and tasks@8 are not judged alike" in render_page(found)
 
     dataset = read_dataset(data, None)
@@ -284,9 +284,9 @@ async def test_lists_of_relevant_documents_alone_are_reported_as_such(
     found, _ = await run(gateway, request_for(data, "tasks", "tasks@8"))
     assert "Judged@10" not in found.arms[0].quality
     assert found.contrasts[0].verdict == Verdict.WORSE
-    said = "\n".join(found.notes)
-    assert "Only relevant documents are listed" in said
-    assert "judged documents among their first ten" not in said
+    note_text = "\n".join(found.notes)
+    assert "Only relevant documents are listed" in note_text
+    assert "judged documents among their first ten" not in note_text
     assert write_to_judge(found, read_dataset(data, None), tmp_path) is None
 
 

@@ -143,7 +143,9 @@ def test_markup_in_names_is_printed() -> None:
 DESIGN = Design(num_resamples=20_000)
 
 
-def told(differences: Sequence[float], level: float = 0.5, margin: float = 0.01, num_arms: int = 1) -> tuple[str, str]:
+def verdict_of(
+    differences: Sequence[float], level: float = 0.5, margin: float = 0.01, num_arms: int = 1
+) -> tuple[str, str]:
     """Return the sentence of a verdict on these differences, and the bottom line."""
     comparison = make_comparison(JINA, BGE, num_queries=2)
     before = {f"q{place}": level for place in range(len(differences))}
@@ -205,16 +207,16 @@ def told(differences: Sequence[float], level: float = 0.5, margin: float = 0.01,
     ],
 )  # fmt: skip
 def test_verdicts_in_words(differences: list[float], level: float, sentence: str, conclusion: str) -> None:
-    said, bottom = told(differences, level)
-    assert sentence in said
+    wording, bottom = verdict_of(differences, level)
+    assert sentence in wording
     assert conclusion in bottom
 
 
 def test_p_near_the_limit_comes_with_its_error() -> None:
     values = np.random.default_rng(3).normal(0, 1, 100)
     near = (values - values.mean() + 0.2 * values.std()) / 10
-    said, _ = told(near.tolist())
-    assert re.search(r"p = 0\.0[45]\d ± 0\.002", said)
+    wording, _ = verdict_of(near.tolist())
+    assert re.search(r"p = 0\.0[45]\d ± 0\.002", wording)
 
 
 def test_smaller_vectors_that_are_as_good_are_taken() -> None:

@@ -68,12 +68,12 @@ keys:
 """,
     )
 
-    told = problems_of(path)
+    problems = problems_of(path)
 
-    assert [problem.split(": ")[:2] for problem in told] == [
+    assert [problem.split(": ")[:2] for problem in problems] == [
         ["4:11", "keys[0].name"],
-        ["5:13", "keys[0].sha256[0]"] if "sha256[0]" in told[1] else ["5:13", "keys[0].sha256"],
-        ["6:5", "keys[1]"] if "keys[1]: " in told[2] else ["6:5", "keys[1].sha256"],
+        ["5:13", "keys[0].sha256[0]"] if "sha256[0]" in problems[1] else ["5:13", "keys[0].sha256"],
+        ["6:5", "keys[1]"] if "keys[1]: " in problems[2] else ["6:5", "keys[1].sha256"],
         ["7:5", "keys[1].model"],
         ["8:26", "keys[1].requests_per_minute"],
         ["9:24", "keys[1].tokens_per_minute"],

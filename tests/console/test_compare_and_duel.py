@@ -369,7 +369,7 @@ def test_a_preference_is_general_if_many_voters_have_it_and_not_if_a_few_vote_of
     duel = draw(make_queries(60), "a", "b", seed=1)
     turns = [turn for turn in range(50) if not duel.turns[turn].is_repeat]
 
-    def told(first: int, second: int, num_votes: int) -> tuple[bool, str]:
+    def preference_of(first: int, second: int, num_votes: int) -> tuple[bool, str]:
         """Let so many voters prefer each arm; one of them votes often."""
         voters = [f"{number}{arm}" for number in range(max(first, second)) for arm in "ab"]
         voters = [who for who in voters if int(who[:-1]) < (first if who[-1] == "a" else second)]
@@ -379,10 +379,10 @@ def test_a_preference_is_general_if_many_voters_have_it_and_not_if_a_few_vote_of
         assert (standing.by_voter.first, standing.by_voter.second) == (first, second)
         return standing.is_general, verdict(duel, standing)
 
-    assert told(14, 0, 1) == (False, "a is preferred to b for 14 voters")
-    assert told(15, 0, 1) == (True, "a is preferred to b")
-    assert told(9, 9, 40) == (False, "a is preferred to b for 18 voters")
-    assert told(8, 8, 1) == (False, "Not decided: these votes do not distinguish b from a")
+    assert preference_of(14, 0, 1) == (False, "a is preferred to b for 14 voters")
+    assert preference_of(15, 0, 1) == (True, "a is preferred to b")
+    assert preference_of(9, 9, 40) == (False, "a is preferred to b for 18 voters")
+    assert preference_of(8, 8, 1) == (False, "Not decided: these votes do not distinguish b from a")
 
 
 def test_the_votes_of_many_voters_are_counted_at_once() -> None:

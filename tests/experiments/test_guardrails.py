@@ -34,12 +34,12 @@ def found(arms: tuple[ArmCounts, ArmCounts]) -> dict[str, Guardrail]:
 def test_equal_arms_are_rarely_distinguished_if_some_units_send_most_requests() -> None:
     """By request, 38 to 57 % of such experiments have a difference in errors."""
     rng = np.random.default_rng(21)
-    told = {"latency": 0, "errors": 0}
+    num_found = {"latency": 0, "errors": 0}
     for _ in range(100):
         for metric, guardrail in found(make_arms(rng, 400)).items():
-            told[metric] += guardrail.verdict in ("better", "worse")
+            num_found[metric] += guardrail.verdict in ("better", "worse")
 
-    assert max(told.values()) <= 5
+    assert max(num_found.values()) <= 5
 
 
 def test_a_slower_arm_is_found_and_how_much_slower_it_is() -> None:

@@ -163,7 +163,7 @@ def test_other_columns_are_read(experiment: Experiment, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("lines", "said"),
+    ("lines", "message"),
     [
         (
             [""],
@@ -187,10 +187,10 @@ def test_other_columns_are_read(experiment: Experiment, tmp_path: Path) -> None:
         (["unit,value,id", f"ada,1,{'person' * 40}"], ":2: `id` must be a text of 1 to 200 characters, .* sent again$"),
     ],
 )
-def test_a_wrong_file_is_one_line(experiment: Experiment, tmp_path: Path, lines: list[str], said: str) -> None:
+def test_a_wrong_file_is_one_line(experiment: Experiment, tmp_path: Path, lines: list[str], message: str) -> None:
     csv = write_csv(tmp_path / "x.csv", *lines)
 
-    with pytest.raises(StartError, match=f"x.csv{said}"):
+    with pytest.raises(StartError, match=f"x.csv{message}"):
         list(read_csv(csv, Split(experiment), "kept"))
 
 

@@ -55,7 +55,7 @@ def test_aliases_are_listed_in_the_order_of_the_files() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "expected"),
     [
         ({}, None),
         ({"end": "2099-01-01"}, "changed; counts continue"),
@@ -78,7 +78,7 @@ def test_aliases_are_listed_in_the_order_of_the_files() -> None:
         ),
     ],
 )
-def test_an_experiment_that_changes(changes: dict[str, Any], told: str | None) -> None:
+def test_an_experiment_that_changes(changes: dict[str, Any], expected: str | None) -> None:
     old, new = (
         registry(None, experiment("kept"), experiment()),
         registry(None, experiment(**changes), experiment("kept")),
@@ -86,8 +86,8 @@ def test_an_experiment_that_changes(changes: dict[str, Any], told: str | None) -
 
     changes_told = changed_experiments(old, new)
 
-    assert list(changes_told) == (["e"] if told else [])
-    assert told is None or fnmatchcase(changes_told["e"], told), changes_told
+    assert list(changes_told) == (["e"] if expected else [])
+    assert expected is None or fnmatchcase(changes_told["e"], expected), changes_told
 
 
 def test_ramping_by_percentages_moves_units_of_an_arm_whose_percentage_stays() -> None:

@@ -145,9 +145,9 @@ def test_a_name_s_task_is_one_that_its_model_knows(
     """A model without tasks ignores those that any model may have."""
     problems = broken_rules(*split((None, task), "two two", [Alias(name="name", model="two", task=task)], **more))
 
-    told = f"names the task {task!r}, but model 'two' knows only: {known}"
+    message = f"names the task {task!r}, but model 'two' knows only: {known}"
     assert [problem for problem in problems if "names the task" in problem] == (
-        [] if known is None else [f"the alias 'name' {told}", f"arm 'arm-1' of the experiment 'exp' {told}"]
+        [] if known is None else [f"the alias 'name' {message}", f"arm 'arm-1' of the experiment 'exp' {message}"]
     )
 
 

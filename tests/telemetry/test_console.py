@@ -65,28 +65,30 @@ def test_a_long_reason_is_cut() -> None:
     assert f"{'x' * 159}… search" in rendered(refused)
 
 
-def said(event: str, level: str = "info", **values: object) -> str:
+def printed(event: str, level: str = "info", **values: object) -> str:
     return rendered({"event": event, "level": level, "timestamp": REQUEST["timestamp"], **values})
 
 
 def test_the_start_is_in_words() -> None:
     url, reason = "http://127.0.0.1:8000", "no accelerator is present"
 
-    assert said("listening", url=url, models=["mini", "m3"]) == f"{CLOCK} listening on {url}"
-    assert said("models_loading", number=1, of=3) == (
+    assert printed("listening", url=url, models=["mini", "m3"]) == f"{CLOCK} listening on {url}"
+    assert printed("models_loading", number=1, of=3) == (
         f"{CLOCK} 1 of 3 models loading; until a model is ready, requests for it get a 503"
     )
-    assert said("model_loading", model="mini", source="package:a/b") == f"{CLOCK} mini: loading package:a/b"
-    assert said("model_ready", model="mini", seconds=3.2) == f"{CLOCK} mini: ready after 3.2 s"
-    assert said("model_disabled", "warning", model="m3", reason=reason) == f"{CLOCK} warning: m3: not loaded; {reason}"
+    assert printed("model_loading", model="mini", source="package:a/b") == f"{CLOCK} mini: loading package:a/b"
+    assert printed("model_ready", model="mini", seconds=3.2) == f"{CLOCK} mini: ready after 3.2 s"
+    assert (
+        printed("model_disabled", "warning", model="m3", reason=reason) == f"{CLOCK} warning: m3: not loaded; {reason}"
+    )
 
 
 def test_an_event_without_the_values_of_its_sentence_shows_those_that_it_has() -> None:
-    assert said("model_loading", model="on-demand") == f"{CLOCK} model_loading model=on-demand"
+    assert printed("model_loading", model="on-demand") == f"{CLOCK} model_loading model=on-demand"
 
 
 def test_names_from_files_cannot_control_the_terminal() -> None:
-    assert said("model_ready", model="\x1b[2J{url}\n", seconds=1) == f"{CLOCK} \\x1b[2J{{url}}\\n: ready after 1 s"
+    assert printed("model_ready", model="\x1b[2J{url}\n", seconds=1) == f"{CLOCK} \\x1b[2J{{url}}\\n: ready after 1 s"
 
 
 def test_another_event_has_its_values_and_is_marked_when_it_is_a_warning() -> None:

@@ -52,10 +52,10 @@ with trace_export.sending(read_trace_settings(os.environ)):
 def test_nothing_is_loaded_unless_it_is_asked_for(environ: dict[str, str], is_off: bool) -> None:
     done = subprocess.run([sys.executable, "-c", SCRIPT], env=environ, capture_output=True, text=True, check=True)
 
-    said = json.loads(next(line for line in done.stdout.splitlines() if line.startswith('{"status"')))
-    assert said["status"] == 200
-    assert said["is_off"] is is_off
-    assert (said["loaded"] == []) is is_off
+    report = json.loads(next(line for line in done.stdout.splitlines() if line.startswith('{"status"')))
+    assert report["status"] == 200
+    assert report["is_off"] is is_off
+    assert (report["loaded"] == []) is is_off
 
 
 def test_off_a_request_makes_nothing() -> None:

@@ -299,9 +299,9 @@ async def test_a_change_of_the_state_is_logged_with_the_model(server: StandIn) -
             server.fault = ""
             await states.wait_for(ModelState.READY)
 
-    said = [line for line in lines if line["event"] == "upstream_state"]
-    assert [(line["model"], line["is_ready"]) for line in said] == [("logged", False), ("logged", True)]
-    assert "answers 500" in said[0]["reasons"]
+    events = [line for line in lines if line["event"] == "upstream_state"]
+    assert [(line["model"], line["is_ready"]) for line in events] == [("logged", False), ("logged", True)]
+    assert "answers 500" in events[0]["reasons"]
 
 
 async def test_after_a_suspicion_the_next_trial_waits(server: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -482,7 +482,7 @@ async def test_a_redirect_is_not_followed(server: StandIn) -> None:
 async def test_the_key_is_not_repeated(server: StandIn) -> None:
     key = "sk-very-secret"
     server.key = key
-    said = []
+    messages = []
     async with loaded(entry(server, upstream={"api_key": key})) as backend:
         assert server.headers[-1]["authorization"] == f"Bearer {key}"
         for response in (
@@ -496,18 +496,18 @@ async def test_the_key_is_not_repeated(server: StandIn) -> None:
             server.respond = lambda body, response=response: response if body["input"] == ["any"] else None
             with pytest.raises(RequestError) as caught:
                 await backend.embed(job(["any"]))
-            said.append(caught.value.message)
+            messages.append(caught.value.message)
         server.respond = lambda _body: JSONResponse({"error": {"message": f"no such key: {key}"}}, 401)
         while backend.servers[0].breaker.is_closed:
             await fail(backend, UpstreamUnavailable, ["any"])
             await asyncio.sleep(0.01)
-        said.append(backend.servers[0].breaker.reason)
+        messages.append(backend.servers[0].breaker.reason)
         with pytest.raises(NotReachable) as not_loaded:
             await UpstreamBackend(entry(server, upstream={"api_key": key}), Settings()).plan()
-        said.append(str(not_loaded.value))
+        messages.append(str(not_loaded.value))
 
-    assert all(key[:6] not in text for text in said)
-    assert sum("no such key: …" in text for text in said) == 5
+    assert all(key[:6] not in text for text in messages)
+    assert sum("no such key: …" in text for text in messages) == 5
 
 
 async def test_an_error_with_status_200_counts_as_an_error(server: StandIn) -> None:

@@ -46,10 +46,10 @@ def test_a_status_is_a_failure_of_its_kind(
         is_grave,
         is_permanent,
     )
-    told = found.error("model 'm' runs elsewhere", [0])
-    assert type(told) is error
-    assert told.is_permanent is is_permanent
-    assert "gpu:80" in told.message
+    client_error = found.error("model 'm' runs elsewhere", [0])
+    assert type(client_error) is error
+    assert client_error.is_permanent is is_permanent
+    assert "gpu:80" in client_error.message
 
 
 @pytest.mark.parametrize("status", [429, 500])

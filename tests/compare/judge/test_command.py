@@ -39,8 +39,8 @@ def asking(max_tokens: int | None = None, *, is_agreed: bool = False) -> Judging
 
 
 def test_the_price_and_where_the_texts_go() -> None:
-    said = f"{PRICE} {PRICE.privacy}"
-    assert said == (
+    text = f"{PRICE} {PRICE.privacy}"
+    assert text == (
         "The judge needs 4,000 requests (12 grades are known from an earlier run), with about 2.9 million tokens to read "
         "and 160,000 to write; a judge that thinks first writes more. Queries and documents are sent to judge.example.com."
     )

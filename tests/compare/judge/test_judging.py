@@ -136,10 +136,10 @@ async def test_a_judge_alone_prefers_and_does_not_say_better(start_judge: StartJ
     assert contrast.verdict is JudgeVerdict.PREFERRED
     assert contrast.judged.low > 0
     assert (contrast.people, contrast.corrected, report.check) == (None, None, None)
-    said = "\n".join(judge_sentences(report))
-    assert "The judge prefers new to old: nDCG@10 +0." in said
-    assert "better" not in said
-    assert "so this is not a verdict on quality" in said
+    sentences = "\n".join(judge_sentences(report))
+    assert "The judge prefers new to old: nDCG@10 +0." in sentences
+    assert "better" not in sentences
+    assert "so this is not a verdict on quality" in sentences
 
 
 async def test_each_pair_is_asked_once_and_without_its_arm(start_judge: StartJudge, tmp_path: Path) -> None:
@@ -203,9 +203,9 @@ async def test_a_judge_that_guesses_cannot_be_used(tmp_path: Path) -> None:
     report = (await run(world, url, tmp_path, fill_in(world, first, tmp_path))).report
 
     assert report.contrasts[0].verdict is JudgeVerdict.UNUSABLE
-    said = "\n".join(judge_sentences(report))
-    assert "This judge cannot be used: its kappa may be as low as " in said
-    assert "By people alone, new against old: nDCG@10 +0." in said
+    sentences = "\n".join(judge_sentences(report))
+    assert "This judge cannot be used: its kappa may be as low as " in sentences
+    assert "By people alone, new against old: nDCG@10 +0." in sentences
 
 
 async def test_queries_that_are_checked_in_part_do_not_count(tmp_path: Path) -> None:
@@ -277,16 +277,16 @@ async def test_equal_texts_are_asked_about_once(start_judge: StartJudge, tmp_pat
 
 async def test_no_consent_and_no_request(start_judge: StartJudge, tmp_path: Path) -> None:
     world, stand_in = make_world(), start_judge(responding(true_grade))
-    said: list[Price] = []
+    prices: list[Price] = []
 
     def refuse(price: Price) -> None:
-        said.append(price)
+        prices.append(price)
         raise CompareError("no")
 
     with pytest.raises(CompareError, match="no"):
         await judge(JudgeRequest(stand_in.url, "m", None, tmp_path), world.subject, refuse, Silent())
     assert stand_in.bodies == []
-    [price] = said
+    [price] = prices
     assert (price.num_calls, price.num_known, price.destination) == (NUM_CALLS, 0, None)
     prompt_characters = 2_600
     assert price.prompt_tokens == pytest.approx(price.num_calls * prompt_characters / 4, rel=0.25)

@@ -171,7 +171,7 @@ def test_no_step_reads_more_than_it_announced(text: str) -> None:
     counting = Counting(fresh("WordPiece"))
     tokenizer = Tokenizer(counting, 64)  # type: ignore[arg-type]
     steps = tokenizer.read([text] * 3, "", Truncate.END)
-    told = 0
+    announced = 0
 
     while True:
         before = counting.total
@@ -180,8 +180,8 @@ def test_no_step_reads_more_than_it_announced(text: str) -> None:
         except StopIteration:
             break
         finally:
-            assert counting.total - before <= max(told, 3 * 1024)
-        told = size
+            assert counting.total - before <= max(announced, 3 * 1024)
+        announced = size
 
     assert counting.most < 20_000
 
