@@ -180,7 +180,7 @@ SIMULATIONS = (
     Simulation(
         "interval",
         "95 % intervals of the difference",
-        "that miss it",
+        "those that miss it",
         "<=",
         0.05,
         [
@@ -192,7 +192,7 @@ SIMULATIONS = (
     ),
     Simulation(
         "margin",
-        "An arm that is worse by just the margin",
+        "An arm that is worse by exactly the margin",
         "called as good, or not worse",
         "<=",
         0.025,

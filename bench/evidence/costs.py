@@ -123,7 +123,7 @@ SIMULATIONS = (
             for name, load, noise in _MACHINES
         ],
         "Requests alternate between two workers, whose loads outlast forty requests; 2 % stall, a text is faster the "
-        "second time, and for as long as a process lives, a model is luckier than another by 3 % (standard deviation).",
+        "second time, and during the life of a process, one model is faster than another by 3 % (standard deviation).",
     ),
     Simulation(
         "slower",

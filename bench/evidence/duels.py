@@ -64,7 +64,7 @@ def interval_misses(share: float, num_votes: int, rng: np.random.Generator) -> b
 def tastes_look_general(num_voters: int, num_votes: int, rng: np.random.Generator) -> bool:
     """Return whether any look finds a preference beyond the voters, who have different tastes, but none in common.
 
-    Looked at after each fifth of the voters. The log-odds of their tastes have a standard deviation of one half.
+    Evaluated after each fifth of the voters. The log-odds of their tastes have a standard deviation of one half.
     """
     duel = draw(_queries(num_votes + num_votes // 5), _BASELINE, _ARM, int(rng.integers(2**32)))
     turns = [number for number, turn in enumerate(duel.turns) if not turn.is_repeat][:num_votes]
@@ -93,7 +93,7 @@ SIMULATIONS = (
             for name, voter in _VOTERS
             for num in (50, 200)
         ],
-        "Looked at after every vote. A sign test at 5 %, looked at from the tenth vote on, finds a preference in more than "
+        "Evaluated after every vote. A sign test at 5 %, evaluated from the tenth vote on, finds a preference in more than "
         "a quarter of such duels within 500 votes.",
     ),
     Simulation(
@@ -118,7 +118,7 @@ SIMULATIONS = (
     ),
     Simulation(
         "preferred",
-        "Blind duel with a better one",
+        "Blind duel with a better arm",
         "preferred by the last vote",
         ">=",
         0.8,
@@ -126,7 +126,7 @@ SIMULATIONS = (
             Case(f"{share:.0%} of {num} votes", "found", partial(better_is_found, share, num), 1_000, 100)
             for share, num in ((0.8, 50), (0.7, 100), (0.65, 200))
         ],
-        "Votes for either: ties come on top.",
+        "Votes for either arm; ties are additional.",
     ),
     Simulation(
         "share",

@@ -157,7 +157,7 @@ SIMULATIONS = (
             for name, shares in _SPLITS.items()
             for units, runs, quick in ((1_000, 10_000, 400), (10_000, 10_000, 200), (100_000, 10_000, 50))
         ],
-        "Looked at after every unit. A chi-square test at 0.1 % that is looked at every 100 units flags 2.5 % by 100,000.",
+        "Evaluated after every unit. A chi-square test at 0.1 %, evaluated every 100 units, flags 2.5 % by 100,000.",
     ),
     Simulation(
         "lost",
@@ -182,7 +182,7 @@ SIMULATIONS = (
             for name, shares in _SPLITS.items()
             if name != "99/1"
         ],
-        "Looked at 20 times, up to 4,000 units. By click instead of by unit, a third of such experiments look different.",
+        "Evaluated 20 times, up to 4,000 units. By click instead of by unit, a third of such experiments look different.",
     ),
     Simulation(
         "effect",
@@ -210,7 +210,7 @@ SIMULATIONS = (
             Case("90/10, then 50/50", f"{units:,} units", partial(ramp_looks_different, units, 0.0), 400, 30)
             for units in (1_000, 5_000)
         ],
-        "Looked at 20 times. The second week is better for all: added up, the arm that grew would look better.",
+        "Evaluated 20 times. The second week is better for all: added up, the arm that grew would look better.",
     ),
     Simulation(
         "ramped",

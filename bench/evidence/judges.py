@@ -19,7 +19,7 @@ _JUDGES = (
 _SIZES = ((60, 50), (300, 60), (600, 120))
 
 
-def tells_equal_arms_apart(judge: Judge, num_queries: int, num_checked: int, rng: np.random.Generator) -> bool:
+def calls_equal_arms_different(judge: Judge, num_queries: int, num_checked: int, rng: np.random.Generator) -> bool:
     """Return whether a comparison of equally good arms shows a difference, corrected by people."""
     truth = differences(num_queries, 0.0, rng)
     judged = {str(query): float(value) for query, value in enumerate(judge.grade(truth, rng))}
@@ -31,21 +31,21 @@ SIMULATIONS = (
     Simulation(
         "judge",
         "Judge, corrected by people",
-        "equal arms told apart",
+        "equal arms called different",
         "<=",
         0.05,
         [
             Case(
                 name,
                 f"{num_queries} queries, {num_checked} checked",
-                partial(tells_equal_arms_apart, judge, num_queries, num_checked),
+                partial(calls_equal_arms_different, judge, num_queries, num_checked),
                 2000,
                 100,
             )
             for name, judge in _JUDGES
             for num_queries, num_checked in _SIZES
         ],
-        "By the judge alone, one that favors an arm in 10 % of 300 queries tells equal arms apart in nine of ten "
-        "comparisons (docs/judge.md).",
+        "Without this correction, a judge that favors an arm in 10 % of 300 queries calls equal arms different in nine of "
+        "ten comparisons (docs/judge.md).",
     ),
 )

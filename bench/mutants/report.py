@@ -45,8 +45,9 @@ def write_page(results: Sequence[ModuleResult], commit: str, page: Path = PAGE) 
     """Write the table, what survives, and the equivalent mutants with their reasons, into the documentation."""
     tried = [result for result in results if result.num_tried]
     parts = [
-        f"At commit {commit}. Of a module's mutants, those that were tried were drawn at random. The score is the share of "
-        f"them that a test noticed, without the equivalent ones. {len(tried)} of {len(results)} modules have been tried.",
+        f"At commit {commit}. The mutants of each module that were tried are a random sample. The score is the share of "
+        f"the sample that a test noticed, without equivalent mutants. "
+        f"{len(tried)} of {len(results)} modules have been tried.",
         table_of(tried),
     ]
     if survivors := [
