@@ -87,7 +87,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """Keep the user's cache out of the tests, and let each worker of pytest-xdist begin to collect in another folder."""
     worker: dict[str, Any] | None = getattr(config, "workerinput", None)
     if worker is not None or not config.getoption("numprocesses", None):  # the process with workers collects no tests
-        gc.disable()  # until everything is collected: nothing becomes garbage before
+        gc.disable()  # until everything is collected: nothing becomes garbage earlier
     if worker is None:
         config.stash[_CACHE] = tempfile.TemporaryDirectory(prefix="gateway-tests-", ignore_cleanup_errors=True)
         os.environ["XDG_CACHE_HOME"] = config.stash[_CACHE].name  # the workers inherit it

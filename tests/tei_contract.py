@@ -109,7 +109,7 @@ ERROR_TYPES = {
     429: {"Overloaded"},
     503: {"Unhealthy"},
 }
-_OF_WORDS = {"400", "413", "422"}  # what paths that compute nothing can end in
+_OF_WORDS = {"400", "413", "422"}  # the errors of paths that compute nothing
 _OF_MODELS = {*_OF_WORDS, "424", "429"}
 ERRORS: dict[str, set[str]] = dict.fromkeys(REQUESTS, _OF_MODELS) | {
     "/tokenize": _OF_WORDS,

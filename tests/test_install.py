@@ -19,7 +19,7 @@ PROPRIETARY = (
     "NVRM version: NVIDIA UNIX x86_64 Kernel Module  {}  Thu Feb 22 01:44:30 UTC 2024\nGCC version:  gcc 12.3.0\n"
 )
 OPEN = "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  {}  Release Build  (dvs)\nGCC version:  gcc 13\n"
-# A Python that makes environments of nothing, and writes down what pip is asked for.
+# A stand-in for Python that creates empty environments, and records pip's arguments.
 PYTHON = """\
 #!/bin/sh
 case "$*" in

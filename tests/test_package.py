@@ -124,7 +124,7 @@ def test_its_command_knows_its_version_and_checks_a_file(installed: Path, tmp_pa
 
 
 def test_it_serves_the_bundled_model_and_the_console(installed: Path, tmp_path: Path) -> None:
-    # Use the command of the wheel instead of this Python and `-m gateway`.
+    # Use the wheel's command instead of this Python with `-m gateway`.
     launcher = ["/bin/sh", "-c", 'shift 3; unset PYTHONPATH; exec "$0" "$@"', str(installed / "gateway")]
     with running_gateway(tmp_path, *launcher, GATEWAY_ADMIN_KEY="an-operators-key") as gateway:
         answer = httpx.post(f"{gateway.base_url}/embeddings", json={"model": "default", "input": "Hello, world"})

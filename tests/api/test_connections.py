@@ -461,7 +461,7 @@ def test_chunked_is_understood_in_any_case(connect: Callable[..., socket.socket]
 def test_a_request_names_one_host(connect: Callable[..., socket.socket], host: bytes, status: int) -> None:
     before = sample("gateway_errors_total", code="invalid_http")
     connection = connect()
-    for _ in range(2):  # the connection is still good
+    for _ in range(2):  # the connection still works
         connection.sendall(post(host=host))
         answer = answer_of(connection, "POST")
         assert answer[0] == status

@@ -14,7 +14,7 @@ from tests.deploy.deployment_files import DEPLOY, ROOT
 
 PIPELINE = json.loads((DEPLOY / "datadog" / "log-pipeline.json").read_text())
 FACETS = json.loads((DEPLOY / "datadog" / "facets.json").read_text())
-# Of requests that these tests do not send: to an experiment, to a task, with a trace.
+# For requests that these tests do not send: to an experiment, to a task, with a trace.
 OTHERS = {"task", "experiment", "arm", "trace_id", "span_id"}
 
 

@@ -195,7 +195,7 @@ async def test_the_log_has_the_units_as_salted_hashes(connect: Connect, tmp_path
     answer = await embed(client, user="ann@example.com")
 
     (logged,) = read_exposures([path])
-    # As docs/ab.md says how to make them.
+    # Made as docs/ab.md describes.
     assert logged.unit == hashlib.sha256(b'["unit", "pepper", "ann@example.com"]').hexdigest()[:16]
     assert logged.space == answer.headers["x-gateway-space"]
     assert "ann" not in path.read_text()

@@ -84,7 +84,7 @@ def test_a_second_request_has_the_same_time_as_the_first(connections: Callable[.
     answer = http.client.HTTPResponse(slow)
     answer.begin()
     assert (answer.status, answer.read()) == (200, b'{"status":"ok"}')
-    time.sleep(0.5)  # between two requests a connection may rest
+    time.sleep(0.5)  # a connection may be idle between two requests
     slow.sendall(GET)
 
     assert receive(slow) == b""
@@ -260,7 +260,7 @@ def test_an_upgrade_is_not_made_and_holds_nothing_up(
         assert len(json.loads(answer.body)["data"]) == 1
 
 
-EARLY = GET + b"content-length: 100000\r\n\r\n"  # is answered before its body has come
+EARLY = GET + b"content-length: 100000\r\n\r\n"  # is answered before its body has arrived
 
 
 @pytest.mark.parametrize(

@@ -117,7 +117,7 @@ async def test_a_planned_model_may_fit_where_a_device_has_room(
     monkeypatch: pytest.MonkeyPatch, free_bytes: int, expected: bool
 ) -> None:
     backend = InfinityBackend(MINILM, Settings())
-    assert await backend.may_fit()  # nothing is known against it
+    assert await backend.may_fit()  # no fault of it is known
     await backend.plan()
     monkeypatch.setattr("gateway.engine.placement.available_bytes", lambda _device: free_bytes)
 
@@ -316,7 +316,7 @@ class SteeredEngine:
         return self.drift
 
     async def submit(self, job: EmbedJob, replica: int | None = None) -> None:
-        assert job.deadline > time.monotonic()  # or it would tell nothing
+        assert job.deadline > time.monotonic()  # otherwise, the comparison would show nothing
         self.questions += [(text, replica) for text in job.texts]
         if self.bad_texts.intersection(job.texts):
             raise InvalidVectors("not finite")
@@ -365,7 +365,7 @@ async def watched(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Watched]:
 async def test_a_working_engine_is_neither_questioned_nor_restarted(watched: Watched) -> None:
     watched.engines[0].failures = [2, 2]
     watched.engines[0].questions.clear()
-    for _ in range(20):  # never the same forward for long
+    for _ in range(20):  # the forward changes often
         watched.engines[0].hang()
         await asyncio.sleep(0.005)
 
@@ -601,7 +601,7 @@ async def test_a_forward_that_hangs_on_a_card_is_not_reloaded(
             "CUDA error: an illegal memory access was encountered",
         )
     ]
-    await until(lambda: not watched.backend.is_watched)  # nothing is tried again and again
+    await until(lambda: not watched.backend.is_watched)  # no request is retried endlessly
     assert (lost_devices(), restarts()) == (lost_before + 2, restarts_before)
     assert len(watched.engines) == 1
     await watched.backend.stop()

@@ -553,7 +553,7 @@ async def test_a_disk_without_room_holds_a_batch_up_until_there_is_some(
     found = await end_of(runner, batch)
 
     assert found.status is Status.COMPLETED
-    assert answered == [f"r{i}" for i in range(150)]  # no answer was thrown away and computed again
+    assert answered == [f"r{i}" for i in range(150)]  # no answer was discarded and computed again
     assert found.num_answered == 150
     assert len(rows(store, batch.output_id)) + len(rows(store, batch.error_id)) == 150
     await runner.stop()

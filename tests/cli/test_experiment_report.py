@@ -103,7 +103,7 @@ def evidence_json(experiment: Experiment, num_units: tuple[int, int]) -> str:
         for arm, num in zip(experiment.arms, num_units, strict=True)
         for number in range(num)
     ]
-    for _, number, arm in sorted(numbered, key=lambda one: one[0]):  # evenly, as they would come
+    for _, number, arm in sorted(numbered, key=lambda one: one[0]):  # evenly spaced, like their arrival
         record = dataclasses.replace(
             seen, arm=arm.label, model=arm.model, unit=f"{number:016x}", share=arm.weight / 100
         )

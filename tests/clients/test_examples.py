@@ -36,7 +36,7 @@ def test_memories_are_added_found_changed_and_deleted(gateway: Gateway, store: s
         f"{store} collection memories_{space.replace('-', '_').replace('@', '_')}",
     ]
     assert len(added.splitlines()) == 3
-    # Of each search, the best is looked at: how many others pass Mem0's threshold is the model's business.
+    # Only the best result of each search is checked: the number of others above Mem0's threshold depends on the model.
     assert [(step.split()[0], step.splitlines()[1][9:] if "\n" in step else "") for step in steps] == [
         ("searched", "I play the violin in an orchestra"),
         ("updated", ""),

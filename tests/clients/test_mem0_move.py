@@ -145,7 +145,7 @@ def test_mem0_searches_the_new_collection_with_ids_payload_and_history_kept(
         )
         [exact] = memory.search(FACTS[2], filters=USER, top_k=1)["results"]
         assert exact["memory"] == FACTS[2]
-        if content["vector_store"]["provider"] != "pgvector":  # whose score is another one
+        if content["vector_store"]["provider"] != "pgvector":  # which gets another score
             assert exact["score"] == pytest.approx(1, abs=1e-3), "Mem0 embeds a text as the move did"
         assert [change["event"] for change in memory.history(ids[0])] == ["ADD", "UPDATE"]
         memory.add("I learn Portuguese", **USER, infer=False)

@@ -43,7 +43,7 @@ def ask(gateway: Gateway, call: str, *, key: str = "any", **fields: object) -> A
     return answer.get("result", answer)
 
 
-# Without a word it asks for base64, and would read a list of numbers as something else without a word as well.
+# It requests base64 silently, and would misread a list of numbers just as silently.
 @pytest.mark.parametrize("fields", [{}, {"encoding_format": "float"}, {"encoding_format": "base64"}])
 def test_openai_node_embeds(
     gateway: Gateway, embed: Embed, assert_same_vectors: AssertSame, fields: dict[str, str]
@@ -53,7 +53,7 @@ def test_openai_node_embeds(
     assert answer["model"] == MODEL
     assert answer["usage"]["prompt_tokens"] > 0
     vectors = answer["vectors"]
-    if fields.get("encoding_format") == "base64":  # then it passes the answer on
+    if fields.get("encoding_format") == "base64":  # then it forwards the answer
         vectors = [np.frombuffer(base64.b64decode("".join(characters)), "<f4") for characters in vectors]
     assert_same_vectors(vectors, embed(*TEXTS))
 

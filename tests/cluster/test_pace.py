@@ -119,7 +119,7 @@ def test_clients_that_leave_because_a_replica_is_slow_make_it_slow(clock: Clock)
     pace = Pace(clock)
     work(pace, clock, seconds=0.5, each=100, number=1)
     pace.measure()
-    leave(pace, clock, seconds=9, canceled=100)  # at its rate it would have been done
+    leave(pace, clock, seconds=9, canceled=100)  # at its rate, it would have finished
     work(pace, clock, seconds=0.5, each=100, number=1)
     pace.measure()
     assert pace.rate == pytest.approx(200 - 0.3 * (200 - 100 / 9.5))
@@ -172,7 +172,7 @@ async def test_a_new_replica_gets_its_share_although_its_rate_is_unknown() -> No
         before = old.num_jobs
         pool.update({"old": first, "new": second})
         await until(lambda: len(pool.usable) == 2)
-        await ask_for(0.2, pool, 4)  # before it has told its rate
+        await ask_for(0.2, pool, 4)  # before it has reported its rate
     assert new.num_jobs > (old.num_jobs - before) / 3
 
 
@@ -184,7 +184,7 @@ async def test_a_slow_replica_is_avoided() -> None:
             for name, backend in backends.items()
         ]
         pool = await stack.enter_async_context(pool_of(*places))
-        await ask_for(1.5, pool, 6)  # until both have told their rates
+        await ask_for(1.5, pool, 6)  # until both have reported their rates
         before = Counter({name: backend.num_jobs for name, backend in backends.items()})
         await ask_for(1.0, pool, 6)
     asked = Counter({name: backend.num_jobs for name, backend in backends.items()}) - before

@@ -437,7 +437,7 @@ async def test_tokens_are_counted_by_the_front_before_the_answer_and_may_be_refu
     async with hosted(backend, info) as (_host, place), pool_of(place) as pool:
         with pytest.raises(TooMuchMemory, match="5000"):
             await pool.embed(make_job(on_tokens=on_tokens))
-        await until(lambda: bool(backend.canceled))  # though it never answered
+        await until(lambda: bool(backend.canceled))  # although it never answered
 
 
 async def test_a_lost_replica_costs_no_job_while_there_is_another() -> None:
@@ -515,7 +515,7 @@ async def test_a_replica_with_other_weights_never_answers() -> None:
         hosted(liar, other, "r3") as (_third, lying),
         pool_of(right) as pool,
     ):
-        # One says so in Serve, one only once it is asked.
+        # Serve reports the end of one; the other's is noticed only when a request is sent.
         pool.update({one.id: one for one in (right, wrong, replace(lying, fingerprint=info.fingerprint))})
         await until(lambda: pool.lines["r3"]._is_closed)
         await asyncio.gather(*(pool.embed(make_job()) for _ in range(20)))
@@ -535,7 +535,7 @@ async def test_without_the_secret_nothing_is_read() -> None:
         await reader.readexactly(4)
         frame = b"".join(to_frame([("embed", 1, WireJob.of(make_job()))]))
         writer.write(frame)
-        assert len(await reader.read()) < 100  # the greeting, then the end
+        assert len(await reader.read()) < 100  # the greeting, then the end of the connection
         writer.close()
     assert not backend.begun
 

@@ -96,7 +96,7 @@ def _pairs() -> list[tuple[str, str]]:
     for name in MODULES:
         try:
             module = importlib.import_module(name)
-        except ImportError:  # a Python that was built without Tk
+        except ImportError:  # a Python without Tk
             continue
         for _, thing in sorted(inspect.getmembers(module), key=lambda member: member[0]):
             members = [thing, *vars(thing).values()] if inspect.isclass(thing) else [thing]

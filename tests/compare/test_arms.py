@@ -62,14 +62,14 @@ def test_invalid_names_are_errors(names: list[str], message: str) -> None:
     [
         # Without tasks none is sent.
         ("plain", (None, None), (None, None)),
-        # Those of retrieval are sent where the model has them.
+        # The retrieval tasks are sent if the model has them.
         ("tasks", ("retrieval.query", "retrieval.passage"), ("retrieval.query", "retrieval.passage")),
         ("queries", ("retrieval.query", None), ("retrieval.query", None)),
         # A name with a task is for both sides, whether it is written out or an alias's.
         ("tasks:text-matching", (None, None), ("text-matching", "text-matching")),
         ("symmetric", (None, None), ("text-matching", "text-matching")),
         ("searcher", ("retrieval.query", None), ("retrieval.query", "retrieval.query")),
-        # An alias without a task is as the model.
+        # An alias without a task behaves like the model.
         ("alias", ("retrieval.query", "retrieval.passage"), ("retrieval.query", "retrieval.passage")),
     ],
 )
@@ -128,7 +128,7 @@ async def test_a_model_that_loads_is_waited_for(
 
     monkeypatch.setattr(asyncio, "sleep", load)
     assert (await plan_arm(gateway.client, arm("late"))).width == 8
-    assert pauses[0] == 5  # as the gateway says; the model itself pauses for no time
+    assert pauses[0] == 5  # as the gateway reports; the model itself does not pause
     assert not any(pauses[1:])
 
 

@@ -74,7 +74,7 @@ def test_other_mappings_and_numbers_of_numpy_are_written(tmp_path: Path) -> None
 def test_runs_are_measured_by_others_as_they_were_here(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     ids = sorted((f"d{number}" for number in range(60)), reverse=True)
-    # Few different vectors: most scores are equal.
+    # There are few different vectors, so most scores are equal.
     documents, queries = (rng.integers(-1, 2, (size, 2)).astype(np.float32) for size in (60, 20))
     rankings = make_ranking([f"q{number}" for number in range(20)], ids, *search(queries, documents))
     judgments = {

@@ -301,7 +301,7 @@ def test_queries_are_paired_by_their_ids() -> None:
         ([0.0] * 298, Verdict.TOO_FEW_DIFFER),
         ([1.0] + [0.0] * 299, Verdict.TOO_FEW_DIFFER),
         ([1.0] + [0.0] * 599, Verdict.AS_GOOD),
-        # A clear difference that does not matter.
+        # A significant difference that is too small to matter.
         ([0.001, 0.002] * 25, Verdict.AS_GOOD),
         ([-0.001, -0.002] * 25, Verdict.AS_GOOD),
         ([0.06, -0.04] * 200, Verdict.BETTER),

@@ -154,7 +154,7 @@ models:
     registry = load(tmp_path, text)
 
     assert registry.model("b").dtype == "float32"
-    assert registry.model("b").max_tokens == 512  # its own key wins over the merged one
+    assert registry.model("b").max_tokens == 512  # its own key overrides the merged one
 
 
 def test_a_byte_order_mark_is_ignored(tmp_path: Path) -> None:

@@ -85,7 +85,7 @@ OPEN_TO_READERS = {
     ("GET", "/console/experiments/x"),
     ("POST", "/console/experiments/x/assignment"),
     ("POST", "/console/experiments/x/weights"),  # a preview
-    ("GET", "/console/compare"),  # these two only say who may see more
+    ("GET", "/console/compare"),  # these two only determine who may see more
     ("GET", "/console/duel"),
 }
 

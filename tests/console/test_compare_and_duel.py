@@ -459,7 +459,7 @@ def test_a_comparison_is_started_and_followed_to_its_result(
         page.get_by_role("heading", name="my first is running").wait_for()
         assert page.get_by_role("progressbar").count() == 1
         check_everywhere(page, "compare-running")
-        page.get_by_role("heading", name="Without judgments").wait_for(timeout=60_000)  # by itself, when it is done
+        page.get_by_role("heading", name="Without judgments").wait_for(timeout=60_000)  # on its own, when it is done
         assert "6 queries over 6 documents" in page.locator("main").inner_text()
         assert page.locator(".list a[aria-current]").inner_text().startswith("my first")
         with httpx.Client(base_url=measuring.url, headers={"authorization": f"Bearer {OPERATOR}"}) as client:

@@ -393,7 +393,7 @@ def test_the_autoscaler_asks_for_a_metric_that_exists(overlay: str) -> None:
     assert f"# TYPE {metric} gauge" in render().decode()
     assert f'namespace="{only(overlay, "Namespace")["metadata"]["name"]}"' in query
     assert 1 <= spec["minReplicaCount"] < spec["maxReplicaCount"]
-    # It sets the replicas alone: an apply would set them back.
+    # It sets the number of replicas, which an apply would reset.
     assert "replicas" not in only(overlay, "Deployment")["spec"]
 
 
@@ -456,7 +456,7 @@ def ray_pods() -> list[Object]:
 @VERSIONS
 def test_every_object_of_ray_is_valid(version: str) -> None:
     assert [problem for item in objects("ray") for problem in problems_of(item, version)] == []
-    # Its schema leaves the pods to Kubernetes' own.
+    # Its schema refers to Kubernetes' own for pods.
     for template in ray_pods():
         pod_object = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "x", **template["metadata"]}}
         assert problems_of({**pod_object, "spec": template["spec"]}, version) == []
@@ -495,7 +495,7 @@ def test_the_nodes_of_ray_reach_each_other_and_keep_to_the_restricted_standard()
         for part in template["spec"]["containers"]:
             assert part["securityContext"]["allowPrivilegeEscalation"] is False
             assert part["securityContext"]["capabilities"] == {"drop": ["ALL"]}
-    # Clients reach fronts alone.
+    # Clients reach only fronts.
     assert [t for t in ray_pods() if service <= t["metadata"]["labels"].items()] == []
 
 

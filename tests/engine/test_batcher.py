@@ -422,7 +422,7 @@ async def test_each_request_that_shares_a_failing_text_gets_its_own_index(
     assert isinstance(other, InferenceFailed)
     assert isinstance(good, Embeddings)
     assert (one.message.split(":")[0], other.message.split(":")[0]) == ("input[0]", "input[2]")
-    assert not other.is_permanent  # a device that fails may be well again
+    assert not other.is_permanent  # a device that fails may recover
 
 
 async def test_a_fault_of_the_scheduler_answers_who_waits_and_ends(
@@ -856,7 +856,7 @@ async def test_giving_up_answers_all_requests_at_once_though_a_forward_hangs(
     assert await becomes(lambda: batcher.num_queued >= 19)
 
     batcher.give_up(recovering)
-    answers = await asyncio.gather(*requests)  # the gate is closed: the forward hangs still
+    answers = await asyncio.gather(*requests)  # the gate is closed, so the forward still hangs
 
     assert {type(error) for error in answers} == {ModelRecovering}
     assert len(set(map(id, answers))) == 20

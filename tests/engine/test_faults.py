@@ -144,7 +144,7 @@ def test_a_lost_card_may_be_behind_another_error(probes: list[str], is_cause: bo
     assert not is_card_lost(raised(LoadError("cannot be run"), lost, is_cause=is_cause), "cpu")
     assert not probes
     chained = raised(ValueError("first"), KeyError("second"), is_cause=is_cause)
-    chained.__cause__ = chained  # as bent code can leave it
+    chained.__cause__ = chained  # as faulty code can leave it
     assert not is_card_lost(chained, "cuda:0")
 
 

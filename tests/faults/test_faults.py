@@ -127,7 +127,9 @@ def test_a_poisoned_text_sent_again_and_again_does_not_replace_the_engine(gatewa
 
 
 def test_a_client_that_goes_away_has_its_queued_texts_dropped(gateway: Gateway) -> None:
-    slow = ["slow" + " word" * (22 + number) for number in range(40)]  # of different lengths: equal ones are one work
+    slow = [
+        "slow" + " word" * (22 + number) for number in range(40)
+    ]  # of different lengths, because equal ones are computed once
     encoder = gateway.backend.encoder
     before = encoder.num_items
     with pytest.raises(httpx.ReadTimeout):

@@ -61,7 +61,7 @@ def test_numbers_are_sentence_transformers_own(model_type: str, make_reranker: M
     alone = np.concatenate([numbers(encoder, [text], [first]) for first, text in PAIRS])
 
     assert encoder.width == 3
-    assert np.ptp(expected, axis=0).min() > 0.05  # else any two numbers would do
+    assert np.ptp(expected, axis=0).min() > 0.05  # otherwise, any two numbers would pass
     assert_same_logits(batched, expected)
     assert_same_logits(alone, expected)
 

@@ -195,7 +195,7 @@ def test_probabilities_are_those_of_the_model_card(case: str, published: Path) -
     batched = scores(encoder, query, DOCUMENTS)
     alone = np.concatenate([scores(encoder, query, [text]) for text in DOCUMENTS])
 
-    assert query == LONG_QUERY or np.ptp(expected) > 0.01  # else any two numbers would do
+    assert query == LONG_QUERY or np.ptp(expected) > 0.01  # otherwise, any two numbers would pass
     np.testing.assert_allclose(1 / (1 + np.exp(-batched[:, 0])), expected, rtol=0, atol=1e-5)
     np.testing.assert_allclose(1 / (1 + np.exp(-alone[:, 0])), expected, rtol=0, atol=1e-5)
 

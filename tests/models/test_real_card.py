@@ -46,7 +46,11 @@ MakeFamily = Callable[..., Path]
 Cosines = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 CARD = torch.device("cuda:0")
-LIMITS = {"float16": 0.9999, "bfloat16": 0.99, "float32": 0.999999}  # tiny models with large weights round a lot
+LIMITS = {
+    "float16": 0.9999,
+    "bfloat16": 0.99,
+    "float32": 0.999999,
+}  # tiny models with large weights have large rounding errors
 TASKS = [None, "retrieval.query", "retrieval.passage", "separation", "classification", "text-matching"]
 MIXED = [TASKS[i % 6] for i in range(len(TEXTS))]
 # The events of a card that lacks a faster way: a kernel, graphs, packing.

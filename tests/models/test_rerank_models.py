@@ -120,7 +120,7 @@ def test_scores_are_sentence_transformers_own(
     alone = np.concatenate([score(encoder, QUERY, [text]) for text in DOCUMENTS])
 
     assert encoder.width == 1
-    assert np.ptp(expected) > 0.1  # else any two numbers would do
+    assert np.ptp(expected) > 0.1  # otherwise, any two numbers would pass
     np.testing.assert_allclose(batched, expected, rtol=0, atol=TOLERANCES[runtime])
     np.testing.assert_allclose(alone, expected, rtol=0, atol=TOLERANCES[runtime])
 

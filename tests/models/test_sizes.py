@@ -32,7 +32,7 @@ MakePlain = Callable[..., Path]
 # ------------------------------------------------------------ sizes
 
 
-# ALBERT computes the same layer again and again: its weights do not say how often.
+# ALBERT repeats one layer: its weights do not show how often.
 LAYERED = [model_type for model_type in FAMILIES if model_type != "albert"]
 
 

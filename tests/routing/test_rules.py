@@ -235,7 +235,7 @@ def test_an_experiment_of_one_space_moves_with_its_control(split: Put) -> None:
     found = moved(split(arms="two one"), split(arms="two one", fingerprint="b" * 64))
 
     assert found.keys() == {"two", "owner/two", "exp"}
-    assert "(task" not in "".join(found.values())  # the default one moves as well
+    assert "(task" not in "".join(found.values())  # the default model moves as well
 
 
 def test_an_experiment_of_one_space_is_in_that_of_its_control_s_task(split: Put) -> None:

@@ -130,7 +130,7 @@ async def test_a_suspect_server_is_passed_over_while_there_is_another(servers: t
         first, second = backend.servers
         servers[0].delay_s = 60  # the trial does not end in this test
         first.breaker.note_failure(is_grave=True)
-        second.num_texts += 1000  # would be passed over otherwise
+        second.num_texts += 1000  # would be skipped otherwise
         for _ in range(5):
             await backend.embed(job())
 

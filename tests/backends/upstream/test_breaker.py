@@ -70,7 +70,7 @@ def test_a_trial_that_is_passed_lifts_it_and_the_next_one_waits_a_moment() -> No
         breaker.note_failure(is_grave=False)
     assert not breaker.is_suspect  # counted from the beginning
     breaker.note_failure(is_grave=False)
-    assert not breaker.is_trial_due(100.9)  # a client cannot have it asked all the time
+    assert not breaker.is_trial_due(100.9)  # a client must not cause it to be queried all the time
     assert breaker.is_trial_due(101.0)
 
 

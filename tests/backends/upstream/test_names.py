@@ -268,7 +268,7 @@ async def test_a_pod_that_gives_other_vectors_than_the_golden_file_gets_no_reque
 def silent_address(port: int) -> Iterator[str]:
     """Listen on an address that accepts no further connection, like that of a machine that is switched off."""
     with socket.create_server((SILENT, port), backlog=0) as listener, ExitStack() as stack:
-        for _ in range(3):  # as many as the queue holds, which is never emptied
+        for _ in range(3):  # as many as the queue holds; it is never emptied
             filler = stack.enter_context(socket.socket())
             filler.setblocking(False)
             filler.connect_ex(listener.getsockname())
@@ -398,7 +398,7 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
 async def test_a_certificate_has_to_be_that_of_the_name(
     pods: Pods, certificate: Path, monkeypatch: pytest.MonkeyPatch, name: str, works: bool
 ) -> None:
-    # As if the system trusted it.
+    # As if it were a trusted certificate of the system.
     trusting = ssl.create_default_context(cafile=certificate)
     monkeypatch.setattr("aiohttp.connector._SSL_CONTEXT_VERIFIED", trusting)
     model = entry(upstream={"urls": (f"dns+https://{name}:{pods.port}/v1",)})

@@ -214,7 +214,7 @@ async def test_a_tei_that_serves_something_else_is_refused(server: StandIn) -> N
         ("half", UpstreamFailed, 3),
         ("garbage", UpstreamFailed, 3),
         ("one missing", UpstreamFailed, 3),
-        ("nan", UpstreamFailed, 1),  # it would give the same again
+        ("nan", UpstreamFailed, 1),  # it would return the same again
     ],
 )
 @pytest.mark.parametrize("kind", ["openai", "tei"])
@@ -419,7 +419,7 @@ async def test_a_server_has_one_low_priority_request_at_a_time(server: StandIn) 
         await wait_until(lambda: len(server.bodies) > 0)
         server.delay_s = 0.0
 
-        # Others do not wait for it, and find all of the room.
+        # Others do not wait for it, and can use all of the memory.
         result = await backend.embed(job(["urgent"]))
         assert len(server.bodies) == 2
         assert waiting_texts("low_priority_queue") == 6

@@ -101,7 +101,7 @@ def serve_judge(respond: Respond) -> Iterator[StandIn]:
             judge.bodies.append(body)
             judge.keys.append(self.headers["authorization"])
             reply = judge.respond(body, number)
-            with contextlib.suppress(OSError):  # the client has had enough, or is gone
+            with contextlib.suppress(OSError):  # the client has read enough, or has disconnected
                 self._send(reply)
 
         def _send(self, reply: Reply) -> None:

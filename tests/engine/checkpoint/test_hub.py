@@ -275,7 +275,7 @@ def test_weights_whose_license_is_accepted_are_fetched_and_stay(hub: Hub, yes: d
 
     folder = locate(licensed)
 
-    assert locate(entry(license="cc-by-nc-4.0")) == folder  # it is here, so no one need be asked
+    assert locate(entry(license="cc-by-nc-4.0")) == folder  # it is on this machine, so no request is needed
 
 
 def test_the_license_that_has_no_standard_name_is_the_cards(hub: Hub) -> None:

@@ -109,7 +109,7 @@ def test_the_registry_overrides_a_checkpoints_ambiguous_prompts(plan: Plan) -> N
 
     tasks = plan(sentence, prompts={"query": "mine: ", "document": ""}).tasks
 
-    # An empty prompt of the registry is meant: it stands over the checkpoint's text.
+    # An empty prompt in the registry is intentional: it overrides the checkpoint's text.
     assert tasks == {"retrieval.query": "mine: ", "retrieval.passage": ""}
 
 

@@ -92,7 +92,7 @@ def test_adapters_are_found_by_their_folders(make_checkpoint: MakeCheckpoint) ->
 
     checkpoint = read_checkpoint(folder)
 
-    # In the order that gives each its index.
+    # In the order of their indices.
     assert list(checkpoint.adapters.items()) == [
         ("retrieval.query", folder / "retrieval_query"),
         ("text-matching", folder / "text_matching"),
