@@ -515,7 +515,7 @@ async def test_a_replica_with_other_weights_never_answers() -> None:
         hosted(liar, other, "r3") as (_third, lying),
         pool_of(right) as pool,
     ):
-        # Serve reports the end of one; the other's is noticed only when a request is sent.
+        # One shows another fingerprint in Serve, the other only in its first message.
         pool.update({one.id: one for one in (right, wrong, replace(lying, fingerprint=info.fingerprint))})
         await until(lambda: pool.lines["r3"]._is_closed)
         await asyncio.gather(*(pool.embed(make_job()) for _ in range(20)))

@@ -318,7 +318,7 @@ async def test_a_trace_that_the_caller_does_not_sample_is_not_recorded(
 
     assert exporter.get_finished_spans() == ()
     assert ["trace_id" in line for line in lines if line["event"] == "request"] == [False]
-    assert backend.sent_headers["traceparent"].startswith(f"00-{TRACE_ID}-")  # the requests behind it must be informed
+    assert backend.sent_headers["traceparent"].startswith(f"00-{TRACE_ID}-")  # servers behind it need the trace
     assert backend.sent_headers["traceparent"].endswith("-00")
 
 
