@@ -73,5 +73,5 @@ def _batches(num_adapters: int, *, is_packed: bool) -> Iterator[_Batch]:
         yield _Batch(lengths, [next(adapter) for _ in lengths])
     if is_packed:
         yield _Batch(_SHORT, [-1, -1], [length // 2 for length in _SHORT])
-        for adapter in range(num_adapters):
-            yield _Batch(_SHORT, [adapter, adapter])
+        for index in range(num_adapters):
+            yield _Batch(_SHORT, [index, index])

@@ -62,7 +62,7 @@ def machine_code(source: str, capability: tuple[int, int]) -> bytes:
 
     Raises:
         OSError: the compiler's library is not installed.
-        RuntimeError: the compiler refuses the source.
+        RuntimeError: the compiler rejects the source.
     """
     return compile_source(load_compiler(), source, capability)
 
