@@ -1,7 +1,7 @@
 """Run Datadog's own code, in its separate environment: the Agent's OpenMetrics check, and the models of its API.
 
-Reads from standard input, as JSON, an instance of the check, the gateway's metrics, and objects for the API. Writes the
-metrics that the check sends, and the fields that the API does not know.
+Reads from standard input, as JSON, pairs of an instance of the check and a page of metrics, and objects for the API. Writes
+the metrics that the check sends, and the fields that the API does not know.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ MODELS = {
 
 def scraped(instance: dict[str, Any], exported: str) -> dict[str, Any]:
     """Run the check against a server that exports this text; return the metrics that it sends."""
+    aggregator.reset()
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -62,6 +63,7 @@ def scraped(instance: dict[str, Any], exported: str) -> dict[str, Any]:
             for name, buckets in aggregator._histogram_buckets.items()
         },
         "service_checks": {name: found[0].status for name, found in aggregator._service_checks.items()},
+        "series": [(one.name, one.tags) for name in aggregator.metric_names for one in aggregator.metrics(name)],
     }
 
 
@@ -90,7 +92,7 @@ def _unknown(value: Any, path: str) -> Iterator[str]:
 if __name__ == "__main__":
     asked = json.load(sys.stdin)
     answer = {
-        "scraped": scraped(asked["instance"], asked["exported"]),
+        "scraped": {name: scraped(instance, exported) for name, (instance, exported) in asked["scrapes"].items()},
         "problems": {name: problems(kind, value) for name, (kind, value) in asked["objects"].items()},
     }
     json.dump(answer, sys.stdout)

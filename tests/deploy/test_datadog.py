@@ -19,6 +19,7 @@ from deploy.watch.rows import ROWS
 from gateway import __version__
 from gateway.config.settings import load_settings
 from gateway.telemetry.metrics import _SECONDS
+from gateway.telemetry.replica_metrics import LABEL
 from gateway.types import ModelState
 from tests.deploy.datadog_language import (
     AGENT_TAGS,
@@ -177,6 +178,19 @@ def test_the_settings_of_the_agent_are_those_of_the_names() -> None:
     assert {tag.split(":")[0] for tag in instance["tags"]} <= AGENT_TAGS
 
 
+def test_the_check_of_the_replicas_is_that_of_the_gateway_but_for_their_instance() -> None:
+    folder = DATADOG / "conf.d" / "openmetrics.d"
+    (gateway,), (replicas,) = (read_yaml(folder / name)["instances"] for name in ("conf.yaml", "replicas.yaml"))
+    changed = {name for name in gateway.keys() | replicas.keys() if gateway.get(name) != replicas.get(name)}
+
+    assert replicas["openmetrics_endpoint"] == f"{gateway['openmetrics_endpoint']}/replicas"
+    assert replicas["rename_labels"] == {**RENAMED_LABELS, LABEL: "instance"}
+    assert [tag for tag in gateway["tags"] if tag not in replicas["tags"]] == [gateway["tags"][-1]]
+    assert gateway["tags"][-1].startswith("instance:")
+    expected = {"openmetrics_endpoint", "rename_labels", "tags", "max_returned_metrics", "enable_health_service_check"}
+    assert changed == expected
+
+
 @pytest.mark.parametrize(
     "query",
     [
@@ -265,15 +279,14 @@ def test_numbers_of_gauges_are_the_newest() -> None:
 # ------------------------------------------------------------------------------------------------- the Agent, in containers
 
 
-def check_of(text: str) -> Any:
-    """Return the instance of the Agent's check in a label or an annotation."""
-    (instance,) = json.loads(text)["openmetrics"]["instances"]
-    return instance
+def checks_of(text: str) -> Any:
+    """Return the instances of the Agent's check in a label or an annotation."""
+    return json.loads(text)["openmetrics"]["instances"]
 
 
-def same_settings(instance: Any) -> bool:
-    """Return whether an instance is that of conf.yaml, but for the replica."""
-    (ours,) = read_yaml(DATADOG / "conf.d" / "openmetrics.d" / "conf.yaml")["instances"]
+def same_settings(instance: Any, file: str = "conf.yaml") -> bool:
+    """Return whether an instance is that of a file, but for its address and its tags."""
+    (ours,) = read_yaml(DATADOG / "conf.d" / "openmetrics.d" / file)["instances"]
     apart = {"openmetrics_endpoint", "tags"}
     return {name: value for name, value in instance.items() if name not in apart} == {
         name: value for name, value in ours.items() if name not in apart
@@ -283,10 +296,13 @@ def same_settings(instance: Any) -> bool:
 def test_compose_has_the_agent_read_the_gateway() -> None:
     services = read_yaml(DEPLOY / "compose" / "compose.datadog.yaml")["services"]
     labels, agent = services["gateway"]["labels"], services["datadog-agent"]
-    instance = check_of(labels["com.datadoghq.ad.checks"].replace("$$", "$"))
+    instance, of_replicas = checks_of(labels["com.datadoghq.ad.checks"].replace("$$", "$"))
+    address = f"http://%%host%%:{load_settings(image_environ()).admin_port}/metrics"
 
     assert same_settings(instance)
-    assert instance["openmetrics_endpoint"] == f"http://%%host%%:{load_settings(image_environ()).admin_port}/metrics"
+    assert same_settings(of_replicas, "replicas.yaml")
+    assert (instance["openmetrics_endpoint"], of_replicas["openmetrics_endpoint"]) == (address, f"{address}/replicas")
+    assert "tags" not in of_replicas  # the label `replica` becomes `instance`
     assert [tag.split(":")[0] for tag in instance["tags"]] == ["instance"]
     (log,) = json.loads(labels["com.datadoghq.ad.logs"])
     assert f"source:{log['source']}" == PIPELINE["filter"]["query"]

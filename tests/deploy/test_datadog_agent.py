@@ -10,6 +10,7 @@ import pytest
 
 from deploy.watch.names import HEALTH_CHECK, RENAMED_LABELS
 from gateway.telemetry import metrics
+from gateway.telemetry.replica_metrics import LABEL, merge
 from tests.clients.apart.environment import ENVIRONMENTS
 from tests.deploy.datadog_language import AGENT_TAGS, Metric, known_metrics
 from tests.deploy.deployment_files import DEPLOY, read_yaml
@@ -18,7 +19,10 @@ from tests.peers import is_missing
 
 _NUM_SERIES = 40
 PYTHON = ENVIRONMENTS / "datadog" / "bin" / "python"
-INSTANCE = read_yaml(DEPLOY / "datadog" / "conf.d" / "openmetrics.d" / "conf.yaml")["instances"][0]
+OPENMETRICS = DEPLOY / "datadog" / "conf.d" / "openmetrics.d"
+INSTANCE = read_yaml(OPENMETRICS / "conf.yaml")["instances"][0]
+OF_REPLICAS = read_yaml(OPENMETRICS / "replicas.yaml")["instances"][0]
+REPLICAS = ("mini#one", "mini#two")
 BROKEN = {
     "a key": {**MONITORS["gatewaydown"], "mesage": "x"},
     "an option": {**MONITORS["gatewaydown"], "options": {"notify_no_date": True}},
@@ -53,7 +57,13 @@ def datadog() -> Any:
         "dashboard": ("dashboard", DASHBOARD),
         "pipeline": ("pipeline", PIPELINE),
     }
-    asked = {"instance": INSTANCE, "exported": exported(), "objects": objects}
+    page = exported()
+    scrapes = {
+        "gateway": (INSTANCE, page),
+        "replicas": (OF_REPLICAS, merge(dict.fromkeys(REPLICAS, page))),
+        "no replicas": (OF_REPLICAS, merge({})),
+    }
+    asked = {"scrapes": scrapes, "objects": objects}
     script = DEPLOY.parent / "tests" / "deploy" / "datadog_agent.py"
     done = subprocess.run(
         [PYTHON, "-I", script], input=json.dumps(asked), check=False, capture_output=True, text=True, timeout=60
@@ -63,7 +73,7 @@ def datadog() -> Any:
 
 
 def test_the_agent_makes_the_metrics_that_the_queries_ask_for(datadog: Any) -> None:
-    scraped = datadog["scraped"]
+    scraped = datadog["scraped"]["gateway"]
     sent = {**scraped["metrics"], **scraped["distributions"]}
     found = {
         name: Metric(metric["kind"], frozenset(tag.split(":")[0] for tag in metric["tags"]) | AGENT_TAGS)
@@ -75,7 +85,8 @@ def test_the_agent_makes_the_metrics_that_the_queries_ask_for(datadog: Any) -> N
 
 
 def test_the_agent_adds_the_tags_that_are_set_and_no_others(datadog: Any) -> None:
-    sent = {**datadog["scraped"]["metrics"], **datadog["scraped"]["distributions"]}
+    scraped = datadog["scraped"]["gateway"]
+    sent = {**scraped["metrics"], **scraped["distributions"]}
 
     for metric in sent.values():
         assert set(INSTANCE["tags"]) <= set(metric["tags"])
@@ -84,7 +95,35 @@ def test_the_agent_adds_the_tags_that_are_set_and_no_others(datadog: Any) -> Non
 
 
 def test_the_check_of_the_health_is_the_one_that_a_monitor_asks_for(datadog: Any) -> None:
-    assert datadog["scraped"]["service_checks"] == {HEALTH_CHECK: 0}
+    assert datadog["scraped"]["gateway"]["service_checks"] == {HEALTH_CHECK: 0}
+
+
+def test_the_metrics_of_replicas_have_the_same_names_and_the_replica_as_their_instance(datadog: Any) -> None:
+    scraped = datadog["scraped"]["replicas"]
+    sent = {**scraped["metrics"], **scraped["distributions"]}
+    replicas_of: dict[str, set[str]] = {}
+    for name, tags in scraped["series"]:
+        keys = [tag.split(":")[0] for tag in tags]
+        assert keys.count("instance") == 1, f"{name}: a query by instance would show a replica twice"
+        replicas_of.setdefault(name, set()).update(tag.partition(":")[2] for tag in tags if tag.startswith("instance:"))
+
+    assert scraped["problem"] == ""
+    assert {name: metric["kind"] for name, metric in sent.items()} == {
+        name: metric.kind for name, metric in known_metrics().items()
+    }
+    assert set(replicas_of) == set(scraped["metrics"])
+    assert {frozenset(replicas) for replicas in replicas_of.values()} == {frozenset(REPLICAS)}
+    for metric in sent.values():
+        assert set(OF_REPLICAS["tags"]) <= set(metric["tags"])
+        assert not {tag.split(":")[0] for tag in metric["tags"]} & {LABEL, "endpoint", *RENAMED_LABELS}
+
+
+def test_a_page_without_replicas_is_no_problem_and_no_front(datadog: Any) -> None:
+    nothing = datadog["scraped"]["no replicas"]
+
+    assert (nothing["problem"], nothing["metrics"], nothing["distributions"]) == ("", {}, {})
+    # Only a front's own check counts for the monitor of fronts, which is by instance.
+    assert [datadog["scraped"][name]["service_checks"] for name in ("replicas", "no replicas")] == [{}, {}]
 
 
 def test_the_api_knows_every_key_and_value(datadog: Any) -> None:

@@ -37,7 +37,7 @@ from tests.deploy.deployment_files import (
     last_stage,
     read_yaml,
 )
-from tests.deploy.test_datadog import check_of, same_settings
+from tests.deploy.test_datadog import checks_of, same_settings
 from tests.telemetry.observed import rules as prometheus_rules
 
 COMPONENTS = ["autoscaling", "monitoring", "datadog", "egress"]
@@ -69,7 +69,7 @@ def copied(folder: Path, overlay: str, components: list[str]) -> Path:
     shutil.copytree(KUBERNETES, folder / "kubernetes")
     file = folder / "kubernetes" / "overlays" / overlay / "kustomization.yaml"
     text = re.sub(
-        rf"^# (components:|  - \.\./\.\./components/({'|'.join(components)})\b)",
+        rf"^# (components:|  - \.\./\.\./components/({'|'.join(components)})(?=\s))",
         r"\1",
         file.read_text(),
         flags=re.MULTILINE,
@@ -403,7 +403,7 @@ def test_the_autoscaler_asks_for_a_metric_that_exists(overlay: str) -> None:
 @WITH_COMPONENTS
 def test_the_agent_of_datadog_reads_the_pod(overlay: str) -> None:
     metadata = pod(overlay)["metadata"]
-    instance = check_of(metadata["annotations"]["ad.datadoghq.com/gateway.checks"])
+    (instance,) = checks_of(metadata["annotations"]["ad.datadoghq.com/gateway.checks"])
     (policy,) = [item for item in of_kind(overlay, "NetworkPolicy") if item["metadata"]["name"].endswith("-datadog")]
     environ = {variable["name"]: variable.get("value", "") for variable in container(overlay)["env"]}
 
@@ -540,3 +540,23 @@ def test_prometheus_and_its_operator_scrape_replicas_in_the_same_way(tmp_path: P
     assert spec["relabelings"] == [{"targetLabel": "job", "replacement": replicas["job_name"]}]
     assert spec["metricRelabelings"] == relabeled
     assert target in {target for config in jobs["gateway"]["static_configs"] for target in config["targets"]}
+
+
+def test_datadog_reads_the_metrics_of_replicas_once_as_prometheus_does(tmp_path: Path) -> None:
+    found = kustomize(copied(tmp_path / "datadog", "ray", ["datadog", "datadog-replicas"]))
+    (service,) = [item for item in found if item["kind"] == "Service" and item["metadata"]["name"].endswith("-admin")]
+    (deployment,) = [item for item in found if item["kind"] == "Deployment"]
+    (instance,) = checks_of(service["metadata"]["annotations"]["ad.datadoghq.com/service.checks"])
+    scraped = replica_metrics(tmp_path / "prometheus")["spec"]
+    [target] = scraped["staticConfigs"][0]["targets"]
+    # Annotations of pods are a check for each pod.
+    of_pods = checks_of(deployment["spec"]["template"]["metadata"]["annotations"]["ad.datadoghq.com/gateway.checks"])
+
+    assert [problem for item in found for problem in problems_of(item, "1.30")] == []
+    assert same_settings(instance, "replicas.yaml")
+    assert instance["openmetrics_endpoint"] == f"http://{target}{scraped['metricsPath']}"
+    assert [one for one in of_pods if one["openmetrics_endpoint"].endswith("/replicas")] == []
+    # Tags of a pod, and of a Service.
+    tags = {name: tag for name, tag in service["metadata"]["labels"].items() if name.startswith("tags.")}
+    assert tags == {name: tag for name, tag in deployment["metadata"]["labels"].items() if name.startswith("tags.")}
+    assert len(tags) == 3
