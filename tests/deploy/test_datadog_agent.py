@@ -118,7 +118,7 @@ def test_the_metrics_of_replicas_have_the_same_names_and_the_replica_as_their_in
         assert not {tag.split(":")[0] for tag in metric["tags"]} & {LABEL, "endpoint", *RENAMED_LABELS}
 
 
-def test_a_page_without_replicas_is_no_problem_and_no_front(datadog: Any) -> None:
+def test_an_empty_page_is_valid_and_does_not_count_as_a_front(datadog: Any) -> None:
     nothing = datadog["scraped"]["no replicas"]
 
     assert (nothing["problem"], nothing["metrics"], nothing["distributions"]) == ("", {}, {})
