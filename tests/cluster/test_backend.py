@@ -330,6 +330,7 @@ def test_other_versions_of_ray_and_python_are_named() -> None:
 @pytest.mark.parametrize("address", ["ray://10.0.0.1:10001", "local"])
 def test_another_kind_of_address_in_the_environment_is_refused(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
     monkeypatch.setenv("RAY_ADDRESS", address)
+    monkeypatch.setattr("ray.is_initialized", lambda: False)  # a test before may have left it connected
 
     with pytest.raises(StartError, match=f"in RAY_ADDRESS, which is {address}: set RAY_ADDRESS to the HOST:PORT"):
         Cluster("auto").connect()
