@@ -14,7 +14,7 @@ from functools import partial
 from gateway.batches import lines as of_lines
 from gateway.batches.lines import Answered, Line, RawLine, Requests, read_again, read_lines
 from gateway.batches.recording import Answers, Change, Recorder, Run
-from gateway.batches.values import Batch, BatchesUnavailable, Status, StorageFull
+from gateway.batches.values import Batch, BatchesUnavailable, LineError, Status, StorageFull
 from gateway.telemetry import metrics
 
 # The limits of a batch's requests in flight: enough short ones to fill the engine's batches, and as memory allows.
@@ -123,7 +123,7 @@ class Answering:
                 continue
             for _ in done:
                 waiting.popleft()
-        return partial(replace, end=Status.COMPLETED)
+        return _end_of(run.batch)
 
     async def _fill(self, run: Run, lines: Iterator[RawLine], waiting: deque[_InFlight]) -> bool:
         """Begin as many further requests as may be in flight; return whether the file has more."""
@@ -174,3 +174,14 @@ class Answering:
         await self._recorder.append(run, Answers(outputs, errors, done[-1].raw.end, spaces, num_tokens))
         metrics.BATCH_LINES.labels("completed").inc(len(outputs))
         metrics.BATCH_LINES.labels("failed").inc(len(errors))
+
+
+def _end_of(batch: Batch) -> Change:
+    """Return the end of a batch whose file has no further lines."""
+    if batch.num_answered == batch.num_total:
+        return partial(replace, end=Status.COMPLETED)
+    message = (
+        f"The input file on the gateway's disk has changed since the batch began: it had {batch.num_total} requests, and "
+        f"{batch.num_answered} could be read"
+    )
+    return partial(replace, errors=(LineError("file_changed", message),), end=Status.FAILED)

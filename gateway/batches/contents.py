@@ -57,9 +57,11 @@ class Contents:
         """Truncate a file to its first bytes, append data, and return its new size.
 
         Raises:
+            FileNotFoundError: the file has fewer bytes: appending would leave a hole.
             StorageFull: the quota or the disk is full.
         """
         path = self.path(file_id)
+        self._require_bytes(file_id, offset)
         before = counted(path)
         self.require_room(max(_LEAST_BYTES, offset + len(data)) - before)
         try:
@@ -90,11 +92,20 @@ class Contents:
             raise _failure(error) from error
 
     def cut(self, file_id: str, num_bytes: int) -> None:
-        """Truncate a file to its first bytes, removing the leftovers of a crash."""
+        """Truncate a file to its first bytes, removing the leftovers of a crash.
+
+        Raises:
+            FileNotFoundError: the file has fewer bytes.
+        """
+        self._require_bytes(file_id, num_bytes)
         path = self.path(file_id)
         before = counted(path)
         os.truncate(path, num_bytes)
         self._num_bytes += counted(path) - before
+
+    def _require_bytes(self, file_id: str, num_bytes: int) -> None:
+        if self.size(file_id) < num_bytes:
+            raise FileNotFoundError(errno.ENOENT, "a part of the file is missing", str(self.path(file_id)))
 
     def require_room(self, num_bytes: int) -> None:
         """Check that this number of additional bytes may be written.

@@ -168,7 +168,8 @@ class Runner:
         try:
             await self._continue(run)
         except FileNotFoundError as error:
-            message = f"A file of this batch is missing from the gateway's disk: {Path(error.filename or '').name}"
+            name = Path(error.filename or "").name
+            message = f"A file of this batch, or a part of it, is missing from the gateway's disk: {name}"
             batch = run.batch
             sizes = {
                 "output_bytes": min(batch.output_bytes, await self.call(self.store.size, batch.output_id)),

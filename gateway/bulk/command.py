@@ -77,11 +77,13 @@ def run_embed(request: EmbedRequest, models: RunningGateway | OwnModels, *, as_j
     console = make_console(is_error=True)
     check_apart(request.sources, request.sink)
     with ExitStack() as stack:
-        written = [str(place) for place in (request.sink, request.manifest, request.errors) if place is not None]
+        own = [request.sink, request.manifest, request.errors or (request.manifest and _errors_path(request.manifest))]
+        written = [str(place) for place in own if place is not None]
         source = stack.enter_context(closing(open_source(request.sources, request.names, written)))
         sink = stack.enter_context(
             closing(open_sink(request.sink, source.text_field if request.keeps_text else None, adopts=request.adopts))
         )
+        check_apart(request.sources, request.sink, source.name, sink.name)
         path = _manifest_path(request, source, sink)
         _check_folder(sink, path, request)
         try:

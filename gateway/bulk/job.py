@@ -18,7 +18,7 @@ import orjson
 from gateway.bulk.blocks import Block, BlockReader, Expand, OnError, stopped_at
 from gateway.bulk.embedder import BlockEmbedder, EmbeddedBlock, Embedder
 from gateway.bulk.manifest import Counts, Manifest, Progress, Shard
-from gateway.bulk.rows import BadRow, BulkError, Choosy, EmbeddedRows, Position, RowId, Sink, Source
+from gateway.bulk.rows import BadRow, BulkError, Choosy, EmbeddedRows, Position, RowId, RowsRefused, Sink, Source
 from gateway.config.files import open_regular
 from gateway.types import Vectors
 
@@ -111,6 +111,19 @@ class _OpenShard:
         self.num_bytes += block.num_bytes + _vector_bytes(embedded.embedded)
         num_rows = len(embedded.embedded.rows)
         self.counts += Counts(block.num_items, num_rows, len(bad), embedded.num_tokens, embedded.num_truncated)
+
+    def without(self, refused: Sequence[BadRow], rows: EmbeddedRows) -> EmbeddedRows:
+        """Count rows that the sink refuses as bad, and return the others. Of an item, all rows are left out."""
+        bad = {row.place: row for row in refused}
+        kept = [index for index, row in enumerate(rows.rows) if row.place not in bad]
+        self.bad += bad.values()
+        self.counts += Counts(rows=len(kept) - len(rows.rows), skipped=len(bad))
+        return EmbeddedRows(
+            [rows.rows[index] for index in kept],
+            None if rows.dense is None else rows.dense[kept],
+            None if rows.sparse is None else [rows.sparse[index] for index in kept],
+            None if rows.multivectors is None else [rows.multivectors[index] for index in kept],
+        )
 
     def rows(self) -> EmbeddedRows:
         parts = [block.embedded for block in self.blocks if block.embedded.rows]
@@ -267,9 +280,18 @@ class Job:
 
     def _store(self, shard: _OpenShard, number: int, part: int | None) -> None:
         self._manifest.plan(number, shard.counts.items)
+        rows = shard.rows()
+        while part is not None and rows.rows:
+            try:
+                self._sink.write(part, rows)
+                break
+            except RowsRefused as error:
+                if self._options.on_error == "stop":
+                    raise
+                before, rows = len(rows.rows), shard.without(error.rows, rows)
+                if len(rows.rows) == before:
+                    raise
         errors_bytes = self._errors.add(shard.bad)
-        if part is not None:
-            self._sink.write(part, shard.rows())
         self._manifest.commit(number, Shard(part, shard.counts, shard.position, errors_bytes), shard.ids)
         self._reader.release(shard.ids)
 

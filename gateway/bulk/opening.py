@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from gateway.bulk.fields import FieldNames
 from gateway.bulk.places import open_store, read_place
 from gateway.bulk.rows import BulkError, Sink, Source
-from gateway.bulk.stores.protocol import Keeping
+from gateway.bulk.stores.protocol import Keeping, Place
 
 
 def open_source(places: Sequence[str], names: FieldNames, without: Sequence[str] = ()) -> Source:
@@ -34,20 +35,27 @@ def open_source(places: Sequence[str], names: FieldNames, without: Sequence[str]
         store.close()
 
 
-def check_apart(places: Sequence[str], sink: str) -> None:
+def check_apart(places: Sequence[str], sink: str, read: str = "", written: str = "") -> None:
     """Check that a job does not write into the collection that it reads.
+
+    Args:
+        read, written: the names of both, once they are open: those behind an alias or a view.
 
     Raises:
         BulkError: it would replace each item, with all of its vectors.
     """
-    into = read_place(sink)
+    into = _behind(read_place(sink), written)
     for url in places:
-        place = read_place(url)
+        place = _behind(read_place(url), read)
         if place is not None and into is not None and place.is_same_collection(into):
             raise BulkError(
                 f"--to {sink}: is the collection that is read, whose items would be replaced with all of their vectors. "
                 "`gateway move` changes the model of a collection, and with --into-vector NAME it adds a vector to its items"
             )
+
+
+def _behind(place: Place | None, name: str) -> Place | None:
+    return replace(place, collection=name.removeprefix(place.named(""))) if place is not None and name else place
 
 
 def open_sink(url: str, text_field: str | None, *, adopts: bool = False) -> Sink:

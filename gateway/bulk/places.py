@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Final, Protocol, cast
 from urllib.parse import parse_qsl, unquote, urlsplit
 
+from gateway.bulk.files.paths import expanded
 from gateway.bulk.rows import BulkError
 from gateway.bulk.stores.protocol import MovableStore, Place, Store
 from gateway.config.wording import did_you_mean, enumerate_names, quote
@@ -128,7 +129,7 @@ def _folder(location: str, name: str, kind: _Kind) -> str:
         raise BulkError(f"{name} needs a server: write it like {quote(kind.example)}")
     if not path:
         raise BulkError(f"the URL of {name} has neither a host nor a folder; an example is {quote(kind.example)}")
-    return str(Path(path).expanduser()) if path.startswith("~") else path
+    return str(expanded(path)) if path.startswith("~") else path
 
 
 def _on_server(place: Place, kind: _Kind, location: str, is_secure: bool, takes_last: bool) -> Place:

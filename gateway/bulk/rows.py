@@ -57,6 +57,19 @@ class BadRow:
     id: RowId | None = None
 
 
+class RowsRefused(BulkError):
+    """A sink cannot store some rows of a shard, as it found out while it wrote. The shard must be written without them.
+
+    Args:
+        rows: these rows, at least one.
+    """
+
+    def __init__(self, rows: Sequence[BadRow]) -> None:
+        skips = "With --on-error skip, the job leaves such rows out and lists them in a file"
+        super().__init__(f"{rows[0].place}: {rows[0].problem}. {skips}")
+        self.rows = rows
+
+
 @dataclass(frozen=True, slots=True)
 class SpaceNote:
     """A description of a job's vectors. Stores keep it as a note, which is compared before the first write.
@@ -160,6 +173,7 @@ class Sink(Protocol):
             shard: the shard's number, from 0. A number always has the same rows, also when the job continues later.
 
         Raises:
+            RowsRefused: some rows cannot be stored, and the others can.
             BulkError: the shard cannot be stored.
         """
 

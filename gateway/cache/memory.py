@@ -38,6 +38,10 @@ class MemoryStore:
         self._entries: OrderedDict[bytes, bytes] = OrderedDict()
         self.num_bytes = 0
 
+    def holds(self, num_bytes: int) -> bool:
+        """Return whether an entry of this many bytes, with its key, is stored at all."""
+        return num_bytes + ENTRY_BYTES <= self._max_bytes // 8
+
     def __len__(self) -> int:
         return len(self._entries)
 
@@ -50,7 +54,7 @@ class MemoryStore:
 
     def put(self, key: bytes, value: bytes) -> None:
         """Store an entry, dropping others until there is room."""
-        if _size(key, value) > self._max_bytes // 8:
+        if not self.holds(len(key) + len(value)):
             return
         before, num_evicted = self.num_bytes, 0
         if (old := self._entries.pop(key, None)) is not None:

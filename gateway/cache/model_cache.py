@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
+import structlog
 
 from gateway.cache.entries import Part, entries_of, is_usable, num_tokens_of, part_of
 from gateway.cache.joining import complete, joined
@@ -24,6 +25,8 @@ from gateway.types import (
     Timings,
     Truncate,
 )
+
+log = structlog.get_logger(__name__)
 
 # Hashing this number of characters takes about a millisecond; more are hashed in a thread.
 _SMALL_CHARACTERS = 500_000
@@ -48,6 +51,7 @@ class ModelCache:
     def __init__(
         self, model: str, max_bytes: int, store: Guarded | None, *, is_remote: bool, is_per_client: bool
     ) -> None:
+        self._model = model
         self._memory = MemoryStore(max_bytes, self._note_change)
         self._store = store
         self._is_remote = is_remote
@@ -130,6 +134,13 @@ class ModelCache:
         if self._info is not info:
             self._info = info
             self._parts.clear()
+            if not self._memory.holds(4 * info.width):
+                log.warning(
+                    "cache_too_small",
+                    model=self._model,
+                    dimensions=info.width,
+                    reason="an entry takes an eighth of `max_bytes` at most, so no vector is kept in memory: raise it",
+                )
         parts = []
         for output in _KEPT:
             # A model with dense vectors always computes them, and they are used to check the answer.

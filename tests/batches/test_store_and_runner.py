@@ -573,6 +573,60 @@ async def test_an_input_that_is_gone_from_the_disk_ends_its_batch(open_store: Op
     await runner.stop()
 
 
+async def test_an_input_that_is_cut_short_while_its_batch_runs_fails_it(open_store: OpenStore) -> None:
+    store = open_store()
+    batch = new_batch(store, 600)
+    runner = Runner(store, Slow())
+    runner.start()
+    while (await runner.find(batch.owner, batch.id)).num_completed < 10:  # type: ignore[union-attr]  # noqa: ASYNC110
+        await asyncio.sleep(0.001)
+    await runner.stop()
+    store = open_store()
+    content = store.path(batch.input_id).read_bytes().splitlines(keepends=True)
+    store.path(batch.input_id).write_bytes(b"".join(content[:300]))
+
+    runner = Runner(store, Slow())
+    runner.start()
+    found = await end_of(runner, batch)
+
+    assert found.status is Status.FAILED
+    [error] = found.errors
+    assert error.code == "file_changed"
+    assert error.message.endswith("has changed since the batch began: it had 600 requests, and 300 could be read")
+    assert found.num_answered == 300
+    await runner.stop()
+
+
+@pytest.mark.parametrize("moment", ["while it runs", "at its end"])
+async def test_an_output_that_is_cut_short_gets_no_hole(
+    open_store: OpenStore, moment: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = open_store()
+    batch = new_batch(store, 600)
+    runner = Runner(store, Slow())
+    cut, shortened = store.cut, []
+
+    def shorten_and_cut(file_id: str, num_bytes: int) -> None:
+        if file_id == batch.output_id and not shortened:
+            shortened.append(os.truncate(store.path(file_id), num_bytes // 2))
+        cut(file_id, num_bytes)
+
+    if moment == "at its end":
+        monkeypatch.setattr(store, "cut", shorten_and_cut)
+        runner.start()
+    else:
+        runner.start()
+        while (await runner.find(batch.owner, batch.id)).num_completed < 10:  # type: ignore[union-attr]  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+        os.truncate(store.path(batch.output_id), 100)
+    found = await end_of(runner, batch)
+
+    assert found.status is Status.FAILED
+    assert [error.code for error in found.errors] == ["file_missing"]
+    assert b"\0" not in store.path(batch.output_id).read_bytes()
+    await runner.stop()
+
+
 async def test_a_batch_has_not_ended_before_its_files_can_be_read(
     open_store: OpenStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -311,6 +311,19 @@ def test_a_wrong_key_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert "--api-key-env names the environment variable with the key" in one_line(result)
 
 
+def test_the_files_of_a_job_in_its_source_are_not_read(tmp_path: Path) -> None:
+    folder = tmp_path / "docs"
+    folder.mkdir()
+    write(folder / "a.jsonl", ["one", "", "two"])
+    command = (folder, "--model", "mini", "--to", tmp_path / "out", "--manifest", folder / "job.sqlite3")
+    first = embed(*command, "--on-error", "skip")
+    assert first.exit_code == 0, first.output
+    assert (folder / "job.errors.jsonl").exists()
+    again = embed(*command, "--on-error", "skip")
+    assert again.exit_code == 0, again.output
+    assert "Nothing was left to do." in again.output
+
+
 def test_the_same_command_again_has_nothing_to_do_and_another_one_is_refused(tmp_path: Path) -> None:
     source = write(tmp_path / "docs.jsonl", ["one", "two"])
     command = (source, "--to", tmp_path / "out", "--model")

@@ -266,6 +266,15 @@ def test_a_bad_csv_record_is_named_and_does_not_touch_its_neighbors(tmp_path: Pa
         assert list(opened(path).read(one.position)) == read[index + 1 :]
 
 
+def test_line_ends_inside_quotes_are_kept(tmp_path: Path) -> None:
+    path = tmp_path / "docs.csv"
+    path.write_bytes(b'id,text,note\r\n1,"a\r\nb","c\nd"\r\n2,x,"y\r\n"\r\n3,last,')
+    rows = rows_of(opened(path))
+    assert [(row.id, row.text, row.payload["note"]) for row in rows] == [
+        ("1", "a\r\nb", "c\nd"), ("2", "x", "y\r\n"), ("3", "last", ""),
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize("separator", [";", "\t", "|"])
 def test_the_header_of_a_csv_file_tells_its_separator(separator: str, tmp_path: Path) -> None:
     path = tmp_path / "docs.csv"
@@ -349,6 +358,15 @@ def test_bytes_of_parquet_are_refused_unless_they_are_left_out(tmp_path: Path) -
         BulkError, match=r"column `image` has bytes, which no sink can store: .* name the columns to keep"
     ):
         opened(tmp_path)
+    with pytest.raises(BulkError, match=r"column `image` has bytes"):
+        opened(tmp_path, payload=("image",))
+    [row] = rows_of(opened(tmp_path, payload=("text",)))
+    assert (row.id, row.payload) == (1, {"text": "x"})
+    records = [{"text": "x", "image": image} for image in (b"\x00", b"\x01")]
+    pq.write_table(pa.Table.from_pylist(records), tmp_path / "docs.parquet")
+    rows = rows_of(opened(tmp_path, payload=()))
+    assert len({row.id for row in rows}) == 2
+    assert [row.payload for row in rows] == [{}, {}]
 
 
 def test_two_columns_of_a_name_are_refused(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from gateway.bulk.files.sinks import open_folder
 from gateway.bulk.files.source import open_files
 from gateway.bulk.job import Job, Options, Outcome, Silent
 from gateway.bulk.manifest import Counts, Manifest, Shard
-from gateway.bulk.rows import BadRow, BulkError, EmbeddedRows, Position, Row, SpaceNote
+from gateway.bulk.rows import BadRow, BulkError, EmbeddedRows, Position, Row, RowsRefused, SpaceNote
 
 ROOT = Path(__file__).parents[2]
 NUM_ROWS = 500
@@ -224,6 +224,48 @@ def test_a_row_that_the_sink_cannot_store_is_a_bad_row(jobs: Jobs) -> None:
     assert jobs.ids() == GOOD[:3]
     assert jobs.run(on_error="skip", sink=Strict(str(jobs.folder), "text")).is_finished
     assert jobs.ids() == [row_id for row_id in GOOD if row_id != GOOD[3]]
+
+
+class Constrained(ParquetSink):
+    """A sink that finds out while it writes that it cannot store some rows."""
+
+    def write(self, shard: int, batch: EmbeddedRows) -> None:
+        bad = [BadRow(row.place, "is rejected", None, row.id) for row in batch.rows if row.id in GOOD[3:200:50]]
+        if bad:
+            raise RowsRefused(bad)
+        super().write(shard, batch)
+
+
+def test_rows_that_the_sink_rejects_while_it_writes_are_bad_rows(jobs: Jobs) -> None:
+    with pytest.raises(
+        BulkError, match=r"docs\.jsonl:\d+: is rejected\. With --on-error skip, the job leaves such rows"
+    ):
+        jobs.run(on_error="stop", sink=Constrained(str(jobs.folder), "text"))
+    assert jobs.ids() == []
+
+    outcome = jobs.run(on_error="skip", sink=Constrained(str(jobs.folder), "text"))
+
+    assert outcome.is_finished
+    rejected = GOOD[3:200:50]
+    assert jobs.ids() == [row_id for row_id in GOOD if row_id not in rejected]
+    assert [error["id"] for error in read_errors(jobs.folder) if error["problem"] == "is rejected"] == rejected
+    assert (outcome.total.rows, outcome.total.skipped) == (460 - len(rejected), 40 + len(rejected))
+
+
+def test_all_rows_of_an_item_are_left_out_with_one_that_the_sink_rejects(jobs: Jobs) -> None:
+    def twice(row: Row) -> list[Row | BadRow]:
+        return [replace(row, id=f"{row.id}#{number}") for number in range(2)]
+
+    class OfChunks(ParquetSink):
+        def write(self, shard: int, batch: EmbeddedRows) -> None:
+            if bad := [BadRow(row.place, "is rejected", None, row.id) for row in batch.rows if row.id == "d3#1"]:
+                raise RowsRefused(bad)
+            super().write(shard, batch)
+
+    outcome = jobs.run(expand=twice, sink=OfChunks(str(jobs.folder), "text"))
+
+    assert jobs.ids() == [f"{row_id}#{number}" for row_id in GOOD if row_id != "d3" for number in range(2)]
+    assert (outcome.total.rows, outcome.total.skipped) == (2 * 459, 51)  # the model refuses both rows of ten items
 
 
 class Broken:

@@ -10,6 +10,7 @@ from dataclasses import fields, replace
 
 import numpy as np
 import pytest
+import structlog
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -330,6 +331,16 @@ async def test_memory_is_reserved_for_all_texts() -> None:
     await cache.embed(job("a b", "c", on_tokens=counts.append), INFO, model.embed)
     await cache.embed(job("a b", "d e f", on_tokens=counts.append), INFO, model.embed)
     assert counts == [3, 5]
+
+
+async def test_a_cache_that_no_vector_fits_into_says_so_once() -> None:
+    model = Model()
+    for max_bytes, is_told in ((100, True), (ROOMY, False)):
+        cache = make_cache(max_bytes)
+        with structlog.testing.capture_logs() as logs:
+            for text in ("a", "b"):
+                await cache.embed(job(text), INFO, model.embed)
+        assert [line["event"] for line in logs] == (["cache_too_small"] if is_told else [])
 
 
 async def test_servers_say_how_many_tokens_a_request_has() -> None:

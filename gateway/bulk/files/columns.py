@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TypeAlias
 
-from gateway.bulk.rows import Json, Row
+from gateway.bulk.fields import Fields
+from gateway.bulk.rows import BadRow, Json, Position, Row, RowId
 
 ID, VECTOR, SPARSE, MULTIVECTOR, REST = "id", "vector", "sparse", "multivector", "_rest"
 """The columns that the sink fills itself. A payload field with one of these names goes into ``_rest``."""
@@ -48,8 +50,31 @@ def restored(record: Mapping[str, Json]) -> Mapping[str, Json]:
     rest = fields.get(REST)
     if isinstance(rest, Mapping):
         del fields[REST]
-        fields |= rest
+        return with_rest(fields, rest)
     return fields
+
+
+def with_rest(fields: Mapping[str, Json], rest: Mapping[str, Json]) -> dict[str, Json]:
+    """Return the fields of columns and those that have none. Fields with the name of a column stay under ``_rest``."""
+    same = {name: value for name, value in rest.items() if name in fields or name == REST}
+    others = {name: value for name, value in rest.items() if name not in same}
+    return {**fields, **others, **({REST: same} if same else {})}
+
+
+def row_of(
+    fields: Fields, record: Mapping[str, Json], place: str, position: Position, row_id: RowId | None = None
+) -> Row | BadRow:
+    """Return the row of a record of `with_rest`, whose payload may have a field with the name of the id's column."""
+    same = record.get(REST)
+    if not isinstance(same, Mapping) or fields.payload is not None:
+        return fields.row(record, place, position, row_id)
+    row = fields.row({name: value for name, value in record.items() if name != REST}, place, position, row_id)
+    if isinstance(row, BadRow):
+        return row
+    # Sinks would replace a field with the name of the text by the text.
+    kept = {name: value for name, value in same.items() if name in (fields.text, REST) and fields.text in same}
+    others = {name: value for name, value in same.items() if name not in kept}
+    return replace(row, payload={**row.payload, **others, **({REST: kept} if kept else {})})
 
 
 def _text_column(path: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import io
 import os
 from abc import ABC, abstractmethod
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from gateway.bulk.files.columns import FlatRows
-from gateway.bulk.files.paths import filesystem_of
+from gateway.bulk.files.paths import expanded, filesystem_of
 from gateway.bulk.rows import BulkError, EmbeddedRows, SpaceNote
 from gateway.config.files import write_whole
 from gateway.config.wording import count
@@ -45,8 +46,10 @@ class FolderSink(ABC):
         if "://" in place and not place.startswith("file://"):
             self._filesystem, self._inner = filesystem_of(place)
         else:
-            self.folder = Path(place.removeprefix("file://")).expanduser()
+            self.folder = expanded(place.removeprefix("file://"))
         self._note: SpaceNote | None = None
+        self._lock: int | None = None
+        self._own: set[int] | None = None
 
     def is_empty(self) -> bool:
         """Return whether the first file does not exist."""
@@ -54,11 +57,7 @@ class FolderSink(ABC):
 
     def open(self, note: SpaceNote) -> None:
         """Create the folder if necessary, and check that its vectors are of this space."""
-        with self._writing("the folder cannot be created"):
-            if self.folder is not None:
-                self.folder.mkdir(parents=True, exist_ok=True)
-            else:
-                self._filesystem.makedirs(self._inner, exist_ok=True)
+        self._create()
         self._note = note
         space = self._space_found() if self._exists(0) else None
         if space is not None and not is_same_space(space, note.space):
@@ -67,14 +66,31 @@ class FolderSink(ABC):
                 f"{note.space}; choose another folder"
             )
 
+    def _create(self) -> None:
+        with self._writing("the folder cannot be created"):
+            if self.folder is not None:
+                self.folder.mkdir(parents=True, exist_ok=True)
+            else:
+                self._filesystem.makedirs(self._inner, exist_ok=True)
+
     def write(self, shard: int, batch: EmbeddedRows) -> None:
-        """Write the file of a shard, or replace it."""
+        """Write the file of a shard, or replace it.
+
+        Raises:
+            BulkError: it cannot be written, or another job has written it since `check_files`.
+        """
         name = self.file_name(shard)
         with self._writing(f"{name} cannot be written"):
+            if self._own is not None and shard not in self._own and self._exists(shard):
+                raise BulkError(
+                    f"{self.name}: another job has written {name} in the meantime, so both write there: choose another "
+                    "folder"
+                )
             if self.folder is None:
                 buffer = io.BytesIO()
                 self._encode(shard, batch, buffer)
                 self._filesystem.pipe_file(f"{self._inner}/{name}", buffer.getvalue())
+                self._add_own(shard)
                 return
             # The name is always the same, so writing a shard again overwrites the leftovers of a killed process.
             temporary = self.folder / f".{name}.tmp"
@@ -88,7 +104,12 @@ class FolderSink(ABC):
                 with suppress(OSError):
                     temporary.unlink(missing_ok=True)
                 raise
+            self._add_own(shard)
             _sync_folder(self.folder)
+
+    def _add_own(self, shard: int) -> None:
+        if self._own is not None:
+            self._own.add(shard)
 
     @abstractmethod
     def _encode(self, shard: int, batch: EmbeddedRows, file: BinaryIO) -> None:
@@ -98,8 +119,30 @@ class FolderSink(ABC):
     def _space_found(self) -> str | None:
         """Return the space of the first shard, if it can be read from the file."""
 
-    def close(self) -> None:  # noqa: B027
-        """Do nothing: a file is open only while it is written."""
+    def close(self) -> None:
+        """Let other jobs write into the folder."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def _claim(self) -> None:
+        """Keep other jobs from writing into the folder until the sink is closed, even if their manifests are elsewhere.
+
+        Raises:
+            BulkError: another one writes there.
+        """
+        if self.folder is None or self._lock is not None:
+            return
+        lock = os.open(self.folder, os.O_RDONLY)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(lock)
+            raise BulkError(f"{self.name}: another job writes into this folder: choose another one") from None
+        except OSError:  # a network file system without locks
+            os.close(lock)
+        else:
+            self._lock = lock
 
     def write_file(self, name: str, content: bytes) -> None:
         """Write a file next to the shards, or replace it.
@@ -133,10 +176,12 @@ class FolderSink(ABC):
             unconfirmed: a shard that a killed process may have written.
 
         Raises:
-            BulkError: a file is missing, or another job has written there, so that its files would be replaced or
-            mixed.
+            BulkError: a file is missing, or another job writes or has written there, so that its files would be
+            replaced or mixed.
         """
+        self._create()
         with self._writing("the folder cannot be read"):
+            self._claim()
             names = self._names()
         expected = {self.file_name(shard) for shard in shards}
         if missing := sorted(expected - names):
@@ -147,6 +192,7 @@ class FolderSink(ABC):
         others = names - expected - ({self.file_name(unconfirmed)} if unconfirmed is not None else set())
         if others:
             raise BulkError(f"{self.name}: has {min(others)}, which this job did not write: choose another folder")
+        self._own = set() if unconfirmed is None else {unconfirmed}
 
     def _names(self) -> set[str]:
         """Return the names of all files that may be shards."""
@@ -161,11 +207,10 @@ class FolderSink(ABC):
 
     def _exists(self, shard: int) -> bool:
         name = self.file_name(shard)
-        return (
-            (self.folder / name).exists()
-            if self.folder is not None
-            else bool(self._filesystem.exists(f"{self._inner}/{name}"))
-        )
+        if self.folder is not None:
+            return (self.folder / name).exists()
+        self._filesystem.invalidate_cache(self._inner)  # otherwise it may answer from an old listing
+        return bool(self._filesystem.exists(f"{self._inner}/{name}"))
 
     @contextmanager
     def _open_shard(self, shard: int) -> Iterator[BinaryIO]:

@@ -29,10 +29,15 @@ class Mark:
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """A line without its end; ``None`` for the content of a line that is too long."""
+    """A line without its end; ``None`` for the content of a line that is too long.
+
+    Attributes:
+        end: its end.
+    """
 
     content: bytes | None
     after: Mark
+    end: str = "\n"
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,4 +80,4 @@ def read_lines(file: BinaryIO, start: Mark, max_bytes: int = MAX_LINE_BYTES) -> 
             content = None
         elif content is not None and number == 1:
             content = content.removeprefix(b"\xef\xbb\xbf")  # some editors write a byte order mark first
-        yield Line(content, Mark(offset, number))
+        yield Line(content, Mark(offset, number), "\r\n" if raw.endswith(b"\r\n") else "\n")

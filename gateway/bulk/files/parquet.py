@@ -10,7 +10,7 @@ from datetime import date, datetime, time
 from typing import Any
 
 from gateway.bulk.fields import Record
-from gateway.bulk.files.columns import REST
+from gateway.bulk.files.columns import REST, with_rest
 from gateway.bulk.files.lines import FileRecord, Mark
 from gateway.bulk.files.paths import SourceFile
 from gateway.bulk.files.tables import is_json
@@ -58,19 +58,31 @@ def _open(file: SourceFile) -> Iterator[Any]:
             yield opened
 
 
-def read_parquet(file: SourceFile, start: Mark, columns: Sequence[str] | None) -> Iterator[FileRecord]:
-    """Yield the rows after a mark, whose ``offset`` and ``number`` are both a row number."""
+def read_parquet(
+    file: SourceFile, start: Mark, columns: Sequence[str] | None, *, reads_all: bool = False
+) -> Iterator[FileRecord]:
+    """Yield the rows after a mark, whose ``offset`` and ``number`` are both a row number.
+
+    Args:
+        columns: the columns to keep; ``None`` for all.
+        reads_all: read the others too.
+
+    Raises:
+        BulkError: a column to keep has bytes, or the file is damaged.
+    """
     pa = import_pyarrow()
     with _open(file) as opened:
         if twice := _repeated(opened.schema_arrow.names):
             raise BulkError(f"{file.path}: two columns are called `{twice}`; rename or remove one of them")
         own = {field.name for field in opened.schema_arrow if is_json(field)}
         names = [
-            name for name in opened.schema_arrow.names if columns is None or name in columns or name in own & {REST}
+            name
+            for name in opened.schema_arrow.names
+            if columns is None or reads_all or name in columns or name in own & {REST}
         ]
-        if columns is None:  # vectors of another model are slow to read, and replaced anyway
+        if columns is None or reads_all:  # vectors of another model are slow to read, and replaced anyway
             names = [name for name in names if name not in _OLD_VECTORS or not _is_nested(pa, opened, name)]
-        convert = _converters(pa, file.path, opened.schema_arrow, names)
+        convert = _converters(pa, file.path, opened.schema_arrow, names, columns)
         convert |= dict.fromkeys(own.intersection(names), _from_json)
         group, skipped = 0, 0
         while group < opened.num_row_groups and skipped + opened.metadata.row_group(group).num_rows <= start.offset:
@@ -137,7 +149,7 @@ def _whole(record: Record) -> Record:
     """Return a row of a file that the gateway wrote. A field without a value is one that the row did not have."""
     fields = {name: value for name, value in record.items() if value is not None}
     rest = fields.pop(REST, None)
-    return {**fields, **rest} if isinstance(rest, Mapping) else fields
+    return with_rest(fields, rest) if isinstance(rest, Mapping) else fields
 
 
 def _from_json(text: Any) -> Json:
@@ -149,11 +161,13 @@ def _from_json(text: Any) -> Json:
     return value
 
 
-def _converters(pa: Any, path: str, schema: Any, names: Sequence[str]) -> dict[str, Callable[[Any], Json]]:
+def _converters(
+    pa: Any, path: str, schema: Any, names: Sequence[str], kept: Sequence[str] | None
+) -> dict[str, Callable[[Any], Json]]:
     """Return a function for each column whose values are not JSON.
 
     Raises:
-        BulkError: a column holds bytes.
+        BulkError: a column to keep holds bytes.
     """
     types = pa.types
     plain = [types.is_string, types.is_large_string, types.is_integer, types.is_boolean]
@@ -164,7 +178,8 @@ def _converters(pa: Any, path: str, schema: Any, names: Sequence[str]) -> dict[s
             kind = kind.value_type
         if any(is_plain(kind) for is_plain in plain):
             continue
-        if pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind):
+        is_bytes = types.is_binary(kind) or types.is_large_binary(kind) or types.is_fixed_size_binary(kind)
+        if is_bytes and (kept is None or name in kept):
             raise BulkError(
                 f"{path}: column `{name}` has bytes, which no sink can store: cast it to a string if it has text, or "
                 "name the columns to keep with --payload"

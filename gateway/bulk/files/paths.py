@@ -129,28 +129,40 @@ def find_files(places: Sequence[str], without: Sequence[str] = ()) -> list[Sourc
         if not kept:
             raise BulkError(f"{place}: is also where this job would write: choose another --to, --manifest or --errors")
         found += kept
-    seen: set[str] = set()
-    for path, _, _ in found:
-        if path in seen:
-            raise BulkError(f"{path}: is named twice in the sources")
-        seen.add(path)
+    _check_apart(found)
     folder = _common_folder([path for path, _, _ in found])
     return [
         SourceFile(path, path[len(folder) :], _format(path), filesystem, inner) for path, filesystem, inner in found
     ]
 
 
+def _check_apart(found: Sequence[tuple[str, Any, str]]) -> None:
+    """Check that no file is read twice, also under another name.
+
+    Raises:
+        BulkError: a file is, for example because a link leads back to the folder that contains it.
+    """
+    seen: dict[str, str] = {}
+    for path, filesystem, _ in found:
+        real = path if filesystem is not None else os.path.realpath(path)
+        if (other := seen.get(real)) is not None:
+            twice = "is named twice in the sources" if other == path else f"is the same file as {other}"
+            raise BulkError(f"{path}: {twice}, so each of its rows would be read twice: name it once")
+        seen[real] = path
+
+
 def _within(places: Sequence[str]) -> Callable[[str], bool]:
     """Return a function that checks whether a path is one of some places, or inside one."""
     bare = [place.removeprefix("file://") for place in places]
     remote = [place.rstrip("/") for place in bare if "://" in place]
-    local = [Path(place).expanduser().resolve() for place in bare if "://" not in place]
+    # Not `Path.resolve`, which fails at links in a circle.
+    local = [os.path.realpath(os.path.expanduser(place)) for place in bare if "://" not in place]  # noqa: PTH111
 
     def is_within(path: str) -> bool:
         if "://" in path:
             return any(path == place or path.startswith(f"{place}/") for place in remote)
-        resolved = Path(path).resolve()
-        return any(resolved.is_relative_to(place) for place in local)
+        real = Path(os.path.realpath(path))
+        return any(real.is_relative_to(place) for place in local)
 
     return is_within
 
@@ -159,17 +171,51 @@ def _find_local(place: str) -> list[str]:
     path = os.path.expanduser(place)  # noqa: PTH111  a pattern is not a path
     try:
         if os.path.isdir(path):  # noqa: PTH112  the method of a path raises for a name that is too long
-            return _known(place, [str(child) for child in Path(path).rglob("*") if child.is_file()], path)
+            folder = str(Path(path))
+            return _known(place, list(_files_below(folder)), folder)
         if not os.path.lexists(path) and glob.has_magic(path):
-            matches = [match for match in glob.glob(path, recursive=True) if os.path.isfile(match)]  # noqa: PTH207, PTH113
-            return _known(place, matches, "")
+            return _known(place, list(_matches(path)), "")
     except OSError as error:
-        raise BulkError(f"{place}: cannot be read: {error.strerror}") from error
+        raise BulkError(f"{error.filename or place}: cannot be read: {error.strerror}") from error
     if not os.path.lexists(path):
         raise BulkError(f"{place}: no such file or folder")
     if _format_of(path) is None:
         raise BulkError(f"{place}: its name must end in {_endings()}")
     return [path]
+
+
+def _files_below(folder: str, above: Sequence[str] = ()) -> Iterator[str]:
+    """Yield everything in a folder and its subfolders that is not a folder, except what is hidden.
+
+    Links to folders are followed, unless they lead back to a folder around them. Links to nothing are yielded too: the job
+    must not silently leave out a file.
+
+    Args:
+        above: the real paths of the folders around this one.
+
+    Raises:
+        OSError: a folder cannot be read.
+    """
+    around = (*above, os.path.realpath(folder))
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if _is_hidden(entry.name):
+                continue
+            if not entry.is_dir():
+                yield str(Path(entry.path))
+            elif os.path.realpath(entry.path) not in around:
+                yield from _files_below(entry.path, around)
+
+
+def _matches(pattern: str) -> Iterator[str]:
+    """Yield the files of a pattern, also those in matching folders with a file's name, such as Spark's ``x.parquet/``."""
+    found: set[str] = set()
+    for path in glob.glob(pattern, recursive=True):  # noqa: PTH207
+        if not os.path.isdir(path):  # noqa: PTH112
+            found.add(path)
+        elif _format_of(path) is not None:
+            found.update(_files_below(path))
+    yield from found
 
 
 def _find_remote(place: str) -> list[tuple[str, Any, str]]:
@@ -212,6 +258,18 @@ def filesystem_of(place: str) -> tuple[Any, str]:
     return filesystem, str(inner)
 
 
+def expanded(place: str) -> Path:
+    """Return a path with the home folder instead of ``~``.
+
+    Raises:
+        BulkError: there is no such home folder.
+    """
+    try:
+        return Path(place).expanduser()
+    except RuntimeError:
+        raise BulkError(f"{place}: no such home folder; write the whole path, or ./~ for a name with a tilde") from None
+
+
 def _is_on_this_machine(filesystem: Any) -> bool:
     from fsspec.implementations.local import LocalFileSystem
 
@@ -221,14 +279,18 @@ def _is_on_this_machine(filesystem: Any) -> bool:
 def _known(place: str, paths: Sequence[str], folder: str) -> list[str]:
     """Return the paths of known formats, in order, without hidden files and notes such as ``_manifest.json``."""
 
-    def is_hidden(path: str) -> bool:
+    def is_visible(path: str) -> bool:
         parts = path.removeprefix(folder).strip("/").split("/")
-        return any(part.startswith((".", "_")) for part in (parts if folder else parts[-1:]))
+        return not any(map(_is_hidden, parts if folder else parts[-1:]))
 
-    known = [path for path in sorted(paths) if not is_hidden(path) and _format_of(path) is not None]
+    known = [path for path in sorted(paths) if is_visible(path) and _format_of(path) is not None]
     if not known:
         raise BulkError(f"{place}: no file name ends in {_endings()}; found {count(len(paths), 'other file')}")
     return known
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith((".", "_"))
 
 
 def _endings() -> str:

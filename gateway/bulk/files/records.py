@@ -25,11 +25,14 @@ _QUOTED = re.compile(r'"[^"]*"')
 csv.field_size_limit(MAX_LINE_BYTES)
 
 
-def read_records(file: SourceFile, start: Mark, columns: Sequence[str] | None = None) -> Iterator[FileRecord]:
+def read_records(
+    file: SourceFile, start: Mark, columns: Sequence[str] | None = None, *, reads_all: bool = False
+) -> Iterator[FileRecord]:
     """Yield the records of a file after a mark.
 
     Args:
-        columns: the columns to read, if the format can leave out columns; ``None`` for all.
+        columns: the columns to keep, if the format can leave out columns; ``None`` for all.
+        reads_all: read the others too.
 
     Raises:
         BulkError: the file cannot be read, or does not have the format at all.
@@ -38,7 +41,7 @@ def read_records(file: SourceFile, start: Mark, columns: Sequence[str] | None = 
         if file.format is Format.PARQUET:
             from gateway.bulk.files.parquet import read_parquet
 
-            yield from read_parquet(file, start, columns)
+            yield from read_parquet(file, start, columns, reads_all=reads_all)
             return
         with file.open() as content:
             if file.format is Format.JSONL:
@@ -163,7 +166,7 @@ class _CsvLines:
             raise _TooLong
         # Invalid UTF-8 is reported when the record is complete. The line end is kept because it may be part of a quoted
         # field.
-        return line.content.decode(errors="surrogateescape") + "\n"
+        return line.content.decode(errors="surrogateescape") + line.end
 
 
 def _read_csv(path: str, file: BinaryIO, start: Mark) -> Iterator[FileRecord]:
@@ -202,7 +205,7 @@ def _read_header(path: str, lines: _CsvLines) -> tuple[list[str], str]:
         BulkError: the names are missing or ambiguous.
     """
     try:
-        line = next(lines).rstrip("\n")
+        line = next(lines).removesuffix("\n").removesuffix("\r")
     except StopIteration:
         raise BulkError(f"{path}: is empty; the first line must contain the column names") from None
     except _TooLong:

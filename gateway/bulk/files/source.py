@@ -8,9 +8,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import TypeAlias
 
 from gateway.bulk.fields import FieldNames, Fields, Record, resolve_fields
-from gateway.bulk.files.columns import restored
+from gateway.bulk.files.columns import restored, row_of
 from gateway.bulk.files.lines import FileRecord, Mark
 from gateway.bulk.files.paths import Format, SourceFile, find_files, reading
 from gateway.bulk.files.records import read_records
@@ -23,6 +24,9 @@ _ID_NAMESPACE = uuid.UUID("0f8fad5b-d9cb-469f-a165-70867728950e")
 """The namespace of ids that are derived from the place and the content of a row."""
 
 
+_State: TypeAlias = str | tuple[int, ...]
+
+
 @dataclass(frozen=True, slots=True)
 class _Summary:
     """A summary of a file's content.
@@ -30,12 +34,12 @@ class _Summary:
     Attributes:
         digest: a hash of the content, or the filesystem's own identifier of the file's version.
         num_rows: the approximate number of rows; ``None`` if the records must be read to count them.
-        state: a value that changes when the file is written; ``None`` for a file on another machine.
+        state: a value that changes when the file is written or replaced.
     """
 
     digest: str
     num_rows: int | None
-    state: tuple[int, int] | None
+    state: _State
 
 
 def open_files(places: Sequence[str], names: FieldNames, without: Sequence[str] = ()) -> FileSource:
@@ -48,17 +52,22 @@ def open_files(places: Sequence[str], names: FieldNames, without: Sequence[str] 
         BulkError: a file does not exist, has an unknown format or no records, or a field is missing.
     """
     files = find_files(places, without)
+    source: FileSource | None = None
     sample: list[Record] = []
     problem = ""
     for file in files:
-        for record in islice(read_records(file, Mark()), _SAMPLE_RECORDS):
+        # Of the others, only the beginning, so that a file of a wrong format ends the job now and not after hours.
+        records = read_records(file, Mark(), _columns(names), reads_all=True)
+        for record in islice(records, 1 if source is not None else _SAMPLE_RECORDS):
             if isinstance(record.content, str):
                 problem = problem or f"{file.path}:{record.number}: {record.content}"
             else:
                 sample.append(record.content)
-        if sample:
-            return FileSource(files, resolve_fields(names, sample, file.path))
-    raise BulkError(problem or f"{', '.join(places)}: no records found")
+        if source is None and sample:
+            source = FileSource(files, resolve_fields(names, sample, file.path))
+    if source is None:
+        raise BulkError(problem or f"{', '.join(places)}: no records found")
+    return source
 
 
 class FileSource:
@@ -113,18 +122,11 @@ class FileSource:
     def read(self, after: Position | None = None) -> Iterator[Row | BadRow]:
         first, start = _read_position(after)
         for index, file in enumerate(self._files[first:], start=first):
-            for record in read_records(file, start, self._columns(file)):
+            # The ids of rows without one are made from all columns.
+            for record in read_records(file, start, _columns(self.fields), reads_all=self.fields.id is None):
                 yield self._row(index, record)
             start = Mark()
             self._check_unchanged(index)
-
-    def _columns(self, file: SourceFile) -> list[str] | None:
-        """Return the columns of a Parquet file to read; ``None`` for all."""
-        fields = self.fields
-        if file.format is not Format.PARQUET or fields.payload is None or fields.id is None:
-            return None
-        paths = [path for path in (fields.id, fields.text, fields.title, *fields.payload) if path is not None]
-        return [part for path in paths for part in (path, path.partition(".")[0])]
 
     def _row(self, index: int, record: FileRecord) -> Row | BadRow:
         file = self._files[index]
@@ -137,7 +139,7 @@ class FileSource:
             derived_id = str(uuid.uuid5(_ID_NAMESPACE, f"{file.name}:{record.number}:{digest(record.content).hex()}"))
         # Fields that the user names are kept, whatever their names are.
         content = restored(record.content) if self.fields.payload is None else record.content
-        return self.fields.row(content, place, position, derived_id)
+        return row_of(self.fields, content, place, position, derived_id)
 
     def _check_unchanged(self, index: int) -> None:
         """Check that a file has not changed since its fingerprint was taken.
@@ -145,7 +147,11 @@ class FileSource:
         Raises:
             BulkError: the file was written in the meantime.
         """
-        if self._summaries is not None and self._summaries[index].state != _state(self._files[index]):
+        if self._summaries is None or (before := self._summaries[index]).state == (now := _state(self._files[index])):
+            return
+        # A new inode, or a time of change alone, may only mean other rights or another link.
+        is_written = isinstance(now, str) or before.state[:2] != now[:2]
+        if is_written or _hash(self._files[index])[0] != before.digest:
             raise BulkError(
                 f"{self._files[index].path}: was modified while it was being read, so its rows may be from different "
                 "versions: start over with --restart once the file is complete"
@@ -153,6 +159,14 @@ class FileSource:
 
     def close(self) -> None:
         """Do nothing, because a file is open only while it is read."""
+
+
+def _columns(fields: Fields | FieldNames) -> list[str] | None:
+    """Return the columns to keep, as far as they are known; ``None`` for all."""
+    if fields.payload is None:
+        return None
+    paths = [path for path in (fields.id, fields.text, fields.title, *fields.payload) if path is not None]
+    return [part for path in paths for part in (path, path.partition(".")[0])]
 
 
 def _read_position(after: Position | None) -> tuple[int, Mark]:
@@ -171,26 +185,34 @@ def _summarize(file: SourceFile) -> _Summary:
         from gateway.bulk.files.parquet import count_rows
 
         num_rows = count_rows(file)
-    if file.filesystem is not None:
-        try:
-            return _Summary(str(file.filesystem.ukey(file.inner)), num_rows, None)
-        except Exception as error:  # each filesystem raises its own library's errors
-            raise BulkError(f"{file.path}: cannot be read: {type(error).__name__}: {error}") from error
     state = _state(file)
+    if isinstance(state, str):
+        return _Summary(state, num_rows, state)
+    digest, num_lines = _hash(file)
+    if file.format is not Format.PARQUET and not file.is_packed:
+        num_rows = num_lines - (file.format is Format.CSV)
+    return _Summary(digest, num_rows, state)
+
+
+def _hash(file: SourceFile) -> tuple[str, int]:
+    """Return a hash of a file's content, and its number of lines."""
     hashed, num_lines, last = hashlib.sha256(), 0, b"\n"
     with reading(file.path), file.open_raw() as raw:
         while chunk := raw.read(_CHUNK_BYTES):
             hashed.update(chunk)
             num_lines += chunk.count(b"\n")
             last = chunk[-1:]
-    if file.format is not Format.PARQUET and not file.is_packed:
-        num_rows = num_lines + (last != b"\n") - (file.format is Format.CSV)
-    return _Summary(hashed.hexdigest(), num_rows, state)
+    return hashed.hexdigest(), num_lines + (last != b"\n")
 
 
-def _state(file: SourceFile) -> tuple[int, int] | None:
+def _state(file: SourceFile) -> _State:
+    """Return the file's size and times, or the identifier that its filesystem gives the file's version."""
     if file.filesystem is not None:
-        return None
+        try:
+            file.filesystem.invalidate_cache(file.inner)  # otherwise it may answer from an old listing
+            return str(file.filesystem.ukey(file.inner))
+        except Exception as error:  # each filesystem raises its own library's errors
+            raise BulkError(f"{file.path}: cannot be read: {type(error).__name__}: {error}") from error
     with reading(file.path):
         stat = Path(file.path).stat()
-    return stat.st_size, stat.st_mtime_ns
+    return stat.st_size, stat.st_mtime_ns, stat.st_ino, stat.st_ctime_ns

@@ -62,7 +62,8 @@ class Ledger:
         except sqlite3.DatabaseError as error:
             if "locked" in str(error):
                 raise BulkError(f"{self.path}: another process works on this move; wait for it, or end it") from None
-            raise BulkError(f"{self.path}: the ledger of the move cannot be used: {error}") from error
+            hint = "; make room, and run the same command again" if "full" in str(error) else ""
+            raise BulkError(f"{self.path}: the ledger of the move cannot be used: {error}{hint}") from error
 
     def _key(self, row_id: RowId) -> bytes:
         """Return an id's sort key as bytes that SQLite compares in the same way."""
@@ -107,6 +108,19 @@ class Ledger:
     def doom(self, ids: Iterable[RowId]) -> None:
         """Mark items for deletion at the end of a pass."""
         self._change("UPDATE items SET is_doomed = 1 WHERE key = ?", ((self._key(row_id),) for row_id in ids))
+
+    def num_doomed(self) -> int:
+        """Return the number of marked items."""
+        return self._count("is_doomed")
+
+    def num_items(self) -> int:
+        """Return the number of items."""
+        return self._count("true")
+
+    def _count(self, condition: str) -> int:
+        with self._using():
+            [number] = self._db.execute(f"SELECT COUNT(*) FROM items WHERE {condition}").fetchone()  # noqa: S608  above
+        return int(number)
 
     def doomed(self) -> list[RowId]:
         """Return some of the marked items."""
@@ -175,10 +189,11 @@ class Ledger:
             self._db.execute("BEGIN")
             try:
                 self._db.executemany(statement, values)
+                self._db.execute("COMMIT")
             except BaseException:  # also Ctrl-C must end the transaction
-                self._db.execute("ROLLBACK")
+                if self._db.in_transaction:  # a full disk may have ended it already
+                    self._db.execute("ROLLBACK")
                 raise
-            self._db.execute("COMMIT")
 
     def close(self) -> None:
         """Close the file, and let other processes open it."""

@@ -15,7 +15,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from gateway.bulk.rows import BulkError
-from gateway.bulk.stores.protocol import Place
+from gateway.bulk.stores.protocol import MEM0_KEY, Place
 from gateway.config.files import write_whole
 from gateway.config.wording import enumerate_names
 
@@ -24,8 +24,6 @@ TEXT_FIELDS: Final = {"qdrant": "data", "milvus": "metadata.data", "pgvector": "
 CHANGED_AT: Final = {"qdrant": "updated_at", "milvus": "metadata.updated_at"}
 """The path of the time of a memory's last change. PostgreSQL has an order of changes itself."""
 _VECTORS: Final = {"qdrant": None, "milvus": "vectors", "pgvector": "vector"}
-_KEY_ENV: Final = "GATEWAY_MOVE_MEM0_KEY"
-"""The environment variable that holds the configuration's password in this process: places only name variables."""
 _JSON: Final = ".json"
 _DEFAULT_COLLECTION: Final = "mem0"
 
@@ -117,8 +115,8 @@ def _yaml() -> YAML:
 def _keep(secret: object) -> str | None:
     if not secret:
         return None
-    os.environ[_KEY_ENV] = str(secret)
-    return _KEY_ENV
+    os.environ[MEM0_KEY] = str(secret)
+    return MEM0_KEY
 
 
 def _qdrant(settings: Mapping[str, Any], path: Path) -> Place:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator, Mapping
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -20,13 +20,15 @@ from gateway.bulk.job import Job, Options, Reporter
 from gateway.bulk.manifest import Manifest
 from gateway.bulk.moving.decisions import NEW, Action, Base, Digest, decide, merge
 from gateway.bulk.moving.ledger import Ledger
-from gateway.bulk.rows import BadRow, Choosy, EmbeddedRows, Position, Row, RowId, Sink, SpaceNote
+from gateway.bulk.rows import BadRow, BulkError, Choosy, EmbeddedRows, Position, Row, RowId, Sink, SpaceNote
 from gateway.bulk.stores.payloads import digest, with_field
 from gateway.bulk.stores.protocol import Keeping, Mark, MovableStore
 
 _BATCH = 256
 _SHARD_ROWS = 1024
 _MAX_NAMED = 20
+_FEW = 20
+"""Applications may delete this many items between two passes, whatever part of a collection they are."""
 
 
 @dataclass(slots=True)
@@ -269,7 +271,7 @@ class _Recorded:
 
 def sink_of(direction: Direction) -> Sink:
     """Return the sink of the second collection."""
-    like = direction.first if direction.creates and not direction.is_one else None
+    like = None if direction.is_one else direction.first
     keeping = Keeping(
         direction.text, direction.vector, adopts=not direction.creates, updates=direction.is_one, like=like
     )
@@ -302,8 +304,11 @@ async def run_pass(
     source = _Changes(direction, ledger, counts, None if is_full or now is None else ledger.mark)
     manifest_path = folder / "pass.sqlite3"
     for suffix in ("", "-wal", "-shm", "-journal"):
-        with suppress(FileNotFoundError):
-            manifest_path.with_name(manifest_path.name + suffix).unlink()
+        path = manifest_path.with_name(manifest_path.name + suffix)
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            raise BulkError(f"the state of the move cannot be written: {path}: {error.strerror}") from error
     with (
         closing(_Recorded(sink_of(direction), ledger, direction.text, counts)) as sink,
         closing(Manifest(manifest_path)) as manifest,
@@ -332,7 +337,20 @@ def _some_problems(path: Path) -> list[str]:
 
 
 def _delete_doomed(direction: Direction, ledger: Ledger, counts: PassCounts) -> None:
-    """Delete the items that the first collection no longer has, after checking that again."""
+    """Delete the items that the first collection no longer has, after checking that again.
+
+    Raises:
+        BulkError: they are most of the items of a collection that applications use. More likely than so many deletions is
+        that a program has created the first collection again.
+    """
+    num_doomed, num_items = ledger.num_doomed(), ledger.num_items()
+    if direction.is_flipped and not direction.is_one and num_doomed > max(_FEW, num_items // 2):
+        raise BulkError(
+            f"{direction.first} lacks {num_doomed:,} of the {num_items:,} items that were equal in {direction.second}, so a "
+            f"pass would delete them there. Nothing was deleted, in case {direction.first} was emptied, or deleted and "
+            "created again. If these items are to go, delete them yourself; `gateway move finish` ends the move and keeps "
+            "both collections"
+        )
     while ids := ledger.doomed():
         there = {row.id for row in direction.reading.read_ids(direction.first, ids, FieldNames(text=direction.text))}
         gone = [row_id for row_id in ids if row_id not in there]

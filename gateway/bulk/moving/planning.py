@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -182,7 +183,7 @@ def _old_vector(new: str, requested: str | None, info: CollectionInfo, store: st
 def _url(place: Place) -> str:
     """Return the URL of a store in a form that is valid in any working directory, for the next steps."""
     if place.location and "://" not in place.location:
-        place = replace(place, location=str(Path(place.location).resolve()))
+        place = replace(place, location=os.path.realpath(place.location))
     options = {**place.options, **({"key_env": place.key} if place.key else {})}
     return place.store + (f"?{urlencode(options)}" if options else "")
 
@@ -192,6 +193,20 @@ def real_name(store: MovableStore, collection: str) -> str:
     with suppress(BulkError):  # if the store is unreachable, the next request fails
         return store.describe(collection).name
     return collection
+
+
+def check_alias(store: MovableStore, move: Move) -> None:
+    """Check that the alias of a move points to one of its collections, or does not exist.
+
+    Raises:
+        BulkError: it points elsewhere, so redirecting it would take that collection away from applications.
+    """
+    pair = move.pairs[0]
+    if move.alias is not None and (target := real_name(store, move.alias)) not in (move.alias, pair.old, pair.new):
+        raise BulkError(
+            f"the alias {move.alias} points to {target}, which is not part of this move: point it to {pair.old} first, or "
+            "choose another alias"
+        )
 
 
 def name_copies(move: Move, work: Work, into: str | None) -> Move:

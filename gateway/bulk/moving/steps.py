@@ -21,9 +21,9 @@ from gateway.bulk.moving.checking import (
 )
 from gateway.bulk.moving.mem0 import change_mem0, present_settings, read_mem0, restore_mem0
 from gateway.bulk.moving.passes import PassCounts
-from gateway.bulk.moving.planning import StartRequest, name_copies, places_of, plan, real_name
+from gateway.bulk.moving.planning import StartRequest, check_alias, name_copies, places_of, plan, real_name
 from gateway.bulk.moving.state import Move, Pair, Stage, hold, write_move
-from gateway.bulk.moving.work import Work, asked_of, at_work, embedder_of, old_ledger, store_of
+from gateway.bulk.moving.work import Work, asked_of, at_work, embedder_of, old_ledger, pairs_left, store_of
 from gateway.bulk.places import open_movable
 from gateway.bulk.rows import BulkError, RowId, SpaceNote
 from gateway.bulk.stores.protocol import CollectionInfo, MovableStore
@@ -48,6 +48,7 @@ async def start(request: StartRequest, folder: Path, console: Console) -> Move:
             move = plan(request, known, place, store, folder, locks)
         async with at_work(move, folder, console) as opened:
             move = name_copies(move, opened, request.into)
+            check_alias(opened.reading, move)
             work = replace(opened, move=move)
             work.make_copies()
             move = replace(move, pairs=[replace(pair, new=real_name(work.reading, pair.new)) for pair in move.pairs])
@@ -233,6 +234,7 @@ async def _flip(move: Move, folder: Path, console: Console, *, forces: bool) -> 
             "--force"
         )
     async with at_work(move, folder, console) as work:
+        check_alias(work.reading, move)
         move = await _copy(work)
         if move.into_vector is not None:
             for pair in move.pairs:
@@ -266,6 +268,7 @@ def _use(move: Move, store: MovableStore, *, back: bool) -> Move:
     """Point the alias, or Mem0's configuration, to the new collection, or back to the old one."""
     pair = move.pairs[0]
     if move.alias is not None:
+        check_alias(store, move)
         store.flip(move.alias, pair.old if back else pair.new)
     if move.mem0 is None:
         return move
@@ -356,17 +359,25 @@ async def finish(move: Move, folder: Path, console: Console, *, deletes: bool) -
         BulkError: applications do not use the new collection, or still write into the old one.
     """
     with hold(folder, move) as held:
-        return await _finish(held, folder, console, deletes=deletes)
-
-
-async def _finish(move: Move, folder: Path, console: Console, *, deletes: bool) -> Move:
-    if not deletes:
-        lacks = f"; it lacks items that are only in {move.pairs[0].new}" if move.is_returning else ""
-        move = move.at(Stage.FINISHED, f"finished; the old collection was kept{lacks}")
+        move = held
+        if not deletes:
+            lacks = f"; it lacks items that are only in {held.pairs[0].new}" if held.is_returning else ""
+            what = f"the old collection was kept{lacks}"
+        elif held.stage is not Stage.FLIPPED:
+            raise BulkError("applications use the old collection: run `gateway move flip` first")
+        else:
+            one = held.into_vector is not None
+            what = f"deleted {f'the vector {held.vector}' if one else ', '.join(pair.old for pair in held.pairs)}"
+            if left := pairs_left(held):
+                move = await _delete_old(replace(held, pairs=left), folder, console)
+            what += f", with {count(move.refused, 'item')} that could not be copied" if move.refused else ""
+        move = move.at(Stage.FINISHED, f"finished; {what}")
         write_move(folder, move)
         return move
-    if move.stage is not Stage.FLIPPED:
-        raise BulkError("applications use the old collection: run `gateway move flip` first")
+
+
+async def _delete_old(move: Move, folder: Path, console: Console) -> Move:
+    """Copy the last changes, and delete the old collections or vectors."""
     async with at_work(move, folder, console) as work:
         results = await work.passes(is_full=True)
         move = _accept(work, results, skips=False)
@@ -382,8 +393,4 @@ async def _finish(move: Move, folder: Path, console: Console, *, deletes: bool) 
                 work.writing.delete_collection(pair.old)
             else:
                 work.writing.delete_vector(pair.old, move.vector or "")
-    deleted = ", ".join(pair.old for pair in move.pairs) if move.into_vector is None else f"the vector {move.vector}"
-    lost = f", with {count(move.refused, 'item')} that could not be copied" if move.refused else ""
-    move = move.at(Stage.FINISHED, f"finished; deleted {deleted}{lost}")
-    write_move(folder, move)
     return move

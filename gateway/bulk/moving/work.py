@@ -23,7 +23,7 @@ from gateway.bulk.moving.state import Move, Pair
 from gateway.bulk.places import open_movable, read_place
 from gateway.bulk.progress import show_progress
 from gateway.bulk.rows import BulkError, SpaceNote
-from gateway.bulk.stores.protocol import MovableStore, Place
+from gateway.bulk.stores.protocol import CollectionInfo, MovableStore, Place
 from gateway.cli.console import say
 from gateway.cli.models import models_at
 from gateway.config.wording import count
@@ -98,6 +98,13 @@ def store_of(move: Move) -> Iterator[MovableStore]:
         yield store
 
 
+def pairs_left(move: Move) -> list[Pair]:
+    """Return the pairs whose old collection exists: an interrupted last step may have deleted some."""
+    with store_of(move) as store:
+        names = store.collections()
+    return [pair for pair in move.pairs if pair.old in names]
+
+
 @dataclass(frozen=True, slots=True)
 class Work:
     """A move with its open store and loaded model.
@@ -130,10 +137,18 @@ class Work:
     def ledger(self, pair: Pair, *, back: bool = False) -> Iterator[Ledger]:
         """Open the ledger of a collection: of its new vectors, or of old ones in the same collection."""
         with closing(Ledger(self._ledger_path(pair, back=back), self.reading.sort_key)) as ledger:
-            ledger.belong_to(json.dumps([pair.new, self.move.new_vector]))
-            if pair.new not in self.reading.collections():  # the first pass, or it was deleted since
+            exists = pair.new in self.reading.collections()
+            info = self.reading.describe(pair.new) if exists else None
+            ledger.belong_to(json.dumps([pair.new, self.move.new_vector, info and info.identity]))
+            if info is None or self._is_foreign(info):  # the first pass, or it was deleted since, or created again
                 ledger.clear()
             yield ledger
+
+    def _is_foreign(self, info: CollectionInfo) -> bool:
+        """Return whether a collection lacks the note of the move, or items although only the move has written into it."""
+        space = self.move.space or ""
+        is_noted = any(is_same_space(note.space, space) for note in info.notes.values())
+        return not is_noted or not (info.count or self.move.was_flipped)
 
     def direction(self, pair: Pair, *, back: bool = False) -> Direction:
         """Return where a pass reads and writes: from the old collection to the new one, or back."""
@@ -186,7 +201,8 @@ class Work:
                     found[pair.old] = counts
                     if not is_finished:
                         raise Interrupted("interrupted; written items are kept, and the same command continues")
-                    if counts.changes <= allowed_changes(counts.items):
+                    # A refused item may fit now, after another one has changed or gone.
+                    if counts.changes <= allowed_changes(counts.items) and not (counts.refused and counts.changes):
                         break
         return found
 

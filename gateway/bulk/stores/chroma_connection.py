@@ -122,8 +122,8 @@ class Connection:
         status = error.response.status_code if isinstance(error, httpx.HTTPStatusError) else None
         if status in (401, 403) or (isinstance(error, ChromaError) and error.code() in (401, 403)):
             if self._key:
-                return f"{where} rejects the key in the environment variable {self.place.key}: {message}"
-            return f"{where} needs a key: set the environment variable {self.place.key}, or name another with ?key_env=NAME"
+                return f"{where} rejects the key in {self.place.secret}: {message}"
+            return f"{where} needs a key: {self.place.remedy}"
         if _pause_after(error) is not None and has_responded:
             return f"{where} has gone away: {message}; {RETRY_HINT}"
         if not has_responded:

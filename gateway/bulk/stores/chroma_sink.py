@@ -50,10 +50,8 @@ class ChromaSink:
             raise BulkError(
                 f"{self.name} can store only dense vectors: leave out the other outputs, or embed into qdrant or milvus"
             )
-        found = self._connection.find(self._name)
-        if found is None:
-            self._collection = self._create(note)
-            return
+        # A collection that another job creates in the meantime is returned as it is, so it is checked as well.
+        found = self._connection.find(self._name) or self._create(note)
         num_items = self._connection.call(found.count, self.name)
         written = (found.metadata or {}).get(NOTE)
         held = None if written is None else note_from_json(_parse(written), self.name)

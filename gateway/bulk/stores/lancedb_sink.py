@@ -32,6 +32,7 @@ class LanceSink:
         self._keeping = keeping
         self._table: Table | None = None
         self._tables: Tables | None = None
+        self._note: SpaceNote | None = None
         self._metadata: dict[bytes, bytes] = {}
         self._has_written = False
 
@@ -50,15 +51,19 @@ class LanceSink:
         self._metadata = {_KEY: json.dumps(note_to_json(note)).encode()}
         # Lance reads a dot as a path, so a field with a dot goes into the rest.
         self._tables = Tables(pa, note, self._keeping.text, lambda name: name != "" and "." not in name)
+        self._note = note
         self._table = find_table(self._database, self._table_name, self.name)
-        if self._table is None:
-            return
-        schema = self._table.schema
+        if self._table is not None:
+            self._tables.take_columns(self._checked(self._table, note))
+
+    def _checked(self, table: Table, note: SpaceNote) -> pa.Schema:
+        """Return the schema of a table that can take vectors of this space."""
+        schema = table.schema
         written = (schema.metadata or {}).get(_KEY)
         if written is None:
             raise BulkError(f"{self.name} is a table without a note of its space: embed into a new table")
-        check_note(note_from_json(json.loads(written), self.name), note, self.name, self._table.count_rows())
-        self._tables.take_columns(schema)
+        check_note(note_from_json(json.loads(written), self.name), note, self.name, table.count_rows())
+        return schema
 
     def problem(self, row: Row) -> str:
         """Return the reason why the table cannot store a row; empty if it can."""
@@ -70,10 +75,14 @@ class LanceSink:
         Raises:
             BulkError: a row does not fit, or the folder cannot be written.
         """
-        if self._tables is None:
+        if self._tables is None or self._note is None:
             raise RuntimeError("a sink must be opened before the first write")
         if not batch.rows:
             return
+        if self._table is None:  # another job may have created it since, in another space or with other columns
+            self._table = find_table(self._database, self._table_name, self.name)
+            if self._table is not None:
+                self._tables.take_columns(self._checked(self._table, self._note))
         if not self._tables.has_columns:
             self._tables.choose_columns(batch)
         rows = self._tables.table(batch, self._metadata)
@@ -81,7 +90,7 @@ class LanceSink:
             raise BulkError(f"{self.name}: two rows of a shard have the same id, at or after {batch.rows[0].place}")
         with plain_errors(self.name):
             if self._table is None:
-                self._table = self._database.create_table(self._table_name, schema=rows.schema, exist_ok=True)
+                self._table = self._database.create_table(self._table_name, schema=rows.schema)
             merge = self._table.merge_insert("id").when_matched_update_all().when_not_matched_insert_all()
             merge.execute(rows)
         self._has_written = True

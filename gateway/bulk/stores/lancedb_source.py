@@ -13,7 +13,7 @@ from lancedb import DBConnection
 from lancedb.table import Table
 
 from gateway.bulk.fields import FieldNames, Fields, Record, resolve_fields
-from gateway.bulk.files.columns import MULTIVECTOR, REST, SPARSE, VECTOR
+from gateway.bulk.files.columns import MULTIVECTOR, REST, SPARSE, VECTOR, row_of, with_rest
 from gateway.bulk.files.tables import is_json
 from gateway.bulk.rows import BadRow, BulkError, Json, Position, Row
 from gateway.bulk.stores.lancedb_tables import get_table, plain_errors
@@ -96,7 +96,7 @@ class LanceSource:
             case _:
                 raise BulkError(f"{after!r} is not a position in {self.name}")
         for index, record in self._records(table, start):
-            yield self.fields.row(record, f"row {index + 1} of {self.name}", [version, index])
+            yield row_of(self.fields, record, f"row {index + 1} of {self.name}", [version, index])
 
     def close(self) -> None:
         """Do nothing: a folder has no connection."""
@@ -139,4 +139,4 @@ def _record(values: dict[str, Any], jsons: list[str]) -> dict[str, Json]:
     if REST not in jsons:
         return {name: to_json(value) for name, value in values.items()}
     rest = values.pop(REST) or {}
-    return {**{name: to_json(value) for name, value in values.items() if value is not None}, **rest}
+    return with_rest({name: to_json(value) for name, value in values.items() if value is not None}, rest)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +14,14 @@ from pymilvus import MilvusClient
 
 from gateway.bulk.fields import FieldNames
 from gateway.bulk.rows import BadRow, BulkError, Row, RowId
-from gateway.bulk.stores.milvus_collections import TIMEOUT_S, Collection, find_collection, refusals, selection
+from gateway.bulk.stores.milvus_collections import (
+    TIMEOUT_S,
+    Collection,
+    find_collection,
+    is_unauthenticated,
+    refusals,
+    selection,
+)
 from gateway.bulk.stores.milvus_rows import (
     NO_FURTHER_VECTOR,
     PAGE,
@@ -74,10 +80,14 @@ class MilvusStore:
                 options = _OF_LITE if place.location else {}
                 return MilvusClient(uri=uri, token=token, db_name=place.path, timeout=TIMEOUT_S, **options)
         except BulkError as error:
+            if is_unauthenticated(error):
+                has_token = bool(os.environ.get(place.key or ""))
+                problem = f"rejects the token in {place.secret}" if has_token else f"needs a token: {place.remedy}"
+                raise BulkError(f"{self.name} {problem}") from error
             if not place.location:
                 raise
             why = "only one process at a time can use a Milvus Lite file"
-            if not os.access(Path(place.location).resolve().parent, os.W_OK):
+            if not os.access(os.path.dirname(os.path.realpath(place.location)), os.W_OK):  # noqa: PTH120
                 why = "its folder does not exist, or cannot be written"
             raise BulkError(f"{self.name} cannot be opened; {why}: {error}") from error
 
@@ -86,8 +96,10 @@ class MilvusStore:
         return open_source(self._connect, self._find(collection), names, since)
 
     def sink(self, collection: str, keeping: Keeping) -> MilvusSink:
-        """Return a sink for a collection."""
-        return MilvusSink(self._connect, collection, self._prefix, keeping, merges=bool(self._place.location))
+        """Return a sink for a collection, also by an alias: one that is redirected meanwhile does not redirect the job."""
+        found = find_collection(self._client, collection, self._prefix)
+        name = collection if found is None else found.name
+        return MilvusSink(self._connect, name, self._prefix, keeping, merges=bool(self._place.location))
 
     def _find(self, collection: str) -> Collection:
         found = find_collection(self._client, collection, self._prefix)
@@ -106,7 +118,8 @@ class MilvusStore:
         """Return a collection's info."""
         found = self._find(collection)
         widths = {name: field.width for name, field in found.dense.items()}
-        return CollectionInfo(found.name, count_items(self._client, found), widths, found.notes)
+        number = count_items(self._client, found)
+        return CollectionInfo(found.name, number, widths, found.notes, identity=str(found.number))
 
     def read_ids(self, collection: str, ids: Sequence[RowId], names: FieldNames) -> Iterator[Row | BadRow]:
         """Yield the items with these ids."""

@@ -122,6 +122,16 @@ def refusals(place: str) -> Iterator[None]:
         raise BulkError(f"{place} cannot be reached, or has gone away: {type(error).__name__}") from error
 
 
+def is_unauthenticated(error: BaseException) -> bool:
+    """Return whether a server rejected the token: pymilvus says only that it cannot connect."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, grpc.RpcError) and cause.code() is grpc.StatusCode.UNAUTHENTICATED:
+            return True
+        cause = cause.__cause__
+    return False
+
+
 def find_collection(client: MilvusClient, name: str, store: str) -> Collection | None:
     """Return a collection by its name or an alias; ``None`` if it does not exist.
 
@@ -141,7 +151,7 @@ def find_collection(client: MilvusClient, name: str, store: str) -> Collection |
     note = (description.get("properties") or {}).get(NOTE)
     return Collection(
         name=description["collection_name"],
-        place=place,
+        place=f"{store}{description['collection_name']}",
         number=int(description.get("collection_id", 0)),
         id=id_field,
         vectors=[field for field in fields if field.is_vector],

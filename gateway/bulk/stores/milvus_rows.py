@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Final, TypeAlias
 
+import grpc
 from pymilvus import MilvusClient
+from pymilvus.exceptions import MilvusException
 
+from gateway.bulk.blocks import size_of
 from gateway.bulk.fields import FieldNames
-from gateway.bulk.rows import BulkError, EmbeddedRows, Json, Row, RowId, SpaceNote
+from gateway.bulk.rows import BadRow, BulkError, EmbeddedRows, Json, Row, RowId, RowsRefused, SpaceNote
 from gateway.bulk.stores.milvus_collections import (
     MAX_ID_BYTES,
     MAX_WIDTH,
@@ -25,7 +28,7 @@ from gateway.bulk.stores.milvus_collections import (
     refusals,
     selection,
 )
-from gateway.bulk.stores.notes import check_note
+from gateway.bulk.stores.notes import check_note, replaced
 from gateway.bulk.stores.payloads import KindOfIds, has_nul, with_field
 from gateway.bulk.stores.protocol import Keeping, Since
 from gateway.bulk.stores.reading import Item, KeysetSource
@@ -35,8 +38,10 @@ Connect: TypeAlias = Callable[[], MilvusClient]
 
 PAGE: Final = 500
 """Items per read or write request."""
-_MAX_NUMBERS: Final = 4_000_000
-"""Numbers per request: 16 MB, while a server accepts 64."""
+_MAX_BYTES: Final = 16_000_000
+"""Bytes per request, while a server accepts 64 MB."""
+_TOO_LARGE: Final = ("exceeds max length", "larger than max")
+"""Parts of the messages about the JSON of a row, a text, and a whole request that exceed the server's limits."""
 NO_FURTHER_VECTOR: Final = "Milvus adds no vectors to items that exist: choose a second collection"
 _INT64: Final = range(-(2**63), 2**63)
 _DENSE_NAME, _SPARSE_NAME = "vector", "sparse"
@@ -101,6 +106,18 @@ def count_items(client: MilvusClient, collection: Collection) -> int:
     return int(found["count(*)"])
 
 
+def _requests(rows: Sequence[Row], width: int) -> Iterator[range]:
+    """Yield the numbers of rows, as many at a time as fit into a request."""
+    start = size = 0
+    for number, row in enumerate(rows):
+        own = 4 * width + len(row.text) + size_of(row.payload)
+        if number > start and (size + own > _MAX_BYTES or number - start == PAGE):
+            yield range(start, number)
+            start, size = number, 0
+        size += own
+    yield range(start, len(rows))
+
+
 class MilvusSink:
     """Writes vectors into a collection, which it creates if necessary.
 
@@ -116,6 +133,7 @@ class MilvusSink:
         self._note: SpaceNote | None = None
         self._collection: Collection | None = None
         self._like: Collection | None = None
+        self._noted: dict[str, SpaceNote] = {}
         self._ids = KindOfIds()
 
     def is_empty(self) -> bool:
@@ -220,6 +238,7 @@ class MilvusSink:
             self._client.alter_collection_properties(
                 collection.name, noted_properties({**collection.notes, noted: note}), timeout=TIMEOUT_S
             )
+        self._noted = {noted: held or note}
 
     def _vector(self, collection: Collection) -> Field:
         return collection.vector(self._keeping.vector)
@@ -231,23 +250,53 @@ class MilvusSink:
         return names[0]
 
     def write(self, shard: int, batch: EmbeddedRows) -> None:
-        """Insert items, or replace those with the same ids. Milvus responds after writing them to its log."""
+        """Insert items, or replace those with the same ids. Milvus responds after writing them to its log.
+
+        Raises:
+            RowsRefused: some rows are too large for the server, whose limit for the JSON of a row is 64 KiB by default.
+            BulkError: Milvus rejects the shard, or has gone away.
+        """
         if not batch.rows or self._note is None:
             return
         with refusals(self.name):
             if self._collection is None:
                 self._collection = self._create(batch.rows)
             collection = self._collection
+            self._check_same(collection)
             self._ids.are_counted = collection.is_counted
             for row in batch.rows:
                 if problem := self.problem(row):
                     raise BulkError(f"{row.place}: {problem}")
-            size = max(1, min(PAGE, _MAX_NUMBERS // max(1, self._note.dimensions)))
-            for start in range(0, len(batch.rows), size):
-                items = self._items(collection, batch, range(start, min(start + size, len(batch.rows))))
+            bad: list[BadRow] = []
+            for numbers in _requests(batch.rows, self._note.dimensions):
+                items = self._items(collection, batch, numbers)
                 if self._merges:
                     self._delete_changed(collection, items)
-                self._client.upsert(collection.name, items, timeout=TIMEOUT_S)
+                bad += self._upsert(collection, batch.rows[numbers.start : numbers.stop], items)
+        if bad:
+            raise RowsRefused(bad)
+
+    def _upsert(self, collection: Collection, rows: Sequence[Row], items: list[dict[str, Any]]) -> list[BadRow]:
+        """Store items in one request, or in several smaller ones; return the rows that are too large for the server."""
+        try:
+            self._client.upsert(collection.name, items, timeout=TIMEOUT_S)
+        except (MilvusException, grpc.RpcError) as error:
+            message = " ".join(str(getattr(error, "message", error)).split())
+            if not any(part in message for part in _TOO_LARGE):
+                raise
+            if len(rows) == 1:
+                return [BadRow(rows[0].place, f"Milvus rejects it: {message}", rows[0].position, rows[0].id)]
+            middle = len(rows) // 2
+            return self._upsert(collection, rows[:middle], items[:middle]) + self._upsert(
+                collection, rows[middle:], items[middle:]
+            )
+        return []
+
+    def _check_same(self, collection: Collection) -> None:
+        """Check that the collection is still the one that was opened."""
+        now = find_collection(self._client, self._wanted, self._store)
+        if now is None or now.number != collection.number or not self._noted.items() <= now.notes.items():
+            raise BulkError(replaced(self.name))
 
     def _delete_changed(self, collection: Collection, items: Sequence[Mapping[str, Any]]) -> None:
         """Delete items with fields that their new versions lack; otherwise these fields would remain."""
@@ -265,10 +314,15 @@ class MilvusSink:
             raise ValueError("write before open")
         are_counted = all(isinstance(row.id, int) for row in rows)
         vector = self._keeping.vector or _DENSE_NAME
-        create_collection(self._client, self._wanted, self._note, are_counted, vector, _SPARSE_NAME)
         collection = find_collection(self._client, self._wanted, self._store)
         if collection is None:
+            create_collection(self._client, self._wanted, self._note, are_counted, vector, _SPARSE_NAME)
+            collection = find_collection(self._client, self._wanted, self._store)
+        if collection is None:
             raise BulkError(f"{self.name} was deleted while it was being created")
+        # Another job may have created it since `open`, and Milvus does not complain about a second creation of the same.
+        self._check(collection, self._note)
+        self._client.load_collection(collection.name, timeout=TIMEOUT_S)
         return collection
 
     def _items(self, collection: Collection, batch: EmbeddedRows, numbers: Sequence[int]) -> list[dict[str, Any]]:

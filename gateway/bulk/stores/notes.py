@@ -112,3 +112,11 @@ def read_notes(metadata: Mapping[str, object] | None, where: str) -> dict[str, S
 def write_notes(notes: Mapping[str, SpaceNote]) -> dict[str, Json]:
     """Return notes, by the names of their vectors, in the form that `read_notes` reads."""
     return {NOTE: {name: note_to_json(note) for name, note in notes.items()}}
+
+
+def replaced(where: str) -> str:
+    """Return the message of a job whose collection is no longer the one that it opened."""
+    return (
+        f"{where} was deleted and created again, or got another note, while this job wrote into it, so rows of this job may "
+        "be missing: run the same command again, which checks it"
+    )

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, LiteralString, TypeAlias, TypeVar
 from urllib.parse import unquote
 
 import numpy as np
@@ -20,18 +20,26 @@ from psycopg import sql
 
 from gateway.bulk.fields import FieldNames
 from gateway.bulk.rows import BadRow, BulkError, Row, RowId
+from gateway.bulk.stores import pgvector_creation as creation
 from gateway.bulk.stores import pgvector_order as order
 from gateway.bulk.stores import pgvector_rows as rows
 from gateway.bulk.stores import pgvector_tables as tables
 from gateway.bulk.stores.payloads import digest
 from gateway.bulk.stores.pgvector_session import Session
+from gateway.bulk.stores.pgvector_sink import PgvectorSink
 from gateway.bulk.stores.pgvector_tables import Connection, Name, Table, identifier, read_name, refusals
 from gateway.bulk.stores.protocol import CollectionInfo, Hit, Keeping, Mark, Place, Since
 from gateway.bulk.stores.reading import KeysetSource, fields_of
 from gateway.config.wording import quote
 from gateway.types import SparseVector
 
+Result = TypeVar("Result")
+Query: TypeAlias = LiteralString | sql.Composed
+
 _CONNECT_S: Final = 10
+_REJECTED: Final = "password authentication failed"
+_NOT_GIVEN: Final = "no password supplied"
+"""Parts of libpq's messages, which have no code while a connection is made."""
 _LOCK_S: Final = 5
 _DIGEST_PAGE: Final = 5_000
 
@@ -104,22 +112,41 @@ class PgvectorStore:
         if place.key not in {None, "PGPASSWORD"}:  # libpq reads this variable itself, and then ~/.pgpass
             parts["password"] = os.environ.get(str(place.key), "")
         with refusals(self.name):
-            connection = psycopg.connect(
-                autocommit=True,
-                connect_timeout=_CONNECT_S,
-                application_name="embedding-gateway",
-                **{name: value for name, value in parts.items() if value},
-            )
+            try:
+                connection = psycopg.connect(
+                    autocommit=True,
+                    connect_timeout=_CONNECT_S,
+                    application_name="embedding-gateway",
+                    **{name: value for name, value in parts.items() if value},
+                )
+            except psycopg.OperationalError as error:
+                if _REJECTED not in str(error) and _NOT_GIVEN not in str(error):
+                    raise
+                # Without a cause that looks like a server that will be back.
+                raise BulkError(self._about_password(is_wrong=_REJECTED in str(error))) from None
         rows.send_vectors(connection)
         return connection
+
+    def _about_password(self, *, is_wrong: bool) -> str:
+        where = self._place.secret
+        if self._place.key == "PGPASSWORD":
+            where += " or in ~/.pgpass"
+        user = quote(self._place.user) if self._place.user else "this machine's user"
+        if is_wrong:
+            return f"{self.name} rejects the password of {user} in {where}"
+        return f"{self.name} needs a password for {user}: put it into {where}"
 
     def source(self, collection: str, names: FieldNames, since: Since | None = None) -> KeysetSource:
         """Return the rows of a table."""
         return rows.open_source(self._connect, self._table(collection), names, since)
 
-    def sink(self, collection: str, keeping: Keeping) -> rows.PgvectorSink:
-        """Return a sink for a table."""
-        return rows.PgvectorSink(self._connect, read_name(collection), self.name, keeping, self._id)
+    def sink(self, collection: str, keeping: Keeping) -> PgvectorSink:
+        """Return a sink for a table, also by a view: a view that is redirected meanwhile does not redirect the job."""
+        return PgvectorSink(self._connect, self._behind(collection), self.name, keeping, self._id)
+
+    def _behind(self, collection: str) -> Name:
+        """Return the name of a table, which may be given by a view."""
+        return read_name(self.aliases().get(self._real_name(collection), collection))
 
     def _table(self, collection: str) -> Table:
         """Return a table by its name or by the name of a view.
@@ -127,39 +154,38 @@ class PgvectorStore:
         Raises:
             BulkError: the table does not exist.
         """
-        aliases = self.aliases()
-        name = read_name(aliases.get(collection, collection))
-
-        def find(connection: Connection) -> Table | None:
-            with refusals(self.name):
-                found = tables.find_table(connection, name, self.name, self._id)
-                if found is not None and str(found.name) in aliases:  # a view that was named with its schema
-                    table = read_name(aliases[str(found.name)])
-                    found = tables.find_table(connection, table, self.name, self._id)
-                return found
-
-        found = self._session.call(find)
+        name = self._behind(collection)
+        found = self._call(self.name, lambda connection: tables.find_table(connection, name, self.name, self._id))
         if found is None:
             raise BulkError(f"there is no table {quote(str(name))} in {self.name}")
         return found
 
+    def _call(self, place: str, work: Callable[[Connection], Result]) -> Result:
+        """Return the result of work that may be repeated, over a new connection if the old one is lost."""
+
+        def attempt(connection: Connection) -> Result:
+            with refusals(place):
+                return work(connection)
+
+        return self._session.call(attempt)
+
+    def _fetch(self, place: str, query: Query, values: Sequence[object] = ()) -> list[tuple[Any, ...]]:
+        return self._call(place, lambda connection: connection.execute(query, values or None).fetchall())
+
     def collections(self) -> Sequence[str]:
         """Return the tables that have vectors, with their schema unless they are on the search path."""
-        with refusals(self.name):
-            found = self._connection.execute(_TABLES).fetchall()
-        return [_shown(*row) for row in found]
+        return [_shown(*row) for row in self._fetch(self.name, _TABLES)]
 
     def describe(self, collection: str) -> CollectionInfo:
         """Return a table's info."""
         table = self._table(collection)
-        with refusals(self.name):
-            query = sql.SQL("SELECT count(*) FROM {}").format(table.name.sql)
-            [number] = self._connection.execute(query).fetchone() or (0,)
+        [[number]] = self._fetch(self.name, sql.SQL("SELECT count(*) FROM {}").format(table.name.sql))
         return CollectionInfo(
             name=str(table.name),
             count=int(number),
             widths={column.name: max(column.size, 0) for column in table.vectors},
             notes={column.name: note for column in table.vectors if (note := table.note(column)) is not None},
+            identity=str(table.oid),
         )
 
     def read_ids(self, collection: str, ids: Sequence[RowId], names: FieldNames) -> Iterator[Row | BadRow]:
@@ -216,11 +242,7 @@ class PgvectorStore:
     def delete_ids(self, collection: str, ids: Sequence[RowId]) -> None:
         """Delete rows."""
         table = self._table(collection)
-        query = sql.SQL("DELETE FROM {} WHERE {} = ANY({})").format(
-            table.name.sql, identifier(table.id.name), sql.SQL("%s::" + table.id.kind + "[]")
-        )
-        with refusals(table.place):
-            self._connection.execute(query, [rows.known_ids(table, ids)])
+        self._call(table.place, lambda connection: rows.delete_rows(connection, table, ids))
 
     def search(
         self, collection: str, query: npt.NDArray[np.float32] | SparseVector, limit: int, vector: str | None = None
@@ -230,24 +252,28 @@ class PgvectorStore:
         column = table.vector(vector or self._vector)
         if isinstance(query, SparseVector):
             raise BulkError(f"{table.place} has no sparse vectors")
-        with refusals(table.place), self._connection.transaction():
-            operator = tables.operator_of(self._connection, table, column)
-            self._connection.execute(sql.SQL("SET LOCAL hnsw.ef_search = {}").format(sql.Literal(max(40, 4 * limit))))
-            found = self._connection.execute(
-                sql.SQL("SELECT {}, {} {} {} AS d FROM {} WHERE {} IS NOT NULL ORDER BY d LIMIT {}").format(
-                    identifier(table.id.name)
-                    if table.is_counted
-                    else sql.SQL("{}::text").format(identifier(table.id.name)),
-                    identifier(column.name),
-                    sql.SQL(operator),
-                    sql.SQL("%s::" + column.kind),
-                    table.name.sql,
-                    identifier(column.name),
-                    sql.Literal(limit),
-                ),
-                [rows.pack(query, column.kind)],
-            ).fetchall()
-        return [Hit(row_id, -float(distance)) for row_id, distance in found]
+        packed = rows.pack(query, column.kind)
+
+        def run(connection: Connection) -> list[tuple[Any, ...]]:
+            operator = tables.operator_of(connection, table, column)
+            with connection.transaction():
+                connection.execute(sql.SQL("SET LOCAL hnsw.ef_search = {}").format(sql.Literal(max(40, 4 * limit))))
+                return connection.execute(
+                    sql.SQL("SELECT {}, {} {} {} AS d FROM {} WHERE {} IS NOT NULL ORDER BY d LIMIT {}").format(
+                        identifier(table.id.name)
+                        if table.is_counted
+                        else sql.SQL("{}::text").format(identifier(table.id.name)),
+                        identifier(column.name),
+                        sql.SQL(operator),
+                        sql.SQL("%s::" + column.kind),
+                        table.name.sql,
+                        identifier(column.name),
+                        sql.Literal(limit),
+                    ),
+                    [packed],
+                ).fetchall()
+
+        return [Hit(row_id, -float(distance)) for row_id, distance in self._call(table.place, run)]
 
     def vectors(
         self, collection: str, ids: Sequence[RowId], vector: str | None = None
@@ -264,8 +290,7 @@ class PgvectorStore:
             sql.SQL("%s::" + table.id.kind + "[]"),
             identifier(column.name),
         )
-        with refusals(table.place):
-            found = self._connection.execute(query, [rows.known_ids(table, ids)]).fetchall()
+        found = self._fetch(table.place, query, [rows.known_ids(table, ids)])
         return {row_id: np.array(numbers, np.float32) for row_id, numbers in found}
 
     def aliases(self) -> Mapping[str, str]:
@@ -275,14 +300,8 @@ class PgvectorStore:
 
     def _views(self) -> dict[str, tuple[str, int]]:
         """Return all views of tables, each with its table if it shows all rows and columns of exactly one table."""
-
-        def read(connection: Connection) -> list[tuple[Any, ...]]:
-            with refusals(self.name):
-                return connection.execute(_VIEWS).fetchall()
-
-        views = self._session.call(read)
         found: dict[str, tuple[str, int]] = {}
-        for *names, definition, oid, shown, columns in views:
+        for *names, definition, oid, shown, columns in self._fetch(self.name, _VIEWS):
             view, table = _shown(*names[:3]), _shown(*names[3:])
             has_all = shown == columns[: len(shown)]  # the table may have gained columns since
             is_plain = view not in found and has_all and _PLAIN_VIEW.fullmatch(definition) is not None
@@ -296,12 +315,8 @@ class PgvectorStore:
             return ""
         if name in self._views():
             return f"{quote(name)} is a view that does more than give a table another name: change it yourself"
-        with refusals(self.name):
-            found = self._connection.execute(
-                "SELECT relkind FROM pg_class WHERE oid = to_regclass(%s)",
-                [read_name(name).quoted],
-            ).fetchone()
-        if found is None:
+        query = "SELECT relkind FROM pg_class WHERE oid = to_regclass(%s)"
+        if not self._fetch(self.name, query, [read_name(name).quoted]):
             return ""
         return (
             f"{quote(name)} is itself a table: rename it, for example to {quote(f'{name}_1')}, and create a view with "
@@ -310,24 +325,27 @@ class PgvectorStore:
 
     def _real_name(self, name: str) -> str:
         """Return the name of a table or view, without its schema if that is on the search path."""
-        with refusals(self.name):
-            found = self._connection.execute(tables.NAMED, [read_name(name).quoted]).fetchone()
-        return str(read_name(name)) if found is None else _shown(*found[1:])
+        found = self._fetch(self.name, tables.NAMED, [read_name(name).quoted])
+        return _shown(*found[0][1:]) if found else str(read_name(name))
 
     def flip(self, name: str, collection: str) -> None:
         """Redirect a view to another table, in one transaction that waits for running queries."""
         if reason := self.why_not_flip(name):
             raise BulkError(reason)
         view, table = self._real_name(name), self._table(collection)
-        _table, old = self._views().get(view, ("", None))
-        with refusals(self.name), self._connection.transaction():
-            # Otherwise, while this change waits for a long query, it blocks all later queries.
-            self._connection.execute(sql.SQL("SET LOCAL lock_timeout = {}").format(sql.Literal(f"{_LOCK_S}s")))
-            if old is not None:
-                tables.replace_view(self._connection, old, table.name)
-                return
-            create = sql.SQL("CREATE VIEW {} AS SELECT * FROM {}")
-            self._connection.execute(create.format(read_name(view).sql, table.name.sql))
+
+        def redirect(connection: Connection) -> None:
+            _table, old = self._views().get(view, ("", None))
+            with connection.transaction():
+                # Otherwise, while this change waits for a long query, it blocks all later queries.
+                connection.execute(sql.SQL("SET LOCAL lock_timeout = {}").format(sql.Literal(f"{_LOCK_S}s")))
+                if old is not None:
+                    creation.replace_view(connection, old, table.name)
+                    return
+                create = sql.SQL("CREATE VIEW {} AS SELECT * FROM {}")
+                connection.execute(create.format(read_name(view).sql, table.name.sql))
+
+        self._call(self.name, redirect)
 
     def delete_alias(self, name: str) -> None:
         """Delete a view."""

@@ -13,15 +13,13 @@ import psycopg
 from psycopg import sql
 
 from gateway.bulk.rows import BulkError, RowId, SpaceNote
-from gateway.bulk.stores.notes import NOTE, note_from_json, note_to_json
+from gateway.bulk.stores.notes import NOTE, note_from_json
 from gateway.config.wording import cut, enumerate_names, quote
 
 Connection: TypeAlias = psycopg.Connection[tuple[Any, ...]]
 
-MAX_WIDTH: Final = 16_000
-"""The largest number of dimensions of a `vector`."""
-_MAX_INDEXED: Final = {"vector": 2_000, "halfvec": 4_000}
-"""The largest number of dimensions that an index of pgvector supports, by type."""
+_DENSE: Final = ("vector", "halfvec")
+_SPARSE: Final = "sparsevec"
 _INTEGERS: Final = ("smallint", "integer", "bigint")
 _RANGES: Final = dict(zip(_INTEGERS, (range(-(2**bits), 2**bits) for bits in (15, 31, 63)), strict=True))
 _TEXTS: Final = ("uuid", "text", "character varying")
@@ -30,7 +28,7 @@ _MAX_ID_BYTES: Final = 2_600
 _NO_SIZE: Final = -1
 _VARHDRSZ: Final = 4
 """The catalog has the size of a text with its header."""
-_METRICS: Final = {"cosine": "<=>", "ip": "<#>", "l2": "<->"}
+METRICS: Final = {"cosine": "<=>", "ip": "<#>", "l2": "<->"}
 _PART: Final = r'("(?:[^"]|"")+"|[^".]+)'
 _NAME: Final = re.compile(rf"(?:{_PART}\.)?{_PART}")
 
@@ -54,7 +52,7 @@ SELECT a.attname FROM pg_index i JOIN pg_attribute a ON a.attrelid = i.indrelid 
 WHERE i.indrelid = %s AND i.indisunique AND i.indnkeyatts = 1 AND i.indpred IS NULL AND i.indexprs IS NULL
 ORDER BY i.indisprimary DESC
 """
-_VECTOR_INDEXES: Final = """
+VECTOR_INDEXES: Final = """
 SELECT i.indexrelid::regclass::text, o.opcname
 FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid JOIN pg_am m ON m.oid = c.relam
 JOIN pg_opclass o ON o.oid = i.indclass[0] JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = i.indkey[0]
@@ -136,8 +134,8 @@ class Table:
 
     Attributes:
         place: the table's name in messages.
+        vectors, sparse: the columns of dense and of sparse vectors.
         others: the columns that are neither the id nor vectors.
-        metric: the metric of the vectors' index; cosine without an index.
     """
 
     oid: int
@@ -145,6 +143,7 @@ class Table:
     place: str
     id: Column
     vectors: Sequence[Column]
+    sparse: Sequence[Column]
     others: Sequence[Column]
 
     @property
@@ -224,15 +223,16 @@ def refusals(place: str) -> Iterator[None]:
         if isinstance(error, psycopg.OperationalError) and (error.sqlstate or "08").startswith(_AWAY):
             raise away(place, error) from error
         hint = "; make room, and run the same command again" if isinstance(error, psycopg.errors.DiskFull) else ""
-        raise BulkError(f"{place}: PostgreSQL rejects the request: {_message(error)}{hint}") from error
+        raise BulkError(f"{place}: PostgreSQL rejects the request: {message_of(error)}{hint}") from error
 
 
 def away(place: str, error: psycopg.OperationalError) -> BulkError:
     """Return the error of a job whose server has gone away."""
-    return BulkError(f"{place} cannot be reached, or has gone away: {_message(error)}")
+    return BulkError(f"{place} cannot be reached, or has gone away: {message_of(error)}")
 
 
-def _message(error: psycopg.Error) -> str:
+def message_of(error: psycopg.Error) -> str:
+    """Return PostgreSQL's message, without the values that it quotes in other lines."""
     return " ".join((error.diag.message_primary or str(error) or type(error).__name__).split())
 
 
@@ -266,134 +266,16 @@ def find_table(connection: Connection, name: Name, store: str, id_column: str | 
         name=name,
         place=place,
         id=found,
-        vectors=[column for column in others if column.kind in _MAX_INDEXED],
-        others=[column for column in others if column.kind not in (*_MAX_INDEXED, "sparsevec")],
+        vectors=[column for column in others if column.kind in _DENSE],
+        sparse=[column for column in others if column.kind == _SPARSE],
+        others=[column for column in others if column.kind not in (*_DENSE, _SPARSE)],
     )
 
 
 def operator_of(connection: Connection, table: Table, column: Column) -> str:
     """Return the operator by which a search sorts: the index's, or cosine distance without an index."""
-    for _index, operators in connection.execute(_VECTOR_INDEXES, [table.oid, column.name]):
-        for metric, operator in _METRICS.items():
+    for _index, operators in connection.execute(VECTOR_INDEXES, [table.oid, column.name]):
+        for metric, operator in METRICS.items():
             if f"_{metric}_" in operators:
                 return operator
-    return _METRICS["cosine"]
-
-
-def vector_type(width: int, place: str) -> str:
-    """Return the type for vectors of a width: `halfvec` if only that type can be indexed.
-
-    Raises:
-        BulkError: pgvector does not support this width.
-    """
-    if not 0 < width <= MAX_WIDTH:
-        raise BulkError(f"{place}: pgvector accepts dense vectors of at most {MAX_WIDTH:,} dimensions, got {width:,}")
-    return "halfvec" if _MAX_INDEXED["vector"] < width <= _MAX_INDEXED["halfvec"] else "vector"
-
-
-def create_table(connection: Connection, name: Name, store: str, note: SpaceNote, id_type: str, vector: str) -> None:
-    """Create a table with an id, a vector, and a JSON payload, within the open transaction."""
-    kind = vector_type(note.dimensions, f"{store}/{name}")
-    connection.execute(
-        sql.SQL("CREATE TABLE {} (id {} PRIMARY KEY, {} {}({}), payload jsonb)").format(
-            name.sql, sql.SQL(id_type), identifier(vector), sql.SQL(kind), sql.Literal(note.dimensions)
-        )
-    )
-    _finish(connection, name, vector, kind, note, "cosine")
-
-
-def create_like(connection: Connection, name: Name, other: Table, note: SpaceNote, vector: Column) -> None:
-    """Create a table with the columns, indexes and grants of another table, within the open transaction.
-
-    Foreign keys, triggers and policies are not copied, because they may prevent writing copies of rows.
-    """
-    if name.schema is other.name.schema is None:  # not the first schema of this role's search path, but the original's
-        name = Name(name.table, _schema(connection, other.oid))
-    kind = vector_type(note.dimensions, other.place)
-    metric = next(key for key, operator in _METRICS.items() if operator == operator_of(connection, other, vector))
-    connection.execute(sql.SQL("CREATE TABLE {} (LIKE {} INCLUDING ALL)").format(name.sql, other.name.sql))
-    [oid] = connection.execute("SELECT %s::regclass::oid", [name.quoted]).fetchone() or (0,)
-    for index, _operators in connection.execute(_VECTOR_INDEXES, [oid, vector.name]).fetchall():
-        connection.execute(sql.SQL("DROP INDEX {}").format(sql.SQL(index)))
-    connection.execute(
-        sql.SQL("ALTER TABLE {} ALTER COLUMN {} TYPE {}({})").format(
-            name.sql, identifier(vector.name), sql.SQL(kind), sql.Literal(note.dimensions)
-        )
-    )
-    copy_grants(connection, other.oid, name)
-    _finish(connection, name, vector.name, kind, note, metric, vector.comment)
-
-
-def _schema(connection: Connection, oid: int) -> str:
-    query = "SELECT n.nspname FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.oid = %s"
-    [schema] = connection.execute(query, [oid]).fetchone() or ("",)
-    return str(schema)
-
-
-def replace_view(connection: Connection, oid: int, table: Name) -> None:
-    """Let a view show another table, within the open transaction. It keeps its schema, grants, owner and options."""
-    query = "SELECT relname, pg_get_userbyid(relowner), current_user, reloptions FROM pg_class WHERE oid = %s"
-    [view, owner, mine, options] = connection.execute(query, [oid]).fetchone() or ("", "", "", None)
-    name, spare = Name(view, _schema(connection, oid)), f"gateway_{oid}"  # a name may already have all 63 bytes
-    connection.execute(sql.SQL("ALTER VIEW {} RENAME TO {}").format(name.sql, identifier(spare)))
-    given = sql.SQL(f" WITH ({', '.join(options)})" if options else "")  # such as security_invoker=true
-    connection.execute(sql.SQL("CREATE VIEW {}{} AS SELECT * FROM {}").format(name.sql, given, table.sql))
-    copy_grants(connection, oid, name)
-    if owner != mine:
-        may_read = "SELECT has_table_privilege(%s, to_regclass(%s), 'SELECT')"
-        if connection.execute(may_read, [owner, table.quoted]).fetchone() != (True,):
-            raise BulkError(
-                f"{quote(owner)}, who owns the view {quote(view)}, may not read {table}: grant SELECT on it first"
-            )
-        connection.execute(sql.SQL("ALTER VIEW {} OWNER TO {}").format(name.sql, identifier(owner)))
-    connection.execute(sql.SQL("DROP VIEW {}").format(Name(spare, name.schema).sql))
-
-
-def copy_grants(connection: Connection, oid: int, name: Name) -> None:
-    """Copy the grants of a table or view to another, whose maker may be another role than the owner of the first."""
-    grants = """
-        SELECT CASE WHEN grantee = 0 THEN NULL ELSE pg_get_userbyid(grantee) END, privilege_type, is_grantable
-        FROM pg_class, aclexplode(relacl) WHERE oid = %(oid)s AND grantee <> relowner
-        UNION ALL SELECT pg_get_userbyid(relowner), 'ALL', true
-        FROM pg_class WHERE oid = %(oid)s AND pg_get_userbyid(relowner) <> current_user
-    """
-    for role, privilege, is_grantable in connection.execute(grants, {"oid": oid}).fetchall():
-        connection.execute(
-            sql.SQL("GRANT {} ON {} TO {}{}").format(
-                sql.SQL(privilege),
-                name.sql,
-                sql.SQL("PUBLIC") if role is None else identifier(role),
-                sql.SQL(" WITH GRANT OPTION" if is_grantable else ""),
-            )
-        )
-
-
-def add_vector(connection: Connection, table: Table, vector: str, note: SpaceNote) -> None:
-    """Add a column of vectors to a table, within the open transaction."""
-    kind = vector_type(note.dimensions, table.place)
-    connection.execute(
-        sql.SQL("ALTER TABLE {} ADD COLUMN {} {}({})").format(
-            table.name.sql, identifier(vector), sql.SQL(kind), sql.Literal(note.dimensions)
-        )
-    )
-    _finish(connection, table.name, vector, kind, note, "cosine")
-
-
-def _finish(
-    connection: Connection, name: Name, vector: str, kind: str, note: SpaceNote, metric: str, comment: str | None = None
-) -> None:
-    """Write the note of a column, and create its index if pgvector supports one."""
-    write_comment(connection, name, vector, note, comment)
-    if note.dimensions <= _MAX_INDEXED[kind]:
-        connection.execute(
-            sql.SQL("CREATE INDEX ON {} USING hnsw ({} {})").format(
-                name.sql, identifier(vector), sql.SQL(f"{kind}_{metric}_ops")
-            )
-        )
-
-
-def write_comment(connection: Connection, name: Name, vector: str, note: SpaceNote, comment: str | None) -> None:
-    """Write the note into the comment of a column, after the comment's other lines."""
-    lines = [line for line in (comment or "").splitlines() if not line.startswith(f"{NOTE}=")]
-    text = "\n".join([*lines, f"{NOTE}={json.dumps(note_to_json(note))}"])
-    connection.execute(sql.SQL("COMMENT ON COLUMN {}.{} IS {}").format(name.sql, identifier(vector), sql.Literal(text)))
+    return METRICS["cosine"]

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from pathlib import Path
-from typing import Protocol, TypeAlias
+from typing import Final, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +14,9 @@ import numpy.typing as npt
 from gateway.bulk.fields import FieldNames
 from gateway.bulk.rows import BadRow, Row, RowId, Sink, Source, SpaceNote
 from gateway.types import SparseVector
+
+MEM0_KEY: Final = "GATEWAY_MOVE_MEM0_KEY"
+"""The environment variable that holds the key of Mem0's configuration in this process: places only name variables."""
 
 Moment: TypeAlias = datetime | int | float
 """A point in time in an item's field: a date with its time, or seconds or milliseconds since 1970."""
@@ -28,8 +31,8 @@ class Place:
         location: the folder, file or URI of a store without a server; empty for a server.
         is_secure: connect to the server with TLS.
         path: the part of a server's URL between the host and the collection: a prefix, or a database.
-        key: the name of the environment variable with the key or password; ``None`` for the variable that the store's
-            own tools read. URLs never contain the secret itself.
+        key: the name of the environment variable with the key or password; ``None`` if Mem0's configuration has none.
+            URLs never contain the secret itself.
         options: further settings of the store, from the URL's query.
     """
 
@@ -54,6 +57,18 @@ class Place:
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"{scheme}://{user}{host}:{self.port}" + (f"/{self.path}" if self.path else "")
 
+    @property
+    def secret(self) -> str:
+        """The place of the key or password, for messages."""
+        return "Mem0's configuration" if self.key in (None, MEM0_KEY) else f"the environment variable {self.key}"
+
+    @property
+    def remedy(self) -> str:
+        """The instruction for a store that needs a key, for messages."""
+        if self.key in (None, MEM0_KEY):
+            return f"set it in {self.secret}"
+        return f"set {self.secret}, or name another with ?key_env=NAME"
+
     def is_same_collection(self, other: Place) -> bool:
         """Return whether both are one collection, regardless of their options."""
         same = (self.kind, self.collection, self.host, self.port, self.path)
@@ -61,7 +76,7 @@ class Place:
             return False
         if "://" in self.location + other.location or not self.location:
             return self.location == other.location
-        return Path(self.location).resolve() == Path(other.location).resolve()
+        return os.path.realpath(self.location) == os.path.realpath(other.location)  # also of links in a circle
 
     def named(self, collection: str) -> str:
         """Return the URL of a collection of this store, without secrets."""
@@ -110,12 +125,14 @@ class CollectionInfo:
         count: the number of items.
         widths: the widths of its dense vectors by name; a single unnamed vector has the name ``""``.
         notes: the gateway's notes of their spaces, by the same names.
+        identity: a value that a later collection of the same name does not have; empty if the store has none.
     """
 
     name: str
     count: int
     widths: Mapping[str, int]
     notes: Mapping[str, SpaceNote]
+    identity: str = ""
 
 
 @dataclass(frozen=True, slots=True)

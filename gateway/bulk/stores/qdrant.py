@@ -17,6 +17,7 @@ from gateway.bulk.stores.notes import read_notes, write_notes
 from gateway.bulk.stores.payloads import digest
 from gateway.bulk.stores.protocol import CollectionInfo, Hit, Keeping, Mark, Place, Since
 from gateway.bulk.stores.qdrant_connection import Connection
+from gateway.bulk.stores.qdrant_errors import status_of
 from gateway.bulk.stores.qdrant_layout import Vectors
 from gateway.bulk.stores.qdrant_points import ORIGINAL_ID, PointId, point_id, row_id_of, sort_key
 from gateway.bulk.stores.qdrant_sink import QdrantSink
@@ -47,14 +48,30 @@ class QdrantStore:
         """Return the points of a collection as rows.
 
         Raises:
-            BulkError: the folder does not contain a store.
+            BulkError: the folder does not contain a store, or the server cannot be reached.
         """
         self._connection.check_source()
-        return QdrantSource(self._connection.again(), collection, names, since)
+        real = self._behind(collection)
+        return QdrantSource(self._connection.again(), real, names, since)
 
     def sink(self, collection: str, keeping: Keeping) -> QdrantSink:
-        """Return a sink for a collection."""
-        return QdrantSink(self._connection.again(), collection, self._with_vector(keeping))
+        """Return a sink for a collection.
+
+        Raises:
+            BulkError: the store cannot be opened.
+        """
+        real = self._behind(collection)
+        return QdrantSink(self._connection.again(), real, self._with_vector(keeping))
+
+    def _behind(self, collection: str) -> str:
+        """Return the real name of a collection: an alias that is redirected meanwhile must not redirect a job."""
+        try:
+            return self.aliases().get(collection, collection)
+        except BulkError as error:
+            # The key may be for this collection alone; otherwise the next request says what is wrong.
+            if status_of(error.__cause__) in (401, 403, 404):
+                return collection
+            raise
 
     def close(self) -> None:
         """Close the connection, unless a source or sink still uses it."""

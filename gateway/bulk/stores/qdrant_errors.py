@@ -27,6 +27,11 @@ def pause_after(error: Exception) -> float | None:
     return None
 
 
+def status_of(error: BaseException | None) -> int | None:
+    """Return the HTTP status of the response to a failed request; ``None`` if the error is another one."""
+    return error.status_code if isinstance(error, UnexpectedResponse) else None
+
+
 def explain(error: Exception, place: Place, collection: str, has_key: bool, has_responded: bool) -> str:
     """Return the reason of a failure, and its remedy.
 
@@ -59,9 +64,9 @@ def _explain_response(error: UnexpectedResponse, place: Place, where: str, has_k
     message, status = _message_of(error), error.status_code
     match status:
         case 401 | 403 if has_key:
-            return f"{where} rejects the key in the environment variable {place.key}: {message}"
+            return f"{where} rejects the key in {place.secret}: {message}"
         case 401 | 403:
-            return f"{where} needs a key: set the environment variable {place.key}, or name another with ?key_env=NAME"
+            return f"{where} needs a key: {place.remedy}"
         case 413:
             return (
                 f"{where} rejects a request because of its size: {message}. Raise Qdrant's "

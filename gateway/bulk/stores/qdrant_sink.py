@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, Final, TypeAlias, TypeVar
 
 from qdrant_client import QdrantClient, models
 
-from gateway.bulk.rows import BulkError, EmbeddedRows, Row, SpaceNote
-from gateway.bulk.stores.notes import check_note, read_notes, write_notes
+from gateway.bulk.blocks import size_of
+from gateway.bulk.rows import BadRow, BulkError, EmbeddedRows, Row, RowsRefused, SpaceNote
+from gateway.bulk.stores.notes import check_note, read_notes, replaced, write_notes
 from gateway.bulk.stores.protocol import Keeping
 from gateway.bulk.stores.qdrant_connection import Connection
+from gateway.bulk.stores.qdrant_errors import status_of
 from gateway.bulk.stores.qdrant_layout import UNNAMED, Layout, Vectors, dense_params, layout_in, new_layout
 from gateway.bulk.stores.qdrant_points import payload_of, point_id, problem_of
 from gateway.bulk.stores.qdrant_settings import create, create_like, layout_like
@@ -25,6 +27,10 @@ _MAX_NUMBERS: Final = 400_000
 """Numbers per request: about 8 MB of JSON, while a server accepts 32 MB."""
 
 _MAX_POINTS: Final = 256
+_NUMBER_BYTES: Final = 20
+"""The size of a number in JSON."""
+_TOO_LARGE: Final = 413
+"""The status of a request that exceeds the server's limit."""
 
 
 class QdrantSink:
@@ -35,6 +41,7 @@ class QdrantSink:
         self._collection = collection
         self._keeping = keeping
         self._layout: Layout | None = None
+        self._held: SpaceNote | None = None
         self._others: list[str] = []
 
     @property
@@ -76,7 +83,7 @@ class QdrantSink:
         check_note(held, note, self.name, num_items, adopts=self._keeping.adopts)
         if held is None:
             self._write_notes({**notes, layout.noted: note})
-        self._layout = layout
+        self._layout, self._held = layout, held or note
 
     def problem(self, row: Row) -> str:
         """Return the reason why Qdrant cannot store a row; empty if it can."""
@@ -86,15 +93,35 @@ class QdrantSink:
         """Store a shard's points, and wait until they are on the server's disk.
 
         Raises:
-            BulkError: the server rejects them, or stays unavailable.
+            RowsRefused: some rows are too large for the server.
+            BulkError: the server rejects the shard, or stays unavailable.
         """
         if self._layout is None:
             raise RuntimeError("a sink must be opened before the first write")
         for row in batch.rows:
             if problem := self.problem(row):
                 raise BulkError(f"{row.place}: {problem}")
-        for points in _requests(batch, self._layout, self._keeping.text):
+        notes = read_notes(self._connection.read_info(self._collection).config.metadata, self.name)
+        if notes.get(self._layout.noted) != self._held:
+            raise BulkError(replaced(self.name))
+        bad: list[BadRow] = []
+        for rows, points in _requests(batch, self._layout, self._keeping.text):
+            bad += self._store(rows, points)
+        if bad:
+            raise RowsRefused(bad)
+
+    def _store(self, rows: Sequence[Row], points: list[models.PointStruct]) -> list[BadRow]:
+        """Store points in one request, or in several smaller ones; return the rows that are too large for the server."""
+        try:
             self._call(partial(self._update if self._keeping.updates else self._upsert, points))
+        except BulkError as error:
+            if status_of(error.__cause__) != _TOO_LARGE:
+                raise
+            if len(rows) == 1:
+                return [BadRow(rows[0].place, str(error), rows[0].position, rows[0].id)]
+            middle = len(rows) // 2
+            return self._store(rows[:middle], points[:middle]) + self._store(rows[middle:], points[middle:])
+        return []
 
     def close(self) -> None:
         """Close the connection, if it has no other users."""
@@ -174,20 +201,23 @@ class QdrantSink:
         return self._connection.call(ask, self._collection)
 
 
-def _requests(batch: EmbeddedRows, layout: Layout, text_field: str | None) -> Iterator[list[models.PointStruct]]:
-    """Yield the points of a batch, as many at a time as fit into a request."""
+def _requests(
+    batch: EmbeddedRows, layout: Layout, text_field: str | None
+) -> Iterator[tuple[Sequence[Row], list[models.PointStruct]]]:
+    """Yield the rows of a batch and their points, as many at a time as fit into a request."""
     points: list[models.PointStruct] = []
     num_numbers = 0
     for index, row in enumerate(batch.rows):
         vectors, size = _vectors(batch, index, layout)
+        size += (len(row.text) + size_of(row.payload)) // _NUMBER_BYTES
         if points and (num_numbers + size > _MAX_NUMBERS or len(points) == _MAX_POINTS):
-            yield points
+            yield batch.rows[index - len(points) : index], points
             points, num_numbers = [], 0
         vector = vectors[UNNAMED] if list(vectors) == [UNNAMED] else vectors
         points.append(models.PointStruct(id=point_id(row.id), vector=vector, payload=payload_of(row, text_field)))
         num_numbers += size
     if points:
-        yield points
+        yield batch.rows[len(batch.rows) - len(points) :], points
 
 
 def _named(vector: object) -> dict[str, object]:

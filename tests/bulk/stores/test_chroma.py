@@ -6,9 +6,12 @@ import json
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import chromadb
@@ -176,6 +179,71 @@ def test_a_server_is_a_source_and_a_sink(tmp_path: Path) -> None:
         with pytest.raises(BulkError, match=r"has gone away: .*; run the same command again when the store is back"):
             sink.write(1, embedded([row(9, "late")]))
     sink.close()
+
+
+def test_a_server_that_restarts_does_not_end_a_job(tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [str(Path(sys.executable).with_name("chroma")), "run", "--path", str(tmp_path), "--port", str(port)]
+    url = f"chroma://127.0.0.1:{port}/docs"
+    servers: list[subprocess.Popen[bytes]] = []
+
+    def restart() -> None:
+        for server in servers:
+            server.kill()
+            server.wait()
+        servers.append(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
+
+    try:
+        restart()
+        wait_for(port)
+        store, name = open_url(url)
+        with closing(store.sink(name, Keeping())) as sink:
+            sink.open(NOTE)
+            for number in range(3):
+                restart()  # and the server is not up yet
+                sink.write(number, embedded([row(2 * number, "a"), row(2 * number + 1, "b")]))
+        with closing(store.source(name, FieldNames())) as source:
+            reading = source.read()
+            first = next(reading)
+            restart()
+            assert [getattr(found, "id", None) for found in (first, *reading)] == list(range(6))
+    finally:
+        for server in servers:
+            server.kill()
+            server.wait()
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_key_that_is_wrong_or_missing_is_named_and_not_printed(status: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Rejecting(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            content = b'{"error": "AuthError", "message": "Forbidden"}'
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Rejecting) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        url = f"chroma://127.0.0.1:{server.server_address[1]}/docs"
+        try:
+            monkeypatch.delenv("CHROMA_AUTH_TOKEN", raising=False)
+            with pytest.raises(BulkError, match="needs a key: set the environment variable CHROMA_AUTH_TOKEN, or name"):
+                read(url)
+            monkeypatch.setenv("MINE", "hunter2")
+            with pytest.raises(BulkError, match="rejects the key in the environment variable MINE") as caught:
+                read(f"{url}?key_env=MINE")
+            assert "hunter2" not in str(caught.value)
+        finally:
+            server.shutdown()
+            thread.join()
 
 
 def wait_for(port: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import shutil
+from contextlib import closing
 from itertools import pairwise
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from gateway.backends.fake import FakeBackend, fake_info
+from gateway.bulk.places import open_movable, read_place
 from gateway.cli.main import app
 from gateway.deployment import Deployment
 from tests.bulk.stores.rows import by_id
@@ -62,6 +64,25 @@ def test_a_collection_is_not_written_into_itself(sink: str) -> None:
     assert "is the collection that is read" in " ".join(refused.output.split())
     assert "--into-vector NAME" in " ".join(refused.output.split())
     assert by_id("qdrant:./q#docs") == EXPECTED
+
+
+@pytest.mark.parametrize("kind", ["qdrant", "milvus", "pgvector"])
+def test_a_collection_is_not_written_into_itself_by_another_name(kind: str, request: pytest.FixtureRequest) -> None:
+    url = str(request.getfixturevalue(f"{kind}_url"))
+    place = read_place(url)
+    assert place is not None
+    alias = f"{place.collection}_live"
+    assert embed("docs.jsonl", "--to", url).exit_code == 0
+    with closing(open_movable(place)) as store:
+        store.flip(alias, place.collection)
+    live = url.replace(place.collection, alias)
+    for source, sink in ((url, live), (live, url), (live, live)):
+        refused = embed(source, "--to", sink, "--adopt")
+        assert refused.exit_code == 1
+        assert "is the collection that is read" in " ".join(refused.output.split())
+    assert by_id(url) == EXPECTED
+    with closing(open_movable(place)) as store:
+        store.delete_alias(alias)
 
 
 @pytest.mark.parametrize("kind", ["qdrant", "lancedb", "chroma"])

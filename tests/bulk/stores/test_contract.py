@@ -239,6 +239,40 @@ def test_a_field_that_a_store_would_lose_is_a_problem_of_its_row(url: str, kind:
     assert by_id(url) == {row_id: ("x", {**payload, "kept": 5})}
 
 
+ODD: list[tuple[str, dict[str, Json]]] = [
+    ("nul \0 in the text", {}),
+    ("text", {"k": "nul \0"}),
+    ("text", {"k": ["nul \0", {"l": "\0"}]}),
+    ("text", {"nul \0": 1}),
+    ("text\r\nof lines\u2028", {"k": "\r\n\x1f\u2029\ufeff"}),
+    ("text", {"k": 2**63}),
+    ("text", {"k": -(2**63)}),
+    ("text", {"k": 1e300}),
+    ("text", {"k": 0.1 + 0.2}),
+    ("text", {"k": True}),
+    ("text", {"a.b": 1, "a": "x", " ": "y", "'": "z", '"': "w"}),
+    ("text", {"k": "x" * 70_000}),
+]
+
+
+def test_a_value_is_kept_exactly_or_is_a_problem_of_its_row(url: str, kind: str) -> None:
+    kept = {}
+    opened, collection = open_url(url)
+    with closing(opened), closing(opened.sink(collection, Keeping())) as sink:
+        sink.open(NOTE)
+        for number, (text, payload) in enumerate(ODD):
+            one = row(number, text, payload)
+            if isinstance(sink, Choosy) and sink.problem(one):
+                continue
+            sink.write(number, embedded([one]))
+            kept[number] = (text, payload)
+    found = by_id(url)
+    assert found.keys() == kept.keys()
+    for number, (text, payload) in kept.items():
+        as_text = {name: str(value) for name, value in payload.items()}
+        assert found[number] in [(text, payload), *([(text, as_text)] if kind == "chroma" else [])], number
+
+
 @pytest.mark.parametrize("kind", ["chroma", "lancedb", "milvus", "pgvector"])
 def test_chunks_of_items_with_numbers_as_ids_are_stored_in_every_run(url: str, kind: str) -> None:
     """A chunk's id is a text, whatever the id of its item."""

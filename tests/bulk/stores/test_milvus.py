@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import grpc
 import pymilvus
 import pytest
 from pymilvus import DataType, MilvusClient
 
 from gateway.bulk.fields import FieldNames
 from gateway.bulk.places import open_movable, read_place
-from gateway.bulk.rows import BadRow, BulkError, Choosy, Row
+from gateway.bulk.rows import BadRow, BulkError, Choosy, Row, RowsRefused
 from gateway.bulk.stores.milvus import MilvusStore
 from gateway.bulk.stores.protocol import Keeping
 from tests.bulk.stores.rows import HYBRID, NOTE, by_id, embedded, name_of, open_url, read, row, vector_of, write
@@ -70,6 +74,42 @@ def test_a_text_that_is_too_long_for_its_field_is_a_problem_of_its_row(url: str,
         assert not sink.problem(row(2, "äöüä"))
         sink.write(0, embedded([row(2, "äöüä")]))
     assert by_id(url) == {2: ("äöüä", {})}
+
+
+def test_rows_whose_json_is_too_long_for_a_server_are_named(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Milvus Lite has no such limit, so this puts a server's limit and message before it."""
+    upsert = MilvusClient.upsert
+
+    def limited(self: MilvusClient, name: str, data: list[dict[str, Any]], **settings: Any) -> dict[str, Any]:
+        for item in data:
+            size = len(json.dumps({key: value for key, value in item.items() if key not in ("id", "vector")}))
+            if size > 65_536:
+                message = f"the length ({size}) of json field ($meta) exceeds max length (65536): invalid parameter"
+                raise pymilvus.MilvusException(1100, message)
+        result: dict[str, Any] = upsert(self, name, data, **settings)
+        return result
+
+    monkeypatch.setattr(MilvusClient, "upsert", limited)
+    rows = [row(n, "a", {"long": "x" * (70_000 if n in {4, 11} else 100)}) for n in range(20)]
+    with pytest.raises(RowsRefused, match=r"id 4: Milvus rejects it: the length \(70\d+\) of json field") as caught:
+        write(url, rows)
+    assert [one.id for one in caught.value.rows] == [4, 11]
+    write(url, [one for one in rows if one.id not in {4, 11}])
+    assert len(by_id(url)) == 18
+
+
+def test_requests_with_long_texts_stay_below_the_limit_of_a_server(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = []
+    upsert = MilvusClient.upsert
+
+    def counting(self: MilvusClient, name: str, data: list[dict[str, Any]], **settings: Any) -> Any:
+        sizes.append(sum(len(str(item["text"])) for item in data))
+        return upsert(self, name, data, **settings)
+
+    monkeypatch.setattr(MilvusClient, "upsert", counting)
+    write(url, [row(n, f"{n} {'long ' * 50_000}") for n in range(100)])
+    assert max(sizes) <= 16_000_000
+    assert len(by_id(url)) == 100
 
 
 def test_sparse_weights_are_kept_and_found(url: str, milvus: MilvusClient) -> None:
@@ -201,6 +241,44 @@ def test_items_get_no_further_vector(url: str) -> None:
             refused(collection, "vector")
     store.close()
     assert by_id(url) == {1: ("a", {})}
+
+
+class _Rejecting(grpc.GenericRpcHandler):
+    """A server that rejects each token, with Milvus' own words."""
+
+    def service(self, call: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler:
+        def reject(_request: bytes, context: grpc.ServicerContext) -> bytes:
+            context.abort(
+                grpc.StatusCode.UNAUTHENTICATED, "auth check failure, please check username and password are correct"
+            )
+            return b""
+
+        return grpc.unary_unary_rpc_method_handler(reject)
+
+
+def test_a_token_that_is_wrong_or_missing_is_named_and_not_printed(monkeypatch: pytest.MonkeyPatch) -> None:
+    server = grpc.server(ThreadPoolExecutor(2), [_Rejecting()])
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    try:
+        for query, name, secret, message in [
+            ("", "MILVUS_TOKEN", "root:hunter2", "rejects the token in the environment variable MILVUS_TOKEN"),
+            (
+                "",
+                "MILVUS_TOKEN",
+                None,
+                "needs a token: set the environment variable MILVUS_TOKEN, or name another with",
+            ),
+            ("?key_env=MINE", "MINE", "root:hunter2", "rejects the token in the environment variable MINE"),
+        ]:
+            monkeypatch.delenv("MILVUS_TOKEN", raising=False)
+            if secret:
+                monkeypatch.setenv(name, secret)
+            with pytest.raises(BulkError, match=message) as caught:
+                read(f"milvus://127.0.0.1:{port}/docs{query}")
+            assert "hunter2" not in str(caught.value)
+    finally:
+        server.stop(None)
 
 
 def test_an_alias_is_searched_and_not_deleted_as_a_collection(url: str) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
 from datetime import UTC, datetime
+from pathlib import Path
 from urllib.parse import quote
 
 import numpy as np
@@ -16,7 +17,7 @@ import pytest
 
 from gateway.bulk.fields import FieldNames
 from gateway.bulk.places import open_movable, read_place
-from gateway.bulk.rows import BadRow, BulkError, Json, Row, RowId
+from gateway.bulk.rows import BadRow, BulkError, Json, Row, RowId, RowsRefused
 from gateway.bulk.stores.pgvector import PgvectorStore
 from gateway.bulk.stores.pgvector_session import Session
 from gateway.bulk.stores.pgvector_tables import read_name, refusals
@@ -161,14 +162,14 @@ TYPED = """
 CREATE SCHEMA "Sales Dept";
 CREATE TABLE "Sales Dept"."my.docs" (
     "Key" uuid PRIMARY KEY, "the body" text NOT NULL, v vector(4), meta jsonb, n numeric(20, 8), t timestamptz DEFAULT now(),
-    tags text[], raw bytea, long bigint GENERATED ALWAYS AS IDENTITY, title vector(2),
+    tags text[], raw bytea, long bigint GENERATED ALWAYS AS IDENTITY, title vector(2), lean sparsevec(9),
     words tsvector GENERATED ALWAYS AS (to_tsvector('simple', "the body")) STORED, num serial);
 CREATE INDEX ON "Sales Dept"."my.docs" USING hnsw (v vector_l2_ops);
 CREATE INDEX ON "Sales Dept"."my.docs" USING gin (words);
 CREATE ROLE reader; GRANT SELECT ON "Sales Dept"."my.docs" TO reader, PUBLIC;
-INSERT INTO "Sales Dept"."my.docs" ("Key", "the body", v, meta, n, t, tags, raw, title) SELECT
-    md5(i::text)::uuid, 'body ' || i, '[1,2,3,4]', '{"a": [1, null]}', i / 3.0, '2026-01-01 00:00:00.123456+05',
-    ARRAY['x', NULL, 'y"z'], '\\x00ff', '[1,2]' FROM generate_series(1, 7) i;
+INSERT INTO "Sales Dept"."my.docs" ("Key", "the body", v, meta, n, t, tags, raw, title, lean) SELECT
+    md5(i::text)::uuid, 'body ' || i, '[1,2,3,4]', '{"a": [1, null]}', 12345678901 + i / 3.0,
+    '2026-01-01 00:00:00.123456+05', ARRAY['x', NULL, 'y"z'], '\\x00ff', '[1,2]', '{1:2}/9' FROM generate_series(1, 7) i;
 """
 
 
@@ -187,7 +188,7 @@ def test_a_copy_has_all_columns_indexes_and_grants_of_a_table_and_vectors_of_ano
     assert list(store.digests(old)) == list(store.digests(new))
     assert store.describe(new).widths == {"v": 6, "title": 2}
     assert store.describe(new).notes == {"v": WIDE}
-    same = '"Key", "the body", meta, n, t, tags, raw, long, words, num'
+    same = '"Key", "the body", meta, n, t, tags, raw, long, words, num, title, lean'
     both = [sql.execute(f"SELECT {same} FROM {table} ORDER BY 1".encode()).fetchall() for table in (old, new)]  # noqa: S608
     assert both[0] == both[1]
     indexes = str(value(sql, "SELECT string_agg(indexdef, ';') FROM pg_indexes WHERE tablename = 'docs_wide'"))
@@ -303,6 +304,116 @@ def test_a_text_that_its_column_cannot_store_is_a_problem_of_its_row(url: str, s
         assert "has 4 characters, but the column `tag` takes at most 3" in sink.problem(row(1, "a", {"tag": "abcd"}))
         sink.write(0, embedded([row(1, "äöüäö", {"tag": "abc", "n": 1})]))
     assert by_id(url) == {1: ("äöüäö", {"tag": "abc", "n": 1})}
+
+
+CHECKED = """
+CREATE TABLE docs (
+    id bigint PRIMARY KEY, embedding vector(4), text text, n int NOT NULL DEFAULT 7 CHECK (n < 100), slug text UNIQUE,
+    day date)
+"""
+
+
+def test_rows_that_the_table_rejects_are_named_and_no_row_is_stored(url: str, sql: psycopg.Connection) -> None:
+    sql.execute(CHECKED)
+    good: dict[str, Json] = {"n": 1, "slug": None, "day": "2026-01-02"}
+    bad: list[tuple[dict[str, Json], str]] = [
+        ({**good, "n": None}, 'null value in column "n" of relation "docs" violates not-null constraint'),
+        ({**good, "n": 100}, 'new row for relation "docs" violates check constraint "docs_n_check"'),
+        ({**good, "n": 2**40}, 'value "1099511627776" is out of range for type integer'),
+        ({**good, "n": "many"}, 'invalid input syntax for type integer: "many"'),
+        ({**good, "day": "soon"}, 'invalid input syntax for type date: "soon"'),
+        ({**good, "slug": "twice"}, 'duplicate key value violates unique constraint "docs_slug_key"'),
+    ]
+    rows = [row(n, f"text {n}", {**good, "slug": "twice" if n == 2 else None}) for n in range(50)]
+    for number, (payload, _problem) in enumerate(bad):
+        rows[7 * number + 5] = row(7 * number + 5, "bad", payload)
+    store, collection = open_url(url)
+    with closing(store), closing(store.sink(collection, Keeping("text"))) as sink:
+        sink.open(NOTE)
+        with pytest.raises(RowsRefused, match=r"id 5: PostgreSQL rejects it: null value in column") as caught:
+            sink.write(0, embedded(rows))
+        found = [(one.id, one.problem) for one in caught.value.rows]
+        assert found == [(7 * n + 5, f"PostgreSQL rejects it: {problem}") for n, (_, problem) in enumerate(bad)]
+        assert value(sql, "SELECT count(*) FROM docs") == 0
+        names = {one.place for one in caught.value.rows}
+        sink.write(0, embedded([one for one in rows if one.place not in names]))
+    assert value(sql, "SELECT count(*) FROM docs") == 44
+
+
+def test_rows_of_a_copy_that_exchange_a_unique_value_are_written(url: str, sql: psycopg.Connection) -> None:
+    sql.execute(CHECKED)
+
+    def rows(*slugs: str) -> list[Row]:
+        return [row(n, f"text {n}", {"slug": slug, "n": 1}) for n, slug in enumerate(slugs)]
+
+    new, keeping = url.replace("docs", "new"), Keeping("text", like="docs")
+    write(new, rows("a", "b", "c"), WIDE, keeping)
+    write(new, rows("b", "a", "c"), WIDE, keeping)
+    assert {n: payload["slug"] for n, (_, payload) in by_id(new).items()} == {0: "b", 1: "a", 2: "c"}
+    with pytest.raises(RowsRefused, match=r"id 1: PostgreSQL rejects it: duplicate key value") as caught:
+        write(new, rows("b", "c"), WIDE, keeping)  # the row with c is not among these
+    assert len(caught.value.rows) == 1
+    sql.execute("CREATE TABLE child (doc bigint REFERENCES new ON DELETE CASCADE); INSERT INTO child VALUES (0)")
+    with pytest.raises(RowsRefused):
+        write(new, rows("a", "b"), WIDE, keeping)
+    assert value(sql, "SELECT count(*) FROM child") == 1
+
+
+def test_a_decimal_number_keeps_all_its_digits(url: str, sql: psycopg.Connection) -> None:
+    sql.execute("CREATE TABLE docs (id bigint PRIMARY KEY, embedding vector(4), text text, price numeric)")
+    numbers = [
+        "12345678901234.123456789",
+        "0.1",
+        "-7",
+        "123456789012345678901234567890",
+        "1e-30",
+        "NaN",
+        "99.50",
+        "1e400",
+    ]
+    for number, price in enumerate(numbers):
+        sql.execute("INSERT INTO docs VALUES (%s, '[1,2,3,4]', 'x', %s::numeric)", [number, price])
+    items = [found for found in read(url) if isinstance(found, Row)]
+    assert [item.payload["price"] for item in items][:4] == [numbers[0], 0.1, -7, int(numbers[3])]
+    write(url.replace("docs", "new"), items, WIDE, Keeping("text", like="docs"))
+    query = "SELECT count(*) FROM docs JOIN new USING (id) WHERE docs.price = new.price"
+    assert value(sql, query) == len(numbers)
+    with closing(store_of(url)) as store:
+        assert list(store.digests("docs")) == list(store.digests("new"))
+
+
+def test_a_password_that_is_wrong_or_missing_is_named_and_not_printed(
+    url: str, sql: psycopg.Connection, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    file = Path(str(value(sql, "SHOW hba_file")))
+    before = file.read_text()
+    sql.execute("DROP ROLE IF EXISTS careful; CREATE ROLE careful LOGIN PASSWORD 'right-secret'")
+    write(url, [row(1, "a")])
+    sql.execute("GRANT ALL ON ALL TABLES IN SCHEMA public TO careful; GRANT ALL ON SCHEMA public TO careful")
+    theirs = url.replace("postgres@", "careful@")
+    monkeypatch.setenv("PGPASSFILE", str(tmp_path / "none"))
+    try:
+        file.write_text(f"local all careful scram-sha-256\n{before}")
+        sql.execute("SELECT pg_reload_conf()")
+        cases = [
+            ("PGPASSWORD", "", "wrong-secret", "rejects the password of `careful` in .* PGPASSWORD or in"),
+            ("PGPASSWORD", "", None, r"needs a password for `careful`: put it into .* PGPASSWORD or in ~/\.pgpass"),
+            ("MINE", "?key_env=MINE", "wrong-secret", "rejects the password of `careful` in the environment variable MINE"),
+            ("MINE", "?key_env=MINE", None, "needs a password for `careful`: put it into the environment variable MINE"),
+        ]  # fmt: skip
+        for name, query, secret, message in cases:
+            monkeypatch.delenv("PGPASSWORD", raising=False)
+            monkeypatch.delenv("MINE", raising=False)
+            if secret:
+                monkeypatch.setenv(name, secret)
+            with pytest.raises(BulkError, match=message) as caught:
+                read(theirs + query)
+            assert "secret" not in str(caught.value)
+        monkeypatch.setenv("PGPASSWORD", "right-secret")
+        assert set(by_id(theirs)) == {1}
+    finally:
+        file.write_text(before)
+        sql.execute("SELECT pg_reload_conf()")
 
 
 def test_a_server_that_cannot_write_is_not_called_away(url: str, sql: psycopg.Connection) -> None:
@@ -486,9 +597,16 @@ def test_a_server_that_is_away_is_an_error_of_the_job(base: str, sql: psycopg.Co
         open_url("pgvector://me@127.0.0.1:1/x/docs")
     write(url, [row(1, "a")])
     store = store_of(url)
-    cut_off(sql)
-    with pytest.raises(BulkError, match="cannot be reached, or has gone away"):
-        store.collections()
+    for ask in (
+        store.collections,
+        lambda: store.delete_ids("docs", [9]),
+        lambda: store.vectors("docs", [1]),
+        lambda: store.search("docs", vector_of("a"), 1),
+        lambda: store.flip("view", "docs"),
+        store.aliases,
+    ):
+        cut_off(sql)
+        ask()
     assert store.describe("docs").count == 1
     store.close()
     store = store_of(url)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 
 import pytest
 
 from gateway.bulk.places import open_store, read_place
 from gateway.bulk.rows import BulkError
-from gateway.bulk.stores.protocol import Place
+from gateway.bulk.stores.protocol import MEM0_KEY, Place
 
 
 @pytest.mark.parametrize(
@@ -124,6 +125,15 @@ def test_a_password_in_a_url_is_refused_and_not_repeated(url: str) -> None:
     with pytest.raises(BulkError) as caught:
         read_place(url)
     assert "hunter2" not in str(caught.value)
+
+
+def test_the_place_of_a_key_is_named() -> None:
+    place = read_place("qdrant://localhost/docs?key_env=MINE")
+    assert place is not None
+    assert place.remedy == "set the environment variable MINE, or name another with ?key_env=NAME"
+    for key in (None, MEM0_KEY):
+        assert replace(place, key=key).secret == "Mem0's configuration"
+        assert replace(place, key=key).remedy == "set it in Mem0's configuration"
 
 
 def test_a_missing_package_is_an_error_that_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:

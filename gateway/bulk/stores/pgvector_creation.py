@@ -1,0 +1,146 @@
+"""PostgreSQL tables with vectors: creating them, copies of them, and views of them."""
+
+from __future__ import annotations
+
+import json
+from typing import Final
+
+from psycopg import sql
+
+from gateway.bulk.rows import BulkError, SpaceNote
+from gateway.bulk.stores.notes import NOTE, note_to_json
+from gateway.bulk.stores.pgvector_tables import (
+    METRICS,
+    VECTOR_INDEXES,
+    Column,
+    Connection,
+    Name,
+    Table,
+    identifier,
+    operator_of,
+)
+from gateway.config.wording import quote
+
+MAX_WIDTH: Final = 16_000
+"""The largest number of dimensions of a `vector`."""
+_MAX_INDEXED: Final = {"vector": 2_000, "halfvec": 4_000}
+"""The largest number of dimensions that an index of pgvector supports, by type."""
+
+
+def vector_type(width: int, place: str) -> str:
+    """Return the type for vectors of a width: `halfvec` if only that type can be indexed.
+
+    Raises:
+        BulkError: pgvector does not support this width.
+    """
+    if not 0 < width <= MAX_WIDTH:
+        raise BulkError(f"{place}: pgvector accepts dense vectors of at most {MAX_WIDTH:,} dimensions, got {width:,}")
+    return "halfvec" if _MAX_INDEXED["vector"] < width <= _MAX_INDEXED["halfvec"] else "vector"
+
+
+def create_table(connection: Connection, name: Name, store: str, note: SpaceNote, id_type: str, vector: str) -> None:
+    """Create a table with an id, a vector, and a JSON payload, within the open transaction."""
+    kind = vector_type(note.dimensions, f"{store}/{name}")
+    connection.execute(
+        sql.SQL("CREATE TABLE {} (id {} PRIMARY KEY, {} {}({}), payload jsonb)").format(
+            name.sql, sql.SQL(id_type), identifier(vector), sql.SQL(kind), sql.Literal(note.dimensions)
+        )
+    )
+    _finish(connection, name, vector, kind, note, "cosine")
+
+
+def create_like(connection: Connection, name: Name, other: Table, note: SpaceNote, vector: Column) -> None:
+    """Create a table with the columns, indexes and grants of another table, within the open transaction.
+
+    Foreign keys, triggers and policies are not copied, because they may prevent writing copies of rows.
+    """
+    if name.schema is other.name.schema is None:  # not the first schema of this role's search path, but the original's
+        name = Name(name.table, _schema(connection, other.oid))
+    kind = vector_type(note.dimensions, other.place)
+    metric = next(key for key, operator in METRICS.items() if operator == operator_of(connection, other, vector))
+    connection.execute(sql.SQL("CREATE TABLE {} (LIKE {} INCLUDING ALL)").format(name.sql, other.name.sql))
+    [oid] = connection.execute("SELECT %s::regclass::oid", [name.quoted]).fetchone() or (0,)
+    for index, _operators in connection.execute(VECTOR_INDEXES, [oid, vector.name]).fetchall():
+        connection.execute(sql.SQL("DROP INDEX {}").format(sql.SQL(index)))
+    connection.execute(
+        sql.SQL("ALTER TABLE {} ALTER COLUMN {} TYPE {}({})").format(
+            name.sql, identifier(vector.name), sql.SQL(kind), sql.Literal(note.dimensions)
+        )
+    )
+    copy_grants(connection, other.oid, name)
+    _finish(connection, name, vector.name, kind, note, metric, vector.comment)
+
+
+def _schema(connection: Connection, oid: int) -> str:
+    query = "SELECT n.nspname FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.oid = %s"
+    [schema] = connection.execute(query, [oid]).fetchone() or ("",)
+    return str(schema)
+
+
+def replace_view(connection: Connection, oid: int, table: Name) -> None:
+    """Let a view show another table, within the open transaction. It keeps its schema, grants, owner and options."""
+    query = "SELECT relname, pg_get_userbyid(relowner), current_user, reloptions FROM pg_class WHERE oid = %s"
+    [view, owner, mine, options] = connection.execute(query, [oid]).fetchone() or ("", "", "", None)
+    name, spare = Name(view, _schema(connection, oid)), f"gateway_{oid}"  # a name may already have all 63 bytes
+    connection.execute(sql.SQL("ALTER VIEW {} RENAME TO {}").format(name.sql, identifier(spare)))
+    given = sql.SQL(f" WITH ({', '.join(options)})" if options else "")  # such as security_invoker=true
+    connection.execute(sql.SQL("CREATE VIEW {}{} AS SELECT * FROM {}").format(name.sql, given, table.sql))
+    copy_grants(connection, oid, name)
+    if owner != mine:
+        may_read = "SELECT has_table_privilege(%s, to_regclass(%s), 'SELECT')"
+        if connection.execute(may_read, [owner, table.quoted]).fetchone() != (True,):
+            raise BulkError(
+                f"{quote(owner)}, who owns the view {quote(view)}, may not read {table}: grant SELECT on it first"
+            )
+        connection.execute(sql.SQL("ALTER VIEW {} OWNER TO {}").format(name.sql, identifier(owner)))
+    connection.execute(sql.SQL("DROP VIEW {}").format(Name(spare, name.schema).sql))
+
+
+def copy_grants(connection: Connection, oid: int, name: Name) -> None:
+    """Copy the grants of a table or view to another, whose maker may be another role than the owner of the first."""
+    grants = """
+        SELECT CASE WHEN grantee = 0 THEN NULL ELSE pg_get_userbyid(grantee) END, privilege_type, is_grantable
+        FROM pg_class, aclexplode(relacl) WHERE oid = %(oid)s AND grantee <> relowner
+        UNION ALL SELECT pg_get_userbyid(relowner), 'ALL', true
+        FROM pg_class WHERE oid = %(oid)s AND pg_get_userbyid(relowner) <> current_user
+    """
+    for role, privilege, is_grantable in connection.execute(grants, {"oid": oid}).fetchall():
+        connection.execute(
+            sql.SQL("GRANT {} ON {} TO {}{}").format(
+                sql.SQL(privilege),
+                name.sql,
+                sql.SQL("PUBLIC") if role is None else identifier(role),
+                sql.SQL(" WITH GRANT OPTION" if is_grantable else ""),
+            )
+        )
+
+
+def add_vector(connection: Connection, table: Table, vector: str, note: SpaceNote) -> None:
+    """Add a column of vectors to a table, within the open transaction."""
+    kind = vector_type(note.dimensions, table.place)
+    connection.execute(
+        sql.SQL("ALTER TABLE {} ADD COLUMN {} {}({})").format(
+            table.name.sql, identifier(vector), sql.SQL(kind), sql.Literal(note.dimensions)
+        )
+    )
+    _finish(connection, table.name, vector, kind, note, "cosine")
+
+
+def _finish(
+    connection: Connection, name: Name, vector: str, kind: str, note: SpaceNote, metric: str, comment: str | None = None
+) -> None:
+    """Write the note of a column, and create its index if pgvector supports one."""
+    write_comment(connection, name, vector, note, comment)
+    if note.dimensions <= _MAX_INDEXED[kind]:
+        connection.execute(
+            sql.SQL("CREATE INDEX ON {} USING hnsw ({} {})").format(
+                name.sql, identifier(vector), sql.SQL(f"{kind}_{metric}_ops")
+            )
+        )
+
+
+def write_comment(connection: Connection, name: Name, vector: str, note: SpaceNote, comment: str | None) -> None:
+    """Write the note into the comment of a column, after the comment's other lines."""
+    lines = [line for line in (comment or "").splitlines() if not line.startswith(f"{NOTE}=")]
+    text = "\n".join([*lines, f"{NOTE}={json.dumps(note_to_json(note))}"])
+    connection.execute(sql.SQL("COMMENT ON COLUMN {}.{} IS {}").format(name.sql, identifier(vector), sql.Literal(text)))
