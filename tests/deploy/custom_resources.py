@@ -138,6 +138,15 @@ RAY_CLUSTER = resource(
     "ray.io/v1",
     "RayCluster",
     exactly(
+        ("enableInTreeAutoscaling", "autoscalerOptions"),
+        enableInTreeAutoscaling={"type": "boolean"},
+        autoscalerOptions=exactly(
+            idleTimeoutSeconds=COUNT,
+            env=listing({"type": "object", "required": ["name"]}),
+            securityContext=exactly(
+                allowPrivilegeEscalation={"const": False}, capabilities=exactly(drop={"const": ["ALL"]})
+            ),
+        ),
         rayVersion={"type": "string", "pattern": r"^\d+\.\d+\.\d+$"},
         headGroupSpec=exactly(rayStartParams=_START, template=_POD),
         workerGroupSpecs=listing(

@@ -42,6 +42,8 @@ from tests.telemetry.observed import rules as prometheus_rules
 
 COMPONENTS = ["autoscaling", "monitoring", "datadog", "egress"]
 """The optional lines of an overlay, as comments."""
+RAY_COMPONENTS = ["monitoring", "replica-metrics", "datadog", "datadog-replicas", "egress", "ray-autoscaling"]
+"""Those of overlays/ray."""
 OVERLAYS = pytest.mark.parametrize("overlay", ["gpu", "cpu", "gpu+", "cpu+"])
 """As they are, and with all of their components."""
 WITH_COMPONENTS = pytest.mark.parametrize("overlay", ["gpu+", "cpu+"])
@@ -61,7 +63,8 @@ def objects(overlay: str) -> list[Object]:
     if not overlay.endswith("+"):
         return kustomize(KUBERNETES / "overlays" / overlay)
     with tempfile.TemporaryDirectory() as folder:
-        return kustomize(copied(Path(folder), overlay.removesuffix("+"), COMPONENTS))
+        components = RAY_COMPONENTS if overlay == "ray+" else COMPONENTS
+        return kustomize(copied(Path(folder), overlay.removesuffix("+"), components))
 
 
 def copied(folder: Path, overlay: str, components: list[str]) -> Path:
@@ -443,120 +446,3 @@ def test_an_example_is_valid_and_leads_to_the_clients_service_by_tls(file: Path,
     service = of_kind("gpu", "Service")[0]
     assert re.search(rf"'name': '{service['metadata']['name']}', 'port': (8000|{{'name': 'http'}})", text)
     assert "admin" not in text
-
-
-# ----------------------------------------------------------------------------------------------------------------- Ray
-
-
-def ray_pods() -> list[Object]:
-    spec = only("ray", "RayCluster")["spec"]
-    return [spec["headGroupSpec"]["template"], *(group["template"] for group in spec["workerGroupSpecs"])]
-
-
-@VERSIONS
-def test_every_object_of_ray_is_valid(version: str) -> None:
-    assert [problem for item in objects("ray") for problem in problems_of(item, version)] == []
-    # Its schema refers to Kubernetes' own for pods.
-    for template in ray_pods():
-        pod_object = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "x", **template["metadata"]}}
-        assert problems_of({**pod_object, "spec": template["spec"]}, version) == []
-
-
-def test_fronts_and_replicas_are_nodes_of_one_cluster_and_of_one_image() -> None:
-    front = container("ray")
-    (command,) = front["args"]
-    head = f"{only('ray', 'RayCluster')['metadata']['name']}-head-svc"
-
-    assert settings_of("ray").cluster == "auto"
-    assert f"--address={head}:6379" in command
-    assert "--num-cpus=0" in command
-    assert command.endswith("exec gateway serve")  # which gets the signals
-    assert {c["image"] for template in ray_pods() for c in template["spec"]["containers"]} == {front["image"]}
-    keys = [
-        {v["name"]: v for v in c["env"] if v["name"].startswith("RAY_")}
-        for c in (front, *(c for template in ray_pods() for c in template["spec"]["containers"]))
-    ]
-    assert all(key == keys[0] for key in keys)
-    assert keys[0]["RAY_AUTH_MODE"]["value"] == "token"
-    locked = re.search(r"^ray==(\S+)", (ROOT / "requirements" / "dev.lock").read_text(), re.MULTILINE)
-    assert locked
-    assert only("ray", "RayCluster")["spec"]["rayVersion"] == locked[1]
-
-
-def test_the_nodes_of_ray_reach_each_other_and_keep_to_the_restricted_standard() -> None:
-    (policy,) = [item for item in of_kind("ray", "NetworkPolicy") if item["metadata"]["name"].endswith("-ray")]
-    wanted = policy["spec"]["podSelector"]["matchLabels"].items()
-    service = of_kind("ray", "Service")[0]["spec"]["selector"].items()
-
-    for template in (pod("ray"), *ray_pods()):
-        assert wanted <= template["metadata"]["labels"].items()
-        assert template["spec"]["securityContext"]["runAsNonRoot"] is True
-        assert template["spec"]["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
-        for part in template["spec"]["containers"]:
-            assert part["securityContext"]["allowPrivilegeEscalation"] is False
-            assert part["securityContext"]["capabilities"] == {"drop": ["ALL"]}
-    # Clients reach only fronts.
-    assert [t for t in ray_pods() if service <= t["metadata"]["labels"].items()] == []
-
-
-def replica_metrics(folder: Path) -> Object:
-    """Return the ScrapeConfig of the replicas."""
-    (found,) = [
-        item for item in kustomize(copied(folder, "ray", ["replica-metrics"])) if item["kind"] == "ScrapeConfig"
-    ]
-    return found
-
-
-def test_the_metrics_of_replicas_are_scraped_once_through_the_service_of_the_fronts(
-    tmp_path: Path, make_model: Callable[..., Any], make_fleet: Callable[..., Any]
-) -> None:
-    found = replica_metrics(tmp_path)
-    spec = found["spec"]
-    [config] = spec["staticConfigs"]
-    [admin] = [item for item in of_kind("ray", "Service") if item["metadata"]["name"].endswith("-admin")]
-    port = admin["spec"]["ports"][0]["port"]
-    registry, fleet = make_fleet(make_model())
-    client = TestClient(create_admin_app(Deployment(registry, Settings(), fleet)))
-
-    assert problems_of(found, VERSIONS.args[1][0]) == []
-    assert config["targets"] == [f"{admin['metadata']['name']}.{admin['metadata']['namespace']}.svc:{port}"]
-    assert client.get(spec["metricsPath"]).status_code == 200
-    # No pod is asked for them one by one.
-    component = KUBERNETES / "components" / "monitoring" / "servicemonitor.yaml"
-    assert spec["metricsPath"] not in {endpoint["path"] for endpoint in read_yaml(component)["spec"]["endpoints"]}
-
-
-def test_prometheus_and_its_operator_scrape_replicas_in_the_same_way(tmp_path: Path) -> None:
-    spec = replica_metrics(tmp_path)["spec"]
-    jobs = {job["job_name"]: job for job in read_yaml(DEPLOY / "prometheus" / "prometheus.yml")["scrape_configs"]}
-    replicas = jobs["gateway-replicas"]
-    [target] = [target for config in replicas["static_configs"] for target in config["targets"]]
-    relabeled = [
-        {"sourceLabels": rule["source_labels"], "regex": rule["regex"], "targetLabel": rule["target_label"]}
-        for rule in replicas["metric_relabel_configs"]
-    ]
-
-    assert spec["metricsPath"] == replicas["metrics_path"]
-    assert spec["relabelings"] == [{"targetLabel": "job", "replacement": replicas["job_name"]}]
-    assert spec["metricRelabelings"] == relabeled
-    assert target in {target for config in jobs["gateway"]["static_configs"] for target in config["targets"]}
-
-
-def test_datadog_reads_the_metrics_of_replicas_once_as_prometheus_does(tmp_path: Path) -> None:
-    found = kustomize(copied(tmp_path / "datadog", "ray", ["datadog", "datadog-replicas"]))
-    (service,) = [item for item in found if item["kind"] == "Service" and item["metadata"]["name"].endswith("-admin")]
-    (deployment,) = [item for item in found if item["kind"] == "Deployment"]
-    (instance,) = checks_of(service["metadata"]["annotations"]["ad.datadoghq.com/service.checks"])
-    scraped = replica_metrics(tmp_path / "prometheus")["spec"]
-    [target] = scraped["staticConfigs"][0]["targets"]
-    # Annotations of pods are a check for each pod.
-    of_pods = checks_of(deployment["spec"]["template"]["metadata"]["annotations"]["ad.datadoghq.com/gateway.checks"])
-
-    assert [problem for item in found for problem in problems_of(item, "1.30")] == []
-    assert same_settings(instance, "replicas.yaml")
-    assert instance["openmetrics_endpoint"] == f"http://{target}{scraped['metricsPath']}"
-    assert [one for one in of_pods if one["openmetrics_endpoint"].endswith("/replicas")] == []
-    # Tags of a pod, and of a Service.
-    tags = {name: tag for name, tag in service["metadata"]["labels"].items() if name.startswith("tags.")}
-    assert tags == {name: tag for name, tag in deployment["metadata"]["labels"].items() if name.startswith("tags.")}
-    assert len(tags) == 3
