@@ -310,8 +310,14 @@ async def test_at_80_columns_no_name_and_no_space_is_cut(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("gateway.cli.console._PIPE_WIDTH", 80)
-    name = "a-model-with-a-long-name"
-    deployment = deployment_of({name: 1}, aliases={"default": Alias(name="default", model=name)})
+    name, other = "a-model-with-a-long-name", "another-model-with-a-longer-name"
+    arms = (Arm(model=name, weight=90), Arm(name="new", model=other, weight=10))
+    deployment = deployment_of(
+        {name: 1, other: 1},
+        aliases={"default": Alias(name="default", model=name)},
+        experiments=(Experiment(id="search-with-a-long-name", kind="cross_space", unit=("api_key",), arms=arms),),
+        shadows=(Shadow(of="default", to=other, sample=0.05),),
+    )
     await deployment.start()
     capsys.readouterr()
 
