@@ -5,6 +5,7 @@ Files with the name of a store test its own settings and limits.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from contextlib import closing
@@ -247,7 +248,7 @@ ODD: list[tuple[str, dict[str, Json]]] = [
     ("text\r\nof lines\u2028", {"k": "\r\n\x1f\u2029\ufeff"}),
     ("text", {"k": 2**63}),
     ("text", {"k": -(2**63)}),
-    ("text", {"k": 1e300}),
+    ("text", {"k": 1e-300}),
     ("text", {"k": 0.1 + 0.2}),
     ("text", {"k": True}),
     ("text", {"a.b": 1, "a": "x", " ": "y", "'": "z", '"': "w"}),
@@ -269,7 +270,9 @@ def test_a_value_is_kept_exactly_or_is_a_problem_of_its_row(url: str, kind: str)
     found = by_id(url)
     assert found.keys() == kept.keys()
     for number, (text, payload) in kept.items():
-        as_text = {name: str(value) for name, value in payload.items()}
+        as_text = {
+            name: str(value) if isinstance(value, str | int) else json.dumps(value) for name, value in payload.items()
+        }
         assert found[number] in [(text, payload), *([(text, as_text)] if kind == "chroma" else [])], number
 
 
