@@ -80,7 +80,10 @@ def test_a_row_that_is_too_large_for_the_server_says_what_to_raise(url: str, ser
 
 @pytest.mark.parametrize("fault", ["close", "late", "429", "500", "503"])
 @pytest.mark.parametrize("num_before", range(6))
-def test_a_short_absence_does_not_matter(url: str, server: QdrantServer, fault: str, num_before: int) -> None:
+def test_a_short_absence_does_not_matter(
+    url: str, server: QdrantServer, fault: str, num_before: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gateway.bulk.stores.qdrant_connection.PATIENCE_S", 10.0)  # a busy machine is slow
     store, name = open_url(url)
     sink = store.sink(name, Keeping())
     with pytest.raises(BulkError):  # the first response shows that it is Qdrant
