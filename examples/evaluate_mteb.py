@@ -18,6 +18,7 @@ from typing import Any
 
 try:
     import mteb
+    import requests
     from mteb.models.openai_wrappers import OpenAIAPIEncodeWrapper
     from mteb.types import PromptType
 except ModuleNotFoundError as error:
@@ -33,8 +34,12 @@ class GatewayModel(OpenAIAPIEncodeWrapper):
     """
 
     def __init__(self, url: str, model: str, api_key: str | None, *, by_task: bool) -> None:
+        space = space_of(url, model, api_key)
         super().__init__(url, model, api_key, modalities=["text"], use_chat_template=False)
         self._id, self._by_task = model, by_task
+        # mteb keeps results by name and revision: another space, or another use of the tasks, is another model.
+        revision = space.rpartition("@")[2] + ("-by-task" if by_task else "")
+        self.mteb_model_meta = self.mteb_model_meta.model_copy(update={"revision": revision})
 
     def encode(self, inputs: Any, *, prompt_type: PromptType | None = None, **about: Any) -> Any:
         """Embed the texts of one side of a task."""
@@ -45,6 +50,22 @@ class GatewayModel(OpenAIAPIEncodeWrapper):
             return super().encode(inputs, prompt_type=prompt_type, **about)
         finally:
             self.model_name = self._id
+
+
+def space_of(url: str, model: str, api_key: str | None) -> str:
+    """Return the space of a model's vectors; end with the reason if the gateway has no such vectors."""
+    headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
+    try:
+        answer = requests.get(f"{url.rstrip('/')}/v1/models/{model}", headers=headers, timeout=60)
+        card = answer.json()
+    except requests.RequestException as error:  # also if the answer is not JSON
+        sys.exit(f"No gateway answers at {url}: {error}")
+    if not answer.ok:
+        sys.exit(f"The gateway refuses: {card.get('message', card)}")
+    if card.get("kind") != "embed" or not card.get("space"):
+        reason = card.get("reason") or card.get("state") or "no state"
+        sys.exit(f"{model} has no vectors of one space to evaluate: it is of kind {card.get('kind')} ({reason})")
+    return str(card["space"])
 
 
 def main() -> None:
@@ -61,14 +82,21 @@ def main() -> None:
     parser.add_argument("--by-task", action="store_true", help="embed queries and passages with their tasks")
     parser.add_argument("--out", type=Path, default=Path("mteb-results"), help="folder for the results")
     options = parser.parse_args()
-    tasks = mteb.get_benchmark(options.benchmark).tasks if options.benchmark else mteb.get_tasks(tasks=options.tasks)
+    try:
+        named = options.benchmark
+        tasks = mteb.get_benchmark(named).tasks if named else mteb.get_tasks(tasks=options.tasks)
+    except (KeyError, ValueError) as error:
+        sys.exit(f"mteb does not know it: {error}")
     model = GatewayModel(options.url, options.model, os.environ.get(options.api_key_env), by_task=options.by_task)
     for name, score in evaluate(model, tasks, options.out).items():
         print(f"{name:<28} {score:.4f}")
 
 
 def evaluate(model: GatewayModel, tasks: Sequence[Any], folder: Path) -> dict[str, float]:
-    """Return the main score of each task, and their mean; tasks whose results are in the folder are not run again."""
+    """Return the main score of each task, and their mean; tasks whose results are in the folder are not run again.
+
+    The folder has the results of each space of each model, with and without ``by_task``.
+    """
     results = mteb.evaluate(model, tasks, cache=mteb.ResultCache(folder))
     scores = {result.task_name: float(result.get_score()) for result in results.task_results}
     return {**scores, "mean": sum(scores.values()) / len(scores)}

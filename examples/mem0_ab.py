@@ -1,8 +1,8 @@
 """Compare two models with Mem0's users: an arm for each user, a collection for each arm, and the outcomes.
 
     pip install mem0ai qdrant-client                    # or mem0ai pymilvus milvus-lite, or mem0ai "psycopg[binary,pool]"
-    gateway serve --models examples/mem0_ab.yaml        # in one terminal; docs/ab-mem0.md says how to get the second model
-    python examples/mem0_ab.py --users 20               # in another
+    GATEWAY_STATE_DIR=/tmp/mem0-ab gateway serve --models examples/mem0_ab.yaml     # in one terminal
+    python examples/mem0_ab.py --users 20               # in another; docs/ab-mem0.md says how to get the second model
 
 The users are made up: each has a few memories and asks for one of them. It helped if that memory came first. In your
 application, the outcome is what your users do. No language model and no account is needed.
@@ -17,19 +17,21 @@ import random
 import re
 import sys
 import tempfile
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 try:
     import httpx
-except ModuleNotFoundError:
-    sys.exit("httpx is not installed. It comes with Mem0: pip install mem0ai qdrant-client")
+    import openai
+except ModuleNotFoundError as error:
+    sys.exit(f"{error.name} is not installed. It comes with Mem0: pip install mem0ai qdrant-client")
 if TYPE_CHECKING:
     from mem0 import Memory
 
 EXPERIMENT = "mem0-ab"
 MEMORIES_PER_USER = 5
-MOST_OUTCOMES = 1_000  # in one request
+MOST_AT_ONCE = 1_000  # units, or outcomes, in one request
 # A memory, values for its gap, and a question that it answers.
 FACTS = [
     ("I play the {} in an orchestra", "violin cello oboe harp", "Which instrument do I play?"),
@@ -57,9 +59,14 @@ def main() -> None:
     ):
         users = [f"user-{options.first + number}" for number in range(options.users)]
         assignments = assign(gateway, users)
+        ask(gateway, "GET", f"/experiments/{EXPERIMENT}/outcomes")  # they may be turned off: say so before the work
         memories = open_memories(options, assignments, options.dir or Path(temporary))
         try:
             outcomes = {user: live(memory_of(memories, assignments[user]), user) for user in users}
+        except openai.APIError as error:  # the gateway has stopped, or a user's arm has changed in the meantime
+            sys.exit(
+                f"The gateway did not embed: {error.message}. Run again when it does: outcomes are sent at the end"
+            )
         finally:
             for memory in memories.values():
                 close(memory)
@@ -81,21 +88,38 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--milvus-url", help="a Milvus server; by default a file in --dir")
     parser.add_argument("--postgres", help="for pgvector: postgresql://user:password@host:5432/database")
     options = parser.parse_args()
+    if options.users < 1:
+        parser.error(f"--users must be at least 1, got {options.users}")
     if options.store == "pgvector" and not options.postgres:
         parser.error("--store pgvector needs --postgres, a PostgreSQL database with the extension pgvector")
     return options
 
 
-def assign(gateway: httpx.Client, users: list[str]) -> dict[str, dict[str, Any]]:
-    """Return the assignment of each user. In your application, ask at the beginning of each session."""
+def ask(gateway: httpx.Client, method: str, path: str, content: object = None) -> dict[str, Any]:
+    """Send a request to the gateway, and return its answer; end with the reason if it fails."""
     try:
-        answer = gateway.post(f"/experiments/{EXPERIMENT}/assignment", json={"units": users})
+        answer = gateway.request(method, path, json=content)
     except httpx.TransportError as error:
         sys.exit(f"No gateway answers at {gateway.base_url}: {error}")
+    try:
+        found: dict[str, Any] = answer.json()
+    except ValueError:
+        sys.exit(f"{gateway.base_url} answers {answer.status_code} without JSON: is it the address of the gateway?")
     if answer.is_error:
-        sys.exit(f"The gateway refuses: {answer.json()['message']}")
-    assignments = {one["unit"]: one for one in answer.json()["data"]}
+        sys.exit(f"The gateway refuses: {found.get('message', found)}")
+    return found
+
+
+def assign(gateway: httpx.Client, users: list[str]) -> dict[str, dict[str, Any]]:
+    """Return the assignment of each user. In your application, ask at the beginning of each session."""
+    assignments = {}
+    for start in range(0, len(users), MOST_AT_ONCE):
+        units = {"units": users[start : start + MOST_AT_ONCE]}
+        answer = ask(gateway, "POST", f"/experiments/{EXPERIMENT}/assignment", units)
+        assignments |= {one["unit"]: one for one in answer["data"]}
     for one in assignments.values():
+        if not one["counted"]:  # `ended`, for example: everyone gets the first arm, and outcomes say nothing
+            sys.exit(f"The experiment does not count {one['unit']}: {one['reason']}")
         if one["space"] is None or one["state"] != "ready":
             sys.exit(f"Model {one['model']} of arm {one['arm']} is {one['state']}: try again when it is ready")
     return assignments
@@ -112,6 +136,8 @@ def open_memories(
         from mem0 import Memory
     except ModuleNotFoundError as error:
         sys.exit(f"{error.name} is not installed: pip install mem0ai qdrant-client")
+    if (found := version("mem0ai")).startswith(("0.", "1.")):  # whose search takes other arguments
+        sys.exit(f"This example needs mem0ai 2 or later, and {found} is installed: pip install --upgrade mem0ai")
     folder.mkdir(parents=True, exist_ok=True)
     by_space = {one["space"]: one for one in assignments.values()}
     memories = {}
@@ -188,16 +214,20 @@ def close(memory: Memory) -> None:
 def post(gateway: httpx.Client, outcomes: dict[str, bool]) -> None:
     """Send the outcome of each user, once: with the same id again, it would not count again."""
     rows = [{"unit": user, "value": int(helped), "id": f"{user}-first"} for user, helped in outcomes.items()]
-    for start in range(0, len(rows), MOST_OUTCOMES):
-        answer = gateway.post(f"/experiments/{EXPERIMENT}/outcomes", json=rows[start : start + MOST_OUTCOMES])
-        if answer.is_error:
-            sys.exit(f"The gateway takes no outcomes: {answer.json()['message']}")
+    for start in range(0, len(rows), MOST_AT_ONCE):
+        path = f"/experiments/{EXPERIMENT}/outcomes"
+        answer = ask(gateway, "POST", path, rows[start : start + MOST_AT_ONCE])
+        known = ("received", "stored", "object")
+        if left_out := ", ".join(f"{number} {why}" for why, number in answer.items() if why not in known and number):
+            print(f"of {answer['received']} outcomes, not counted: {left_out}")
 
 
 def report(gateway: httpx.Client) -> None:
     """Print the arms, and the gateway's conclusions from all outcomes so far, including earlier runs."""
-    shown = gateway.get(f"/experiments/{EXPERIMENT}/outcomes").json()
-    [outcome] = [outcome for outcome in shown["outcomes"] if outcome["primary"]]
+    shown = ask(gateway, "GET", f"/experiments/{EXPERIMENT}/outcomes")
+    outcome = next((outcome for outcome in shown["outcomes"] if outcome["primary"]), None)
+    if outcome is None:
+        sys.exit("models.yaml declares no `outcome` for the experiment, so there is no decision")
     for arm in outcome["arms"]:
         mean = "-" if arm["mean"] is None else f"{arm['mean']:.3f}"
         print(f"arm {arm['arm']}: {arm['units']} users, {outcome['name']} {mean}")
@@ -209,7 +239,7 @@ def report(gateway: httpx.Client) -> None:
             f"decision: {found['arm']} against {found['control']}: {found['verdict'] or 'none'};{difference} "
             f"{found['reason']}"
         )
-        if found["units_needed"]:
+        if found["verdict"] == "not yet" and found["units_needed"]:
             print(f"about {found['units_needed']} users find a difference of {outcome['margin']:g}")
 
 

@@ -14,6 +14,7 @@ import os
 import re
 import sys
 import tempfile
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +40,8 @@ def main() -> None:
         print(f"{options.store} collection {memory.collection_name}\n")
         try:
             use(memory)
+        except (APIConnectionError, APIStatusError) as error:  # it has stopped in the meantime, for example
+            sys.exit(f"The gateway did not embed: {error.message}")
         finally:
             memory.vector_store.client.close()
             memory.close()
@@ -96,6 +99,8 @@ def import_mem0() -> type[Memory]:
         from mem0 import Memory
     except ModuleNotFoundError as error:
         sys.exit(f"{error.name} is not installed: pip install mem0ai qdrant-client, or mem0ai pymilvus milvus-lite")
+    if (found := version("mem0ai")).startswith(("0.", "1.")):  # whose search takes other arguments
+        sys.exit(f"This example needs mem0ai 2 or later, and {found} is installed: pip install --upgrade mem0ai")
     return Memory
 
 

@@ -37,6 +37,7 @@ class Request:
         task: the task, by any of its names; ``None`` for the model's default.
         unit_source: looks up the values that an experiment can make a unit from.
         priority: low for a request that yields to all others.
+        may_be_captured: the texts may be kept as a sample of the queries, if the name has a capture.
         reserve: called with the number of bytes that the work and its answer need, before they are used, and again with
             each better estimate; raises a :class:`RequestError` if there is no room.
     """
@@ -52,6 +53,7 @@ class Request:
     truncate: Truncate = Truncate.END
     unit_source: UnitSource = no_unit_source
     priority: Priority = Priority.NORMAL
+    may_be_captured: bool = True
     reserve: Callable[[int], None] = lambda _num_bytes: None
 
     @property

@@ -82,7 +82,7 @@ class EmbeddingService:
 
     def _capture(self, choice: Choice, request: Request, texts: Sequence[str], task: str | None) -> None:
         """Keep a sample of the texts, if the registry captures this name."""
-        if (captures := self._deployment.captures) is not None:
+        if request.may_be_captured and (captures := self._deployment.captures) is not None:
             captures.offer(choice, texts, task, request.unit_source)
 
     def target(self, model: str | None, task: str | None, client: Client) -> Target:

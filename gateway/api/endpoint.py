@@ -33,6 +33,7 @@ from gateway.telemetry import metrics
 # the interpreter: 2.5 ms for this many bytes of numbers, 0.3 ms of base64. Switching to a thread and back costs more.
 _SMALL_ANSWER_BYTES = 256 * 1024
 EXPECT_SPACE = "x-gateway-expect-space"
+CAPTURE = "x-gateway-capture"
 """The header with the space that a client expects."""
 
 T = TypeVar("T")
@@ -174,6 +175,7 @@ class Endpoint:
             caller=context.caller,
             client=context.client,
             priority=context.priority,
+            may_be_captured=may_be_captured(request),
             expect_space=_expected_space(request),
             unit_source=unit_source(request, user),
             max_token_vectors=self.settings.max_token_vectors,
@@ -316,6 +318,11 @@ def reserve_texts(request: Request, texts: Sequence[str]) -> Callable[[int], Non
     num_bytes = sum(map(sys.getsizeof, texts))
     memory.resize(num_bytes)
     return lambda more: memory.resize(num_bytes + more)
+
+
+def may_be_captured(request: Request) -> bool:
+    """Return whether the client lets the gateway keep its texts: any value of the header but ``on`` forbids it."""
+    return request.headers.get(CAPTURE, "on").strip().lower() == "on"
 
 
 def unit_source(request: Request, user: object) -> UnitSource:

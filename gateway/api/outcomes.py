@@ -41,7 +41,14 @@ class OutcomesAnswer(AnswerBody):
     object: Literal["outcomes.posted"] = "outcomes.posted"
     received: int
     stored: int
-    repeated: int = Field(description="Left out: an outcome with their `id` is already stored.")
+    unseen: int = Field(
+        description="Stored, although their unit sent no request for embeddings here before. They count only if another "
+        "replica got one. If there are many, the units may be written differently from those of the requests."
+    )
+    repeated: int = Field(description="Left out: the same outcome, with the same `id`, is already stored.")
+    conflicting: int = Field(
+        description="Left out: another unit or another value is already stored with their `id`. Give each outcome its own."
+    )
     excluded: int = Field(description="Left out: the experiment excludes their unit.")
     too_many_of_unit: int = Field(
         description=f"Left out: their unit already has {MAX_PER_UNIT:,} outcomes of that name."
@@ -76,7 +83,9 @@ class OutcomeRoutes:
         return OutcomesAnswer(
             received=len(rows),
             stored=kept.stored,
+            unseen=kept.unseen,
             repeated=kept.repeated,
+            conflicting=kept.conflicting,
             excluded=len(rows) - len(outcomes),
             too_many_of_unit=kept.too_many_of_unit,
             unknown_unit=kept.unknown_unit,

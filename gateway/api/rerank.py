@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from fastapi import APIRouter, Request, Response
 
-from gateway.api.endpoint import Endpoint, reserve_texts, timeout_s, unit_source
+from gateway.api.endpoint import Endpoint, may_be_captured, reserve_texts, timeout_s, unit_source
 from gateway.api.json_body import Json
 from gateway.api.pieces import Parts, object_around, value_list
 from gateway.api.rerank_schema import RerankBody, rerank_responses
@@ -126,6 +126,7 @@ class Reranker:
             timeout_s=timeout_s(request, self._endpoint.settings.request_timeout_s),
             caller=context.caller,
             priority=context.priority,
+            may_be_captured=may_be_captured(request),
             truncate=body.wanted_truncation,
             max_text_tokens=body.max_tokens_per_doc,
             score_by=body.wanted_scores,

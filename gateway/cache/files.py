@@ -108,8 +108,13 @@ class RowFile:
 
     # ------------------------------------------------------------------------------------------------------- writing
 
-    def append(self, texts: Sequence[str], rows: Sequence[npt.NDArray[Any]]) -> None:
+    def append(
+        self, texts: Sequence[str], rows: Sequence[npt.NDArray[Any]], notes: Sequence[int] | None = None
+    ) -> None:
         """Add the rows of texts, and write them to disk.
+
+        Args:
+            notes: a number below 2**32 to store with each text; by default 0.
 
         Raises:
             CacheError: the rows cannot be written.
@@ -118,8 +123,8 @@ class RowFile:
         try:
             self.add(
                 [
-                    (key_of(text), 0, np.ascontiguousarray(row, dtype=kind).tobytes())
-                    for text, row in zip(texts, rows, strict=True)
+                    (key_of(text), note, np.ascontiguousarray(row, dtype=kind).tobytes())
+                    for text, row, note in zip(texts, rows, notes or [0] * len(texts), strict=True)
                 ]
             )
         except OSError as error:
@@ -154,6 +159,11 @@ class RowFile:
             self._sort()
 
     # ------------------------------------------------------------------------------------------------------- reading
+
+    def notes(self, texts: Sequence[str]) -> list[int]:
+        """Return the note of each text; 0 for a text without rows."""
+        numbers = self.find([key_of(text) for text in texts])
+        return [int(self._records["note"][number]) if number >= 0 else 0 for number in numbers]
 
     def get(self, number: int) -> tuple[int, bytes] | None:
         """Return the note and the bytes of a record's rows; ``None`` if they are damaged.

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -22,6 +22,7 @@ import orjson
 import structlog
 
 from gateway.config.capture import Capture, dated, dated_files
+from gateway.config.files import open_to_append, read_bounded
 from gateway.telemetry import metrics
 
 log = structlog.get_logger(__name__)
@@ -34,10 +35,16 @@ MAX_BYTES_PER_DAY = 64 * 1024 * 1024
 """The size limit of a file in bytes; further texts of the day are dropped."""
 
 _CLEAN_EVERY_S = 600.0
+_MAX_KEY_BYTES = 4096
 _SECONDS_BETWEEN_WARNINGS = 60.0
 _STOP_LIMIT_S = 5.0
 
-Scrubber = Callable[[str], "str | None"]
+Scrubber = Callable[[str], object]
+"""Returns the part of a text that may be kept, or ``None``; a wrong function returns something else."""
+
+
+class CaptureFailed(Exception):
+    """A text cannot be written. The message does not contain it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,15 +117,16 @@ class CaptureWriter:
         except Exception as error:  # see above
             if time.monotonic() - self._warned_at > _SECONDS_BETWEEN_WARNINGS:
                 self._warned_at = time.monotonic()
-                # Only the error's type, because the message of a hook's error may quote the text.
-                reason = error.strerror if isinstance(error, OSError) else type(error).__name__
+                # Of other errors only the type, because the message of a hook's error may quote the text.
+                reason = str(error) if isinstance(error, CaptureFailed) else type(error).__name__
+                reason = str(error.strerror) if isinstance(error, OSError) else reason
                 log.error("capture_failed", name=self.name, path=str(self.path), reason=reason)
             return None
 
     def _write(self, captured: Captured) -> str:
         """Write a text, and return the outcome for the metrics."""
-        text = captured.text if self._scrub is None else self._scrub(captured.text)
-        if text is None:
+        text = self._scrubbed(captured.text)
+        if not text:
             return "scrubbed"
         now = datetime.now(UTC)
         entry = {
@@ -132,7 +140,7 @@ class CaptureWriter:
         if captured.unit is not None:
             entry["group"] = hmac.digest(self._key, captured.unit.encode(), hashlib.sha256).hex()[:16]
         line = orjson.dumps(entry, option=orjson.OPT_APPEND_NEWLINE)
-        descriptor = os.open(dated(self.path, now.date()), os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        descriptor = open_to_append(dated(self.path, now.date()), 0o600)
         try:
             size = os.fstat(descriptor).st_size
             if size + len(line) > MAX_BYTES_PER_DAY:
@@ -144,9 +152,17 @@ class CaptureWriter:
             os.close(descriptor)
         return "written"
 
+    def _scrubbed(self, text: str) -> str | None:
+        if self._scrub is None:
+            return text
+        kept = self._scrub(text)
+        if kept is not None and not isinstance(kept, str):  # `True` of a function that only says what may be kept
+            raise CaptureFailed(f"{self.capture.scrub} must return a text or None, and returned {type(kept).__name__}")
+        return kept if kept and kept.strip() else None
+
     def _delete_old(self) -> None:
-        """Delete the files whose first text may be ``days`` days old."""
-        last = datetime.now(UTC).date() - timedelta(days=self.capture.days)
+        """Delete the files whose first text may be ``days`` days old before the next deletion."""
+        last = last_deleted(datetime.now(UTC), self.capture.days)
         for day, file in dated_files(self.path).items():
             if day <= last:
                 file.unlink(missing_ok=True)
@@ -162,13 +178,18 @@ class CaptureWriter:
         path = self.path.with_name(f"{self.path.name}.key")
         if not path.exists():
             _write_key(path)
-        key = path.read_bytes()
+        key = read_bounded(path, _MAX_KEY_BYTES)
         if len(key) < 32:
-            raise ValueError("the key of the captured units is truncated")
+            raise CaptureFailed(f"the key {path.name} of the captured units is truncated: delete it to make a new one")
         return key
 
     def _count(self, outcome: str) -> None:
         metrics.CAPTURED_TEXTS.labels(self.name, outcome).inc()
+
+
+def last_deleted(now: datetime, days: int) -> date:
+    """Return the last day whose file has to go now: until the next deletion, its first text may become ``days`` days old."""
+    return (now + timedelta(seconds=2 * _CLEAN_EVERY_S)).date() - timedelta(days=days)
 
 
 def _write_key(path: Path) -> None:

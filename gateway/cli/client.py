@@ -43,6 +43,7 @@ class EmbeddedTexts:
         is_experiment: whether the name is an experiment's, so that the model depends on the caller.
         sparse, multivectors: one for each text; empty unless they were requested.
         num_truncated: texts that were cut.
+        truncated: their places, of which an answer lists at most 100.
     """
 
     vectors: Vectors
@@ -55,6 +56,7 @@ class EmbeddedTexts:
     sparse: Sequence[SparseVector] = ()
     multivectors: Sequence[MultiVector] = ()
     num_truncated: int = 0
+    truncated: frozenset[int] = frozenset()
 
 
 class Refused(StartError):
@@ -150,6 +152,7 @@ class GatewayClient:
         headers = {"x-gateway-expect-space": expect_space} if expect_space is not None else {}
         started = time.monotonic()
         answer = await self._send("POST", "/v1/embeddings", orjson.dumps(body), headers)
+        cut = answer.headers.get("x-gateway-truncated", "")
         try:
             content = orjson.loads(answer.content)
             rows = content["data"]
@@ -174,7 +177,8 @@ class GatewayClient:
             is_experiment="x-gateway-experiment" in answer.headers,
             sparse=sparse,
             multivectors=multivectors,
-            num_truncated=_count_listed(answer.headers.get("x-gateway-truncated", "")),
+            num_truncated=_count_listed(cut),
+            truncated=frozenset(int(place) for place in cut.split(",") if place.isdecimal()),
         )
 
     async def tokenize(

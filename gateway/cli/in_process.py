@@ -56,7 +56,10 @@ async def in_process_deployment(
 
 
 def _narrowed(registry: Registry, names: Iterable[str]) -> Registry:
-    """Return the registry with only the models of these names, and their aliases."""
+    """Return the registry with only the models of these names, and their aliases.
+
+    Nothing is captured: the texts of a command are not those of users, and a running gateway may write the files.
+    """
     known = Names(registry)
     wanted = set()
     for name in names:
@@ -70,7 +73,11 @@ def _narrowed(registry: Registry, names: Iterable[str]) -> Registry:
     return registry.model_copy(
         update={
             "models": tuple(entry.model_copy(update=_LOADED_NOW) for entry in registry.models if entry.id in wanted),
-            "aliases": {name: alias for name, alias in registry.aliases.items() if alias.model in wanted},
+            "aliases": {
+                name: alias.model_copy(update={"capture": None})
+                for name, alias in registry.aliases.items()
+                if alias.model in wanted
+            },
             "experiments": (),
             "shadows": (),
             "fallbacks": {},

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import UTC, datetime
@@ -20,8 +19,9 @@ from gateway.cli.models import OwnModels, RunningGateway
 from gateway.compare.arms import parse_arms
 from gateway.compare.comparison import CompareRequest, compare
 from gateway.compare.dataset import Dataset, read_dataset
+from gateway.compare.folder import claimed
 from gateway.compare.judge.command import Declined, Judging, show_judged
-from gateway.compare.outputs import RESULTS, write_page, write_results
+from gateway.compare.outputs import write_page, write_results
 from gateway.compare.page import render_page
 from gateway.compare.progress import progress_on
 from gateway.compare.results import Comparison
@@ -55,11 +55,19 @@ def run_comparison(
         CompareError: the comparison cannot be made, or its results cannot be written.
     """
     folder = out or Path(f"comparison-{datetime.now(UTC):%Y%m%d-%H%M%S}")
-    try:
-        _check_folder(folder)
-    except OSError as error:  # a name that is too long, or a folder that may not be entered
-        raise CompareError(f"--out {folder}: {error.strerror}") from error
     parse_arms(request.arms)  # check this before files are read
+    with claimed(folder, request, has_judge=judging is not None):
+        _compare_into(folder, request, gateway, judging, is_progress_json=is_progress_json)
+
+
+def _compare_into(
+    folder: Path,
+    request: CompareRequest,
+    gateway: RunningGateway | OwnModels,
+    judging: Judging | None,
+    *,
+    is_progress_json: bool,
+) -> None:
     console, progress = make_console(), make_console(is_error=True)
     dataset = read_dataset(
         request.data, request.split, request.max_documents, request.seed, request.judged, request.queries
@@ -109,27 +117,12 @@ async def _client(gateway: RunningGateway | OwnModels, names: Sequence[str]) -> 
         async with in_process_client(gateway.registry, gateway.settings, names) as http:
             yield GatewayClient(http, "in process", _PATIENCE_S)
         return
-    async with connect(gateway.url, gateway.api_key, timeout_s=_TIMEOUT_S, patience_s=_PATIENCE_S) as client:
+    # Captured queries must not be captured again, each time with a new date of deletion.
+    headers = {"x-gateway-capture": "off"}
+    async with connect(
+        gateway.url, gateway.api_key, timeout_s=_TIMEOUT_S, patience_s=_PATIENCE_S, headers=headers
+    ) as client:
         yield client
-
-
-def _check_folder(folder: Path) -> None:
-    """Check, before anything is computed, that the results can be written without replacing others.
-
-    Raises:
-        CompareError: the folder holds the results of another comparison, or cannot be written.
-    """
-    if os.path.lexists(folder) and not folder.exists():
-        raise CompareError(f"--out {folder}: is a link to nothing")
-    if (folder / RESULTS).exists():
-        raise CompareError(
-            f"--out {folder}: holds the results of another comparison; choose another folder, or remove this one"
-        )
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not there.is_dir():
-        raise CompareError(f"--out {folder}: {there} is not a folder")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise CompareError(f"--out {folder}: {there} is not writable")
 
 
 def default_cache(environ: Mapping[str, str]) -> Path:

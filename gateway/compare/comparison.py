@@ -17,7 +17,7 @@ from gateway.compare.bottom_line import decide
 from gateway.compare.conclusions import Quality, conclude
 from gateway.compare.cost import CostRun, measure_costs
 from gateway.compare.dataset import Dataset
-from gateway.compare.notes import arm_notes, judgment_notes, run_notes
+from gateway.compare.notes import arm_notes, cut_notes, judgment_notes, run_notes
 from gateway.compare.progress import Reporter
 from gateway.compare.ranking import Ranked, rank
 from gateway.compare.results import Agreement, Arm, Comparison, Cost, Estimate, Hit, QueryResult
@@ -92,6 +92,7 @@ async def compare(
             *dataset.notes,
             *judgment_notes(dataset, found),
             *arm_notes(arms),
+            *cut_notes({arm.card.id: (arm, ranked[arm.name.text].num_cut) for arm in arms}, len(dataset.documents)),
             *run_notes(cache, measures_cost=request.measures_cost),
         ],
         arms=results,

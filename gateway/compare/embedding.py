@@ -26,6 +26,8 @@ _MAX_TEXTS = 64
 # A request with long texts has fewer texts, so that an interruption loses little work.
 _MAX_CHARACTERS = 100_000
 _NUM_IN_FLIGHT = 3
+# The note of a text in the cache that was longer than the model's limit.
+_CUT = 1
 # The body is too large for the gateway, or computing it takes too long; fewer texts may work.
 _TOO_MUCH = (413, 504)
 
@@ -38,11 +40,13 @@ class Embedded:
         dense: ``(n, dimensions)`` float32, ready to be searched by dot product.
         sparse: rows of :data:`gateway.cache.files.WEIGHT`.
         multivectors: rows of float16 vectors.
+        num_cut: the number of texts of which the model read only the beginning.
     """
 
     dense: Vectors | None = None
     sparse: Ragged | None = None
     multivectors: Ragged | None = None
+    num_cut: int = 0
 
 
 async def embed_side(
@@ -86,6 +90,7 @@ async def embed_side(
         dense=_ready(arm, stored[Output.DENSE].firsts()) if Output.DENSE in stored else None,
         sparse=stored.get(Output.SPARSE),
         multivectors=stored.get(Output.MULTIVECTOR),
+        num_cut=sum(_CUT in notes for notes in zip(*(store.notes(texts) for store in stores.values()), strict=True)),
     )
 
 
@@ -177,8 +182,9 @@ class _Sender:
             await self.send(outputs, batch[middle:])
             return
         self._check(outputs, embedded)
+        notes = [_CUT if place in embedded.truncated else 0 for place in range(len(batch))]
         for output in outputs:
-            self.stores[output].append(batch, _rows(output, embedded))
+            self.stores[output].append(batch, _rows(output, embedded), notes)
         self.step.advance(len(batch))
 
     def _check(self, outputs: Sequence[Output], embedded: EmbeddedTexts) -> None:

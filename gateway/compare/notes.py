@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from gateway.cache.files import CacheFolder
 from gateway.compare.arms import PlannedArm
@@ -91,6 +91,21 @@ def _space_note(one: PlannedArm, other: PlannedArm) -> str:
     if (one.queries.task, one.passages.task) == (other.queries.task, other.passages.task):
         return f"{names} are in one space: any difference comes from rounding."
     return f"{names} are in one space, and differ in the tasks that queries or documents are embedded with."
+
+
+def cut_notes(num_cut: Mapping[str, tuple[PlannedArm, int]], num_documents: int) -> list[str]:
+    """Return a note on each model that read only the beginning of some documents.
+
+    Args:
+        num_cut: for each model, an arm and the number of such documents.
+    """
+    return [
+        f"{model} reads at most {arm.card.max_tokens or 0:,} tokens, so it read only the beginning of {number:,} of "
+        f"{num_documents:,} documents. If you split long documents before you store them, split them for a comparison as "
+        "well."
+        for model, (arm, number) in num_cut.items()
+        if number
+    ]
 
 
 def run_notes(cache: CacheFolder, *, measures_cost: bool) -> list[str]:

@@ -17,6 +17,8 @@ from gateway.config.files import write_whole
 from gateway.errors import CompareError
 
 RESULTS = "results.json"
+PAGE = "report.html"
+RUNS = "runs"
 QUERIES = "queries.jsonl"
 _MAX_NAME = 100
 _READING = {
@@ -38,7 +40,8 @@ def write_results(comparison: Comparison, rankings: Mapping[str, Ranking], folde
         runs/<arm>.trec     the whole rankings, one document per line: query Q0 document rank score arm
 
     A run separates its columns by spaces, so in an id with a space, the space is written as ``%20`` and ``%`` as ``%25``.
-    Equal scores are written one step of single precision apart, so that every tool sees the measured order.
+    Equal scores are written one step of single precision apart, so that every tool sees the measured order. ``results.json``
+    is written last, so a folder that has it has the others as well.
 
     Args:
         rankings: the rankings of every arm, by name.
@@ -55,9 +58,9 @@ def write_results(comparison: Comparison, rankings: Mapping[str, Ranking], folde
     contents: list[tuple[Path, Iterable[bytes]]] = [
         (folder / RESULTS, [_json(whole, orjson.OPT_INDENT_2)]),
         (folder / QUERIES, (_json(query) for query in comparison.queries)),
-        *((folder / "runs" / f"{names[arm]}.trec", _run_lines(arm, rankings[arm])) for arm in rankings),
+        *((folder / RUNS / f"{names[arm]}.trec", _run_lines(arm, rankings[arm])) for arm in rankings),
     ]
-    for path, lines in contents:
+    for path, lines in [*contents[1:], contents[0]]:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_whole(path, lines)
@@ -72,7 +75,7 @@ def write_page(page: str, folder: Path) -> Path:
     Raises:
         CompareError: the file cannot be written.
     """
-    path = folder / "report.html"
+    path = folder / PAGE
     try:
         write_whole(path, page)
     except OSError as error:

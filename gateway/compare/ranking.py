@@ -29,10 +29,12 @@ class Ranked:
 
     Attributes:
         bytes_per_document: average size of a stored document.
+        num_cut: the number of documents of which the model read only the beginning.
     """
 
     ranking: Ranking
     bytes_per_document: int
+    num_cut: int = 0
 
 
 async def rank(
@@ -73,7 +75,8 @@ async def rank(
             similarities[Output.MULTIVECTOR] = tokens
             size += _bytes_per_document(arm, late)
         found = _reranked(arm, similarities, candidates)
-    return Ranked(make_ranking(list(dataset.queries), list(dataset.documents), *found), max(1, size))
+    ranking = make_ranking(list(dataset.queries), list(dataset.documents), *found)
+    return Ranked(ranking, max(1, size), documents.num_cut)
 
 
 def _similarities(queries: Embedded, documents: Embedded, excluded: Sequence[int | None]) -> dict[Output, Similarity]:

@@ -254,7 +254,7 @@ class Jobs:
         self._runs.check_name(wanted.name, "comparison")
         if wanted.name == _DATA:
             raise BadInput(f"{_DATA!r} is the folder of the data sets: choose another name", param="name")
-        if os.path.lexists(self._runs.path(wanted.name)):
+        if not self._runs.is_free(wanted.name):
             raise BadInput(f"a comparison {wanted.name!r} already exists: choose another name", param="name")
         if not 2 <= len(wanted.arms) <= MAX_ARMS:
             raise BadInput(f"{len(wanted.arms)} models were sent; 2 to {MAX_ARMS} are accepted", param="arms")

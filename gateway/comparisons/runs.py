@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import stat
 from collections.abc import Iterator, Mapping, Sequence
@@ -262,6 +263,16 @@ class Runs:
     def has(self, name: str) -> bool:
         """Return whether a comparison has results."""
         return self.is_name(name) and _changed(self.folder / name / "results.json") is not None
+
+    def is_free(self, name: str) -> bool:
+        """Return whether a new comparison may have this name: nothing is there, or the empty folder of a stopped one."""
+        path = self.path(name)
+        if not os.path.lexists(path):
+            return True
+        try:
+            return not path.is_symlink() and not any(path.iterdir())
+        except OSError:  # a file, or a folder that may not be read
+            return False
 
     def has_check(self, name: str) -> bool:
         """Return whether a comparison has documents for people to grade."""

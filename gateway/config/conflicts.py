@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
 from gateway.config.capture import Capture
@@ -184,12 +186,13 @@ def _capture_conflicts(aliases: Mapping[str, Alias], experiments: Sequence[Exper
     for name, path, capture in captures:
         if capture is None:
             continue
-        if capture.to in owners:
+        file = os.path.normpath(Path(capture.to).expanduser())
+        if file in owners:
             yield Conflict(
                 (*path, "capture", "to"),
-                f"must be a separate file, and {quote(owners[capture.to])} and {quote(name)} have the same file",
+                f"must be a separate file, and {quote(owners[file])} and {quote(name)} have the same file",
             )
-        owners.setdefault(capture.to, name)
+        owners.setdefault(file, name)
 
 
 def _shadow_problems(shadow: Shadow, names: _Names) -> Iterator[tuple[str, str]]:

@@ -52,8 +52,22 @@ def open_lock(path: Path) -> BufferedReader:
     return os.fdopen(_open(path, os.O_RDWR | os.O_CREAT), "rb")
 
 
-def _open(path: Path, flags: int) -> int:
-    descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+def open_to_append(path: Path, mode: int) -> int:
+    """Open a regular file, which is made if it does not exist, and return its descriptor, whose writes go to the end.
+
+    Args:
+        mode: permissions of a new file, minus the process's umask.
+
+    Raises:
+        UnsuitableFile, OSError: as :func:`open_regular`.
+    """
+    return _open(
+        path, os.O_RDWR | os.O_APPEND | os.O_CREAT, mode
+    )  # read as well: a pipe without a reader is then named
+
+
+def _open(path: Path, flags: int, mode: int = 0o666) -> int:
+    descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, mode)
     kind = stat.S_IFMT(os.fstat(descriptor).st_mode)
     if kind != stat.S_IFREG:
         os.close(descriptor)

@@ -260,6 +260,9 @@ def _conclude(report: ExperimentReport, outcomes: Sequence[OutcomeView]) -> Conc
         ratio = report.sample_ratio if report.sample_ratio.mismatch else report.request_ratio or report.sample_ratio
         return Conclusion("bad", "The split does not match the weights: trust no comparison", f"{ratio.verdict}.")
     if not report.running:
+        if verdicts := decided(outcomes):
+            text = f"{outcomes[0].outcome.name}: {verdicts[0].reason}. Not running: the first arm answers all requests."
+            return Conclusion(verdicts[0].level, verdicts[0].sentence, text)
         return Conclusion("", "Not running", "The first arm answers all requests.")
     if report.warnings:
         return Conclusion("warn", "These figures say little", " ".join(f"{warning}." for warning in report.warnings))
@@ -276,6 +279,8 @@ def _conclude_from_units(report: ExperimentReport, outcomes: Sequence[OutcomeVie
     if verdicts := decided(outcomes):
         first = verdicts[0]
         return Conclusion(first.level, first.sentence, f"{outcomes[0].outcome.name}: {first.reason}.")
+    if outcomes and outcomes[0].is_doubtful:
+        return Conclusion("warn", "No verdict", f"{outcomes[0].note}.")
     if undecided := [verdict for view in outcomes for verdict in view.verdicts]:
         return Conclusion("", "Not yet: keep it running", f"{undecided[0].arm}: {undecided[0].next}")
     if all(guardrail.verdict == "not yet" for guardrail in report.guardrails):

@@ -154,8 +154,9 @@ def _next(one: OutcomeComparison) -> str:
     parts = [f"{one.units:,} units so far"]
     if one.units_needed is not None:
         parts.append(f"about {one.units_needed:,} are needed")
-    if one.look_again is not None:
-        parts.append(f"look again on {read_time(one.look_again):%Y-%m-%d}")
+    if one.look_again is None:
+        return ", ".join(parts) + "."
+    parts.append(f"look again on {read_time(one.look_again):%Y-%m-%d}")
     return ", ".join(parts) + ". You can look earlier without harm."
 
 

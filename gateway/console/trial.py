@@ -144,7 +144,14 @@ async def _embed(
     arm = plan.arm
     return await endpoint.embed(
         request,
-        replace(embed_request, task=task, dimensions=arm.dimensions, precision=arm.precision, outputs=(arm.output,)),
+        replace(
+            embed_request,
+            task=task,
+            dimensions=arm.dimensions,
+            precision=arm.precision,
+            outputs=(arm.output,),
+            may_be_captured=False,  # the reader's texts, not those of users
+        ),
     )
 
 

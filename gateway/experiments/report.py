@@ -95,7 +95,9 @@ class Guardrail(_Report):
     high: float | None
     units: int = Field(description="Units of both arms; requests without a unit count as one each. The first 200,000.")
     least_units: int = Field(description="Minimum number of units in each arm for a verdict.")
-    verdict: Literal["worse", "better", "no difference found", "not yet"]
+    verdict: Literal["worse", "better", "no difference found", "not yet", "not compared"] = Field(
+        description="`not compared`: there is a sample ratio mismatch, so the arms may have different kinds of units."
+    )
 
 
 class UnitSource(_Report):

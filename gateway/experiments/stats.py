@@ -118,6 +118,7 @@ class ExperimentStats:
             for arm in experiment.arms
         ]
         sample_ratio, request_ratio = _ratios(experiment, arms, counted)
+        mismatch = sample_ratio.mismatch or (request_ratio is not None and request_ratio.mismatch)
         return ExperimentReport(
             **dict(describe_experiment(experiment)),
             generation=generation,
@@ -125,7 +126,7 @@ class ExperimentStats:
             units_since=counted.units_since,
             evidence=arms,
             guardrails=[
-                guardrail
+                guardrail.model_copy(update={"verdict": "not compared"}) if mismatch else guardrail
                 for arm in arms[1:]
                 if arm.share and arms[0].share
                 for guardrail in guardrails(
@@ -144,7 +145,7 @@ class ExperimentStats:
             sample_ratio=sample_ratio,
             request_ratio=request_ratio,
             outcomes=None,
-            mismatch=sample_ratio.mismatch or (request_ratio is not None and request_ratio.mismatch),
+            mismatch=mismatch,
             warnings=[
                 *_warn_of_no_units(experiment, sum(arm.requests for arm in arms), counted.uncounted),
                 *_warn_of_large_units(arms),

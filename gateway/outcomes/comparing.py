@@ -74,6 +74,8 @@ def compare(joined: Joined, control: Branch, arm: Branch, per: Per, alpha: float
     most = most_chances(joined)
     mismatch = None
     for old, new in _pairs(joined.exposures.branches, control, arm):
+        ratio = _ratio(joined.exposures, joined.exposures.branches[old].generation)
+        mismatch = mismatch or (ratio if ratio.mismatch else None)
         shares = [joined.exposures.branches[index].share for index in (old, new)]
         arms = [values_of(joined, joined.exposures.branch == index, per, most) for index in (old, new)]
         first, second, is_adjusted = adjust(*arms)
@@ -84,8 +86,6 @@ def compare(joined: Joined, control: Branch, arm: Branch, per: Per, alpha: float
         if part is not None:
             parts.append(part)
             uses_before |= is_adjusted
-        ratio = _ratio(joined.exposures, joined.exposures.branches[old].generation)
-        mismatch = mismatch or (ratio if ratio.mismatch else None)
     precisions = [len(part.unit) / part.spread**2 for part in parts]
     combined, is_enough = _combine(parts, precisions, alpha) if parts else (None, False)
     difference = combined if is_enough else None

@@ -20,11 +20,11 @@ import structlog
 
 from gateway.config.registry import Experiment
 from gateway.errors import OutcomesUnavailable, StartError
-from gateway.experiments.exposures import Exposure
+from gateway.experiments.exposures import Exposure, iso
 from gateway.experiments.outcome_report import OutcomesReport
 from gateway.experiments.split import Split
-from gateway.outcomes.store import FILE_NAME, Kept, NewOutcome, Reader, Store, StoreBusy, StoreFull
-from gateway.outcomes.verdicts import Reported, branches_of, report_outcomes
+from gateway.outcomes.store import FILE_NAME, Decision, Kept, NewOutcome, Reader, Store, StoreBusy, StoreFull
+from gateway.outcomes.verdicts import DECLARED, Reported, branches_of, declaration_of, report_outcomes
 from gateway.telemetry import metrics
 
 log = structlog.get_logger(__name__)
@@ -61,6 +61,7 @@ class Keeper:
         self._waiting: deque[Exposure] = deque()
         self._writing: Future[None] | None = None
         self._declared: set[str] = set()
+        self._noted: set[tuple[str, str]] = set()
         self._warned_at = -_SECONDS_BETWEEN_WARNINGS
         # The last report of each experiment, with the time at which to renew it and the state that it was computed
         # from.
@@ -161,6 +162,7 @@ class Keeper:
 
     def _post(self, experiment: Experiment, outcomes: Sequence[NewOutcome]) -> Kept:
         self._write_waiting()
+        self._note_declaration(experiment, min((outcome.time for outcome in outcomes), default=time.time()))
         return self._store.keep(experiment.id, outcomes, experiment.outcome.name if experiment.outcome else None)
 
     def _write_waiting(self) -> None:
@@ -188,6 +190,13 @@ class Keeper:
             if generation not in self._declared:
                 self._store.declare(experiment.id, branches_of(experiment, generation))
                 self._declared.add(generation)
+
+    def _note_declaration(self, experiment: Experiment, now: float) -> None:
+        """Store when the declaration of the outcome was first seen, so that a later change is noticed."""
+        every, this = declaration_of(experiment)
+        if (every, this) not in self._noted:
+            self._store.decide(experiment.id, every, this, Decision(DECLARED, iso(now)))
+            self._noted.add((every, this))
 
     def _report(self, experiment: Experiment, mismatch: str | None) -> OutcomesReport:
         with self._computing, Reader(self._store.path) as reader:

@@ -143,8 +143,9 @@ def read_csv(path: Path, split: Split, primary: str | None) -> Iterator[NewOutco
     Rows without an ``id`` all count as different outcomes. Rows without a ``time`` count as later than all exposures.
 
     Raises:
-        StartError: the file cannot be read, or a row is wrong.
+        StartError: the file cannot be read, a row is wrong, or two different outcomes have the same ``id``.
     """
+    seen: dict[tuple[str, bytes], tuple[int, NewOutcome]] = {}
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             rows = csv.DictReader(file, restkey="")
@@ -152,6 +153,8 @@ def read_csv(path: Path, split: Split, primary: str | None) -> Iterator[NewOutco
             for row in rows:
                 try:
                     outcome = _read_row(row, f"{path.resolve()}:{rows.line_num}", split, primary)
+                    if outcome is not None and (row.get("id") or "").strip():
+                        _check_id(outcome, rows.line_num, seen)
                 except (WrongOutcome, ValueError) as error:
                     raise StartError(f"{path}:{rows.line_num}: {error}") from error
                 if outcome is not None:
@@ -160,6 +163,14 @@ def read_csv(path: Path, split: Split, primary: str | None) -> Iterator[NewOutco
         raise StartError(f"{path} cannot be read: {error.strerror}") from error
     except (UnicodeDecodeError, csv.Error) as error:
         raise StartError(f"{path} cannot be read: {error}") from error
+
+
+def _check_id(outcome: NewOutcome, line: int, seen: dict[tuple[str, bytes], tuple[int, NewOutcome]]) -> None:
+    """Refuse an id of another outcome: only the first one would count."""
+    number, first = seen.setdefault((outcome.name, outcome.key), (line, outcome))
+    contents = [(one.unit, one.value, one.of, one.is_before) for one in (first, outcome)]
+    if contents[0] != contents[1]:
+        raise WrongOutcome("id", f"is also in line {number}, with another unit or value: give each outcome its own id")
 
 
 def _check_header(path: Path, names: list[str]) -> None:

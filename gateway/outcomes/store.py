@@ -82,10 +82,16 @@ class NewOutcome:
 
 @dataclass(slots=True)
 class Kept:
-    """The numbers of outcomes that were stored, and of outcomes that were not, by reason."""
+    """The numbers of outcomes that were stored, and of outcomes that were not, by reason.
+
+    Attributes:
+        unseen: those among the stored whose unit has no exposure here so far.
+    """
 
     stored: int = 0
+    unseen: int = 0
     repeated: int = 0
+    conflicting: int = 0
     too_many_of_unit: int = 0
     unknown_unit: int = 0
     too_many_names: int = 0
@@ -208,9 +214,12 @@ class Store:
         return kept
 
     def _keep_one(self, experiment: str, name: int, outcome: NewOutcome, kept: Kept) -> None:
-        is_known = "SELECT 1 FROM outcomes WHERE name = ? AND key = ?"
-        if self._db.execute(is_known, (name, outcome.key)).fetchone():
-            kept.repeated += 1
+        known = "SELECT unit, value, of, is_before FROM outcomes WHERE name = ? AND key = ?"
+        if found := self._db.execute(known, (name, outcome.key)).fetchone():
+            if found == (outcome.unit, outcome.value, outcome.of, outcome.is_before):
+                kept.repeated += 1
+            else:
+                kept.conflicting += 1
             return
         of_unit = "SELECT count(*) FROM outcomes WHERE unit = ? AND name = ?"
         (num,) = self._db.execute(of_unit, (outcome.unit, name)).fetchone()
@@ -225,6 +234,7 @@ class Store:
             if not self._db.execute(update, (name, MAX_UNKNOWN)).rowcount:
                 kept.unknown_unit += 1
                 return
+            kept.unseen += not outcome.is_before
         self._db.execute(
             "INSERT INTO outcomes (name, key, unit, value, of, time, is_before) VALUES (?, ?, ?, ?, ?, ?, ?)",
             (name, outcome.key, outcome.unit, outcome.value, outcome.of, outcome.time, outcome.is_before),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Literal, TypeAlias, get_args
 
 import numpy as np
@@ -21,7 +22,10 @@ _Verdict: TypeAlias = Literal["better", "worse", "as good", "not yet"]
 _VERDICTS: tuple[_Verdict, ...] = get_args(_Verdict)
 
 Decisions = Callable[[str], Mapping[str, Decision]]
-"""Returns the earlier decision about each arm, for a question."""
+"""Returns the earlier decision about each arm, for a question; for all declarations, when each was first seen."""
+
+DECLARED = "declared"
+"""The verdict of a row that says when a declaration was first seen."""
 
 _LEAST_SECONDS = 60.0  # in a younger experiment, the rate is unknown
 _MOST_SECONDS = 100 * 365 * 86_400.0
@@ -70,7 +74,8 @@ def report_outcomes(
         joined = join(counted, posted)
         declared = primary if primary is not None and name == primary.name else None
         question = _question(experiment, declared) if declared else ""
-        found = _Look(experiment, declared, joined, now, earlier(question) if declared else {}, mismatch)
+        why_none = mismatch or (_why_too_late(experiment, posted, earlier, now) if declared else None)
+        found = _Look(experiment, declared, joined, now, earlier(question) if declared else {}, why_none)
         report = found.report(name, len(posted.unit))
         reports.append(report)
         for comparison in report.comparisons:
@@ -109,16 +114,46 @@ def _question(experiment: Experiment, outcome: Outcome) -> str:
     return json.dumps([*parts, arms, *since], sort_keys=True)
 
 
+def declaration_of(experiment: Experiment) -> tuple[str, str]:
+    """Return a text that identifies all declarations of an experiment's outcome, and one that identifies this one."""
+    since = experiment.counts_from and experiment.counts_from.isoformat()
+    declared = experiment.outcome and experiment.outcome.model_dump()
+    return json.dumps(["declarations", experiment.salt or experiment.id, since]), json.dumps(declared, sort_keys=True)
+
+
+def _why_too_late(experiment: Experiment, posted: Outcomes, earlier: Decisions, now: float) -> str | None:
+    """Return why an outcome cannot decide: it was declared, or its definition changed, when its results were known.
+
+    Of several outcomes or margins, one often shows a difference by chance, so it must be chosen before.
+    """
+    every, this = declaration_of(experiment)
+    seen = {text: datetime.fromisoformat(one.time).timestamp() for text, one in earlier(every).items()}
+    since = seen.get(this, now)
+    if since <= min(seen.values(), default=since):
+        return None
+    num_known = int(((posted.time < since) & ~posted.is_before).sum())
+    if not num_known:
+        return None
+    return (
+        f"`outcome` in models.yaml was changed by {iso(since)[:10]}, after {num_known:,} of its outcomes had been posted: "
+        "change it back, or count again to use later outcomes alone"
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class _Look:
-    """One look at one outcome."""
+    """One look at one outcome.
+
+    Attributes:
+        why_none: why no verdict can be given; ``None`` if one can.
+    """
 
     experiment: Experiment
     declared: Outcome | None
     joined: Joined
     now: float
     earlier: Mapping[str, Decision]
-    mismatch: str | None
+    why_none: str | None
 
     def report(self, name: str, num_outcomes: int) -> OutcomeReport:
         alpha = ALPHA / (len(self.experiment.arms) - 1)
@@ -185,14 +220,27 @@ class _Look:
             return None, "models.yaml declares another outcome" if self.experiment.outcome else (
                 "models.yaml declares no `outcome`, and without a declared outcome, some difference is always found"
             )
-        if self.mismatch or found.mismatch:
-            return None, self.mismatch or (found.mismatch.verdict if found.mismatch else "")
-        if found.difference is None:
-            return "not yet", f"needs {LEAST_UNITS} units in each arm, and enough of them must differ"
-        return _judge(found.difference, self.declared)
+        if self.why_none or found.mismatch:
+            return None, self.why_none or (found.mismatch.verdict if found.mismatch else "")
+        verdict, reason = (
+            _judge(found.difference, self.declared)
+            if found.difference
+            else ("not yet", f"needs {LEAST_UNITS} units in each arm, and enough of them must differ")
+        )
+        if verdict == "not yet" and (end := self._end):
+            reason += f"; the experiment ended on {end:%Y-%m-%d}, so no more units arrive"
+        return verdict, reason
+
+    @property
+    def _end(self) -> datetime | None:
+        """The time when the experiment ended; ``None`` if it has not ended."""
+        end = self.experiment.end
+        return end if end is not None and end.timestamp() <= self.now else None
 
     def _look_again(self, arm: Arm, num_units: int, num_needed: int | None) -> str | None:
         """Return the time when the needed number of units will have arrived, at the rate so far."""
+        if self._end or not arm.weight or not self.experiment.control.weight:
+            return None
         exposures = self.joined.exposures
         labels = [arm.label, self.experiment.control.label]
         mine = [index for index, branch in enumerate(exposures.branches) if branch.arm in labels]

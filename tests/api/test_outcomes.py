@@ -7,6 +7,7 @@ import math
 import sqlite3
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +115,9 @@ async def test_outcomes_are_joined_with_the_arms_and_compared(client: httpx.Asyn
         "object": "outcomes.posted",
         "received": len(kept),
         "stored": len(kept),
+        "unseen": 0,
         "repeated": 0,
+        "conflicting": 0,
         "excluded": 0,
         "too_many_of_unit": 0,
         "unknown_unit": 0,
@@ -143,12 +146,24 @@ async def test_outcomes_are_joined_with_the_arms_and_compared(client: httpx.Asyn
 async def test_an_outcome_that_is_sent_again_counts_once(client: httpx.AsyncClient) -> None:
     await embed_for(client, ["ada"])
 
-    first = await post(client, outcome("ada", 2), outcome("ada", 3))
+    first = await post(client, outcome("ada", 2), outcome("ada", 2))
     second = await post(client, outcome("ada", 2), outcome("ada", 5, id="another"))
 
     assert (first["stored"], first["repeated"]) == (1, 1)
     assert (second["stored"], second["repeated"]) == (1, 1)
     assert sum(arm["mean"] or 0 for arm in (await report_of(client))["arms"]) == 7
+
+
+@pytest.mark.parametrize("other", [{"unit": "bob"}, {"value": 3}, {"of": 2}, {"before": True}])
+async def test_an_id_of_another_outcome_is_counted_apart(client: httpx.AsyncClient, other: dict[str, object]) -> None:
+    """An application that numbers the outcomes of each unit from 1 would lose nearly all of them without a word."""
+    await embed_for(client, ["ada", "bob"])
+    row = {"unit": "ada", "value": 2, "id": "evt-1"}
+
+    answer = await post(client, row, row | other, row)
+
+    assert (answer["stored"], answer["repeated"], answer["conflicting"]) == (1, 1, 1)
+    assert sum(arm["mean"] or 0 for arm in (await report_of(client))["arms"]) == 2
 
 
 async def test_they_survive_a_kill_and_a_restart(start: Start, tmp_path: Path) -> None:
@@ -190,6 +205,18 @@ async def test_only_outcomes_after_the_first_request_count(client: httpx.AsyncCl
 
     assert (found["outcomes"], found["unmatched"]) == (2, 1)
     assert sum(arm["units_with_outcome"] for arm in found["arms"]) == 1
+
+
+async def test_units_that_are_written_differently_are_noticed_at_the_first_post(client: httpx.AsyncClient) -> None:
+    """Otherwise an application finds out weeks later that none of its outcomes counted."""
+    await embed_for(client, ["ada"])
+
+    answer = await post(
+        client, outcome("ada"), outcome("Ada"), outcome("bob"), outcome("later", before=True), outcome("excluded")
+    )
+
+    assert (answer["stored"], answer["unseen"]) == (5, 3)
+    assert (await report_of(client))["unmatched"] == 3
 
 
 async def test_a_unit_whose_requests_failed_counts_too(start: Start) -> None:
@@ -262,6 +289,73 @@ async def test_a_clear_difference_is_found_and_the_first_verdict_stays(
     assert (second["verdict"], second["decided"]) == ("better", first["decided"])
     assert second["reason"].startswith("decided on 20")
     assert restarted == second
+
+
+@pytest.mark.parametrize("change", [{"name": "clicks"}, {"margin": 0.5}, {"better": "less"}, {"per": "mean"}])
+async def test_an_outcome_that_is_chosen_when_its_result_is_known_gets_no_verdict(
+    client: httpx.AsyncClient, start: Start, change: dict[str, object]
+) -> None:
+    """Of twenty outcomes, or of several margins, one shows a difference by chance: the choice must come first."""
+    await embed_for(client, UNITS)
+    new, control = ([unit for unit in UNITS if SPLIT.arm_of(unit).label == arm] for arm in ("new", "mini"))
+    helped = [*new[::2], *control[::10]]
+    await post(client, *(outcome(unit, name=name) for unit in helped for name in ("kept", "clicks")))
+    changed = await start(experiment(outcome={"name": "kept", **change}))
+    name = str(change.get("name", "kept"))
+
+    before_the_next_post = (await report_of(changed, name))["comparisons"][0]
+    await post(changed, outcome(new[0], 0, name=name, id="another"))
+    (comparison,) = (await report_of(changed, name))["comparisons"]
+    (restored,) = (await report_of(await start()))["comparisons"]
+
+    for found in (before_the_next_post, comparison):
+        assert found["verdict"] is None
+        assert found["reason"].startswith("`outcome` in models.yaml was changed by 20")
+        assert f"after {len(helped)} of its outcomes had been posted: change it back, or count again" in found["reason"]
+    assert restored["verdict"] == "better"
+
+
+async def test_after_counting_again_a_changed_outcome_is_that_of_a_new_experiment(
+    client: httpx.AsyncClient, start: Start
+) -> None:
+    await embed_for(client, UNITS)
+    await post(client, *(outcome(unit) for unit in UNITS))
+    again = await start(experiment(outcome={"name": "kept", "margin": 0.5}, counts_from=datetime.now(UTC)))
+    await embed_for(again, UNITS)
+    await post(again, *(outcome(unit, id=f"{unit} again") for unit in UNITS[::2]))
+
+    (comparison,) = (await report_of(again))["comparisons"]
+
+    assert comparison["verdict"] is not None
+    assert comparison["units"] == 300
+
+
+async def test_a_first_declaration_of_an_outcome_without_results_is_accepted(start: Start) -> None:
+    client = await start(experiment(outcome=None))
+    await embed_for(client, UNITS)
+    await post(client, outcome(UNITS[0], name="clicks"))
+    declared = await start()
+    await post(declared, *(outcome(unit) for unit in UNITS if SPLIT.arm_of(unit).label == "new"))
+
+    (comparison,) = (await report_of(declared))["comparisons"]
+
+    assert comparison["verdict"] == "better"
+
+
+async def test_after_the_end_no_units_are_promised(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gateway.outcomes.verdicts._LEAST_SECONDS", 0.0)
+    client = await start()
+    await embed_for(client, UNITS)
+    await post(client, *(outcome(unit) for unit in UNITS[::2]))
+    (running,) = (await report_of(client))["comparisons"]
+    assert running["look_again"] is not None
+    end = datetime.now(UTC)
+
+    ended = await start(experiment(end=end))
+    (comparison,) = (await report_of(ended))["comparisons"]
+
+    assert (comparison["verdict"], comparison["look_again"]) == ("not yet", None)
+    assert comparison["reason"].endswith(f"; the experiment ended on {end:%Y-%m-%d}, so no more units arrive")
 
 
 async def test_less_may_be_better(start: Start) -> None:
@@ -409,7 +503,7 @@ async def test_made_up_units_and_names_and_repetitions_are_bounded(
     named = await post(client, *(outcome("ada", name=f"n{i}") for i in range(10)))
 
     assert (of_one["stored"], of_one["too_many_of_unit"]) == (3, 7)
-    assert (made_up["stored"], made_up["unknown_unit"]) == (5, 5)
+    assert (made_up["stored"], made_up["unseen"], made_up["unknown_unit"]) == (5, 5, 5)
     assert (named["stored"], named["too_many_names"]) == (2, 8)
 
 

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from gateway.capture import writer as writing
 from gateway.capture.captures import Captures
 from gateway.capture.scrubbing import mask
 from gateway.capture.writer import Captured, CaptureWriter
+from gateway.cli.in_process import _narrowed
 from gateway.config.capture import Capture, dated, dated_files
 from gateway.config.registry import load_registry
 from gateway.config.settings import Settings
@@ -83,7 +84,7 @@ async def serve(tmp_path: Path) -> AsyncIterator[Serve]:
             }
             deployment = Deployment(
                 load_registry(path, {}),
-                Settings(),
+                Settings(console="public"),
                 read_registry=lambda: load_registry(path, {}),
                 make_backend=lambda entry: FakeBackend(infos[entry.id]),
             )
@@ -255,6 +256,12 @@ def test_the_mask_replaces_addresses_links_and_long_numbers(text: str, masked: s
 
 
 HOOKS = """
+def keep(text):
+    return True
+
+def blank(text):
+    return text.replace("a secret", " ")
+
 def drop(text):
     return None if "secret" in text else text
 
@@ -268,7 +275,7 @@ def test_a_hook_may_drop_a_text_and_one_that_fails_keeps_nothing(
 ) -> None:
     (tmp_path / "hooks_of_the_test.py").write_text(HOOKS)
     monkeypatch.syspath_prepend(tmp_path)
-    for hook, outcome in (("drop", "scrubbed"), ("fail", "failed")):
+    for hook, outcome in (("drop", "scrubbed"), ("blank", "scrubbed"), ("fail", "failed"), ("keep", "failed")):
         before = count(hook, outcome)
         capture = Capture(queries=1, to=f"{hook}.jsonl", scrub=f"hooks_of_the_test:{hook}")
         writer = CaptureWriter(hook, capture, tmp_path / f"{hook}.jsonl")
@@ -278,6 +285,22 @@ def test_a_hook_may_drop_a_text_and_one_that_fails_keeps_nothing(
         assert written(tmp_path, f"{hook}.jsonl") == []
         assert count(hook, outcome) == before + 1
         assert "a secret" not in str(lines)
+
+
+def test_a_hook_that_returns_no_text_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its value in place of a text would make the whole file unreadable for a comparison."""
+    (tmp_path / "hooks_without_text.py").write_text(HOOKS)
+    monkeypatch.syspath_prepend(tmp_path)
+    capture = Capture(queries=1, to="q.jsonl", scrub="hooks_without_text:keep")
+    writer = CaptureWriter("keep", capture, tmp_path / "q.jsonl")
+
+    with capture_logs() as lines:
+        writer.offer(Captured("a secret", "s", "m", None, None))
+        writer.stop()
+
+    assert written(tmp_path, "q.jsonl") == []
+    [failure] = [line for line in lines if line["event"] == "capture_failed"]
+    assert failure["reason"] == "hooks_without_text:keep must return a text or None, and returned bool"
 
 
 # ------------------------------------------------------------------------------------------------- bounds and deletion
@@ -295,10 +318,110 @@ def test_old_files_are_deleted_and_nothing_else(tmp_path: Path) -> None:
     for other in others:
         other.write_text("")
 
+    last = writing.last_deleted(datetime.now(UTC), 7)
     CaptureWriter("search", Capture(queries=1, to="q.jsonl", days=7), path).stop()
 
-    assert list(dated_files(path)) == [TODAY - timedelta(days=age) for age in (6, 1, 0)]
+    kept = [day for day in (TODAY - timedelta(days=age) for age in (40, 7, 6, 1, 0)) if day > last]
+    assert list(dated_files(path)) == kept
+    assert 2 <= len(kept) <= 3
     assert all(other.exists() for other in others)
+
+
+@pytest.mark.parametrize(
+    ("now", "last"),
+    [
+        ("2026-11-26T00:00:00", date(2026, 11, 19)),
+        ("2026-11-26T23:39:59", date(2026, 11, 19)),
+        # The next deletion may be 20 minutes later, when the first text of that day is already 7 days old.
+        ("2026-11-26T23:40:00", date(2026, 11, 20)),
+    ],
+)
+def test_a_text_is_deleted_before_it_is_too_old(now: str, last: date) -> None:
+    assert writing.last_deleted(datetime.fromisoformat(now), 7) == last
+
+
+@pytest.mark.parametrize("name", ["q-{}.jsonl", "q.jsonl.key"])
+def test_a_named_pipe_in_place_of_a_file_is_an_error_and_nothing_waits_for_it(tmp_path: Path, name: str) -> None:
+    os.mkfifo(tmp_path / name.format(TODAY))
+    writer = CaptureWriter("pipe", Capture(queries=1, to="q.jsonl"), tmp_path / "q.jsonl")
+
+    with capture_logs() as lines:
+        writer.offer(Captured("text", "s", "m", None, "ada"))
+        writer.stop()
+
+    assert [line["reason"] for line in lines if line["event"] == "capture_failed"] == [
+        "must be a regular file, and is a named pipe"
+    ]
+    assert count("pipe", "failed") >= 1
+
+
+def test_a_key_that_was_cut_is_named(tmp_path: Path) -> None:
+    (tmp_path / "q.jsonl.key").write_bytes(b"short")
+    writer = CaptureWriter("cut key", Capture(queries=1, to="q.jsonl"), tmp_path / "q.jsonl")
+
+    with capture_logs() as lines:
+        writer.offer(Captured("text", "s", "m", None, "ada"))
+        writer.stop()
+
+    [failure] = [line for line in lines if line["event"] == "capture_failed"]
+    assert failure["reason"] == "the key q.jsonl.key of the captured units is truncated: delete it to make a new one"
+
+
+def test_files_that_are_deleted_while_it_runs_are_made_again(tmp_path: Path) -> None:
+    writer = CaptureWriter("again", Capture(queries=1, to="q.jsonl"), tmp_path / "q.jsonl")
+    writer.offer(Captured("before", "s", "m", None, None))
+    file = dated(tmp_path / "q.jsonl", TODAY)
+    while not file.exists() or not file.stat().st_size:
+        threading.Event().wait(0.01)
+    file.unlink()
+
+    writer.offer(Captured("after", "s", "m", None, None))
+    writer.stop()
+
+    assert [line["text"] for line in written(tmp_path, "q.jsonl")] == ["after"]
+
+
+async def test_texts_that_are_typed_into_the_console_are_not_kept(serve: Serve, tmp_path: Path) -> None:
+    """They are not the questions of users, and the console promises to store nothing."""
+    client = await serve()
+    await embed(client, "search", "of a user", task="query")
+
+    form = {"kind": "query", "query": "typed", "candidates": "one\ntwo", "arm": ["search"]}
+    page = await client.post("/console/playground", data=form, headers={"origin": "http://gateway"})
+    await finish(client)
+
+    assert page.status_code == 200, page.text
+    assert "typed" in page.text
+    assert [line["text"] for line in written(tmp_path, "kept/search.jsonl")] == ["of a user"]
+
+
+def test_commands_in_process_capture_nothing(tmp_path: Path) -> None:
+    """A running gateway may write the same file."""
+    path = tmp_path / "models.yaml"
+    path.write_text(REGISTRY.format(revision="a" * 40, capture=ALL))
+
+    narrowed = _narrowed(load_registry(path, {}), ["search", "questions"])
+
+    assert set(narrowed.aliases) == {"search", "questions", "plain"}
+    assert narrowed.captures() == {}
+
+
+async def test_a_client_can_forbid_it(serve: Serve, tmp_path: Path) -> None:
+    client = await serve()
+
+    for value in ("off", "OFF", "false", "no"):
+        await embed(client, "search", f"with {value}", task="query", headers={"x-gateway-capture": value})
+    await embed(client, "search", "with on", task="query", headers={"x-gateway-capture": " On"})
+    answer = await client.post(
+        "/v1/rerank",
+        json={"model": "ranked", "query": "a question", "documents": ["b", "c"]},
+        headers={"x-gateway-capture": "off"},
+    )
+    await finish(client)
+
+    assert answer.status_code == 200
+    assert [line["text"] for line in written(tmp_path, "kept/search.jsonl")] == ["with on"]
+    assert written(tmp_path, "ranked.jsonl") == []
 
 
 def test_a_full_queue_drops_texts_and_waits_for_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -369,6 +492,7 @@ async def test_a_file_that_cannot_be_written_costs_no_request(serve: Serve, tmp_
         ("{queries: 0.1, to: q.jsonl, scrub: nothing}", "must be `package.module:function`, got `nothing`"),
         ("{queries: 0.1, to: q.jsonl, day: 3}", "did you mean `days`?"),
         ("{queries: 0.1, to: exp.jsonl}", "`search` and `exp` have the same file"),
+        ("{queries: 0.1, to: ./a/../exp.jsonl}", "`search` and `exp` have the same file"),
     ],
 )
 def test_a_wrong_capture_is_reported_with_its_place(tmp_path: Path, capture: str, message: str) -> None:

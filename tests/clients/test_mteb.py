@@ -127,3 +127,50 @@ def test_the_example_evaluates_with_and_without_tasks(
     assert scores == {"LocalRetrieval": pytest.approx(ndcg(queries @ documents.T), abs=1e-4), "mean": scores["mean"]}
     assert scores["mean"] == scores["LocalRetrieval"]
     assert evaluate(model, [local_task()], tmp_path) == scores
+
+
+def test_results_with_tasks_are_not_taken_for_those_without(
+    gateway: Gateway, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one folder: or the second figure would be a copy of the first, and the tasks would seem to change nothing."""
+    if find_spec("mteb") is None:
+        is_missing("mteb is not installed: make install-dev")
+    monkeypatch.syspath_prepend(EXAMPLES)
+    from evaluate_mteb import GatewayModel, evaluate
+
+    models = [GatewayModel(gateway.root_url, PROMPTED, None, by_task=by_task) for by_task in (False, True)]
+    scores = [evaluate(model, [local_task()], tmp_path)["LocalRetrieval"] for model in models]
+
+    expected = []
+    for sides in ((PROMPTED, PROMPTED), (f"{PROMPTED}:retrieval.query", f"{PROMPTED}:retrieval.passage")):
+        queries, documents = (
+            vectors_of(gateway, texts, side) for texts, side in zip((QUERIES, DOCUMENTS), sides, strict=True)
+        )
+        expected.append(pytest.approx(ndcg(queries @ documents.T), abs=1e-4))
+    assert scores == expected
+    revisions = [model.mteb_model_meta.revision for model in models]
+    space = httpx.get(f"{gateway.base_url}/models/{PROMPTED}").json()["space"]
+    assert revisions == [space.partition("@")[2], f"{space.partition('@')[2]}-by-task"]
+    assert sorted(path.parent.name for path in tmp_path.rglob("LocalRetrieval.json")) == sorted(revisions)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["nothing", "--tasks", "SciFact"], "The gateway refuses: "),
+        ([MODEL, "--tasks", "SciFakt"], "mteb does not know it: "),
+        ([MODEL, "--benchmark", "LMEP"], "mteb does not know it: "),
+        ([MODEL, "--tasks", "SciFact", "--url", "http://127.0.0.1:1"], "No gateway answers at http://127.0.0.1:1: "),
+    ],
+)
+def test_the_example_ends_with_a_reason(
+    gateway: Gateway, monkeypatch: pytest.MonkeyPatch, arguments: list[str], said: str
+) -> None:
+    if find_spec("mteb") is None:
+        is_missing("mteb is not installed: make install-dev")
+    monkeypatch.syspath_prepend(EXAMPLES)
+    import evaluate_mteb
+
+    monkeypatch.setattr("sys.argv", ["evaluate_mteb.py", "--url", gateway.root_url, *arguments])
+    with pytest.raises(SystemExit, match=said):
+        evaluate_mteb.main()

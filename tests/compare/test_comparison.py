@@ -20,7 +20,7 @@ from gateway.compare.results import MEASURES, Advice, Comparison, Verdict
 from gateway.compare.search import Ranking
 from gateway.compare.unjudged import write_to_judge
 from gateway.errors import CompareError
-from tests.compare.conftest import FakeGateway, StartGateway, WriteData
+from tests.compare.conftest import FakeGateway, MakeModel, StartGateway, WriteData
 
 
 @pytest.fixture
@@ -48,6 +48,24 @@ def many_queries(num: int) -> dict[str, Any]:
         "queries": queries,
         "judgments": {(f"q{i}", f"d{i}"): 1 for i in range(num)},
     }
+
+
+async def test_documents_that_a_model_reads_in_part_are_noted(
+    start_gateway: StartGateway, make_words_model: MakeModel, write_data: WriteData
+) -> None:
+    """A model with a short limit loses by the length of the documents: split, they may give another result."""
+    models = [make_words_model(name, width=16, max_tokens=limit) for name, limit in (("short", 6), ("long", 100))]
+    gateway = await start_gateway(*models)
+    request = request_for(write_data(), "short", "long")
+
+    first, _rankings = await run(gateway, request)
+    again, _rankings = await run(gateway, request)  # from the cache
+
+    for found in (first, again):
+        assert [note for note in found.notes if "read only the beginning" in note] == [
+            "short reads at most 6 tokens, so it read only the beginning of 2 of 5 documents. If you split long documents "
+            "before you store them, split them for a comparison as well."
+        ]
 
 
 async def test_each_arm_has_its_figures(gateway: FakeGateway, write_data: WriteData) -> None:

@@ -47,6 +47,7 @@ def test_captured_queries_replace_those_of_the_folder(tmp_path: Path) -> None:
     folder = write(tmp_path / "data", FILES)
     days = {
         "q-2026-11-25.jsonl": CAPTURED,
+        "q-2026-11-24.jsonl": "",  # of a day on which the disk was full
         "q-2026-11-26.jsonl": '{"_id": "c4", "text": "reset"}\n{"_id": "c5", "text": "new"}\n',
     }
     write(tmp_path / "kept", days | {"q.jsonl.key": "key"})

@@ -142,7 +142,7 @@ def test_file_names_are_safe_and_unique() -> None:
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "taken").write_text("a file")
-    with pytest.raises(CompareError, match=r"taken/results\.json: cannot be written: "):
+    with pytest.raises(CompareError, match=r"taken/queries\.jsonl: cannot be written: "):
         write_results(make_comparison(num_queries=1), {}, tmp_path / "taken")
 
 

@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,11 @@ from typer.testing import CliRunner
 from gateway.app import create_app
 from gateway.backends.fake import fake_info
 from gateway.cli.main import app
+from gateway.compare.comparison import CompareRequest
+from gateway.compare.folder import claimed
 from gateway.config.settings import Settings
 from gateway.deployment import Deployment
+from gateway.errors import CompareError
 from gateway.fleet import Model
 from gateway.types import Embeddings, EmbedJob
 from tests.compare.conftest import Browse, MakeFleet, MakeModel, WordsBackend, WriteData
@@ -141,7 +145,46 @@ def test_a_folder_that_takes_nothing_is_reported(write_data: WriteData, tmp_path
         tmp_path / "closed/out",
     ]
     result = compare(tmp_path, *arguments)
-    assert f"nothing can be written into {tmp_path / 'closed'}" in result.stderr
+    assert f"--out {tmp_path / 'closed/out'}: {tmp_path / 'closed'} is not writable" in result.stderr
+
+
+def test_two_processes_do_not_write_into_one_folder(url: str, write_data: WriteData, tmp_path: Path) -> None:
+    """Their files would be mixed, and each would think that they are its own."""
+    out, data = tmp_path / "out", write_data()
+    arguments = ["plain", "cut", "--data", data, "--url", url, "--out", out]
+    request = CompareRequest(["plain", "cut"], data, tmp_path / "other", 200, measures_cost=False)
+
+    with claimed(out, request, has_judge=False):
+        result = compare(tmp_path, *arguments)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr == f"--out {out}: another process is writing its results there\n"
+
+    assert not out.exists()  # nothing was written into it
+    assert compare(tmp_path, *arguments).exit_code == 0
+
+
+@pytest.mark.parametrize("change", [{"arms": ["cut", "plain"]}, {"seed": 1}, {"data": Path("elsewhere")}])
+def test_an_interrupted_comparison_is_continued_by_the_same_command_alone(
+    url: str, write_data: WriteData, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    out, data = tmp_path / "out", write_data()
+    request = CompareRequest(["plain", "cut"], data, tmp_path / "cache", 200, measures_cost=False)
+    arguments = ["plain", "cut", "--data", data, "--url", url, "--out", out]
+    assert compare(tmp_path, *arguments).exit_code == 0
+    (out / "report.html").unlink()  # killed before it was written
+    left_over = [out / ".report.html.0123abcd.tmp", out / "runs" / ".cut.trec.0123abcd.tmp"]
+    mine = out / ".notes.tmp"
+    for file in (*left_over, mine):
+        file.touch()
+
+    with pytest.raises(CompareError, match="holds the results of another comparison"):  # noqa: SIM117
+        with claimed(out, replace(request, **change), has_judge=False):
+            pytest.fail("the results would be replaced")
+
+    assert compare(tmp_path, *arguments).exit_code == 0
+    assert (out / "report.html").exists()
+    assert [file.exists() for file in (*left_over, mine)] == [False, False, True]
+    assert "holds the results of another comparison" in compare(tmp_path, *arguments).stderr
 
 
 @pytest.mark.parametrize("suffix", ["/v1?key=1", "/#top"])

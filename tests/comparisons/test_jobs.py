@@ -42,6 +42,7 @@ def folder(tmp_path: Path) -> Path:
     (tmp_path / "data" / "mine" / "corpus.jsonl").touch()
     (tmp_path / "data" / "empty").mkdir()
     (tmp_path / "done").mkdir()
+    (tmp_path / "done" / "results.json").touch()
     return tmp_path
 
 
@@ -173,6 +174,19 @@ async def test_an_impossible_comparison_is_refused_before_anything_runs(
     with pytest.raises(BadInput, match=message.replace("(", r"\(")):
         await jobs.start(wanted, "http://gateway")
     assert jobs.all() == []
+
+
+async def test_the_name_of_a_comparison_that_was_stopped_is_free(
+    make_jobs: Callable[[str], Jobs], folder: Path
+) -> None:
+    """`gateway compare` claims its folder at once; one that is killed leaves it empty."""
+    (folder / "new").mkdir()
+    (folder / "link").symlink_to(folder / "nowhere")
+    jobs = make_jobs("")
+
+    assert (await run(jobs)).state == "done"
+    with pytest.raises(BadInput, match="'link' already exists"):
+        await jobs.start(Wanted("link", ARMS, "mine"), "http://gateway")
 
 
 async def test_only_the_last_ones_are_remembered(make_jobs: Callable[[str], Jobs]) -> None:

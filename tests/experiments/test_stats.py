@@ -323,6 +323,22 @@ def test_a_wrong_split_is_reported(make_experiment: MakeExperiment, make_record:
     assert stats.report(make_experiment(1, 0), GENERATION).mismatch
 
 
+def test_no_arm_is_called_better_or_worse_under_a_mismatch(
+    make_experiment: MakeExperiment, make_record: MakeRecord
+) -> None:
+    """The arm that lost its slow units looks fast."""
+    stats = ExperimentStats(None)
+    for unit in range(1_000):
+        seconds = (0.2 if unit % 2 else 0.1) * (1 + unit % 7 / 10)
+        stats.record(make_record(unit, arm="ab"[unit % 2], elapsed_s=seconds))
+
+    sound = stats.report(make_experiment(50, 50), GENERATION).guardrails
+    wrong = stats.report(make_experiment(60, 40), GENERATION).guardrails
+
+    assert [(one.metric, one.verdict) for one in sound] == [("latency", "worse"), ("errors", "not yet")]
+    assert [one.verdict for one in wrong] == ["not compared", "not compared"]
+
+
 def test_a_mismatch_is_found_again_after_a_restart(
     tmp_path: Path, make_experiment: MakeExperiment, make_record: MakeRecord
 ) -> None:

@@ -274,6 +274,20 @@ def test_a_mismatch_in_any_generation_is_found() -> None:
     assert mismatch.arm == "a"
 
 
+@pytest.mark.parametrize("per", ["unit", "mean", "ratio"])
+def test_a_mismatch_is_found_though_an_arm_has_lost_nearly_all_units(per: Per) -> None:
+    """Such an arm has too few units to be compared, and the report would only ask for more of them."""
+    num = 3_000
+    branch = [int(i % 50 == 0) for i in range(num)]
+    exposures = exposed(branches(0.5, 0.5), branch, range(num), [0.0] * num)
+    joined = join(exposures, posted(*((i, float(i % 5), 1.0, 1.0, False) for i in range(num))))
+
+    found = compare(joined, A, B, per, ALPHA)
+
+    assert found.difference is None
+    assert found.mismatch is not None
+
+
 @pytest.mark.parametrize("value", [5e-324, 1e-200, 1e-160, 0.1, 1e12])
 @pytest.mark.parametrize("per", ["unit", "mean", "ratio"])
 def test_equal_values_of_any_size_tell_nothing_and_do_not_fail(per: Per, value: float) -> None:

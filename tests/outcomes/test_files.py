@@ -162,6 +162,15 @@ def test_other_columns_are_read(experiment: Experiment, tmp_path: Path) -> None:
     assert second.unit == signed(Split(experiment).hash_of("Jos\u00e9"))
 
 
+def test_the_same_row_twice_and_an_id_of_another_name_are_accepted(experiment: Experiment, tmp_path: Path) -> None:
+    lines = ["unit,name,value,id", "ada,kept,1,1", "ada,kept,1,1", "bob,clicks,1,1", "ada,kept,2,", "bob,kept,2,"]
+    csv = write_csv(tmp_path / "x.csv", *lines)
+
+    assert len(list(read_csv(csv, Split(experiment), "kept"))) == 5
+    (kept, _clicks) = report_files(experiment, [write_log(tmp_path / "x.jsonl", [])], [csv]).outcomes
+    assert kept.outcomes == 3
+
+
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
@@ -184,6 +193,11 @@ def test_other_columns_are_read(experiment: Experiment, tmp_path: Path) -> None:
         (["unit,value,of", "ada,1,1e-7"], ":2: `of` must be a number of chances"),
         (["unit,value", f"{'u' * 1025},1"], ":2: `unit` must be the unit as requests send it, .* bytes$"),
         (["unit,value,of", "ada,1,inf"], ":2: `of` must be a number of chances"),
+        (
+            ["unit,value,id", "ada,1,1", "ada,0,2", "bob,1,1"],
+            ":4: `id` is also in line 2, with another unit or value: give each outcome its own id",
+        ),
+        (["unit,value,id", "ada,1,1", "ada,2,1"], ":3: `id` is also in line 2"),
         (["unit,value,id", f"ada,1,{'person' * 40}"], ":2: `id` must be a text of 1 to 200 characters, .* sent again$"),
     ],
 )

@@ -126,7 +126,9 @@ def test_confirmed_outcomes_survive_a_kill(path: Path) -> None:
         confirmed = 20 + len(writing.stdout.read().splitlines())
 
     store = Store(path, 2**30)
-    assert store.keep("exp", [outcome(number) for number in range(confirmed + 1)]).repeated == confirmed + 1
+    assert (
+        store.keep("exp", [outcome(number, unit=number) for number in range(confirmed + 1)]).repeated == confirmed + 1
+    )
     with Reader(path) as reader:
         assert len(reader.outcomes("exp", "kept")[0].unit) >= confirmed
     store.close()

@@ -15,7 +15,9 @@ from gateway.comparisons.scale import MAX_GRADE
 
 # Match the innermost braces, because models without a schema often write text around the object.
 _OBJECT = re.compile(r"\{[^{}]*\}")
+_THOUGHT, _END_OF_THOUGHT = "<think>", "</think>"
 _MAX_MODEL_CHARACTERS = 200
+_MAX_SHOWN_CHARACTERS = 200
 _MAX_TOKENS = 100_000_000
 
 
@@ -35,6 +37,8 @@ class Answer:
         grade: the grade; ``None`` unless the outcome is ``GRADED``.
         model: id of the model that answered, by its own account; may be empty.
         prompt_tokens, completion_tokens: 0 if the endpoint does not count them.
+        said: the beginning of an unreadable answer.
+        is_cut: an unreadable answer reached the limit of its tokens.
     """
 
     outcome: Outcome
@@ -42,10 +46,18 @@ class Answer:
     model: str = ""
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    said: str = ""
+    is_cut: bool = False
 
 
 class _Part(BaseModel):
+    type: str | None = None
     text: str | None = None
+
+    @property
+    def is_answer(self) -> bool:
+        """Whether the part is text of the answer, rather than a thought or a picture."""
+        return self.type in {None, "text", "output_text"}
 
 
 class _Message(BaseModel):
@@ -55,7 +67,7 @@ class _Message(BaseModel):
     @property
     def text(self) -> str:
         if isinstance(self.content, list):
-            return "".join(part.text or "" for part in self.content)
+            return "".join(part.text or "" for part in self.content if part.is_answer)
         return self.content or ""
 
 
@@ -90,12 +102,15 @@ def read_answer(content: bytes) -> Answer:
     else:
         outcome = Outcome.UNREADABLE if grade is None else Outcome.GRADED
     model = completion.model[:_MAX_MODEL_CHARACTERS] if isinstance(completion.model, str) else ""
+    is_unreadable = outcome is Outcome.UNREADABLE
     return Answer(
         outcome,
         grade,
         model,
         _count_of(completion.usage, "prompt_tokens"),
         _count_of(completion.usage, "completion_tokens"),
+        choice.message.text.strip()[:_MAX_SHOWN_CHARACTERS] if is_unreadable else "",
+        is_unreadable and choice.finish_reason == "length",
     )
 
 
@@ -106,8 +121,15 @@ def _count_of(usage: object, key: str) -> int:
 
 
 def read_grade(text: str) -> int | None:
-    """Return the grade in an answer, which is a JSON object or contains some; the last object with a grade counts."""
-    for candidate in _candidates(text):
+    """Return the grade in an answer, which is a JSON object or contains some; the last object with a grade counts.
+
+    Some models think aloud before they answer. A grade that they only consider does not count, nor does an answer that ends
+    before the thought does.
+    """
+    answer = text.rpartition(_END_OF_THOUGHT)[2]
+    if answer.lstrip().startswith(_THOUGHT):
+        return None
+    for candidate in _candidates(answer):
         try:
             parsed = json.loads(candidate)
         except (ValueError, RecursionError):

@@ -23,19 +23,46 @@ from gateway.errors import CompareError
 
 _PATH = "/chat/completions"
 _FORMATS = ("json_schema", "json_object", "text")
-# Enough for a model that thinks before it answers; the answer itself has about 40 tokens.
-_MAX_ANSWER_TOKENS = 2_048
+# An answer has about 40 tokens. The first limit is enough for most models that think before; some need the second.
+_MAX_ANSWER_TOKENS, _MAX_THOUGHT_TOKENS = 2_048, 8_192
 _MAX_ANSWER_BYTES = 2**20
 _ANSWER_TIMEOUT_S = 180.0
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 60.0
 _MAX_SHOWN_CHARACTERS = 200
 _LATER = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
 _NOT_ACCEPTED = frozenset({400, 413, 422})
-_HINTS = {
-    401: "; --judge-key-env names the environment variable with its key",
-    403: "; --judge-key-env names the environment variable with its key",
-    404: "; is it the address of an OpenAI-style API, such as http://127.0.0.1:8080/v1, and does it have the model?",
-}
+# A failure that stays while other requests are answered comes from the texts of the request.
+_MAX_OWN_FAULTS = 5
+_KEY = "JUDGE_API_KEY, or the environment variable that --judge-key-env names"
+_WRONG_KEY = f"; the key came from {_KEY}"
+_NO_KEY = f"; no key was sent: set {_KEY}"
+_HINT_404 = "; is it the address of an OpenAI-style API, such as http://127.0.0.1:8080/v1, and does it have the model?"
+
+
+class NoDialect(CompareError):
+    """The endpoint gives no grade to any form of a request. Another pair may fare better, if a filter rejected this one.
+
+    Attributes:
+        spent: the tokens of all attempts.
+    """
+
+    def __init__(self, message: str, spent: Answer) -> None:
+        super().__init__(message)
+        self.spent = spent
+
+
+@dataclass(frozen=True, slots=True)
+class _Failure:
+    """A request that may succeed later.
+
+    Attributes:
+        pause_s: the pause that the endpoint asks for.
+        may_be_own: the texts of the request may be the reason.
+    """
+
+    text: str
+    pause_s: float | None = None
+    may_be_own: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,19 +74,21 @@ class Dialect:
         has_temperature: whether it accepts temperature 0; some reasoning models do not.
         limit: the name of the field that bounds the length of the answer.
         has_system: whether it accepts a system message.
+        max_tokens: that bound, in tokens.
     """
 
     answer_format: str = _FORMATS[0]
     has_temperature: bool = True
     limit: str = "max_tokens"
     has_system: bool = True
+    max_tokens: int = _MAX_ANSWER_TOKENS
 
     def body(self, model: str, messages: Sequence[Message]) -> bytes:
         """Return the body of a request."""
         fields: dict[str, object] = {
             "model": model,
             "messages": list(messages) if self.has_system else as_one_message(messages),
-            self.limit: _MAX_ANSWER_TOKENS,
+            self.limit: self.max_tokens,
         }
         if self.has_temperature:
             fields["temperature"] = 0
@@ -107,6 +136,7 @@ class ChatEndpoint:
         self._secret = secret
         self._resume_at = 0.0
         self._has_answered = False
+        self._num_answered = 0
         self.model = model
         self.dialect = Dialect()
         self.name = f"the judge ({_shown(url)})"
@@ -114,12 +144,17 @@ class ChatEndpoint:
     async def find_dialect(self, messages: Sequence[Message]) -> Answer:
         """Try dialects until the endpoint accepts a request and answers with a grade, then keep that dialect.
 
+        Returns:
+            The answer, with the tokens of all attempts.
+
         Raises:
-            CompareError: the endpoint accepts no form of the request, gives no readable answer, or does not answer.
+            NoDialect: the endpoint accepts no form of the request, or gives no readable answer.
+            CompareError: the endpoint does not answer.
         """
         untried = [self.dialect]
         tried: set[Dialect] = set()
         error_text = ""
+        prompt_tokens = completion_tokens = 0
         while untried:
             dialect = untried.pop()
             if dialect in tried:
@@ -128,57 +163,109 @@ class ChatEndpoint:
             status, content = await self._send(dialect.body(self.model, messages))
             if status not in _NOT_ACCEPTED:
                 answer = read_answer(content)
+                prompt_tokens += answer.prompt_tokens
+                completion_tokens += answer.completion_tokens
                 if answer.outcome is not Outcome.UNREADABLE:
                     self.dialect = dialect
-                    return answer
+                    return replace(answer, prompt_tokens=prompt_tokens, completion_tokens=completion_tokens)
+                error_text = _shown_answer(answer, dialect) or self._quote(content)
+                # With fewer tokens, the other forms would be cut off as well.
+                if dialect.max_tokens == _MAX_THOUGHT_TOKENS:
+                    untried = [one for one in untried if one.max_tokens == _MAX_THOUGHT_TOKENS]
+                untried += reversed(list(dialect.others("")))
+                untried += [replace(dialect, max_tokens=_MAX_THOUGHT_TOKENS)] if answer.is_cut else []
+                continue
             error_text = self._quote(content)
             untried += reversed(list(dialect.others(error_text)))
-        raise CompareError(f"{self.name} gives no grade to any form of the request; its last answer: {error_text}")
+        raise NoDialect(
+            f"{self.name} gives no grade to any form of the request; its last answer: {error_text}",
+            Answer(Outcome.UNREADABLE, None, "", prompt_tokens, completion_tokens),
+        )
 
     async def ask(self, messages: Sequence[Message]) -> Answer:
-        """Ask for a grade. A rejected request is ``REFUSED``, for example by a content filter.
+        """Ask for a grade.
+
+        A rejected request is ``REFUSED``, for example by a content filter. A request that fails again and again, while the
+        endpoint answers others, is ``UNREADABLE``.
 
         Raises:
             CompareError: the endpoint does not answer, or rejects the key or the model.
         """
-        status, content = await self._send(self.dialect.body(self.model, messages))
-        return Answer(Outcome.REFUSED) if status in _NOT_ACCEPTED else read_answer(content)
+        dialect = self.dialect
+        status, content = await self._send(dialect.body(self.model, messages))
+        if status in _NOT_ACCEPTED:
+            return Answer(Outcome.REFUSED)
+        answer = read_answer(content)
+        if not answer.is_cut or dialect.max_tokens == _MAX_THOUGHT_TOKENS:
+            return answer
+        longer = replace(dialect, max_tokens=_MAX_THOUGHT_TOKENS)
+        status, content = await self._send(longer.body(self.model, messages))
+        if status in _NOT_ACCEPTED:  # longer than the model can read and write
+            return answer
+        self.dialect, again = longer, read_answer(content)
+        return replace(
+            again,
+            prompt_tokens=again.prompt_tokens + answer.prompt_tokens,
+            completion_tokens=again.completion_tokens + answer.completion_tokens,
+        )
 
     async def _send(self, body: bytes) -> tuple[int, bytes]:
         """Send a request, and retry temporary failures until the time limit; all requests pause together."""
         deadline = time.monotonic() + self._patience_s
         pause_s = _FIRST_PAUSE_S
+        num_answered, num_own_faults = self._num_answered, 0
         while True:
             await asyncio.sleep(max(0.0, self._resume_at - time.monotonic()))
-            asked_pause_s: float | None = None
-            try:
-                response, content = await self._post(body)
-            except (httpx.ConnectError, httpx.ConnectTimeout, httpx.ProxyError) as error:
-                failure = f"{self.name} cannot be reached: {str(error) or 'it takes too long'}"
-                if not self._has_answered:
-                    raise CompareError(failure) from error
-            # Leave out the error's message, which may contain the key.
-            except (httpx.TransportError, TimeoutError) as error:
-                failure = f"{self.name} dropped the connection: {type(error).__name__}"
-            except httpx.HTTPError as error:
-                raise CompareError(f"{self.name} cannot be asked: {type(error).__name__}") from error
-            else:
-                status, self._has_answered = response.status_code, True
-                if status == 200 or status in _NOT_ACCEPTED:
-                    return status, content
-                failure = f"{self.name} answers {status}: {self._quote(content) or response.reason_phrase}"
-                if status not in _LATER:
-                    raise CompareError(f"{failure}{_HINTS.get(status, '')}")
-                asked_pause_s = _retry_after_s(response)
-            # Vary the pause, so that not all requests resume at once.
+            result = await self._try(body)
+            if not isinstance(result, _Failure):
+                self._num_answered += 1
+                return result
             pause_s = min(pause_s, _LONGEST_PAUSE_S)
-            wait_s = asked_pause_s if asked_pause_s is not None else pause_s * random.uniform(0.75, 1.25)  # noqa: S311
-            if time.monotonic() + wait_s > deadline:
+            wait_s = pause_s * random.uniform(0.75, 1.25)  # noqa: S311  vary it, so that not all requests resume at once
+            if (
+                result.pause_s is not None and result.pause_s >= _FIRST_PAUSE_S
+            ):  # with 0, it would be asked without a pause
+                wait_s = result.pause_s
+            is_last = time.monotonic() + wait_s > deadline
+            num_own_faults += result.may_be_own
+            has_answered_others = self._num_answered > num_answered
+            if result.may_be_own and has_answered_others and (is_last or num_own_faults >= _MAX_OWN_FAULTS):
+                return 500, b""
+            if is_last:
                 raise CompareError(
-                    f"{failure}; gave up after {self._patience_s:.0f} s. Run again to continue: grades are kept"
+                    f"{result.text}; gave up after {self._patience_s:.0f} s. Run again to continue: grades are kept"
                 )
             self._resume_at = max(self._resume_at, time.monotonic() + wait_s)
             pause_s *= 2
+
+    async def _try(self, body: bytes) -> tuple[int, bytes] | _Failure:
+        """Send a request once, and return a temporary failure."""
+        try:
+            response, content = await self._post(body)
+        except (httpx.ConnectError, httpx.ConnectTimeout, httpx.ProxyError) as error:
+            failure = f"{self.name} cannot be reached: {str(error) or 'it takes too long'}"
+            if not self._has_answered:
+                raise CompareError(failure) from error
+            return _Failure(failure)
+        except (httpx.TimeoutException, TimeoutError):
+            return _Failure(f"{self.name} gave no answer in {_ANSWER_TIMEOUT_S:g} s", may_be_own=True)
+        # Leave out the error's message, which may contain the key.
+        except httpx.TransportError as error:
+            return _Failure(f"{self.name} dropped the connection: {type(error).__name__}", may_be_own=True)
+        except httpx.HTTPError as error:
+            raise CompareError(f"{self.name} cannot be asked: {type(error).__name__}") from error
+        status, self._has_answered = response.status_code, True
+        if status == 200 or status in _NOT_ACCEPTED:
+            return status, content
+        failure = f"{self.name} answers {status}: {self._quote(content) or response.reason_phrase}"
+        if status not in _LATER:
+            raise CompareError(f"{failure}{self._hint(status)}")
+        return _Failure(failure, _retry_after_s(response), may_be_own=status == 500)
+
+    def _hint(self, status: int) -> str:
+        if status in {401, 403}:
+            return _WRONG_KEY if self._secret else _NO_KEY
+        return _HINT_404 if status == 404 else ""
 
     async def _post(self, body: bytes) -> tuple[httpx.Response, bytes]:
         """Send a request and read the response, within limits of size and time: a broken server may never stop."""
@@ -262,6 +349,13 @@ def is_on_this_machine(url: httpx.URL) -> bool:
         return ipaddress.ip_address(url.host).is_loopback
     except ValueError:
         return False
+
+
+def _shown_answer(answer: Answer, dialect: Dialect) -> str:
+    """Return an answer without a grade for a message; empty if it is not a chat completion."""
+    if answer.is_cut:
+        return f"{answer.said!r}, cut off after {dialect.max_tokens:,} tokens"
+    return repr(answer.said) if answer.said else ""
 
 
 def _shown(url: httpx.URL) -> str:

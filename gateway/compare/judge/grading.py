@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from gateway.compare.dataset import Dataset
 from gateway.compare.judge.answers import Answer, Outcome
-from gateway.compare.judge.endpoint import ChatEndpoint
+from gateway.compare.judge.endpoint import ChatEndpoint, NoDialect
 from gateway.compare.judge.prompt import make_messages
 from gateway.compare.judge.store import GradeStore, StoredGrade
 from gateway.compare.judge.values import Pair
@@ -16,6 +16,8 @@ from gateway.compare.progress import Step
 from gateway.errors import CompareError
 
 _NUM_IN_FLIGHT = 8
+# A filter may be the reason why a pair gets no grade. The shortest pairs come first, because they fit into any context.
+_MAX_FIRST = 3
 # Beyond this limit no verdict is possible, and further requests would cost money for nothing.
 _MIN_UNJUDGED, _MAX_UNJUDGED_SHARE = 20, 0.1
 # Estimates for an endpoint that does not count its tokens.
@@ -92,10 +94,10 @@ class Grader:
         """
         if not questions:
             return
-        first, *others = questions
-        self._take(first, await self._endpoint.find_dialect(self._messages(first)), len(questions))
-        step.advance(1)
-        remaining = iter(others)
+        first = sorted(questions, key=self._size)[:_MAX_FIRST]
+        known = set(first)
+        remaining = iter([*first, *(question for question in questions if question not in known)])
+        await self._find_dialect(remaining, len(questions), step)
 
         async def work() -> None:
             for question in remaining:  # shared: each worker takes the next one
@@ -109,6 +111,24 @@ class Grader:
             for worker in workers:
                 worker.cancel()
             await asyncio.gather(*workers, return_exceptions=True)
+
+    async def _find_dialect(self, remaining: Iterator[Question], num_questions: int, step: Step) -> None:
+        """Ask about a short pair in each form that the endpoint may accept; about others if it rejects that one."""
+        for number, question in enumerate(remaining, start=1):
+            try:
+                answer = await self._endpoint.find_dialect(self._messages(question))
+            except NoDialect as error:
+                self._take(question, error.spent, num_questions)
+                if number == min(_MAX_FIRST, num_questions):
+                    raise
+            else:
+                self._take(question, answer, num_questions)
+                step.advance(1)
+                return
+            step.advance(1)
+
+    def _size(self, question: Question) -> int:
+        return sum(map(len, self.texts(question.pair)))
 
     def _messages(self, question: Question) -> Sequence[Mapping[str, str]]:
         return make_messages(*self.texts(question.pair), question.order)

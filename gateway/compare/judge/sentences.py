@@ -60,6 +60,8 @@ _BOTTOM_LINES = {
 
 def judge_bottom_line(report: JudgeReport) -> str:
     """Return the recommendation that follows from the judge's verdicts."""
+    if not report.contrasts:
+        return "The judge gave no grade, so there is nothing to decide."
     order = list(_BOTTOM_LINES)
     first = min(report.contrasts, key=lambda contrast: order.index(contrast.verdict))
     return _BOTTOM_LINES[first.verdict].format(arm=first.arm, baseline=first.baseline)
@@ -95,7 +97,7 @@ def _introduction(report: JudgeReport) -> list[str]:
     return [
         f"{report.asked.model} graded {num_graded:,} of {report.num_pairs:,} pairs of a query and a document from 0 to 3 "
         f"({spent}; {usage.num_cached:,} grades known before).{repeats}",
-        f"{PRIMARY_MEASURE} by its grades: {means}.",
+        *([f"{PRIMARY_MEASURE} by its grades: {means}."] if means else []),
     ]
 
 

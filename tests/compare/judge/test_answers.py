@@ -23,6 +23,10 @@ def test_the_grade_of_the_schema(grade: int) -> None:
         ('```json\n{"reason": "fits", "grade": 2}\n```', 2),
         ('Sure! {"reason": "fits", "grade": 1} Anything else?', 1),
         ('<think>{"grade": 0} is too low</think>\n{"reason": "fits", "grade": 3}', 3),
+        ('<think>{"grade": 0} is too low</think>\nI cannot decide.', None),
+        ('hm, {"grade": 0} is too low</think>{"grade": 3}', 3),  # the template of some models begins the thought
+        ('\n<think>It could be {"grade": 0}, but', None),  # cut off
+        ('{"reason": "it shows the tag <think>", "grade": 2}', 2),
         ('Here: {"reason": "it has {braces} in it", "grade": 2} .', 2),
         ('{"grade": "2"}', 2),
         ('{"grade": 2.0}', 2),
@@ -73,7 +77,12 @@ def test_refusals() -> None:
 
 
 def test_content_in_parts() -> None:
-    parts: list[Any] = [{"type": "text", "text": '{"reason": "", '}, {"type": "text", "text": '"grade": 1}'}]
+    parts: list[Any] = [
+        {"type": "thinking", "thinking": [{"type": "text", "text": '{"grade": 3}'}]},
+        {"type": "reasoning", "text": '{"grade": 3} '},
+        {"type": "text", "text": '{"reason": "", '},
+        {"type": "text", "text": '"grade": 1}'},
+    ]
     body = json.loads(completion("").body)
     body["choices"][0]["message"]["content"] = parts
     del body["usage"], body["model"]
@@ -99,3 +108,10 @@ def test_a_grade_is_not_lost_because_of_other_fields(model: object, usage: objec
 def test_a_long_name_of_a_model_is_cut() -> None:
     choice = {"message": {"content": '{"grade": 2}'}}
     assert len(read_answer(json.dumps({"choices": [choice], "model": "m" * 10_000}).encode()).model) == 200
+
+
+@pytest.mark.parametrize("field", ["reasoning_content", "reasoning"])
+def test_a_grade_that_is_only_in_the_thoughts_does_not_count(field: str) -> None:
+    thought = {field: 'Perhaps {"grade": 0}.'}
+    assert read_answer(completion("", **thought).body).outcome is Outcome.UNREADABLE
+    assert read_answer(completion('{"grade": 2}', **thought).body).grade == 2

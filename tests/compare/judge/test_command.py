@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -19,7 +23,7 @@ from gateway.comparisons.sheet import CHECK_FILE, Sheet
 from gateway.errors import CompareError
 from tests.compare.conftest import MakeModel, WriteData
 from tests.compare.judge.conftest import StartJudge
-from tests.compare.judge.stand_in import completion, graded, texts_of
+from tests.compare.judge.stand_in import Reply, completion, graded, texts_of
 from tests.compare.test_comparison import many_queries
 from tests.compare.test_served import Serve, compare, serve  # noqa: F401  a fixture
 
@@ -156,6 +160,46 @@ def test_a_comparison_with_a_judge(
     contrasts = [json.loads((folder / "judge.json").read_text())["contrasts"] for folder in (out, tmp_path / "third")]
     assert contrasts[0] == contrasts[1]
     assert contrasts[0][0]["verdict"] == "worse"
+
+
+def test_the_same_command_continues_after_a_refusal_or_a_kill(
+    url: str, write_data: WriteData, start_judge: StartJudge, tmp_path: Path
+) -> None:
+    """SIGKILL while the judge is asked; the second run pays for no answer again, and completes the same folder."""
+    data, out = write_data(**{**many_queries(20), "judgments": None}), tmp_path / "out"
+    reached, has_been_killed = threading.Event(), threading.Event()
+
+    def respond(_body: dict[str, Any], number: int) -> Reply:
+        if number >= 30 and not has_been_killed.is_set():
+            reached.set()
+            has_been_killed.wait(60)
+        return graded(number % 4)
+
+    judge = start_judge(respond)
+    arguments = ["cut", "cut@4", "--data", data, "--url", url, "--out", out]
+    arguments += ["--judge", judge.url, "--judge-model", "m"]
+    assert "the judge has not been asked" in compare(tmp_path, *arguments).stderr
+    options = ["--cache", tmp_path / "cache", "--resamples", 200, "--no-cost", "--yes"]
+    command = [sys.executable, "-m", "gateway", "compare", *map(str, [*arguments, *options])]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    try:
+        assert reached.wait(60)
+    finally:
+        process.kill()
+        process.communicate()
+    has_been_killed.set()
+    assert not (out / "judge.json").exists()
+    asked_before = len(judge.bodies)
+
+    result = compare(tmp_path, *arguments, "--yes")
+
+    assert result.exit_code == 0, result.stderr
+    report = json.loads((out / "judge.json").read_text())
+    assert 22 <= report["usage"]["num_cached"] <= 30
+    assert len(judge.bodies) - asked_before == report["usage"]["num_calls"]
+    assert '<section aria-labelledby="judge">' in (out / "report.html").read_text()
+    again = compare(tmp_path, *arguments, "--yes")
+    assert "holds the results of another comparison" in again.stderr
 
 
 def test_a_folder_without_a_judge_is_reported_without_a_traceback(tmp_path: Path) -> None:

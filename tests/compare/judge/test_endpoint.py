@@ -92,7 +92,10 @@ async def test_a_server_that_accepts_nothing_is_reported(start_judge: StartJudge
     assert len(judge.bodies) <= 24
 
 
-async def test_requests_that_may_succeed_later_are_repeated(start_judge: StartJudge) -> None:
+async def test_requests_that_may_succeed_later_are_repeated(
+    start_judge: StartJudge, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(endpoint, "_FIRST_PAUSE_S", 0.01)
     soon = format_datetime(datetime.now(UTC) - timedelta(seconds=5), usegmt=True)
     failures = [
         refusal(429, "slow down", retry_after="0.01"),
@@ -128,6 +131,88 @@ async def test_a_permanent_failure_is_reported_immediately_without_the_key(
     assert hint in str(caught.value)
     assert "wrong key: …" in str(caught.value)
     assert len(judge.bodies) == 1
+
+
+@pytest.mark.parametrize(
+    ("key", "said"), [(None, "no key was sent: set JUDGE_API_KEY"), ("sk-wrong", "the key came from JUDGE_")]
+)
+async def test_a_rejected_key_is_said_with_the_setting(start_judge: StartJudge, key: str | None, said: str) -> None:
+    judge = start_judge(lambda _body, _number: refusal(401, "Incorrect API key provided"))
+    with pytest.raises(CompareError, match=f"answers 401: Incorrect API key provided; {said}"):
+        await ask(judge.url, key=key)
+    assert len(judge.bodies) == 1
+
+
+@pytest.mark.parametrize("pause", ["0", "-3", "0.001"])
+async def test_a_pause_of_zero_does_not_make_it_ask_without_a_pause(
+    start_judge: StartJudge, monkeypatch: pytest.MonkeyPatch, pause: str
+) -> None:
+    """Some proxies answer 429 with ``Retry-After: 0`` as long as a minute lasts."""
+    monkeypatch.setattr(endpoint, "_FIRST_PAUSE_S", 0.2)
+    judge = start_judge(lambda _body, _number: refusal(429, "slow down", retry_after=pause))
+
+    with pytest.raises(CompareError, match="answers 429: slow down; gave up after 1 s"):
+        await ask(judge.url, patience_s=1.0)
+
+    assert len(judge.bodies) <= 3  # pauses of 0.2 s, 0.4 s, 0.8 s, each a quarter more or less
+
+
+async def test_tokens_of_answers_without_a_grade_are_counted(start_judge: StartJudge) -> None:
+    """The first forms of the request are paid for too."""
+    judge = start_judge(
+        lambda body, _number: completion("{}") if body.get("response_format", {}).get("json_schema") else graded(3)
+    )
+    [answer] = await ask(judge.url)
+    assert (len(judge.bodies), answer.prompt_tokens, answer.completion_tokens) == (2, 1_000, 40)
+
+
+def cut_off(thought: str = "<think>Well") -> Reply:
+    """Return the answer of a model that has reached its limit of tokens while it thought."""
+    reply = completion(thought)
+    return Reply(body=reply.body.replace(b'"finish_reason": "stop"', b'"finish_reason": "length"'))
+
+
+async def test_a_judge_that_thinks_long_gets_more_tokens(start_judge: StartJudge) -> None:
+    judge = start_judge(lambda body, _number: cut_off() if body["max_tokens"] < 8_000 else graded(2))
+
+    answers = await ask(judge.url, times=2)
+
+    assert [answer.grade for answer in answers] == [2, 2]
+    assert [body["max_tokens"] for body in judge.bodies] == [2_048, 8_192, 8_192]
+    assert judge.bodies[-1]["response_format"]["type"] == "json_schema"
+    assert answers[0].prompt_tokens == 1_000  # both answers are paid for
+
+
+async def test_a_thought_that_is_cut_off_later_gets_more_tokens_too(start_judge: StartJudge) -> None:
+    judge = start_judge(lambda body, number: cut_off() if number and body["max_tokens"] < 8_000 else graded(2))
+
+    answers = await ask(judge.url, times=3)
+
+    assert [(answer.grade, answer.prompt_tokens) for answer in answers] == [(2, 500), (2, 1_000), (2, 500)]
+    assert [body["max_tokens"] for body in judge.bodies] == [2_048, 2_048, 8_192, 8_192]
+
+
+async def test_a_model_without_room_for_more_tokens_keeps_its_dialect(start_judge: StartJudge) -> None:
+    def respond(body: dict[str, Any], number: int) -> Reply:
+        if body["max_tokens"] > 4_096:
+            return refusal(400, "max_tokens is too large for a context of 4096 tokens")
+        return cut_off() if number == 1 else graded(2)
+
+    judge = start_judge(respond)
+
+    answers = await ask(judge.url, times=3)
+
+    assert [answer.outcome for answer in answers] == [Outcome.GRADED, Outcome.UNREADABLE, Outcome.GRADED]
+    assert [body["max_tokens"] for body in judge.bodies] == [2_048, 2_048, 8_192, 2_048]
+
+
+async def test_the_last_answer_of_one_that_gives_no_grade_is_quoted(start_judge: StartJudge) -> None:
+    judge = start_judge(lambda _body, _number: completion("I would say it is good."))
+    with pytest.raises(CompareError, match=r"its last answer: 'I would say it is good\.'"):
+        await ask(judge.url)
+    thinking = start_judge(lambda _body, _number: cut_off("<think>Hm"))
+    with pytest.raises(CompareError, match="its last answer: '<think>Hm', cut off after 8,192 tokens"):
+        await ask(thinking.url)
 
 
 async def test_nothing_listens() -> None:
@@ -170,7 +255,7 @@ async def test_a_judge_that_dribbles_is_given_up(start_judge: StartJudge, monkey
             yield b" "
 
     judge = start_judge(lambda _body, _number: Reply(chunks=dribble()))
-    with pytest.raises(CompareError, match="dropped the connection: TimeoutError; gave up after 0 s"):
+    with pytest.raises(CompareError, match=r"gave no answer in 0\.2 s; gave up after 0 s"):
         await ask(judge.url, patience_s=0.0)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from gateway.compare.dataset import Dataset
+from gateway.compare.judge import endpoint
 from gateway.compare.judge.endpoint import chat_url
 from gateway.compare.judge.judging import Judged, JudgeRequest, _open_store, judge
 from gateway.compare.judge.outputs import write_judgments
@@ -319,6 +320,75 @@ async def test_few_refusals_are_noted_and_many_prevent_a_verdict(start_judge: St
 
     with pytest.raises(CompareError, match=r"no verdict is possible\. All grades are kept"):
         await run(world, start_judge(refusing(0.5)).url, tmp_path)
+
+
+@pytest.mark.parametrize("fault", ["error", "closed"])
+async def test_a_pair_that_always_fails_does_not_stop_the_others(
+    start_judge: StartJudge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    """A text that crashes the server's template, for example."""
+    monkeypatch.setattr(endpoint, "_FIRST_PAUSE_S", 0.01)
+    world = make_world(gain=0.8)
+    poison = ("query 55", world.subject.dataset.documents["q55-new1"])
+
+    def respond(body: dict[str, Any], _number: int) -> Reply:
+        if texts_of(body) != poison:
+            return graded(true_grade(*texts_of(body)))
+        return (
+            refusal(500, "template failed")
+            if fault == "error"
+            else Reply(headers={"content-length": "99"}, chunks=iter(()))
+        )
+
+    stand_in = start_judge(respond)
+
+    report = (await run(world, stand_in.url, tmp_path)).report
+
+    assert (report.num_unreadable, report.num_refused) == (1, 0)
+    assert report.usage.num_cached == 0
+    assert report.contrasts[0].verdict is JudgeVerdict.PREFERRED
+    assert "q55" in report.grades
+    assert "q55-new1" not in report.grades["q55"]
+
+
+async def test_a_first_pair_that_a_filter_rejects_does_not_stop_the_others(
+    start_judge: StartJudge, tmp_path: Path
+) -> None:
+    """Another run would meet the same pair first."""
+    rejected: set[tuple[str, str]] = set()
+
+    def respond(body: dict[str, Any], number: int) -> Reply:
+        texts = texts_of(body)
+        rejected.update([texts] if number == 0 else [])
+        return refusal(400, "content_filter") if texts in rejected else graded(true_grade(*texts))
+
+    stand_in = start_judge(respond)
+
+    report = (await run(make_world(gain=0.8), stand_in.url, tmp_path)).report
+
+    assert (report.num_unreadable, report.num_pairs) == (1, NUM_PAIRS)
+    assert report.contrasts[0].verdict is JudgeVerdict.PREFERRED
+
+
+async def test_one_that_grades_nothing_is_said_after_a_few_pairs(start_judge: StartJudge, tmp_path: Path) -> None:
+    stand_in = start_judge(lambda _body, _number: completion("I like it."))
+    with pytest.raises(CompareError, match="gives no grade to any form of the request; its last answer"):
+        await run(make_world(), stand_in.url, tmp_path)
+    assert len(set(stand_in.texts)) == 3
+
+
+async def test_a_judge_that_refuses_everything_makes_a_report_without_a_verdict(
+    start_judge: StartJudge, tmp_path: Path
+) -> None:
+    world = make_world(num_queries=1)
+    stand_in = start_judge(lambda _body, _number: completion(None, refusal="no"))
+
+    judged = await run(world, stand_in.url, tmp_path)
+    path, *_ = write_judgments(judged, world.subject.dataset, tmp_path / "out", 0)
+
+    assert json.loads(path.read_text())["bottom_line"] == "The judge gave no grade, so there is nothing to decide."
+    assert judged.report.contrasts == []
+    assert "by its grades" not in "\n".join(judge_sentences(judged.report))
 
 
 async def test_the_budget_stops_it_and_the_grades_are_kept(start_judge: StartJudge, tmp_path: Path) -> None:
