@@ -288,7 +288,7 @@ def test_a_hook_may_drop_a_text_and_one_that_fails_keeps_nothing(
 
 
 def test_a_hook_that_returns_no_text_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its value in place of a text would make the whole file unreadable for a comparison."""
+    """Its value instead of a text would make the whole file unreadable for a comparison."""
     (tmp_path / "hooks_without_text.py").write_text(HOOKS)
     monkeypatch.syspath_prepend(tmp_path)
     capture = Capture(queries=1, to="q.jsonl", scrub="hooks_without_text:keep")
@@ -341,7 +341,7 @@ def test_a_text_is_deleted_before_it_is_too_old(now: str, last: date) -> None:
 
 
 @pytest.mark.parametrize("name", ["q-{}.jsonl", "q.jsonl.key"])
-def test_a_named_pipe_in_place_of_a_file_is_an_error_and_nothing_waits_for_it(tmp_path: Path, name: str) -> None:
+def test_a_named_pipe_instead_of_a_file_is_an_error_and_nothing_waits_for_it(tmp_path: Path, name: str) -> None:
     os.mkfifo(tmp_path / name.format(TODAY))
     writer = CaptureWriter("pipe", Capture(queries=1, to="q.jsonl"), tmp_path / "q.jsonl")
 
