@@ -152,7 +152,6 @@ class GatewayClient:
         headers = {"x-gateway-expect-space": expect_space} if expect_space is not None else {}
         started = time.monotonic()
         answer = await self._send("POST", "/v1/embeddings", orjson.dumps(body), headers)
-        cut = answer.headers.get("x-gateway-truncated", "")
         try:
             content = orjson.loads(answer.content)
             rows = content["data"]
@@ -177,8 +176,7 @@ class GatewayClient:
             is_experiment="x-gateway-experiment" in answer.headers,
             sparse=sparse,
             multivectors=multivectors,
-            num_truncated=_count_listed(cut),
-            truncated=frozenset(int(place) for place in cut.split(",") if place.isdecimal()),
+            **_truncation(answer.headers.get("x-gateway-truncated", "")),
         )
 
     async def tokenize(
@@ -348,10 +346,13 @@ def _base_url(text: str) -> str:
     return text.rstrip("/").removesuffix("/v1")
 
 
-def _count_listed(header: str) -> int:
-    """Return the number of indices in a header; ``0,3,+12`` lists two and counts twelve more."""
+def _truncation(header: str) -> dict[str, Any]:
+    """Return the number of cut texts and their places; ``0,3,+12`` lists two and counts twelve more."""
     parts = [part for part in header.split(",") if part]
-    return sum(int(part) if part.startswith("+") else 1 for part in parts)
+    return {
+        "num_truncated": sum(int(part) if part.startswith("+") else 1 for part in parts),
+        "truncated": frozenset(int(part) for part in parts if part.isdecimal()),
+    }
 
 
 def _retry_after_s(answer: httpx.Response) -> float | None:
