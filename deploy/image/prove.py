@@ -61,6 +61,8 @@ def main() -> None:
         tell("size of the image, base included", f"{podman.size_mb(IMAGE)} MB")
         for line in podman.layers_mb(IMAGE):
             tell("  layer", line)
+        if options.limit_mb:
+            check_size(podman, options.limit_mb)
         prove(podman)
     finally:
         if not options.keep:
@@ -73,6 +75,9 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--mirror", default="http://deb.debian.org/debian", help="where debootstrap gets Debian")
     parser.add_argument(
         "--torch-index", default="", help="the build argument TORCH_INDEX; empty: what pip finds by itself"
+    )
+    parser.add_argument(
+        "--limit-mb", type=int, default=1200, help="the most that the files may have; 0, for the CUDA image: no limit"
     )
     parser.add_argument(
         "--volume",
@@ -166,6 +171,16 @@ def build(podman: Podman, options: argparse.Namespace, image: str, dockerfile: s
         *(f"--volume={volume}" for volume in options.volume),
         str(ROOT),
     )
+
+
+def check_size(podman: Podman, limit_mb: int) -> None:
+    """Compare the files of the image with the limit, as the workflow of pull requests does."""
+    container = podman("create", IMAGE)
+    command = [sys.executable, str(ROOT / "deploy" / "image" / "size.py"), f"--limit-mb={limit_mb}"]
+    with subprocess.Popen([*podman.command, "export", container], stdout=subprocess.PIPE, env=podman.environ) as export:
+        done = subprocess.run(command, check=False, stdin=export.stdout)
+    expect(f"its files have at most {limit_mb} MB", (export.returncode, done.returncode) == (0, 0))
+    podman("rm", container)
 
 
 def prove(podman: Podman) -> None:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 import pytest
 import uvicorn
 
+from deploy.image.size import LIMIT_MB
 from gateway.app import create_admin_app
 from gateway.config.settings import Settings, load_settings
 from gateway.deployment import Deployment
@@ -23,6 +29,7 @@ from tests.deploy.deployment_files import (
     image_environ,
     instructions,
     last_stage,
+    read_yaml,
     run_tool,
 )
 
@@ -160,3 +167,80 @@ def test_the_health_check_says_whether_the_gateway_is_ready(
 
 def test_a_command_in_a_shell_would_be_seen() -> None:
     assert Instruction("CMD", "gateway serve").exec_form is None
+
+
+# ------------------------------------------------------------------------------------------------------------- its size
+
+WORKFLOW = read_yaml(ROOT / ".github" / "workflows" / "image.yml")
+SIZE = DEPLOY / "image" / "size.py"
+
+
+def steps_of_workflow() -> list[Any]:
+    (job,) = WORKFLOW["jobs"].values()
+    return job["steps"]
+
+
+def archive_of(num_bytes: int, folder: Path) -> Path:
+    """Write what a container with one file of this size exports. The file and the archive have a hole instead of bytes."""
+    folder.mkdir()
+    with (folder / "libtorch_cpu.so").open("wb") as file:
+        file.truncate(num_bytes)
+    archive = folder.with_suffix(".tar")
+    subprocess.run(["tar", "--create", "--sparse", f"--file={archive}", f"--directory={folder}", "."], check=True)
+    return archive
+
+
+@pytest.mark.parametrize(("num_bytes", "code"), [(1_200_000_000, 0), (1_200_000_001, 1)])
+def test_the_workflow_fails_for_an_image_over_the_limit(num_bytes: int, code: int, tmp_path: Path) -> None:
+    (step,) = [step for step in steps_of_workflow() if "size.py" in step.get("run", "")]
+    archive = archive_of(num_bytes, tmp_path / "container")
+    docker = tmp_path / "bin" / "docker"
+    docker.parent.mkdir()
+    docker.write_text(f'#!/bin/sh\ntest "$1" = create || cat {archive}\n')
+    docker.chmod(0o755)
+    environ = {**os.environ, "PATH": f"{docker.parent}:{os.environ['PATH']}"}
+    # GitHub runs `shell: bash` in this way.
+    command = ["bash", "--noprofile", "--norc", "-e", "-o", "pipefail", "-c", step["run"]]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=ROOT, env=environ, timeout=60)
+
+    assert step["shell"] == "bash"
+    assert done.returncode == code
+    assert f"{-(-num_bytes // 1_000_000)} MB of files; the limit is 1200 MB" in done.stdout + done.stderr
+
+
+def test_a_container_that_cannot_be_exported_is_not_a_small_image() -> None:
+    done = subprocess.run([sys.executable, SIZE], check=False, capture_output=True, input=b"", timeout=30)
+
+    assert done.returncode == 1
+    assert b"ReadError" in done.stderr
+
+
+def test_a_pull_request_builds_the_cpu_image_and_publishes_nothing() -> None:
+    (build,) = [step["with"] for step in steps_of_workflow() if "build-push" in step.get("uses", "")]
+    release = read_yaml(ROOT / ".github" / "workflows" / "release.yml")["jobs"]["image"]
+    (variant,) = [one for one in release["strategy"]["matrix"]["include"] if one["variant"] == "cpu"]
+
+    assert (build["push"], build["load"]) == (False, True)
+    assert build["build-args"] == f"TORCH_INDEX={variant['torch-index']}"
+    assert WORKFLOW["permissions"] == {"contents": "read"}
+    assert "login" not in str(steps_of_workflow())
+    assert "secrets" not in str(WORKFLOW)
+    assert [build["tags"] in step["run"] for step in steps_of_workflow() if "run" in step] == [True, True]
+
+
+def test_a_change_to_the_image_starts_the_workflow() -> None:
+    # YAML reads the key `on` as true.
+    paths = WORKFLOW[True]["pull_request"]["paths"]
+    # The code and the license change too often, or not at all, and add little.
+    made_of = [name.rstrip("/") for name in copied(DOCKERFILE) if not name.startswith(("gateway", "LICENSE"))]
+
+    assert [name for name in made_of if not any(fnmatch(name, path) or f"{name}/**" == path for path in paths)] == []
+    assert {"Dockerfile", ".dockerignore", ".github/workflows/image.yml"} <= set(paths)
+    assert [path for path in paths if not (ROOT / path.removesuffix("/**")).exists()] == []
+
+
+def test_the_proof_has_the_same_limit() -> None:
+    readme = (DEPLOY / "README.md").read_text()
+
+    assert f"default={LIMIT_MB}" in (DEPLOY / "image" / "prove.py").read_text()
+    assert f"| size of the image | {LIMIT_MB / 1000} GB |" in readme
