@@ -3,7 +3,8 @@
 python deploy/versions.py           print it; exit 1 if something is not supported any more, or is not in the table below
 python deploy/versions.py --newest  also say where the newest versions are listed
 
-It asks no network. With a pin, change its dates in the table too; the tests compare both.
+It asks no network, so it does not know what was published since its table was written. With a pin, change its dates in
+the table too; the tests compare both.
 """
 
 from __future__ import annotations
@@ -23,14 +24,17 @@ class Known:
     """Facts about a version.
 
     Args:
-        released: the first day of its month where the day is not known; ``None`` where neither is.
-        supported_until: as its makers say; ``None`` where they name no day: then only the newest version is supported.
+        released: the day; of an action's major, that of its first release. The first day of its month where the day is not
+            recorded; ``None`` where neither is.
+        supported_until: as its makers say; ``None`` where they name no day.
         source: where its versions are listed.
+        newer: a newer version that was known when this was written, and is not used; the file with the pin says why.
     """
 
     released: date | None
     supported_until: date | None
     source: str
+    newer: str = ""
 
 
 KNOWN = {
@@ -42,13 +46,13 @@ KNOWN = {
     "prom/alertmanager:v0.34.0": Known(date(2026, 8, 1), None, "https://github.com/prometheus/alertmanager/releases"),
     # Nine months from 13.2.0.
     "grafana/grafana:13.2.1": Known(date(2026, 9, 1), date(2027, 5, 18), "https://grafana.com/grafana/download"),
-    "milvusdb/milvus:v2.6.19": Known(None, None, "https://milvus.io/docs/release_notes.md"),
+    "milvusdb/milvus:v2.6.19": Known(None, None, "https://milvus.io/docs/release_notes.md", newer="3.0"),
     "gcr.io/datadoghq/agent:7.84.6": Known(
         date(2026, 10, 26), None, "https://github.com/DataDog/datadog-agent/releases"
     ),
     "ray:2.60.0": Known(date(2026, 11, 1), None, "https://pypi.org/project/ray/"),
     # Majors of actions are moving tags. Those before these need Node.js 20, which GitHub's runners do not have any more.
-    "actions/checkout@v7": Known(date(2026, 6, 22), None, "https://github.com/actions/checkout/releases"),
+    "actions/checkout@v7": Known(date(2026, 6, 18), None, "https://github.com/actions/checkout/releases"),
     "actions/setup-python@v7": Known(date(2026, 7, 1), None, "https://github.com/actions/setup-python/releases"),
     "actions/upload-artifact@v7": Known(date(2026, 2, 1), None, "https://github.com/actions/upload-artifact/releases"),
     "actions/download-artifact@v8": Known(
@@ -57,10 +61,14 @@ KNOWN = {
     "actions/attest-build-provenance@v4": Known(
         None, None, "https://github.com/actions/attest-build-provenance/releases"
     ),
-    "docker/setup-buildx-action@v4": Known(None, None, "https://github.com/docker/setup-buildx-action/releases"),
-    "docker/login-action@v4": Known(None, None, "https://github.com/docker/login-action/releases"),
-    "docker/metadata-action@v6": Known(None, None, "https://github.com/docker/metadata-action/releases"),
-    "docker/build-push-action@v7": Known(None, None, "https://github.com/docker/build-push-action/releases"),
+    "docker/setup-buildx-action@v4": Known(
+        date(2026, 3, 5), None, "https://github.com/docker/setup-buildx-action/releases"
+    ),
+    "docker/login-action@v4": Known(date(2026, 3, 4), None, "https://github.com/docker/login-action/releases"),
+    "docker/metadata-action@v6": Known(date(2026, 3, 5), None, "https://github.com/docker/metadata-action/releases"),
+    "docker/build-push-action@v7": Known(
+        date(2026, 3, 5), None, "https://github.com/docker/build-push-action/releases"
+    ),
     "pypa/gh-action-pypi-publish@release/v1": Known(
         None, None, "https://github.com/pypa/gh-action-pypi-publish/releases"
     ),
@@ -89,13 +97,15 @@ def lines(today: date, *, with_sources: bool = False) -> Iterator[tuple[str, boo
         if known is None:
             yield f"{pin:<42} not in the table of {Path(__file__).name}", False
             continue
-        age = f"{(today - known.released).days} days old" if known.released else "age not known"
+        age = f"{(today - known.released).days} days old" if known.released else "date not recorded"
         until = known.supported_until
         is_supported = until is None or today <= until
-        support = f"supported until {until}" if is_supported else f"NOT SUPPORTED since {until}"
+        if until is None:
+            support = f"NOT THE NEWEST: there is {known.newer}" if known.newer else "no end named, newest not checked"
+        else:
+            support = f"supported until {until}" if is_supported else f"NOT SUPPORTED since {until}"
         yield (
-            f"{pin:<42} {age:<16} {support if until else 'the newest is supported':<28}"
-            + (known.source if with_sources else ""),
+            f"{pin:<42} {age:<18} {support:<33}" + (known.source if with_sources else ""),
             is_supported,
         )
 

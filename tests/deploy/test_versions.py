@@ -38,3 +38,26 @@ def test_a_pin_without_dates_is_reported(monkeypatch: pytest.MonkeyPatch) -> Non
     assert [good for _, good in versions.lines(date(2026, 11, 26))] == [False] * len(
         {pin for pin, _ in versions.pins()}
     )
+
+
+def test_only_what_is_recorded_is_stated() -> None:
+    found = {line.split()[0]: line for line, _ in versions.lines(date(2026, 11, 26))}
+
+    assert "the newest is supported" not in str(found)
+    for pin, known in versions.KNOWN.items():
+        assert ("date not recorded" in found[pin]) == (known.released is None)
+        assert ("newest not checked" in found[pin]) == (known.supported_until is None and not known.newer)
+
+
+def test_a_version_that_is_not_the_newest_known_is_flagged() -> None:
+    (pin,) = [pin for pin in versions.KNOWN if pin.startswith("milvusdb/milvus:")]
+    flagged = [line for line, _ in versions.lines(date(2026, 11, 26)) if "NOT THE NEWEST" in line]
+    (reason,) = [
+        line
+        for line in (versions.ROOT / "deploy" / "compose" / "compose.yaml").read_text().splitlines()
+        if f"{versions.KNOWN[pin].newer} runs as" in line
+    ]
+
+    assert [line.split()[0] for line in flagged] == [pin]
+    assert f"there is {versions.KNOWN[pin].newer}" in flagged[0]
+    assert reason.strip().startswith("#")
