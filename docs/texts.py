@@ -30,7 +30,8 @@ FIRST_SETTINGS = {
 SETTINGS_INTRODUCTION = """\
 ## Settings
 
-An empty variable counts as unset. To catch typos, an unknown variable that starts with `GATEWAY_` is an error.
+An empty variable counts as unset, and a path may begin with `~`. To catch typos, an unknown variable that starts with
+`GATEWAY_` is an error.
 """
 
 REGISTRY_INTRODUCTION = """\

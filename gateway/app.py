@@ -33,8 +33,8 @@ from gateway.telemetry.logs import keep_locals_out
 
 _DESCRIPTION = """Several embedding models behind one OpenAI-style endpoint; a client compares two by changing `model`.
 
-Every path under `/v1` works without `/v1` too (`/rerank` writes a document in another form). Every error has the body
-`ErrorBody`.
+Every path under `/v1` works without `/v1` too (`/rerank` writes a document in another form, and `/tokenize` is TEI's). Every
+error has the body `ErrorBody`.
 """
 
 

@@ -10,8 +10,9 @@ from typing import TypeAlias, TypeVar
 
 from gateway import computing
 from gateway.config.capture import QUERY_TASK
+from gateway.config.wording import cut
 from gateway.deployment import Deployment
-from gateway.errors import BadInput, InferenceFailed, ModelNotReady, OutOfMemory
+from gateway.errors import BadInput, InferenceFailed, ModelNotFound, ModelNotReady, OutOfMemory
 from gateway.experiments.stats import ExperimentStats
 from gateway.observation import Observer, observe_tokenizer
 from gateway.requests import (
@@ -115,7 +116,10 @@ class EmbeddingService:
             RequestError: no model has the name, or a model that it leads to is not ready.
         """
         router = self._deployment.router
-        choice = router.choose(model, GATEWAY)
+        try:
+            choice = router.choose(model, GATEWAY)
+        except ModelNotFound:  # whose message lists names, and a probe carries no key
+            raise ModelNotFound(f"no model is called {cut(router.names.shown(model))!r}", param="model") from None
         if choice.experiment is None:
             router.targets(choice, None)
             return

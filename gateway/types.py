@@ -133,6 +133,7 @@ class ModelInfo:
             empty.
         is_mean_maxsim: multi-vectors are compared by the mean over the query's vectors, rather than by the sum.
         max_tokens: the longest text in tokens, special tokens included.
+        max_query_tokens: the longest query, if queries are cut elsewhere than other texts; else ``None``.
         is_normalized: vectors have L2 norm 1, unless a request asks otherwise.
         tasks: each task of the model, with the instruction that precedes the text (may be empty).
         can_chunk_late: chunks of a document can be encoded together.
@@ -173,12 +174,19 @@ class ModelInfo:
     max_weights: int = 0
     rerank: Mapping[Output, float] = field(default_factory=dict)
     is_mean_maxsim: bool = True
+    max_query_tokens: int | None = None
     kind: ModelKind = ModelKind.EMBED
     labels: tuple[str, ...] = ()
     label_function: LabelFunction = LabelFunction.NONE
     ranges: Mapping[int, Ranges] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     _spaces: dict[tuple[object, ...], str] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def limit(self, task: str | None) -> int:
+        """Return the longest text of a task in tokens, special tokens included."""
+        if task == "retrieval.query" and self.max_query_tokens is not None:
+            return self.max_query_tokens
+        return self.max_tokens
 
     @property
     def devices(self) -> tuple[str, ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Query, Request
@@ -24,7 +23,9 @@ from gateway.routing.written import MAX_UNIT_BYTES, write_name
 from gateway.types import ModelKind
 
 _MAX_UNITS = 1_000
-_UNITS_AT_ONCE = 50  # some milliseconds of the event loop
+_FEW_UNITS = 50  # some milliseconds of the event loop
+COST_OF_UNIT = 250
+"""The work of hashing a unit, as the number of characters that take as long to tokenize."""
 
 
 class Sending(AnswerBody):
@@ -103,12 +104,16 @@ class Assignments:
         experiment, router = find_experiment(self._deployment, request, experiment_id), self._deployment.router
         if not 0 < len(units) <= _MAX_UNITS:
             raise BadInput(f"`units` has {len(units)} units; it must have 1 to {_MAX_UNITS}", param="units")
-        cards = []
-        for first in range(0, len(units), _UNITS_AT_ONCE):
-            some = units[first : first + _UNITS_AT_ONCE]
-            cards += [self._assign(request, experiment, router, unit, "units") for unit in some]
-            await asyncio.sleep(0)
-        return AssignmentList(data=cards)
+
+        def assign() -> list[AssignmentCard]:
+            return [self._assign(request, experiment, router, unit, "units") for unit in units]
+
+        if len(units) <= _FEW_UNITS:
+            return AssignmentList(data=assign())
+        endpoint = self._endpoint
+        return AssignmentList(
+            data=await endpoint.in_turn(request, len(units) * COST_OF_UNIT, assign, endpoint.tokenizing)
+        )
 
     def _assign(
         self, request: Request, experiment: Experiment, router: Router, unit: str | None, field: str

@@ -13,7 +13,7 @@ from fastapi import APIRouter, Request, Response
 
 from gateway.access.quotas import Quotas
 from gateway.api.answer_headers import answer_headers, tei_headers
-from gateway.api.json_body import SMALL_BYTES, Json, charset_of, parse_object
+from gateway.api.json_body import SMALL_BYTES, Json, charset_of, integral, parse_object
 from gateway.api.pieces import PIECE_BYTES, Parts, Streamed, unless_disconnected
 from gateway.api.wire import Responses
 from gateway.config.settings import Settings
@@ -33,8 +33,9 @@ from gateway.telemetry import metrics
 # the interpreter: 2.5 ms for this many bytes of numbers, 0.3 ms of base64. Switching to a thread and back costs more.
 _SMALL_ANSWER_BYTES = 256 * 1024
 EXPECT_SPACE = "x-gateway-expect-space"
-CAPTURE = "x-gateway-capture"
 """The header with the space that a client expects."""
+CAPTURE = "x-gateway-capture"
+"""The header by which a client forbids the gateway to keep its texts."""
 
 T = TypeVar("T")
 B = TypeVar("B")
@@ -156,7 +157,7 @@ class Endpoint:
             ) from None
 
     def embed_request(
-        self, request: Request, texts: Sequence[str], model: str | None, user: object = None
+        self, request: Request, texts: Sequence[str], model: str | None, user: Json = None
     ) -> EmbedRequest:
         """Return a request to the service, with the parts that do not depend on the dialect.
 
@@ -325,7 +326,7 @@ def may_be_captured(request: Request) -> bool:
     return request.headers.get(CAPTURE, "on").strip().lower() == "on"
 
 
-def unit_source(request: Request, user: object) -> UnitSource:
+def unit_source(request: Request, user: Json) -> UnitSource:
     """Return the lookup of a request's values that an experiment can make a unit from.
 
     Args:
@@ -340,7 +341,8 @@ def unit_source(request: Request, user: object) -> UnitSource:
             case ("model", _, _):
                 return None  # the router finds it in the name
             case ("body", _, "user"):
-                return str(user) if isinstance(user, str | int) and not isinstance(user, bool) else None
+                given = integral(user)
+                return str(given) if isinstance(given, str | int) and not isinstance(given, bool) else None
             case _:
                 return RequestContext.of(request).key_owner
 

@@ -8,25 +8,26 @@ import os
 from collections.abc import Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
+from functools import partial
 from typing import Literal
 
 from fastapi import APIRouter, Request
 from pydantic import Field
 
 from gateway.api.admin import ReloadAnswer, reload_answer, require_operator
+from gateway.api.assignments import COST_OF_UNIT
 from gateway.api.endpoint import Endpoint, add
 from gateway.api.experiments import find_experiment
 from gateway.api.json_body import Number, RequestBody
 from gateway.api.wire import AnswerBody, request_body, responses
 from gateway.config.editing import Change, edit_experiment
 from gateway.config.registry import Experiment
+from gateway.config.traffic import MAX_WEIGHT
 from gateway.config.wording import cut
 from gateway.deployment import Deployment
 from gateway.errors import BadInput, ExperimentNotFound, Forbidden, ModelNotAllowed, ReloadRefused, StartError
 from gateway.experiments.split import Split
-from gateway.routing.changes import Reloaded, moved_units
-
-MAX_WEIGHT = 1_000_000.0
+from gateway.routing.changes import NUM_SAMPLED, Reloaded, moved_units
 
 
 class WeightsBody(RequestBody):
@@ -105,10 +106,11 @@ class ExperimentChanges:
         weights = (await self._endpoint.read(request, WeightsBody.parse)).weights
         experiment = find_experiment(self._deployment, request, experiment_id)
         changed = reweighted(experiment, weights)
+        endpoint, work = self._endpoint, partial(moved_units, experiment, changed)
         return Preview(
             experiment=experiment.id,
             weights={arm.label: arm.weight for arm in changed.arms},
-            moves=await asyncio.to_thread(moved_units, experiment, changed),
+            moves=await endpoint.in_turn(request, NUM_SAMPLED * COST_OF_UNIT, work, endpoint.tokenizing),
             counts_begin_again=Split(experiment).generation != Split(changed).generation,
         )
 

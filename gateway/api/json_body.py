@@ -243,7 +243,8 @@ def whole_number(value: Json) -> Json:
     return integral(value)
 
 
-def _number(value: Json) -> Json:
+def number(value: Json) -> Json:
+    """Read "0.5" as 0.5, and any other value as it is."""
     return float(value) if isinstance(value, str) and _NUMBER.fullmatch(value.strip()) else value
 
 
@@ -283,7 +284,7 @@ Flag: TypeAlias = Annotated[bool, BeforeValidator(_flag)]
 PositiveInteger: TypeAlias = Annotated[int, Field(ge=1), BeforeValidator(whole_number)]
 """A whole number from 1, also written as ``"512"`` or ``512.0``."""
 
-Number: TypeAlias = Annotated[float, BeforeValidator(_number)]
+Number: TypeAlias = Annotated[float, BeforeValidator(number)]
 """A number, also written as ``"0.5"``."""
 
 IN_ANY_CASE = BeforeValidator(_lower)

@@ -19,6 +19,7 @@ from gateway.api.json_body import (
     Truncation,
     User,
     describe,
+    number,
     resolve_synonyms,
     wanted_truncation,
 )
@@ -132,11 +133,11 @@ class RerankBody(RequestBody):
         names = given if isinstance(given, dict | list) else [given]
         rows = list(names.items()) if isinstance(names, dict) else [(name, 1.0) for name in names]
         weights: dict[Output, float] = {}
-        for name, weight in rows:
+        for name, weight in ((name, number(given)) for name, given in rows):
             if not isinstance(weight, int | float) or isinstance(weight, bool) or not 0 < weight <= _MAX_WEIGHT:
                 continue
-            if isinstance(name, str) and name.lower() in _SCORE_BY:
-                weights[Output(name.lower())] = float(weight)
+            if isinstance(name, str) and (output := name.strip().lower()) in _SCORE_BY:
+                weights[Output(output)] = float(weight)
         if not weights or len(weights) < len(rows):
             raise BadInput(f"`score_by` must be {_SCORE_BY_TITLE}, got {describe(given)}", param="score_by")
         return weights

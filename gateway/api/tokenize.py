@@ -116,13 +116,13 @@ class Tokenizer:
             # With the template's tokens, since they count toward the limit.
             split = partial(vocabulary.split, read, add_special_tokens=True)
             rows = await endpoint.in_turn(request, num_characters, split, endpoint.tokenizing)
-        shows_special = body.add_special_tokens
-        head = {"object": "list", "model": target.model.id, "task": target.task, "max_tokens": target.info.max_tokens}
+        shows_special, limit = body.add_special_tokens, target.info.limit(target.task)
+        head = {"object": "list", "model": target.model.id, "task": target.task, "max_tokens": limit}
 
         def parts() -> Iterator[bytes]:
             yield dumps(head)[:-1] + b',"data":'
             yield from nested_list(
-                _write_text(index, row, target.info.max_tokens, len(before), shows_special=shows_special)
+                _write_text(index, row, limit, len(before), shows_special=shows_special)
                 for index, row in enumerate(rows)
             )
             yield b"}"

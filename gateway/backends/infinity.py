@@ -86,10 +86,10 @@ class InfinityBackend:
 
     def _download(self, loop: asyncio.AbstractEventLoop, report: Report) -> None:
         """Download the checkpoint if it is not on this machine; before anything is imported, which takes seconds."""
-        from gateway.engine.checkpoint.sources import is_cached, locate, require_present
+        from gateway.engine.checkpoint.sources import is_whole, locate, require_present
 
         require_present(self._entry)
-        if is_cached(self._entry):
+        if is_whole(self._entry):
             return
 
         def pass_on(state: ModelState, reason: str) -> None:

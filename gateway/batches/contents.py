@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import secrets
 from contextlib import suppress
 from pathlib import Path
@@ -14,6 +15,7 @@ from gateway.batches.values import BatchesUnavailable, StorageFull
 # The minimum size of a file on disk, and in the quota: a client must not create millions of empty files.
 _LEAST_BYTES = 4096
 _FREE_BYTES = 64 * 1024 * 1024
+_OURS = re.compile(r"file-[0-9a-f]{24}")
 
 
 class Contents:
@@ -29,7 +31,7 @@ class Contents:
         self._num_bytes = 0
 
     def keep_only(self, file_ids: set[str]) -> None:
-        """Remove all other files, and count these. Folders are not the gateway's, such as ``lost+found`` of a disk.
+        """Remove the gateway's other files, and count these. What has another name is not the gateway's.
 
         Raises:
             OSError: a file cannot be removed.
@@ -38,7 +40,7 @@ class Contents:
         for path in self._files.iterdir():
             if path.name in file_ids:
                 self._num_bytes += counted(path)
-            elif not path.is_dir() or path.is_symlink():
+            elif _OURS.fullmatch(path.name) and (not path.is_dir() or path.is_symlink()):
                 path.unlink()
 
     def path(self, file_id: str) -> Path:

@@ -97,7 +97,7 @@ class Store(Contents):
             self._lock.close()
             raise StartError(
                 f"GATEWAY_BATCH_DIR: {path} cannot be opened as a database of batches: {error}; move it away to start "
-                "with a new one"
+                "with a new one, which deletes all files of batches"
             ) from error
         try:
             self.keep_only(known)  # a crash may have left others behind

@@ -160,7 +160,8 @@ def entries_of(
                 rows.append(result.multivectors or ())
             case _:
                 rows.append(result.vectors)
-    if any(len(some) != num_texts for some in rows):
+    # Servers may report any number of tokens, even one that an entry has no bits for.
+    if any(len(some) != num_texts for some in rows) or sum(result.num_tokens) > _NUM_TOKENS:
         return [None] * num_texts
     num_tokens = _shares(result, job) if is_remote else result.num_tokens
     cut = set(result.truncated)

@@ -16,6 +16,8 @@ _PREFIX = b"gateway:cache:"
 _MAX_CONNECTIONS = 8
 # Redis serves no other request while it reads or writes a large value.
 _LARGEST_ENTRY_BYTES = 2**20
+_LONGEST_TTL_S = 1e9
+"""Thirty years: Redis refuses a time that it cannot count in milliseconds."""
 _HEADER_BYTES = 8
 
 
@@ -36,7 +38,7 @@ class RedisStore:
         timeouts = dict.fromkeys(("timeout", "socket_timeout", "socket_connect_timeout"), timeout_s)
         self._pool = BlockingConnectionPool.from_url(uri, max_connections=_MAX_CONNECTIONS, **timeouts)
         self._redis = Redis(connection_pool=self._pool)
-        self._ttl_ms = max(1, round(ttl_s * 1000))
+        self._ttl_ms = max(1, round(min(ttl_s, _LONGEST_TTL_S) * 1000))
         self._generations: dict[str, int] = {}
 
     async def get(self, part: Part, keys: Sequence[bytes]) -> list[bytes | None]:

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
+from datetime import time as time_of_day
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -34,8 +35,8 @@ MAX_CHARACTERS = 10_000
 MAX_BYTES_PER_DAY = 64 * 1024 * 1024
 """The size limit of a file in bytes; further texts of the day are dropped."""
 
-_CLEAN_EVERY_S = 600.0
 _MAX_KEY_BYTES = 4096
+_CLEAN_EVERY_S = 600.0
 _SECONDS_BETWEEN_WARNINGS = 60.0
 _STOP_LIMIT_S = 5.0
 
@@ -98,12 +99,14 @@ class CaptureWriter:
 
     def _run(self) -> None:
         cleaned_at = -_CLEAN_EVERY_S
+        cleaned_on: date | None = None
         while True:
-            if time.monotonic() - cleaned_at >= _CLEAN_EVERY_S:
-                cleaned_at = time.monotonic()
+            now = datetime.now(UTC)
+            if now.date() != cleaned_on or time.monotonic() - cleaned_at >= _CLEAN_EVERY_S:
+                cleaned_at, cleaned_on = time.monotonic(), now.date()
                 self._guard(self._delete_old)
             try:
-                captured = self._waiting.get(timeout=_CLEAN_EVERY_S)
+                captured = self._waiting.get(timeout=min(_CLEAN_EVERY_S, _seconds_left_of_day(now)))
             except queue.Empty:
                 continue
             if captured is None:
@@ -161,10 +164,10 @@ class CaptureWriter:
         return kept if kept and kept.strip() else None
 
     def _delete_old(self) -> None:
-        """Delete the files whose first text may be ``days`` days old before the next deletion."""
-        last = last_deleted(datetime.now(UTC), self.capture.days)
+        """Delete the files whose first text may be ``days`` days old."""
+        today = datetime.now(UTC).date()
         for day, file in dated_files(self.path).items():
-            if day <= last:
+            if (today - day).days >= self.capture.days:
                 file.unlink(missing_ok=True)
                 log.info("capture_deleted", name=self.name, path=str(file))
 
@@ -187,9 +190,8 @@ class CaptureWriter:
         metrics.CAPTURED_TEXTS.labels(self.name, outcome).inc()
 
 
-def last_deleted(now: datetime, days: int) -> date:
-    """Return the last day whose file has to go now: until the next deletion, its first text may become ``days`` days old."""
-    return (now + timedelta(seconds=2 * _CLEAN_EVERY_S)).date() - timedelta(days=days)
+def _seconds_left_of_day(now: datetime) -> float:
+    return (datetime.combine(now.date(), time_of_day.min, UTC) + timedelta(days=1) - now).total_seconds()
 
 
 def _write_key(path: Path) -> None:

@@ -78,10 +78,10 @@ def read_checkpoint_info(entry: ModelEntry) -> ModelInfo | None:
     """
     if entry.is_remote:  # it has no checkpoint, and a lock is made without asking other servers
         return None
-    from gateway.engine.checkpoint.sources import is_cached
+    from gateway.engine.checkpoint.sources import is_whole
     from gateway.engine.loading import plan_load  # imports torch
 
-    return plan_load(entry, may_download=False).info if is_cached(entry) else None
+    return plan_load(entry, may_download=False).info if is_whole(entry) else None
 
 
 @dataclass(frozen=True, slots=True)

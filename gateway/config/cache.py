@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from fractions import Fraction
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Final, TypeAlias
@@ -15,17 +16,20 @@ from gateway.config.wording import describe, quote
 
 _UNITS: Final = {"": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "kB": 10**3, "MB": 10**6, "GB": 10**9}
 _LEAST_BYTES: Final = 2**20
+_MOST_BYTES: Final = 2**53
 _REDIS_SCHEMES: Final = ("redis://", "rediss://", "unix://")
 
 
 def _read_size(value: object) -> object:
     match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([A-Za-z]*)", value) if isinstance(value, str) else None
     if match is not None and match[2] in _UNITS:
-        value = int(float(match[1]) * _UNITS[match[2]])
+        value = int(Fraction(match[1]) * _UNITS[match[2]])
     if not isinstance(value, int) or isinstance(value, bool):
         raise ValueError(f"must be a size such as `1GiB` or `500MB`, got {describe(value)}")
     if value < _LEAST_BYTES:
         raise ValueError(f"must be at least `1MiB`, got {value} bytes")
+    if value > _MOST_BYTES:
+        raise ValueError("must be at most `8192TiB`")
     return value
 
 
@@ -68,6 +72,11 @@ class CacheConfig(Frozen):
         description="Whether a client gets only vectors that were computed for it. Otherwise it can see from the time, "
         "and from `x-gateway-cache`, that a text was embedded before.",
     )
+
+    @property
+    def is_lasting(self) -> bool:
+        """Whether vectors are kept beyond the end of the process."""
+        return self.disk is not None or self.redis is not None
 
     @field_validator("disk")
     @classmethod

@@ -7,7 +7,7 @@ from datetime import date
 from pathlib import Path
 from typing import Annotated, TypeAlias
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, field_validator
 
 from gateway.config.fields import Frozen, NonEmptyText, Positive
 from gateway.config.wording import quote
@@ -46,6 +46,15 @@ class Capture(Frozen):
         description="`package.module:function` that returns the part of a text that may be kept, or `None` to drop it; "
         "`gateway.capture.scrubbing:mask` replaces addresses, links and long numbers.",
     )
+
+    @field_validator("to")
+    @classmethod
+    def _check_to(cls, text: str) -> str:
+        try:
+            Path(text).expanduser()
+        except RuntimeError as error:  # `~name` of a user that does not exist
+            raise ValueError(f"is a file that cannot be resolved, {quote(text)}: {error}") from None
+        return text
 
     def path(self, folder: Path) -> Path:
         """Return the file without a date.

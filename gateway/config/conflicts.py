@@ -61,6 +61,7 @@ def find_conflicts(
             path = ("fallbacks", model_id, others.index(model_id))
             yield Conflict(path, "is the model itself; a fallback is another model of the same space")
     yield from _on_demand_conflicts(models, experiments, shadows)
+    yield from _cache_conflicts(models)
     yield from _capture_conflicts(aliases, experiments)
 
 
@@ -176,6 +177,20 @@ def _on_demand_conflicts(
             )
 
 
+def _cache_conflicts(models: Sequence[ModelEntry]) -> Iterator[Conflict]:
+    """Yield each cache that outlives the process, of a model that may be another one in the next process."""
+    pinned = {model.id: model.is_pinned for model in models}
+    for index, model in enumerate(models):
+        is_known = model.is_pinned or (model.same_space_as is not None and pinned.get(model.same_space_as, True))
+        if not is_known and model.cache is not None and model.cache.is_lasting:
+            yield Conflict(
+                ("models", index, "cache"),
+                "has `disk` or `redis`, so the model needs `golden`: otherwise nothing tells after a restart whether its "
+                "servers run other weights by then, and the cache would mix vectors of both. Set `golden`, and write the "
+                f"file with `gateway verify {model.id} --record`",
+            )
+
+
 def _capture_conflicts(aliases: Mapping[str, Alias], experiments: Sequence[Experiment]) -> Iterator[Conflict]:
     """Yield each capture that shares a file with another: its `days` and `scrub` could not apply to the whole file."""
     captures: list[tuple[str, KeyPath, Capture | None]] = [
@@ -186,7 +201,7 @@ def _capture_conflicts(aliases: Mapping[str, Alias], experiments: Sequence[Exper
     for name, path, capture in captures:
         if capture is None:
             continue
-        file = os.path.normpath(Path(capture.to).expanduser())
+        file = os.path.normpath(Path(capture.to).expanduser())  # `./a.jsonl` is the file `a.jsonl`
         if file in owners:
             yield Conflict(
                 (*path, "capture", "to"),

@@ -25,6 +25,7 @@ OUTCOME_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}", re.ASCII)
 _HEADER = re.compile(r"header:[A-Za-z0-9][A-Za-z0-9_-]*")
 # A unit that is written after the id of its experiment, as `search/UNIT`, for clients that can send nothing else.
 FROM_NAME = "model"
+_LARGEST = 2**53  # beyond, not every reader of JSON gets the same number
 _FOLDER_STARTS = ("/", "./", "../", "~")
 
 # Well-known names of weights, with a source of the same weights that the gateway can read.
@@ -84,7 +85,7 @@ def _is_inside(path: str) -> bool:
 # Checks, used by the types below.
 
 
-_PATHS = ("/assignment", "/outcomes")
+_PATHS = ("/assignment", "/outcomes", "/units")
 
 
 def _check_name(text: str) -> str:
@@ -127,6 +128,12 @@ def _check_not_empty(values: tuple[_Item, ...]) -> tuple[_Item, ...]:
     if not values:
         raise ValueError("must have at least one entry, got an empty list")
     return values
+
+
+def _check_size(number: int) -> int:
+    if number > _LARGEST:
+        raise ValueError(f"must be at most {_LARGEST}, got {quote(str(number))}")
+    return number
 
 
 def _check_unique(values: tuple[_Item, ...]) -> tuple[_Item, ...]:
@@ -208,7 +215,7 @@ RequestValue: TypeAlias = Annotated[str, AfterValidator(_check_request_value)]
 Time: TypeAlias = Annotated[datetime, BeforeValidator(_parse_time)]
 Version: TypeAlias = Annotated[Literal[1], BeforeValidator(_check_version)]
 NonEmptyText: TypeAlias = Annotated[str, Field(min_length=1)]
-Positive: TypeAlias = Annotated[int, Field(ge=1)]
+Positive: TypeAlias = Annotated[int, Field(ge=1), AfterValidator(_check_size)]
 Listed: TypeAlias = Annotated[tuple[_Item, ...], AfterValidator(_check_not_empty)]
 Distinct: TypeAlias = Annotated[tuple[_Item, ...], AfterValidator(_check_unique)]
 DistinctListed: TypeAlias = Annotated[

@@ -189,7 +189,7 @@ class ModelEntry(Frozen):
     cache: CacheConfig | None = Field(
         default=None,
         description="Keeps vectors for the next request with the same text, such as `{max_bytes: 1GiB}`. For models that "
-        "embed. By default no vectors are kept.",
+        "embed. `disk` and `redis` need `golden` if the model is on other servers. By default no vectors are kept.",
     )
     _written_source: str | None = PrivateAttr(None)
     allow_space_change: bool = Field(
@@ -220,6 +220,11 @@ class ModelEntry(Frozen):
     def accepts_license(self) -> bool:
         """Whether weights may be downloaded even if their license forbids commercial use."""
         return self.license_accepted or self.enabled is True
+
+    @property
+    def is_pinned(self) -> bool:
+        """Whether other weights behind the same name are noticed, also after a restart."""
+        return not self.is_remote or self.golden is not None
 
     def loads_like(self, other: ModelEntry) -> bool:
         """Return whether a model that was loaded for this entry can serve another entry."""

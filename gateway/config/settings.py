@@ -32,7 +32,7 @@ from gateway.config.setting_values import (
     split_networks,
     split_origins,
 )
-from gateway.config.wording import did_you_mean, explain
+from gateway.config.wording import did_you_mean, explain, quote
 from gateway.errors import ConfigError, Problem
 
 ENV_PREFIX: Final = "GATEWAY_"
@@ -269,11 +269,25 @@ class Settings(BaseSettings):
 
     @property
     def compiled_folder(self) -> Path | None:
-        """The folder of ``cache_dir``, by default one in the user's cache; ``None`` for ``off``."""
+        """The folder of ``cache_dir``, by default one in the user's cache; ``None`` for ``off`` or a user without a home."""
         if self.cache_dir == "off":
             return None
-        user = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
+        user = Path(os.environ.get("XDG_CACHE_HOME", ""))
+        if self.cache_dir is None and not user.is_absolute():  # the XDG specification ignores a relative path
+            try:
+                user = Path("~/.cache").expanduser()
+            except RuntimeError:
+                return None
         return self.cache_dir or Path(user, "embedding-gateway", "compiled")
+
+    @field_validator("models", "api_keys_file", "runs_dir", "cache_dir", "exposure_log", "state_dir", "batch_dir")
+    @classmethod
+    def _expand_home(cls, path: Path | str | None) -> Path | str | None:
+        """Expand ``~``, as a shell does: services and containers set their variables without one."""
+        try:
+            return path.expanduser() if isinstance(path, Path) else path
+        except RuntimeError as error:  # `~name` of a user that does not exist
+            raise ValueError(f"is a path that cannot be resolved, {quote(str(path))}: {error}") from None
 
     @field_validator("admin_port")
     @classmethod

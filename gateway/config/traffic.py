@@ -24,6 +24,9 @@ from gateway.config.fields import (
 )
 from gateway.config.wording import quote
 
+MAX_WEIGHT = 1_000_000
+"""The largest weight of an arm."""
+
 
 class Alias(Frozen):
     """Another name for a model, or for one of its tasks."""
@@ -55,7 +58,7 @@ class Arm(Frozen):
     task: NonEmptyText | None = Field(
         default=None, description="Task of requests in this arm. By default the task of the request."
     )
-    weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
+    weight: Annotated[float, Field(ge=0, le=MAX_WEIGHT, allow_inf_nan=False)] = Field(
         description="Share of the units that get this arm, in proportion to the sum of all weights. 0: none."
     )
 

@@ -56,6 +56,8 @@ def _hide(value: object) -> object:
 def _check_extra(value: object) -> object:
     if not isinstance(value, str | int | float | None) or (isinstance(value, float) and not isfinite(value)):
         raise ValueError(f"must be text, a number, `true`, `false` or `null`, got {describe(value)}")
+    if isinstance(value, int) and not -(2**63) <= value < 2**64:
+        raise ValueError(f"must be a number of at most 64 bits, got {describe(value)}")
     return value
 
 

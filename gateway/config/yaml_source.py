@@ -317,7 +317,7 @@ class _NodeReader:
     def _typed(self, tag: str, text: str, path: KeyPath) -> Value:
         try:
             value: bool | int | float | None = self.yaml.constructor.construct_object(ScalarNode(tag, text))
-        except (ValueError, KeyError):  # an explicit tag, as in `!!int abc`, or a number of thousands of digits
+        except (ValueError, LookupError):  # an explicit tag, as in `!!int abc`, or a number of thousands of digits
             self._refuse(path, f"{quote(text)} is not a valid {tag.removeprefix(_TAG)}")
             return None
         return value

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from urllib.parse import quote
 
 from fastapi import Request, Response
 
+from gateway.api.assignments import COST_OF_UNIT
 from gateway.api.experiment_changes import (
-    MAX_WEIGHT,
     change_experiment,
     count_again,
     end_experiment,
@@ -19,6 +19,7 @@ from gateway.api.experiment_changes import (
 from gateway.api.experiments import find_experiment
 from gateway.config.editing import Change
 from gateway.config.registry import Experiment
+from gateway.config.traffic import MAX_WEIGHT
 from gateway.console.arrivals import MAX_BARS, ArrivalsView, view_arrivals
 from gateway.console.charts import Scale
 from gateway.console.outcomes import OutcomeView, decided, view_outcomes
@@ -28,7 +29,7 @@ from gateway.errors import BadInput, OutcomesUnavailable, RequestError
 from gateway.experiments.report import ExperimentReport, Guardrail
 from gateway.experiments.split import Assignment
 from gateway.http.context import RequestContext
-from gateway.routing.changes import moved_units
+from gateway.routing.changes import NUM_SAMPLED, moved_units
 
 _MAX_UNIT = 256
 
@@ -120,7 +121,8 @@ class Experiments:
             changed = reweighted(experiment, {label: float(weight) for label, weight in weights.items()})
         except RequestError as error:
             return await self._refuse(request, experiment, error.message)
-        moves = await asyncio.to_thread(moved_units, experiment, changed)
+        endpoint, work = self._parts.endpoint, partial(moved_units, experiment, changed)
+        moves = await endpoint.in_turn(request, NUM_SAMPLED * COST_OF_UNIT, work, endpoint.tokenizing)
         return await self._page(request, experiment, ramp=Ramp(weights, moves, _diff(experiment, changed)))
 
     async def change(self, request: Request) -> Response:

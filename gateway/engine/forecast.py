@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from gateway.config.registry import ModelEntry
 from gateway.engine.checkpoint.hub import HubRefusal, describe
 from gateway.engine.checkpoint.sizes import Attention
-from gateway.engine.checkpoint.sources import is_cached, require_license, require_readable
+from gateway.engine.checkpoint.sources import is_cached, is_whole, require_license, require_readable
 from gateway.engine.devices import (
     available_bytes,
     choose_devices,
@@ -94,7 +94,7 @@ class Forecaster:
             LicenseNotAccepted: the license forbids commercial use, and the entry does not accept that.
         """
         require_readable(entry)
-        found = _planned(entry) if is_cached(entry) or entry.parsed_source.kind != "hub" else _not_downloaded(entry)
+        found = _planned(entry) if is_whole(entry) or entry.parsed_source.kind != "hub" else _not_downloaded(entry)
         if found.memory is not None:
             for device in found.devices:
                 free = self.free_bytes(device)
@@ -135,13 +135,16 @@ def _not_downloaded(entry: ModelEntry) -> Forecast:
     size, note = None if known is None else known.download_bytes, ""
     is_refused = False
     license_name = entry.license or ""
-    require_license(entry, license_name)
+    has_weights = is_cached(entry)  # then only small files are downloaded
+    if not has_weights:
+        require_license(entry, license_name)
     try:
         repository = describe(entry.source, entry.revision or "", _HUB_TIMEOUT_S)
     except LoadError as error:
         note, is_refused = str(error), isinstance(error, HubRefusal)
     else:
-        require_license(entry, repository.license)
+        if not has_weights:
+            require_license(entry, repository.license)
         size, license_name = repository.missing_bytes, license_name or repository.license
     devices = choose_devices(entry.device)
     dtype = choose_dtype(entry.dtype, devices[0])

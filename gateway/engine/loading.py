@@ -74,6 +74,11 @@ class LoadPlan:
         return ModelKind.RERANK if classifier.is_reranker else ModelKind.CLASSIFY
 
     @property
+    def max_query_tokens(self) -> int:
+        """The longest query in tokens, where queries and documents are treated differently."""
+        return min(self.checkpoint.max_query_tokens, self.entry.max_tokens or self.checkpoint.position_limit)
+
+    @property
     def has_states(self) -> bool:
         """Whether a text's tokens have states, from which its vector is made."""
         return self.kind is ModelKind.EMBED and self.checkpoint.static is None and self.checkpoint.width > 0
@@ -108,6 +113,7 @@ class LoadPlan:
             max_weights=self.checkpoint.max_weights,
             rerank=choose_weights(self.entry, self.outputs) if self.kind is ModelKind.EMBED else {},
             is_mean_maxsim=self.checkpoint.colbert is None or self.checkpoint.colbert.is_mean,
+            max_query_tokens=self.max_query_tokens if self.checkpoint.has_sides else None,
             kind=self.kind,
             labels=() if classifier is None else classifier.labels,
             label_function=LabelFunction.NONE if classifier is None else classifier.function,
@@ -138,9 +144,7 @@ class LoadPlan:
             instruction=self.instruction,
             trust_remote_code=self.entry.trust_remote_code,
             compiled_folder=compiled_folder,
-            max_query_tokens=min(
-                self.checkpoint.max_query_tokens, self.entry.max_tokens or self.checkpoint.position_limit
-            ),
+            max_query_tokens=self.max_query_tokens,
         )
 
 

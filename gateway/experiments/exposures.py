@@ -20,7 +20,7 @@ import orjson
 import structlog
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
 
-from gateway.config.files import open_regular
+from gateway.config.files import OpenFile, open_regular
 from gateway.errors import StartError
 from gateway.telemetry import metrics
 
@@ -76,7 +76,6 @@ class ExposureLog:
         self._warned_at = -_SECONDS_BETWEEN_WARNINGS
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            _refuse_unread_pipe(path)
             self._file = _File(path, maxBytes=max_bytes, backupCount=num_backups, encoding="utf-8")
         except OSError as error:
             raise StartError(f"the exposure log {path} cannot be written: {error.strerror}") from error
@@ -89,6 +88,8 @@ class ExposureLog:
         """
         line = orjson.dumps(exposure).decode()
         try:
+            if self._file.is_lost:
+                self._file.close()  # the next line opens it again
             self._file.emit(logging.makeLogRecord({"msg": line}))
         except (OSError, ValueError) as error:  # ValueError: a failed rotation can leave a closed file
             metrics.DROPPED_EXPOSURES.inc()
@@ -115,25 +116,32 @@ class ExposureLog:
         self._file.close()
 
 
-def _refuse_unread_pipe(path: Path) -> None:
-    """Refuse a named pipe without a reader: opening it for writing would wait for a reader.
-
-    Raises:
-        OSError: the pipe has no reader.
-    """
-    if path.is_fifo():
-        os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK))
-
-
 class _File(RotatingFileHandler):
-    """The library's rotating handler, except that errors are raised."""
+    """The library's rotating handler, except that errors are raised, and that a named pipe is never waited for.
+
+    A pipe without a reader cannot be opened, and one whose reader has stopped reading takes no more lines.
+    """
+
+    _opened: OpenFile
 
     def _open(self) -> TextIOWrapper:
-        _end_last_line(Path(self.baseFilename))
-        return super()._open()
+        path = Path(self.baseFilename)
+        _end_last_line(path)
+        stream = open(path, "a", encoding=self.encoding, opener=_open_at_once)  # noqa: SIM115  the handler closes it
+        self._opened = OpenFile(path)
+        return stream
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether another program has removed or replaced the file, so that further lines would be lost."""
+        return self.stream is not None and self._opened.is_lost
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  the library's name
         raise  # noqa: PLE0704  called while the error is handled
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK, 0o666)
 
 
 def _end_last_line(path: Path) -> None:

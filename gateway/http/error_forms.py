@@ -70,9 +70,12 @@ _TEI_ERRORS: tuple[tuple[type[RequestError], int | None, str], ...] = (
 )
 
 
-def is_tei_probe(path: str) -> bool:
-    """Return whether a path is the health check of one model, which TEI's clients request without a key."""
-    return _TEI_PROBE.fullmatch(path) is not None
+def is_tei_probe(method: str, path: str) -> bool:
+    """Return whether a request is the health check of one model, which TEI's clients send without a key.
+
+    A POST to such a path computes something: the name of a model, or the unit of an experiment, may be `health`.
+    """
+    return method in ("GET", "HEAD") and _TEI_PROBE.fullmatch(path) is not None
 
 
 def error_form(path: str, method: str = "POST") -> ErrorForm:

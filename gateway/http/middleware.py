@@ -221,7 +221,7 @@ def _is_open(context: RequestContext) -> bool:
     is_reader = (
         context.path == "/" and context.method in ("GET", "HEAD") and "text/html" in context.sent.get("accept", "")
     )
-    return is_reader or context.path.startswith(_OPEN_PATHS) or is_tei_probe(context.path)
+    return is_reader or context.path.startswith(_OPEN_PATHS) or is_tei_probe(context.method, context.path)
 
 
 def _request_id(headers: Headers) -> str:

@@ -60,8 +60,14 @@ def _check_chances(of: float) -> float:
     return of
 
 
+def _as_whole(value: object) -> object:
+    """Read 17.0 as 17, as in requests."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
 def _as_text(value: object) -> object:
     """Read a whole number as text: many applications number their events."""
+    value = _as_whole(value)
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
@@ -71,7 +77,7 @@ class PostedOutcome(BaseModel):
     model_config = ConfigDict(extra="ignore")  # numbers have limits, which NaN is not within
 
     # Strict, because `true` is not a unit, and in particular not the unit 1.
-    unit: StrictStr | StrictInt = Field(
+    unit: Annotated[StrictStr | StrictInt, BeforeValidator(_as_whole)] = Field(
         description="The unit, as requests for embeddings send it. It is kept as a salted hash alone."
     )
     value: Annotated[float, Field(ge=-_MOST, le=_MOST)] = Field(description="A number, or 1 for yes and 0 for no.")

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from gateway.config.registry import Alias, Experiment, Registry
 from gateway.experiments.split import Split
 
-_NUM_SAMPLED = 10_000
+NUM_SAMPLED = 10_000
+"""The number of fixed units by which the effect of new weights is measured."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,9 +68,9 @@ def moved_units(before: Experiment, after: Experiment) -> dict[str, float]:
     Measured on 10,000 fixed units, so to about half a point.
     """
     old, new = Split(before), Split(after)
-    arms = ((old.arm_of(f"unit-{i}").label, new.arm_of(f"unit-{i}").label) for i in range(_NUM_SAMPLED))
+    arms = ((old.arm_of(f"unit-{i}").label, new.arm_of(f"unit-{i}").label) for i in range(NUM_SAMPLED))
     moves = Counter(f"{source} -> {target}" for source, target in arms if source != target)
-    return {move: num / _NUM_SAMPLED for move, num in moves.most_common()}
+    return {move: num / NUM_SAMPLED for move, num in moves.most_common()}
 
 
 def _target(alias: Alias | None) -> str:

@@ -137,7 +137,8 @@ class Names:
             raise self._not_found(name, client)
         known = self._known[written.name]
         if not self.allows(client, written.name):
-            raise ModelNotAllowed(f"this API key may not use model {known.id!r}", param="model")
+            # Not the id: a client that knows a source does not therefore know the id of its model.
+            raise ModelNotAllowed(f"this API key may not use model {written.name!r}", param="model")
         return known if written == Written(written.name) else _with_parts(known, written, name)
 
     def shown(self, name: str) -> str:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import dataclasses
 import hashlib
+import threading
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -588,3 +590,27 @@ async def test_a_misspelled_name_with_a_slash_stays_in_the_log(client: httpx.Asy
         with observed() as seen:
             await embed(client, name)
         assert name in str(seen.lines)
+
+
+async def test_many_units_are_hashed_in_one_thread_however_many_requests_come(
+    connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thousand units in each of many requests would hold the event loop."""
+    threads = set()
+    assign = Split.assign
+
+    def noted(split: Split, *values: Any) -> Any:
+        threads.add(threading.current_thread())
+        return assign(split, *values)
+
+    monkeypatch.setattr(Split, "assign", noted)
+    client = await connect(experiments=[experiment()])
+    units = [f"user-{i}" for i in range(1_000)]
+
+    answers = await asyncio.gather(*(client.post(PATH, json={"units": units}) for _ in range(4)))
+
+    assert [[card["arm"] for card in answer.json()["data"]] for answer in answers] == [[arm_of(u) for u in units]] * 4
+    assert len(threads) == 1
+    assert threading.main_thread() not in threads
+
+    assert (await client.post(PATH, json={"units": [*units[:60], " "]})).status_code == 400

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -74,6 +75,25 @@ async def serving(file: File, **settings: object) -> AsyncIterator[httpx.AsyncCl
 @pytest.fixture
 def file(tmp_path: Path) -> File:
     return File(tmp_path / "models.yaml")
+
+
+async def test_previews_are_computed_in_one_thread_however_many_are_asked_for(
+    file: File, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each hashes thousands of units, and several threads at once would hold up the event loop."""
+    threads = set()
+
+    def moved_units(*_values: object) -> dict[str, float]:
+        threads.add(threading.current_thread().name)
+        return {}
+
+    monkeypatch.setattr("gateway.api.experiment_changes.moved_units", moved_units)
+    async with serving(file) as client:
+        asked = (client.post("/v1/experiments/exp/preview", json={"weights": {"two": 80}}) for _ in range(8))
+        answers = await asyncio.gather(*asked)
+
+    assert [answer.status_code for answer in answers] == [200] * 8
+    assert threads == {"tokens_0"}
 
 
 async def test_a_preview_says_who_moves_and_changes_nothing(file: File) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
+from pydantic import ValidationError
 
 from gateway.app import create_app
 from gateway.backends.fake import FakeBackend, fake_info
@@ -51,6 +52,19 @@ async def gateway_with(make_model: Callable[..., Model]) -> AsyncIterator[Gatewa
             return await stack.enter_async_context(client)
 
         yield gateway_with
+
+
+async def test_the_id_of_an_experiment_is_not_a_path_below_another_one(gateway_with: GatewayWith) -> None:
+    """Such an experiment could not be retrieved."""
+    client = await gateway_with()
+    below = "/v1/experiments/{experiment_id:path}/"
+    methods = client._transport.app.state.methods  # type: ignore[attr-defined]
+    names = [path.removeprefix(below) for path in methods if path.startswith(below) and "GET" in methods[path]]
+
+    assert {"assignment", "outcomes", "units"} <= set(names)
+    for name in names:
+        with pytest.raises(ValidationError, match=f"must not end in .*`/{name}`"):
+            experiment(f"team/{name}")
 
 
 async def embed(client: httpx.AsyncClient, name: str = "exp", **headers: str) -> httpx.Response:

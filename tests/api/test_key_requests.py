@@ -63,7 +63,10 @@ async def test_a_key_is_for_a_model_by_any_of_its_names(
     assert (await embed(client, "key", model)).status_code == 200
 
 
-@pytest.mark.parametrize(("allowed", "model"), [("mini", "jina"), ("default", "mini"), ("jina", None), ("x", "mini")])
+@pytest.mark.parametrize(
+    ("allowed", "model"),
+    [("mini", "jina"), ("default", "mini"), ("jina", None), ("x", "mini"), ("jina", "owner/mini")],
+)
 async def test_it_is_for_no_other(
     connect: Connect, check_error: CheckError, tmp_path: Path, allowed: str, model: str | None
 ) -> None:

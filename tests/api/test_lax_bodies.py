@@ -109,6 +109,26 @@ def test_a_value_written_as_a_string_keeps_its_meaning(body: type[RequestBody], 
         assert {value: read(body, name, value) for value in direction} == direction
 
 
+def test_outputs_and_weights_to_score_by_keep_their_meaning() -> None:
+    def wanted(score_by: object) -> object:
+        return RerankBody.parse({**LEAST[RerankBody], "score_by": score_by}).wanted_scores
+
+    weights = {Output.DENSE: 0.4, Output.SPARSE: 2.0}
+    for lax in ({"dense": "0.4", "sparse": "2"}, {"Dense": 0.4, " SPARSE ": 2}, {"dense": " 0.40", "sparse": "+2.0"}):
+        assert wanted(lax) == weights
+    assert wanted(" Dense ") == wanted(["DENSE"]) == wanted("dense") == {Output.DENSE: 1.0}
+    for wrong in (
+        {"dense": "much"},
+        {"dense": "0"},
+        {"dense": "-1"},
+        {"dense": True},
+        {"dense": None},
+        ["dense", "all"],
+    ):
+        with pytest.raises(BadInput, match="`score_by` must be"):
+            wanted(wrong)
+
+
 @pytest.mark.parametrize("body", LEAST)
 def test_an_empty_string_is_absent_where_a_field_may_be(body: type[RequestBody]) -> None:
     optional = {name: "" for name, field in body.model_fields.items() if not field.is_required()}

@@ -243,13 +243,13 @@ async def test_forced_and_excluded_units_do_not_count(start: Start) -> None:
 
 
 async def test_a_unit_is_read_as_in_requests(client: httpx.AsyncClient) -> None:
-    await embed_for(client, ["Jos\u00e9", "17"])
+    await embed_for(client, ["Jos\u00e9", "17", "18"])
 
-    await post(client, outcome(" Jose\u0301 "), outcome(17))
+    await post(client, outcome(" Jose\u0301 "), outcome(17), outcome(18.0, id=18.0))
 
     found = await report_of(client)
     assert found["unmatched"] == 0
-    assert sum(arm["units_with_outcome"] for arm in found["arms"]) == 2
+    assert sum(arm["units_with_outcome"] for arm in found["arms"]) == 3
 
 
 async def test_units_are_stored_as_hashes_alone(client: httpx.AsyncClient, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -266,6 +267,56 @@ async def test_a_request_without_a_name_gets_the_only_reranker_that_its_key_may_
         "all": 400, "a reranker": 200, "its alias": 200, "a model": 403
     }  # fmt: skip
     assert "several models rerank: ranker, ranker-2" in answers["all"].json()["message"]
+
+
+async def test_only_the_probe_of_a_model_needs_no_key(connect: Connect, make_model: MakeModel) -> None:
+    """The path of a probe may also be a model's address, to which clients post: a name or a unit may be `health`."""
+    experiment = split("search", "cross_space", "mini", "team/health").model_copy(update={"unit": ("model",)})
+    client = await connect(
+        make_model("mini"),
+        make_model("team/health"),
+        aliases={"my/health": "mini"},
+        experiments=[experiment],
+        api_keys=["sk-one"],
+    )
+
+    for name in ("team/health", "my/health", "search/health"):
+        posted = {
+            key: await client.post(f"/tei/{name}", json={"inputs": "a"}, headers={"authorization": key})
+            for key in ("", "Bearer sk-one")
+        }
+        probed = await client.get(f"/tei/{name}/health")
+        with_head = await client.head(f"/tei/{name}/health")
+
+        assert {key: answer.status_code for key, answer in posted.items()} == {"": 401, "Bearer sk-one": 200}, name
+        assert probed.status_code == with_head.status_code == 200
+
+
+async def test_a_probe_without_a_key_learns_no_names(gateway: Gateway) -> None:
+    for name in ("none", "MINI", "rank-expp"):
+        answer = await gateway.client.get(f"/tei/{name}/health")
+
+        assert answer.status_code == 404
+        assert answer.json()["message"] == f"no model is called {name!r}"
+
+
+async def test_every_other_path_needs_a_key(connect: Connect, tmp_path: Path) -> None:
+    """Whatever its parameters are: a name may be a path that needs no key elsewhere."""
+    folders = {name: tmp_path / name for name in ("batch_dir", "state_dir", "runs_dir")}
+    client = await connect(api_keys=["sk-one"], admin_key="operators-key", **folders)
+    methods = client._transport.app.state.methods  # type: ignore[attr-defined]
+
+    opened = set()
+    for path, value in product(methods, ("mini", "mini/health", "mini/v1/health/live")):
+        for method in methods[path]:
+            answer = await client.request(method, re.sub(r"\{[^}]*\}", value, path), json={"inputs": "a", "input": "a"})
+            if answer.status_code not in (401, 403, 404, 303):  # the console asks for the key itself
+                opened.add((method, path))
+
+    assert opened - {("GET", path) for path in ("/console/sign-in",)} == {
+        ("GET", path)
+        for path in ("/health", "/health/live", "/health/ready", "/health/startup", "/tei/{model:path}/health")
+    }
 
 
 async def test_an_arm_cannot_be_found_out_without_the_experiment(

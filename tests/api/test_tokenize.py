@@ -47,6 +47,22 @@ async def test_a_long_text_says_where_it_is_cut(client: httpx.AsyncClient) -> No
     assert len(found["tokens"]) == 9
 
 
+async def test_a_query_is_cut_where_queries_are(connect: Connect, make_model: Callable[..., Model]) -> None:
+    """A ColBERT model reads fewer tokens of a query than of a document."""
+    tasks = {"retrieval.query": "", "retrieval.passage": ""}
+    model = make_model("mini", tasks=tasks, default_task="retrieval.passage", max_tokens=8, max_query_tokens=4)
+    client = await connect(model, aliases={})
+    text = "one two three four five"
+
+    body = await tokenize(client, model="mini", task="query", input=text)
+
+    assert (body["max_tokens"], body["data"][0]["read_tokens"]) == (4, 4)
+    assert text[: body["data"][0]["cut_at"]] == "one two three"
+    for task in ("passage", None):
+        body = await tokenize(client, model="mini", task=task, input=text)
+        assert (body["max_tokens"], body["data"][0]["cut_at"]) == (8, None)
+
+
 async def test_the_instruction_of_a_task_is_marked(client: httpx.AsyncClient) -> None:
     body = await tokenize(client, model="jina-query", input="ada travels")
 

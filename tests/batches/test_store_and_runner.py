@@ -35,6 +35,7 @@ from gateway.telemetry import metrics
 from tests.batches.killed_runner import Slow
 
 NOW = 1_800_000_000.0
+LEFT = "file-0123456789abcdef01234567"
 OpenStore = Callable[..., Store]
 
 
@@ -173,26 +174,31 @@ def test_a_damaged_row_of_a_batch_is_named_at_the_start(tmp_path: Path, damage: 
         Store(tmp_path, 1 << 30)
 
 
-def test_a_folder_among_the_files_is_left_alone(tmp_path: Path) -> None:
-    """For example, lost+found of a disk."""
+def test_only_its_own_files_are_removed(tmp_path: Path) -> None:
+    """A disk has its lost+found, and GATEWAY_BATCH_DIR may name a folder with something else in its ``files``."""
     (tmp_path / "files" / "lost+found" / "x").mkdir(parents=True)
-    (tmp_path / "files" / "left by a crash").write_text("x")
+    (tmp_path / "files" / LEFT).write_text("by a crash")
+    others = {"thesis.pdf", "file-1", "file-1.jsonl", f"{LEFT}.bak", f"old-{LEFT}"}
+    for name in others:
+        (tmp_path / "files" / name).write_text("of another program")
 
     Store(tmp_path, 1 << 30).close()
 
-    assert [path.name for path in (tmp_path / "files").iterdir()] == ["lost+found"]
+    assert {path.name for path in (tmp_path / "files").iterdir()} == {"lost+found", *others}
 
 
 def test_a_file_that_cannot_be_removed_is_named_at_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Store(tmp_path, 1 << 30).close()
-    (tmp_path / "files" / "left").write_text("x")
+    (tmp_path / "files" / LEFT).write_text("x")
 
     def refuse(path: Path) -> None:
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "unlink", refuse)
-        with pytest.raises(StartError, match=r"GATEWAY_BATCH_DIR: .*files/left cannot be removed: Permission denied"):
+        with pytest.raises(
+            StartError, match=rf"GATEWAY_BATCH_DIR: .*files/{LEFT} cannot be removed: Permission denied"
+        ):
             Store(tmp_path, 1 << 30)
     Store(tmp_path, 1 << 30).close()  # the lock was given back
 

@@ -359,6 +359,23 @@ async def test_servers_say_how_many_tokens_a_request_has() -> None:
     assert (some.num_cached, sum(some.num_tokens)) == (1, 3 + 2)
 
 
+@pytest.mark.parametrize("num_tokens", [2**30 - 1, 2**30, 2**32, 2**53])
+async def test_a_server_may_report_any_number_of_tokens(num_tokens: int) -> None:
+    model, cache = Model(), make_cache(is_remote=True)
+
+    def refuse(num_tokens: int) -> None:
+        raise AssertionError(f"{num_tokens} tokens are checked")
+
+    async def remote(job: EmbedJob) -> Embeddings:
+        answer = await model.embed(replace(job, on_tokens=lambda _num_tokens: None))
+        return replace(answer, num_tokens=[num_tokens, *[0] * (len(job.texts) - 1)])
+
+    for _ in range(2):
+        answer = await cache.embed(job("a b", "c", on_tokens=refuse), INFO, remote)
+        assert sum(answer.num_tokens) == num_tokens
+        assert answer.truncated == []
+
+
 async def test_servers_do_not_report_the_texts_that_they_cut() -> None:
     model, cache = Model(), make_cache(is_remote=True)
     for _ in range(2):

@@ -164,6 +164,9 @@ def make_on_demand(tmp_path: Path) -> Callable[[], tuple[Model, FakeBackend]]:
         ("{max_bytes: 1000}", "must be at least `1MiB`, got 1000 bytes"),
         ("{redis: 'http://secret@host'}", "must begin with `redis://`, `rediss://` or `unix://`"),
         ("{disk: ./a, redis: 'redis://host'}", "`disk` and `redis` are two places for the same vectors: set only one"),
+        ("{max_bytes: 9000TiB}", "max_bytes: must be at most `8192TiB`"),
+        (f"{{max_bytes: {'9' * 400}.5}}", "max_bytes: must be"),
+        (f"{{disk_bytes: '{'9' * 400} GiB'}}", "disk_bytes: must be at most `8192TiB`"),
         ("{disk: ''}", "disk"),
         ("{size: 1GiB}", "size"),
         ("yes", "cache"),
@@ -176,6 +179,45 @@ def test_wrong_settings_are_reported(tmp_path: Path, cache: str, problem: str) -
         load_registry(file, {})
     assert problem in str(caught.value)
     assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("place", ["disk: ./cache", "redis: 'redis://host'"])
+@pytest.mark.parametrize(
+    ("golden", "same_space_as", "is_fine"),
+    [
+        ("", "", False),
+        ("golden: golden.json", "", True),
+        ("", "same_space_as: here", True),
+        ("", "same_space_as: there", False),
+        ("", "same_space_as: known", True),
+    ],
+)
+def test_a_cache_that_survives_a_restart_needs_to_know_the_weights(
+    tmp_path: Path, place: str, golden: str, same_space_as: str, is_fine: bool
+) -> None:
+    """Servers may run other weights behind the same name by then, and the cache would mix vectors of both."""
+    far = "backend: tei, source: x, upstream: {urls: ['http://gpu:8080']}"
+    fields = ", ".join(filter(None, ("id: far", far, golden, same_space_as)))
+    others = f"[{{id: here, source: ./here}}, {{id: there, {far}}}, {{id: known, {far}, golden: known.json}}"
+    file = tmp_path / "models.yaml"
+    file.write_text(f"version: 1\nmodels: {others}, {{{fields}, cache: {{{place}}}}}]\n", encoding="utf-8")
+
+    if is_fine:
+        load_registry(file, {})
+        return
+    with pytest.raises(ConfigError, match=r"models\[3\].cache.*needs `golden`.*`gateway verify far --record`"):
+        load_registry(file, {})
+
+
+def test_a_cache_in_memory_needs_no_golden_vectors(tmp_path: Path) -> None:
+    file = tmp_path / "models.yaml"
+    file.write_text(
+        "version: 1\nmodels: [{id: far, backend: tei, source: x, upstream: {urls: ['http://gpu:8080']}, "
+        "cache: {max_bytes: 1MiB}}]\n",
+        encoding="utf-8",
+    )
+
+    assert load_registry(file, {}).model("far").cache is not None
 
 
 def test_redis_needs_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
-from datetime import UTC, date, datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -318,26 +318,13 @@ def test_old_files_are_deleted_and_nothing_else(tmp_path: Path) -> None:
     for other in others:
         other.write_text("")
 
-    last = writing.last_deleted(datetime.now(UTC), 7)
+    last = datetime.now(UTC).date() - timedelta(days=7)
     CaptureWriter("search", Capture(queries=1, to="q.jsonl", days=7), path).stop()
 
     kept = [day for day in (TODAY - timedelta(days=age) for age in (40, 7, 6, 1, 0)) if day > last]
     assert list(dated_files(path)) == kept
     assert 2 <= len(kept) <= 3
     assert all(other.exists() for other in others)
-
-
-@pytest.mark.parametrize(
-    ("now", "last"),
-    [
-        ("2026-11-26T00:00:00", date(2026, 11, 19)),
-        ("2026-11-26T23:39:59", date(2026, 11, 19)),
-        # The next deletion may be 20 minutes later, when the first text of that day is already 7 days old.
-        ("2026-11-26T23:40:00", date(2026, 11, 20)),
-    ],
-)
-def test_a_text_is_deleted_before_it_is_too_old(now: str, last: date) -> None:
-    assert writing.last_deleted(datetime.fromisoformat(now), 7) == last
 
 
 @pytest.mark.parametrize("name", ["q-{}.jsonl", "q.jsonl.key"])
@@ -424,6 +411,36 @@ async def test_a_client_can_forbid_it(serve: Serve, tmp_path: Path) -> None:
     assert written(tmp_path, "ranked.jsonl") == []
 
 
+def test_a_file_is_deleted_when_its_day_ends_although_nothing_is_captured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its first text may be from the first moment of its day."""
+    began_at = time.monotonic()
+    evening = datetime(2026, 11, 30, 23, 59, 59, 500_000, UTC)
+
+    class Evening(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> datetime:
+            assert tz is UTC
+            return evening + timedelta(seconds=time.monotonic() - began_at)
+
+    monkeypatch.setattr(writing, "datetime", Evening)
+    kept, old = (dated(tmp_path / "q.jsonl", evening.date() - timedelta(days=age)) for age in (5, 6))
+    for file in (kept, old):
+        file.write_text("{}\n")
+
+    writer = CaptureWriter("search", Capture(queries=1, to="q.jsonl", days=7), tmp_path / "q.jsonl")
+    deadline = time.monotonic() + 20
+    while old.exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    ended = Evening.now(UTC)
+    writer.stop()
+
+    assert not old.exists()
+    assert kept.exists()
+    assert ended.date() == evening.date() + timedelta(days=1)
+
+
 def test_a_full_queue_drops_texts_and_waits_for_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     held, free = threading.Event(), threading.Event()
 
@@ -479,6 +496,32 @@ async def test_a_file_that_cannot_be_written_costs_no_request(serve: Serve, tmp_
     assert "secret" not in str(lines)
 
 
+@pytest.mark.parametrize("name", ["q-{today}.jsonl", "q.jsonl.key"])
+def test_a_named_pipe_without_a_reader_holds_up_neither_the_thread_nor_the_end(tmp_path: Path, name: str) -> None:
+    os.mkfifo(tmp_path / name.format(today=TODAY))
+    writer = CaptureWriter("piped", Capture(queries=1, to="q.jsonl"), tmp_path / "q.jsonl")
+    before = count("piped", "failed")
+
+    with capture_logs() as lines:
+        writer.offer(Captured("text", "s", "m", None, "ada"))
+        writer.stop()
+
+    assert not writer._thread.is_alive()
+    assert count("piped", "failed") == before + 1
+    assert [line["event"] for line in lines] == ["capture_failed"]
+
+
+def test_texts_may_be_kept_for_longer_than_there_are_dates(tmp_path: Path) -> None:
+    old = dated(tmp_path / "q.jsonl", TODAY - timedelta(days=9_000))
+    old.write_text("{}\n")
+
+    with capture_logs() as lines:
+        CaptureWriter("search", Capture(queries=1, to="q.jsonl", days=10**12), tmp_path / "q.jsonl").stop()
+
+    assert old.exists()
+    assert lines == []
+
+
 # ------------------------------------------------------------------------------------------------ the registry, reloads
 
 
@@ -493,6 +536,8 @@ async def test_a_file_that_cannot_be_written_costs_no_request(serve: Serve, tmp_
         ("{queries: 0.1, to: q.jsonl, day: 3}", "did you mean `days`?"),
         ("{queries: 0.1, to: exp.jsonl}", "`search` and `exp` have the same file"),
         ("{queries: 0.1, to: ./a/../exp.jsonl}", "`search` and `exp` have the same file"),
+        ("{queries: 0.1, to: ~no-such-user/q.jsonl}", "is a file that cannot be resolved, `~no-such-user/q.jsonl`"),
+        ("{queries: 0.1, to: ./kept/../exp.jsonl}", "`search` and `exp` have the same file"),
     ],
 )
 def test_a_wrong_capture_is_reported_with_its_place(tmp_path: Path, capture: str, message: str) -> None:

@@ -511,6 +511,14 @@ FIELD_CASES = [
     Case(
         "max_tokens", entry(PACKAGE + "\nmax_tokens: 8k"), 5, 17, "models[0].max_tokens", "whole number, got the text"
     ),
+    Case(
+        "no number of JSON",
+        entry(PACKAGE + "\nmax_tokens: 9007199254740993"),
+        5,
+        17,
+        "models[0].max_tokens",
+        "must be at most 9007199254740992, got `9007199254740993`",
+    ),
     Case("fraction", entry(PACKAGE + "\nmax_tokens: 1.5"), 5, 17, "models[0].max_tokens", "got the number `1.5`"),
     Case("batch", entry(PACKAGE + "\nmax_batch_tokens: 0"), 5, 23, "models[0].max_batch_tokens", "at least 1, got `0`"),
     Case("output", entry(PACKAGE + "\noutputs: [dens]"), 5, 15, "models[0].outputs[0]", "did you mean `dense`?"),
@@ -521,6 +529,15 @@ FIELD_CASES = [
     Case("tag", entry(PACKAGE + "\ndtype: !half x"), 5, 12, "models[0].dtype", "has the YAML tag `!half`"),
     Case(
         "wrong tag", entry(PACKAGE + "\nmax_tokens: !!int x"), 5, 17, "models[0].max_tokens", "`x` is not a valid int"
+    ),
+    Case("tag alone", entry(PACKAGE + "\nmax_tokens: !!int"), 5, 17, "models[0].max_tokens", "`` is not a valid int"),
+    Case(
+        "no number",
+        entry(PACKAGE + "\nidle_unload_s: !!float ''"),
+        5,
+        20,
+        "models[0].idle_unload_s",
+        "is not a valid float",
     ),
     Case("merge", entry(PACKAGE + "\n<<: 3"), 5, 9, 'models[0]["<<"]', "can only merge a mapping"),
     Case("surrogate", entry(PACKAGE + '\ndtype: "\\ud800"'), 5, 12, "models[0].dtype", "not valid in text"),

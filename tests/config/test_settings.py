@@ -18,6 +18,7 @@ def problems_of(environ: dict[str, str], **overrides: object) -> list[Problem]:
 
 
 MIB = 1024 * 1024
+PATHS = ("models", "api_keys_file", "runs_dir", "cache_dir", "exposure_log", "state_dir", "batch_dir")
 
 # Defaults and bounds are promises to operators, as the documentation lists them.
 DEFAULTS = {
@@ -187,10 +188,19 @@ def test_keys_of_eight_characters_are_enough() -> None:
         ("host", " 0.0.0.0\r", "0.0.0.0"),  # noqa: S104 - a value, nothing listens on it
         ("models", "models.yaml\r\n", Path("models.yaml")),
         ("state_dir", " ", None),
+        # As an environment file, which no shell reads, gives them.
+        *((name, "~/place", Path.home() / "place") for name in PATHS),
+        ("cache_dir", "~", Path.home()),
     ],
 )
 def test_a_variable_sets_its_field(name: str, text: str, value: object) -> None:
     assert getattr(load_settings({variable(name): text}), name) == value
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_a_home_that_does_not_exist_is_named(name: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{variable(name)}.* cannot be resolved, `~missing-user/x`: .*home"):
+        load_settings({variable(name): "~missing-user/x"})
 
 
 def test_api_keys_are_split_at_commas_and_not_shown() -> None:
@@ -345,6 +355,26 @@ def test_compiled_models_are_kept_in_the_users_cache(monkeypatch: pytest.MonkeyP
     assert Settings().compiled_folder == Path("/cache/embedding-gateway/compiled")
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert Settings().compiled_folder == Path.home() / ".cache/embedding-gateway/compiled"
+
+
+def test_a_relative_place_for_caches_is_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    for relative in ("", " ", "cache", "./cache"):
+        monkeypatch.setenv("XDG_CACHE_HOME", relative)
+        assert Settings().compiled_folder == Path.home() / ".cache/embedding-gateway/compiled"
+
+
+def test_a_user_without_a_home_keeps_no_compiled_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container that runs under a number that no user has."""
+
+    def fail(_uid: int) -> None:
+        raise KeyError
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("pwd.getpwuid", fail)
+
+    assert Settings().compiled_folder is None
+    assert load_settings({"GATEWAY_CACHE_DIR": "/var/lib/gateway"}).compiled_folder == Path("/var/lib/gateway")
 
 
 def test_compiled_models_are_kept_elsewhere_or_not_at_all() -> None:

@@ -147,6 +147,9 @@ E = "experiments[0]"
         pytest.param(
             ("weight: 90", "weight: .inf"), f"6:30 {E}.arms[0].weight: must be a finite number", id="infinite"
         ),
+        pytest.param(
+            ("weight: 90", "weight: 1e308"), f"6:30 {E}.arms[0].weight: must be at most 1000000", id="a sum without end"
+        ),
         pytest.param(("weight: 90", "wait: 90"), f"6:22 {E}.arms[0].wait: is not a known key; did you mean", id="key"),
         pytest.param(
             ("model: two", "model: deux"), f"7:17 {E}.arms[1].model: is not a model of this file", id="unknown"
@@ -189,10 +192,10 @@ def test_a_problem_of_an_experiment_is_reported_with_its_place(
         *(
             pytest.param(
                 EXPERIMENT.replace("id: exp", f"id: team{path}"),
-                f"2:9 {E}.id: must not end in `/assignment` or `/outcomes`",
+                f"2:9 {E}.id: must not end in `/assignment` or `/outcomes` or `/units`",
                 id=f"an id that ends in {path}",
             )
-            for path in ("/assignment", "/outcomes")
+            for path in ("/assignment", "/outcomes", "/units")
         ),
         pytest.param("shadows:\n  - {of: on, to: two}\n", "2:10 shadows[0].of: must be a model, alias or", id="of"),
         pytest.param(

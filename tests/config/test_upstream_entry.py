@@ -167,6 +167,8 @@ def test_impossible_keys_are_refused(tmp_path: Path, key: str, message: str) -> 
             "extra_body: {a: .nan}",
             "extra_body.a: must be text, a number, `true`, `false` or `null`, got the number `nan`",
         ),
+        ("extra_body: {seed: 18446744073709551616}", "extra_body.seed: must be a number of at most 64 bits, got the"),
+        ("extra_body: {seed: -9223372036854775809}", "extra_body.seed: must be a number of at most 64 bits"),
         ("task_field: input_type", "`task_field` needs `tasks`"),
         ("task_field: input, tasks: {query: q}", "`task_field` must not be `input`"),
         ("task_field: '', tasks: {query: q}", "task_field"),

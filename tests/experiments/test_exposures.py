@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import gc
 import json
 import os
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta
 from pathlib import Path
+from typing import TypeVar
 
 import psutil
 import pytest
@@ -22,6 +26,7 @@ FIRST = Exposure(
     "2026-11-01T00:00:00.000+00:00", "exp", "aaaaaaaa", "a", "0" * 16, "m", "m@0123456789ab", 0.5, "body:user"
 )
 FULL_DISK = Path("/dev/full")
+T = TypeVar("T")
 
 
 def exposures(num: int) -> Iterator[Exposure]:
@@ -207,6 +212,94 @@ def test_a_pipe_without_a_reader_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(StartError, match=r"pipe cannot be written: No such device or address"):
         open_log(tmp_path / "pipe")
+
+
+def within(seconds: float, work: Callable[[], T]) -> T:
+    """Return the result of work that may hang; a thread that hangs is left behind."""
+    results: list[T] = []
+    thread = threading.Thread(target=lambda: results.append(work()), daemon=True)
+    thread.start()
+    thread.join(seconds)
+    assert results, "it hangs or has failed"
+    return results[0]
+
+
+@pytest.fixture
+def pipe(tmp_path: Path) -> Iterator[tuple[Path, int]]:
+    """Return a named pipe with its only reader."""
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    yield path, reader
+    with contextlib.suppress(OSError):
+        os.close(reader)
+
+
+def test_a_pipe_that_loses_its_reader_holds_nothing_up(pipe: tuple[Path, int]) -> None:
+    """Opening it again would wait for the next reader, and all requests with it."""
+    path, reader = pipe
+    log = open_log(path)
+    before = num_dropped()
+    first, second, third, fourth = exposures(4)
+    with capture_logs():
+        assert log.write(first)
+        os.close(reader)
+        assert [within(10, functools.partial(log.write, lost)) for lost in (second, third)] == [False, False]
+        assert num_dropped() == before + 2
+
+        reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        try:
+            assert within(10, lambda: log.write(fourth))
+            assert json.loads(os.read(reader, 10_000)) == dataclasses.asdict(fourth)
+        finally:
+            os.close(reader)
+
+
+def test_a_pipe_that_is_not_read_holds_nothing_up(pipe: tuple[Path, int]) -> None:
+    path, reader = pipe
+    log = open_log(path)
+    with capture_logs():
+        taken = within(10, lambda: [log.write(exposure) for exposure in exposures(2_000)])
+        lines = os.read(reader, 2**20).splitlines()
+        taken_later = within(10, lambda: log.write(FIRST))
+
+    assert not all(taken), "a pipe holds 64 KiB"
+    assert [json.loads(line)["unit"] for line in lines[:3]] == [f"{i:016x}" for i in range(3)]
+    assert all(json.loads(line) for line in lines)
+    assert taken_later
+
+
+@pytest.mark.parametrize("remove", [Path.unlink, lambda path: path.rename(path.with_name("moved.jsonl"))])
+def test_a_file_that_another_program_removes_or_rotates_is_begun_again(
+    tmp_path: Path, remove: Callable[[Path], object]
+) -> None:
+    path = tmp_path / "x.jsonl"
+    log = open_log(path)
+    first, second, third = exposures(3)
+    log.write(first)
+    remove(path)
+
+    assert [log.write(exposure) for exposure in (second, third)] == [True, True]
+
+    assert list(read_exposures([path])) == [second, third]
+
+
+def test_lines_without_a_folder_are_counted_and_later_ones_are_written(tmp_path: Path) -> None:
+    path = tmp_path / "logs" / "x.jsonl"
+    log = open_log(path)
+    log.write(FIRST)
+    before = num_dropped()
+    path.unlink()
+    path.parent.rmdir()
+
+    with capture_logs() as lines:
+        assert not log.write(FIRST)
+    assert num_dropped() == before + 1
+    assert [line["event"] for line in lines] == ["exposure_not_written"]
+
+    path.parent.mkdir()
+    assert log.write(FIRST)
+    assert list(read_exposures([path])) == [FIRST]
 
 
 def test_a_rotation_that_fails_costs_lines_and_no_requests(tmp_path: Path) -> None:

@@ -317,6 +317,7 @@ def test_a_limit_of_the_registry_counts_for_documents_and_queries(stanford: Path
         plan = plan_load(entry(stanford, max_tokens=limit))
 
         assert (plan.info.max_tokens, plan.build_options("cpu", None).max_query_tokens) == expected
+        assert (plan.info.limit(DOCUMENT), plan.info.limit(QUERY)) == expected
 
 
 def test_another_task_is_refused(native: Path) -> None:

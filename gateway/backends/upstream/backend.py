@@ -101,8 +101,6 @@ class UpstreamBackend:
             await self._pool.close()
             raise
         self._max_batch_texts = self._upstream.max_batch_texts or facts.max_batch_texts or DEFAULT_BATCH_TEXTS
-        if any(server.quirks is not None and server.quirks.has_numbers for server in self.servers):
-            self._max_batch_texts = max(1, min(self._max_batch_texts, _MAX_NUMBERS // self._probe.width))
         self._pool.set_width(self._probe.width)
         return self._info
 
@@ -153,7 +151,8 @@ class UpstreamBackend:
         self._count_waiting(job, 1)
         started = time.monotonic()
         try:
-            answer = await self._embed_slices(job, list(_slices(job.texts, self._max_batch_texts)))
+            slices = list(_slices(job.texts, self._limit_texts(len(job.texts), self._info.width)))
+            answer = await self._embed_slices(job, slices)
         finally:
             self._count_waiting(job, -1)
         return Embeddings(
@@ -189,6 +188,13 @@ class UpstreamBackend:
         self._num_chars += sign * sum(map(len, job.texts))
         metrics.QUEUE_TEXTS.labels(self._entry.id).set(self._num_texts)
         metrics.QUEUE_TOKENS.labels(self._entry.id).set(self._num_chars // _CHARS_PER_TOKEN)
+
+    def _limit_texts(self, num_texts: int, width: int) -> int:
+        """Return the current maximum number of texts per request: servers come, go and change while the model runs."""
+        most = max(1, _MAX_NUMBERS // width)
+        if num_texts <= most or not any(server.has_numbers for server in self.servers):
+            return self._max_batch_texts
+        return min(self._max_batch_texts, most)
 
     async def _embed_slices(self, job: EmbedJob, slices: Sequence[range]) -> Answer:
         """Embed slices of a job concurrently, in one request each; the first failure ends all of them."""

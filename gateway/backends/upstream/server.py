@@ -44,6 +44,7 @@ class Server:
         width: dimensions of the vectors that the server must return; 0 while unknown.
         quirks: the server's quirks; ``None`` while unknown.
         answered_at: the time of the last correct answer to a client's request, on ``time.monotonic()``.
+        has_unchecked: clients have had vectors of it since a trial last showed that its vectors are the model's.
         is_refusing: whether the server is shut out because it refuses every request, for example due to a wrong key.
         is_found: whether the server was found by looking up a name, rather than listed in the registry.
     """
@@ -58,6 +59,7 @@ class Server:
         self.width = 0
         self.quirks: Quirks | None = None
         self.answered_at = 0.0
+        self.has_unchecked = False
         self.is_refusing = False
         self._model = model
         self.url = url
@@ -79,6 +81,11 @@ class Server:
         self._up = metrics.UPSTREAM_UP.labels(model, self.name)
         self._texts = metrics.UPSTREAM_TEXTS.labels(model, self.name)
         self._show_state()
+
+    @property
+    def has_numbers(self) -> bool:
+        """Whether the server is known to write vectors as numbers for every requested encoding."""
+        return self.quirks is not None and self.quirks.has_numbers
 
     async def facts(self) -> Facts:
         """Ask the server for its facts. A server that has none, or that refuses, may still return vectors.
@@ -235,6 +242,7 @@ class Server:
     def note_success(self) -> None:
         """Record that a client's request was answered."""
         self.answered_at = time.monotonic()
+        self.has_unchecked = True
         self.breaker.note_success()
 
     def _show_state(self) -> None:
@@ -244,7 +252,7 @@ class Server:
     def let_in(self) -> None:
         """Send the server requests: a trial has shown that it works."""
         self.breaker.close(time.monotonic())
-        self.is_refusing = False
+        self.is_refusing = self.has_unchecked = False
         self._show_state()
 
     def hold(self) -> None:

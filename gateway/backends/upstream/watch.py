@@ -89,13 +89,13 @@ class Watch:
             server.shut_out(f"{server.name} no longer gives its known vectors: {str(error) or repr(error)}")
         else:
             if problem:
-                has_served = server.breaker.is_closed
+                # Its last vectors may be wrong, so a cache of the model is emptied even if other servers work.
+                is_in_doubt = server.breaker.is_closed or server.has_unchecked
+                server.has_unchecked = False
                 server.shut_out(
                     f"{server.name} gives different vectors than before, so it may run another model: {problem}"
                 )
-                if (
-                    has_served
-                ):  # its last vectors may be wrong, so a cache of the model is emptied even if other servers work
+                if is_in_doubt:
                     self._report(ModelState.RECOVERING, server.breaker.reason)
                     self._was_ready = False
             else:

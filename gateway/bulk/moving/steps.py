@@ -363,7 +363,7 @@ async def finish(move: Move, folder: Path, console: Console, *, deletes: bool) -
         if not deletes:
             lacks = f"; it lacks items that are only in {held.pairs[0].new}" if held.is_returning else ""
             what = f"the old collection was kept{lacks}"
-        elif held.stage is not Stage.FLIPPED:
+        elif held.stage is not Stage.FLIPPED or (held.mem0 and read_mem0(held.mem0).collection == held.pairs[0].old):
             raise BulkError("applications use the old collection: run `gateway move flip` first")
         else:
             one = held.into_vector is not None

@@ -22,9 +22,11 @@ from gateway.engine.checkpoint.hub import (
     cache_folder,
     explain,
     format_size,
+    mark_begun,
     mark_complete,
     patterns,
     size,
+    snapshot_folder,
 )
 from gateway.errors import LoadError
 
@@ -50,6 +52,7 @@ def fetch(repository: Repository, report: Progress = lambda _done, _total: None)
         for file in repository.files:
             if file.sha256 and repository.present_bytes(file) < file.num_bytes:
                 _fetch_large(repository, file, report)
+        mark_begun(snapshot_folder(repository.name, repository.revision))
         # Links the blobs into the snapshot, and fetches the small files.
         folder = snapshot_download(
             repository.name,
@@ -58,6 +61,9 @@ def fetch(repository: Repository, report: Progress = lambda _done, _total: None)
             ignore_patterns=list(IGNORED),
             tqdm_class=_no_bars(),
         )
+        # The library returns the folder as it is if the hub does not answer any more.
+        if missing := [file.name for file in repository.files if not Path(folder, file.name).exists()]:
+            raise LoadError(f"{repository.name}: {missing[0]} was not downloaded: the hub did not answer to the end")
         mark_complete(Path(folder))
     except LoadError:
         raise

@@ -30,6 +30,9 @@ _FILES = (
 )
 IGNORED = ("onnx/*", "openvino/*", "*.onnx", "*.msgpack", "*.h5", "imgs/*")
 _COMPLETE = ".gateway-complete"
+_BEGUN = ".gateway-begun"
+# The files that decide how a text's vector is made, and that transformers does not fetch.
+_DECIDING = ("modules.json", "config_sentence_transformers.json")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 # The cache folder is not writable, or a part of its path is a file.
 _NO_FOLDER = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR}
@@ -185,9 +188,33 @@ def is_complete(snapshot: Path) -> bool:
     return (snapshot / _COMPLETE).exists()
 
 
+def may_lack(snapshot: Path) -> str:
+    """Return a file on which vectors depend, and which the repository may have but a snapshot lacks; empty if none.
+
+    Another program may have fetched only the files that it needs: a model that pools the first token would then look like
+    one that averages over all of them. A snapshot lacks nothing if it is of the whole repository, which `.gitattributes`
+    shows. The cache also notes which of the files that a program wanted the repository does not have.
+    """
+    if is_complete(snapshot):
+        return ""
+    if (snapshot / _BEGUN).exists():
+        return "a file that was still to be downloaded"
+    if (snapshot / ".gitattributes").exists():
+        return ""
+    absent = snapshot.parents[1] / ".no_exist" / snapshot.name
+    return next((name for name in _DECIDING if not ((snapshot / name).exists() or (absent / name).exists())), "")
+
+
+def mark_begun(snapshot: Path) -> None:
+    """Mark the download of a snapshot as begun, so that an interrupted one is recognized."""
+    snapshot.mkdir(parents=True, exist_ok=True)
+    (snapshot / _BEGUN).touch()
+
+
 def mark_complete(snapshot: Path) -> None:
     """Mark the download of a snapshot as complete."""
     (snapshot / _COMPLETE).touch()
+    (snapshot / _BEGUN).unlink(missing_ok=True)
 
 
 def _repository_folder(name: str) -> Path:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gateway.engine.checkpoint.jina_v5_layout import find_jina_v5_adapters, jina_v5_prompts
-from gateway.engine.checkpoint.json_files import Json
+from gateway.engine.checkpoint.json_files import Json, is_present
 from gateway.engine.checkpoint.layouts import Layout
 from gateway.engine.checkpoint.modules import Modules, Pooling
 from gateway.engine.checkpoint.prompts import jina_prompts
@@ -59,6 +59,6 @@ def read_jina_tasks(
             )
         return JinaTasks(is_jina=True, adapters=find_jina_v5_adapters(folder, config), pooling=Pooling.LAST)
     found = {
-        task: folder / name for name, task in _V3_TASKS.items() if (folder / name / "adapter_config.json").exists()
+        task: folder / name for name, task in _V3_TASKS.items() if is_present(folder / name / "adapter_config.json")
     }
     return JinaTasks(is_jina=config.get("model_type") == "jina_embeddings_v3", adapters=found)

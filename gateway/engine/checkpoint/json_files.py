@@ -27,8 +27,22 @@ def read_json(path: Path) -> Json:
     return content
 
 
+def is_present(path: Path) -> bool:
+    """Return whether a file that not every checkpoint has is there.
+
+    Raises:
+        LoadError: it is a link that leads nowhere, as after a part of a cache was deleted: without the file, the checkpoint
+            would be read as another kind of model.
+    """
+    if path.exists():
+        return True
+    if path.is_symlink():
+        raise LoadError(f"{path}: is a link to {path.readlink()}, which does not exist: get the file again")
+    return False
+
+
 def read_object(path: Path, *, optional: bool = False) -> dict[str, Json]:
-    if optional and not path.exists():
+    if optional and not is_present(path):
         return {}
     content = read_json(path)
     if not isinstance(content, dict):

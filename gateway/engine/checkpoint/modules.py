@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path, PurePosixPath
 
-from gateway.engine.checkpoint.json_files import Json, read_flag, read_json, read_object, require_string
+from gateway.engine.checkpoint.json_files import Json, is_present, read_flag, read_json, read_object, require_string
 from gateway.errors import LoadError
 
 MULTI_VECTOR = "a multi-vector model (ColBERT): a vector for each token, of a form that is not supported"
@@ -175,7 +175,7 @@ def list_rows(folder: Path) -> list[ModuleRow] | None:
         LoadError: the file cannot be read.
     """
     path = folder / "modules.json"
-    if not path.exists():
+    if not is_present(path):
         return None
     rows = read_json(path)
     if not isinstance(rows, list):

@@ -10,10 +10,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
-from gateway.engine.checkpoint.json_files import Json, read_object
+from gateway.config.files import open_regular
+from gateway.engine.checkpoint.json_files import Json, is_present, read_object
 from gateway.errors import LoadError
 
 QWEN3_INSTRUCTION = "Given a web search query, retrieve relevant passages that answer the query"
@@ -95,8 +97,12 @@ def read_pair_template(folder: Path, instruction: str | None, *, is_declared: bo
 
 def _chat_template(folder: Path) -> str | None:
     file = folder / "chat_template.jinja"
-    if file.exists():
-        return file.read_text(encoding="utf-8")
+    if is_present(file):
+        try:
+            with TextIOWrapper(open_regular(file), encoding="utf-8") as text:
+                return text.read()
+        except (OSError, UnicodeDecodeError) as error:
+            raise LoadError(f"{file}: cannot be read: {error}") from error
     template = read_object(folder / "tokenizer_config.json", optional=True).get("chat_template")
     return template if isinstance(template, str) else None
 

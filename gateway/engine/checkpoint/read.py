@@ -23,7 +23,7 @@ from gateway.engine.checkpoint.files import ADAPTER_WEIGHTS, require_model, toke
 from gateway.engine.checkpoint.headers import read_shapes
 from gateway.engine.checkpoint.identity import settings as settings_of
 from gateway.engine.checkpoint.jina_tasks import read_jina_tasks
-from gateway.engine.checkpoint.json_files import Json, read_object
+from gateway.engine.checkpoint.json_files import Json, is_present, read_object
 from gateway.engine.checkpoint.layouts import Layout, layout_of
 from gateway.engine.checkpoint.modules import Pooling
 from gateway.engine.checkpoint.pair_template import PairTemplate
@@ -301,7 +301,7 @@ def _require_embedder(
     if modules is None or modules.pooling is None:
         require_embedder(folder, config, model_type, has_own_code=has_own_code)
     if modules is None:
-        if heads := [name for name in (_SPARSE_HEAD, _MULTIVECTOR_HEAD) if (folder / name).exists()]:
+        if heads := [name for name in (_SPARSE_HEAD, _MULTIVECTOR_HEAD) if is_present(folder / name)]:
             raise LoadError(
                 f"{folder}: has BGE-M3's {' and '.join(heads)}, but no modules.json: BGE-M3 pools the first token, and "
                 "without that file the mean would be taken. Copy modules.json and 1_Pooling from BAAI/bge-m3"
@@ -322,7 +322,7 @@ def _read_prompts(folder: Path, files: Description, *, scores: bool) -> tuple[Pr
 
 
 def _existing(path: Path) -> Path | None:
-    return path if path.exists() else None
+    return path if is_present(path) else None
 
 
 def _with_fingerprint(checkpoint: Checkpoint, truncated_width: int | None) -> Checkpoint:

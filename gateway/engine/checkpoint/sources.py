@@ -23,6 +23,7 @@ from gateway.engine.checkpoint.hub import (
     endpoint,
     format_size,
     is_complete,
+    may_lack,
 )
 from gateway.errors import LicenseNotAccepted, LoadError
 
@@ -106,7 +107,7 @@ def require_license(entry: ModelEntry, license_name: str) -> None:
 
 
 def is_cached(entry: ModelEntry) -> bool:
-    """Return whether a model's checkpoint is on this machine, so that :func:`locate` need not download it."""
+    """Return whether a model's weights are on this machine, so that :func:`locate` downloads small files at most."""
     source = entry.parsed_source
     match source.kind:
         case "folder":
@@ -115,6 +116,14 @@ def is_cached(entry: ModelEntry) -> bool:
             return importlib.util.find_spec(source.name.partition(".")[0]) is not None
         case "hub":
             return cached_snapshot(source.name, _revision(entry)) is not None
+
+
+def is_whole(entry: ModelEntry) -> bool:
+    """Return whether everything that a model's vectors depend on is on this machine: :func:`locate` needs no hub."""
+    if entry.parsed_source.kind != "hub":
+        return is_cached(entry)
+    cached = cached_snapshot(entry.source, _revision(entry))
+    return cached is not None and not may_lack(cached)
 
 
 def _package_folder(source: Source) -> Path:
@@ -141,7 +150,16 @@ def _downloaded(entry: ModelEntry) -> Path:
     cached = cached_snapshot(entry.source, _revision(entry))
     if cached is None:
         raise LoadError(f"{entry.source} at {entry.revision}: not downloaded yet")
+    if lacking := may_lack(cached):
+        raise LoadError(f"{entry.source} at {entry.revision}: downloaded only in part. {_in_part(cached, lacking)}")
     return cached
+
+
+def _in_part(cached: Path, lacking: str) -> str:
+    return (
+        f"{cached} may lack {lacking}, on which the vectors depend: `gateway download`, on a machine with a network, "
+        "fetches everything"
+    )
 
 
 def find_download(entry: ModelEntry) -> Repository | None:
@@ -186,6 +204,8 @@ def _hub_snapshot(entry: ModelEntry, report: Report) -> Path:
     except LoadError as error:
         if cached is None:
             raise
+        if lacking := may_lack(cached):
+            raise LoadError(f"{error}. {_in_part(cached, lacking)}") from error
         # Another tool has put it there, on a machine without a network.
         log.warning("hub_not_reached", source=entry.source, error=str(error), using=str(cached))
         return cached

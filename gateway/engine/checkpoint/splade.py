@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gateway.engine.checkpoint.classifier import architecture
-from gateway.engine.checkpoint.json_files import Json, read_object
+from gateway.engine.checkpoint.json_files import Json, is_present, read_object
 from gateway.engine.checkpoint.modules import ModuleRow, inside, list_rows, require_known
 from gateway.errors import LoadError
 
@@ -142,7 +142,7 @@ def _without_modules(folder: Path, max_active: int | None) -> Splade | None:
     name = architecture(read_object(folder / "config.json", optional=True)) or ""
     if not name.endswith("ForMaskedLM"):
         return None
-    if (folder / _IDF).exists():
+    if is_present(folder / _IDF):
         raise LoadError(
             f"{folder}: has weights for queries ({_IDF}) and no modules.json, which defines how its documents are weighted: "
             "use a revision with modules.json"

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from tokenizers import Tokenizer as FastTokenizer
 
 from gateway.engine.model.items import Tokens
-from gateway.engine.model.tokenizer import Prefixed, Row, Steps, Tokenizer
+from gateway.engine.model.tokenizer import Prefixed, Row, Steps, Tokenizer, sample_text
 from gateway.errors import ContextLengthExceeded
 from gateway.types import Truncate
 
@@ -24,7 +24,8 @@ class PairTokenizer(Tokenizer):
 
     def __init__(self, tokenizer: FastTokenizer, max_tokens: int, *, has_segments: bool) -> None:
         super().__init__(tokenizer, max_tokens)
-        template = tokenizer.encode("a", "a")
+        sample = sample_text(tokenizer)
+        template = tokenizer.encode(sample, sample)
         self.largest_id = max([self.largest_id, *template.ids])
         owners, types = template.sequence_ids, template.type_ids
         contents = [owner for owner in owners if owner is not None]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Sequence, Sized
 from dataclasses import dataclass
+from itertools import islice
 from typing import TypeAlias, TypeVar
 
 from tokenizers import Tokenizer as FastTokenizer
@@ -32,6 +33,8 @@ _STEP_CHARS = 16_000
 # Texts of at most this many characters together are read in the calling thread. MiniLM reads a sentence in 25 us,
 # and it takes several times as long to wake up another thread and to get the interpreter lock back.
 SHORT_CHARS = 512
+# The tokens of a vocabulary that are tried as a text, if it has no "a".
+_NUM_TRIED = 1_000
 
 
 def at_once(steps: Steps[T]) -> T:
@@ -104,7 +107,7 @@ class Tokenizer:
         self._window_chars = max(max_tokens * _WINDOW_CHARS_PER_TOKEN, _MIN_WINDOW_CHARS)
         # The model's template puts special tokens before and after every text: [CLS] text [SEP].
         self._has_template = has_template
-        template = tokenizer.encode("a", add_special_tokens=has_template)
+        template = tokenizer.encode(sample_text(tokenizer), add_special_tokens=has_template)
         content = template.special_tokens_mask.index(0) if 0 in template.special_tokens_mask else 0
         num_content = template.special_tokens_mask.count(0)
         self._head = template.ids[:content]
@@ -324,3 +327,15 @@ def _window(text: Prefixed, size: int, is_from_end: bool) -> str:
     part = text.part(0, size)
     end = part.rfind(" ", size // 2, size)
     return part[: end if end >= 0 else size]
+
+
+def sample_text(tokenizer: FastTokenizer) -> str:
+    """Return a text that has tokens: without them, the template's tokens before and after a text look alike."""
+    texts = (text for text in _samples(tokenizer) if tokenizer.encode(text, add_special_tokens=False).ids)
+    return next(texts, "a")
+
+
+def _samples(tokenizer: FastTokenizer) -> Iterator[str]:
+    yield "a"
+    for id_ in islice(sorted(tokenizer.get_vocab().values(), reverse=True), _NUM_TRIED):
+        yield tokenizer.decode([id_])

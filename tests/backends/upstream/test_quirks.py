@@ -597,6 +597,25 @@ async def test_numbers_are_asked_for_in_small_parts(server: StandIn, monkeypatch
     assert sizes == [[10], [2, 4, 4]]
 
 
+async def test_a_server_that_changes_to_numbers_is_asked_in_small_parts(
+    server: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another version was started behind the same name; or a server that was away when the model was loaded."""
+    monkeypatch.setattr("gateway.backends.upstream.backend._MAX_NUMBERS", WIDTH * 4)
+    states = States()
+    async with loaded(entry(server), states) as backend:
+        server.fault = "500"
+        with pytest.raises(UpstreamFailed):
+            await backend.embed(job())
+        await states.wait_for(ModelState.RECOVERING)
+        server.fault, server.speaks_base64 = "", False
+        await states.wait_for(ModelState.READY)
+        server.bodies.clear()
+        np.testing.assert_array_equal((await backend.embed(job())).vectors, expected())
+
+    assert sorted(len(body["input"]) for body in server.bodies) == [2, 4, 4]
+
+
 # --------------------------------------------------------------------------------------------------------------- size
 
 MEGABYTE = 1 << 20

@@ -339,6 +339,28 @@ async def test_other_vectors_of_one_of_two_servers_are_reported_once(servers: tu
     assert "gives different vectors than before" in states.reported[0][1]
 
 
+async def test_vectors_that_a_server_gave_before_it_failed_are_in_doubt_as_well(
+    servers: tuple[StandIn, StandIn],
+) -> None:
+    """It served another model, and failed for another reason before a check; a cache may hold what it gave."""
+    states = States()
+    async with loaded(entry(*servers), states) as backend:
+        servers[0].weights = "other"
+        servers[0].bodies.clear()
+        while not servers[0].bodies:
+            await backend.embed(job())
+        servers[0].fault = "503"
+        while backend.servers[0].breaker.is_closed:
+            await backend.embed(job())
+        assert states.reported == []
+        servers[0].fault = ""
+        await wait_until(lambda: "another model" in backend.servers[0].breaker.reason)
+        num_bodies = len(servers[0].bodies)
+        await wait_until(lambda: len(servers[0].bodies) > num_bodies + 2)
+
+    assert [state for state, _reason in states.reported] == [ModelState.RECOVERING, ModelState.READY]
+
+
 async def test_a_server_that_comes_back_with_another_model_is_not_let_in(servers: tuple[StandIn, StandIn]) -> None:
     async with loaded(entry(*servers)) as backend:
         servers[0].fault = "503"

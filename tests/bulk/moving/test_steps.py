@@ -373,13 +373,11 @@ async def test_an_interrupted_flip_is_repeated(
         await flip(move, tmp_path, console, forces=False)
 
 
-async def test_a_flip_of_mem0_that_is_killed_after_its_file_was_changed_can_be_undone(
-    pgvector: str, models: Models, tmp_path: Path, console: Console, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def mem0_on(pgvector: str, path: Path) -> tuple[Shop, dict[str, Any]]:
+    """Return a collection of Mem0's, and the configuration that names it, which is written to ``path``."""
     shop = Shop(f"{pgvector}?vector=vector", f"mem_{uuid.uuid4().hex[:8]}")
     for number in range(3):
         shop.put({number: f"word{number} text"}, {"data": f"word{number} text"})
-    path = tmp_path / "mem0.json"
     place = read_place(pgvector, has_collection=False)
     assert place is not None
     database = {"host": unquote(place.host), "user": "postgres", "dbname": "postgres"}
@@ -388,6 +386,45 @@ async def test_a_flip_of_mem0_that_is_killed_after_its_file_was_changed_can_be_u
         "embedder": {"provider": "openai", "config": {"model": "old", "openai_base_url": "http://127.0.0.1:1/v1"}},
     }
     path.write_text(json.dumps(config))
+    return shop, config
+
+
+async def test_the_collection_that_mem0_still_names_is_not_deleted(
+    pgvector: str, models: Models, tmp_path: Path, console: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The flip was killed before it changed the file, or the file was restored."""
+    path, moves = tmp_path / "mem0.json", tmp_path / "moves"
+    shop, _config = mem0_on(pgvector, path)
+    before = path.read_text()
+    move = await start(request_for(shop, collection=None, store=None, mem0=path), moves, console)
+
+    def die(*_values: object) -> None:
+        raise _Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr("gateway.bulk.moving.steps.change_mem0", die)
+        with pytest.raises(_Killed):
+            await flip(move, moves, console, forces=True)
+    with pytest.raises(BulkError, match="applications use the old collection: run `gateway move flip` first"):
+        await finish(move, moves, console, deletes=True)
+    await flip(move, moves, console, forces=False)
+    flipped = path.read_text()
+    path.write_text(before)
+    with pytest.raises(BulkError, match="run `gateway move flip` first"):
+        await finish(move, moves, console, deletes=True)
+    assert shop.collection in shop.store.collections()
+    path.write_text(flipped)
+
+    await finish(move, moves, console, deletes=True)
+
+    assert shop.collection not in shop.store.collections()
+
+
+async def test_a_flip_of_mem0_that_is_killed_after_its_file_was_changed_can_be_undone(
+    pgvector: str, models: Models, tmp_path: Path, console: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "mem0.json"
+    shop, config = mem0_on(pgvector, path)
     move = await start(request_for(shop, collection=None, store=None, mem0=path), tmp_path / "moves", console)
 
     def change_and_die(*values: Any) -> None:

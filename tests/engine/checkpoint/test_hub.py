@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -13,8 +13,8 @@ from structlog.testing import capture_logs
 from gateway.config.registry import ModelEntry
 from gateway.engine.checkpoint import fetch as fetching
 from gateway.engine.checkpoint.fetch import Progress, fetch
-from gateway.engine.checkpoint.hub import describe, format_size
-from gateway.engine.checkpoint.sources import is_cached, locate
+from gateway.engine.checkpoint.hub import describe, format_size, mark_begun
+from gateway.engine.checkpoint.sources import is_cached, is_whole, locate
 from gateway.errors import LicenseNotAccepted, LoadError
 from tests.hub import COMMIT, LARGE, Hub, Repo, running_hub, use
 
@@ -101,6 +101,77 @@ def test_downloaded_files_are_found_without_the_hub(hub: Hub, monkeypatch: pytes
     assert locate(entry(), may_download=False) == folder
     assert locate(entry()) == folder
     assert hub.requests == []
+
+
+def copied(cache: Path, *names: str, absent: Sequence[str] = ()) -> Path:
+    """Put files of the repository into the cache as another program does, which notes the files that do not exist."""
+    repository = cache / "models--owner--model"
+    folder = repository / "snapshots" / COMMIT
+    places = [folder / name for name in ("config.json", "model.safetensors", *names)]
+    for path in (*places, *(repository / ".no_exist" / COMMIT / name for name in absent)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(FILES.get(path.name, b""))
+    return folder
+
+
+BY_ST = ("modules.json", "config_sentence_transformers.json")
+
+
+@pytest.mark.parametrize(
+    ("names", "absent", "lacking"),
+    [
+        pytest.param([], [], "modules.json", id="by transformers"),
+        pytest.param(["modules.json"], [], "config_sentence_transformers.json", id="interrupted"),
+        pytest.param([*BY_ST, ".gateway-begun"], [], "a file that was still to be downloaded", id="interrupted here"),
+        pytest.param(BY_ST, [], "", id="by sentence-transformers"),
+        pytest.param([], BY_ST, "", id="by sentence-transformers, of a plain model"),
+        pytest.param([".gitattributes"], [], "", id="the whole repository"),
+    ],
+)
+def test_a_copy_of_another_program_is_taken_without_the_hub_if_it_can_lack_nothing(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, names: Sequence[str], absent: Sequence[str], lacking: str
+) -> None:
+    """Without `modules.json`, a model that pools the first token would get vectors that are averages."""
+    folder = copied(tmp_path / "cache", *names, absent=absent)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+
+    assert is_cached(entry())
+    assert is_whole(entry()) is not bool(lacking)
+    if not lacking:
+        assert locate(entry()) == locate(entry(), may_download=False) == folder
+        return
+    with pytest.raises(LoadError, match=f"HF_HUB_OFFLINE is set.* may lack {lacking}, on which the vectors depend"):
+        locate(entry())
+    with pytest.raises(LoadError, match=f"downloaded only in part.* may lack {lacking}"):
+        locate(entry(), may_download=False)
+
+
+def test_what_a_copy_of_another_program_lacks_is_fetched(hub: Hub, tmp_path: Path) -> None:
+    folder = copied(tmp_path / "cache")
+
+    assert locate(entry()) == folder
+
+    assert is_whole(entry())
+    assert (folder / "1_Pooling" / "config.json").read_bytes() == FILES["1_Pooling/config.json"]
+    assert "model.safetensors" not in hub.fetched()
+
+
+def test_a_download_whose_end_does_not_arrive_is_not_complete(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The network fails between the weights and the small files."""
+
+    def begin(folder: Path) -> None:
+        mark_begun(folder)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("gateway.engine.checkpoint.fetch.mark_begun", begin)
+        with pytest.raises(LoadError, match=r"was not downloaded|HF_HUB_OFFLINE"):
+            fetch(describe(NAME, COMMIT))
+
+    assert not is_whole(entry())
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    assert locate(entry())
+    assert is_whole(entry())
 
 
 def test_weights_in_parts_are_found_without_the_hub_once_all_exist(hub: Hub) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 
 from gateway.engine.checkpoint.classes import MODEL_TYPES
 from gateway.engine.checkpoint.modules import Pooling
+from gateway.engine.checkpoint.pair_template import has_chat_template
 from gateway.engine.checkpoint.read import Checkpoint, read_checkpoint
 from gateway.errors import LoadError
 from gateway.types import Output
@@ -344,6 +346,37 @@ def test_optional_files_may_be_missing(make_checkpoint: MakeCheckpoint, name: st
     (folder / name).unlink(missing_ok=True)
 
     assert isinstance(read_checkpoint(folder), Checkpoint)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "modules.json",
+        "config_sentence_transformers.json",
+        "sentence_bert_config.json",
+        "tokenizer_config.json",
+        "sparse_linear.pt",
+    ],
+)
+def test_a_link_that_leads_nowhere_is_not_an_optional_file_that_is_missing(
+    make_checkpoint: MakeCheckpoint, tmp_path: Path, name: str
+) -> None:
+    """A part of the hub's cache may have been deleted. Without `modules.json`, another pooling would be taken."""
+    folder = make_checkpoint()
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(tmp_path / "blobs" / "gone")
+
+    with pytest.raises(LoadError, match=f"{re.escape(name)}: is a link to .*gone, which does not exist"):
+        read_checkpoint(folder)
+
+
+def test_a_chat_template_that_cannot_be_read_holds_nothing_up(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "chat_template.jinja")
+
+    with pytest.raises(
+        LoadError, match=r"chat_template\.jinja: cannot be read: must be a regular file, and is a named"
+    ):
+        has_chat_template(tmp_path)
 
 
 @pytest.mark.parametrize("limit", [None, "12", 0, -1, True, 1.5e30])

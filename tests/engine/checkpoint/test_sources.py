@@ -199,7 +199,7 @@ def cached_snapshot(cache: Path, *names: str) -> Path:
 def test_a_complete_copy_in_the_cache_is_taken_without_asking_the_hub(
     empty_cache: Path, root: str, weights: str
 ) -> None:
-    folder = cached_snapshot(empty_cache, f"{root}config.json", f"{root}{weights}")
+    folder = cached_snapshot(empty_cache, f"{root}config.json", f"{root}{weights}", ".gitattributes")
 
     assert locate(hub_entry(), may_download=False) == folder
 

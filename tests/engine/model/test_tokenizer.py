@@ -11,12 +11,17 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer as FastTokenizer
+from tokenizers.models import BPE
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from gateway.engine.model.encoder import Encoder
+from gateway.engine.model.pairs import PairTokenizer
 from gateway.engine.model.tokenizer import Tokenizer
 from gateway.errors import ContextLengthExceeded
 from gateway.types import Truncate
+from tests.engine.model.reading import tokenize_chunks, tokenize_pairs
 
 LOREM = "Lorem ipsum dolor sit amet, consectetur adipiscing elit. "
 
@@ -213,6 +218,26 @@ def test_the_cost_of_tokenizing_depends_on_the_kept_part_of_a_text(
     bundled_encoder.tokenizer.tokenize([text], "query: ", truncate)
 
     assert time.process_time() - started < 1
+
+
+@pytest.mark.parametrize("vocabulary", [["д", "м"], ["д", "м", "a"]])
+def test_a_cut_text_keeps_the_templates_tokens_whatever_the_vocabulary_has(vocabulary: list[str]) -> None:
+    """A vocabulary of another script may drop every letter of English."""
+    special = {"[CLS]": 0, "[SEP]": 1}
+    fast = FastTokenizer(BPE(vocab=special | {word: 2 + i for i, word in enumerate(vocabulary)}, merges=[]))
+    fast.add_special_tokens([*special])
+    fast.post_processor = TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]", special_tokens=[*special.items()]
+    )
+    tokenizer = Tokenizer(fast, 5)
+
+    cut = [tokenizer.tokenize(["ддмдмм"], "", truncate)[0].ids for truncate in (Truncate.END, Truncate.START)]
+
+    assert cut == [[0, 2, 2, 3, 1], [0, 2, 3, 3, 1]]
+    assert tokenizer.room("д") == 2
+    assert tokenize_chunks(tokenizer, ["дд", "м"], "").ids == [0, 2, 2, 3, 1]
+    pairs = PairTokenizer(fast, 7, has_segments=False)
+    assert tokenize_pairs(pairs, "дм", ["мддд"], Truncate.END)[0].ids == [0, 2, 3, 1, 3, 2, 1]
 
 
 @pytest.mark.parametrize("text", [TEXTS["empty"], TEXTS["short"], TEXTS["emoji"], TEXTS["some over"]])
