@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import Any, ClassVar
 
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from gateway.bulk.files.folder import FolderSink
 from gateway.bulk.files.sinks import open_folder
@@ -94,6 +98,55 @@ def test_a_file_of_another_filesystem_that_changes_while_it_is_read_ends_the_rea
         list(reading)
 
 
+class _Listed(MemoryFileSystem):  # type: ignore[misc]
+    """A filesystem that answers all questions about files by listing their folder, as that of the Hub does."""
+
+    protocol = "hf"
+    cachable = False
+    num_listings = 0
+    opened: ClassVar[list[str]] = []
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return str(super()._strip_protocol(path.removeprefix("hf://")))
+
+    def ls(self, path: str, detail: bool = True, **kwargs: object) -> Any:
+        if path not in self.dircache:
+            _Listed.num_listings += 1
+            self.dircache[path] = [dict(entry) for entry in super().ls(path, detail=True)]
+        return self.dircache[path] if detail else [entry["name"] for entry in self.dircache[path]]
+
+    def info(self, path: str, **kwargs: object) -> Any:
+        path = self._strip_protocol(path)
+        found = [entry for entry in self.ls(self._parent(path)) if entry["name"] == path]
+        return found[0] if found else super().info(path)
+
+    def invalidate_cache(self, path: str | None = None) -> None:
+        self.dircache.clear()
+
+    def _open(self, path: str, mode: str = "rb", **kwargs: object) -> Any:
+        self.opened.append(path)
+        return super()._open(path, mode, **kwargs)
+
+
+def test_many_files_elsewhere_cost_one_listing_and_one_opening_before_the_first_row() -> None:
+    fsspec.register_implementation("hf", _Listed, clobber=True)
+    memory = fsspec.filesystem("memory")
+    for number in range(50):
+        memory.pipe_file(f"/many/{number:02}.jsonl", b'{"id": %d, "text": "x"}\n' % number)
+    _Listed.num_listings = 0
+    _Listed.opened.clear()
+    source = opened("hf://many/*.jsonl")
+    source.fingerprint()
+    assert _Listed.num_listings < 5
+    assert _Listed.opened == ["/many/00.jsonl"]
+    reading = source.read()
+    next(reading)
+    memory.pipe_file("/many/00.jsonl", b'{"id": 1000, "text": "x"}\n')
+    with pytest.raises(BulkError, match=r"00\.jsonl: was modified while it was being read"):
+        list(reading)
+
+
 # ------------------------------------------------------------------------------------------------------------ places
 
 
@@ -133,7 +186,7 @@ def test_the_same_file_under_two_names_is_refused(tmp_path: Path) -> None:
             opened(*places)
 
 
-def test_folders_with_the_names_of_files_match_a_pattern(tmp_path: Path) -> None:
+def test_folders_with_the_names_of_files_match_a_pattern(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Spark writes ``docs.parquet`` as a folder."""
     for number in range(2):
         part = tmp_path / f"{number}.parquet" / "part-0.parquet"
@@ -143,6 +196,27 @@ def test_folders_with_the_names_of_files_match_a_pattern(tmp_path: Path) -> None
     write_jsonl(tmp_path / "2.jsonl", [{"id": 2, "text": "x"}])
     assert [row.id for row in rows_of(opened(f"{tmp_path}/*"))] == [0, 1, 2]
     assert [row.id for row in rows_of(opened(f"{tmp_path}/**"))] == [0, 1, 2]
+    monkeypatch.chdir(tmp_path)
+    for place in ("**", "./**", "./*", f"../{tmp_path.name}/**", f"{tmp_path}//**"):
+        assert [row.id for row in rows_of(opened(place))] == [0, 1, 2]
+
+
+def test_entries_that_cannot_be_sources_do_not_matter(tmp_path: Path) -> None:
+    """A disk's root has a folder for the system alone, which users cannot read."""
+    write_jsonl(tmp_path / "docs.jsonl")
+    (tmp_path / "lost+found").mkdir(mode=0o000)
+    (tmp_path / "self").symlink_to("self")
+    (tmp_path / "README").symlink_to("gone")
+    places = [str(tmp_path), f"{tmp_path}/*", f"{tmp_path}/*.jsonl"]
+    code = (
+        "import os, sys; from gateway.bulk.fields import FieldNames; from gateway.bulk.files import source; "
+        "os.geteuid() or os.setuid(65534); "
+        "print([len(list(source.open_files([place], FieldNames()).read())) for place in sys.argv[1:]])"
+    )
+    for folder in (tmp_path, *tmp_path.parents[:2]):
+        folder.chmod(0o755)
+    found = subprocess.run([sys.executable, "-c", code, *places], capture_output=True, text=True, check=False)
+    assert (found.stdout, found.stderr) == (f"{[len(RECORDS)] * 3}\n", "")
 
 
 def test_links_in_a_circle_are_an_error_and_no_traceback(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import glob
 import gzip
 import io
@@ -172,7 +173,7 @@ def _find_local(place: str) -> list[str]:
     try:
         if os.path.isdir(path):  # noqa: PTH112  the method of a path raises for a name that is too long
             folder = str(Path(path))
-            return _known(place, list(_files_below(folder)), folder)
+            return _known(place, [str(Path(found)) for found in _files_below(folder)], folder)
         if not os.path.lexists(path) and glob.has_magic(path):
             return _known(place, list(_matches(path)), "")
     except OSError as error:
@@ -188,7 +189,7 @@ def _files_below(folder: str, above: Sequence[str] = ()) -> Iterator[str]:
     """Yield everything in a folder and its subfolders that is not a folder, except what is hidden.
 
     Links to folders are followed, unless they lead back to a folder around them. Links to nothing are yielded too: the job
-    must not silently leave out a file.
+    must not silently leave out a file. Paths begin with ``folder`` as it is written, as those of `glob` do.
 
     Args:
         above: the real paths of the folders around this one.
@@ -201,10 +202,19 @@ def _files_below(folder: str, above: Sequence[str] = ()) -> Iterator[str]:
         for entry in entries:
             if _is_hidden(entry.name):
                 continue
-            if not entry.is_dir():
-                yield str(Path(entry.path))
+            if not _is_folder(entry):
+                yield entry.path
             elif os.path.realpath(entry.path) not in around:
                 yield from _files_below(entry.path, around)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError as error:
+        if error.errno == errno.ELOOP:  # a link that leads to nothing, like one whose target is gone
+            return False
+        raise
 
 
 def _matches(pattern: str) -> Iterator[str]:
@@ -290,7 +300,8 @@ def _known(place: str, paths: Sequence[str], folder: str) -> list[str]:
 
 
 def _is_hidden(name: str) -> bool:
-    return name.startswith((".", "_"))
+    # The root of a disk has this folder for repairs, which only the system's administrator can read.
+    return name.startswith((".", "_")) or name == "lost+found"
 
 
 def _endings() -> str:

@@ -56,6 +56,8 @@ def open_files(places: Sequence[str], names: FieldNames, without: Sequence[str] 
     sample: list[Record] = []
     problem = ""
     for file in files:
+        if source is not None and file.filesystem is not None:
+            continue  # a bucket may send 50 MB for the first line of each file
         # Of the others, only the beginning, so that a file of a wrong format ends the job now and not after hours.
         records = read_records(file, Mark(), _columns(names), reads_all=True)
         for record in islice(records, 1 if source is not None else _SAMPLE_RECORDS):
@@ -116,6 +118,9 @@ class FileSource:
 
     def _summarize_all(self) -> list[_Summary]:
         if self._summaries is None:
+            for filesystem in {id(file.filesystem): file.filesystem for file in self._files}.values():
+                if filesystem is not None:  # once, because some list a folder again for each of its files
+                    filesystem.invalidate_cache()
             self._summaries = [_summarize(file) for file in self._files]
         return self._summaries
 
@@ -147,13 +152,18 @@ class FileSource:
         Raises:
             BulkError: the file was written in the meantime.
         """
-        if self._summaries is None or (before := self._summaries[index]).state == (now := _state(self._files[index])):
+        if self._summaries is None:
+            return
+        file = self._files[index]
+        if file.filesystem is not None:  # otherwise it may answer from an old listing
+            file.filesystem.invalidate_cache(file.inner)
+        if (before := self._summaries[index]).state == (now := _state(file)):
             return
         # A new inode, or a time of change alone, may only mean other rights or another link.
         is_written = isinstance(now, str) or before.state[:2] != now[:2]
-        if is_written or _hash(self._files[index])[0] != before.digest:
+        if is_written or _hash(file)[0] != before.digest:
             raise BulkError(
-                f"{self._files[index].path}: was modified while it was being read, so its rows may be from different "
+                f"{file.path}: was modified while it was being read, so its rows may be from different "
                 "versions: start over with --restart once the file is complete"
             )
 
@@ -209,7 +219,6 @@ def _state(file: SourceFile) -> _State:
     """Return the file's size and times, or the identifier that its filesystem gives the file's version."""
     if file.filesystem is not None:
         try:
-            file.filesystem.invalidate_cache(file.inner)  # otherwise it may answer from an old listing
             return str(file.filesystem.ukey(file.inner))
         except Exception as error:  # each filesystem raises its own library's errors
             raise BulkError(f"{file.path}: cannot be read: {type(error).__name__}: {error}") from error

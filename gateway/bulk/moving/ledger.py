@@ -165,17 +165,18 @@ class Ledger:
             ).fetchall()
         return {json.loads(row_id): written for row_id, written in rows}
 
-    def belong_to(self, target: str) -> None:
+    def belong_to(self, target: str, *, former: str | None = None) -> None:
         """Forget everything if the ledger is that of an earlier move, which wrote elsewhere.
 
         Args:
             target: the collection and vector that this move writes.
+            former: the same target in the form that an earlier version wrote.
         """
         with self._using():
             row = self._db.execute("SELECT value FROM facts WHERE name = 'target'").fetchone()
         if row == (target,):
             return
-        if row is not None:
+        if row not in (None, (former,)):
             self.clear()
         self._change("INSERT OR REPLACE INTO facts VALUES ('target', ?)", [(target,)])
 

@@ -139,7 +139,8 @@ class Work:
         with closing(Ledger(self._ledger_path(pair, back=back), self.reading.sort_key)) as ledger:
             exists = pair.new in self.reading.collections()
             info = self.reading.describe(pair.new) if exists else None
-            ledger.belong_to(json.dumps([pair.new, self.move.new_vector, info and info.identity]))
+            target = [pair.new, self.move.new_vector]
+            ledger.belong_to(json.dumps([*target, info and info.identity]), former=json.dumps(target))
             if info is None or self._is_foreign(info):  # the first pass, or it was deleted since, or created again
                 ledger.clear()
             yield ledger

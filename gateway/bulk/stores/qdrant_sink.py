@@ -128,8 +128,11 @@ class QdrantSink:
         self._connection.close()
 
     def _create(self, note: SpaceNote, like: models.CollectionInfo | None) -> None:
+        is_ours = False
+
         def make(client: QdrantClient) -> None:
-            # The previous attempt may have succeeded without a response.
+            nonlocal is_ours
+            # The previous attempt may have succeeded without a response, or another program has created it.
             if client.collection_exists(self._collection):
                 return
             if like is None:
@@ -137,10 +140,11 @@ class QdrantSink:
             else:
                 layout = layout_like(Vectors.of(like), note, self._keeping.vector)
                 create_like(client, self._collection, layout, note, like)
+            is_ours = True
 
         self._call(make)
         info = self._connection.read_info(self._collection)
-        if not read_notes(info.config.metadata, self.name):
+        if is_ours and not read_notes(info.config.metadata, self.name):
             self._call(lambda client: client.delete_collection(self._collection))
             raise BulkError(
                 f"{self._connection.place.store} does not store metadata of collections; this needs Qdrant 1.16 or "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import sqlite3
 import uuid
 from collections.abc import Iterator
 from contextlib import closing
@@ -100,6 +102,29 @@ async def test_a_new_collection_that_was_created_again_is_copied_again(
     move = await sync(move, tmp_path, console, skips=False)
 
     assert copy_of(any_shop, move).content() == any_shop.content()
+
+
+@pytest.mark.parametrize("into_vector", [None, "second"])
+async def test_a_flipped_move_of_the_version_before_keeps_what_applications_deleted(
+    any_shop: Shop, into_vector: str | None, models: Models, tmp_path: Path, console: Console
+) -> None:
+    """The ledger of that version does not have the identity of the collection."""
+    if into_vector is not None and any_shop.url.startswith(("milvus", "qdrant")):
+        pytest.skip("these items have one unnamed vector, or get no further ones")
+    move = await start(request_for(any_shop, into_vector=into_vector), tmp_path, console)
+    move = await flip(move, tmp_path, console, forces=True)
+    copy = copy_of(any_shop, move)
+    copy.delete(3)
+    path = tmp_path / move.name / move.pairs[0].ledger
+    with closing(sqlite3.connect(path)) as ledger, ledger:
+        target = json.dumps([move.pairs[0].new, move.new_vector])
+        assert ledger.execute("UPDATE facts SET value = ? WHERE name = 'target'", (target,)).rowcount == 1
+    models.texts.clear()
+
+    await sync(move, tmp_path, console, skips=False)
+
+    assert set(copy.content()) == {*range(50)} - {3}
+    assert not models.texts
 
 
 async def test_a_copy_without_its_note_is_refused(shop: Shop, models: Models, tmp_path: Path, console: Console) -> None:

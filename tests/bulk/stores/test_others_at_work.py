@@ -11,12 +11,14 @@ import chromadb
 import lancedb
 import pytest
 from chromadb.config import Settings
+from qdrant_client import models
 
 from gateway.bulk.fields import FieldNames
 from gateway.bulk.places import open_movable, read_place
 from gateway.bulk.rows import BulkError, Row, Sink, SpaceNote
 from gateway.bulk.stores.chroma_connection import Connection
 from gateway.bulk.stores.protocol import Keeping, MovableStore
+from gateway.bulk.stores.qdrant_sink import QdrantSink
 from tests.bulk.stores.rows import NOTE, by_id, embedded, name_of, open_url, row, write
 from tests.bulk.stores.test_contract import MOVABLE, STORES
 
@@ -150,3 +152,21 @@ def test_an_alias_that_is_redirected_midway_redirects_no_job(url: str, store: Mo
 def test_a_folder_of_qdrant_that_nothing_was_written_to_is_still_a_new_one(tmp_path: Path) -> None:
     with sink_of(f"qdrant:{tmp_path / 'q'}#docs") as sink:
         assert sink.is_empty()
+
+
+def test_a_collection_that_a_program_creates_at_the_same_moment_is_not_deleted(
+    qdrant_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create = QdrantSink._create
+
+    def late(sink: QdrantSink, note: SpaceNote, like: models.CollectionInfo | None) -> None:
+        params = models.VectorParams(size=NOTE.dimensions, distance=models.Distance.COSINE)
+        sink._call(lambda client: client.create_collection("docs", params))
+        point = models.PointStruct(id=7, vector=[1.0] * NOTE.dimensions, payload={"text": "theirs"})
+        sink._call(lambda client: client.upsert("docs", [point]))
+        create(sink, note, like)
+
+    monkeypatch.setattr(QdrantSink, "_create", late)
+    with sink_of(qdrant_url) as sink, pytest.raises(BulkError, match="has 1 item and no note of"):
+        sink.open(NOTE)
+    assert by_id(qdrant_url) == {7: ("theirs", {})}
