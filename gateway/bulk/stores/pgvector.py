@@ -42,6 +42,7 @@ _NOT_GIVEN: Final = "no password supplied"
 """Parts of libpq's messages, which have no code while a connection is made."""
 _LOCK_S: Final = 5
 _DIGEST_PAGE: Final = 5_000
+_MAX_LISTINGS: Final = 10
 
 _TABLES: Final = """
 SELECT DISTINCT n.nspname, c.relname, pg_table_is_visible(c.oid)
@@ -301,12 +302,23 @@ class PgvectorStore:
     def _views(self) -> dict[str, tuple[str, int]]:
         """Return all views of tables, each with its table if it shows all rows and columns of exactly one table."""
         found: dict[str, tuple[str, int]] = {}
-        for *names, definition, oid, shown, columns in self._fetch(self.name, _VIEWS):
+        for *names, definition, oid, shown, columns in self._list_views():
             view, table = _shown(*names[:3]), _shown(*names[3:])
             has_all = shown == columns[: len(shown)]  # the table may have gained columns since
-            is_plain = view not in found and has_all and _PLAIN_VIEW.fullmatch(definition) is not None
+            is_plain = view not in found and has_all and _PLAIN_VIEW.fullmatch(definition or "") is not None
             found[view] = (table if is_plain else "", oid)
         return found
+
+    def _list_views(self) -> list[tuple[Any, ...]]:
+        for _attempt in range(_MAX_LISTINGS - 1):
+            try:
+                return self._fetch(self.name, _VIEWS)
+            except (
+                BulkError
+            ) as error:  # another program has dropped a view since the list began, as dbt does all the time
+                if not isinstance(error.__cause__, psycopg.errors.InternalError_):
+                    raise
+        return self._fetch(self.name, _VIEWS)
 
     def why_not_flip(self, name: str) -> str:
         """Return the reason why a name cannot be redirected to another table as a view; empty if it can."""

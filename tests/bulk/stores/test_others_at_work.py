@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import chromadb
 import lancedb
+import psycopg
 import pytest
 from chromadb.config import Settings
 from qdrant_client import models
@@ -170,3 +172,26 @@ def test_a_collection_that_a_program_creates_at_the_same_moment_is_not_deleted(
     with sink_of(qdrant_url) as sink, pytest.raises(BulkError, match="has 1 item and no note of"):
         sink.open(NOTE)
     assert by_id(qdrant_url) == {7: ("theirs", {})}
+
+
+def test_views_that_are_dropped_while_they_are_listed_do_not_matter(pgvector_url: str, postgres: str) -> None:
+    base, _, name = pgvector_url.rpartition("/")
+    write(pgvector_url, [row(1, "a")], NOTE)
+    place = read_place(base, has_collection=False)
+    assert place is not None
+    with (
+        closing(open_movable(place)) as opened,
+        ThreadPoolExecutor(1) as pool,
+        psycopg.connect(postgres) as other,
+    ):
+        for number in range(4):
+            other.execute(f"CREATE VIEW v{number}_{name} AS SELECT * FROM {name}".encode())  # noqa: S608
+        other.commit()
+        other.execute(f"LOCK TABLE {name}".encode())
+        listing = pool.submit(opened.aliases)
+        while other.execute("SELECT FROM pg_locks WHERE NOT granted").fetchone() is None:
+            assert not listing.done()
+        for number in range(1, 4):
+            other.execute(f"DROP VIEW v{number}_{name}".encode())
+        other.commit()
+        assert [view for view in listing.result() if view.endswith(name)] == [f"v0_{name}"]
