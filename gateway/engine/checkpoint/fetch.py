@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeAlias, cast
@@ -20,10 +21,12 @@ from gateway.engine.checkpoint.hub import (
     HubFile,
     Repository,
     cache_folder,
+    cached_snapshot,
     explain,
     format_size,
     mark_begun,
     mark_complete,
+    may_lack,
     patterns,
     size,
     snapshot_folder,
@@ -46,15 +49,21 @@ def fetch(repository: Repository, report: Progress = lambda _done, _total: None)
     """
     from huggingface_hub import snapshot_download
 
+    total, folder = repository.num_bytes, snapshot_folder(repository.name, repository.revision)
+    if not _absent(repository, folder):  # another program has fetched it, perhaps into a cache that cannot be written
+        with suppress(OSError):
+            mark_complete(folder)
+        report(total, total)
+        return folder
     require_disk_space([repository])
-    total = repository.num_bytes
     try:
         for file in repository.files:
             if file.sha256 and repository.present_bytes(file) < file.num_bytes:
                 _fetch_large(repository, file, report)
-        mark_begun(snapshot_folder(repository.name, repository.revision))
+        if cached_snapshot(repository.name, repository.revision) is None or may_lack(folder):
+            mark_begun(folder)  # unless it can be used as it is, also if the hub stops answering now
         # Links the blobs into the snapshot, and fetches the small files.
-        folder = snapshot_download(
+        snapshot_download(
             repository.name,
             revision=repository.revision,
             allow_patterns=patterns(file.name for file in repository.files),
@@ -62,15 +71,19 @@ def fetch(repository: Repository, report: Progress = lambda _done, _total: None)
             tqdm_class=_no_bars(),
         )
         # The library returns the folder as it is if the hub does not answer any more.
-        if missing := [file.name for file in repository.files if not Path(folder, file.name).exists()]:
-            raise LoadError(f"{repository.name}: {missing[0]} was not downloaded: the hub did not answer to the end")
-        mark_complete(Path(folder))
+        if absent := _absent(repository, folder):
+            raise LoadError(f"{repository.name}: {absent[0]} was not downloaded: the hub did not answer to the end")
+        mark_complete(folder)
     except LoadError:
         raise
     except Exception as error:  # a full disk, or an error of the hub's HTTP library
         raise explain(error, repository.name, repository.revision) from error
     report(total, total)
-    return Path(folder)
+    return folder
+
+
+def _absent(repository: Repository, folder: Path) -> list[str]:
+    return [file.name for file in repository.files if not (folder / file.name).exists()]
 
 
 def require_disk_space(repositories: Sequence[Repository]) -> None:

@@ -13,7 +13,7 @@ from structlog.testing import capture_logs
 from gateway.config.registry import ModelEntry
 from gateway.engine.checkpoint import fetch as fetching
 from gateway.engine.checkpoint.fetch import Progress, fetch
-from gateway.engine.checkpoint.hub import describe, format_size, mark_begun
+from gateway.engine.checkpoint.hub import Repository, describe, format_size, mark_begun
 from gateway.engine.checkpoint.sources import is_cached, is_whole, locate
 from gateway.errors import LicenseNotAccepted, LoadError
 from tests.hub import COMMIT, LARGE, Hub, Repo, running_hub, use
@@ -154,6 +154,33 @@ def test_what_a_copy_of_another_program_lacks_is_fetched(hub: Hub, tmp_path: Pat
     assert is_whole(entry())
     assert (folder / "1_Pooling" / "config.json").read_bytes() == FILES["1_Pooling/config.json"]
     assert "model.safetensors" not in hub.fetched()
+
+
+@pytest.mark.parametrize("absent", [[], BY_ST])
+def test_a_whole_copy_stays_usable_if_the_hub_fails_while_it_is_completed(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, absent: Sequence[str]
+) -> None:
+    folder = copied(tmp_path / "cache", "tokenizer.json", *([] if absent else [".gitattributes"]), absent=absent)
+
+    def fail(repository: Repository, report: Progress) -> Path:
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+        return fetch(repository, report)
+
+    monkeypatch.setattr("gateway.engine.checkpoint.sources.fetch", fail)
+
+    assert locate(entry()) == folder
+    assert not (folder / "1_Pooling").exists()
+    assert is_whole(entry())
+    assert locate(entry(), may_download=False) == folder
+
+
+def test_a_copy_with_all_files_is_taken_from_a_cache_that_cannot_be_written(hub: Hub, tmp_path: Path) -> None:
+    folder = copied(tmp_path / "cache", *NEEDED)
+    for name in (".gateway-begun", ".gateway-complete"):
+        (folder / name).symlink_to(tmp_path / "absent" / name)  # so that even root cannot make it
+
+    assert locate(entry()) == folder
+    assert hub.fetched() == []
 
 
 def test_a_download_whose_end_does_not_arrive_is_not_complete(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
