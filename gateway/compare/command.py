@@ -19,7 +19,7 @@ from gateway.cli.models import OwnModels, RunningGateway
 from gateway.compare.arms import parse_arms
 from gateway.compare.comparison import CompareRequest, compare
 from gateway.compare.dataset import Dataset, read_dataset
-from gateway.compare.folder import claimed
+from gateway.compare.folder import check_data, claimed
 from gateway.compare.judge.command import Declined, Judging, show_judged
 from gateway.compare.outputs import write_page, write_results
 from gateway.compare.page import render_page
@@ -72,6 +72,7 @@ def _compare_into(
     dataset = read_dataset(
         request.data, request.split, request.max_documents, request.seed, request.judged, request.queries
     )
+    check_data(folder, dataset)
     comparison, rankings = asyncio.run(_compare(request, dataset, gateway, progress, is_json=is_progress_json))
     print_comparison(comparison, console)
     written = write_results(comparison, rankings, folder)

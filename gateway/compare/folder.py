@@ -13,6 +13,7 @@ import orjson
 
 from gateway.compare.arms import parse_arms
 from gateway.compare.comparison import CompareRequest
+from gateway.compare.dataset import Dataset
 from gateway.compare.judge.outputs import REPORT_FILE
 from gateway.compare.outputs import PAGE, RESULTS, RUNS
 from gateway.errors import CompareError
@@ -49,6 +50,29 @@ def claimed(folder: Path, request: CompareRequest, *, has_judge: bool) -> Iterat
         os.close(descriptor)
 
 
+def check_data(folder: Path, dataset: Dataset) -> None:
+    """Check that the results in a folder, if there are any, are those of the same documents, queries and judgments.
+
+    Raises:
+        CompareError: they are those of other data, such as another split.
+    """
+    if not (folder / RESULTS).exists():
+        return
+    try:
+        found = orjson.loads((folder / RESULTS).read_bytes())["dataset"]
+        is_same = (found["split"], found["sha256"]) == (dataset.split, dataset.summary().sha256)
+    except (OSError, ValueError, KeyError, TypeError):
+        is_same = False
+    if not is_same:
+        raise _other(folder)
+
+
+def _other(folder: Path) -> CompareError:
+    return CompareError(
+        f"--out {folder}: holds the results of another comparison; choose another folder, or remove this one"
+    )
+
+
 def _left_over(folder: Path) -> list[Path]:
     """Return the files that a process was writing when it was killed."""
     return [path for where in (folder, folder / RUNS) for path in where.glob(".*.tmp") if _HALF.fullmatch(path.name)]
@@ -59,9 +83,7 @@ def _check(folder: Path, request: CompareRequest, *, has_judge: bool) -> bool:
     if os.path.lexists(folder) and not folder.exists():
         raise CompareError(f"--out {folder}: is a link to nothing")
     if (folder / RESULTS).exists() and not _is_unfinished(folder, request, has_judge=has_judge):
-        raise CompareError(
-            f"--out {folder}: holds the results of another comparison; choose another folder, or remove this one"
-        )
+        raise _other(folder)
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not there.is_dir():
         raise CompareError(f"--out {folder}: {there} is not a folder")
@@ -78,9 +100,12 @@ def _is_unfinished(folder: Path, request: CompareRequest, *, has_judge: bool) ->
         return False
     try:
         found = orjson.loads((folder / RESULTS).read_bytes())
+        data = Path(found["dataset"]["folder"]).resolve()
         arms = [arm["name"] for arm in found["arms"]]
-        data, seed = Path(found["dataset"]["folder"]), found["seed"]
+        # With another margin the verdict is another one, and without the costs, those that were measured would be lost.
+        options = found["seed"], found["num_resamples"], found["margin"], bool(found["cost_contrasts"])
     except (OSError, ValueError, KeyError, TypeError):
         return False
-    is_same_data = data.resolve() == request.data.resolve()
-    return is_same_data and (arms, seed) == ([arm.text for arm in parse_arms(request.arms)], request.seed)
+    wanted = request.seed, request.num_resamples, request.margin, request.measures_cost
+    names = [arm.text for arm in parse_arms(request.arms)]
+    return (data, arms, options) == (request.data.resolve(), names, wanted)

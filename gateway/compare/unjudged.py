@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from gateway.compare.beir import HEADER
+from gateway.compare.beir import HEADER, add_judgments
 from gateway.compare.dataset import Dataset
 from gateway.compare.results import Comparison, Contrast, Verdict
 from gateway.compare.search import Ranking
@@ -68,7 +68,8 @@ def reconcile(whole: Contrast, condensed: Contrast) -> Contrast:
 def write_to_judge(comparison: Comparison, dataset: Dataset, folder: Path) -> Path | None:
     """Write the unjudged documents among the first ten of any arm, for a person to judge.
 
-    The lines do not name the arm that found a document, and are shuffled within a query. ``--judged`` reads the file.
+    The lines do not name the arm that found a document, and are shuffled within a query. ``--judged`` reads the file. A file
+    in which a person has filled in grades is kept as it is.
 
     Returns:
         The file; ``None`` if there is nothing to judge, or only relevant documents are listed.
@@ -83,10 +84,22 @@ def write_to_judge(comparison: Comparison, dataset: Dataset, folder: Path) -> Pa
         return None
     path = folder / TO_JUDGE
     try:
+        if _has_grades(path):
+            return path
         write_whole(path, [f"{HEADER}\tquery\tdocument\n".encode(), *lines])
     except OSError as error:
         raise CompareError(f"{path}: cannot be written: {error.strerror or error}") from error
     return path
+
+
+def _has_grades(path: Path) -> bool:
+    """Return whether a person has written into the file, even if not all of it can be read."""
+    if not path.exists():
+        return False
+    try:
+        return add_judgments({}, path)[0] > 0
+    except CompareError:
+        return True
 
 
 def _lines(comparison: Comparison, dataset: Dataset) -> Iterator[bytes]:

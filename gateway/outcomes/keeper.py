@@ -61,7 +61,7 @@ class Keeper:
         self._waiting: deque[Exposure] = deque()
         self._writing: Future[None] | None = None
         self._declared: set[str] = set()
-        self._noted: set[tuple[str, str]] = set()
+        self._noted: set[tuple[str, str, str]] = set()
         self._warned_at = -_SECONDS_BETWEEN_WARNINGS
         # The last report of each experiment, with the time at which to renew it and the state that it was computed
         # from.
@@ -194,9 +194,10 @@ class Keeper:
     def _note_declaration(self, experiment: Experiment, now: float) -> None:
         """Store when the declaration of the outcome was first seen, so that a later change is noticed."""
         every, this = declaration_of(experiment)
-        if (every, this) not in self._noted:
+        key = experiment.id, every, this  # experiments may share a salt
+        if key not in self._noted:
             self._store.decide(experiment.id, every, this, Decision(DECLARED, iso(now)))
-            self._noted.add((every, this))
+            self._noted.add(key)
 
     def _report(self, experiment: Experiment, mismatch: str | None) -> OutcomesReport:
         with self._computing, Reader(self._store.path) as reader:

@@ -315,6 +315,22 @@ async def test_an_outcome_that_is_chosen_when_its_result_is_known_gets_no_verdic
     assert restored["verdict"] == "better"
 
 
+async def test_experiments_that_share_a_salt_have_declarations_of_their_own(start: Start) -> None:
+    """Otherwise only the first of them that is posted to has a declaration to compare a later one with."""
+    client = await start(experiment(id="sibling", salt="exp"), experiment(salt="exp"))
+    await embed_for(client, UNITS)
+    sibling = await client.post("/v1/experiments/sibling/outcomes", json=[outcome(UNITS[0])])
+    assert sibling.status_code == 202
+    await post(client, *(outcome(unit) for unit in UNITS if SPLIT.arm_of(unit).label == "new"))
+
+    changed = await start(experiment(salt="exp", outcome={"name": "kept", "margin": 0.5}))
+    await post(changed, outcome(UNITS[0], 0, id="another"))
+    (comparison,) = (await report_of(changed))["comparisons"]
+
+    assert comparison["verdict"] is None
+    assert comparison["reason"].startswith("`outcome` in models.yaml was changed by 20")
+
+
 async def test_after_counting_again_a_changed_outcome_is_that_of_a_new_experiment(
     client: httpx.AsyncClient, start: Start
 ) -> None:

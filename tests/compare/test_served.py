@@ -33,7 +33,7 @@ from gateway.deployment import Deployment
 from gateway.errors import CompareError
 from gateway.fleet import Model
 from gateway.types import Embeddings, EmbedJob
-from tests.compare.conftest import Browse, MakeFleet, MakeModel, WordsBackend, WriteData
+from tests.compare.conftest import QUERIES, Browse, MakeFleet, MakeModel, WordsBackend, WriteData
 from tests.listener import make_listener
 
 EVIL = """</script><b onclick='x'>"&amp; %{x}"""
@@ -163,7 +163,17 @@ def test_two_processes_do_not_write_into_one_folder(url: str, write_data: WriteD
     assert compare(tmp_path, *arguments).exit_code == 0
 
 
-@pytest.mark.parametrize("change", [{"arms": ["cut", "plain"]}, {"seed": 1}, {"data": Path("elsewhere")}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"arms": ["cut", "plain"]},
+        {"seed": 1},
+        {"data": Path("elsewhere")},
+        {"margin": 0.5},
+        {"num_resamples": 300},
+        {"measures_cost": True},
+    ],
+)
 def test_an_interrupted_comparison_is_continued_by_the_same_command_alone(
     url: str, write_data: WriteData, tmp_path: Path, change: dict[str, Any]
 ) -> None:
@@ -185,6 +195,41 @@ def test_an_interrupted_comparison_is_continued_by_the_same_command_alone(
     assert (out / "report.html").exists()
     assert [file.exists() for file in (*left_over, mine)] == [False, False, True]
     assert "holds the results of another comparison" in compare(tmp_path, *arguments).stderr
+
+
+def test_results_of_another_split_are_not_replaced(url: str, write_data: WriteData, tmp_path: Path) -> None:
+    out, data = tmp_path / "out", write_data()
+    qrels = data / "qrels" / "test.tsv"
+    (data / "qrels" / "dev.tsv").write_text("\n".join(qrels.read_text().splitlines()[:-1]))
+    arguments = ["plain", "cut", "--data", data, "--url", url, "--out", out]
+    assert compare(tmp_path, *arguments, "--split", "dev").exit_code == 0
+    before = (out / "results.json").read_bytes()
+    judge = ["--judge", "http://127.0.0.1:1", "--judge-model", "m", "--yes"]
+
+    result = compare(tmp_path, *arguments, "--split", "test", *judge)
+
+    assert (result.exit_code, "holds the results of another comparison" in result.stderr) == (1, True)
+    assert (out / "results.json").read_bytes() == before
+
+
+def test_grades_that_a_person_filled_in_are_kept_when_a_comparison_is_completed(
+    url: str, write_data: WriteData, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    judgments = {(query, document): score for query in QUERIES for document, score in (("d1", 1), ("d2", 0))}
+    arguments = ["plain", "cut", "--data", write_data(judgments=judgments), "--url", url, "--out", out]
+    assert compare(tmp_path, *arguments).exit_code == 0
+    form = out / "to_judge.tsv"
+    header, first, *others = form.read_text().splitlines()
+    query, document, _empty, *texts = first.split("\t")
+    form.write_text("\n".join([header, "\t".join([query, document, "1", *texts]), *others]) + "\n")
+    graded = form.read_bytes()
+
+    result = compare(tmp_path, *arguments, "--judge", "http://127.0.0.1:1", "--judge-model", "m", "--yes")
+
+    assert "the judge" in result.stderr
+    assert "another comparison" not in result.stderr
+    assert form.read_bytes() == graded
 
 
 @pytest.mark.parametrize("suffix", ["/v1?key=1", "/#top"])
