@@ -315,7 +315,7 @@ async def test_an_outcome_that_is_chosen_when_its_result_is_known_gets_no_verdic
     assert restored["verdict"] == "better"
 
 
-async def test_experiments_that_share_a_salt_have_declarations_of_their_own(start: Start) -> None:
+async def test_experiments_that_share_a_salt_share_no_declaration(start: Start) -> None:
     """Otherwise only the first of them that is posted to has a declaration to compare a later one with."""
     client = await start(experiment(id="sibling", salt="exp"), experiment(salt="exp"))
     await embed_for(client, UNITS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Iterator
@@ -124,12 +125,11 @@ def read_grade(text: str) -> int | None:
     """Return the grade in an answer, which is a JSON object or contains some; the last object with a grade counts.
 
     Some models think aloud before they answer. A grade that they only consider does not count, nor does an answer that ends
-    before the thought does.
+    before the thought does. In an answer that is JSON as a whole, such a tag is a quotation of the document.
     """
     answer = text.rpartition(_END_OF_THOUGHT)[2]
-    if answer.lstrip().startswith(_THOUGHT):
-        return None
-    for candidate in _candidates(answer):
+    candidates = [] if answer.lstrip().startswith(_THOUGHT) else _candidates(answer)
+    for candidate in itertools.chain([text], candidates):
         try:
             parsed = json.loads(candidate)
         except (ValueError, RecursionError):

@@ -27,6 +27,7 @@ def test_the_grade_of_the_schema(grade: int) -> None:
         ('hm, {"grade": 0} is too low</think>{"grade": 3}', 3),  # the template of some models begins the thought
         ('\n<think>It could be {"grade": 0}, but', None),  # cut off
         ('{"reason": "it shows the tag <think>", "grade": 2}', 2),
+        ('{"reason": "it shows the tags <think> and </think>", "grade": 2}', 2),
         ('Here: {"reason": "it has {braces} in it", "grade": 2} .', 2),
         ('{"grade": "2"}', 2),
         ('{"grade": 2.0}', 2),
