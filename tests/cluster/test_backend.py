@@ -208,7 +208,7 @@ async def test_a_model_that_another_gateway_removes_while_this_one_waits_is_depl
 ) -> None:
     gone, there = Deployed("gateway-x-1", "NOT_STARTED", ""), Deployed("gateway-x-1", "DEPLOYING", "", 0, 1)
     loading, left, again = starting(monkeypatch, there, gone, there)
-    await until(lambda: len(left) == 1)
+    await until(lambda: len(left) == 1 and again)
     loading.cancel()
     assert again == ["waiting"]
 

@@ -81,8 +81,9 @@ def operator(visit: Callable[..., Any]) -> Callable[..., Any]:
     def operator(url: str, path: str, **options: Any) -> Iterator[Page]:
         with visit(url, **options) as page:
             page.goto(f"{url}/console/sign-in?next=/console{path}")
-            # Chromium complains about an autofocus that comes after a field has been filled.
-            page.wait_for_function("document.activeElement.id === 'key'")
+            # Chromium complains about an autofocus that comes after a field has been filled. A selector, because the page's
+            # policy forbids the function that Playwright would evaluate again and again.
+            page.wait_for_selector("#key:focus")
             page.locator("#key").fill(OPERATOR)
             page.locator("main").get_by_role("button", name="Sign in").click()
             page.wait_for_url(f"{url}/console{path}")

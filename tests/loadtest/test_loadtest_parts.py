@@ -235,7 +235,7 @@ def test_broken_limits_are_reported() -> None:
     bad = tally([500] * 90, failures={"503 overloaded": 8, "no answer": 2})
 
     assert broken(tally([10] * 100), 10, Thresholds(100, 0.01, 5)) == []
-    assert [problem.partition(",")[0] for problem in broken(bad, 10, Thresholds(100, 0.01, 50))] == [
+    assert [problem.partition(";")[0] for problem in broken(bad, 10, Thresholds(100, 0.01, 50))] == [
         "10.00 % failed",
         "p95 was 497 ms",
         "9.0 requests/s",

@@ -290,7 +290,7 @@ async def test_tei_gets_sparse_vectors_too(client: httpx.AsyncClient) -> None:
             {"outputs": "multivector", "dimensions": 24},
             "`dimensions` is 24, but model 'colbert' has no dense",
         ),
-        ("/tei/colbert/embed_all", {}, "model 'colbert' pools no token states; it returns: multivector"),
+        ("/tei/colbert/embed_all", {}, "model 'colbert' has no token states; it returns: multivector"),
         (
             "/tei/colbert/embed",
             {},
