@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,6 @@ from gateway.fleet import Fleet
 from gateway.telemetry import metrics
 from gateway.types import ModelKind
 
-TODAY = datetime.now(UTC).date()
 REGISTRY = """
 version: 1
 models:
@@ -60,6 +59,11 @@ ALL = "{queries: 1.0, to: kept/search.jsonl}"
 TASKS = {"retrieval.query": "q: ", "retrieval.passage": "p: "}
 
 Serve = Callable[..., Awaitable[httpx.AsyncClient]]
+
+
+def today() -> date:
+    """Return the day of the files; not once for all tests, which may run across midnight."""
+    return datetime.now(UTC).date()
 
 
 def written(folder: Path, name: str) -> list[dict[str, Any]]:
@@ -186,7 +190,7 @@ async def test_a_line_has_the_text_and_a_keyed_hash_of_the_unit(serve: Serve, tm
     await finish(client)
 
     lines = written(tmp_path, "exp.jsonl")
-    content = (tmp_path / f"exp-{TODAY}.jsonl").read_text()
+    content = (tmp_path / f"exp-{today()}.jsonl").read_text()
 
     assert [line["text"] for line in lines] == ["first", "second", "third"]
     assert lines[0]["group"] == lines[1]["group"] != lines[2]["group"]
@@ -313,7 +317,7 @@ def count(name: str, outcome: str) -> float:
 def test_old_files_are_deleted_and_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "q.jsonl"
     for age in (0, 1, 6, 7, 40):
-        dated(path, TODAY - timedelta(days=age)).write_text("{}\n")
+        dated(path, today() - timedelta(days=age)).write_text("{}\n")
     others = [tmp_path / name for name in ("q.jsonl", "q-2020-01-01.txt", "qq-2020-01-01.jsonl", "q-2020-99-01.jsonl")]
     for other in others:
         other.write_text("")
@@ -321,7 +325,7 @@ def test_old_files_are_deleted_and_nothing_else(tmp_path: Path) -> None:
     last = datetime.now(UTC).date() - timedelta(days=7)
     CaptureWriter("search", Capture(queries=1, to="q.jsonl", days=7), path).stop()
 
-    kept = [day for day in (TODAY - timedelta(days=age) for age in (40, 7, 6, 1, 0)) if day > last]
+    kept = [day for day in (today() - timedelta(days=age) for age in (40, 7, 6, 1, 0)) if day > last]
     assert list(dated_files(path)) == kept
     assert 2 <= len(kept) <= 3
     assert all(other.exists() for other in others)
@@ -329,7 +333,7 @@ def test_old_files_are_deleted_and_nothing_else(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["q-{}.jsonl", "q.jsonl.key"])
 def test_a_named_pipe_instead_of_a_file_is_an_error_and_nothing_waits_for_it(tmp_path: Path, name: str) -> None:
-    os.mkfifo(tmp_path / name.format(TODAY))
+    os.mkfifo(tmp_path / name.format(today()))
     writer = CaptureWriter("pipe", Capture(queries=1, to="q.jsonl"), tmp_path / "q.jsonl")
 
     with capture_logs() as lines:
@@ -357,7 +361,7 @@ def test_a_key_that_was_cut_is_named(tmp_path: Path) -> None:
 def test_files_that_are_deleted_while_it_runs_are_made_again(tmp_path: Path) -> None:
     writer = CaptureWriter("again", Capture(queries=1, to="q.jsonl"), tmp_path / "q.jsonl")
     writer.offer(Captured("before", "s", "m", None, None))
-    file = dated(tmp_path / "q.jsonl", TODAY)
+    file = dated(tmp_path / "q.jsonl", today())
     while not file.exists() or not file.stat().st_size:
         threading.Event().wait(0.01)
     file.unlink()
@@ -479,12 +483,12 @@ def test_a_long_text_and_a_full_day_are_dropped(tmp_path: Path, monkeypatch: pyt
     assert count("bounded", "too_long") == 1
     assert count("bounded", "full") > 0
     assert count("bounded", "full") + count("bounded", "written") == 10
-    assert os.stat(dated(tmp_path / "q.jsonl", TODAY)).st_size <= 400  # noqa: PTH116
+    assert os.stat(dated(tmp_path / "q.jsonl", today())).st_size <= 400  # noqa: PTH116
 
 
 async def test_a_file_that_cannot_be_written_costs_no_request(serve: Serve, tmp_path: Path) -> None:
     client = await serve()
-    dated(tmp_path / "kept" / "search.jsonl", TODAY).mkdir()
+    dated(tmp_path / "kept" / "search.jsonl", today()).mkdir()
 
     with capture_logs() as lines:
         await embed(client, "search", "a secret", task="query")
@@ -498,7 +502,7 @@ async def test_a_file_that_cannot_be_written_costs_no_request(serve: Serve, tmp_
 
 @pytest.mark.parametrize("name", ["q-{today}.jsonl", "q.jsonl.key"])
 def test_a_named_pipe_without_a_reader_holds_up_neither_the_thread_nor_the_end(tmp_path: Path, name: str) -> None:
-    os.mkfifo(tmp_path / name.format(today=TODAY))
+    os.mkfifo(tmp_path / name.format(today=today()))
     writer = CaptureWriter("piped", Capture(queries=1, to="q.jsonl"), tmp_path / "q.jsonl")
     before = count("piped", "failed")
 
@@ -512,7 +516,7 @@ def test_a_named_pipe_without_a_reader_holds_up_neither_the_thread_nor_the_end(t
 
 
 def test_texts_may_be_kept_for_longer_than_there_are_dates(tmp_path: Path) -> None:
-    old = dated(tmp_path / "q.jsonl", TODAY - timedelta(days=9_000))
+    old = dated(tmp_path / "q.jsonl", today() - timedelta(days=9_000))
     old.write_text("{}\n")
 
     with capture_logs() as lines:
@@ -616,7 +620,7 @@ def test_a_full_disk_leaves_no_half_a_line_and_no_half_a_key(tmp_path: Path, mon
     writer.offer(Captured("lost", "s", "m", None, "ada"))
     writer.stop()
     monkeypatch.undo()
-    assert dated(path, TODAY).read_bytes() == b""
+    assert dated(path, today()).read_bytes() == b""
 
     writer = CaptureWriter("cut", Capture(queries=1, to="q.jsonl"), path)
     writer.offer(Captured("kept", "s", "m", None, "ada"))
