@@ -27,7 +27,6 @@ class Replicas(Frozen):
         le=1,
         description="Graphics cards of a replica, 0 or 1. By default 1 if the cluster has any, and `device` is not `cpu`.",
     )
-
     per_node: Positive | None = Field(
         default=None,
         description="Maximum number of replicas on one machine of the cluster. With 1, a model with two replicas survives "
