@@ -12,6 +12,7 @@ import typer
 
 from gateway.cli.models import models_at
 from gateway.cli.options import API_KEY_ENV, ApiKeyOption, ModelsOption
+from gateway.config.files import user_folder
 
 if TYPE_CHECKING:
     from gateway.bulk.chunking import Chunking
@@ -189,5 +190,4 @@ def _chunking(tokens: int | None, overlap: int, is_late: bool, repeats_title: bo
 
 def _state_folder(environ: Mapping[str, str]) -> Path:
     """Return the folder for manifests of jobs that write into stores."""
-    base = environ.get("XDG_STATE_HOME") or Path("~/.local/state").expanduser()
-    return Path(base) / "embedding-gateway" / "embed"
+    return user_folder(environ, "XDG_STATE_HOME", "~/.local/state") / "embed"

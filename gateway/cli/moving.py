@@ -11,6 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from gateway.cli.options import API_KEY_ENV, ApiKeyOption, ModelsOption
+from gateway.config.files import user_folder
 
 if TYPE_CHECKING:
     from gateway.bulk.moving.state import Move
@@ -208,5 +209,4 @@ def _find(name: str | None) -> Move:
 
 def _folder(environ: Mapping[str, str] = os.environ) -> Path:
     """Return the folder of all moves, next to the manifests of `gateway embed`."""
-    base = environ.get("XDG_STATE_HOME") or Path("~/.local/state").expanduser()
-    return Path(base) / "embedding-gateway" / "move"
+    return user_folder(environ, "XDG_STATE_HOME", "~/.local/state") / "move"

@@ -28,6 +28,7 @@ from gateway.compare.results import Comparison
 from gateway.compare.search import Ranking
 from gateway.compare.table import print_comparison
 from gateway.compare.unjudged import write_to_judge
+from gateway.config.files import user_folder
 from gateway.errors import CompareError
 from gateway.telemetry.logs import configure_logs
 
@@ -127,6 +128,9 @@ async def _client(gateway: RunningGateway | OwnModels, names: Sequence[str]) -> 
 
 
 def default_cache(environ: Mapping[str, str]) -> Path:
-    """Return the default folder for vectors."""
-    base = environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
-    return Path(base) / "embedding-gateway" / "compare"
+    """Return the default folder for vectors.
+
+    Raises:
+        StartError: the user has no home folder.
+    """
+    return user_folder(environ, "XDG_CACHE_HOME", "~/.cache") / "compare"

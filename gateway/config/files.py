@@ -7,12 +7,14 @@ import secrets
 import sqlite3
 import stat
 from codecs import BOM_UTF8
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from fcntl import LOCK_EX, flock
 from io import BufferedReader
 from pathlib import Path
+
+from gateway.errors import StartError
 
 _KINDS = {
     stat.S_IFDIR: "a folder",
@@ -21,6 +23,25 @@ _KINDS = {
     stat.S_IFCHR: "a device",
     stat.S_IFBLK: "a device",
 }
+
+
+def user_folder(environ: Mapping[str, str], variable: str, default: str) -> Path:
+    """Return the gateway's folder within one of the user's, such as ``~/.cache``.
+
+    Args:
+        variable: names the user's folder; a relative path in it is ignored, as the XDG specification demands.
+        default: the user's folder without the variable.
+
+    Raises:
+        StartError: neither is known, because the user has no home folder.
+    """
+    folder = Path(environ.get(variable, ""))
+    if not folder.is_absolute():
+        try:
+            folder = Path(default).expanduser()
+        except RuntimeError:
+            raise StartError(f"{default} is not known, because this user has no home folder: set {variable}") from None
+    return folder / "embedding-gateway"
 
 
 class UnsuitableFile(OSError):
@@ -61,9 +82,8 @@ def open_to_append(path: Path, mode: int) -> int:
     Raises:
         UnsuitableFile, OSError: as :func:`open_regular`.
     """
-    return _open(
-        path, os.O_RDWR | os.O_APPEND | os.O_CREAT, mode
-    )  # read as well: a pipe without a reader is then named
+    # Also for reading: a pipe without a reader is then opened, and named.
+    return _open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, mode)
 
 
 def _open(path: Path, flags: int, mode: int = 0o666) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Final, Literal
 
@@ -21,6 +22,7 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
+from gateway.config.files import user_folder
 from gateway.config.hub import hub_problems
 from gateway.config.setting_values import (
     check_admin_key,
@@ -33,7 +35,7 @@ from gateway.config.setting_values import (
     split_origins,
 )
 from gateway.config.wording import did_you_mean, explain, quote
-from gateway.errors import ConfigError, Problem
+from gateway.errors import ConfigError, Problem, StartError
 
 ENV_PREFIX: Final = "GATEWAY_"
 
@@ -272,13 +274,11 @@ class Settings(BaseSettings):
         """The folder of ``cache_dir``, by default one in the user's cache; ``None`` for ``off`` or a user without a home."""
         if self.cache_dir == "off":
             return None
-        user = Path(os.environ.get("XDG_CACHE_HOME", ""))
-        if self.cache_dir is None and not user.is_absolute():  # the XDG specification ignores a relative path
-            try:
-                user = Path("~/.cache").expanduser()
-            except RuntimeError:
-                return None
-        return self.cache_dir or Path(user, "embedding-gateway", "compiled")
+        if self.cache_dir is not None:
+            return self.cache_dir
+        with suppress(StartError):
+            return user_folder(os.environ, "XDG_CACHE_HOME", "~/.cache") / "compiled"
+        return None
 
     @field_validator("models", "api_keys_file", "runs_dir", "cache_dir", "exposure_log", "state_dir", "batch_dir")
     @classmethod

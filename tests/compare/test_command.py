@@ -179,6 +179,7 @@ async def test_models_that_cannot_be_loaded_here(tmp_path: Path, names: list[str
 def test_vectors_are_kept_where_the_system_keeps_such_things() -> None:
     assert default_cache({"XDG_CACHE_HOME": "/var/cache/me"}) == Path("/var/cache/me/embedding-gateway/compare")
     assert default_cache({}) == Path("~/.cache/embedding-gateway/compare").expanduser()
+    assert default_cache({"XDG_CACHE_HOME": "relative"}) == default_cache({})
 
 
 @pytest.mark.parametrize("name", ["long", "link"])

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from gateway.config.files import UnsuitableFile, open_regular, read_bounded, write_whole
+from gateway.config.files import UnsuitableFile, open_regular, read_bounded, user_folder, write_whole
+from gateway.errors import StartError
 
 
 def names(folder: Path) -> list[str]:
@@ -100,3 +101,20 @@ def test_a_path_that_is_not_a_file_is_not_replaced(tmp_path: Path) -> None:
     with pytest.raises(UnsuitableFile):
         write_whole(tmp_path / "pipe", "new")
     assert names(tmp_path) == ["pipe"]
+
+
+def test_the_error_for_a_user_without_a_home_names_the_variable(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As in a container that runs under a number that no user has."""
+
+    def fail(_uid: int) -> None:
+        raise KeyError
+
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("pwd.getpwuid", fail)
+
+    with pytest.raises(StartError, match=r"~/\.local/state is not known, .* no home folder: set XDG_STATE_HOME"):
+        user_folder({"XDG_STATE_HOME": "state"}, "XDG_STATE_HOME", "~/.local/state")
+    found = user_folder({"XDG_STATE_HOME": str(tmp_path)}, "XDG_STATE_HOME", "~/.local/state")
+    assert found == tmp_path / "embedding-gateway"
