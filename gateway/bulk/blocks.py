@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
-from gateway.bulk.rows import BadRow, BulkError, Json, Position, Row, RowId, Source
+from gateway.bulk.rows import BadRow, BulkError, Json, Position, Row, RowId, Source, closing_readings
 from gateway.config.wording import cut
 
 OnError: TypeAlias = Literal["skip", "stop"]
@@ -85,20 +85,21 @@ class BlockReader:
         num_bytes = num_read = 0
         reading = self._source.read(after)
         failure: BulkError | None = None
-        while failure is None:
-            try:
-                item = next(reading, None)
-            except BulkError as error:
-                item, failure = None, error
-            if item is None:
-                break
-            items.append(item)
-            num_bytes += _size(item)
-            num_read += 1
-            is_end = num_read == first_items or (self._stops and isinstance(item, BadRow))
-            if is_end or len(items) == self._max_rows or num_bytes > _BLOCK_BYTES:
-                yield from self._blocks(items, num_bytes)
-                items, num_bytes = [], 0
+        with closing_readings(reading):
+            while failure is None:
+                try:
+                    item = next(reading, None)
+                except BulkError as error:
+                    item, failure = None, error
+                if item is None:
+                    break
+                items.append(item)
+                num_bytes += _size(item)
+                num_read += 1
+                is_end = num_read == first_items or (self._stops and isinstance(item, BadRow))
+                if is_end or len(items) == self._max_rows or num_bytes > _BLOCK_BYTES:
+                    yield from self._blocks(items, num_bytes)
+                    items, num_bytes = [], 0
         if items:
             yield from self._blocks(items, num_bytes)
         if failure is not None:

@@ -18,7 +18,18 @@ import orjson
 from gateway.bulk.blocks import Block, BlockReader, Expand, OnError, stopped_at
 from gateway.bulk.embedder import BlockEmbedder, EmbeddedBlock, Embedder
 from gateway.bulk.manifest import Counts, Manifest, Progress, Shard
-from gateway.bulk.rows import BadRow, BulkError, Choosy, EmbeddedRows, Position, RowId, RowsRefused, Sink, Source
+from gateway.bulk.rows import (
+    BadRow,
+    BulkError,
+    Choosy,
+    EmbeddedRows,
+    Position,
+    RowId,
+    RowsRefused,
+    Sink,
+    Source,
+    closing_readings,
+)
 from gateway.config.files import open_regular
 from gateway.types import Vectors
 
@@ -181,8 +192,10 @@ class Job:
         total = None if self._options.expand is not None else self._source.count()
         self._reporter.start(progress.counts.items, total)
         waiting_for_stop = asyncio.create_task(stop.wait())
+        reading = self._reader.read(progress.position, self._planned)
         try:
-            is_at_end = await self._work(progress.position, waiting_for_stop)
+            with closing_readings(reading):
+                is_at_end = await self._work(reading, waiting_for_stop)
         finally:
             waiting_for_stop.cancel()
             if self._writing is not None:
@@ -198,9 +211,8 @@ class Job:
         done = Counts(*(now - then for now, then in zip(_numbers(after.counts), _numbers(before), strict=True)))
         return Outcome(done, after.counts, self._clock() - started, is_at_end)
 
-    async def _work(self, position: Position | None, stopped: asyncio.Task[bool]) -> bool:
+    async def _work(self, reading: Iterator[Block], stopped: asyncio.Task[bool]) -> bool:
         """Embed and write until nothing is left; return whether the source has ended, as opposed to an interruption."""
-        reading = self._reader.read(position, self._planned)
         pending: deque[tuple[Block, asyncio.Task[EmbeddedBlock]]] = deque()
         shard = _OpenShard(self._clock())
         is_at_end = False

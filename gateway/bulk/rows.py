@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias, runtime_checkable
 
@@ -68,6 +69,21 @@ class RowsRefused(BulkError):
         skips = "With --on-error skip, the job leaves such rows out and lists them in a file"
         super().__init__(f"{rows[0].place}: {rows[0].problem}. {skips}")
         self.rows = rows
+
+
+@contextmanager
+def closing_readings(*readings: Iterator[object]) -> Iterator[None]:
+    """Close generators at the end of the context.
+
+    They hold connections and files. After an error, its traceback would keep them open, and the garbage collector would
+    close them later, from any thread.
+    """
+    try:
+        yield
+    finally:
+        for reading in readings:
+            if isinstance(reading, Generator) and not reading.gi_running:
+                reading.close()
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import structlog
 import torch
+
+from gateway.telemetry.tracebacks import chain
 
 T = TypeVar("T")
 
@@ -83,7 +85,7 @@ def is_card_lost(error: BaseException, device: str) -> bool:
     # Check each error in the chain: the surrounding code may have raised a less specific error, or failed during cleanup.
     errors = [
         cause
-        for cause in _chain(error)
+        for cause, _is_context in chain(error)
         if isinstance(cause, RuntimeError) and not isinstance(cause, torch.OutOfMemoryError)
     ]
     if any(sign in str(cause).lower() for cause in errors for sign in _FINAL_SIGNS):
@@ -93,7 +95,7 @@ def is_card_lost(error: BaseException, device: str) -> bool:
 
 def find_lost_card(error: BaseException, devices: Sequence[str]) -> str | None:
     """Return the device that was lost, after an error of work that used all of them; ``None`` if no device was lost."""
-    for cause in _chain(error):
+    for cause, _is_context in chain(error):
         if isinstance(cause, CardLost):
             return cause.device or devices[0]
     suspects = [device for device in devices if is_card_lost(error, device)]
@@ -106,16 +108,6 @@ def _is_from_cuda(error: RuntimeError) -> bool:
     message = str(error).lower()
     is_from_cuda = isinstance(error, torch.AcceleratorError) or any(sign in message for sign in _CUDA_SIGNS)
     return is_from_cuda and "out of memory" not in message
-
-
-def _chain(error: BaseException) -> Iterator[BaseException]:
-    """Yield an error, then its causes and contexts."""
-    seen: set[int] = set()
-    following: BaseException | None = error
-    while following is not None and id(following) not in seen:
-        seen.add(id(following))
-        yield following
-        following = following.__cause__ or (None if following.__suppress_context__ else following.__context__)
 
 
 def still_computes(device: str) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 import traceback
 from collections.abc import Iterator
+from itertools import islice
 from types import TracebackType
 from typing import Final, TextIO
 
@@ -27,25 +28,34 @@ _CONTEXT = "During handling of the above exception, another exception occurred:"
 
 def format_traceback(error: BaseException) -> str:
     """Return the traceback of an exception and its causes, within milliseconds and without a final line break."""
-    shown: list[tuple[BaseException, str]] = []
-    link: str = ""
-    current: BaseException | None = error
-    while current is not None and len(shown) < _MAX_EXCEPTIONS:
-        shown.append((current, link))
-        if current.__cause__ is not None:
-            current, link = current.__cause__, _CAUSE
-        elif current.__suppress_context__:
-            current = None
-        else:
-            current, link = current.__context__, _CONTEXT
-        if any(current is other for other, _link in shown):
-            current = None
-    lines = [] if current is None else ["(earlier exceptions are left out)", "", link, ""]
-    for exception, after in reversed(shown):
+    shown = list(islice(chain(error), _MAX_EXCEPTIONS + 1))
+    lines: list[str] = []
+    if len(shown) > _MAX_EXCEPTIONS:
+        _, is_context = shown.pop()
+        lines += ["(earlier exceptions are left out)", "", _CONTEXT if is_context else _CAUSE, ""]
+    for exception, is_context in reversed(shown):
         lines += _lines_of(exception)
-        if after:
-            lines += ["", after, ""]
+        if exception is not error:
+            lines += ["", _CONTEXT if is_context else _CAUSE, ""]
     return "\n".join(lines)
+
+
+def chain(error: BaseException) -> Iterator[tuple[BaseException, bool]]:
+    """Yield an exception, then its causes and contexts, each once and with whether it is a context.
+
+    An exception can be its own cause: pymilvus raises ``error from error``.
+    """
+    seen: set[int] = set()
+    following: BaseException | None = error
+    is_context = False
+    while following is not None and id(following) not in seen:
+        seen.add(id(following))
+        yield following, is_context
+        is_context = following.__cause__ is None
+        if not is_context:
+            following = following.__cause__
+        else:
+            following = None if following.__suppress_context__ else following.__context__
 
 
 def exception_of(event: EventDict) -> BaseException | None:

@@ -303,6 +303,7 @@ class GoneSource:
     def __init__(self, source: Any, num_rows: int) -> None:
         self._source = source
         self._num_rows = num_rows
+        self.is_open = False
 
     def fingerprint(self) -> str:
         return str(self._source.fingerprint())
@@ -311,10 +312,14 @@ class GoneSource:
         return None
 
     def read(self, after: Position | None = None) -> Iterator[Row | BadRow]:
-        for number, row in enumerate(self._source.read(after)):
-            if number == self._num_rows:
-                raise BulkError("gone: no answer")
-            yield row
+        self.is_open = True
+        try:
+            for number, row in enumerate(self._source.read(after)):
+                if number == self._num_rows:
+                    raise BulkError("gone: no answer")
+                yield row
+        finally:
+            self.is_open = False
 
 
 def test_a_source_that_goes_away_midway_is_named_and_the_next_run_continues(jobs: Jobs) -> None:
@@ -324,6 +329,26 @@ def test_a_source_that_goes_away_midway_is_named_and_the_next_run_continues(jobs
     assert len(jobs.ids()) == sum(not is_bad(i) for i in range(100))
     assert jobs.run().is_finished
     assert jobs.ids() == GOOD
+
+
+@pytest.mark.parametrize("fails", [True, False], ids=["the model fails", "Ctrl-C"])
+def test_a_job_that_ends_early_closes_the_reading_of_its_source(jobs: Jobs, fails: bool) -> None:
+    source = GoneSource(open_files([str(jobs.source)], FieldNames()), 10**9)
+    asked: list[asyncio.Event] = []
+
+    def end(texts: Sequence[str]) -> None:
+        assert source.is_open
+        if fails:
+            raise BulkError("the gateway is gone")
+        asked[0].set()
+
+    error: BulkError | None = None
+    try:
+        jobs.run(FakeEmbedder(on_call=end), source=source, stop=asked.append)
+    except BulkError as kept:  # its traceback holds the frames of the job
+        error = kept
+    assert (error is not None) == fails
+    assert not source.is_open
 
 
 def test_a_planned_shard_gets_the_same_rows_after_a_change_of_the_size(jobs: Jobs) -> None:

@@ -97,7 +97,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setenv("GATEWAY_MODELS", "models.yaml")
-        patch.setenv("XDG_CACHE_HOME", "cache")
+        patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
         result = CliRunner().invoke(app, ["compare", *arms, "--data", "data", *options])
     assert result.exit_code == 0, result.stderr
     return Run(folder, result.stdout, result.stderr)

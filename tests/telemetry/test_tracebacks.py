@@ -130,6 +130,8 @@ def test_a_context_is_shown_unless_it_is_suppressed_and_a_circle_ends() -> None:
     one, other = ValueError("one"), ValueError("other")
     one.__cause__, other.__cause__ = other, one
     assert format_traceback(one).count("ValueError") == 2
+    one.__cause__ = one  # as pymilvus does with `raise error from error`
+    assert format_traceback(one).count("ValueError") == 1
 
 
 def test_messages_notes_and_groups_are_bounded_and_a_broken_message_does_no_harm() -> None:

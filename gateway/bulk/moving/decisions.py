@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TypeAlias, TypeVar
 
-from gateway.bulk.rows import RowId
+from gateway.bulk.rows import RowId, closing_readings
 
 T = TypeVar("T")
 Digest: TypeAlias = bytes
@@ -94,12 +94,13 @@ def merge(
 
     All streams are in the order of ``sort_key``, and only one item of each is in memory.
     """
-    heads = [next(stream, None) for stream in streams]
-    while any(head is not None for head in heads):
-        lowest = min((head[0] for head in heads if head is not None), key=sort_key)
-        found: list[T | None] = [None] * len(heads)
-        for number, head in enumerate(heads):
-            if head is not None and sort_key(head[0]) == sort_key(lowest):
-                found[number] = head[1]
-                heads[number] = next(streams[number], None)
-        yield lowest, found
+    with closing_readings(*streams):
+        heads = [next(stream, None) for stream in streams]
+        while any(head is not None for head in heads):
+            lowest = min((head[0] for head in heads if head is not None), key=sort_key)
+            found: list[T | None] = [None] * len(heads)
+            for number, head in enumerate(heads):
+                if head is not None and sort_key(head[0]) == sort_key(lowest):
+                    found[number] = head[1]
+                    heads[number] = next(streams[number], None)
+            yield lowest, found

@@ -20,7 +20,18 @@ from gateway.bulk.job import Job, Options, Reporter
 from gateway.bulk.manifest import Manifest
 from gateway.bulk.moving.decisions import NEW, Action, Base, Digest, decide, merge
 from gateway.bulk.moving.ledger import Ledger
-from gateway.bulk.rows import BadRow, BulkError, Choosy, EmbeddedRows, Position, Row, RowId, Sink, SpaceNote
+from gateway.bulk.rows import (
+    BadRow,
+    BulkError,
+    Choosy,
+    EmbeddedRows,
+    Position,
+    Row,
+    RowId,
+    Sink,
+    SpaceNote,
+    closing_readings,
+)
 from gateway.bulk.stores.payloads import digest, with_field
 from gateway.bulk.stores.protocol import Keeping, Mark, MovableStore
 
@@ -133,10 +144,15 @@ class _Changes:
 
     def read(self, after: Position | None = None) -> Iterator[Row | BadRow]:
         """Yield the items to embed. An interrupted pass begins again, and skips finished items by comparing digests."""
+        items = self._all_items() if self._since is None else self._changed_items(self._since)
+        with closing_readings(items):
+            yield from self._to_embed(items)
+
+    def _to_embed(self, items: Iterator[_Item]) -> Iterator[Row | BadRow]:
         way, counts = self._direction, self._counts
         writes: dict[RowId, Digest | None] = {}
         equal: dict[RowId, Digest] = {}
-        for item in self._all_items() if self._since is None else self._changed_items(self._since):
+        for item in items:
             counts.items += item.first is not None or item.second is not None
             match decide(item.first, item.second, item.base, is_flipped=way.is_flipped and not way.is_one):
                 case Action.NOTHING:

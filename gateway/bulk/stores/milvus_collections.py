@@ -17,6 +17,7 @@ from gateway.bulk.rows import BulkError, Json, RowId, SpaceNote
 from gateway.bulk.stores.notes import NOTE, note_to_json, read_notes
 from gateway.bulk.stores.payloads import to_json
 from gateway.config.wording import enumerate_names, quote
+from gateway.telemetry.tracebacks import chain
 
 # Errors are also raised as exceptions, with instructions. Milvus Lite's server also logs that it lacks a method.
 for _name in ("pymilvus", "milvus_lite", "grpc._server"):
@@ -124,12 +125,10 @@ def refusals(place: str) -> Iterator[None]:
 
 def is_unauthenticated(error: BaseException) -> bool:
     """Return whether a server rejected the token: pymilvus says only that it cannot connect."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, grpc.RpcError) and cause.code() is grpc.StatusCode.UNAUTHENTICATED:
-            return True
-        cause = cause.__cause__
-    return False
+    return any(
+        isinstance(cause, grpc.RpcError) and cause.code() is grpc.StatusCode.UNAUTHENTICATED
+        for cause, _is_context in chain(error)
+    )
 
 
 def find_collection(client: MilvusClient, name: str, store: str) -> Collection | None:

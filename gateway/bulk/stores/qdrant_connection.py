@@ -38,7 +38,8 @@ class Connection:
     """
 
     _open: Final[dict[tuple[str, str | None], Connection]] = {}
-    _lock: Final = threading.Lock()
+    # Reentrant: the garbage collector may close a forgotten user while this thread holds the lock.
+    _lock: Final = threading.RLock()
 
     def __init__(self, place: Place) -> None:
         self.place = place

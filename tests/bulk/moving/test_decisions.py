@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway.bulk.moving.decisions import NEW, Action, Base, decide, merge
+from gateway.bulk.rows import BulkError
 
 A, B, C = b"a", b"b", b"c"
 
@@ -71,6 +74,22 @@ def test_a_merge_has_each_item_once_in_order_with_all_that_is_known_of_it(
     assert list(found) == sorted(first.keys() | second.keys() | bases.keys(), key=key)
     for row_id, values in found.items():
         assert values == [first.get(row_id), second.get(row_id), bases.get(row_id)]
+
+
+def test_a_merge_that_fails_closes_its_streams_at_once() -> None:
+    """The traceback of the error would keep them open, with their connections."""
+    closed: list[str] = []
+
+    def stream(name: str, num_items: int) -> Iterator[tuple[int | str, bytes]]:
+        try:
+            yield from ((number, A) for number in range(num_items))
+            raise BulkError(f"{name} has gone away")
+        finally:
+            closed.append(name)
+
+    with pytest.raises(BulkError, match="docs has gone away") as kept:
+        list(merge([stream("docs", 5), stream("copy", 50)], lambda row_id: (0, row_id)))
+    assert (kept.value.__traceback__ is not None, closed) == (True, ["docs", "copy"])
 
 
 STEP = st.tuples(st.integers(0, 3), st.sampled_from(["first", "second"]), st.sampled_from([A, B, C, None]))
