@@ -7,7 +7,9 @@ import gc
 import inspect
 import logging
 import os
+import sys
 import tempfile
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -155,7 +157,9 @@ def _same_logs() -> Iterator[None]:
     before = structlog.get_config()
     loggers = [logging.getLogger(name) for name in ("", "gateway", "uvicorn")]
     states = [(logger, logger.handlers[:], logger.propagate, logger.level) for logger in loggers]
+    hooks = sys.unraisablehook, threading.excepthook  # pytest's, which fail the test
     yield
+    sys.unraisablehook, threading.excepthook = hooks
     structlog.configure(**before)
     for logger, handlers, propagate, level in states:
         logger.handlers[:], logger.propagate = handlers, propagate

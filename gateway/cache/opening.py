@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from gateway.cache.model_cache import ModelCache
@@ -29,5 +30,10 @@ def _store(model: str, config: CacheConfig) -> Store | None:
     if config.disk is not None:
         from gateway.cache.disk_store import DiskStore
 
-        return DiskStore(Path(config.disk) / model.replace("/", "--"), config.disk_bytes)
+        return DiskStore(Path(config.disk) / folder_of(model), config.disk_bytes)
     return None
+
+
+def folder_of(model: str) -> str:
+    """Return the name of a model's folder, which no other model has: ``org--name`` for ``org/name``."""
+    return re.sub("-(?=[-/])", "%2d", model).replace("/", "--")

@@ -100,6 +100,7 @@ def configure_logs(level: str, style: str) -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.captureWarnings(True)  # Python would print them to standard error itself, and block there
     threading.excepthook = _log_failed_thread  # also these
+    sys.unraisablehook = _log_ignored_error
 
 
 def _as_json(event: EventDict, default: Callable[[object], object]) -> str:
@@ -151,6 +152,15 @@ def _log_failed_thread(failed: threading.ExceptHookArgs) -> None:
     if failed.exc_value is not None and not isinstance(failed.exc_value, SystemExit):
         name = failed.thread.name if failed.thread else None
         structlog.get_logger(__name__).error("thread_failed", thread=name, exc_info=failed.exc_value)
+
+
+def _log_ignored_error(ignored: sys.UnraisableHookArgs) -> None:
+    """Log an exception that nothing can catch: it was raised while Python deleted an object, or in C code."""
+    if sys.is_finalizing():  # nothing writes the queued lines any more
+        sys.__unraisablehook__(ignored)
+        return
+    where = getattr(ignored.object, "__qualname__", type(ignored.object).__qualname__)
+    structlog.get_logger(__name__).error("error_ignored", where=where, exc_info=ignored.exc_value)
 
 
 def _is_standard_stream(handler: logging.Handler) -> bool:

@@ -21,6 +21,7 @@ from gateway.cache import disk_store, stores
 from gateway.cache.disk_store import DiskStore
 from gateway.cache.entries import Part
 from gateway.cache.model_cache import ModelCache
+from gateway.cache.opening import folder_of
 from gateway.cache.redis_store import RedisStore
 from gateway.cache.stores import Guarded, Store
 from gateway.telemetry import metrics
@@ -357,6 +358,12 @@ def flip(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 0x10
     path.write_bytes(content)
+
+
+def test_no_two_models_share_a_folder() -> None:
+    names = ["a/b", "a--b", "a-/b", "a---b", "a-b", "a/b-", "a/b/c", "a--b/c", "a-/-b"]
+    assert len({folder_of(name) for name in names}) == len(names)
+    assert folder_of("BAAI/bge-m3") == "BAAI--bge-m3"
 
 
 @pytest.mark.parametrize("suffix", [".rows", ".index"])

@@ -249,9 +249,8 @@ def restored_logging() -> Iterator[None]:
     loggers = [logging.getLogger(name) for name in ("", "gateway", "uvicorn", "sentence_transformers")]
     before = [(logger.handlers[:], logger.level, logger.propagate) for logger in loggers]
     progress_bars = os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS")
-    of_threads, logger_class = threading.excepthook, logging.getLoggerClass()
+    logger_class = logging.getLoggerClass()
     yield
-    threading.excepthook = of_threads
     logging.setLoggerClass(logger_class)
     for logger, (handlers, level, propagate) in zip(loggers, before, strict=True):
         logger.handlers[:], logger.propagate = handlers, propagate
@@ -381,6 +380,11 @@ for logger in ("early", "late", *libraries):
     logging.getLogger(logger).debug("hello from %s", logger)
     logging.getLogger(logger).warning("hello from %s", logger)
 assert own.stream.getvalue() == "hello from late\\n" * 2
+class Broken:
+    def __del__(self):
+        1 / 0
+broken = Broken()
+del broken
 threading.Thread(target=lambda: 1 / 0, name="a thread").start()
 """
 
@@ -388,14 +392,16 @@ threading.Thread(target=lambda: 1 / 0, name="a thread").start()
 def test_libraries_that_print_their_lines_themselves_write_to_the_same_log() -> None:
     printed = subprocess.run([sys.executable, "-c", _CHATTY], capture_output=True, text=True, check=True, cwd=ROOT)
 
-    *lines, last = [json.loads(line) for line in printed.stderr.splitlines()]
+    *lines, deleted, last = [json.loads(line) for line in printed.stderr.splitlines()]
     names = [line["logger"] for line in lines]
     assert [line["event"] for line in lines] == [f"hello from {name}" for name in names]
     assert names[:2] == ["early", "late"]
     assert len(names) == len(set(names)) == 9
     assert printed.stdout == ""
     assert (last["event"], last["thread"], last["level"]) == ("thread_failed", "a thread", "error")
+    assert (deleted["event"], deleted["where"], deleted["level"]) == ("error_ignored", "Broken.__del__", "error")
     assert "ZeroDivisionError" in last["exception"]
+    assert "ZeroDivisionError" in deleted["exception"]
 
 
 @pytest.mark.usefixtures("restored_logging")
