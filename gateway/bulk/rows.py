@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import GeneratorType
 from typing import Protocol, TypeAlias, runtime_checkable
 
 from gateway.errors import StartError
@@ -82,7 +83,7 @@ def closing_readings(*readings: Iterator[object]) -> Iterator[None]:
         yield
     finally:
         for reading in readings:
-            if isinstance(reading, Generator) and not reading.gi_running:
+            if isinstance(reading, GeneratorType) and not reading.gi_running:
                 reading.close()
 
 
