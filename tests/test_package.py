@@ -161,12 +161,30 @@ def test_rights_are_given_to_the_jobs_that_need_them() -> None:
     assert rights["pypi"] == {"id-token": "write"}  # and no token of PyPI's
     assert "secrets" not in str(steps("pypi"))
     assert rights["image"]["packages"] == "write"
+    assert rights["tried"] is None
 
 
 def test_the_wheel_that_is_published_was_tried() -> None:
     assert any("make package" in step.get("run", "") for step in steps("package"))
     assert "package" in RELEASE["jobs"]["pypi"]["needs"]
     assert "make smoke check site package test" in (WORKFLOWS / "ci.yml").read_text()
+
+
+def test_no_image_is_published_before_one_was_measured_and_served() -> None:
+    assert RELEASE["jobs"]["tried"]["uses"] == "./.github/workflows/image.yml"
+    assert "workflow_call" in yaml.safe_load((WORKFLOWS / "image.yml").read_text())[True]
+    assert RELEASE["jobs"]["image"]["needs"] == "tried"
+
+
+def test_the_images_are_one_for_each_way_to_run() -> None:
+    variants = {one.pop("variant"): one for one in RELEASE["jobs"]["image"]["strategy"]["matrix"]["include"]}
+    (build,) = [step["with"] for step in steps("image") if "build-push" in step["uses"]]
+    arguments = dict(line.split("=", 1) for line in build["build-args"].splitlines())
+
+    assert set(variants) == {"cpu", "cuda", "cuda-cluster"}
+    assert [name for name, one in variants.items() if "extras" in one] == ["cuda-cluster"]
+    assert arguments == {"TORCH_INDEX": "${{ matrix.torch-index }}", "EXTRAS": "${{ matrix.extras }}"}
+    assert {f"ARG {name}=" for name in arguments} <= set((ROOT / "Dockerfile").read_text().splitlines())
 
 
 def test_the_tag_must_be_the_version() -> None:
