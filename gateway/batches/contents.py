@@ -116,13 +116,14 @@ class Contents:
             StorageFull: the quota or the disk would be full.
         """
         if self._num_bytes + num_bytes > self._max_bytes:
-            raise full(f"its files take {self._num_bytes} of GATEWAY_BATCH_MAX_BYTES={self._max_bytes} bytes")
+            raise quota_full(f"its files take {self._num_bytes} of GATEWAY_BATCH_MAX_BYTES={self._max_bytes} bytes")
         try:
             status = os.statvfs(self._files)
         except OSError as error:
             raise _failure(error) from error
-        if status.f_bavail * status.f_frsize < num_bytes + _FREE_BYTES:
-            raise full("its disk is nearly full")
+        free = status.f_bavail * status.f_frsize
+        if free < num_bytes + _FREE_BYTES:
+            raise disk_full(f"its disk has {free} bytes left, of which {_FREE_BYTES} must stay free")
 
     def size(self, file_id: str) -> int:
         """Return the size of a file's content in bytes; 0 if it does not exist."""
@@ -154,7 +155,7 @@ def counted(path: Path) -> int:
 def _failure(error: OSError) -> Exception:
     """Return the error for a client whose file cannot be written."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return full(str(error.strerror))
+        return disk_full(str(error.strerror))
     if isinstance(error, FileNotFoundError):
         return error
     return BatchesUnavailable(
@@ -162,8 +163,16 @@ def _failure(error: OSError) -> Exception:
     )
 
 
-def full(reason: str) -> StorageFull:
-    return StorageFull(
-        f"the folder of batches is full: {reason}. Delete files, or ask the operator to raise GATEWAY_BATCH_MAX_BYTES",
-        is_permanent=True,
-    )
+def quota_full(reason: str) -> StorageFull:
+    """Return the error of a folder that has reached the operator's limit."""
+    return _storage_full(reason, "to raise GATEWAY_BATCH_MAX_BYTES")
+
+
+def disk_full(reason: str) -> StorageFull:
+    """Return the error of a folder whose disk has no room, whatever the limit is."""
+    return _storage_full(reason, "for more room on the disk of GATEWAY_BATCH_DIR")
+
+
+def _storage_full(reason: str, request: str) -> StorageFull:
+    message = f"the folder of batches is full: {reason}. Delete files, or ask the operator {request}"
+    return StorageFull(message, is_permanent=True)

@@ -16,7 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gateway.batches.contents import Contents, full
+from gateway.batches.contents import Contents, disk_full, quota_full
 from gateway.batches.values import (
     KEPT_S,
     Batch,
@@ -158,7 +158,7 @@ class Store(Contents):
                 raise
         except sqlite3.Error as error:
             if getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_FULL:
-                raise full("its disk is full") from error
+                raise disk_full("its disk has no room for the database") from error
             raise BatchesUnavailable(
                 f"the database of batches cannot be written at the moment: {error}", retry_after_s=5
             ) from error
@@ -174,7 +174,7 @@ class Store(Contents):
         [row] = self._read("SELECT total(num_bytes) AS held FROM files WHERE owner = ? AND expires_at > 0", file.owner)
         held, free = int(row["held"]) + file.num_bytes, self._max_bytes - self.num_bytes
         if file.owner and held > free:  # without keys, all files have one owner, which is ""
-            raise full(
+            raise quota_full(
                 f"the files of this key would take {held} bytes, and a key may take as much as remains free, {free}"
             )
         with self._writing() as db:

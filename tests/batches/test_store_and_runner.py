@@ -330,7 +330,7 @@ def test_a_disk_that_is_nearly_full_takes_nothing_more(open_store: OpenStore, mo
     store = open_store()
     monkeypatch.setattr(os, "statvfs", lambda _path: SimpleNamespace(f_bavail=10, f_frsize=4096))
 
-    with pytest.raises(StorageFull, match="its disk is nearly full"):
+    with pytest.raises(StorageFull, match=r"bytes left, of which 67108864 must stay free\. .* more room on the disk"):
         add_file(store)
 
 
