@@ -20,6 +20,13 @@ _THOUGHT, _END_OF_THOUGHT = "<think>", "</think>"
 _MAX_MODEL_CHARACTERS = 200
 _MAX_SHOWN_CHARACTERS = 200
 _MAX_TOKENS = 100_000_000
+# Each provider has its own words for the reason why an answer ends: OpenAI writes `length` for the limit of tokens, and
+# others name the tokens, the context window, or the answer that is incomplete.
+_CUT = re.compile(r"length|max|limit|window|incomplete|truncat", re.IGNORECASE)
+_FILTERED = re.compile(
+    r"filter|safety|recitation|prohibited|blocklist|spii|toxic|refus|guardrail|moderation", re.IGNORECASE
+)
+_BROKEN_OFF = re.compile(r"abort|error|cancel|interrupt|insufficient|malformed", re.IGNORECASE)
 
 
 class Outcome(StrEnum):
@@ -27,6 +34,7 @@ class Outcome(StrEnum):
 
     GRADED = "graded"
     REFUSED = "refused"
+    CUT = "cut"
     UNREADABLE = "unreadable"
 
 
@@ -38,8 +46,7 @@ class Answer:
         grade: the grade; ``None`` unless the outcome is ``GRADED``.
         model: id of the model that answered, by its own account; may be empty.
         prompt_tokens, completion_tokens: 0 if the endpoint does not count them.
-        said: the beginning of an unreadable answer.
-        is_cut: an unreadable answer reached the limit of its tokens.
+        said: the beginning of an answer that was cut at its limit of tokens, or is unreadable.
     """
 
     outcome: Outcome
@@ -48,7 +55,6 @@ class Answer:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     said: str = ""
-    is_cut: bool = False
 
 
 class _Part(BaseModel):
@@ -74,13 +80,14 @@ class _Message(BaseModel):
 
 class _Choice(BaseModel):
     message: _Message
-    finish_reason: str | None = None
+    finish_reason: object = None
 
 
 class _ChatCompletion(BaseModel):
     """The part of OpenAI's chat completion that the judge uses.
 
-    The model and the usage may have any type, so that an odd value does not lose a grade that was paid for.
+    The model, the usage and the reason for the end may have any type, so that an odd value does not lose a grade that was
+    paid for.
     """
 
     choices: list[_Choice]
@@ -88,8 +95,14 @@ class _ChatCompletion(BaseModel):
     usage: object = None
 
 
-def read_answer(content: bytes) -> Answer:
-    """Read a response; any response that cannot be read is ``UNREADABLE``."""
+def read_answer(content: bytes, max_tokens: int) -> Answer:
+    """Read a response; any response that cannot be read is ``UNREADABLE``.
+
+    A grade in an answer that was not finished does not count: the judge may have changed it later.
+
+    Args:
+        max_tokens: the limit of the request, for endpoints that do not tell why an answer ends.
+    """
     try:
         completion = _ChatCompletion.model_validate_json(content)
     except ValidationError:
@@ -98,20 +111,22 @@ def read_answer(content: bytes) -> Answer:
         return Answer(Outcome.UNREADABLE)
     choice = completion.choices[0]
     grade = read_grade(choice.message.text)
-    if choice.message.refusal or choice.finish_reason == "content_filter":
-        outcome, grade = Outcome.REFUSED, None
+    num_written = _count_of(completion.usage, "completion_tokens")
+    end = choice.finish_reason if isinstance(choice.finish_reason, str) else ""
+    if choice.message.refusal or _FILTERED.search(end):
+        outcome = Outcome.REFUSED
+    elif _CUT.search(end) or (not end and num_written >= max_tokens):
+        outcome = Outcome.CUT
     else:
-        outcome = Outcome.UNREADABLE if grade is None else Outcome.GRADED
+        outcome = Outcome.UNREADABLE if grade is None or _BROKEN_OFF.search(end) else Outcome.GRADED
     model = completion.model[:_MAX_MODEL_CHARACTERS] if isinstance(completion.model, str) else ""
-    is_unreadable = outcome is Outcome.UNREADABLE
     return Answer(
         outcome,
-        grade,
+        grade if outcome is Outcome.GRADED else None,
         model,
         _count_of(completion.usage, "prompt_tokens"),
-        _count_of(completion.usage, "completion_tokens"),
-        choice.message.text.strip()[:_MAX_SHOWN_CHARACTERS] if is_unreadable else "",
-        is_unreadable and choice.finish_reason == "length",
+        num_written,
+        choice.message.text.strip()[:_MAX_SHOWN_CHARACTERS] if outcome in {Outcome.CUT, Outcome.UNREADABLE} else "",
     )
 
 

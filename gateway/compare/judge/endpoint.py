@@ -24,7 +24,8 @@ from gateway.errors import CompareError
 _PATH = "/chat/completions"
 _FORMATS = ("json_schema", "json_object", "text")
 # An answer has about 40 tokens. The first limit is enough for most models that think before; some need the second.
-_MAX_ANSWER_TOKENS, _MAX_THOUGHT_TOKENS = 2_048, 8_192
+_MAX_ANSWER_TOKENS, MAX_THOUGHT_TOKENS = 2_048, 8_192
+CUT_REMEDY = "turn off the judge's thinking, give its server a longer context, or use another judge"
 _MAX_ANSWER_BYTES = 2**20
 _ANSWER_TIMEOUT_S = 180.0
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 60.0
@@ -162,18 +163,19 @@ class ChatEndpoint:
             tried.add(dialect)
             status, content = await self._send(dialect.body(self.model, messages))
             if status not in _NOT_ACCEPTED:
-                answer = read_answer(content)
+                answer = read_answer(content, dialect.max_tokens)
                 prompt_tokens += answer.prompt_tokens
                 completion_tokens += answer.completion_tokens
-                if answer.outcome is not Outcome.UNREADABLE:
+                if answer.outcome in {Outcome.GRADED, Outcome.REFUSED}:
                     self.dialect = dialect
                     return replace(answer, prompt_tokens=prompt_tokens, completion_tokens=completion_tokens)
                 error_text = _shown_answer(answer, dialect) or self._quote(content)
                 # With fewer tokens, the other forms would be cut off as well.
-                if dialect.max_tokens == _MAX_THOUGHT_TOKENS:
-                    untried = [one for one in untried if one.max_tokens == _MAX_THOUGHT_TOKENS]
+                if dialect.max_tokens == MAX_THOUGHT_TOKENS:
+                    untried = [one for one in untried if one.max_tokens == MAX_THOUGHT_TOKENS]
                 untried += reversed(list(dialect.others("")))
-                untried += [replace(dialect, max_tokens=_MAX_THOUGHT_TOKENS)] if answer.is_cut else []
+                if answer.outcome is Outcome.CUT:
+                    untried.append(replace(dialect, max_tokens=MAX_THOUGHT_TOKENS))
                 continue
             error_text = self._quote(content)
             untried += reversed(list(dialect.others(error_text)))
@@ -183,7 +185,7 @@ class ChatEndpoint:
         )
 
     async def ask(self, messages: Sequence[Message]) -> Answer:
-        """Ask for a grade.
+        """Ask for a grade, again with a higher limit if the answer is cut at its limit of tokens.
 
         A rejected request is ``REFUSED``, for example by a content filter. A request that fails again and again, while the
         endpoint answers others, is ``UNREADABLE``.
@@ -195,14 +197,14 @@ class ChatEndpoint:
         status, content = await self._send(dialect.body(self.model, messages))
         if status in _NOT_ACCEPTED:
             return Answer(Outcome.REFUSED)
-        answer = read_answer(content)
-        if not answer.is_cut or dialect.max_tokens == _MAX_THOUGHT_TOKENS:
+        answer = read_answer(content, dialect.max_tokens)
+        if answer.outcome is not Outcome.CUT or dialect.max_tokens == MAX_THOUGHT_TOKENS:
             return answer
-        longer = replace(dialect, max_tokens=_MAX_THOUGHT_TOKENS)
+        longer = replace(dialect, max_tokens=MAX_THOUGHT_TOKENS)
         status, content = await self._send(longer.body(self.model, messages))
         if status in _NOT_ACCEPTED:  # longer than the model can read and write
             return answer
-        self.dialect, again = longer, read_answer(content)
+        self.dialect, again = longer, read_answer(content, longer.max_tokens)
         return replace(
             again,
             prompt_tokens=again.prompt_tokens + answer.prompt_tokens,
@@ -353,8 +355,8 @@ def is_on_this_machine(url: httpx.URL) -> bool:
 
 def _shown_answer(answer: Answer, dialect: Dialect) -> str:
     """Return an answer without a grade for a message; empty if it is not a chat completion."""
-    if answer.is_cut:
-        return f"{answer.said!r}, cut off after {dialect.max_tokens:,} tokens"
+    if answer.outcome is Outcome.CUT:
+        return f"{answer.said!r}, cut off after {dialect.max_tokens:,} tokens: {CUT_REMEDY}"
     return repr(answer.said) if answer.said else ""
 
 

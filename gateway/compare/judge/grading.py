@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from gateway.compare.dataset import Dataset
 from gateway.compare.judge.answers import Answer, Outcome
-from gateway.compare.judge.endpoint import ChatEndpoint, NoDialect
+from gateway.compare.judge.endpoint import CUT_REMEDY, ChatEndpoint, NoDialect
 from gateway.compare.judge.prompt import make_messages
 from gateway.compare.judge.store import GradeStore, StoredGrade
 from gateway.compare.judge.values import Pair
@@ -169,8 +170,10 @@ class Grader:
 
 
 def _too_many(name: str, tally: Tally) -> str:
-    refused = sum(outcome is Outcome.REFUSED for outcome in tally.unjudged.values())
+    nums = Counter(tally.unjudged.values())
+    reasons = f"{nums[Outcome.REFUSED]} refused, {nums[Outcome.CUT]} cut, {nums[Outcome.UNREADABLE]} unreadable"
+    remedy = f". For answers that are cut at their limit of tokens: {CUT_REMEDY}" if nums[Outcome.CUT] else ""
     return (
-        f"{name} gave no grade for {len(tally.unjudged)} of {tally.num_calls:,} pairs ({refused} refused, "
-        f"{len(tally.unjudged) - refused} unreadable): no verdict is possible. All grades are kept"
+        f"{name} gave no grade for {len(tally.unjudged)} of {tally.num_calls:,} pairs ({reasons}): no verdict is possible. "
+        f"All grades are kept{remedy}"
     )

@@ -9,7 +9,7 @@ import httpx
 
 from gateway.compare.dataset import Dataset
 from gateway.compare.judge.answers import Outcome
-from gateway.compare.judge.endpoint import ChatEndpoint
+from gateway.compare.judge.endpoint import CUT_REMEDY, MAX_THOUGHT_TOKENS, ChatEndpoint
 from gateway.compare.judge.grading import Grader, Question
 from gateway.compare.judge.inference import kappa, self_agreement
 from gateway.compare.judge.makers import relatives
@@ -92,13 +92,14 @@ def make_report(subject: Subject, asked: Asked, graded: Graded, checked: Grades 
         num_pairs=len(graded.questions),
         num_refused=unjudged.count(Outcome.REFUSED),
         num_unreadable=unjudged.count(Outcome.UNREADABLE),
+        num_cut=unjudged.count(Outcome.CUT),
         usage=Usage(tally.num_calls, graded.num_known, tally.prompt_tokens, tally.completion_tokens),
         self_agreement=repeats,
         check=check,
         levels=levels(evidence),
         contrasts=conclude(evidence),
         notes=[
-            *_notes_on_grades(graded, len(unjudged), repeats),
+            *_notes_on_grades(graded, unjudged, repeats),
             *_notes_on_judge(asked, subject),
             *_notes_on_data(graded, subject.dataset.groups),
         ],
@@ -147,13 +148,18 @@ def _self_agreement(graded: Graded) -> SelfAgreement | None:
     return SelfAgreement(len(gradings), self_agreement(gradings)) if gradings else None
 
 
-def _notes_on_grades(graded: Graded, num_unjudged: int, repeats: SelfAgreement | None) -> list[str]:
+def _notes_on_grades(graded: Graded, unjudged: Sequence[Outcome], repeats: SelfAgreement | None) -> list[str]:
     notes = []
-    if num_unjudged:
-        share = 100 * num_unjudged / len(graded.questions)
+    if unjudged:
+        share = 100 * len(unjudged) / len(graded.questions)
         notes.append(
-            f"{count(num_unjudged, 'pair has', 'pairs have')} no grade ({share:.1f} %): refused, or answered without one. "
-            f"Above {100 * MAX_UNJUDGED_SHARE:.0f} % there is no verdict."
+            f"{count(len(unjudged), 'pair has', 'pairs have')} no grade ({share:.1f} %): refused, cut, or answered without "
+            f"one. Above {100 * MAX_UNJUDGED_SHARE:.0f} % there is no verdict."
+        )
+    if num_cut := unjudged.count(Outcome.CUT):
+        notes.append(
+            f"{count(num_cut, 'answer was', 'answers were')} cut at the limit of tokens: {MAX_THOUGHT_TOKENS:,}, or that of "
+            f"the judge's server. A grade in such an answer does not count: {CUT_REMEDY}. Then run again: grades are kept."
         )
     if repeats and repeats.share < MIN_SELF_AGREEMENT:
         notes.append(

@@ -90,7 +90,7 @@ def _introduction(report: JudgeReport) -> list[str]:
     usage = report.usage
     tokens = usage.prompt_tokens + usage.completion_tokens
     spent = f"{count(usage.num_calls, 'request')}{f', {tokens:,} tokens' if tokens else ''}"
-    num_graded = report.num_pairs - report.num_refused - report.num_unreadable
+    num_graded = report.num_pairs - report.num_unjudged
     agreement = report.self_agreement
     repeats = f" It repeats {percent(agreement.share)} of its grades." if agreement else ""
     means = ", ".join(f"{arm} {fixed(level.mean)}" for arm, level in report.levels.items())

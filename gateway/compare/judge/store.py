@@ -28,7 +28,7 @@ class GradeStore:
     """The grades of one judge with one prompt, by a hash of the query and the document.
 
     The file has a JSON object per line, and only grows. A line that an interruption cut short is removed when the file is
-    opened again. Refusals and unreadable answers are not kept, so another run asks again.
+    opened again. Refusals, cut and unreadable answers are not kept, so another run asks again.
 
     Args:
         folder: the folder, which is created if missing.

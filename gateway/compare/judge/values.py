@@ -147,7 +147,8 @@ class JudgeReport:
 
     Attributes:
         num_refused: pairs that the judge, or a filter in front of it, refused to grade.
-        num_unreadable: pairs whose answer has no grade.
+        num_unreadable: pairs whose answer has no grade, or broke off.
+        num_cut: pairs whose answer was cut at its limit of tokens.
         levels: mean nDCG@10 of each arm by the judge's grades.
         contrasts: the contrast of each arm except the baseline.
         notes: caveats.
@@ -168,8 +169,14 @@ class JudgeReport:
     notes: Sequence[str]
     grades: Grades = field(repr=False)
     check_notes: Sequence[str] = ()
+    num_cut: int = 0  # an earlier version counted such answers
+
+    @property
+    def num_unjudged(self) -> int:
+        """The number of the pairs that have no grade."""
+        return self.num_refused + self.num_unreadable + self.num_cut
 
     @property
     def unjudged_share(self) -> float:
         """The share of the pairs that have no grade."""
-        return (self.num_refused + self.num_unreadable) / self.num_pairs if self.num_pairs else 0.0
+        return self.num_unjudged / self.num_pairs if self.num_pairs else 0.0

@@ -65,6 +65,13 @@ def completion(content: str | None, **message: Any) -> Reply:
     return Reply(body=json.dumps({"model": "stand-in-1", "choices": [choice], "usage": usage}).encode())
 
 
+def ended(reply: Reply, reason: object) -> Reply:
+    """Return a chat completion with another reason for its end."""
+    return Reply(
+        body=reply.body.replace(b'"finish_reason": "stop"', b'"finish_reason": ' + json.dumps(reason).encode())
+    )
+
+
 def graded(grade: object) -> Reply:
     """Return the answer of a judge that keeps to the schema."""
     return completion(json.dumps({"reason": "so it is", "grade": grade}))

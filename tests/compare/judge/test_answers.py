@@ -8,12 +8,16 @@ from typing import Any
 import pytest
 
 from gateway.compare.judge.answers import Answer, Outcome, read_answer, read_grade
-from tests.compare.judge.stand_in import completion, graded
+from tests.compare.judge.stand_in import completion, ended, graded
+
+
+def read(content: bytes, max_tokens: int = 2_048) -> Answer:
+    return read_answer(content, max_tokens)
 
 
 @pytest.mark.parametrize("grade", [0, 1, 2, 3])
 def test_the_grade_of_the_schema(grade: int) -> None:
-    answer = read_answer(graded(grade).body)
+    answer = read(graded(grade).body)
     assert answer == Answer(Outcome.GRADED, grade, "stand-in-1", 500, 20)
 
 
@@ -66,15 +70,38 @@ def test_the_grade_in_a_text(text: str, grade: int | None) -> None:
     ],
 )
 def test_an_answer_that_is_not_a_completion_is_unreadable(content: bytes) -> None:
-    assert read_answer(content) == Answer(Outcome.UNREADABLE)
+    assert read(content) == Answer(Outcome.UNREADABLE)
 
 
 def test_refusals() -> None:
     """A grade in a refusal does not count."""
-    assert read_answer(completion(None, refusal="I cannot grade this.").body).outcome is Outcome.REFUSED
-    filtered = json.loads(graded(3).body)
-    filtered["choices"][0]["finish_reason"] = "content_filter"
-    assert read_answer(json.dumps(filtered).encode()) == Answer(Outcome.REFUSED, None, "stand-in-1", 500, 20)
+    assert read(completion(None, refusal="I cannot grade this.").body).outcome is Outcome.REFUSED
+    for reason in ("content_filter", "SAFETY", "PROHIBITED_CONTENT", "guardrail_intervened", "refusal"):
+        assert read(ended(graded(3), reason).body) == Answer(Outcome.REFUSED, None, "stand-in-1", 500, 20)
+
+
+@pytest.mark.parametrize(
+    "reason", ["length", "max_tokens", "MAX_TOKENS", "model_length", "model_context_window_exceeded", "incomplete"]
+)
+def test_a_grade_in_an_answer_that_is_cut_does_not_count(reason: str) -> None:
+    text = 'A first thought: {"grade": 3}. But then again, the document'
+    assert read(ended(completion(text), reason).body) == Answer(Outcome.CUT, None, "stand-in-1", 500, 20, text)
+
+
+def test_an_answer_is_cut_if_it_uses_all_tokens_and_the_endpoint_does_not_tell_why_it_ends() -> None:
+    assert read(ended(graded(2), None).body, max_tokens=20).outcome is Outcome.CUT
+    assert read(ended(graded(2), None).body, max_tokens=21).grade == 2
+    assert read(graded(2).body, max_tokens=20).grade == 2  # its thoughts do not count for every limit
+
+
+@pytest.mark.parametrize("reason", ["error", "abort", "cancelled", "insufficient_system_resource"])
+def test_a_grade_in_an_answer_that_broke_off_does_not_count(reason: str) -> None:
+    assert read(ended(graded(2), reason).body).outcome is Outcome.UNREADABLE
+
+
+@pytest.mark.parametrize("reason", ["stop", "eos_token", "end_turn", "COMPLETE", "", None, 1])
+def test_a_grade_in_a_finished_answer_counts(reason: object) -> None:
+    assert read(ended(graded(2), reason).body).grade == 2
 
 
 def test_content_in_parts() -> None:
@@ -87,7 +114,7 @@ def test_content_in_parts() -> None:
     body = json.loads(completion("").body)
     body["choices"][0]["message"]["content"] = parts
     del body["usage"], body["model"]
-    assert read_answer(json.dumps(body).encode()) == Answer(Outcome.GRADED, 1)
+    assert read(json.dumps(body).encode()) == Answer(Outcome.GRADED, 1)
 
 
 @pytest.mark.parametrize(
@@ -101,18 +128,18 @@ def test_content_in_parts() -> None:
 )
 def test_a_grade_is_not_lost_because_of_other_fields(model: object, usage: object) -> None:
     choice = {"message": {"content": '{"grade": 2}'}}
-    answer = read_answer(json.dumps({"choices": [choice], "model": model, "usage": usage}).encode())
+    answer = read(json.dumps({"choices": [choice], "model": model, "usage": usage}).encode())
     assert (answer.grade, answer.prompt_tokens, answer.completion_tokens) == (2, 0, 0)
     assert answer.model == ("m" if model == "m" else "")
 
 
 def test_a_long_name_of_a_model_is_cut() -> None:
     choice = {"message": {"content": '{"grade": 2}'}}
-    assert len(read_answer(json.dumps({"choices": [choice], "model": "m" * 10_000}).encode()).model) == 200
+    assert len(read(json.dumps({"choices": [choice], "model": "m" * 10_000}).encode()).model) == 200
 
 
 @pytest.mark.parametrize("field", ["reasoning_content", "reasoning"])
 def test_a_grade_that_is_only_in_the_thoughts_does_not_count(field: str) -> None:
     thought = {field: 'Perhaps {"grade": 0}.'}
-    assert read_answer(completion("", **thought).body).outcome is Outcome.UNREADABLE
-    assert read_answer(completion('{"grade": 2}', **thought).body).grade == 2
+    assert read(completion("", **thought).body).outcome is Outcome.UNREADABLE
+    assert read(completion('{"grade": 2}', **thought).body).grade == 2

@@ -17,7 +17,7 @@ from gateway.compare.judge.endpoint import chat_url, connect_judge, is_on_this_m
 from gateway.compare.judge.prompt import make_messages
 from gateway.errors import CompareError
 from tests.compare.judge.conftest import StartJudge
-from tests.compare.judge.stand_in import Reply, completion, graded, refusal
+from tests.compare.judge.stand_in import Reply, completion, ended, graded, refusal
 
 MESSAGES = make_messages("a query", "a document")
 
@@ -168,8 +168,7 @@ async def test_tokens_of_answers_without_a_grade_are_counted(start_judge: StartJ
 
 def cut_off(thought: str = "<think>Well") -> Reply:
     """Return the answer of a model that has reached its limit of tokens while it thought."""
-    reply = completion(thought)
-    return Reply(body=reply.body.replace(b'"finish_reason": "stop"', b'"finish_reason": "length"'))
+    return ended(completion(thought), "length")
 
 
 async def test_a_judge_that_thinks_long_gets_more_tokens(start_judge: StartJudge) -> None:
@@ -192,6 +191,16 @@ async def test_a_thought_that_is_cut_off_later_gets_more_tokens_too(start_judge:
     assert [body["max_tokens"] for body in judge.bodies] == [2_048, 2_048, 8_192, 8_192]
 
 
+async def test_a_grade_in_an_answer_that_is_cut_off_does_not_count(start_judge: StartJudge) -> None:
+    """The judge may have changed it later."""
+    judge = start_judge(lambda body, _number: graded(2) if body["max_tokens"] > 8_000 else cut_off('{"grade": 0}? No:'))
+
+    answers = await ask(judge.url, times=2)
+
+    assert [answer.grade for answer in answers] == [2, 2]
+    assert [body["max_tokens"] for body in judge.bodies] == [2_048, 8_192, 8_192]
+
+
 async def test_a_model_without_room_for_more_tokens_keeps_its_dialect(start_judge: StartJudge) -> None:
     def respond(body: dict[str, Any], number: int) -> Reply:
         if body["max_tokens"] > 4_096:
@@ -202,7 +211,7 @@ async def test_a_model_without_room_for_more_tokens_keeps_its_dialect(start_judg
 
     answers = await ask(judge.url, times=3)
 
-    assert [answer.outcome for answer in answers] == [Outcome.GRADED, Outcome.UNREADABLE, Outcome.GRADED]
+    assert [answer.outcome for answer in answers] == [Outcome.GRADED, Outcome.CUT, Outcome.GRADED]
     assert [body["max_tokens"] for body in judge.bodies] == [2_048, 2_048, 8_192, 2_048]
 
 

@@ -29,7 +29,7 @@ from gateway.compare.progress import Silent
 from gateway.comparisons.sheet import CHECK_FILE
 from gateway.errors import CompareError
 from tests.compare.judge.conftest import StartJudge
-from tests.compare.judge.stand_in import Reply, completion, graded, refusal, texts_of
+from tests.compare.judge.stand_in import Reply, completion, ended, graded, refusal, texts_of
 
 NUM_QUERIES = 70
 SHARED, OWN = 2, 3
@@ -320,6 +320,28 @@ async def test_few_refusals_are_noted_and_many_prevent_a_verdict(start_judge: St
 
     with pytest.raises(CompareError, match=r"no verdict is possible\. All grades are kept"):
         await run(world, start_judge(refusing(0.5)).url, tmp_path)
+
+
+async def test_answers_that_are_cut_count_as_no_judgment(start_judge: StartJudge, tmp_path: Path) -> None:
+    def cutting(share: float) -> Callable[[dict[str, Any], int], Reply]:
+        def respond(body: dict[str, Any], _number: int) -> Reply:
+            texts = texts_of(body)
+            is_cut = random.Random(str(texts)).random() < share
+            return ended(graded(0), "length") if is_cut else graded(true_grade(*texts))
+
+        return respond
+
+    world = make_world(gain=0.8)
+    report = (await run(world, start_judge(cutting(0.01)).url, tmp_path)).report
+    assert 0 < report.num_cut < 0.02 * NUM_PAIRS
+    assert (report.num_unreadable, report.num_refused, report.num_unjudged) == (0, 0, report.num_cut)
+    assert f"graded {NUM_PAIRS - report.num_cut:,} of {NUM_PAIRS:,} pairs" in judge_sentences(report)[0]
+    [note] = [note for note in report.notes if "cut at the limit of tokens: 8,192" in note]
+    assert note.startswith(f"{report.num_cut} answer")
+    assert "turn off the judge's thinking, give its server a longer context, or use another judge" in note
+
+    with pytest.raises(CompareError, match=r"0 refused, \d+ cut, 0 unreadable.*: turn off the judge's thinking"):
+        await run(world, start_judge(cutting(0.5)).url, tmp_path)
 
 
 @pytest.mark.parametrize("fault", ["error", "closed"])
