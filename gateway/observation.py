@@ -103,6 +103,7 @@ class Observer:
                 share=assignment.share,
                 unit=assignment.unit,
                 source=assignment.source,
+                declared=assignment.declared,
                 model=answer.model if answer else choice.model.id,
                 space=answer.space if answer else None,
                 elapsed_s=elapsed_s,

@@ -29,6 +29,7 @@ class RequestRecord:
         share: the share of the units that the weights give to the arm.
         unit: the hashed unit, 16 hex digits; ``None`` for a request without a unit.
         source: where the unit comes from, such as ``header:x-unit``.
+        declared: the declared outcome, as the exposure log has it.
         space: the space of the vectors; ``None`` for a request that failed, and for scores.
         num_characters: characters of the texts. Unlike tokens, they are known even if the request failed, and are the
             same in each arm.
@@ -48,6 +49,7 @@ class RequestRecord:
     elapsed_s: float
     share: float = 0.0
     source: str | None = None
+    declared: str | None = None
     num_texts: int = 0
     num_characters: int = 0
     num_tokens: int = 0

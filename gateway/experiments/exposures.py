@@ -45,6 +45,7 @@ class Exposure:
         share: the share of the units that the weights give to the arm; ``None`` in logs of earlier versions.
         source: where the unit came from, such as ``header:x-unit``.
         answered: whether the request was answered.
+        declared: a hash that tells declarations of the experiment's outcome apart, so that a later change is noticed.
     """
 
     time: str
@@ -57,6 +58,7 @@ class Exposure:
     share: Annotated[float, Field(ge=0, le=1)] | None = None
     source: str | None = None
     answered: bool = True
+    declared: str | None = None
 
 
 _EXPOSURE = TypeAdapter(Exposure)

@@ -82,6 +82,7 @@ class Assignment:
         share: the share of the units that the weights give to the arm.
         unit: 16 hex digits, a salted hash: a unit cannot be recognized in the log of another experiment.
         source: where the unit comes from, such as ``header:x-unit``.
+        declared: hash of the declared outcome, see :func:`hash_of_declaration`.
     """
 
     experiment: str
@@ -91,6 +92,7 @@ class Assignment:
     share: float
     unit: str | None = None
     source: str | None = None
+    declared: str = ""
 
     @property
     def is_counted(self) -> bool:
@@ -117,6 +119,7 @@ class Split:
             # Only the counts depend on this, not the arms of the units.
             *([] if experiment.counts_from is None else [experiment.counts_from.isoformat()]),
         )[:8]
+        self._declared = hash_of_declaration(*declaration_of(experiment))
         self._salt = experiment.salt or experiment.id
         self._arms = {arm.label: arm for arm in experiment.arms}
         self._force_header = experiment.force
@@ -179,7 +182,20 @@ class Split:
         return arm.weight / self._total
 
     def _assignment(self, arm: Arm, reason: Reason, unit: str | None = None, source: str | None = None) -> Assignment:
-        return Assignment(self.experiment.id, self.generation, arm, reason, self.share_of(arm), unit, source)
+        share = self.share_of(arm)
+        return Assignment(self.experiment.id, self.generation, arm, reason, share, unit, source, self._declared)
+
+
+def declaration_of(experiment: Experiment) -> tuple[str, str]:
+    """Return a text that identifies all declarations of an experiment's outcome, and one that identifies this one."""
+    since = experiment.counts_from and experiment.counts_from.isoformat()
+    declared = experiment.outcome and experiment.outcome.model_dump()
+    return json.dumps(["declarations", experiment.salt or experiment.id, since]), json.dumps(declared, sort_keys=True)
+
+
+def hash_of_declaration(every: str, this: str) -> str:
+    """Return a declaration as the exposure log has it: hashes, of 8 hex digits, of all declarations and of this one."""
+    return f"{_digest(every)[:8]}.{_digest(this)[:8]}"
 
 
 def _uniform(*parts: str) -> float:

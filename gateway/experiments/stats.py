@@ -76,7 +76,14 @@ class ExperimentStats:
         exposure = None
         if int(unit, 16) not in arm.units or (is_answered and int(unit, 16) in arm.unanswered):
             exposure = Exposure(
-                now(), *key, request.model, request.space, request.share, request.source, answered=is_answered
+                now(),
+                *key,
+                request.model,
+                request.space,
+                request.share,
+                request.source,
+                answered=is_answered,
+                declared=request.declared,
             )
             if not generation.expose(exposure):
                 return  # the set is full

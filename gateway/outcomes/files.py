@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 
@@ -12,13 +12,13 @@ import numpy as np
 from gateway.config.files import open_regular
 from gateway.config.registry import Experiment
 from gateway.errors import StartError
-from gateway.experiments.exposures import Exposure, read_exposures
+from gateway.experiments.exposures import Exposure, iso, read_exposures
 from gateway.experiments.outcome_report import OutcomesReport
-from gateway.experiments.split import Split
+from gateway.experiments.split import Split, declaration_of, hash_of_declaration
 from gateway.outcomes.joining import Branch, Exposures, Outcomes, signed
 from gateway.outcomes.reading import read_csv
-from gateway.outcomes.store import NewOutcome, Reader
-from gateway.outcomes.verdicts import branches_of, report_outcomes
+from gateway.outcomes.store import Decision, NewOutcome, Reader
+from gateway.outcomes.verdicts import DECLARED, branches_of, report_outcomes
 
 _MAGIC = b"SQLite format 3\0"
 
@@ -51,7 +51,10 @@ def read_units(paths: Iterable[Path]) -> Iterator[Exposure]:
 
 
 def report_files(experiment: Experiment, exposures: Sequence[Path], outcomes: Sequence[Path]) -> OutcomesReport:
-    """Report the outcomes of an experiment from files.
+    """Report the outcomes of an experiment from files, by the rules of a running gateway.
+
+    The verdicts of earlier looks count if all data is from one file of experiments. A replica among several decided about
+    its own units, and not about these.
 
     Args:
         exposures: exposure logs and files of experiments; the outcomes in the latter count too.
@@ -61,10 +64,72 @@ def report_files(experiment: Experiment, exposures: Sequence[Path], outcomes: Se
         StartError: a file cannot be read, or an outcome is wrong.
     """
     stores = [path for path in dict.fromkeys([*exposures, *outcomes]) if is_store(path)]
-    units = _gather(experiment, read_units(dict.fromkeys([*exposures, *stores])))
+    exposed = dict.fromkeys([*exposures, *stores])
+    declared = _Declarations(experiment)
+    units = _gather(experiment, declared.note(read_units(exposed)))
     split, primary = Split(experiment), experiment.outcome.name if experiment.outcome else None
     posted = [outcome for path in outcomes if path not in stores for outcome in read_csv(path, split, primary)]
-    return report_outcomes(experiment, units, _by_name(experiment, posted, stores), time.time()).report
+    for path in stores:
+        with Reader(path) as reader:
+            declared.read(reader)
+    if not posted and len(stores) == 1 and list(exposed) == stores:
+        declared.verdicts_of = stores[0]
+    by_name = _by_name(experiment, posted, stores)
+    return report_outcomes(
+        experiment, units, by_name, time.time(), declared.earlier, why_none=declared.why_unknown
+    ).report
+
+
+class _Declarations:
+    """When each declaration of an experiment's outcome was first seen, by any of the files; and verdicts of earlier looks.
+
+    Attributes:
+        verdicts_of: the file of experiments whose verdicts count; ``None`` if those of no file do.
+    """
+
+    def __init__(self, experiment: Experiment) -> None:
+        self._experiment = experiment
+        self._every, self._this = declaration_of(experiment)
+        self._seen: dict[str, float] = {}
+        self.verdicts_of: Path | None = None
+
+    @property
+    def why_unknown(self) -> str | None:
+        """Why no verdict can be given, if no file says which outcome was declared."""
+        if self._seen or self._experiment.outcome is None:
+            return None
+        return (
+            "the files do not say which `outcome` was declared while the units arrived: an earlier version wrote them, "
+            "or they have no unit of the experiment"
+        )
+
+    def note(self, exposures: Iterable[Exposure]) -> Iterator[Exposure]:
+        """Yield exposures, and note the declarations in them."""
+        this = hash_of_declaration(self._every, self._this)
+        of_all = this.partition(".")[0]
+        for exposure in exposures:
+            declared = exposure.declared or ""
+            if exposure.experiment == self._experiment.id and declared.partition(".")[0] == of_all:
+                self._note(self._this if declared == this else declared, exposure.time)
+            yield exposure
+
+    def read(self, reader: Reader) -> None:
+        """Note the declarations in a file of experiments."""
+        for declared, decision in reader.decisions(self._experiment.id, self._every).items():
+            self._note(declared, decision.time)
+
+    def _note(self, declared: str, when: str) -> None:
+        seconds = datetime.fromisoformat(when).timestamp()
+        self._seen[declared] = min(self._seen.get(declared, seconds), seconds)
+
+    def earlier(self, question: str) -> Mapping[str, Decision]:
+        """Return the verdicts of earlier looks at a question; for all declarations, when each was first seen."""
+        if question == self._every:
+            return {declared: Decision(DECLARED, iso(seconds)) for declared, seconds in self._seen.items()}
+        if self.verdicts_of is None:
+            return {}
+        with Reader(self.verdicts_of) as reader:
+            return reader.decisions(self._experiment.id, question)
 
 
 def _gather(experiment: Experiment, found: Iterable[Exposure]) -> Exposures:

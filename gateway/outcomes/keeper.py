@@ -22,9 +22,9 @@ from gateway.config.registry import Experiment
 from gateway.errors import OutcomesUnavailable, StartError
 from gateway.experiments.exposures import Exposure, iso
 from gateway.experiments.outcome_report import OutcomesReport
-from gateway.experiments.split import Split
+from gateway.experiments.split import Split, declaration_of
 from gateway.outcomes.store import FILE_NAME, Decision, Kept, NewOutcome, Reader, Store, StoreBusy, StoreFull
-from gateway.outcomes.verdicts import DECLARED, Reported, branches_of, declaration_of, report_outcomes
+from gateway.outcomes.verdicts import DECLARED, Reported, branches_of, report_outcomes
 from gateway.telemetry import metrics
 
 log = structlog.get_logger(__name__)
@@ -172,6 +172,10 @@ class Keeper:
             try:
                 if any(exposure.generation not in self._declared for exposure in exposures):
                     self._declare()
+                exposed = {exposure.experiment for exposure in exposures}
+                for experiment in self._experiments():
+                    if experiment.id in exposed:  # its outcomes may be compared from a file, and never posted
+                        self._note_declaration(experiment, time.time())
                 self._store.expose(
                     [(exposure, datetime.fromisoformat(exposure.time).timestamp()) for exposure in exposures]
                 )
@@ -231,5 +235,5 @@ def read_report(reader: Reader, experiment: Experiment, mismatch: str | None = N
         outcomes,
         time.time(),
         lambda question: reader.decisions(experiment.id, question),
-        mismatch=mismatch,
+        why_none=mismatch,
     )

@@ -14,6 +14,7 @@ from gateway.config.registry import Arm, Experiment, Outcome
 from gateway.experiments.exposures import iso
 from gateway.experiments.outcome_report import OutcomeArm, OutcomeComparison, OutcomeReport, OutcomesReport
 from gateway.experiments.sequence import ALPHA, LEAST_UNITS, Difference, units_needed
+from gateway.experiments.split import declaration_of
 from gateway.outcomes.comparing import Comparison, compare, describe
 from gateway.outcomes.joining import Branch, Exposures, Joined, Outcomes, join
 from gateway.outcomes.store import Decision
@@ -56,7 +57,7 @@ def report_outcomes(
     now: float,
     earlier: Decisions = lambda _question: {},
     *,
-    mismatch: str | None = None,
+    why_none: str | None = None,
 ) -> Reported:
     """Report all outcomes of an experiment, the primary one first and with verdicts.
 
@@ -64,7 +65,7 @@ def report_outcomes(
         outcomes: the outcomes by name.
         now: the time in seconds since the epoch.
         earlier: the decisions of earlier looks, which remain valid.
-        mismatch: the reason why no verdict can be given, if the split is known to be wrong.
+        why_none: the reason why no verdict can be given, if it is known already, such as a wrong split.
     """
     reports, decided = [], {}
     primary = experiment.outcome
@@ -74,8 +75,8 @@ def report_outcomes(
         joined = join(counted, posted)
         declared = primary if primary is not None and name == primary.name else None
         question = _question(experiment, declared) if declared else ""
-        why_none = mismatch or (_why_too_late(experiment, posted, earlier, now) if declared else None)
-        found = _Look(experiment, declared, joined, now, earlier(question) if declared else {}, why_none)
+        why = why_none or (_why_too_late(experiment, posted, earlier, now) if declared else None)
+        found = _Look(experiment, declared, joined, now, earlier(question) if declared else {}, why)
         report = found.report(name, len(posted.unit))
         reports.append(report)
         for comparison in report.comparisons:
@@ -114,13 +115,6 @@ def _question(experiment: Experiment, outcome: Outcome) -> str:
     return json.dumps([*parts, arms, *since], sort_keys=True)
 
 
-def declaration_of(experiment: Experiment) -> tuple[str, str]:
-    """Return a text that identifies all declarations of an experiment's outcome, and one that identifies this one."""
-    since = experiment.counts_from and experiment.counts_from.isoformat()
-    declared = experiment.outcome and experiment.outcome.model_dump()
-    return json.dumps(["declarations", experiment.salt or experiment.id, since]), json.dumps(declared, sort_keys=True)
-
-
 def _why_too_late(experiment: Experiment, posted: Outcomes, earlier: Decisions, now: float) -> str | None:
     """Return why an outcome cannot decide: it was declared, or its definition changed, when its results were known.
 
@@ -131,12 +125,14 @@ def _why_too_late(experiment: Experiment, posted: Outcomes, earlier: Decisions, 
     since = seen.get(this, now)
     if since <= min(seen.values(), default=since):
         return None
-    num_known = int(((posted.time < since) & ~posted.is_before).sum())
+    has_no_time = np.isinf(posted.time)  # rows of a file, which may be from any time
+    num_known = int((((posted.time < since) | has_no_time) & ~posted.is_before).sum())
     if not num_known:
         return None
+    add_times = "; with a column `time`, later outcomes are recognized" if has_no_time.any() else ""
     return (
         f"`outcome` in models.yaml was changed by {iso(since)[:10]}, after {num_known:,} of its outcomes had been posted: "
-        "change it back, or count again to use later outcomes alone"
+        f"change it back, or count again to use later outcomes alone{add_times}"
     )
 
 

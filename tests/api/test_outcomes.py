@@ -25,6 +25,7 @@ from gateway.experiments.split import Split
 from gateway.fleet import Fleet, Model
 from gateway.outcomes import keeper as keeper_module
 from gateway.outcomes import store as store_module
+from gateway.outcomes.files import report_files
 
 CheckError = Callable[..., str]
 Start = Callable[..., Awaitable[httpx.AsyncClient]]
@@ -313,6 +314,41 @@ async def test_an_outcome_that_is_chosen_when_its_result_is_known_gets_no_verdic
         assert found["reason"].startswith("`outcome` in models.yaml was changed by 20")
         assert f"after {len(helped)} of its outcomes had been posted: change it back, or count again" in found["reason"]
     assert restored["verdict"] == "better"
+
+
+@pytest.mark.parametrize("file", ["x.jsonl", "state/experiments.sqlite3"])
+async def test_the_files_of_a_gateway_say_which_outcome_was_declared(start: Start, tmp_path: Path, file: str) -> None:
+    """For outcomes that are never posted, and compared from a CSV file."""
+    client = await start(exposure_log=tmp_path / "x.jsonl")
+    await embed_for(client, UNITS)
+    await client.get(PATH)  # after which the exposures are on the disk
+    new = [unit for unit in UNITS if SPLIT.arm_of(unit).label == "new"]
+    csv = tmp_path / "x.csv"
+    csv.write_text("\n".join(["unit,value", *(f"{unit},1" for unit in new[::2])]))
+
+    (declared,) = report_files(experiment(), [tmp_path / file], [csv]).outcomes[0].comparisons
+    late = experiment(outcome={"name": "kept", "margin": 0.5})
+    (changed,) = report_files(late, [tmp_path / file], [csv]).outcomes[0].comparisons
+
+    assert declared.verdict == "better"
+    assert (changed.verdict, changed.reason[:35]) == (None, "`outcome` in models.yaml was change")
+
+
+async def test_the_file_of_one_gateway_has_its_verdict(
+    client: httpx.AsyncClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gateway.outcomes.keeper._MAX_AGE_S", 0.0)
+    await embed_for(client, UNITS)
+    new, control = ([unit for unit in UNITS if SPLIT.arm_of(unit).label == arm] for arm in ("new", "mini"))
+    await post(client, *(outcome(unit) for unit in [*new[::2], *control[::10]]))
+    await report_of(client)
+    await post(client, *(outcome(unit, 0.6, id=f"{unit} again") for unit in control))
+    (shown,) = (await report_of(client))["comparisons"]
+
+    (found,) = report_files(experiment(), [tmp_path / "state/experiments.sqlite3"], []).outcomes[0].comparisons
+
+    assert found.model_dump() == shown
+    assert (found.verdict, found.decided is None) == ("better", False)
 
 
 async def test_experiments_that_share_a_salt_share_no_declaration(start: Start) -> None:

@@ -23,7 +23,16 @@ from gateway.experiments.exposures import Exposure, ExposureLog, now, read_expos
 from gateway.telemetry.metrics import REGISTRY
 
 FIRST = Exposure(
-    "2026-11-01T00:00:00.000+00:00", "exp", "aaaaaaaa", "a", "0" * 16, "m", "m@0123456789ab", 0.5, "body:user"
+    "2026-11-01T00:00:00.000+00:00",
+    "exp",
+    "aaaaaaaa",
+    "a",
+    "0" * 16,
+    "m",
+    "m@0123456789ab",
+    0.5,
+    "body:user",
+    declared="01234567.89abcdef",
 )
 FULL_DISK = Path("/dev/full")
 T = TypeVar("T")
@@ -60,6 +69,7 @@ def test_a_line_says_all_in_json(tmp_path: Path) -> None:
         "share": 0.5,
         "source": "body:user",
         "answered": True,
+        "declared": "01234567.89abcdef",
     }
 
 
@@ -148,11 +158,11 @@ def test_a_malformed_line_is_skipped(tmp_path: Path, line: bytes) -> None:
 def test_a_line_of_an_earlier_version_is_read(tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
     line = dataclasses.asdict(FIRST)
-    for added in ("share", "source", "answered"):
+    for added in ("share", "source", "answered", "declared"):
         del line[added]
     path.write_text(json.dumps(line) + "\n")
 
-    assert list(read_exposures([path])) == [dataclasses.replace(FIRST, share=None, source=None)]
+    assert list(read_exposures([path])) == [dataclasses.replace(FIRST, share=None, source=None, declared=None)]
 
 
 def test_a_missing_file_is_an_error(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from gateway.cli.main import app
 from gateway.config.registry import Experiment, load_registry
 from gateway.errors import StartError
 from gateway.experiments.exposures import Exposure, ExposureLog, iso
-from gateway.experiments.split import Split
+from gateway.experiments.split import Split, declaration_of, hash_of_declaration
 from gateway.outcomes.files import report_files
 from gateway.outcomes.joining import signed
 from gateway.outcomes.reading import read_csv
@@ -51,10 +52,19 @@ def experiment(models: Path) -> Experiment:
 
 
 def exposures_of(experiment: Experiment, units: list[str], seconds: float = 100.0) -> list[Exposure]:
-    split = Split(experiment)
+    split, declared = Split(experiment), hash_of_declaration(*declaration_of(experiment))
     return [
         Exposure(
-            iso(seconds), "exp", split.generation, arm.label, split.hash_of(unit), arm.model, "s@0", 0.5, "body:user"
+            iso(seconds),
+            "exp",
+            split.generation,
+            arm.label,
+            split.hash_of(unit),
+            arm.model,
+            "s@0",
+            0.5,
+            "body:user",
+            declared=declared,
         )
         for unit in units
         for arm in [split.arm_of(unit)]
@@ -120,6 +130,64 @@ def test_not_yet_says_how_many_units_and_when_to_look_again(
     assert "second against one: not yet, difference " in printed
     assert "; 400 units, and about " in printed
     assert " find a difference of the margin: look again on 20" in printed
+
+
+def helped(experiment: Experiment) -> list[str]:
+    """Return units whose outcomes show a clear difference."""
+    return [unit for unit in UNITS if Split(experiment).arm_of(unit).label == "second"][::2]
+
+
+def changed(experiment: Experiment, **fields: object) -> Experiment:
+    content = experiment.model_dump()
+    return Experiment.model_validate({**content, "outcome": {**content["outcome"], **fields}})
+
+
+@pytest.mark.parametrize("change", [{"name": "clicks"}, {"margin": 0.5}, {"better": "less"}, {"per": "mean"}])
+def test_an_outcome_that_is_chosen_when_its_result_is_known_gets_no_verdict(
+    experiment: Experiment, tmp_path: Path, change: dict[str, object]
+) -> None:
+    """As in a running gateway: of twenty outcomes, or of several margins, one shows a difference by chance."""
+    log = write_log(tmp_path / "x.jsonl", exposures_of(experiment, UNITS))
+    rows = [f"{unit},1,{name}" for unit in helped(experiment) for name in ("kept", "clicks")]
+    csv = write_csv(tmp_path / "x.csv", "unit,value,name", *rows)
+
+    late = report_files(changed(experiment, **change), [log], [csv]).outcomes[0].comparisons[0]
+    declared = report_files(experiment, [log], [csv]).outcomes[0].comparisons[0]
+
+    assert late.verdict is None
+    assert late.reason.startswith("`outcome` in models.yaml was changed by 20")
+    assert f"after {len(rows) // 2} of its outcomes had been posted: change it back, or count again" in late.reason
+    assert "with a column `time`, later outcomes are recognized" in late.reason
+    assert declared.verdict == "better"
+
+
+@pytest.mark.parametrize(("seconds", "verdict"), [(199, None), (201, "better")])
+def test_a_change_before_all_outcomes_is_accepted(
+    experiment: Experiment, tmp_path: Path, seconds: int, verdict: str | None
+) -> None:
+    """The exposure log tells when: the first declaration from 100 s on, the second from 200 s on."""
+    late = changed(experiment, margin=0.5)
+    exposures = [*exposures_of(experiment, UNITS[:-1]), *exposures_of(late, UNITS[-1:], 200)]
+    log = write_log(tmp_path / "x.jsonl", exposures)
+    rows = [f"{unit},1,1970-01-01T00:0{seconds // 60}:{seconds % 60:02}Z" for unit in helped(experiment)]
+    csv = write_csv(tmp_path / "x.csv", "unit,value,time", *rows)
+
+    comparison = report_files(late, [log], [csv]).outcomes[0].comparisons[0]
+
+    assert comparison.verdict == verdict
+    assert verdict or "was changed by 1970-01-01, after " in comparison.reason
+    assert "column" not in comparison.reason
+
+
+def test_files_that_do_not_say_what_was_declared_give_no_verdict(experiment: Experiment, tmp_path: Path) -> None:
+    exposures = [replace(exposure, declared=None) for exposure in exposures_of(experiment, UNITS)]
+    log = write_log(tmp_path / "x.jsonl", exposures)
+    csv = write_csv(tmp_path / "x.csv", "unit,value", *(f"{unit},1" for unit in helped(experiment)))
+
+    comparison = report_files(experiment, [log], [csv]).outcomes[0].comparisons[0]
+
+    assert (comparison.verdict, comparison.estimate is None) == (None, False)
+    assert comparison.reason.startswith("the files do not say which `outcome` was declared while the units arrived")
 
 
 def test_the_files_of_several_replicas_are_united(experiment: Experiment, tmp_path: Path) -> None:
