@@ -1,10 +1,11 @@
-"""Programs that tests compare the gateway with. A developer need not install them; CI must."""
+"""Programs and packages that some tests need. A developer need not install them; CI must."""
 
 from __future__ import annotations
 
+import importlib
 import os
 import shutil
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import pytest
 
@@ -25,8 +26,18 @@ def find(command: str, package: str) -> str:
     return path
 
 
+def find_module(name: str) -> Any:
+    """Import a package that a developer need not install; where it is missing, skip the tests, or fail them in CI."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] != name.partition(".")[0]:
+            raise
+        is_missing(f"{error.name} is not installed: make install-dev")
+
+
 def is_missing(what: str) -> NoReturn:
     """Skip a test because something is missing, or fail it in CI."""
     if IS_CI:
         pytest.fail(what)
-    pytest.skip(what)
+    pytest.skip(what, allow_module_level=True)

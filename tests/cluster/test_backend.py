@@ -26,8 +26,9 @@ from gateway.config.settings import Settings
 from gateway.errors import LoadError, StartError
 from gateway.fleet import Fleet, Model
 from gateway.types import EmbedJob, ModelInfo, ModelState, Truncate
+from tests.peers import find_module
 
-pytest.importorskip("ray", reason="needs the extra `cluster`")
+find_module("ray")
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # Ray's own use of other libraries

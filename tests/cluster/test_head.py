@@ -14,8 +14,9 @@ from bench.simulated_cluster import Simulated
 from gateway.cluster import head
 from gateway.errors import StartError
 from tests.listener import make_listener
+from tests.peers import find_module
 
-pytest.importorskip("ray", reason="needs the extra `cluster`")
+find_module("ray")
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from gateway.config.model_entry import ModelEntry
 from gateway.config.settings import Settings
 from gateway.errors import LoadError
 from tests.hub import COMMIT
+from tests.peers import find_module
 
 
 def entry_of(**fields: object) -> ModelEntry:
@@ -119,7 +120,7 @@ def test_a_replica_accepts_no_license_that_the_registry_does_not(entry: dict[str
 
 
 def test_a_replica_that_cannot_use_its_card_is_refused_and_says_why() -> None:
-    pytest.importorskip("ray", reason="needs the extra `cluster`")
+    find_module("ray")
     from gateway.cluster.replica import require_card
 
     old = "on the CPU, because an NVIDIA GeForce RTX 3090 is here, but driver 550 is too old"

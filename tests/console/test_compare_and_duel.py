@@ -31,6 +31,7 @@ from tests.compare.judge.folders import make_judged_folder
 from tests.compare.judge.stand_in import Reply, graded, serve_judge, texts_of
 from tests.compare.results_example import BGE, JINA, make_comparison
 from tests.console.served import HOSTILE, OPERATOR, Gateway, serving
+from tests.peers import find_module
 
 
 @pytest.fixture(scope="module")
@@ -559,7 +560,7 @@ def test_progress_comes_as_events_and_without_them_by_asking(
         "    print(json.dumps(dict(step='jina: documents', done=done, total=3000)), file=sys.stderr, flush=True)\n"
         "    time.sleep(0.1)\n"
     )
-    expect = pytest.importorskip("playwright.sync_api").expect
+    expect = find_module("playwright.sync_api").expect
     monkeypatch.setattr(Jobs, "_command", lambda *_: [sys.executable, "-c", program])
     with operator(measuring.url, "/new-comparison", expected=("net::ERR_FAILED",)) as page:
         asked: list[str] = []

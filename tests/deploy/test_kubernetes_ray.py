@@ -37,6 +37,7 @@ from tests.deploy.test_kubernetes import (
     problems_of,
     settings_of,
 )
+from tests.peers import find_module
 
 EACH = pytest.mark.parametrize("overlay", ["ray", "ray+"])
 """As it is, and with all of its components."""
@@ -220,7 +221,7 @@ def without_files(entry: Any) -> Any:
 
 
 def test_rays_own_autoscaler_finds_room_for_every_replica(tmp_path: Path) -> None:
-    config_of = pytest.importorskip("ray.autoscaler._private.kuberay.autoscaling_config")
+    config_of = find_module("ray.autoscaler._private.kuberay.autoscaling_config")
     cluster = only("ray+", "RayCluster")
     config = config_of._derive_autoscaling_config_from_ray_cr(cluster)
     workers = config["available_node_types"]["gpu"]

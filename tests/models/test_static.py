@@ -23,6 +23,7 @@ from gateway.types import Truncate
 from tests.models.checkpoints import TEXTS, unigram_tokenizer, wordpiece_tokenizer
 from tests.models.in_process import Connect
 from tests.models.plain import entry
+from tests.peers import find_module
 
 Vectors: TypeAlias = np.ndarray
 WIDTH = 16
@@ -157,7 +158,7 @@ def test_model2vec_layout(tmp_path: Path, tokenizer_name: str, has_shared_rows: 
 @pytest.mark.parametrize("max_length", [512, LENGTH])
 def test_model2vec_itself(tmp_path: Path, tokenizer_name: str, has_shared_rows: bool, max_length: int) -> None:
     tokenizer = TOKENIZERS[tokenizer_name]()
-    model2vec = pytest.importorskip("model2vec", reason="model2vec is not installed: make install-dev")
+    model2vec = find_module("model2vec")
     tensors = shared_rows(len(tokenizer)) if has_shared_rows else None
     save_model2vec(tmp_path, tokenizer, tensors=tensors, max_length=max_length)
     texts = [*WORDS, f"fox {UNKNOWN} fox", "a " * 50, "inhabitants " * 20]
