@@ -78,7 +78,7 @@ class EmbeddedBlock:
     """Rows with their vectors, and rows that could not be embedded.
 
     Attributes:
-        refused: rows that the model rejected.
+        refused: rows that the model rejected, one for each item. The other rows of these items are left out.
     """
 
     embedded: EmbeddedRows
@@ -108,6 +108,29 @@ class _Gathered:
         self.sparse.update(zip(places, vectors.sparse or (), strict=False))
         self.multivectors.update(zip(places, vectors.multivectors or (), strict=False))
 
+    def block(self, rows: Sequence[Row], note: SpaceNote) -> EmbeddedBlock:
+        """Return the rows of the items that have all of their vectors, and the first refused row of each other item."""
+        refused: dict[str, BadRow] = {}
+        for place in sorted(self.refused):
+            refused.setdefault(rows[place].place, self.refused[place])
+        kept = [place for place, row in enumerate(rows) if row.place not in refused]
+        dense = self.dense
+        if dense is not None and len(kept) < len(rows):
+            dense = dense[kept]
+        elif dense is None and note.dimensions:
+            dense = np.empty((0, note.dimensions), np.float32)  # no row was embedded
+        return EmbeddedBlock(
+            EmbeddedRows(
+                [rows[place] for place in kept],
+                dense,
+                [self.sparse[place] for place in kept] if note.has_sparse else None,
+                [self.multivectors[place] for place in kept] if note.token_width else None,
+            ),
+            self.num_tokens,
+            self.num_truncated,
+            list(refused.values()),
+        )
+
 
 class BlockEmbedder:
     """Embeds blocks of rows in calls of bounded size, sorted by length so that texts of similar length share a call.
@@ -122,7 +145,7 @@ class BlockEmbedder:
         self._calls = asyncio.Semaphore(embedder.num_calls)
 
     async def embed(self, rows: Sequence[Row]) -> EmbeddedBlock:
-        """Embed rows. Rows that the model rejects are returned separately.
+        """Embed rows. Rows that the model rejects are returned separately, without the other rows of their items.
 
         Raises:
             BulkError: the model cannot be used.
@@ -138,24 +161,7 @@ class BlockEmbedder:
             for call in calls:
                 call.cancel()
             await asyncio.gather(*calls, return_exceptions=True)
-        kept = [place for place in range(len(rows)) if place not in gathered.refused]
-        note = self._embedder.note
-        dense = gathered.dense
-        if dense is not None and len(kept) < len(rows):
-            dense = dense[kept]
-        elif dense is None and note.dimensions:
-            dense = np.empty((0, note.dimensions), np.float32)  # no row was embedded
-        return EmbeddedBlock(
-            EmbeddedRows(
-                [rows[place] for place in kept],
-                dense,
-                [gathered.sparse[place] for place in kept] if note.has_sparse else None,
-                [gathered.multivectors[place] for place in kept] if note.token_width else None,
-            ),
-            gathered.num_tokens,
-            gathered.num_truncated,
-            [gathered.refused[place] for place in sorted(gathered.refused)],
-        )
+        return gathered.block(rows, self._embedder.note)
 
     def _cut(self, rows: Sequence[Row]) -> Iterator[list[int]]:
         """Yield the indexes of rows that share a call, the longest texts first, so that oversized texts fail early."""

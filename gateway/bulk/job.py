@@ -29,6 +29,7 @@ from gateway.bulk.rows import (
     Sink,
     Source,
     closing_readings,
+    without_items,
 )
 from gateway.config.files import open_regular
 from gateway.types import Vectors
@@ -124,17 +125,12 @@ class _OpenShard:
         self.counts += Counts(block.num_items, num_rows, len(bad), embedded.num_tokens, embedded.num_truncated)
 
     def without(self, refused: Sequence[BadRow], rows: EmbeddedRows) -> EmbeddedRows:
-        """Count rows that the sink refuses as bad, and return the others. Of an item, all rows are left out."""
-        bad = {row.place: row for row in refused}
-        kept = [index for index, row in enumerate(rows.rows) if row.place not in bad]
-        self.bad += bad.values()
-        self.counts += Counts(rows=len(kept) - len(rows.rows), skipped=len(bad))
-        return EmbeddedRows(
-            [rows.rows[index] for index in kept],
-            None if rows.dense is None else rows.dense[kept],
-            None if rows.sparse is None else [rows.sparse[index] for index in kept],
-            None if rows.multivectors is None else [rows.multivectors[index] for index in kept],
-        )
+        """Count the items of rows that the sink refuses as bad, and return the rows of the others."""
+        bad = {row.place: row for row in reversed(refused)}
+        kept = without_items(rows, refused)
+        self.bad += reversed(bad.values())
+        self.counts += Counts(rows=len(kept.rows) - len(rows.rows), skipped=len(bad))
+        return kept
 
     def rows(self) -> EmbeddedRows:
         parts = [block.embedded for block in self.blocks if block.embedded.rows]

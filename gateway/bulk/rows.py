@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import GeneratorType
@@ -61,6 +62,8 @@ class BadRow:
 
 class RowsRefused(BulkError):
     """A sink cannot store some rows of a shard, as it found out while it wrote. The shard must be written without them.
+
+    An item whose row is refused is written without its other rows too, so the sink must not keep those.
 
     Args:
         rows: these rows, at least one.
@@ -124,6 +127,29 @@ class EmbeddedRows:
     dense: Vectors | None
     sparse: Sequence[SparseVector] | None = None
     multivectors: Sequence[MultiVector] | None = None
+
+
+def without_items(batch: EmbeddedRows, refused: Iterable[BadRow]) -> EmbeddedRows:
+    """Return the rows without those of the refused rows' items: an item is stored whole, or not at all."""
+    places = {row.place for row in refused}
+    kept = [index for index, row in enumerate(batch.rows) if row.place not in places]
+    return EmbeddedRows(
+        [batch.rows[index] for index in kept],
+        None if batch.dense is None else batch.dense[kept],
+        None if batch.sparse is None else [batch.sparse[index] for index in kept],
+        None if batch.multivectors is None else [batch.multivectors[index] for index in kept],
+    )
+
+
+def ids_of_parted(rows: Sequence[Row], refused: Iterable[BadRow]) -> list[RowId]:
+    """Return the ids of the refused rows' items that have several rows: some of these may be in the sink already.
+
+    An item of one row is left out: if the sink has an earlier version, that is still whole.
+    """
+    places = {row.place for row in refused}
+    of_items = [row for row in rows if row.place in places]
+    sizes = Counter(row.place for row in of_items)
+    return [row.id for row in of_items if sizes[row.place] > 1]
 
 
 class Source(Protocol):
@@ -190,7 +216,8 @@ class Sink(Protocol):
             shard: the shard's number, from 0. A number always has the same rows, also when the job continues later.
 
         Raises:
-            RowsRefused: some rows cannot be stored, and the others can.
+            RowsRefused: some rows cannot be stored, and the others can. Of an item with several rows, either all are in
+            the sink or none.
             BulkError: the shard cannot be stored.
         """
 

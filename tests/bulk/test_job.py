@@ -265,7 +265,22 @@ def test_all_rows_of_an_item_are_left_out_with_one_that_the_sink_rejects(jobs: J
     outcome = jobs.run(expand=twice, sink=OfChunks(str(jobs.folder), "text"))
 
     assert jobs.ids() == [f"{row_id}#{number}" for row_id in GOOD if row_id != "d3" for number in range(2)]
-    assert (outcome.total.rows, outcome.total.skipped) == (2 * 459, 51)  # the model refuses both rows of ten items
+    assert (outcome.total.rows, outcome.total.skipped) == (2 * 459, 41)
+
+
+def test_all_rows_of_an_item_are_left_out_with_one_that_the_model_refuses(jobs: Jobs) -> None:
+    def thrice(row: Row) -> list[Row | BadRow]:
+        texts = ["fine", "refuse" if row.id == "d3" else "fine", "refuse" if row.id in {"d3", "d60"} else "fine"]
+        return [replace(row, id=f"{row.id}#{number}", text=text) for number, text in enumerate(texts)]
+
+    outcome = jobs.run(expand=thrice)
+
+    left_out = {"d3", "d60"}
+    kept = [f"d{i}#{n}" for i in range(500) if i % 50 not in {7, 33, 44} and f"d{i}" not in left_out for n in range(3)]
+    assert jobs.ids() == kept
+    assert outcome.total.rows == len(kept)
+    refused = [error["id"] for error in read_errors(jobs.folder) if "refuses" in error["problem"]]
+    assert refused == ["d3#1", "d60#2"]
 
 
 class Broken:

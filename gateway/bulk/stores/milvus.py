@@ -27,6 +27,7 @@ from gateway.bulk.stores.milvus_rows import (
     PAGE,
     MilvusSink,
     count_items,
+    delete_items,
     open_source,
     read_page,
     read_some,
@@ -180,9 +181,7 @@ class MilvusStore:
         """Delete items."""
         found = self._find(collection)
         with refusals(found.place):
-            for start in range(0, len(ids), PAGE):
-                chosen = selection(found, ids[start : start + PAGE])
-                self._client.delete(found.name, filter=chosen, timeout=TIMEOUT_S)
+            delete_items(self._client, found, ids)
 
     def search(
         self, collection: str, query: npt.NDArray[np.float32] | SparseVector, limit: int, vector: str | None = None

@@ -12,7 +12,7 @@ from pymilvus.exceptions import MilvusException
 
 from gateway.bulk.blocks import size_of
 from gateway.bulk.fields import FieldNames
-from gateway.bulk.rows import BadRow, BulkError, EmbeddedRows, Json, Row, RowId, RowsRefused, SpaceNote
+from gateway.bulk.rows import BadRow, BulkError, EmbeddedRows, Json, Row, RowId, RowsRefused, SpaceNote, ids_of_parted
 from gateway.bulk.stores.milvus_collections import (
     MAX_ID_BYTES,
     MAX_WIDTH,
@@ -106,6 +106,13 @@ def count_items(client: MilvusClient, collection: Collection) -> int:
     return int(found["count(*)"])
 
 
+def delete_items(client: MilvusClient, collection: Collection, ids: Sequence[RowId]) -> None:
+    """Delete items. Called within `refusals`."""
+    for start in range(0, len(ids), PAGE):
+        chosen = selection(collection, ids[start : start + PAGE])
+        client.delete(collection.name, filter=chosen, timeout=TIMEOUT_S)
+
+
 def _requests(rows: Sequence[Row], width: int) -> Iterator[range]:
     """Yield the numbers of rows, as many at a time as fit into a request."""
     start = size = 0
@@ -123,7 +130,8 @@ class MilvusSink:
 
     Args:
         store: the collection's URL without its name.
-        merges: the store merges a new item's fields into the old item, as Milvus Lite does.
+        merges: an upsert keeps the fields of the old item that the new one lacks, as in Milvus Lite; but there, an insert
+            replaces the old item, as a whole and in one step.
     """
 
     def __init__(self, connect: Connect, collection: str, store: str, keeping: Keeping, *, merges: bool) -> None:
@@ -270,16 +278,17 @@ class MilvusSink:
             bad: list[BadRow] = []
             for numbers in _requests(batch.rows, self._note.dimensions):
                 items = self._items(collection, batch, numbers)
-                if self._merges:
-                    self._delete_changed(collection, items)
-                bad += self._upsert(collection, batch.rows[numbers.start : numbers.stop], items)
+                bad += self._store_rows(collection, batch.rows[numbers.start : numbers.stop], items)
+            if parted := ids_of_parted(batch.rows, bad):
+                delete_items(self._client, collection, parted)
         if bad:
             raise RowsRefused(bad)
 
-    def _upsert(self, collection: Collection, rows: Sequence[Row], items: list[dict[str, Any]]) -> list[BadRow]:
+    def _store_rows(self, collection: Collection, rows: Sequence[Row], items: list[dict[str, Any]]) -> list[BadRow]:
         """Store items in one request, or in several smaller ones; return the rows that are too large for the server."""
         try:
-            self._client.upsert(collection.name, items, timeout=TIMEOUT_S)
+            write = self._client.insert if self._merges else self._client.upsert
+            write(collection.name, items, timeout=TIMEOUT_S)
         except (MilvusException, grpc.RpcError) as error:
             message = " ".join(str(getattr(error, "message", error)).split())
             if not any(part in message for part in _TOO_LARGE):
@@ -287,7 +296,7 @@ class MilvusSink:
             if len(rows) == 1:
                 return [BadRow(rows[0].place, f"Milvus rejects it: {message}", rows[0].position, rows[0].id)]
             middle = len(rows) // 2
-            return self._upsert(collection, rows[:middle], items[:middle]) + self._upsert(
+            return self._store_rows(collection, rows[:middle], items[:middle]) + self._store_rows(
                 collection, rows[middle:], items[middle:]
             )
         return []
@@ -297,17 +306,6 @@ class MilvusSink:
         now = find_collection(self._client, self._wanted, self._store)
         if now is None or now.number != collection.number or not self._noted.items() <= now.notes.items():
             raise BulkError(replaced(self.name))
-
-    def _delete_changed(self, collection: Collection, items: Sequence[Mapping[str, Any]]) -> None:
-        """Delete items with fields that their new versions lack; otherwise these fields would remain."""
-        names = {item[collection.id.name]: item.keys() for item in items}
-        changed = [
-            row_id
-            for row_id, payload in read_some(self._client, collection, list(names))
-            if not payload.keys() <= names[row_id]
-        ]
-        if changed:
-            self._client.delete(collection.name, filter=selection(collection, changed), timeout=TIMEOUT_S)
 
     def _create(self, rows: Sequence[Row]) -> Collection:
         if self._note is None:

@@ -9,7 +9,7 @@ from typing import Any, Final, TypeAlias, TypeVar
 from qdrant_client import QdrantClient, models
 
 from gateway.bulk.blocks import size_of
-from gateway.bulk.rows import BadRow, BulkError, EmbeddedRows, Row, RowsRefused, SpaceNote
+from gateway.bulk.rows import BadRow, BulkError, EmbeddedRows, Row, RowId, RowsRefused, SpaceNote, ids_of_parted
 from gateway.bulk.stores.notes import check_note, read_notes, replaced, write_notes
 from gateway.bulk.stores.protocol import Keeping
 from gateway.bulk.stores.qdrant_connection import Connection
@@ -108,7 +108,13 @@ class QdrantSink:
         for rows, points in _requests(batch, self._layout, self._keeping.text):
             bad += self._store(rows, points)
         if bad:
+            self._remove(ids_of_parted(batch.rows, bad))
             raise RowsRefused(bad)
+
+    def _remove(self, ids: Sequence[RowId]) -> None:
+        points: list[models.ExtendedPointId] = [point_id(row_id) for row_id in ids]
+        if points:
+            self._call(lambda client: client.delete(self._collection, models.PointIdsList(points=points), wait=True))
 
     def _store(self, rows: Sequence[Row], points: list[models.PointStruct]) -> list[BadRow]:
         """Store points in one request, or in several smaller ones; return the rows that are too large for the server."""

@@ -76,9 +76,10 @@ def test_a_text_that_is_too_long_for_its_field_is_a_problem_of_its_row(url: str,
     assert by_id(url) == {2: ("äöüä", {})}
 
 
-def test_rows_whose_json_is_too_long_for_a_server_are_named(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Milvus Lite has no such limit, so this puts a server's limit and message before it."""
-    upsert = MilvusClient.upsert
+@pytest.fixture
+def _limited(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Put a server's limit for the JSON of a row, and its message, before Milvus Lite, which has no limit."""
+    insert = MilvusClient.insert
 
     def limited(self: MilvusClient, name: str, data: list[dict[str, Any]], **settings: Any) -> dict[str, Any]:
         for item in data:
@@ -86,10 +87,34 @@ def test_rows_whose_json_is_too_long_for_a_server_are_named(url: str, monkeypatc
             if size > 65_536:
                 message = f"the length ({size}) of json field ($meta) exceeds max length (65536): invalid parameter"
                 raise pymilvus.MilvusException(1100, message)
-        result: dict[str, Any] = upsert(self, name, data, **settings)
+        result: dict[str, Any] = insert(self, name, data, **settings)
         return result
 
-    monkeypatch.setattr(MilvusClient, "upsert", limited)
+    monkeypatch.setattr(MilvusClient, "insert", limited)
+
+
+@pytest.mark.usefixtures("_limited")
+def test_an_item_keeps_its_earlier_version_if_the_new_one_is_refused(url: str) -> None:
+    write(url, [row(1, "a", {"old": 1}), row(2, "b", {"old": 2})])
+    with pytest.raises(RowsRefused):
+        write(url, [row(1, "a", {"long": "x" * 70_000}), row(2, "c", {"new": 2})])
+    assert by_id(url) == {1: ("a", {"old": 1}), 2: ("c", {"new": 2})}
+
+
+@pytest.mark.usefixtures("_limited")
+def test_an_item_with_a_refused_row_leaves_no_other_row(url: str) -> None:
+    rows = [
+        replace(row(f"d{item}#{n}", f"text {n}", {"x": "x" * (70_000 if (item, n) == (1, 1) else 1)}), place=f"d{item}")
+        for item in range(3)
+        for n in range(3)
+    ]
+    with pytest.raises(RowsRefused):
+        write(url, rows)
+    assert set(by_id(url)) == {f"d{item}#{n}" for item in (0, 2) for n in range(3)}
+
+
+@pytest.mark.usefixtures("_limited")
+def test_rows_whose_json_is_too_long_for_a_server_are_named(url: str) -> None:
     rows = [row(n, "a", {"long": "x" * (70_000 if n in {4, 11} else 100)}) for n in range(20)]
     with pytest.raises(RowsRefused, match=r"id 4: Milvus rejects it: the length \(70\d+\) of json field") as caught:
         write(url, rows)
@@ -100,13 +125,13 @@ def test_rows_whose_json_is_too_long_for_a_server_are_named(url: str, monkeypatc
 
 def test_requests_with_long_texts_stay_below_the_limit_of_a_server(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = []
-    upsert = MilvusClient.upsert
+    insert = MilvusClient.insert
 
     def counting(self: MilvusClient, name: str, data: list[dict[str, Any]], **settings: Any) -> Any:
         sizes.append(sum(len(str(item["text"])) for item in data))
-        return upsert(self, name, data, **settings)
+        return insert(self, name, data, **settings)
 
-    monkeypatch.setattr(MilvusClient, "upsert", counting)
+    monkeypatch.setattr(MilvusClient, "insert", counting)
     write(url, [row(n, f"{n} {'long ' * 50_000}") for n in range(100)])
     assert max(sizes) <= 16_000_000
     assert len(by_id(url)) == 100

@@ -78,6 +78,20 @@ def test_a_row_that_is_too_large_for_the_server_says_what_to_raise(url: str, ser
     assert len(by_id(url)) == 18
 
 
+def test_an_item_with_a_refused_row_leaves_no_other_row(url: str, server: QdrantServer) -> None:
+    """Neither those of this shard nor those of an earlier version; an item of one row keeps its earlier version."""
+    server.max_bytes = 2000
+    rows = [
+        replace(row(f"d{item}#{n}", "long " * 1000 if (item, n) == (1, 1) else f"text {n}"), place=f"d{item}")
+        for item in range(3)
+        for n in range(3)
+    ]
+    write(url, [row("alone", "short"), row("d1#1", "short")])
+    with pytest.raises(RowsRefused):
+        write(url, [*rows, row("alone", "long " * 1000)])
+    assert set(by_id(url)) == {"alone", *(f"d{item}#{n}" for item in (0, 2) for n in range(3))}
+
+
 @pytest.mark.parametrize("fault", ["close", "late", "429", "500", "503"])
 @pytest.mark.parametrize("num_before", range(6))
 def test_a_short_absence_does_not_matter(
