@@ -23,10 +23,21 @@ from gateway.bulk.moving.mem0 import change_mem0, present_settings, read_mem0, r
 from gateway.bulk.moving.passes import PassCounts
 from gateway.bulk.moving.planning import StartRequest, check_alias, name_copies, places_of, plan, real_name
 from gateway.bulk.moving.state import Move, Pair, Stage, hold, write_move
-from gateway.bulk.moving.work import Work, asked_of, at_work, embedder_of, old_ledger, pairs_left, store_of
+from gateway.bulk.moving.work import (
+    Work,
+    asked_of,
+    at_work,
+    check_way_back,
+    embedder_of,
+    note_of,
+    old_ledger,
+    old_model_of,
+    pairs_left,
+    store_of,
+)
 from gateway.bulk.places import open_movable
-from gateway.bulk.rows import BulkError, RowId, SpaceNote
-from gateway.bulk.stores.protocol import CollectionInfo, MovableStore
+from gateway.bulk.rows import BulkError, RowId
+from gateway.bulk.stores.protocol import MovableStore
 from gateway.cli.console import say
 from gateway.compare.captured import read_captured
 from gateway.config.wording import count, quote
@@ -188,31 +199,17 @@ async def _captured(work: Work, pair: Pair, path: Path, old_model: str | None) -
         BulkError: the old model is not known.
     """
     move = work.move
-    model = old_model or _old_model(move, work.reading, pair)
+    model = old_model or old_model_of(move, work.reading, pair)
     if model is None:
         raise BulkError("--queries needs the old model too: name it with --from-model")
     texts = draw(read_captured(path, []).texts, _NUM_QUERIES)
     vectors = []
-    note = _note_of(work.reading.describe(pair.old), move.vector)
+    note = note_of(work.reading.describe(pair.old), move.vector)
     for name, task in ((model, note.task if note else None), (move.model, work.embedder.note.task)):
         asked = asked_of(move, name, for_queries=not move.has_default_task, task=task)
         async with embedder_of(move, asked, work.console) as embedder:
             vectors.append(await embed_texts(embedder, texts))
     return [Query(text, old, new) for text, old, new in zip(texts, *vectors, strict=True)]
-
-
-def _note_of(info: CollectionInfo, vector: str | None) -> SpaceNote | None:
-    notes = info.notes
-    return notes.get(vector) if vector is not None else next(iter(notes.values()), None)
-
-
-def _old_model(move: Move, store: MovableStore, pair: Pair) -> str | None:
-    """Return the name of the old collection's model, from its note or Mem0's configuration."""
-    if (note := _note_of(store.describe(pair.old), move.vector)) is not None:
-        return note.model
-    if move.mem0_before is not None:
-        return move.mem0_before.get("model")
-    return read_mem0(move.mem0).model if move.mem0 is not None else None
 
 
 async def flip(move: Move, folder: Path, console: Console, *, forces: bool) -> Move:
@@ -298,7 +295,8 @@ async def _back(move: Move, folder: Path, console: Console, old_model: str | Non
     if move.stage is not Stage.FLIPPED and not move.is_returning:
         raise BulkError("applications use the old collection: there is nothing to undo")
     with store_of(move) as store:
-        model = old_model or _old_model(move, store, move.pairs[0])
+        check_way_back(move, store)
+        model = old_model or old_model_of(move, store, move.pairs[0])
         if move.stage is Stage.FLIPPED:
             move = replace(_use(move, store, back=True), is_returning=True)
             move = move.at(Stage.COPIED, "back to the old collection")

@@ -99,10 +99,32 @@ def store_of(move: Move) -> Iterator[MovableStore]:
 
 
 def pairs_left(move: Move) -> list[Pair]:
-    """Return the pairs whose old collection exists: an interrupted last step may have deleted some."""
+    """Return the pairs of which anything old exists: an interrupted last step may have deleted some."""
     with store_of(move) as store:
-        names = store.collections()
-    return [pair for pair in move.pairs if pair.old in names]
+        # A vector is deleted before its note.
+        return [pair for pair in move.pairs if _has_old(move, pair, store, or_note=True)]
+
+
+def check_way_back(move: Move, store: MovableStore) -> None:
+    """Check that the old collections and vectors exist.
+
+    Raises:
+        BulkError: an interrupted last step, or another program, has deleted one.
+    """
+    if not all(_has_old(move, pair, store) for pair in move.pairs):
+        raise BulkError(
+            f"the old {'vector' if move.into_vector else 'collection'} was deleted, so there is no way back: `gateway move "
+            f"finish {move.name} --delete-old` completes the move"
+        )
+
+
+def _has_old(move: Move, pair: Pair, store: MovableStore, *, or_note: bool = False) -> bool:
+    if pair.old not in store.collections():
+        return False
+    if move.into_vector is None:
+        return True
+    info = store.describe(pair.old)
+    return move.vector in info.widths or (or_note and move.vector in info.notes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,6 +228,21 @@ class Work:
                     if counts.changes <= allowed_changes(counts.items) and not (counts.refused and counts.changes):
                         break
         return found
+
+
+def note_of(info: CollectionInfo, vector: str | None) -> SpaceNote | None:
+    """Return the note of a vector; without a name, of the only one."""
+    notes = info.notes
+    return notes.get(vector) if vector is not None else next(iter(notes.values()), None)
+
+
+def old_model_of(move: Move, store: MovableStore, pair: Pair) -> str | None:
+    """Return the name of the old collection's model, from its note or Mem0's configuration."""
+    if (note := note_of(store.describe(pair.old), move.vector)) is not None:
+        return note.model
+    if move.mem0_before is not None:
+        return move.mem0_before.get("model")
+    return read_mem0(move.mem0).model if move.mem0 is not None else None
 
 
 def old_ledger(path: Path) -> Path:

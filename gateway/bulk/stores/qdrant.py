@@ -147,14 +147,15 @@ class QdrantStore:
             source.close()
 
     def delete_vector(self, collection: str, vector: str) -> None:
-        """Delete a vector of all points, and its note."""
+        """Delete a vector of all points, and its note, unless an earlier attempt has done a part of that."""
         info = self._connection.read_info(collection)
         if not vector:
             raise BulkError(
                 f"{self._connection.place.named(collection)}: Qdrant keeps a vector without a name as long as the "
                 "collection; to end a move with both vectors kept, leave out --delete-old"
             )
-        self._connection.call(lambda client: client.delete_vector_name(collection, vector), collection)
+        if vector in Vectors.of(info).names:
+            self._connection.call(lambda client: client.delete_vector_name(collection, vector), collection)
         notes = read_notes(info.config.metadata, self._connection.place.named(collection))
         kept = write_notes({name: note for name, note in notes.items() if name != vector})
         self._connection.call(lambda client: client.update_collection(collection, metadata=kept), collection)

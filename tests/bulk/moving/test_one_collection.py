@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from gateway.bulk.moving.command import show_status
 from gateway.bulk.moving.state import Move, Stage
 from gateway.bulk.moving.steps import back, check, finish, flip, start, sync
 from gateway.bulk.rows import BulkError, EmbeddedRows, Row
+from gateway.bulk.stores.notes import write_notes
 from gateway.bulk.stores.protocol import Keeping
 from tests.bulk.moving.conftest import HashModel, Models, Shop, closing_shop, request_for, vector_of
 
@@ -111,6 +113,35 @@ async def test_flip_back_and_finish_keep_both_vectors_right_until_the_old_one_is
     assert move.stage is Stage.FINISHED
     info = one.store.describe(one.collection)
     assert (list(info.widths), list(info.notes), info.count) == (["second"], ["second"], 52)
+    check_vectors(one, "second", "new")
+
+
+@pytest.mark.parametrize("killed_after", ["vector", "note"])
+async def test_the_last_step_ends_well_after_it_was_killed_while_it_deleted_the_old_vector(
+    one: Shop, killed_after: str, models: Models, tmp_path: Path, console: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    move = await begun(one, tmp_path, console)
+    move = await flip(move, tmp_path, console, forces=True)
+    if killed_after == "vector" and one.url.startswith("qdrant"):
+        before = one.store.describe(one.collection).notes
+        one.store.delete_vector(one.collection, "embedding")
+        store: Any = one.store
+        store._connection.call(
+            lambda client: client.update_collection(one.collection, metadata=write_notes(before)), one.collection
+        )
+        assert set(one.store.describe(one.collection).notes) == {"embedding", "second"}
+    else:
+        one.store.delete_vector(one.collection, "embedding")
+
+    with pytest.raises(
+        BulkError, match=r"there is no way back: `gateway move finish .* --delete-old` completes the move"
+    ):
+        await back(move, tmp_path, console, "old")
+    move = await finish(move, tmp_path, console, deletes=True)
+
+    assert move.stage is Stage.FINISHED
+    info = one.store.describe(one.collection)
+    assert (list(info.widths), list(info.notes), info.count) == (["second"], ["second"], 50)
     check_vectors(one, "second", "new")
 
 
