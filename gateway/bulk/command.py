@@ -27,7 +27,7 @@ from gateway.bulk.manifest import Manifest
 from gateway.bulk.opening import check_apart, open_sink, open_source
 from gateway.bulk.progress import show_progress
 from gateway.bulk.report import Report
-from gateway.bulk.rows import BulkError, Json, Sink, Source, SpaceNote
+from gateway.bulk.rows import BulkError, Json, Renamed, Sink, Source, SpaceNote
 from gateway.cli.console import make_console, say
 from gateway.cli.models import OwnModels, RunningGateway
 from gateway.config.wording import count
@@ -83,7 +83,9 @@ def run_embed(request: EmbedRequest, models: RunningGateway | OwnModels, *, as_j
         sink = stack.enter_context(
             closing(open_sink(request.sink, source.text_field if request.keeps_text else None, adopts=request.adopts))
         )
-        check_apart(request.sources, request.sink, source.name, sink.name)
+        check_apart(
+            request.sources, request.sink, source.name, sink.real_name if isinstance(sink, Renamed) else sink.name
+        )
         path = _manifest_path(request, source, sink)
         _check_folder(sink, path, request)
         try:

@@ -231,3 +231,14 @@ class Choosy(Protocol):
 
     def problem(self, row: Row) -> str:
         """Return the reason why a row cannot be stored; empty if it can. Called in another thread than the other methods."""
+
+
+@runtime_checkable
+class Renamed(Protocol):
+    """A sink whose collection can be written in several ways, such as with its schema.
+
+    Attributes:
+        real_name: its name, as a source of the same collection has it.
+    """
+
+    real_name: str

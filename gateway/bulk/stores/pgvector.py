@@ -143,7 +143,8 @@ class PgvectorStore:
 
     def sink(self, collection: str, keeping: Keeping) -> PgvectorSink:
         """Return a sink for a table, also by a view: a view that is redirected meanwhile does not redirect the job."""
-        return PgvectorSink(self._connect, self._behind(collection), self.name, keeping, self._id)
+        name = self._behind(collection)
+        return PgvectorSink(self._connect, name, self._real_name(str(name)), self.name, keeping, self._id)
 
     def _behind(self, collection: str) -> Name:
         """Return the name of a table, which may be given by a view."""

@@ -39,11 +39,16 @@ class PgvectorSink:
     """Writes vectors into a table, which it creates if necessary.
 
     Args:
+        name: the table's name as the user wrote it, unless that is a view's.
+        real_name: the same, as a source shows it.
         id_column: the column with the ids of an existing table; by default its primary key.
     """
 
-    def __init__(self, connect: Connect, name: Name, store: str, keeping: Keeping, id_column: str | None) -> None:
+    def __init__(
+        self, connect: Connect, name: Name, real_name: str, store: str, keeping: Keeping, id_column: str | None
+    ) -> None:
         self.name = f"{store}/{name}"
+        self.real_name = f"{store}/{real_name}"
         self._session = Session(connect)
         self._name, self._store, self._keeping, self._id_column = name, store, keeping, id_column
         self._note: SpaceNote | None = None

@@ -245,12 +245,12 @@ def find_table(connection: Connection, name: Name, store: str, id_column: str | 
     Raises:
         BulkError: no column can be the id.
     """
-    place = f"{store}/{name}"
     known = connection.execute(NAMED, [name.quoted]).fetchone()
     if known is None:
         return None
     oid, schema, table, is_visible = known
     name = Name(table, None if is_visible else schema)  # public.docs and docs are one table
+    place = f"{store}/{name}"
     columns = [Column(*values) for values in connection.execute(_COLUMNS, [oid])]
     unique = [name for (name,) in connection.execute(_UNIQUE, [oid])]
     wanted = id_column or next(iter(unique), "id")

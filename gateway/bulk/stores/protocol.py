@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -70,17 +71,36 @@ class Place:
         return f"set {self.secret}, or name another with ?key_env=NAME"
 
     def is_same_collection(self, other: Place) -> bool:
-        """Return whether both are one collection, regardless of their options."""
-        same = (self.kind, self.collection, self.host, self.port, self.path)
-        if same != (other.kind, other.collection, other.host, other.port, other.path):
+        """Return whether both are one collection, regardless of the vector, the user and the ways to write the store."""
+        if (self.collection, self._within) != (other.collection, other._within):
             return False
-        if "://" in self.location + other.location or not self.location:
-            return self.location == other.location
-        return os.path.realpath(self.location) == os.path.realpath(other.location)  # also of links in a circle
+        if "://" in self.location + other.location:
+            return self.location.rstrip("/") == other.location.rstrip("/")
+        if self.location or other.location:
+            return os.path.realpath(self.location) == os.path.realpath(other.location)  # also of links in a circle
+        return self.host.lower() == other.host.lower() or bool(_addresses(self.host) & _addresses(other.host))
+
+    @property
+    def _within(self) -> tuple[object, ...]:
+        """The kind of store and the database, which has the name ``default`` unless the URL names another."""
+        tenant, database = (
+            self.options.get("tenant", "default_tenant"),
+            self.options.get("database", "default_database"),
+        )
+        return self.kind, bool(self.location), self.port, self.path or "default", tenant, database
 
     def named(self, collection: str) -> str:
         """Return the URL of a collection of this store, without secrets."""
         return f"{self.store}{'#' if self.location else '/'}{collection}"
+
+
+def _addresses(host: str) -> set[str]:
+    """Return the addresses of a host; the name itself if it has none, such as the folder of a socket."""
+    try:
+        found = {str(address[0]) for *_, address in socket.getaddrinfo(host, None)}
+    except (OSError, UnicodeError):
+        return {host}
+    return {"127.0.0.1" if address == "::1" else address for address in found}
 
 
 Mark: TypeAlias = str

@@ -6,9 +6,11 @@ import functools
 import json
 import shutil
 from contextlib import closing
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
+from urllib.parse import quote
 
+import psycopg
 import pytest
 from click.testing import Result
 from typer.testing import CliRunner
@@ -17,7 +19,7 @@ from gateway.backends.fake import FakeBackend, fake_info
 from gateway.bulk.places import open_movable, read_place
 from gateway.cli.main import app
 from gateway.deployment import Deployment
-from tests.bulk.stores.rows import by_id
+from tests.bulk.stores.rows import by_id, name_of
 
 REGISTRY = """
 version: 1
@@ -83,6 +85,29 @@ def test_a_collection_is_not_written_into_itself_by_another_name(kind: str, requ
     assert by_id(url) == EXPECTED
     with closing(open_movable(place)) as store:
         store.delete_alias(alias)
+
+
+def test_a_table_is_not_written_into_itself_by_its_name_with_schema_and_quotes(pgvector_url: str) -> None:
+    table = name_of(pgvector_url)
+    assert embed("docs.jsonl", "--to", pgvector_url).exit_code == 0
+    names = [table, f"public.{table}", f'"{table}"', f'"public"."{table}"']
+    for source, sink in product(names, names):
+        into = pgvector_url.replace(table, quote(sink))
+        refused = embed(pgvector_url.replace(table, quote(source)), "--to", into, "--adopt")
+        assert refused.exit_code == 1, (source, sink)
+        assert "is the collection that is read" in " ".join(refused.output.split()), (source, sink)
+    assert by_id(pgvector_url) == EXPECTED
+
+
+def test_a_table_is_written_into_one_of_another_schema(pgvector_url: str, postgres: str) -> None:
+    table = name_of(pgvector_url)
+    assert embed("docs.jsonl", "--to", pgvector_url).exit_code == 0
+    with psycopg.connect(postgres, autocommit=True) as connection:
+        connection.execute("CREATE SCHEMA IF NOT EXISTS archive")
+    other = pgvector_url.replace(table, f"archive.{table}")
+    copied = embed(pgvector_url, "--to", other)
+    assert copied.exit_code == 0, copied.output
+    assert by_id(other) == EXPECTED
 
 
 @pytest.mark.parametrize("kind", ["qdrant", "lancedb", "chroma"])

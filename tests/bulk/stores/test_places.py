@@ -75,6 +75,35 @@ def test_the_name_of_a_place_opens_it_again(url: str) -> None:
     assert again == place
 
 
+@pytest.mark.parametrize(
+    ("one", "other", "are_same"),
+    [
+        ("qdrant://localhost/docs", "qdrant://LOCALHOST:6333/docs?vector=v", True),
+        ("qdrant://localhost/docs", "qdrant+https://127.0.0.1:6333/docs?key_env=K", True),
+        ("qdrant://localhost/docs", "qdrant://[::1]/docs", True),
+        ("qdrant://localhost/docs", "qdrant://localhost/b/docs", False),
+        ("qdrant://localhost/docs", "qdrant://127.0.0.2/docs", False),
+        ("qdrant://localhost/docs", "qdrant://localhost:6334/docs", False),
+        ("qdrant://no-such-host.invalid/docs", "qdrant://other.invalid/docs", False),
+        ("milvus://localhost/docs", "milvus://root@localhost/default/docs", True),
+        ("milvus://localhost/docs", "milvus://localhost/other/docs", False),
+        ("chroma://h/docs", "chroma://h/docs?database=default_database", True),
+        ("chroma://h/docs", "chroma://h/docs?database=archive", False),
+        ("chroma://h/docs?tenant=a", "chroma://h/docs?tenant=b", False),
+        ("qdrant:./q#docs", "qdrant:q/#docs", True),
+        ("qdrant:./q#docs", "qdrant:./p#docs", False),
+        ("lancedb:s3://b/f#docs", "lancedb:s3://b/f/#docs", True),
+        ("lancedb:s3://b/f#docs", "lancedb:s3://b/g#docs", False),
+        ("pgvector://%2Frun%2Fa/shop/docs", "pgvector://%2Frun%2Fb/shop/docs", False),
+    ],
+)
+def test_two_urls_of_one_collection_are_recognized(one: str, other: str, are_same: bool) -> None:
+    first, second = read_place(one), read_place(other)
+    assert first is not None
+    assert second is not None
+    assert first.is_same_collection(second) is second.is_same_collection(first) is are_same
+
+
 def test_a_home_folder_is_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/ann")
     place = read_place("qdrant://~/q#docs")
