@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterator
 from typing import Final, TypeVar
@@ -18,12 +19,14 @@ from gateway.bulk.stores.folders import check_folder
 from gateway.bulk.stores.patience import PATIENCE_S, RETRY_HINT, insist
 from gateway.bulk.stores.protocol import Place
 from gateway.config.wording import cut, did_you_mean, enumerate_names, quote
+from gateway.telemetry.tracebacks import chain
 
 Result = TypeVar("Result")
 
 
 _TIMEOUT_S: Final = 60.0
 _FULL: Final = "disk is full"
+_PASSING: Final = (429, 500, 502, 503, 504)
 
 
 class Connection:
@@ -42,11 +45,25 @@ class Connection:
         self.place = place
         self._key = os.environ.get(place.key or "") or None
         try:
+            if not place.location:
+                self._check_server()
             self.client = self._connect()
         except (ChromaError, httpx.HTTPError, ValueError, OSError, RuntimeError) as error:
             raise BulkError(self._explain(error, place.store, has_responded=False)) from error
         for session in self._sessions():
             session.timeout = httpx.Timeout(_TIMEOUT_S)
+
+    @property
+    def _headers(self) -> dict[str, str] | None:
+        # Servers read one of these two.
+        return {"Authorization": f"Bearer {self._key}", "X-Chroma-Token": self._key} if self._key else None
+
+    def _check_server(self) -> None:
+        """Send the client's first request: the client itself would wait for its response without a limit."""
+        place = self.place
+        host = f"[{place.host}]" if ":" in place.host else place.host
+        url = f"{'https' if place.is_secure else 'http'}://{host}:{place.port}/api/v2/auth/identity"
+        httpx.get(url, headers=self._headers, timeout=_TIMEOUT_S).raise_for_status().json()
 
     def _connect(self) -> ClientAPI:
         place = self.place
@@ -55,9 +72,7 @@ class Connection:
         database = place.options.get("database", DEFAULT_DATABASE)
         if place.location:
             return chromadb.PersistentClient(place.location, settings, tenant, database)
-        # Servers read one of these two headers.
-        headers = {"Authorization": f"Bearer {self._key}", "X-Chroma-Token": self._key} if self._key else None
-        return chromadb.HttpClient(place.host, place.port, place.is_secure, headers, settings, tenant, database)
+        return chromadb.HttpClient(place.host, place.port, place.is_secure, self._headers, settings, tenant, database)
 
     def call(self, ask: Callable[[], Result], where: str) -> Result:
         """Return the result of a request, repeating it while the server is briefly unavailable.
@@ -71,6 +86,10 @@ class Connection:
         try:
             return insist(ask, _pause_after, PATIENCE_S)
         except (ChromaError, httpx.HTTPError, ValueError, OSError, RuntimeError) as error:
+            raise BulkError(self._explain(error, where, has_responded=True)) from error
+        except Exception as error:  # of a response that is no JSON, whose class is no other
+            if _status_of(error) is None:
+                raise
             raise BulkError(self._explain(error, where, has_responded=True)) from error
 
     def find(self, collection: str) -> Collection | None:
@@ -118,19 +137,38 @@ class Connection:
                 yield session
 
     def _explain(self, error: Exception, where: str, *, has_responded: bool) -> str:
-        message = cut(str(error), 300) or type(error).__name__
-        status = error.response.status_code if isinstance(error, httpx.HTTPStatusError) else None
-        if status in (401, 403) or (isinstance(error, ChromaError) and error.code() in (401, 403)):
-            if self._key:
-                return f"{where} rejects the key in {self.place.secret}: {message}"
-            return f"{where} needs a key: {self.place.remedy}"
-        if _pause_after(error) is not None and has_responded:
-            return f"{where} has gone away: {message}; {RETRY_HINT}"
+        message = cut(str(error).partition("\n")[0], 300) or type(error).__name__
+        if (status := _status_of(error)) in (401, 403):
+            return (
+                f"{where} rejects the key in {self.place.secret}"
+                if self._key
+                else f"{where} needs a key: {self.place.remedy}"
+            )
         if not has_responded:
-            problem = "cannot be opened as a Chroma store" if self.place.location else "cannot be reached"
-            return f"{where} {problem}: {message}"
+            return f"{where} {self._first_problem(error, status, message)}"
+        if _pause_after(error) is not None:
+            return f"{where} has gone away: {message}; {RETRY_HINT}"
         room = "; make room, and start the same command again" if _FULL in message else ""
         return f"{where} rejects a request: {message}{room}"
+
+    def _first_problem(self, error: Exception, status: int | None, message: str) -> str:
+        """Return the problem with a store that has never responded."""
+        if self.place.location:
+            return f"cannot be opened as a Chroma store: {message}"
+        if status is not None or isinstance(error, json.JSONDecodeError):
+            return f"does not respond like Chroma: {message}"
+        return f"cannot be reached: {message}. Is it running, and is {self.place.port} its port?"
+
+
+def _status_of(error: Exception) -> int | None:
+    """Return the status of the response to a failed request; ``None`` if there was no response."""
+    if isinstance(error, ChromaError):
+        return int(error.code())
+    # For a response that is no JSON, Chroma's client raises an error with the text alone.
+    causes = (
+        cause.response.status_code for cause, _is_context in chain(error) if isinstance(cause, httpx.HTTPStatusError)
+    )
+    return next(causes, None)
 
 
 def _pause_after(error: Exception) -> float | None:
@@ -138,10 +176,6 @@ def _pause_after(error: Exception) -> float | None:
     match error:
         case _ if _FULL in str(error):  # the disk is full, and will not have room soon
             return None
-        case httpx.HTTPStatusError() if error.response.status_code in (429, 500, 502, 503, 504):
-            return 0.0
         case httpx.TransportError() if "SSL" not in str(error):
             return 0.0
-        case ChromaError() if error.code() in (429, 500, 503):
-            return 0.0
-    return None
+    return 0.0 if _status_of(error) in _PASSING else None

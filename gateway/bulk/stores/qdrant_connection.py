@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sqlite3
 import threading
@@ -138,6 +139,8 @@ class Connection:
             raise BulkError(
                 explain(error, self.place, collection, self._key is not None, self._has_responded)
             ) from error
+        except json.JSONDecodeError as error:
+            raise BulkError(f"{self.place.store} does not respond like Qdrant: its response is not JSON") from error
         except (ValueError, RuntimeError, OSError, sqlite3.Error) as error:
             # Errors of a folder, or values that cannot be serialized.
             room = "; make room, and start the same command again" if "full" in str(error) else ""

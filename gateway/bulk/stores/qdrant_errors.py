@@ -56,7 +56,9 @@ def _explain_transport(error: httpx.HTTPError, place: Place, has_responded: bool
     if "SSL" in reason:
         return f"{place.store} failed to set up TLS: {reason}. Without TLS, write qdrant:// instead of qdrant+https://"
     if not has_responded:
-        return f"{place.store} cannot be reached: {reason}. Is it running, and is {place.port} its HTTP port?"
+        return (
+            f"{place.store} cannot be reached: {reason.rstrip('.')}. Is it running, and is {place.port} its HTTP port?"
+        )
     return f"{place.store} has gone away: {reason}; {RETRY_HINT}"
 
 

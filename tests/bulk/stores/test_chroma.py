@@ -15,13 +15,17 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import chromadb
+import httpx
 import numpy as np
 import pytest
 from chromadb.api import ClientAPI
+from chromadb.api.base_http_client import BaseHTTPClient
 from chromadb.config import Settings
 
 from gateway.bulk.fields import FieldNames
+from gateway.bulk.places import read_place
 from gateway.bulk.rows import BadRow, BulkError, Json, Row
+from gateway.bulk.stores.chroma_connection import Connection
 from gateway.bulk.stores.protocol import Keeping
 from tests.bulk.stores.rows import HYBRID, NOTE, by_id, embedded, name_of, open_url, read, row, vector_of, write
 
@@ -244,6 +248,27 @@ def test_a_key_that_is_wrong_or_missing_is_named_and_not_printed(status: int, mo
         finally:
             server.shutdown()
             thread.join()
+
+
+@pytest.mark.parametrize("status", [500, 502])
+def test_an_error_of_a_proxy_is_waited_for_and_then_named(
+    status: int, chroma_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Chroma's client has no class of its own for a response that is not JSON."""
+    monkeypatch.setattr("gateway.bulk.stores.patience._FIRST_PAUSE_S", 0.01)
+    place = read_place(f"chroma:{chroma_folder}#docs")
+    assert place is not None
+    connection = Connection(place, is_source=False)
+    request = httpx.Request("GET", "http://chroma")
+    responses = [httpx.Response(status, html="<p>Bad gateway", request=request)] * 2 + [
+        httpx.Response(200, request=request)
+    ]
+    assert connection.call(lambda: BaseHTTPClient._raise_chroma_error(responses.pop(0)), "docs") is None
+    monkeypatch.setattr("gateway.bulk.stores.chroma_connection.PATIENCE_S", 0.0)
+    responses = [httpx.Response(status, html="<p>Bad gateway", request=request)]
+    with pytest.raises(BulkError, match="docs has gone away: <p>Bad gateway; run the same command again"):
+        connection.call(lambda: BaseHTTPClient._raise_chroma_error(responses[0]), "docs")
+    connection.close()
 
 
 def wait_for(port: int) -> None:
