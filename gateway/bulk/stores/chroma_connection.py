@@ -87,7 +87,7 @@ class Connection:
             return insist(ask, _pause_after, PATIENCE_S)
         except (ChromaError, httpx.HTTPError, ValueError, OSError, RuntimeError) as error:
             raise BulkError(self._explain(error, where, has_responded=True)) from error
-        except Exception as error:  # of a response that is no JSON, whose class is no other
+        except Exception as error:  # of a response that is not JSON, which has no class but this
             if _status_of(error) is None:
                 raise
             raise BulkError(self._explain(error, where, has_responded=True)) from error
@@ -164,7 +164,7 @@ def _status_of(error: Exception) -> int | None:
     """Return the status of the response to a failed request; ``None`` if there was no response."""
     if isinstance(error, ChromaError):
         return int(error.code())
-    # For a response that is no JSON, Chroma's client raises an error with the text alone.
+    # For a response that is not JSON, Chroma's client raises an error with the text alone.
     causes = (
         cause.response.status_code for cause, _is_context in chain(error) if isinstance(cause, httpx.HTTPStatusError)
     )

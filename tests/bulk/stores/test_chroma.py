@@ -254,7 +254,7 @@ def test_a_key_that_is_wrong_or_missing_is_named_and_not_printed(status: int, mo
 def test_an_error_of_a_proxy_is_waited_for_and_then_named(
     status: int, chroma_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Chroma's client has no class of its own for a response that is not JSON."""
+    """Chroma's client has no separate class for a response that is not JSON."""
     monkeypatch.setattr("gateway.bulk.stores.patience._FIRST_PAUSE_S", 0.01)
     place = read_place(f"chroma:{chroma_folder}#docs")
     assert place is not None

@@ -1,4 +1,4 @@
-"""A server that is no store, or does not respond: one plain error in a bounded time, for every store."""
+"""A server that is not a store, or does not respond: one plain error in a bounded time, for every store."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def _short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("response", RESPONSES)
 @pytest.mark.parametrize("kind", ["qdrant", "chroma", "milvus", "pgvector"])
-def test_a_server_that_is_no_store_is_one_error(kind: str, response: str) -> None:
+def test_a_server_that_is_not_a_store_is_one_error(kind: str, response: str) -> None:
     with serving(RESPONSES[response]) as port:
         store = f"{kind}://127.0.0.1:{port}"
         url = f"{store}/shop/docs" if kind == "pgvector" else f"{store}/docs"
