@@ -9,27 +9,16 @@ from pathlib import Path
 
 from rich.console import Console
 
-from gateway.bulk.moving.checking import (
-    CheckReport,
-    Query,
-    Side,
-    agree,
-    draw,
-    embed_texts,
-    item_queries,
-    wrong_vectors,
-)
+from gateway.bulk.moving.checking import CheckReport, Side, wrong_vectors
+from gateway.bulk.moving.comparing import NUM_VECTORS, check_pair
 from gateway.bulk.moving.mem0 import change_mem0, present_settings, read_mem0, restore_mem0
 from gateway.bulk.moving.passes import PassCounts
 from gateway.bulk.moving.planning import StartRequest, check_alias, name_copies, places_of, plan, real_name
 from gateway.bulk.moving.state import Move, Pair, Stage, hold, write_move
 from gateway.bulk.moving.work import (
     Work,
-    asked_of,
     at_work,
     check_way_back,
-    embedder_of,
-    note_of,
     old_ledger,
     old_model_of,
     pairs_left,
@@ -39,11 +28,8 @@ from gateway.bulk.places import open_movable
 from gateway.bulk.rows import BulkError, RowId
 from gateway.bulk.stores.protocol import MovableStore
 from gateway.cli.console import say
-from gateway.compare.captured import read_captured
 from gateway.config.wording import count, quote
 
-_NUM_QUERIES = 100
-_NUM_VECTORS = 50
 _NAMED = 3
 
 
@@ -145,7 +131,7 @@ async def check(
             results = await work.passes(is_full=True)
             move = _with_refused(held, results)
             reports = [
-                await _check_pair(
+                await check_pair(
                     replace(work, move=move),
                     pair,
                     results[pair.old],
@@ -162,54 +148,6 @@ async def check(
         checked = move.at(Stage.CHECKED if is_ready else Stage.COPIED, what)
         write_move(folder, checked)
         return checked, reports
-
-
-async def _check_pair(
-    work: Work, pair: Pair, counts: PassCounts, queries: Path | None, old_model: str | None
-) -> CheckReport:
-    move, store = work.move, work.reading
-    with work.ledger(pair) as ledger:
-        ids = list(ledger.sample(_NUM_QUERIES))
-    first, second = Side(pair.old, move.vector), Side(pair.new, move.new_vector)
-    compared, wrong = await wrong_vectors(store, second, move.text, ids[:_NUM_VECTORS], work.embedder)
-    if queries is None:
-        drawn_queries = item_queries(store, first, second, move.text, ids)
-    else:
-        drawn_queries = await _captured(work, pair, queries, old_model)
-    number = store.describe(pair.new).count
-    if move.into_vector is not None:
-        number = sum(1 for _ in store.filled(pair.new, move.into_vector))
-    return CheckReport(
-        store.describe(pair.old).count,
-        number,
-        counts,
-        compared,
-        wrong,
-        agree(store, first, second, drawn_queries),
-        queries is not None,
-        move.into_vector,
-        may_lack=move.refused <= move.left_behind,
-    )
-
-
-async def _captured(work: Work, pair: Pair, path: Path, old_model: str | None) -> list[Query]:
-    """Return captured queries with their vectors in both spaces.
-
-    Raises:
-        BulkError: the old model is not known.
-    """
-    move = work.move
-    model = old_model or old_model_of(move, work.reading, pair)
-    if model is None:
-        raise BulkError("--queries needs the old model too: name it with --from-model")
-    texts = draw(read_captured(path, []).texts, _NUM_QUERIES)
-    vectors = []
-    note = note_of(work.reading.describe(pair.old), move.vector)
-    for name, task in ((model, note.task if note else None), (move.model, work.embedder.note.task)):
-        asked = asked_of(move, name, for_queries=not move.has_default_task, task=task)
-        async with embedder_of(move, asked, work.console) as embedder:
-            vectors.append(await embed_texts(embedder, texts))
-    return [Query(text, old, new) for text, old, new in zip(texts, *vectors, strict=True)]
 
 
 async def flip(move: Move, folder: Path, console: Console, *, forces: bool) -> Move:
@@ -343,7 +281,7 @@ async def _return_changes(move: Move, folder: Path, console: Console, model: str
 def _unchanged(work: Work, pair: Pair) -> list[RowId]:
     """Return items of the old collection whose old vectors must be right, since nothing has written them again."""
     with work.ledger(pair, back=True) as ledger:
-        sample = ledger.sample(_NUM_VECTORS)
+        sample = ledger.sample(NUM_VECTORS)
     if work.move.into_vector is None:
         return list(sample)
     now = work.reading.digests_of(pair.old, list(sample))

@@ -14,6 +14,7 @@ from pymilvus import MilvusClient
 
 from gateway.bulk.fields import FieldNames
 from gateway.bulk.rows import BadRow, BulkError, Row, RowId
+from gateway.bulk.stores import milvus_rows
 from gateway.bulk.stores.milvus_collections import (
     TIMEOUT_S,
     Collection,
@@ -21,16 +22,6 @@ from gateway.bulk.stores.milvus_collections import (
     is_unauthenticated,
     refusals,
     selection,
-)
-from gateway.bulk.stores.milvus_rows import (
-    NO_FURTHER_VECTOR,
-    PAGE,
-    MilvusSink,
-    count_items,
-    delete_items,
-    open_source,
-    read_page,
-    read_some,
 )
 from gateway.bulk.stores.payloads import digest
 from gateway.bulk.stores.protocol import CollectionInfo, Hit, Keeping, Mark, Place, Since
@@ -94,13 +85,13 @@ class MilvusStore:
 
     def source(self, collection: str, names: FieldNames, since: Since | None = None) -> KeysetSource:
         """Return the items of a collection."""
-        return open_source(self._connect, self._find(collection), names, since)
+        return milvus_rows.open_source(self._connect, self._find(collection), names, since)
 
-    def sink(self, collection: str, keeping: Keeping) -> MilvusSink:
+    def sink(self, collection: str, keeping: Keeping) -> milvus_rows.MilvusSink:
         """Return a sink for a collection, also by an alias: one that is redirected meanwhile does not redirect the job."""
         found = find_collection(self._client, collection, self._prefix)
         name = collection if found is None else found.name
-        return MilvusSink(self._connect, name, self._prefix, keeping, merges=bool(self._place.location))
+        return milvus_rows.MilvusSink(self._connect, name, self._prefix, keeping, merges=bool(self._place.location))
 
     def _find(self, collection: str) -> Collection:
         found = find_collection(self._client, collection, self._prefix)
@@ -119,23 +110,23 @@ class MilvusStore:
         """Return a collection's info."""
         found = self._find(collection)
         widths = {name: field.width for name, field in found.dense.items()}
-        number = count_items(self._client, found)
+        number = milvus_rows.count_items(self._client, found)
         return CollectionInfo(found.name, number, widths, found.notes, identity=str(found.number))
 
     def read_ids(self, collection: str, ids: Sequence[RowId], names: FieldNames) -> Iterator[Row | BadRow]:
         """Yield the items with these ids."""
         found = self._find(collection)
-        first = [payload for _id, payload in read_page(self._client, found, None, 1)]
+        first = [payload for _id, payload in milvus_rows.read_page(self._client, found, None, 1)]
         fields = fields_of(names, first, found.place)
-        for start in range(0, len(ids), PAGE):
-            for row_id, payload in read_some(self._client, found, ids[start : start + PAGE]):
+        for start in range(0, len(ids), milvus_rows.PAGE):
+            for row_id, payload in milvus_rows.read_some(self._client, found, ids[start : start + milvus_rows.PAGE]):
                 yield fields.row(payload, f"id {row_id} of {found.place}", row_id, row_id)
 
     def digests(self, collection: str) -> Iterator[tuple[RowId, bytes]]:
         """Yield ids and hashes of payloads, in ascending order of the ids."""
         found = self._find(collection)
         last: RowId | None = None
-        while page := read_page(self._client, found, last):
+        while page := milvus_rows.read_page(self._client, found, last):
             for row_id, payload in page:
                 last = row_id
                 yield row_id, digest(payload)
@@ -145,8 +136,8 @@ class MilvusStore:
         found = self._find(collection)
         return {
             row_id: digest(payload)
-            for start in range(0, len(ids), PAGE)
-            for row_id, payload in read_some(self._client, found, ids[start : start + PAGE])
+            for start in range(0, len(ids), milvus_rows.PAGE)
+            for row_id, payload in milvus_rows.read_some(self._client, found, ids[start : start + milvus_rows.PAGE])
         }
 
     def mark(self, collection: str, changed_at: str | None) -> Mark | None:
@@ -160,7 +151,7 @@ class MilvusStore:
         """
         condition, found = since_mark(since), self._find(collection)
         last: RowId | None = None
-        while page := read_page(self._client, found, last):
+        while page := milvus_rows.read_page(self._client, found, last):
             for row_id, payload in page:
                 last = row_id
                 yield row_id, is_later(payload, condition)
@@ -171,17 +162,17 @@ class MilvusStore:
 
     def filled(self, collection: str, vector: str) -> Iterator[RowId]:
         """Raise an error, because Milvus cannot add a vector to existing items."""
-        raise BulkError(f"{self._find(collection).place}: {NO_FURTHER_VECTOR}")
+        raise BulkError(f"{self._find(collection).place}: {milvus_rows.NO_FURTHER_VECTOR}")
 
     def delete_vector(self, collection: str, vector: str) -> None:
         """Raise an error, like `filled`."""
-        raise BulkError(f"{self._find(collection).place}: {NO_FURTHER_VECTOR}")
+        raise BulkError(f"{self._find(collection).place}: {milvus_rows.NO_FURTHER_VECTOR}")
 
     def delete_ids(self, collection: str, ids: Sequence[RowId]) -> None:
         """Delete items."""
         found = self._find(collection)
         with refusals(found.place):
-            delete_items(self._client, found, ids)
+            milvus_rows.delete_items(self._client, found, ids)
 
     def search(
         self, collection: str, query: npt.NDArray[np.float32] | SparseVector, limit: int, vector: str | None = None

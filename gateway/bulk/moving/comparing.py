@@ -1,0 +1,82 @@
+"""Compare a collection with its copy: counts, vectors, and the results of searches in both."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from gateway.bulk.moving.checking import (
+    CheckReport,
+    Query,
+    Side,
+    agree,
+    draw,
+    embed_texts,
+    item_queries,
+    wrong_vectors,
+)
+from gateway.bulk.moving.passes import PassCounts
+from gateway.bulk.moving.state import Pair
+from gateway.bulk.moving.work import Work, asked_of, embedder_of, note_of, old_model_of
+from gateway.bulk.rows import BulkError
+from gateway.compare.captured import read_captured
+
+NUM_VECTORS = 50
+_NUM_QUERIES = 100
+
+
+async def check_pair(
+    work: Work, pair: Pair, counts: PassCounts, queries: Path | None, old_model: str | None
+) -> CheckReport:
+    """Compare a collection with its copy, or the vectors in it.
+
+    Args:
+        counts: of the pass before.
+        queries: captured queries; ``None`` to search by items.
+        old_model: its name, if the collection has no note.
+
+    Raises:
+        BulkError: a store or a model fails, or the old model is not known.
+    """
+    move, store = work.move, work.reading
+    with work.ledger(pair) as ledger:
+        ids = list(ledger.sample(_NUM_QUERIES))
+    first, second = Side(pair.old, move.vector), Side(pair.new, move.new_vector)
+    compared, wrong = await wrong_vectors(store, second, move.text, ids[:NUM_VECTORS], work.embedder)
+    if queries is None:
+        drawn_queries = item_queries(store, first, second, move.text, ids)
+    else:
+        drawn_queries = await _captured(work, pair, queries, old_model)
+    number = store.describe(pair.new).count
+    if move.into_vector is not None:
+        number = sum(1 for _ in store.filled(pair.new, move.into_vector))
+    return CheckReport(
+        store.describe(pair.old).count,
+        number,
+        counts,
+        compared,
+        wrong,
+        agree(store, first, second, drawn_queries),
+        queries is not None,
+        move.into_vector,
+        may_lack=move.refused <= move.left_behind,
+    )
+
+
+async def _captured(work: Work, pair: Pair, path: Path, old_model: str | None) -> list[Query]:
+    """Return captured queries with their vectors in both spaces.
+
+    Raises:
+        BulkError: the old model is not known.
+    """
+    move = work.move
+    model = old_model or old_model_of(move, work.reading, pair)
+    if model is None:
+        raise BulkError("--queries needs the old model too: name it with --from-model")
+    texts = draw(read_captured(path, []).texts, _NUM_QUERIES)
+    vectors = []
+    note = note_of(work.reading.describe(pair.old), move.vector)
+    for name, task in ((model, note.task if note else None), (move.model, work.embedder.note.task)):
+        asked = asked_of(move, name, for_queries=not move.has_default_task, task=task)
+        async with embedder_of(move, asked, work.console) as embedder:
+            vectors.append(await embed_texts(embedder, texts))
+    return [Query(text, old, new) for text, old, new in zip(texts, *vectors, strict=True)]
