@@ -176,7 +176,7 @@ def read(path: Path, fingerprint: str, tasks: Collection[str]) -> list[GoldenVec
         raise LoadError(f"{path}: there is no such file; write it with `gateway verify MODEL --record`") from error
     except OSError as error:
         raise LoadError(f"{path}: golden vectors cannot be read: {error.strerror or error}") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise LoadError(f"{path}: not golden vectors that can be read: {error!r}") from error
     if recorded != fingerprint or not golden:
         raise LoadError(

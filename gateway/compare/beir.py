@@ -15,19 +15,22 @@ import csv
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import orjson
 
 from gateway.comparisons.sheet import Tabs
-from gateway.config.files import open_regular
+from gateway.config.files import open_regular, why_not_text
 from gateway.config.wording import cut
 from gateway.errors import CompareError
 
 HEADER = "query-id\tcorpus-id\tscore"
 
 _MAX_SHOWN = 60
+_BEGINNING_BYTES = 512
+_MAX_LINE_BYTES = 64 * 2**20
 # trec_eval has a counter for each possible score: its memory grows with the largest score, until it crashes.
 _MAX_SCORE = 1_000_000
 _INTEGER = re.compile(r"[+-]?[0-9]{1,18}", re.ASCII)
@@ -72,13 +75,19 @@ def read_lines(path: Path) -> Iterator[tuple[str, bytes]]:
     """Yield the lines that are not blank, each with its ``file:line``."""
     try:
         with open_regular(path) as file:
-            for number, line in enumerate(file, start=1):
+            if why := why_not_text(file.peek(_BEGINNING_BYTES)[:_BEGINNING_BYTES]):
+                raise CompareError(f"{path}: {why}")
+            for number, line in enumerate(iter(partial(file.readline, _MAX_LINE_BYTES + 1), b""), start=1):
+                if len(line) > _MAX_LINE_BYTES:
+                    raise CompareError(f"{path}:{number}: the line has more than {_MAX_LINE_BYTES:,} bytes, the limit")
                 # Some editors put a byte order mark in front.
                 content = (line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line).rstrip(b"\r\n")
                 if content.strip():
                     yield f"{path}:{number}", content
     except FileNotFoundError:
-        raise CompareError(f"{path}: there is no such file") from None
+        packed = path.with_name(f"{path.name}.gz")
+        hint = f", but {packed.name}: unpack it" if packed.exists() else ""
+        raise CompareError(f"{path}: there is no such file{hint}") from None
     except OSError as error:
         raise CompareError(f"{path}: cannot be read: {error.strerror or error}") from error
 

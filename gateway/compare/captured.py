@@ -20,7 +20,7 @@ def read_captured(path: Path, notes: list[str]) -> Queries:
     """
     try:
         # A day on which nothing could be written may have left an empty file.
-        files = [path] if path.is_file() else [file for file in dated_files(path).values() if file.stat().st_size]
+        files = [path] if path.exists() else [file for file in dated_files(path).values() if file.stat().st_size]
     except OSError as error:
         raise CompareError(f"{path}: cannot be read: {error.strerror}") from error
     if not files:

@@ -16,6 +16,8 @@ from gateway.compare.comparison import CompareRequest
 from gateway.compare.dataset import Dataset
 from gateway.compare.judge.outputs import REPORT_FILE
 from gateway.compare.outputs import PAGE, RESULTS, RUNS
+from gateway.comparisons.runs import MAX_RESULTS_BYTES
+from gateway.config.files import read_bounded
 from gateway.errors import CompareError
 
 # As `write_whole` names them.
@@ -59,7 +61,7 @@ def check_data(folder: Path, dataset: Dataset) -> None:
     if not (folder / RESULTS).exists():
         return
     try:
-        found = orjson.loads((folder / RESULTS).read_bytes())["dataset"]
+        found = orjson.loads(read_bounded(folder / RESULTS, MAX_RESULTS_BYTES))["dataset"]
         is_same = (found["split"], found["sha256"]) == (dataset.split, dataset.summary().sha256)
     except (OSError, ValueError, KeyError, TypeError):
         is_same = False
@@ -99,7 +101,7 @@ def _is_unfinished(folder: Path, request: CompareRequest, *, has_judge: bool) ->
     if not (is_interrupted or lacks_judge):
         return False
     try:
-        found = orjson.loads((folder / RESULTS).read_bytes())
+        found = orjson.loads(read_bounded(folder / RESULTS, MAX_RESULTS_BYTES))
         data = Path(found["dataset"]["folder"]).resolve()
         arms = [arm["name"] for arm in found["arms"]]
         # With another margin the verdict is another one, and without the costs, those that were measured would be lost.

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ValidationError
 
 from gateway.comparisons.duels import Choice, Duel, Standing, Vote, draw, make_vote, now, qrels, stand
 from gateway.comparisons.runs import Runs, first_problem
-from gateway.config.files import write_whole
+from gateway.config.files import open_to_append, read_bounded, write_whole
 from gateway.config.wording import cut
 from gateway.errors import BadInput, NotFound
 
@@ -33,7 +33,7 @@ M = TypeVar("M", bound=BaseModel)
 
 def _append(path: Path, line: bytes) -> None:
     """Append a whole line or nothing, because half a line, after a full disk, would make the file unreadable."""
-    with path.open("ab", buffering=0) as file:
+    with os.fdopen(open_to_append(path, 0o666), "ab", buffering=0) as file:
         size = os.fstat(file.fileno()).st_size
         try:
             if file.write(line) != len(line):
@@ -118,9 +118,7 @@ class DuelFolder:
     def _bytes(self, name: str, file: str) -> bytes:
         path = self._folder / name / file
         try:
-            if path.stat().st_size > _MAX_FILE_BYTES:
-                raise BadInput(f"{path} has more than {_MAX_FILE_BYTES:,} bytes")
-            return path.read_bytes()
+            return read_bounded(path, _MAX_FILE_BYTES)
         except FileNotFoundError:
             return b""
         except OSError as error:

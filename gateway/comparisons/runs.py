@@ -15,13 +15,14 @@ from pydantic import AliasChoices, BaseModel, Field, ValidationError
 
 from gateway.comparisons.scale import MIN_KAPPA
 from gateway.comparisons.sheet import CHECK_FILE
+from gateway.config.files import open_regular, read_bounded
 from gateway.config.wording import cut
 from gateway.errors import BadInput, NotFound
 
 PRIMARY: Final = "nDCG@10"
 UNUSABLE: Final = "judge cannot be used"
 MAX_RUNS: Final = 200
-_MAX_RESULTS_BYTES: Final = 4 * 1024**2
+MAX_RESULTS_BYTES: Final = 4 * 1024**2
 _MAX_QUERIES_BYTES: Final = 32 * 1024**2
 _MAX_QUERIES: Final = 20_000
 _NAME: Final = re.compile(r"[A-Za-z0-9_@][A-Za-z0-9._@ -]{0,99}", re.ASCII)
@@ -296,9 +297,9 @@ class Runs:
         """
         path = self.path(name) / "queries.jsonl"
         try:
-            if path.stat().st_size > _MAX_QUERIES_BYTES:
-                raise BadInput(f"{path.name} has more than {_MAX_QUERIES_BYTES:,} bytes; use `report.html`")
-            with path.open("rb") as lines:
+            with open_regular(path) as lines:
+                if os.fstat(lines.fileno()).st_size > _MAX_QUERIES_BYTES:
+                    raise BadInput(f"{path.name} has more than {_MAX_QUERIES_BYTES:,} bytes; use `report.html`")
                 for number, line in zip(range(1, _MAX_QUERIES + 1), lines, strict=False):
                     try:
                         yield Query.model_validate_json(line)
@@ -318,9 +319,7 @@ class Runs:
     def _read(self, path: Path) -> Run:
         file = path / "results.json"
         try:
-            if file.stat().st_size > _MAX_RESULTS_BYTES:
-                return Run(path.name, None, f"results.json has more than {_MAX_RESULTS_BYTES:,} bytes")
-            results = Results.model_validate_json(file.read_bytes())
+            results = Results.model_validate_json(read_bounded(file, MAX_RESULTS_BYTES))
             return Run(path.name, results.model_copy(update={"judge": _judge(path / "judge.json")}))
         except OSError as error:
             return Run(path.name, None, f"results.json cannot be read: {error.strerror}")
@@ -337,9 +336,7 @@ def first_problem(error: ValidationError) -> str:
 def _judge(file: Path) -> JudgeResults | None:
     """Return the results of a judge; ``None`` if the file is missing, too large, or of an earlier version."""
     try:
-        if file.stat().st_size > _MAX_RESULTS_BYTES:
-            return None
-        return JudgeResults.model_validate_json(file.read_bytes())
+        return JudgeResults.model_validate_json(read_bounded(file, MAX_RESULTS_BYTES))
     except (OSError, ValidationError):
         return None
 

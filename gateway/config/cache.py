@@ -5,14 +5,13 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Annotated, Final, TypeAlias
 
 from pydantic import BeforeValidator, Field, SecretStr, ValidationInfo, field_validator, model_validator
 
-from gateway.config.fields import Frozen, NonEmptyText
+from gateway.config.fields import Frozen, NonEmptyText, resolve
 from gateway.config.upstream import PositiveSeconds
-from gateway.config.wording import describe, quote
+from gateway.config.wording import describe
 
 _UNITS: Final = {"": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "kB": 10**3, "MB": 10**6, "GB": 10**9}
 _LEAST_BYTES: Final = 2**20
@@ -81,13 +80,7 @@ class CacheConfig(Frozen):
     @field_validator("disk")
     @classmethod
     def _resolve_folder(cls, text: str | None, info: ValidationInfo) -> str | None:
-        base: Path = (info.context or {}).get("folder", Path())
-        if text is None:
-            return None
-        try:
-            return str((base / Path(text).expanduser()).resolve())
-        except (OSError, RuntimeError) as error:  # `~name` of a user that does not exist, or a loop of links
-            raise ValueError(f"is a folder that cannot be resolved, {quote(text)}: {error}") from None
+        return None if text is None else resolve(text, info, "folder")
 
     @model_validator(mode="after")
     def _check_places(self) -> CacheConfig:

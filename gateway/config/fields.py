@@ -8,10 +8,10 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal, TypeAlias, TypeVar
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo
 
 from gateway.config.wording import describe, quote
 
@@ -37,6 +37,19 @@ KNOWN_BY = {
 }
 
 _Item = TypeVar("_Item")
+
+
+def resolve(text: str, info: ValidationInfo, kind: str = "file") -> str:
+    """Return the absolute path of a file or folder: relative to the folder of ``models.yaml``, and ``~`` is the user's home.
+
+    Raises:
+        ValueError: there is no such user, or the path is a loop of links.
+    """
+    base: Path = (info.context or {}).get("folder", Path())
+    try:
+        return str((base / Path(text).expanduser()).resolve())
+    except (OSError, RuntimeError) as error:
+        raise ValueError(f"is a {kind} that cannot be resolved, {quote(text)}: {error}") from None
 
 
 class Frozen(BaseModel):

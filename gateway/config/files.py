@@ -110,6 +110,29 @@ def read_bounded(path: Path, max_bytes: int) -> bytes:
     return content
 
 
+_BEGINNINGS = {
+    b"\x1f\x8b": "is compressed with gzip: unpack it",
+    b"BZh91AY&SY": "is compressed with bzip2: unpack it",
+    b"\xfd7zXZ": "is compressed with xz: unpack it",
+    b"\x28\xb5\x2f\xfd": "is compressed with zstd: unpack it",
+    b"PK\x03\x04": "is a zip archive or a spreadsheet: unpack it, or save it as text in UTF-8",
+    b"PAR1\x15": "is a Parquet file: save it as text in UTF-8",
+    b"\xff\xfe": "is UTF-16: save it as UTF-8",
+    b"\xfe\xff": "is UTF-16: save it as UTF-8",
+}
+
+
+def why_not_text(beginning: bytes) -> str | None:
+    """Return why a file with this beginning, some bytes of it, is not text in UTF-8, and what to do; ``None`` if it may be.
+
+    A BOM is optional in UTF-16, but texts of most languages have zero bytes in it, and none in UTF-8.
+    """
+    for known, reason in _BEGINNINGS.items():
+        if beginning.startswith(known):
+            return reason
+    return "is UTF-16, or not a text: save it as UTF-8" if b"\0" in beginning else None
+
+
 @dataclass(frozen=True, slots=True)
 class Style:
     """The style of a text file: its line breaks, and whether it has a byte order mark."""

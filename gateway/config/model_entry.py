@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, ModelWrapValidatorHandler, PrivateAttr, ValidationInfo, field_validator, model_validator
@@ -22,6 +21,7 @@ from gateway.config.fields import (
     Positive,
     Sha256,
     Source,
+    resolve,
 )
 from gateway.config.replicas import Replicas
 from gateway.config.upstream import PositiveSeconds, Upstream
@@ -234,8 +234,7 @@ class ModelEntry(Frozen):
     @field_validator("golden", "ranges")
     @classmethod
     def _resolve_file(cls, text: str | None, info: ValidationInfo) -> str | None:
-        base: Path = (info.context or {}).get("folder", Path())
-        return None if text is None else str((base / text).resolve())
+        return None if text is None else resolve(text, info)
 
     @property
     def is_remote(self) -> bool:
@@ -263,11 +262,7 @@ class ModelEntry(Frozen):
         source = Source.parse(text)
         if source.kind != "folder":
             return text
-        base: Path = (info.context or {}).get("folder", Path())
-        try:
-            return str((base / Path(text).expanduser()).resolve())
-        except (OSError, RuntimeError) as error:  # `~name` of a user that does not exist, or a loop of links
-            raise ValueError(f"is a folder that cannot be resolved: {error}") from None
+        return resolve(text, info, "folder")
 
     @field_validator("revision")
     @classmethod

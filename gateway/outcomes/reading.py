@@ -7,6 +7,7 @@ import hashlib
 import math
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated
 
@@ -22,12 +23,14 @@ from pydantic import (
 )
 
 from gateway.config.fields import OUTCOME_NAME
+from gateway.config.files import open_regular, why_not_text
 from gateway.config.wording import describe
 from gateway.errors import StartError
 from gateway.experiments.split import MAX_UNIT_BYTES, Split, read_unit
 from gateway.outcomes.joining import signed
 from gateway.outcomes.store import NewOutcome
 
+_BEGINNING_BYTES = 512
 _MOST = 1e12
 # A value divided by a smaller number and squared twice would overflow a float.
 _LEAST_CHANCES = 1e-6
@@ -153,7 +156,9 @@ def read_csv(path: Path, split: Split, primary: str | None) -> Iterator[NewOutco
     """
     seen: dict[tuple[str, bytes], tuple[int, NewOutcome]] = {}
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
+        with open_regular(path) as content, TextIOWrapper(content, encoding="utf-8-sig", newline="") as file:
+            if why := why_not_text(content.peek(_BEGINNING_BYTES)[:_BEGINNING_BYTES]):
+                raise StartError(f"{path} {why}")
             rows = csv.DictReader(file, restkey="")
             _check_header(path, list(rows.fieldnames or ()))
             for row in rows:
@@ -167,7 +172,9 @@ def read_csv(path: Path, split: Split, primary: str | None) -> Iterator[NewOutco
                     yield outcome
     except OSError as error:
         raise StartError(f"{path} cannot be read: {error.strerror}") from error
-    except (UnicodeDecodeError, csv.Error) as error:
+    except UnicodeDecodeError as error:
+        raise StartError(f"{path} cannot be read: {error}; save it as UTF-8") from error
+    except csv.Error as error:
         raise StartError(f"{path} cannot be read: {error}") from error
 
 

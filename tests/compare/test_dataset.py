@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gzip
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
 
+from gateway.compare import beir
 from gateway.compare.dataset import Dataset, read_dataset
 from gateway.errors import CompareError
 from tests.compare.conftest import WriteData
@@ -234,6 +237,61 @@ def test_missing_files_are_refused(tmp_path: Path) -> None:
         read_dataset(tmp_path, "tset")
     with pytest.raises(CompareError, match="at most 0 documents: at least 1 is needed"):
         read_dataset(tmp_path, "dev", max_documents=0)
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda content: content.encode("utf-16"), "is UTF-16: save it as UTF-8"),
+        (lambda content: content.encode("utf-16-le"), "is UTF-16, or not a text: save it as UTF-8"),
+        (lambda content: gzip.compress(content.encode()), "is compressed with gzip: unpack it"),
+        (lambda content: b"PK\x03\x04" + content.encode(), "is a zip archive or a spreadsheet: unpack it"),
+        (lambda content: b"PAR1\x15\x04\x15", "is a Parquet file: save it as text in UTF-8"),
+    ],
+)
+def test_files_of_other_kinds_are_named_with_the_remedy(
+    tmp_path: Path, name: str, change: Callable[[str], bytes], message: str
+) -> None:
+    with pytest.raises(CompareError, match=rf"{Path(name).name}: {message}"):
+        read(tmp_path, FILES | {name: change(FILES[name])})
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_pipe_or_a_folder_is_refused_and_not_waited_for(tmp_path: Path, name: str) -> None:
+    folder = write(tmp_path, FILES)
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    with pytest.raises(CompareError, match=rf"{Path(name).name}: .* must be a regular file, and is a named pipe"):
+        read_dataset(folder, None)
+    (folder / name).unlink()
+    (folder / name).mkdir()
+    with pytest.raises(CompareError, match=rf"{Path(name).name}: .* must be a regular file, and is a folder"):
+        read_dataset(folder, None)
+
+
+def test_captured_queries_from_a_pipe_or_a_folder_are_refused(tmp_path: Path) -> None:
+    folder = write(tmp_path / "data", FILES)
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    for name, kind in (("pipe.jsonl", "a named pipe"), ("data", "a folder")):
+        with pytest.raises(CompareError, match=rf"{name}: cannot be read: must be a regular file, and is {kind}"):
+            read_dataset(folder, None, captured=tmp_path / name)
+
+
+def test_a_line_without_an_end_is_refused_before_it_fills_the_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(beir, "_MAX_LINE_BYTES", 200)
+    assert read(tmp_path, FILES).queries
+    with pytest.raises(CompareError, match=r"corpus\.jsonl:6: the line has more than 200 bytes"):
+        read(tmp_path, FILES | {"corpus.jsonl": CORPUS + "x" * 201})
+
+
+def test_a_packed_file_under_another_name_is_named(tmp_path: Path) -> None:
+    folder = write(tmp_path, FILES | {"corpus.jsonl.gz": gzip.compress(CORPUS.encode())})
+    (folder / "corpus.jsonl").unlink()
+    with pytest.raises(CompareError, match=r"corpus\.jsonl: there is no such file, but corpus\.jsonl\.gz: unpack it"):
+        read_dataset(folder, None)
 
 
 def test_byte_order_mark_and_windows_lines(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -53,6 +54,16 @@ async def test_a_vote_that_was_damaged_by_hand_is_named_with_its_line(duels: Due
     assert problem in caught.value.message
     # The list of the duels shows the others as before.
     assert (RUN, name) in [place for place in await duels.latest(100, "v") if not isinstance(place, Open)]
+
+
+async def test_a_named_pipe_instead_of_the_votes_is_refused_and_not_waited_for(duels: Duels) -> None:
+    name, folder = await begin(duels)
+    os.mkfifo(folder / "votes.jsonl")
+    for step in (duels.open(RUN, name, "v"), duels.vote((RUN, name), "v", 0, "tie", ())):
+        with pytest.raises(BadInput, match=r"votes\.jsonl cannot be read: must be a regular file, and is a named pipe"):
+            await step
+    with pytest.raises(OSError, match="must be a regular file, and is a named pipe"):
+        dueling._append(folder / "votes.jsonl", b"{}")
 
 
 async def test_a_turn_without_its_pair_is_named(duels: Duels) -> None:

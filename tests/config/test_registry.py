@@ -396,7 +396,26 @@ def test_the_folder_of_a_user_that_does_not_exist_is_refused(tmp_path: Path) -> 
     (problem,) = problems_of(tmp_path, "version: 1\nmodels:\n  - {id: a, source: ~no-such-user/weights}\n")
 
     assert problem.key == "models[0].source"
-    assert "is a folder that cannot be resolved: " in problem.message
+    assert "is a folder that cannot be resolved, `~no-such-user/weights`: " in problem.message
+
+
+@pytest.mark.parametrize("key", ["golden", "ranges"])
+def test_the_files_of_a_model_may_be_in_the_home_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "loop.json").symlink_to("loop.json")
+
+    model = load(tmp_path, entry(f"source: ./weights\n{key}: ~/mini.json")).models[0]
+    found = [
+        problems_of(tmp_path, entry(f"source: ./weights\n{key}: {path}"))
+        for path in ("~no-such-user/mini.json", "loop.json/mini.json")
+    ]
+
+    assert getattr(model, key) == str(tmp_path / "home" / "mini.json")
+    for (problem,), path in zip(found, ("~no-such-user/mini.json", "loop.json/mini.json"), strict=True):
+        assert problem.key == f"models[0].{key}"
+        assert problem.message.startswith(f"is a file that cannot be resolved, `{path}`: ")
 
 
 def test_a_source_is_remembered_as_it_was_written(tmp_path: Path) -> None:

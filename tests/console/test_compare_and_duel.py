@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 import resource
 import shutil
@@ -359,11 +360,15 @@ def test_a_run_is_read_line_by_line_and_within_limits(tmp_path: Path) -> None:
     (folder / "results.json").write_bytes(b" " * (5 * 1024**2))
     (folder / "queries.jsonl").write_text("not json\n")
     runs = Runs(tmp_path)
-    assert "has more than" in runs.find("run").problem
+    assert runs.find("run").problem == "results.json cannot be read: has 5,242,880 bytes; the limit is 4,194,304"
     with pytest.raises(BadInput, match="is not from a comparison"):
         list(runs.queries("run"))
     with pytest.raises(NotFound):
         runs.path("../run")
+    (folder / "queries.jsonl").unlink()
+    os.mkfifo(folder / "queries.jsonl")
+    with pytest.raises(BadInput, match=r"queries\.jsonl cannot be read: must be a regular file, and is a named pipe"):
+        list(runs.queries("run"))
 
 
 def test_a_preference_is_general_if_many_voters_have_it_and_not_if_a_few_vote_often() -> None:

@@ -185,6 +185,7 @@ def content(**changes: object) -> str:
 
 MALFORMED: dict[str, str | bytes] = {
     "no JSON": "{",
+    "too deep": "[" * 100_000,
     "no text": b"\xff\xfe",
     "a list": "[]",
     "no vectors": content(vectors=None),

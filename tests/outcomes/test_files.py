@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import math
+import os
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -274,6 +276,28 @@ def test_a_wrong_file_is_one_line(experiment: Experiment, tmp_path: Path, lines:
 
     with pytest.raises(StartError, match=f"x.csv{message}"):
         list(read_csv(csv, Split(experiment), "kept"))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("unit,value\nada,1\n".encode("utf-16"), " is UTF-16: save it as UTF-8"),
+        (gzip.compress(b"unit,value\nada,1\n"), " is compressed with gzip: unpack it"),
+        (None, " cannot be read: must be a regular file, and is a named pipe"),
+    ],
+)
+def test_a_file_of_another_kind_is_named_with_the_remedy(
+    experiment: Experiment, tmp_path: Path, content: bytes | None, message: str
+) -> None:
+    csv = tmp_path / "x.csv"
+    if content is None:
+        os.mkfifo(csv)
+    else:
+        csv.write_bytes(content)
+    with pytest.raises(StartError, match=f"x.csv{message}"):
+        list(read_csv(csv, Split(experiment), "kept"))
+    with pytest.raises(StartError, match=f"x.csv{message}"):
+        report_files(experiment, [], [csv])
 
 
 def test_a_file_that_cannot_be_read_is_named(models: Path, experiment: Experiment, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from codecs import BOM_UTF8
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,9 @@ from gateway.compare.outputs import QUERIES, RESULTS, write_page
 from gateway.compare.page import render_page
 from gateway.compare.results import Comparison
 from gateway.compare.search import Ranking
-from gateway.comparisons.runs import first_problem
+from gateway.comparisons.runs import MAX_RESULTS_BYTES, first_problem
 from gateway.comparisons.sheet import CHECK_FILE
-from gateway.config.files import write_whole
+from gateway.config.files import read_bounded, write_whole
 from gateway.errors import CompareError
 
 
@@ -94,7 +95,10 @@ def _rankings(comparison: Comparison) -> dict[str, Ranking]:
 
 
 def _read_object(path: Path) -> dict[str, Any]:
-    content = _parse(str(path), b"\n".join(line for _place, line in read_lines(path)))
+    try:
+        content = _parse(str(path), read_bounded(path, MAX_RESULTS_BYTES).removeprefix(BOM_UTF8))
+    except OSError as error:
+        raise CompareError(f"{path}: cannot be read: {error.strerror or error}") from error
     if not isinstance(content, dict):
         raise CompareError(f"{path}: must hold a JSON object")
     return content

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from types import TracebackType
 from typing import BinaryIO, Self
 
 from gateway.comparisons.scale import MAX_GRADE
+from gateway.config.files import open_to_append, write_whole
 from gateway.errors import CompareError
 
 
@@ -44,8 +46,8 @@ class GradeStore:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             # For people, because the file's name is a hash.
-            (folder / f"{name}.json").write_text(json.dumps(identity, indent=2) + "\n", encoding="utf-8")
-            self._file: BinaryIO = self.path.open("ab+")
+            write_whole(folder / f"{name}.json", json.dumps(identity, indent=2) + "\n")
+            self._file: BinaryIO = os.fdopen(open_to_append(self.path, 0o666), "ab+")
         except OSError as error:
             raise CompareError(f"the cache {self.path} cannot be written: {error.strerror}") from error
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,15 @@ def test_another_run_finds_the_grades(tmp_path: Path) -> None:
         assert (
             json.loads(store.path.with_name(store.path.name.replace(".grades.jsonl", ".json")).read_text()) == IDENTITY
         )
+
+
+def test_a_named_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    with GradeStore(tmp_path, IDENTITY) as store:
+        path = store.path
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(CompareError, match="cannot be written: must be a regular file, and is a named pipe"):
+        GradeStore(tmp_path, IDENTITY)
 
 
 def test_another_model_or_prompt_has_other_grades(tmp_path: Path) -> None:
