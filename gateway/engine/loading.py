@@ -19,15 +19,15 @@ from gateway.engine.checkpoint.read import Checkpoint, read_checkpoint
 from gateway.engine.checkpoint.sources import locate, verify_sha256
 from gateway.engine.devices import CpuThreads, choose_cpu_threads
 from gateway.engine.faults import on_card
+from gateway.engine.features import read_features
 from gateway.engine.infinity import Engine, engine_args
 from gateway.engine.memory import MemoryPlan, plan_memory
 from gateway.engine.model.build import BuildOptions, build_encoders
 from gateway.engine.model.encoder import Encoder
 from gateway.engine.model.items import Item, Tokens
+from gateway.engine.output_check import check_outputs
 from gateway.engine.placement import place, require_room_on
-from gateway.engine.promises import require_promised
 from gateway.engine.reranking import choose_weights
-from gateway.engine.wishes import read_wishes
 from gateway.errors import LoadError
 from gateway.precision import Ranges
 from gateway.tasks import RETRIEVAL, canonical_task
@@ -167,21 +167,21 @@ def plan_load(entry: ModelEntry, *, may_download: bool = True, compiled_folder: 
         is_sparse=entry.outputs == (Output.SPARSE,),
         compiled_folder=compiled_folder,
     )
-    wishes = read_wishes(entry, checkpoint)
-    placement = place(entry, checkpoint, wishes.max_tokens)
+    features = read_features(entry, checkpoint)
+    placement = place(entry, checkpoint, features.max_tokens)
     return LoadPlan(
         entry=entry,
         checkpoint=checkpoint,
-        outputs=wishes.outputs,
+        outputs=features.outputs,
         devices=placement.devices,
         dtype=placement.dtype,
         runtime=placement.runtime,
-        max_tokens=wishes.max_tokens,
+        max_tokens=features.max_tokens,
         max_batch_tokens=placement.max_batch_tokens,
-        dimensions=wishes.dimensions,
-        tasks=wishes.tasks,
-        instruction=wishes.instruction,
-        ranges=wishes.ranges,
+        dimensions=features.dimensions,
+        tasks=features.tasks,
+        instruction=features.instruction,
+        ranges=features.ranges,
         memory=placement.memory,
         notes=placement.notes,
     )
@@ -296,7 +296,7 @@ def _warm_up(encoder: Encoder, plan: LoadPlan) -> None:
                 reason = f"{type(error).__name__}: {error}"
                 raise LoadError(f"{plan.checkpoint.folder}: the model cannot be run: {reason}") from error
             for row, result in zip(batch, encoded, strict=True):
-                require_promised(result, len(row.ids), plan.checkpoint, plan.outputs, plan.dtype)
+                check_outputs(result, len(row.ids), plan.checkpoint, plan.outputs, plan.dtype)
 
 
 def _card_batches(encoder: Encoder, plan: LoadPlan) -> list[list[Item]]:

@@ -18,7 +18,7 @@ from gateway.types import Output
 
 
 @dataclass(frozen=True, slots=True)
-class Wishes:
+class Features:
     """The served features of a model: those that its entry requests, or the checkpoint's own values.
 
     Attributes:
@@ -37,7 +37,7 @@ class Wishes:
     ranges: Mapping[int, Ranges]
 
 
-def read_wishes(entry: ModelEntry, checkpoint: Checkpoint) -> Wishes:
+def read_features(entry: ModelEntry, checkpoint: Checkpoint) -> Features:
     """Read an entry and its checkpoint together.
 
     Raises:
@@ -51,7 +51,7 @@ def read_wishes(entry: ModelEntry, checkpoint: Checkpoint) -> Wishes:
     choose_weights(entry, outputs)
     dimensions = _dimensions(entry, checkpoint)
     ranges = read_ranges(entry.ranges, checkpoint.fingerprint, dimensions, is_normalized=checkpoint.is_normalized)
-    return Wishes(outputs, max_tokens, dimensions, tasks, _instruction(checkpoint, tasks), ranges)
+    return Features(outputs, max_tokens, dimensions, tasks, _instruction(checkpoint, tasks), ranges)
 
 
 def _require_no_vectors(entry: ModelEntry) -> None:

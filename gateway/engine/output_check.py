@@ -12,7 +12,7 @@ from gateway.errors import LoadError
 from gateway.types import Output
 
 
-def require_promised(
+def check_outputs(
     encoded: Encoded, num_tokens: int, checkpoint: Checkpoint, outputs: Sequence[Output], dtype: str
 ) -> None:
     """Check the outputs of a model for one text against its description.
