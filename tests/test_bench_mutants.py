@@ -275,7 +275,7 @@ from bench.mutants import collected
 from bench.mutants.running import Workspace
 from bench.mutants.usage import Limits
 
-collected._LIMITS = Limits(cpu_s=60, still_s=3, wall_s=60)
+collected._LIMITS = Limits(cpu_s=60, still_s=10, wall_s=100)
 folder = Path(sys.argv[1])
 waiting = collected.Collected(Workspace(folder / "copy", folder / "source"), ["tests/test_toy.py"])
 print(waiting.is_usable)

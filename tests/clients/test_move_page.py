@@ -8,12 +8,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.clients.conftest import KEY
 from tests.clients.gateway_process import TOLD, Gateway
 
 PAGE = (Path(__file__).parents[2] / "docs" / "move.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.timeout(900)
 def test_every_command_of_the_page_runs_in_its_order(furnished_gateway: Gateway, tmp_path: Path) -> None:
     program = tmp_path / "bin" / "gateway"
     program.parent.mkdir()
@@ -35,7 +38,7 @@ def test_every_command_of_the_page_runs_in_its_order(furnished_gateway: Gateway,
             "multilingual-e5-small", TOLD
         )
         done = subprocess.run(
-            ["bash", "-ec", here], check=False, capture_output=True, text=True, timeout=120, cwd=tmp_path, env=environ
+            ["bash", "-ec", here], check=False, capture_output=True, text=True, timeout=300, cwd=tmp_path, env=environ
         )
         assert done.returncode == 0, f"{here}\n{done.stdout}{done.stderr}"
         shown.append(done.stdout + done.stderr)

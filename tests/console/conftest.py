@@ -55,7 +55,7 @@ def visit(browser: Browser) -> Callable[..., Any]:
     def visit(url: str, *, theme: str = "light", expected: tuple[str, ...] = (), **options: Any) -> Iterator[Page]:
         context: BrowserContext = browser.new_context(**{"viewport": _WIDE, "color_scheme": theme, **options})
         page = context.new_page()
-        page.set_default_timeout(10_000)
+        page.set_default_timeout(60_000)
         complaints: list[str] = []
         elsewhere: list[str] = []
         page.on("console", lambda message: complaints.append(message.text))
