@@ -128,17 +128,20 @@ class EmbeddedRows:
     sparse: Sequence[SparseVector] | None = None
     multivectors: Sequence[MultiVector] | None = None
 
+    def only(self, indexes: Sequence[int]) -> EmbeddedRows:
+        """Return the rows at these indexes."""
+        return EmbeddedRows(
+            [self.rows[index] for index in indexes],
+            None if self.dense is None else self.dense[list(indexes)],
+            None if self.sparse is None else [self.sparse[index] for index in indexes],
+            None if self.multivectors is None else [self.multivectors[index] for index in indexes],
+        )
+
 
 def without_items(batch: EmbeddedRows, refused: Iterable[BadRow]) -> EmbeddedRows:
     """Return the rows without those of the refused rows' items: an item is stored whole, or not at all."""
     places = {row.place for row in refused}
-    kept = [index for index, row in enumerate(batch.rows) if row.place not in places]
-    return EmbeddedRows(
-        [batch.rows[index] for index in kept],
-        None if batch.dense is None else batch.dense[kept],
-        None if batch.sparse is None else [batch.sparse[index] for index in kept],
-        None if batch.multivectors is None else [batch.multivectors[index] for index in kept],
-    )
+    return batch.only([index for index, row in enumerate(batch.rows) if row.place not in places])
 
 
 def ids_of_parted(rows: Sequence[Row], refused: Iterable[BadRow]) -> list[RowId]:

@@ -88,6 +88,17 @@ class Ledger:
             for _key, row_id, written, pending in page:
                 yield json.loads(row_id), Base(written, _apart(pending or b""))
 
+    def bases_of(self, ids: Iterable[RowId]) -> dict[RowId, Base]:
+        """Return the bases of those of these items that the ledger has."""
+        found = {}
+        with self._using():
+            for row_id in ids:
+                query = "SELECT written, pending FROM items WHERE key = ?"
+                row = self._db.execute(query, (self._key(row_id),)).fetchone()
+                if row is not None:
+                    found[row_id] = Base(row[0], _apart(row[1] or b""))
+        return found
+
     def plan(self, digests: Mapping[RowId, Digest]) -> None:
         """Note the items that are about to be written, besides the versions that earlier processes may have written."""
         self._change(

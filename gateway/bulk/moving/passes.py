@@ -6,7 +6,7 @@ The pass is a job of ``gateway embed`` whose source contains only the changes, a
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import islice
@@ -18,7 +18,7 @@ from gateway.bulk.embedder import Embedder
 from gateway.bulk.fields import FieldNames
 from gateway.bulk.job import Job, Options, Reporter
 from gateway.bulk.manifest import Manifest
-from gateway.bulk.moving.decisions import NEW, Action, Base, Digest, decide, merge
+from gateway.bulk.moving.decisions import NEW, Action, Base, Digest, Item, decide, merge
 from gateway.bulk.moving.ledger import Ledger
 from gateway.bulk.rows import (
     BadRow,
@@ -66,6 +66,12 @@ class PassCounts:
     kept_ids: list[RowId] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
+    def keep(self, ids: Iterable[RowId]) -> None:
+        """Count items that were kept."""
+        for row_id in ids:
+            self.kept += 1
+            self.kept_ids += [row_id] if len(self.kept_ids) < _MAX_NAMED else []
+
     @property
     def changes(self) -> int:
         """The number of items that the pass changed."""
@@ -107,16 +113,6 @@ class Direction:
         return f"{self.second}, vector {self.vector}" if self.is_one else self.second
 
 
-@dataclass(frozen=True, slots=True)
-class _Item:
-    """An item of either collection, or of the ledger, by the digests of its payload."""
-
-    id: RowId
-    first: Digest | None
-    second: Digest | None
-    base: Base
-
-
 class _Changes:
     """The source of a pass: the items of the first collection that must be written into the second.
 
@@ -148,7 +144,7 @@ class _Changes:
         with closing_readings(items):
             yield from self._to_embed(items)
 
-    def _to_embed(self, items: Iterator[_Item]) -> Iterator[Row | BadRow]:
+    def _to_embed(self, items: Iterator[Item]) -> Iterator[Row | BadRow]:
         way, counts = self._direction, self._counts
         writes: dict[RowId, Digest | None] = {}
         equal: dict[RowId, Digest] = {}
@@ -167,8 +163,7 @@ class _Changes:
                 case Action.FORGET:
                     self._ledger.forget([item.id])
                 case Action.KEEP:
-                    counts.kept += 1
-                    counts.kept_ids += [item.id] if len(counts.kept_ids) < _MAX_NAMED else []
+                    counts.keep([item.id])
             if len(equal) == _BATCH:
                 self._ledger.record(equal)
                 equal = {}
@@ -178,7 +173,7 @@ class _Changes:
         self._ledger.record(equal)
         yield from self._rows(writes)
 
-    def _all_items(self) -> Iterator[_Item]:
+    def _all_items(self) -> Iterator[Item]:
         """Yield the items of both collections and the ledger."""
         way = self._direction
         store = way.reading
@@ -190,9 +185,9 @@ class _Changes:
         for row_id, (mine, theirs, base) in merge(streams, store.sort_key):
             known = base if isinstance(base, Base) else NEW
             held = known.written if way.is_one and theirs and not known.pending else theirs
-            yield _Item(row_id, _digest(mine), _digest(held), known)
+            yield Item(row_id, _digest(mine), _digest(held), known)
 
-    def _changed_items(self, since: Mark) -> Iterator[_Item]:
+    def _changed_items(self, since: Mark) -> Iterator[Item]:
         """Yield the items that may have changed since, or that have an unclear state; count the others.
 
         A pass over all items finds the changes that applications made in the second collection alone.
@@ -214,7 +209,7 @@ class _Changes:
                 unclear = {}
         yield from self._looked_up(unclear)
 
-    def _looked_up(self, bases: Mapping[RowId, tuple[Base, bool]]) -> Iterator[_Item]:
+    def _looked_up(self, bases: Mapping[RowId, tuple[Base, bool]]) -> Iterator[Item]:
         way, ids = self._direction, list(bases)
         if not ids:
             return
@@ -222,7 +217,7 @@ class _Changes:
         second = {} if way.is_one else way.reading.digests_of(way.second, ids)
         for row_id, (base, is_filled) in bases.items():
             held = (base.written if is_filled and not base.pending else None) if way.is_one else second.get(row_id)
-            yield _Item(row_id, first.get(row_id), held, base)
+            yield Item(row_id, first.get(row_id), held, base)
 
     def _filled(self) -> Iterator[RowId]:
         """Yield the items that have the further vector, of any text."""
@@ -253,12 +248,12 @@ def _digest(value: object) -> Digest | None:
 class _Recorded:
     """The sink of a pass: writes rows, and records each write in the ledger before and after it."""
 
-    def __init__(self, sink: Sink, ledger: Ledger, text: str, counts: PassCounts) -> None:
-        self._sink = sink
+    def __init__(self, direction: Direction, ledger: Ledger, counts: PassCounts) -> None:
+        self._sink = sink_of(direction)
+        self._direction = direction
         self._ledger = ledger
-        self._text = text
         self._counts = counts
-        self.name = sink.name
+        self.name = self._sink.name
 
     def is_empty(self) -> bool:
         """Return whether the sink holds nothing."""
@@ -273,16 +268,43 @@ class _Recorded:
         return self._sink.problem(row) if isinstance(self._sink, Choosy) else ""
 
     def write(self, shard: int, batch: EmbeddedRows) -> None:
-        """Write rows."""
-        digests = {row.id: digest(with_field(row.payload, self._text, row.text)) for row in batch.rows}
+        """Write rows, unless an application has written their items into the second collection since they were read."""
+        text = self._direction.text
+        digests = {row.id: digest(with_field(row.payload, text, row.text)) for row in batch.rows}
+        newer = _newer(self._direction, self._ledger, digests, self._counts)
+        if newer:
+            batch = batch.only([index for index, row in enumerate(batch.rows) if row.id not in newer])
+            digests = {row.id: digests[row.id] for row in batch.rows}
         self._ledger.plan(digests)
-        self._sink.write(shard, batch)
+        if batch.rows:
+            self._sink.write(shard, batch)
         self._ledger.record(digests)
         self._counts.written += len(batch.rows)
 
     def close(self) -> None:
         """Close the sink."""
         self._sink.close()
+
+
+def _newer(
+    direction: Direction, ledger: Ledger, firsts: Mapping[RowId, Digest | None], counts: PassCounts
+) -> set[RowId]:
+    """Return the items that applications have changed in the second collection since the pass read them; count them.
+
+    Args:
+        firsts: the digests in the first collection; ``None`` for a deleted item.
+    """
+    if not direction.is_flipped or direction.is_one:
+        return set()
+    bases, ids = ledger.bases_of(firsts), list(firsts)
+    newer = set()
+    for some in (ids[start : start + _BATCH] for start in range(0, len(ids), _BATCH)):
+        seconds = direction.writing.digests_of(direction.second, some)
+        for row_id in some:
+            if decide(firsts[row_id], seconds.get(row_id), bases.get(row_id, NEW), is_flipped=True) is Action.KEEP:
+                newer.add(row_id)
+    counts.keep(newer)
+    return newer
 
 
 def sink_of(direction: Direction) -> Sink:
@@ -326,7 +348,7 @@ async def run_pass(
         except OSError as error:
             raise BulkError(f"the state of the move cannot be written: {path}: {error.strerror}") from error
     with (
-        closing(_Recorded(sink_of(direction), ledger, direction.text, counts)) as sink,
+        closing(_Recorded(direction, ledger, counts)) as sink,
         closing(Manifest(manifest_path)) as manifest,
     ):
         options = Options(refused_file(ledger.path), on_error="skip", shard_rows=_SHARD_ROWS)
@@ -369,8 +391,10 @@ def _delete_doomed(direction: Direction, ledger: Ledger, counts: PassCounts) -> 
         )
     while ids := ledger.doomed():
         there = {row.id for row in direction.reading.read_ids(direction.first, ids, FieldNames(text=direction.text))}
-        gone = [row_id for row_id in ids if row_id not in there]
-        direction.writing.delete_ids(direction.second, gone)
-        ledger.forget(gone)
-        ledger.spare([row_id for row_id in ids if row_id in there])
-        counts.deleted += len(gone)
+        gone = {row_id: None for row_id in ids if row_id not in there}
+        newer = _newer(direction, ledger, gone, counts)
+        deleted = [row_id for row_id in gone if row_id not in newer]
+        direction.writing.delete_ids(direction.second, deleted)
+        ledger.forget(deleted)
+        ledger.spare([row_id for row_id in ids if row_id in there or row_id in newer])
+        counts.deleted += len(deleted)

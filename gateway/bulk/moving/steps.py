@@ -168,6 +168,7 @@ async def _flip(move: Move, folder: Path, console: Console, *, forces: bool) -> 
             "the collections have not been compared since the last change: run `gateway move check` first, or add "
             "--force"
         )
+    before_flip = Stage.CHECKED if move.stage is Stage.FLIPPED else move.stage, move.is_returning
     async with at_work(move, folder, console) as work:
         check_alias(work.reading, move)
         move = await _copy(work)
@@ -184,7 +185,9 @@ async def _flip(move: Move, folder: Path, console: Console, *, forces: bool) -> 
         try:
             move = _use(move, work.writing, back=False)
         except BulkError:
-            write_move(folder, replace(move, mem0_before=None).at(Stage.CHECKED, "the flip failed"))
+            stage, is_returning = before_flip
+            failed = replace(move, mem0_before=None, is_returning=is_returning)
+            write_move(folder, failed.at(stage, "the flip failed"))
             raise
         return await _copy(replace(work, move=move))
 

@@ -19,7 +19,7 @@ from gateway.bulk.moving.checking import allowed_changes
 from gateway.bulk.moving.ledger import Ledger
 from gateway.bulk.moving.mem0 import read_mem0
 from gateway.bulk.moving.passes import Direction, PassCounts, refused_file, run_pass, sink_of
-from gateway.bulk.moving.state import Move, Pair
+from gateway.bulk.moving.state import Move, Pair, Stage
 from gateway.bulk.places import open_movable, read_place
 from gateway.bulk.progress import show_progress
 from gateway.bulk.rows import BulkError, SpaceNote
@@ -199,6 +199,22 @@ class Work:
             with self.ledger(pair), closing(sink_of(self.direction(pair))) as sink:
                 sink.open(self.embedder.note)
 
+    def _check_in_use(self) -> None:
+        """Check that the collections that applications use exist, rather than creating them again.
+
+        Raises:
+            BulkError: one was deleted.
+        """
+        names = (
+            self.reading.collections() if self.move.stage is Stage.FLIPPED else [pair.new for pair in self.move.pairs]
+        )
+        for pair in self.move.pairs:
+            if pair.new not in names:
+                raise BulkError(
+                    f"{pair.new}, which applications use since the flip, was deleted: `gateway move finish "
+                    f"{self.move.name}` ends the move and keeps {pair.old}"
+                )
+
     async def passes(self, *, back: bool = False, is_full: bool = False) -> dict[str, PassCounts]:
         """Run passes over each collection until a pass changes few items; return the last pass of each.
 
@@ -209,6 +225,7 @@ class Work:
             Interrupted: the user interrupted it.
             BulkError: a store or the model fails.
         """
+        self._check_in_use()
         stop = asyncio.Event()
         stop_on_signals(stop, self.console)
         found = {}

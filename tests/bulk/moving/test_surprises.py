@@ -172,6 +172,87 @@ async def test_an_alias_that_someone_has_redirected_is_not_redirected_again(
     store.delete_alias(alias)
 
 
+async def test_a_flip_that_fails_leaves_the_move_as_it_was(
+    shop: Shop, models: Models, tmp_path: Path, console: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither does it count as checked, nor is it forgotten that the old collection lacks items."""
+    alias = f"alias_{uuid.uuid4().hex[:8]}"
+    shop.store.flip(alias, shop.collection)
+    move = await start(request_for(shop, collection=alias), tmp_path, console)
+
+    def refuse(*_: object) -> None:
+        raise BulkError("the store refuses")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(shop.store), "flip", refuse)
+        with pytest.raises(BulkError, match="the store refuses"):
+            await flip(move, tmp_path, console, forces=True)
+    with pytest.raises(BulkError, match="run `gateway move check` first"):
+        await flip(move, tmp_path, console, forces=False)
+
+    move = await flip(move, tmp_path, console, forces=True)
+    with pytest.raises(BulkError, match="have vectors that differ"):
+        await back(move, tmp_path, console, "twin")
+    assert read_moves(tmp_path)[move.name].is_returning
+    with monkeypatch.context() as patch:
+        patch.setattr(type(shop.store), "flip", refuse)
+        with pytest.raises(BulkError, match="the store refuses"):
+            await flip(move, tmp_path, console, forces=True)
+    assert read_moves(tmp_path)[move.name].is_returning
+    shop.store.delete_alias(alias)
+
+
+async def test_a_new_collection_that_was_deleted_after_the_flip_is_not_created_again(
+    any_shop: Shop, models: Models, tmp_path: Path, console: Console
+) -> None:
+    move = await start(request_for(any_shop), tmp_path, console)
+    move = await flip(move, tmp_path, console, forces=True)
+    [pair] = move.pairs
+    any_shop.store.delete_collection(pair.new)
+
+    for step in (
+        lambda: sync(move, tmp_path, console, skips=False),
+        lambda: finish(move, tmp_path, console, deletes=True),
+    ):
+        with pytest.raises(
+            BulkError, match=r"which applications use since the flip, was deleted: `gateway move finish "
+        ):
+            await step()
+        assert pair.new not in any_shop.store.collections()
+    assert (await finish(move, tmp_path, console, deletes=False)).stage is Stage.FINISHED
+    assert len(any_shop.content()) == 50
+
+
+@pytest.mark.parametrize("way", ["sync", "back"])
+async def test_what_an_application_writes_while_a_pass_embeds_is_kept(
+    any_shop: Shop, way: str, models: Models, tmp_path: Path, console: Console
+) -> None:
+    """The pass read these items before, and would overwrite one and delete the other."""
+    move = await start(request_for(any_shop), tmp_path, console)
+    move = await flip(move, tmp_path, console, forces=True)
+    read, written = any_shop, copy_of(any_shop, move)
+    if way == "back":
+        read, written = written, read
+    read.put({3: "word3 by one application", 100: "word1 added"})
+    read.delete(7)
+
+    def write(texts: object) -> None:
+        if "word1 added" in texts:  # type: ignore[operator]  # not the check of the model
+            models.on_call = lambda _texts: None
+            written.put({3: "word3 by another one", 7: "word2 by another one"})
+
+    models.on_call = write
+    if way == "sync":
+        await sync(move, tmp_path, console, skips=False)
+    else:
+        await back(move, tmp_path, console, "old")
+
+    content = written.content()
+    assert [content[n][0] for n in (3, 7, 100)] == ["word3 by another one", "word2 by another one", "word1 added"]
+    written.check_vectors()
+    assert "2 newer in" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
 async def test_an_end_that_is_killed_after_the_old_collection_was_deleted_is_repeated(
     any_shop: Shop, models: Models, tmp_path: Path, console: Console, monkeypatch: pytest.MonkeyPatch
 ) -> None:
