@@ -37,6 +37,13 @@ Result = TypeVar("Result")
 Query: TypeAlias = LiteralString | sql.Composed
 
 _CONNECT_S: Final = 10
+_LIVELINESS: Final = {
+    "keepalives_idle": 30,
+    "keepalives_interval": 10,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 60_000,
+}
+"""The settings of libpq that end the wait for a server that has lost its power or network; by default, it takes hours."""
 _REJECTED: Final = "password authentication failed"
 _NOT_GIVEN: Final = "no password supplied"
 """Parts of libpq's messages, which have no code while a connection is made."""
@@ -118,6 +125,7 @@ class PgvectorStore:
                     autocommit=True,
                     connect_timeout=_CONNECT_S,
                     application_name="embedding-gateway",
+                    **_LIVELINESS,
                     **{name: value for name, value in parts.items() if value},
                 )
             except psycopg.OperationalError as error:

@@ -682,3 +682,12 @@ def test_a_request_that_a_server_refuses_is_not_repeated(postgres: str) -> None:
         session.call(ask)
     assert len(asked) == 1
     session.close()
+
+
+def test_a_server_that_has_lost_its_network_is_noticed_within_a_minute(url: str) -> None:
+    """By default, a connection waits two hours for it."""
+    with closing(store_of(url)) as store:
+        settings = store._connection.info.get_parameters()
+    unanswered = [int(settings[name]) for name in ("keepalives_idle", "keepalives_interval", "keepalives_count")]
+    assert unanswered[0] + unanswered[1] * unanswered[2] <= 60
+    assert 0 < int(settings["tcp_user_timeout"]) <= 60_000
