@@ -111,6 +111,7 @@ class PgvectorStore:
     def _connect(self) -> Connection:
         place = self._place
         parts: dict[str, Any] = {
+            **_LIVELINESS,
             "host": unquote(place.host),
             "port": place.port,
             "user": place.user,
@@ -125,7 +126,6 @@ class PgvectorStore:
                     autocommit=True,
                     connect_timeout=_CONNECT_S,
                     application_name="embedding-gateway",
-                    **_LIVELINESS,
                     **{name: value for name, value in parts.items() if value},
                 )
             except psycopg.OperationalError as error:
