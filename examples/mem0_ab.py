@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 EXPERIMENT = "mem0-ab"
 MEMORIES_PER_USER = 5
 MOST_AT_ONCE = 1_000  # units, or outcomes, in one request
+# The reasons for which the gateway leaves outcomes out, as its API names them.
+LEFT_OUT = ("repeated", "conflicting", "excluded", "too_many_of_unit", "unknown_unit", "too_many_names")
 # A memory, values for its gap, and a question that it answers.
 FACTS = [
     ("I play the {} in an orchestra", "violin cello oboe harp", "Which instrument do I play?"),
@@ -217,9 +219,13 @@ def post(gateway: httpx.Client, outcomes: dict[str, bool]) -> None:
     for start in range(0, len(rows), MOST_AT_ONCE):
         path = f"/experiments/{EXPERIMENT}/outcomes"
         answer = ask(gateway, "POST", path, rows[start : start + MOST_AT_ONCE])
-        known = ("received", "stored", "object")
-        if left_out := ", ".join(f"{number} {why}" for why, number in answer.items() if why not in known and number):
-            print(f"of {answer['received']} outcomes, not counted: {left_out}")
+        if reasons := ", ".join(f"{answer[why]} {why}" for why in LEFT_OUT if answer[why]):
+            print(f"of {answer['received']} outcomes, left out: {reasons}")
+        if answer["unseen"]:
+            print(
+                f"of {answer['stored']} stored outcomes, {answer['unseen']} unseen: their users sent no request to this "
+                "gateway, so they count only if another replica got one"
+            )
 
 
 def report(gateway: httpx.Client) -> None:

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
+from types import ModuleType
 
 import httpx
+import numpy as np
 import pytest
+from ruamel.yaml import YAML
 
+from gateway.api.outcomes import OutcomesAnswer
 from gateway.config.registry import load_registry
+from gateway.experiments.split import Split
+from gateway.outcomes.joining import Exposures, Outcomes, signed
+from gateway.outcomes.verdicts import branches_of, report_outcomes
 from tests.clients.gateway_process import MODEL, Gateway, running_gateway
 from tests.second_model import e5_small
 
@@ -20,7 +30,8 @@ from tests.second_model import e5_small
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")]
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-SECOND, EXPERIMENT = "multilingual-e5-small", "mem0-ab"
+PAGE = (Path(__file__).parents[2] / "docs" / "ab-mem0.md").read_text(encoding="utf-8")
+SECOND, EXPERIMENT, SALT = "multilingual-e5-small", "mem0-ab", "mem0-ab-2026-11"
 NUM_USERS = 6
 _MORE = """\
   - {{id: {second}, source: {folder}, enabled: true, dtype: float32, runtime: torch}}
@@ -28,6 +39,7 @@ experiments:
   - id: {experiment}
     kind: cross_space
     unit: {{from: [model]}}
+    salt: {salt}
     outcome: {{name: helped, per: unit, better: more, margin: 0.05}}
     arms: [{{model: {model}, weight: 1}}, {{model: {second}, weight: 1}}]
 """
@@ -36,32 +48,35 @@ experiments:
 @pytest.fixture(scope="module")
 def two_models(_quiet_clients: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
     """A gateway with an experiment between two real models."""
-    folder = e5_small()
-    more = _MORE.format(second=SECOND, folder=json.dumps(str(folder)), experiment=EXPERIMENT, model=MODEL)
-    folder = tmp_path_factory.mktemp("mem0_ab")
-    with running_gateway(folder, models=more, GATEWAY_STATE_DIR=str(folder / "state")) as gateway:
+    with _two_models(tmp_path_factory.mktemp("mem0_ab")) as gateway:
         yield gateway
+
+
+def _two_models(folder: Path) -> AbstractContextManager[Gateway]:
+    more = _MORE.format(
+        second=SECOND, folder=json.dumps(str(e5_small())), experiment=EXPERIMENT, salt=SALT, model=MODEL
+    )
+    return running_gateway(folder, models=more, GATEWAY_STATE_DIR=str(folder / "state"))
+
+
+@pytest.fixture
+def example(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(EXAMPLES)
+    return importlib.import_module("mem0_ab")
 
 
 @pytest.fixture
 def run(two_models: Gateway, tmp_path: Path) -> Callable[..., list[str]]:
     """Return a function that runs the example, and returns the lines that it prints."""
 
-    def run(*options: str) -> list[str]:
-        command = [
-            sys.executable,
-            EXAMPLES / "mem0_ab.py",
-            "--base-url",
-            two_models.base_url,
-            "--dir",
-            tmp_path,
-            *options,
-        ]
-        done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=120)
-        assert done.returncode == 0, done.stderr
-        return done.stdout.splitlines()
+    return partial(_run, two_models, tmp_path)
 
-    return run
+
+def _run(gateway: Gateway, folder: Path, *options: str) -> list[str]:
+    command = [sys.executable, EXAMPLES / "mem0_ab.py", "--base-url", gateway.base_url, "--dir", folder, *options]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
 
 
 def units(gateway: Gateway) -> dict[str, int]:
@@ -100,6 +115,69 @@ def test_each_user_stays_in_an_arm_and_its_collection(
     assert f"user-{first + 1}" not in (two_models.folder / "gateway.log").read_text()
 
 
+def test_a_second_run_says_what_is_left_out_and_unseen_outcomes_are_stored(
+    two_models: Gateway, run: Callable[..., list[str]], example: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--users", "2", "--first", "4000"]
+    assert not [line for line in run(*options) if line.startswith("of ")]
+    assert "of 2 outcomes, left out: 2 repeated" in run(*options)
+
+    with httpx.Client(base_url=two_models.base_url) as client:
+        example.post(client, {"stranger-1": True, "stranger-2": False})
+    assert capsys.readouterr().out.startswith("of 2 stored outcomes, 2 unseen: their users sent no request")
+
+
+def test_the_reasons_have_the_names_of_the_api(example: ModuleType) -> None:
+    others = {"object", "received", "stored", "unseen"}
+    assert set(example.LEFT_OUT) == set(OutcomesAnswer.model_fields) - others
+    for name, field in OutcomesAnswer.model_fields.items():
+        assert (name in example.LEFT_OUT) == str(field.description).startswith("Left out: ")
+
+
+def block_after(command: str) -> str:
+    """Return the output that the page shows for a command."""
+    [found] = re.findall(rf"{re.escape(command)}\n```\n\n```\n(.*?)```", PAGE, re.DOTALL)
+    return str(found)
+
+
+@pytest.mark.usefixtures("_quiet_clients")
+def test_the_page_shows_what_its_commands_print(tmp_path: Path) -> None:
+    (tmp_path / "gateway").mkdir()
+    with _two_models(tmp_path / "gateway") as gateway:
+        shown = httpx.get(f"{gateway.base_url}/experiments/{EXPERIMENT}/assignment", params={"unit": "bob"}).json()
+        lines = _run(gateway, tmp_path, "--users", "20")
+
+    [sample] = re.findall(r'assignment\?unit=bob"\n(.*?)```', PAGE, re.DOTALL)
+    del shown["generation"]
+    assert json.loads(sample.replace("…,", "")) == shown
+    assert "\n".join(lines) + "\n" == block_after("examples/mem0_ab.py --users 20")
+
+
+def test_the_decision_of_the_page_follows_from_its_users(
+    example: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The example takes minutes for 280 users, so their answers are made up here, as many as the page says."""
+    sample = block_after("examples/mem0_ab.py --users 260 --first 100")
+    [experiment] = load_registry(EXAMPLES / "mem0_ab.yaml", {}).experiments
+    split, arms = Split(experiment), [arm.label for arm in experiment.arms]
+    users = [f"user-{number}" for number in (*range(20), *range(100, 360))]
+    unit = np.array([signed(split.hash_of(user)) for user in users])
+    branch = np.array([arms.index(split.arm_of(user).label) for user in users])
+    value = np.zeros(len(users))
+    for place, arm in enumerate(arms):
+        [mean] = re.findall(rf"arm {arm}: \d+ users, helped ([\d.]+)", sample)
+        value[np.flatnonzero(branch == place)[: round(float(mean) * (branch == place).sum())]] = 1
+    times, ones = np.arange(len(users), dtype=float), np.ones(len(users))
+    exposures = Exposures(branches_of(experiment, split.generation), unit, branch, times)
+    outcomes = Outcomes(unit, value, ones, times + 1, np.zeros(len(users), bool))
+    report = report_outcomes(experiment, exposures, {"helped": outcomes}, 1_000.0).report
+    monkeypatch.setattr(example, "ask", lambda *_: report.model_dump())
+
+    example.report(httpx.Client())
+
+    assert capsys.readouterr().out == sample
+
+
 def test_langchain_and_llamaindex_take_part_with_the_same_name(two_models: Gateway) -> None:
     from langchain_openai import OpenAIEmbeddings
     from llama_index.embeddings.openai_like import OpenAILikeEmbedding
@@ -136,3 +214,6 @@ def test_the_registry_next_to_it_is_valid() -> None:
 
     [experiment] = registry.experiments
     assert (experiment.id, experiment.kind, experiment.unit) == (EXPERIMENT, "cross_space", ("model",))
+    assert experiment.salt == SALT
+    [shown] = re.findall(r"```yaml\n(experiments:.*?)```", PAGE, re.DOTALL)
+    assert YAML().load(shown) == {"experiments": YAML().load(EXAMPLES / "mem0_ab.yaml")["experiments"]}

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import shlex
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,7 @@ from tests.peers import is_missing
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
+PAGE = (Path(__file__).parents[2] / "docs" / "mteb.md").read_text(encoding="utf-8")
 DOCUMENTS = {
     "paris": "Paris is the capital of France, on the Seine.",
     "berlin": "Berlin is the capital of Germany, on the Spree.",
@@ -174,3 +178,43 @@ def test_the_example_ends_with_a_reason(
     monkeypatch.setattr("sys.argv", ["evaluate_mteb.py", "--url", gateway.root_url, *arguments])
     with pytest.raises(SystemExit, match=said):
         evaluate_mteb.main()
+
+
+def test_the_page_names_what_mteb_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its version, and each benchmark and task in its commands; their data is not here."""
+    if find_spec("mteb") is None:
+        is_missing("mteb is not installed: make install-dev")
+    monkeypatch.syspath_prepend(EXAMPLES)
+    import evaluate_mteb
+
+    ran: list[list[str]] = []
+    monkeypatch.setattr(evaluate_mteb, "GatewayModel", lambda *_arguments, **_options: None)
+    monkeypatch.setattr(
+        evaluate_mteb, "evaluate", lambda _model, tasks, _folder: ran.append([t.metadata.name for t in tasks]) or {}
+    )
+    commands = re.findall(r"^mteb/bin/python examples/(evaluate_mteb\.py .*)", PAGE, re.MULTILINE)
+    for command in commands:
+        monkeypatch.setattr("sys.argv", shlex.split(command))
+        evaluate_mteb.main()
+
+    lmeb, chosen, english = ran
+    assert f"Its {len(lmeb)} tasks include LoCoMo and LongMemEval" in PAGE
+    assert {"LoCoMo", "LongMemEval"} <= set(lmeb)
+    assert (chosen, len(english) > 30) == (["SciFact", "NFCorpus"], True)
+    assert f"with mteb {version('mteb')} and a task" in PAGE
+
+
+def test_the_program_of_the_page_runs(gateway: Gateway, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    if find_spec("mteb") is None:
+        is_missing("mteb is not installed: make install-dev")
+    import mteb
+
+    [program] = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MTEB_CACHE", str(tmp_path))
+    monkeypatch.setattr(mteb, "get_benchmark", lambda name: [local_task()] if name == "LMEB" else [])
+    names: dict[str, Any] = {}
+    exec(program.replace("http://localhost:8000", gateway.root_url), names)  # noqa: S102  the page's own program
+
+    [result] = names["results"].task_results
+    assert 0.5 < result.get_score() < 1
