@@ -107,7 +107,7 @@ class _OpenShard:
     """A shard that is being filled."""
 
     began: float
-    blocks: list[EmbeddedBlock] = field(default_factory=list)
+    blocks: list[tuple[Block, EmbeddedBlock]] = field(default_factory=list)
     bad: list[BadRow] = field(default_factory=list)
     ids: list[RowId] = field(default_factory=list)
     counts: Counts = field(default_factory=Counts)
@@ -115,7 +115,7 @@ class _OpenShard:
     num_bytes: int = 0
 
     def add(self, block: Block, embedded: EmbeddedBlock) -> None:
-        self.blocks.append(embedded)
+        self.blocks.append((block, embedded))
         bad = [*block.bad, *embedded.refused]
         self.bad += bad
         self.ids += block.ids
@@ -123,6 +123,16 @@ class _OpenShard:
         self.num_bytes += block.num_bytes + _vector_bytes(embedded.embedded)
         num_rows = len(embedded.embedded.rows)
         self.counts += Counts(block.num_items, num_rows, len(bad), embedded.num_tokens, embedded.num_truncated)
+
+    def before(self, refused: Sequence[BadRow]) -> _OpenShard:
+        """Return the blocks before the first that has a row of these items."""
+        places = {row.place for row in refused}
+        shard = _OpenShard(self.began)
+        for block, embedded in self.blocks:
+            if any(row.place in places for row in embedded.embedded.rows):
+                break
+            shard.add(block, embedded)
+        return shard
 
     def without(self, refused: Sequence[BadRow], rows: EmbeddedRows) -> EmbeddedRows:
         """Count the items of rows that the sink refuses as bad, and return the rows of the others."""
@@ -133,7 +143,7 @@ class _OpenShard:
         return kept
 
     def rows(self) -> EmbeddedRows:
-        parts = [block.embedded for block in self.blocks if block.embedded.rows]
+        parts = [embedded.embedded for _block, embedded in self.blocks if embedded.embedded.rows]
         dense = [part.dense for part in parts if part.dense is not None]
         sparse = [weights for part in parts if part.sparse is not None for weights in part.sparse]
         multivectors = [vectors for part in parts if part.multivectors is not None for vectors in part.multivectors]
@@ -295,9 +305,11 @@ class Job:
                 break
             except RowsRefused as error:
                 if self._options.on_error == "stop":
+                    if (before := shard.before(error.rows)).counts.items:
+                        self._store(before, number, part)
                     raise
-                before, rows = len(rows.rows), shard.without(error.rows, rows)
-                if len(rows.rows) == before:
+                num_before, rows = len(rows.rows), shard.without(error.rows, rows)
+                if len(rows.rows) == num_before:
                     raise
         errors_bytes = self._errors.add(shard.bad)
         self._manifest.commit(number, Shard(part, shard.counts, shard.position, errors_bytes), shard.ids)

@@ -252,6 +252,26 @@ def test_rows_that_the_sink_rejects_while_it_writes_are_bad_rows(jobs: Jobs) -> 
     assert (outcome.total.rows, outcome.total.skipped) == (460 - len(rejected), 40 + len(rejected))
 
 
+def test_stop_also_ends_at_a_row_that_the_sink_rejects_while_it_writes(tmp_path: Path) -> None:
+    path = tmp_path / "docs.jsonl"
+    path.write_bytes(b"".join(orjson.dumps({"id": i, "text": f"text {i}"}) + b"\n" for i in range(300)))
+    jobs = Jobs(tmp_path / "out", path)
+
+    class Rejecting(ParquetSink):
+        def write(self, shard: int, batch: EmbeddedRows) -> None:
+            if bad := [BadRow(row.place, "is rejected", None, row.id) for row in batch.rows if row.id == 200]:
+                raise RowsRefused(bad)
+            super().write(shard, batch)
+
+    for _ in range(2):
+        with pytest.raises(BulkError, match=r"docs\.jsonl:201: is rejected"):
+            jobs.run(on_error="stop", shard_rows=960, sink=Rejecting(str(jobs.folder), "text"))
+        assert jobs.ids() == list(range(192))  # the blocks before
+    outcome = jobs.run(on_error="skip", shard_rows=960, sink=Rejecting(str(jobs.folder), "text"))
+    assert (outcome.total.items, outcome.total.rows, outcome.total.skipped) == (300, 299, 1)
+    assert jobs.ids() == [i for i in range(300) if i != 200]
+
+
 def test_all_rows_of_an_item_are_left_out_with_one_that_the_sink_rejects(jobs: Jobs) -> None:
     def twice(row: Row) -> list[Row | BadRow]:
         return [replace(row, id=f"{row.id}#{number}") for number in range(2)]
