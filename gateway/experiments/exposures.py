@@ -18,7 +18,7 @@ from typing import Annotated
 
 import orjson
 import structlog
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError, with_config
 
 from gateway.config.files import OpenFile, open_regular
 from gateway.errors import StartError
@@ -27,6 +27,17 @@ from gateway.telemetry import metrics
 log = structlog.get_logger(__name__)
 
 _SECONDS_BETWEEN_WARNINGS = 60.0
+
+
+_MOST_SECONDS = 100_000_000_000.0  # the year 5138: a calendar has no room for the largest numbers
+
+
+def _check_time(text: str) -> str:
+    """Accept a time with its zone, from 1970 on."""
+    time = datetime.fromisoformat(text)
+    if time.tzinfo is None or not 0 <= time.timestamp() < _MOST_SECONDS:
+        raise ValueError
+    return text
 
 
 @with_config(ConfigDict(strict=True, extra="forbid"))
@@ -48,7 +59,7 @@ class Exposure:
         declared: a hash that tells declarations of the experiment's outcome apart, so that a later change is noticed.
     """
 
-    time: str
+    time: Annotated[str, AfterValidator(_check_time)]
     experiment: str
     generation: str
     arm: str

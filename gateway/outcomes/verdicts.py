@@ -68,6 +68,7 @@ def report_outcomes(
         why_none: the reason why no verdict can be given, if it is known already, such as a wrong split.
     """
     reports, decided = [], {}
+    why_none = why_none or _why_in_two_arms(exposures)
     primary = experiment.outcome
     names = ([primary.name] if primary else []) + [n for n in outcomes if primary is None or n != primary.name]
     for name in names:
@@ -113,6 +114,21 @@ def _question(experiment: Experiment, outcome: Outcome) -> str:
     arms = [[arm.label, arm.model, arm.task] for arm in experiment.arms[1:]]
     since = [] if experiment.counts_from is None else [experiment.counts_from.isoformat()]
     return json.dumps([*parts, arms, *since], sort_keys=True)
+
+
+def _why_in_two_arms(exposures: Exposures) -> str | None:
+    """Return why nothing can be decided: units are in two arms under the same weights, which a split never does."""
+    names = sorted({branch.generation for branch in exposures.branches})
+    generations = np.array([names.index(branch.generation) for branch in exposures.branches], np.int64)
+    order = np.lexsort((generations[exposures.branch], exposures.unit))
+    unit, generation = exposures.unit[order], generations[exposures.branch][order]
+    num = len(np.unique(unit[1:][(unit[1:] == unit[:-1]) & (generation[1:] == generation[:-1])]))
+    if not num:
+        return None
+    return (
+        f"{num:,} of the units are in two arms under the same weights, so the exposures are not those of one split: "
+        "do not trust a comparison"
+    )
 
 
 def _why_too_late(experiment: Experiment, posted: Outcomes, earlier: Decisions, now: float) -> str | None:

@@ -155,6 +155,27 @@ def test_a_malformed_line_is_skipped(tmp_path: Path, line: bytes) -> None:
     assert [line["lines"] for line in lines] == [1]
 
 
+@pytest.mark.parametrize(
+    "time",
+    [
+        "yesterday",
+        "",
+        "2026-11-01T00:00:00",
+        "0001-01-01T00:00:00+14:00",
+        "1969-12-31T23:59:59Z",
+        "9999-12-31T00:00:00Z",
+    ],
+)
+def test_a_line_with_an_impossible_time_is_skipped(tmp_path: Path, time: str) -> None:
+    path = tmp_path / "x.jsonl"
+    lines = [dataclasses.asdict(FIRST), dataclasses.asdict(FIRST) | {"time": time}]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    with capture_logs() as logged:
+        assert list(read_exposures([path])) == [FIRST]
+    assert [line["lines"] for line in logged] == [1]
+
+
 def test_a_line_of_an_earlier_version_is_read(tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
     line = dataclasses.asdict(FIRST)

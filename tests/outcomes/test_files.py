@@ -181,6 +181,23 @@ def test_a_change_before_all_outcomes_is_accepted(
     assert "column" not in comparison.reason
 
 
+def test_units_in_two_arms_give_no_verdict(experiment: Experiment, tmp_path: Path) -> None:
+    """For example, from files that were edited; under other weights, a unit may be in another arm."""
+    exposures = exposures_of(experiment, UNITS)
+    others = [replace(one, arm="second", model="two") for one in exposures if one.arm != "second"][:3]
+    earlier = [replace(one, generation="before00") for one in others]
+    csv = write_csv(tmp_path / "x.csv", "unit,value", *(f"{unit},1" for unit in helped(experiment)))
+
+    good, bad = (
+        report_files(experiment, [write_log(tmp_path / f"{i}.jsonl", logged)], [csv]).outcomes[0].comparisons[0]
+        for i, logged in enumerate(([*earlier, *exposures], [*exposures, *others]))
+    )
+
+    assert good.verdict == "better"
+    assert bad.verdict is None
+    assert bad.reason.startswith("3 of the units are in two arms under the same weights")
+
+
 def test_files_that_do_not_say_what_was_declared_give_no_verdict(experiment: Experiment, tmp_path: Path) -> None:
     exposures = [replace(exposure, declared=None) for exposure in exposures_of(experiment, UNITS)]
     log = write_log(tmp_path / "x.jsonl", exposures)
