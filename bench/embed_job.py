@@ -21,13 +21,13 @@ import psutil
 
 from bench.bare import MODEL
 from bench.processes import ROOT
-from gateway.bulk.asked import Asked
 from gateway.bulk.embedder import Embedder
 from gateway.bulk.fake import FakeEmbedder
 from gateway.bulk.fields import FieldNames
 from gateway.bulk.files.source import open_files
 from gateway.bulk.job import SHARD_ROWS, Job, Options, Outcome
 from gateway.bulk.manifest import Manifest
+from gateway.bulk.model_spec import ModelSpec
 from gateway.bulk.opening import open_sink
 from gateway.config.registry import load_registry
 from gateway.config.settings import Settings
@@ -102,7 +102,7 @@ async def _embedder(kind: str) -> AsyncIterator[Embedder]:
         return
     from gateway.bulk.local import local_embedder
 
-    async with local_embedder(load_registry(ROOT / "models.yaml", {}), Settings(), Asked(MODEL)) as local:
+    async with local_embedder(load_registry(ROOT / "models.yaml", {}), Settings(), ModelSpec(MODEL)) as local:
         yield local
 
 

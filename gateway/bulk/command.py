@@ -16,7 +16,6 @@ from rich.console import Console
 from rich.text import Text
 
 from gateway import __version__
-from gateway.bulk.asked import Asked
 from gateway.bulk.blocks import OnError
 from gateway.bulk.embedder import Embedder, chunker
 from gateway.bulk.fields import FieldNames
@@ -24,6 +23,7 @@ from gateway.bulk.files.folder import FolderSink
 from gateway.bulk.files.source import FileSource
 from gateway.bulk.job import SHARD_ROWS, Job, Options, Outcome
 from gateway.bulk.manifest import Manifest
+from gateway.bulk.model_spec import ModelSpec
 from gateway.bulk.opening import check_apart, open_sink, open_source
 from gateway.bulk.progress import show_progress
 from gateway.bulk.report import Report
@@ -55,7 +55,7 @@ class EmbedRequest:
 
     sources: Sequence[str]
     sink: str
-    asked: Asked
+    spec: ModelSpec
     names: FieldNames
     state_folder: Path
     manifest: Path | None = None
@@ -103,7 +103,7 @@ def run_embed(request: EmbedRequest, models: RunningGateway | OwnModels, *, as_j
         errors = request.errors or _errors_path(path)
         options = Options(errors, request.on_error, request.shard_rows)
         job = _Prepared(source, sink, manifest, identity, options)
-        note, outcome = asyncio.run(_run(job, request.asked, models, console))
+        note, outcome = asyncio.run(_run(job, request.spec, models, console))
         report = Report(source.name, sink.name, note, path, errors, outcome, request.price_per_hour)
         if outcome.is_finished and isinstance(sink, FolderSink):
             _write_summary(sink, manifest, report, identity)
@@ -131,10 +131,10 @@ class _Prepared:
 
 
 async def _run(
-    job: _Prepared, asked: Asked, models: RunningGateway | OwnModels, console: Console
+    job: _Prepared, spec: ModelSpec, models: RunningGateway | OwnModels, console: Console
 ) -> tuple[SpaceNote, Outcome]:
     stop = asyncio.Event()
-    async with open_embedder(asked, models, console) as embedder:
+    async with open_embedder(spec, models, console) as embedder:
         note = embedder.note
         progress = job.manifest.begin({**job.identity, "model": note.model, "space": note.space, "task": note.task})
         if progress.counts.rows and job.sink.is_empty():
@@ -152,13 +152,15 @@ async def _run(
             return note, Outcome(type(done)(), done, 0.0, is_finished=True)
         stop_on_signals(stop, console)
         with show_progress(console) as reporter:
-            options = replace(job.options, expand=await chunker(embedder, asked))
+            options = replace(job.options, expand=await chunker(embedder, spec))
             work = Job(job.source, job.sink, job.manifest, embedder, options, reporter)
             return note, await work.run(progress, stop)
 
 
 @asynccontextmanager
-async def open_embedder(asked: Asked, models: RunningGateway | OwnModels, console: Console) -> AsyncIterator[Embedder]:
+async def open_embedder(
+    spec: ModelSpec, models: RunningGateway | OwnModels, console: Console
+) -> AsyncIterator[Embedder]:
     """Load a model, or find it at a running gateway, and yield an embedder.
 
     Raises:
@@ -167,14 +169,14 @@ async def open_embedder(asked: Asked, models: RunningGateway | OwnModels, consol
     if isinstance(models, RunningGateway):
         from gateway.bulk.remote import remote_embedder
 
-        async with remote_embedder(models.url, models.api_key, asked) as embedder:
+        async with remote_embedder(models.url, models.api_key, spec) as embedder:
             yield embedder
         return
     from gateway.bulk.local import local_embedder
 
     configure_logs("warning", "auto")  # a bar shows the progress
-    with console.status(Text(f"loading {asked.name}")) as status:
-        async with local_embedder(models.registry, models.settings, asked) as local:
+    with console.status(Text(f"loading {spec.name}")) as status:
+        async with local_embedder(models.registry, models.settings, spec) as local:
             status.stop()
             yield local
 
@@ -208,12 +210,12 @@ def _identity(request: EmbedRequest, source: Source, sink: Sink) -> dict[str, Js
     """Return everything except the space that must be the same each time the job continues."""
     return {
         "source hash": source.fingerprint(),
-        "name of the model": request.asked.name,
-        "dimensions": request.asked.dimensions,
-        "outputs": ", ".join(output.value for output in request.asked.outputs),
-        "truncate": request.asked.truncate.value,
+        "name of the model": request.spec.name,
+        "dimensions": request.spec.dimensions,
+        "outputs": ", ".join(output.value for output in request.spec.outputs),
+        "truncate": request.spec.truncate.value,
         "fields": _fields(request, source),
-        "chunks": None if request.asked.chunking is None else str(request.asked.chunking),
+        "chunks": None if request.spec.chunking is None else str(request.spec.chunking),
         "sink": _sink_name(request, sink),
     }
 

@@ -9,9 +9,9 @@ from typing import Protocol
 
 import numpy as np
 
-from gateway.bulk.asked import Asked
 from gateway.bulk.blocks import Expand
 from gateway.bulk.chunking import Chunk, Chunker, ModelTokens
+from gateway.bulk.model_spec import ModelSpec
 from gateway.bulk.rows import BadRow, BulkError, EmbeddedRows, Row, RowId, SpaceNote
 from gateway.errors import GatewayError
 from gateway.types import MultiVector, SparseVector, Vectors
@@ -211,14 +211,14 @@ def _windows(rows: Sequence[Row]) -> list[list[int]] | None:
     return list(windows.values()) or None
 
 
-async def chunker(embedder: Embedder, asked: Asked) -> Expand | None:
+async def chunker(embedder: Embedder, spec: ModelSpec) -> Expand | None:
     """Return the function that cuts the texts of a job into chunks; ``None`` if they are embedded whole.
 
     Raises:
         BulkError: the model's tokenizer is not available, or the model cannot embed such chunks.
     """
-    if asked.chunking is None:
+    if spec.chunking is None:
         return None
     tokens = await embedder.tokens()
-    await asyncio.to_thread(asked.chunking.check, tokens, asked.name)
-    return Chunker(asked.chunking, tokens).expand
+    await asyncio.to_thread(spec.chunking.check, tokens, spec.name)
+    return Chunker(spec.chunking, tokens).expand

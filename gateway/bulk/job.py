@@ -21,11 +21,11 @@ from gateway.bulk.manifest import Counts, Manifest, Progress, Shard
 from gateway.bulk.rows import (
     BadRow,
     BulkError,
-    Choosy,
     EmbeddedRows,
     Position,
     RowId,
     RowsRefused,
+    RowValidator,
     Sink,
     Source,
     closing_readings,
@@ -176,7 +176,7 @@ class Job:
         # A shard is a whole number of blocks, unless rows are skipped.
         num_blocks = math.ceil(options.shard_rows / embedder.block_texts)
         self._block_rows = options.shard_rows // num_blocks
-        problem = sink.problem if isinstance(sink, Choosy) else lambda _row: ""
+        problem = sink.problem if isinstance(sink, RowValidator) else lambda _row: ""
         self._reader = BlockReader(source, manifest.seen, self._block_rows, options.on_error, options.expand, problem)
         self._writing: asyncio.Task[None] | None = None
         self._failure: BulkError | None = None

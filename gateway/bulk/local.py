@@ -9,9 +9,9 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 
 from gateway.backends.base import Replicated
-from gateway.bulk.asked import OF_A_TEXT, PASSAGE_TASK, PROBE, Asked, without_place
 from gateway.bulk.chunking import ModelTokens
 from gateway.bulk.embedder import TextRefused, TextVectors
+from gateway.bulk.model_spec import OF_A_TEXT, PASSAGE_TASK, PROBE, ModelSpec, without_place
 from gateway.bulk.rows import BulkError, SpaceNote
 from gateway.cli.in_process import PATIENCE_S, in_process_deployment
 from gateway.config.registry import Registry
@@ -46,7 +46,7 @@ _RECOVERY_S = 600.0
 
 
 @asynccontextmanager
-async def local_embedder(registry: Registry, settings: Settings, asked: Asked) -> AsyncIterator[LocalEmbedder]:
+async def local_embedder(registry: Registry, settings: Settings, spec: ModelSpec) -> AsyncIterator[LocalEmbedder]:
     """Load a model, and yield an embedder.
 
     Raises:
@@ -56,33 +56,33 @@ async def local_embedder(registry: Registry, settings: Settings, asked: Asked) -
         # Only this job uses the queue, so limits would protect no one. The replicas of a cluster also serve clients.
         settings = settings.model_copy(update={"max_queue_texts": 10**9, "max_queue_tokens": 10**12})
     try:
-        async with in_process_deployment(registry, settings, [asked.name]) as deployment:
+        async with in_process_deployment(registry, settings, [spec.name]) as deployment:
             service = EmbeddingService(deployment, ExperimentStats(None))
             model = next(iter(deployment.fleet))
             assert model.info is not None  # noqa: S101  it is loaded
-            yield await _prepare(service, model, asked)
+            yield await _prepare(service, model, spec)
     except BulkError:
         raise
     except StartError as error:
         raise BulkError(str(error)) from error
 
 
-async def _prepare(service: EmbeddingService, model: Model, asked: Asked) -> LocalEmbedder:
+async def _prepare(service: EmbeddingService, model: Model, spec: ModelSpec) -> LocalEmbedder:
     """Find the task and the space by embedding a test text."""
     info = model.info
     assert info is not None  # noqa: S101  it is loaded
-    task = PASSAGE_TASK if asked.prefers_passages and PASSAGE_TASK in info.tasks else None
-    embedder = _Caller(service, asked, task)
+    task = PASSAGE_TASK if spec.prefers_passages and PASSAGE_TASK in info.tasks else None
+    embedder = _Caller(service, spec, task)
     try:
         try:
             answer = await embedder.call([PROBE])
         except BadInput as error:
             if error.param != "task" or task is None:
                 raise
-            embedder = _Caller(service, asked, None)  # the name already includes a task
+            embedder = _Caller(service, spec, None)  # the name already includes a task
             answer = await embedder.call([PROBE])
     except RequestError as error:
-        raise BulkError(f"--model {asked.name}: {error.message}") from error
+        raise BulkError(f"--model {spec.name}: {error.message}") from error
     assert answer.space is not None  # noqa: S101  of vectors
     note = SpaceNote(
         space=answer.space,
@@ -90,8 +90,8 @@ async def _prepare(service: EmbeddingService, model: Model, asked: Asked) -> Loc
         task=answer.task,
         dimensions=answer.dimensions or 0,
         is_normalized=info.is_normalized,
-        token_width=info.token_width if Output.MULTIVECTOR in asked.outputs else 0,
-        has_sparse=Output.SPARSE in asked.outputs,
+        token_width=info.token_width if Output.MULTIVECTOR in spec.outputs else 0,
+        has_sparse=Output.SPARSE in spec.outputs,
     )
     if isinstance(model.backend, Replicated) and not model.entry.is_remote:
         replicas = model.entry.replicas.most if model.entry.replicas is not None else 1
@@ -106,7 +106,7 @@ class _Caller:
     """Sends texts to the service."""
 
     service: EmbeddingService
-    asked: Asked
+    spec: ModelSpec
     task: str | None
     priority: Priority = Priority.NORMAL
 
@@ -114,21 +114,21 @@ class _Caller:
         return await self.service.embed(
             EmbedRequest(
                 texts=texts,
-                model=self.asked.name,
+                model=self.spec.name,
                 timeout_s=PATIENCE_S,
                 caller=_CALLER,
                 client=GATEWAY,
                 task=self.task,
-                truncate=self.asked.truncate,
-                dimensions=self.asked.dimensions,
-                outputs=self.asked.outputs,
+                truncate=self.spec.truncate,
+                dimensions=self.spec.dimensions,
+                outputs=self.spec.outputs,
                 priority=self.priority,
                 is_late_chunked=is_late,
             )
         )
 
     async def tokens(self, task: str | None) -> ModelTokens:
-        target = self.service.target(self.asked.name, self.task, GATEWAY)
+        target = self.service.target(self.spec.name, self.task, GATEWAY)
         async with self.service.vocabulary(target, "tokenize") as vocabulary:
             return ModelTokens.of(vocabulary, target.info, task)
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from gateway.bulk.fields import FieldNames
 from gateway.bulk.places import open_store, read_place
 from gateway.bulk.rows import BulkError, Sink, Source
-from gateway.bulk.stores.protocol import Keeping, Place
+from gateway.bulk.stores.protocol import Place, SinkOptions
 
 
 def open_source(places: Sequence[str], names: FieldNames, without: Sequence[str] = ()) -> Source:
@@ -75,6 +75,6 @@ def open_sink(url: str, text_field: str | None, *, adopts: bool = False) -> Sink
         return open_folder(url, text_field)
     store = open_store(place)
     try:
-        return store.sink(place.collection, Keeping(text_field, place.options.get("vector"), adopts=adopts))
+        return store.sink(place.collection, SinkOptions(text_field, place.options.get("vector"), adopts=adopts))
     finally:
         store.close()

@@ -8,9 +8,9 @@ from contextlib import asynccontextmanager
 from functools import partial
 
 from gateway.api.openai_schema import ModelCard
-from gateway.bulk.asked import PASSAGE_TASK, PROBE, Asked, without_place
 from gateway.bulk.chunking import ModelTokens
 from gateway.bulk.embedder import TextRefused, TextVectors
+from gateway.bulk.model_spec import PASSAGE_TASK, PROBE, ModelSpec, without_place
 from gateway.bulk.rows import BulkError, SpaceNote
 from gateway.cli.client import EmbeddedTexts, GatewayClient, Refused, connect
 from gateway.errors import StartError
@@ -34,7 +34,7 @@ _PAUSE_S = 5.0
 
 @asynccontextmanager
 async def remote_embedder(
-    url: str, api_key: str | None, asked: Asked, patience_s: float = _PATIENCE_S
+    url: str, api_key: str | None, spec: ModelSpec, patience_s: float = _PATIENCE_S
 ) -> AsyncIterator[RemoteEmbedder]:
     """Yield an embedder that sends requests to a running gateway.
 
@@ -46,38 +46,38 @@ async def remote_embedder(
     """
     try:
         async with connect(url, api_key, timeout_s=_TIMEOUT_S, patience_s=patience_s, headers=_HEADERS) as client:
-            yield await _prepare(client, asked)
+            yield await _prepare(client, spec)
     except BulkError:
         raise
     except StartError as error:
         raise BulkError(str(error)) from error
 
 
-async def _prepare(client: GatewayClient, asked: Asked) -> RemoteEmbedder:
-    probe, task = await _probe(client, asked)
+async def _prepare(client: GatewayClient, spec: ModelSpec) -> RemoteEmbedder:
+    probe, task = await _probe(client, spec)
     if probe.is_experiment:
-        raise BulkError(f"--model {asked.name} is an experiment, which uses several models: name one of those models")
+        raise BulkError(f"--model {spec.name} is an experiment, which uses several models: name one of those models")
     card = await client.card(probe.model)
     note = SpaceNote(
         space=probe.space,
         model=probe.model,
         task=probe.task,
-        dimensions=probe.vectors.shape[1] if Output.DENSE in asked.outputs else 0,
+        dimensions=probe.vectors.shape[1] if Output.DENSE in spec.outputs else 0,
         is_normalized=bool(card.normalized),
-        token_width=probe.multivectors[0].shape[1] if Output.MULTIVECTOR in asked.outputs else 0,
-        has_sparse=Output.SPARSE in asked.outputs,
+        token_width=probe.multivectors[0].shape[1] if Output.MULTIVECTOR in spec.outputs else 0,
+        has_sparse=Output.SPARSE in spec.outputs,
     )
-    return RemoteEmbedder(client, asked, task, note, card)
+    return RemoteEmbedder(client, spec, task, note, card)
 
 
-async def _probe(client: GatewayClient, asked: Asked) -> tuple[EmbeddedTexts, str | None]:
+async def _probe(client: GatewayClient, spec: ModelSpec) -> tuple[EmbeddedTexts, str | None]:
     """Find the task to request, and wait while the model loads."""
-    first = await _embed(client, asked, [PROBE], None, None)
+    first = await _embed(client, spec, [PROBE], None, None)
     card: ModelCard = await client.card(first.model)
-    if not asked.prefers_passages or PASSAGE_TASK not in card.tasks or first.task == PASSAGE_TASK:
+    if not spec.prefers_passages or PASSAGE_TASK not in card.tasks or first.task == PASSAGE_TASK:
         return first, None
     try:
-        return await _embed(client, asked, [PROBE], PASSAGE_TASK, None), PASSAGE_TASK
+        return await _embed(client, spec, [PROBE], PASSAGE_TASK, None), PASSAGE_TASK
     except Refused as refused:
         if refused.param != "task":
             raise
@@ -86,7 +86,7 @@ async def _probe(client: GatewayClient, asked: Asked) -> tuple[EmbeddedTexts, st
 
 async def _embed(
     client: GatewayClient,
-    asked: Asked,
+    spec: ModelSpec,
     texts: Sequence[str],
     task: str | None,
     space: str | None,
@@ -94,13 +94,13 @@ async def _embed(
     is_late: bool = False,
 ) -> EmbeddedTexts:
     return await client.embed(
-        asked.name,
+        spec.name,
         texts,
         task,
-        asked.dimensions,
+        spec.dimensions,
         expect_space=space,
-        outputs=asked.outputs,
-        truncate=asked.truncate,
+        outputs=spec.outputs,
+        truncate=spec.truncate,
         is_late=is_late,
     )
 
@@ -108,10 +108,12 @@ async def _embed(
 class RemoteEmbedder:
     """An :class:`~gateway.bulk.embedder.Embedder` that sends requests, several at once."""
 
-    def __init__(self, client: GatewayClient, asked: Asked, task: str | None, note: SpaceNote, card: ModelCard) -> None:
+    def __init__(
+        self, client: GatewayClient, spec: ModelSpec, task: str | None, note: SpaceNote, card: ModelCard
+    ) -> None:
         self._client = client
         self._card = card
-        self._asked = asked
+        self._spec = spec
         self._task = task
         self.note = note
         share = _MULTIVECTOR_SHARE if note.token_width else 1
@@ -127,7 +129,7 @@ class RemoteEmbedder:
         """
         loop, card = asyncio.get_running_loop(), self._card
         # `/tokenize` would reject a space in the name. Each request for vectors checks the space anyway.
-        name = self._asked.name.partition("@")[0]
+        name = self._spec.name.partition("@")[0]
 
         async def split(texts: Sequence[str], *, as_embedded: bool) -> list[list[Token]]:
             task = self.note.task if as_embedded else None
@@ -141,7 +143,7 @@ class RemoteEmbedder:
 
         try:
             [probe] = await split([PROBE], as_embedded=True)
-            counted = (await _embed(self._client, self._asked, [PROBE], self._task, self.note.space)).num_tokens
+            counted = (await _embed(self._client, self._spec, [PROBE], self._task, self.note.space)).num_tokens
         except StartError as error:
             raise BulkError(f"--chunk needs the model's tokens: {error}") from error
         # The instruction of a model without tasks, which `/tokenize` does not include.
@@ -178,17 +180,17 @@ class RemoteEmbedder:
     async def _embed_with_retries(self, texts: Sequence[str], *, is_late: bool = False) -> EmbeddedTexts:
         """Send a request; try again once after an error that the texts may not have caused."""
         try:
-            return await _embed(self._client, self._asked, texts, self._task, self.note.space, is_late=is_late)
+            return await _embed(self._client, self._spec, texts, self._task, self.note.space, is_late=is_late)
         except Refused as refused:
             if refused.status not in _FAILED or refused.code in _OF_A_TEXT:
                 raise
         await asyncio.sleep(_PAUSE_S)
-        return await _embed(self._client, self._asked, texts, self._task, self.note.space, is_late=is_late)
+        return await _embed(self._client, self._spec, texts, self._task, self.note.space, is_late=is_late)
 
     async def _works(self) -> bool:
         """Return whether the gateway can embed another text, which means that the texts caused the failure."""
         try:
-            await _embed(self._client, self._asked, [PROBE], self._task, self.note.space)
+            await _embed(self._client, self._spec, [PROBE], self._task, self.note.space)
         except StartError:
             return False
         return True

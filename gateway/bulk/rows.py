@@ -229,7 +229,7 @@ class Sink(Protocol):
 
 
 @runtime_checkable
-class Choosy(Protocol):
+class RowValidator(Protocol):
     """A sink that cannot store every row. Such rows are bad rows, which the job skips or stops at before it embeds them."""
 
     def problem(self, row: Row) -> str:

@@ -145,15 +145,15 @@ def embed(  # noqa: PLR0913, PLR0917  an argument for each option
     Reads and writes files or a store. If it is interrupted, the same command continues where it stopped. For a model with
     tasks, uses the task of documents (retrieval.passage) unless --model names another.
     """
-    from gateway.bulk.asked import ask
     from gateway.bulk.command import EmbedRequest, run_embed
     from gateway.bulk.fields import FieldNames
+    from gateway.bulk.model_spec import read_spec
     from gateway.types import Truncate
 
     request = EmbedRequest(
         sources=sources,
         sink=to,
-        asked=ask(model, outputs, Truncate(truncate.value), _chunking(chunk, overlap, late, repeat_title)),
+        spec=read_spec(model, outputs, Truncate(truncate.value), _chunking(chunk, overlap, late, repeat_title)),
         names=FieldNames(id_field, text, title, _fields(payload)),
         state_folder=_state_folder(os.environ),
         manifest=manifest,

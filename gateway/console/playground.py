@@ -45,7 +45,7 @@ _EXAMPLE = (
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class Question:
     """The submitted form."""
 
     kind: str
@@ -116,7 +116,7 @@ class Playground:
         """Show the form, with the arms from the link, or the texts of an example."""
         arms = [arm[:_MAX_ARM] for arm in request.query_params.getlist("arm") if arm][:MAX_ARMS]
         query, candidates = _EXAMPLE if "example" in request.query_params else ("", ())
-        return self._page(request, Asked("query", query, candidates, arms or self._parts.usual_arms(request)))
+        return self._page(request, Question("query", query, candidates, arms or self._parts.usual_arms(request)))
 
     async def run(self, request: Request) -> Response:
         """Run the arms one after the other, so that they do not slow each other down, and show the results."""
@@ -133,7 +133,7 @@ class Playground:
     def _page(
         self,
         request: Request,
-        asked: Asked,
+        asked: Question,
         results: Sequence[ArmResult | ArmFailure] = (),
         problem: RequestError | None = None,
     ) -> Response:
@@ -159,11 +159,11 @@ class Playground:
         )
 
 
-def _read(form: Form) -> Asked:
+def _read(form: Form) -> Question:
     lines = [line.strip() for line in form.first("candidates").splitlines()]
     arms = [arm.strip()[:_MAX_ARM] for arm in form.all("arm")]
     kind = form.first("kind")
-    return Asked(
+    return Question(
         kind if kind in _KINDS else "query",
         form.first("query").strip(),
         [line for line in lines if line],
@@ -171,7 +171,7 @@ def _read(form: Form) -> Asked:
     )
 
 
-def _problem(asked: Asked) -> BadInput | None:
+def _problem(asked: Question) -> BadInput | None:
     """Return the error of a form, without the form's texts."""
     if asked.kind == "query" and not asked.query:
         return BadInput("the query is empty: write a question", param="query")

@@ -10,9 +10,9 @@ import pytest
 
 from gateway.backends.base import Replica
 from gateway.backends.fake import FakeBackend, fake_info
-from gateway.bulk.asked import ask
 from gateway.bulk.embedder import BlockEmbedder
 from gateway.bulk.local import local_embedder
+from gateway.bulk.model_spec import read_spec
 from gateway.bulk.rows import Row
 from gateway.config.model_entry import ModelEntry
 from gateway.config.registry import Registry
@@ -84,7 +84,7 @@ async def test_a_block_is_spread_over_the_replicas_and_waits_for_the_requests_of
     registry = Registry(path=Path("models.yaml"), version=1, models=(ModelEntry.model_validate(fields),))
     settings = Settings(cluster="auto")
 
-    async with local_embedder(registry, settings, ask("mini", None, Truncate.END)) as embedder:
+    async with local_embedder(registry, settings, read_spec("mini", None, Truncate.END)) as embedder:
         rows = [Row(f"d{i}", f"text {i}", {}, f"row {i}", i) for i in range(embedder.block_texts)]
         embedded = await BlockEmbedder(embedder, lambda _number: None).embed(rows)
 

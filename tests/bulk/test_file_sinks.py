@@ -16,7 +16,7 @@ import pytest
 
 from gateway.bulk.files.folder import FolderSink
 from gateway.bulk.files.sinks import open_folder
-from gateway.bulk.rows import BulkError, Choosy, EmbeddedRows, Json, Row, SpaceNote
+from gateway.bulk.rows import BulkError, EmbeddedRows, Json, Row, RowValidator, SpaceNote
 from gateway.types import SparseVector
 
 NOTE = SpaceNote("mini@0123456789ab", "mini", None, dimensions=4, is_normalized=True, token_width=2, has_sparse=True)
@@ -132,7 +132,7 @@ def test_a_text_that_is_read_before_the_first_shard_is_written_makes_all_ids_tex
     """Rows are read ahead, so a row that was accepted must be stored."""
     sink = opened(tmp_path)
     [number], [text], [late] = rows({}), rows({}, first="a"), rows({}, first="b")
-    assert isinstance(sink, Choosy)
+    assert isinstance(sink, RowValidator)
     assert (sink.problem(number), sink.problem(text)) == ("", "")
     sink.write(0, embedded([number]))
     sink.write(1, embedded([text]))

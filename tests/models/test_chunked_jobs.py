@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import pytest_asyncio
 
-from gateway.bulk.asked import Asked
 from gateway.bulk.chunking import Chunk, Chunker, Chunking
 from gateway.bulk.embedder import BlockEmbedder
 from gateway.bulk.local import LocalEmbedder, local_embedder
+from gateway.bulk.model_spec import ModelSpec
 from gateway.bulk.rows import Row
 from gateway.config.registry import ModelEntry, Registry
 from gateway.config.settings import Settings
@@ -30,7 +30,7 @@ async def embedder(jina: Path) -> AsyncIterator[LocalEmbedder]:
         id="jina", source=str(jina), device="cpu", dtype="float32", runtime="torch", default_task="text-matching"
     )
     registry = Registry(path=Path("models.yaml"), version=1, models=(entry,))
-    async with local_embedder(registry, Settings(cpu_threads=1), Asked("jina")) as embedder:
+    async with local_embedder(registry, Settings(cpu_threads=1), ModelSpec("jina")) as embedder:
         yield embedder
 
 

@@ -16,7 +16,7 @@ from gateway.bulk.moving.checking import (
 )
 from gateway.bulk.moving.passes import PassCounts
 from gateway.bulk.moving.state import Pair
-from gateway.bulk.moving.work import Work, asked_of, embedder_of, note_of, old_model_of
+from gateway.bulk.moving.work import Work, embedder_of, note_of, old_model_of, spec_of
 from gateway.bulk.rows import BulkError
 from gateway.compare.captured import read_captured
 
@@ -76,7 +76,7 @@ async def _captured(work: Work, pair: Pair, path: Path, old_model: str | None) -
     vectors = []
     note = note_of(work.reading.describe(pair.old), move.vector)
     for name, task in ((model, note.task if note else None), (move.model, work.embedder.note.task)):
-        asked = asked_of(move, name, for_queries=not move.has_default_task, task=task)
-        async with embedder_of(move, asked, work.console) as embedder:
+        spec = spec_of(move, name, for_queries=not move.has_default_task, task=task)
+        async with embedder_of(move, spec, work.console) as embedder:
             vectors.append(await embed_texts(embedder, texts))
     return [Query(text, old, new) for text, old, new in zip(texts, *vectors, strict=True)]

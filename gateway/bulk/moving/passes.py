@@ -23,17 +23,17 @@ from gateway.bulk.moving.ledger import Ledger
 from gateway.bulk.rows import (
     BadRow,
     BulkError,
-    Choosy,
     EmbeddedRows,
     Position,
     Row,
     RowId,
+    RowValidator,
     Sink,
     SpaceNote,
     closing_readings,
 )
 from gateway.bulk.stores.payloads import digest, with_field
-from gateway.bulk.stores.protocol import Keeping, Mark, MovableStore
+from gateway.bulk.stores.protocol import Mark, MovableStore, SinkOptions
 
 _BATCH = 256
 _SHARD_ROWS = 1024
@@ -265,7 +265,7 @@ class _Recorded:
 
     def problem(self, row: Row) -> str:
         """Return the reason why the sink cannot store a row; empty if it can."""
-        return self._sink.problem(row) if isinstance(self._sink, Choosy) else ""
+        return self._sink.problem(row) if isinstance(self._sink, RowValidator) else ""
 
     def write(self, shard: int, batch: EmbeddedRows) -> None:
         """Write rows, unless an application has written their items into the second collection since they were read."""
@@ -310,10 +310,10 @@ def _newer(
 def sink_of(direction: Direction) -> Sink:
     """Return the sink of the second collection."""
     like = None if direction.is_one else direction.first
-    keeping = Keeping(
+    options = SinkOptions(
         direction.text, direction.vector, adopts=not direction.creates, updates=direction.is_one, like=like
     )
-    return direction.writing.sink(direction.second, keeping)
+    return direction.writing.sink(direction.second, options)
 
 
 async def run_pass(

@@ -11,10 +11,10 @@ from pathlib import Path
 
 from rich.console import Console
 
-from gateway.bulk.asked import PASSAGE_TASK, Asked, ask
 from gateway.bulk.chunking import ModelTokens
 from gateway.bulk.command import open_embedder, stop_on_signals
 from gateway.bulk.embedder import Embedder, TextVectors
+from gateway.bulk.model_spec import PASSAGE_TASK, ModelSpec, read_spec
 from gateway.bulk.moving.checking import allowed_changes
 from gateway.bulk.moving.ledger import Ledger
 from gateway.bulk.moving.mem0 import read_mem0
@@ -69,7 +69,7 @@ def place_of(move: Move) -> Place:
     return place
 
 
-def asked_of(move: Move, model: str | None = None, *, for_queries: bool = False, task: str | None = None) -> Asked:
+def spec_of(move: Move, model: str | None = None, *, for_queries: bool = False, task: str | None = None) -> ModelSpec:
     """Return the request for a move's vectors.
 
     Args:
@@ -77,17 +77,17 @@ def asked_of(move: Move, model: str | None = None, *, for_queries: bool = False,
         for_queries: request the vectors of queries, if the model embeds them differently from documents.
         task: the task for the documents.
     """
-    asked = ask(model or move.model, None, Truncate.END)
+    spec = read_spec(model or move.model, None, Truncate.END)
     if for_queries and task == PASSAGE_TASK:
-        name = asked.name.removesuffix(f":{PASSAGE_TASK}")
-        return replace(asked, name=f"{name}:retrieval.query")
-    return replace(asked, prefers_passages=not move.has_default_task)
+        name = spec.name.removesuffix(f":{PASSAGE_TASK}")
+        return replace(spec, name=f"{name}:retrieval.query")
+    return replace(spec, prefers_passages=not move.has_default_task)
 
 
 @asynccontextmanager
-async def embedder_of(move: Move, asked: Asked, console: Console) -> AsyncIterator[Embedder]:
+async def embedder_of(move: Move, spec: ModelSpec, console: Console) -> AsyncIterator[Embedder]:
     """Load a model, or find it at the move's gateway."""
-    async with open_embedder(asked, models_at(move.url, move.api_key_env, move.models), console) as embedder:
+    async with open_embedder(spec, models_at(move.url, move.api_key_env, move.models), console) as embedder:
         yield _Flattened(embedder) if move.flattens else embedder
 
 
@@ -286,7 +286,7 @@ async def at_work(move: Move, folder: Path, console: Console, model: str | None 
         BulkError: they cannot be opened, or the new model is no longer in the space of the move.
     """
     with store_of(move) as reading, store_of(move) as writing:
-        async with embedder_of(move, asked_of(move, model), console) as embedder:
+        async with embedder_of(move, spec_of(move, model), console) as embedder:
             space = embedder.note.space
             if model is None and move.space is not None and not is_same_space(space, move.space):
                 raise BulkError(

@@ -7,7 +7,7 @@ from gateway.bulk.rows import BulkError
 from gateway.bulk.stores.chroma_connection import Connection
 from gateway.bulk.stores.chroma_sink import ChromaSink
 from gateway.bulk.stores.chroma_source import ChromaSource
-from gateway.bulk.stores.protocol import Keeping, Place, Since
+from gateway.bulk.stores.protocol import Place, Since, SinkOptions
 
 
 def open_store(place: Place) -> ChromaStore:
@@ -36,15 +36,15 @@ class ChromaStore:
             raise BulkError("chroma cannot list the items changed since a given time")
         return ChromaSource(Connection(self._place, is_source=True), collection, names)
 
-    def sink(self, collection: str, keeping: Keeping) -> ChromaSink:
+    def sink(self, collection: str, options: SinkOptions) -> ChromaSink:
         """Return a sink for a collection.
 
         Raises:
             BulkError: the store cannot be reached, or does not support these options.
         """
-        if keeping.vector is not None or keeping.updates or keeping.like is not None:
+        if options.vector is not None or options.updates or options.like is not None:
             raise BulkError("chroma stores one unnamed vector per item")
-        return ChromaSink(Connection(self._place, is_source=False), collection, keeping)
+        return ChromaSink(Connection(self._place, is_source=False), collection, options)
 
     def close(self) -> None:
         """Do nothing: sources and sinks have their own connections."""

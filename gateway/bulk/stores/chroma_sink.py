@@ -14,7 +14,7 @@ from gateway.bulk.stores.chroma_connection import Connection
 from gateway.bulk.stores.chroma_items import metadata_of, problem_of, row_id_of
 from gateway.bulk.stores.notes import NOTE, check_note, note_from_json, note_to_json
 from gateway.bulk.stores.payloads import KindOfIds
-from gateway.bulk.stores.protocol import Keeping
+from gateway.bulk.stores.protocol import SinkOptions
 
 _MAX_ITEMS: Final = 512
 
@@ -22,10 +22,10 @@ _MAX_ITEMS: Final = 512
 class ChromaSink:
     """Writes rows as items, with the text as their document. Items with the same id are replaced."""
 
-    def __init__(self, connection: Connection, collection: str, keeping: Keeping) -> None:
+    def __init__(self, connection: Connection, collection: str, options: SinkOptions) -> None:
         self._connection = connection
         self._name = collection
-        self._keeping = keeping
+        self._options = options
         self._collection: Collection | None = None
         self._ids = KindOfIds()
 
@@ -56,7 +56,7 @@ class ChromaSink:
         written = (found.metadata or {}).get(NOTE)
         held = None if written is None else note_from_json(_parse(written), self.name)
         # A collection has no width before its first item, so the note is compared first.
-        check_note(held, note, self.name, num_items, adopts=self._keeping.adopts)
+        check_note(held, note, self.name, num_items, adopts=self._options.adopts)
         self._check_width(found, note)
         if held is None:
             # Chroma replaces the metadata as a whole.
@@ -108,7 +108,7 @@ class ChromaSink:
                 collection.upsert,
                 ids=ids,
                 embeddings=dense[start : start + size],
-                documents=[row.text for row in rows] if self._keeping.text is not None else None,
+                documents=[row.text for row in rows] if self._options.text is not None else None,
                 metadatas=cast(Any, metadatas),
             )
             self._connection.call(upsert, self.name)

@@ -11,7 +11,7 @@ from gateway.bulk.rows import BulkError
 from gateway.bulk.stores.lancedb_sink import LanceSink
 from gateway.bulk.stores.lancedb_source import LanceSource
 from gateway.bulk.stores.lancedb_tables import plain_errors
-from gateway.bulk.stores.protocol import Keeping, Place, Since
+from gateway.bulk.stores.protocol import Place, Since, SinkOptions
 
 
 def open_store(place: Place) -> LanceStore:
@@ -42,15 +42,15 @@ class LanceStore:
             raise BulkError(f"there is no folder {self._place.location}")
         return LanceSource(self._connect(), self._place, collection, names)
 
-    def sink(self, collection: str, keeping: Keeping) -> LanceSink:
+    def sink(self, collection: str, options: SinkOptions) -> LanceSink:
         """Return a sink for a table.
 
         Raises:
             BulkError: the store does not support these options.
         """
-        if keeping.vector is not None or keeping.updates or keeping.like is not None or keeping.adopts:
+        if options.vector is not None or options.updates or options.like is not None or options.adopts:
             raise BulkError("lancedb stores the vectors of a job in a table that the job creates")
-        return LanceSink(self._connect(), self._place.named(collection), collection, keeping)
+        return LanceSink(self._connect(), self._place.named(collection), collection, options)
 
     def _connect(self) -> lancedb.DBConnection:
         with plain_errors(self._place.store):

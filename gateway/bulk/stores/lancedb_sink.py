@@ -14,7 +14,7 @@ from gateway.bulk.files.tables import Tables
 from gateway.bulk.rows import BulkError, EmbeddedRows, Row, SpaceNote
 from gateway.bulk.stores.lancedb_tables import find_table, plain_errors
 from gateway.bulk.stores.notes import NOTE, check_note, note_from_json, note_to_json
-from gateway.bulk.stores.protocol import Keeping
+from gateway.bulk.stores.protocol import SinkOptions
 
 _KEY: Final = NOTE.encode()
 
@@ -25,11 +25,11 @@ class LanceSink:
     The first shard creates the table, and its rows determine the columns.
     """
 
-    def __init__(self, database: DBConnection, name: str, table: str, keeping: Keeping) -> None:
+    def __init__(self, database: DBConnection, name: str, table: str, options: SinkOptions) -> None:
         self.name = name
         self._database = database
         self._table_name = table
-        self._keeping = keeping
+        self._options = options
         self._table: Table | None = None
         self._tables: Tables | None = None
         self._note: SpaceNote | None = None
@@ -50,7 +50,7 @@ class LanceSink:
         """
         self._metadata = {_KEY: json.dumps(note_to_json(note)).encode()}
         # Lance reads a dot as a path, so a field with a dot goes into the rest.
-        self._tables = Tables(pa, note, self._keeping.text, lambda name: name != "" and "." not in name)
+        self._tables = Tables(pa, note, self._options.text, lambda name: name != "" and "." not in name)
         self._note = note
         self._table = find_table(self._database, self._table_name, self.name)
         if self._table is not None:

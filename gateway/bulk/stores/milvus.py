@@ -24,7 +24,7 @@ from gateway.bulk.stores.milvus_collections import (
     selection,
 )
 from gateway.bulk.stores.payloads import digest
-from gateway.bulk.stores.protocol import CollectionInfo, Hit, Keeping, Mark, Place, Since
+from gateway.bulk.stores.protocol import CollectionInfo, Hit, Mark, Place, Since, SinkOptions
 from gateway.bulk.stores.reading import KeysetSource, clock_mark, fields_of, is_later, since_mark
 from gateway.config.wording import quote
 from gateway.types import SparseVector
@@ -87,11 +87,11 @@ class MilvusStore:
         """Return the items of a collection."""
         return milvus_rows.open_source(self._connect, self._find(collection), names, since)
 
-    def sink(self, collection: str, keeping: Keeping) -> milvus_rows.MilvusSink:
+    def sink(self, collection: str, options: SinkOptions) -> milvus_rows.MilvusSink:
         """Return a sink for a collection, also by an alias: one that is redirected meanwhile does not redirect the job."""
         found = find_collection(self._client, collection, self._prefix)
         name = collection if found is None else found.name
-        return milvus_rows.MilvusSink(self._connect, name, self._prefix, keeping, merges=bool(self._place.location))
+        return milvus_rows.MilvusSink(self._connect, name, self._prefix, options, merges=bool(self._place.location))
 
     def _find(self, collection: str) -> Collection:
         found = find_collection(self._client, collection, self._prefix)

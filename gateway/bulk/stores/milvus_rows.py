@@ -30,7 +30,7 @@ from gateway.bulk.stores.milvus_collections import (
 )
 from gateway.bulk.stores.notes import check_note, replaced
 from gateway.bulk.stores.payloads import KindOfIds, has_nul, with_field
-from gateway.bulk.stores.protocol import Keeping, Since
+from gateway.bulk.stores.protocol import Since, SinkOptions
 from gateway.bulk.stores.reading import Item, KeysetSource
 from gateway.config.wording import quote
 
@@ -134,10 +134,10 @@ class MilvusSink:
             replaces the old item, as a whole and in one step.
     """
 
-    def __init__(self, connect: Connect, collection: str, store: str, keeping: Keeping, *, merges: bool) -> None:
+    def __init__(self, connect: Connect, collection: str, store: str, options: SinkOptions, *, merges: bool) -> None:
         self.name = f"{store}{collection}"
         self._client = connect()
-        self._wanted, self._store, self._keeping, self._merges = collection, store, keeping, merges
+        self._wanted, self._store, self._options, self._merges = collection, store, options, merges
         self._note: SpaceNote | None = None
         self._collection: Collection | None = None
         self._like: Collection | None = None
@@ -162,8 +162,8 @@ class MilvusSink:
         self._check_note(note)
         self._note = note
         with refusals(self.name):
-            if self._keeping.like is not None:
-                self._make_like(self._keeping.like, note)
+            if self._options.like is not None:
+                self._make_like(self._options.like, note)
             self._collection = find_collection(self._client, self._wanted, self._store)
             if self._collection is not None:
                 self._ids.are_counted = self._collection.is_counted
@@ -192,7 +192,7 @@ class MilvusSink:
         found = self._collection
         id_name = "id" if found is None else found.id.name
         vectors = (
-            (self._keeping.vector or _DENSE_NAME, _SPARSE_NAME)
+            (self._options.vector or _DENSE_NAME, _SPARSE_NAME)
             if found is None
             else (one.name for one in found.vectors)
         )
@@ -218,7 +218,7 @@ class MilvusSink:
                 f"{self.name}: Milvus accepts dense vectors of at most {MAX_WIDTH:,} dimensions, got "
                 f"{note.dimensions:,}"
             )
-        if self._keeping.updates:
+        if self._options.updates:
             raise BulkError(f"{self.name}: {NO_FURTHER_VECTOR}")
 
     def _make_like(self, like: str, note: SpaceNote) -> None:
@@ -226,14 +226,14 @@ class MilvusSink:
         if self._like is None:
             raise BulkError(f"there is no collection {quote(like)} in {self._store.rstrip('/#')}")
         if find_collection(self._client, self._wanted, self._store) is None:
-            create_like(self._client, self._wanted, self._like, note, self._like.vector(self._keeping.vector))
+            create_like(self._client, self._wanted, self._like, note, self._like.vector(self._options.vector))
 
     def _check(self, collection: Collection, note: SpaceNote) -> None:
         """Check an existing collection, and write the note if it is missing."""
         noted = self._vector(collection).name if note.dimensions else self._sparse(collection)
         held = collection.notes.get(noted)
         number = count_items(self._client, collection) if held is None else 0
-        check_note(held, note, self.name, number, adopts=self._keeping.adopts)
+        check_note(held, note, self.name, number, adopts=self._options.adopts)
         width = self._vector(collection).width if note.dimensions else 0
         if width != note.dimensions:
             raise BulkError(
@@ -249,7 +249,7 @@ class MilvusSink:
         self._noted = {noted: held or note}
 
     def _vector(self, collection: Collection) -> Field:
-        return collection.vector(self._keeping.vector)
+        return collection.vector(self._options.vector)
 
     def _sparse(self, collection: Collection) -> str:
         names = [field.name for field in collection.vectors if not field.width and not field.is_computed]
@@ -311,7 +311,7 @@ class MilvusSink:
         if self._note is None:
             raise ValueError("write before open")
         are_counted = all(isinstance(row.id, int) for row in rows)
-        vector = self._keeping.vector or _DENSE_NAME
+        vector = self._options.vector or _DENSE_NAME
         collection = find_collection(self._client, self._wanted, self._store)
         if collection is None:
             create_collection(self._client, self._wanted, self._note, are_counted, vector, _SPARSE_NAME)
@@ -340,7 +340,7 @@ class MilvusSink:
         return items
 
     def _payload(self, row: Row) -> Mapping[str, Json]:
-        return row.payload if self._keeping.text is None else with_field(row.payload, self._keeping.text, row.text)
+        return row.payload if self._options.text is None else with_field(row.payload, self._options.text, row.text)
 
     def _other_vectors(self, collection: Collection, ids: Sequence[RowId]) -> dict[RowId, dict[str, Any]]:
         """Return the items' vectors in other fields, from the collection that this one copies."""

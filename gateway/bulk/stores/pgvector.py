@@ -28,7 +28,7 @@ from gateway.bulk.stores.payloads import digest
 from gateway.bulk.stores.pgvector_session import Session
 from gateway.bulk.stores.pgvector_sink import PgvectorSink
 from gateway.bulk.stores.pgvector_tables import Connection, Name, Table, identifier, read_name, refusals
-from gateway.bulk.stores.protocol import CollectionInfo, Hit, Keeping, Mark, Place, Since
+from gateway.bulk.stores.protocol import CollectionInfo, Hit, Mark, Place, Since, SinkOptions
 from gateway.bulk.stores.reading import KeysetSource, fields_of
 from gateway.config.wording import quote
 from gateway.types import SparseVector
@@ -149,10 +149,10 @@ class PgvectorStore:
         """Return the rows of a table."""
         return rows.open_source(self._connect, self._table(collection), names, since)
 
-    def sink(self, collection: str, keeping: Keeping) -> PgvectorSink:
+    def sink(self, collection: str, options: SinkOptions) -> PgvectorSink:
         """Return a sink for a table, also by a view: a view that is redirected meanwhile does not redirect the job."""
         name = self._behind(collection)
-        return PgvectorSink(self._connect, name, self._real_name(str(name)), self.name, keeping, self._id)
+        return PgvectorSink(self._connect, name, self._real_name(str(name)), self.name, options, self._id)
 
     def _behind(self, collection: str) -> Name:
         """Return the name of a table, which may be given by a view."""

@@ -26,7 +26,7 @@ from gateway.bulk.stores.pgvector_tables import (
     message_of,
     refusals,
 )
-from gateway.bulk.stores.protocol import Keeping
+from gateway.bulk.stores.protocol import SinkOptions
 from gateway.config.wording import quote
 from gateway.types import Vectors
 
@@ -45,12 +45,12 @@ class PgvectorSink:
     """
 
     def __init__(
-        self, connect: Connect, name: Name, real_name: str, store: str, keeping: Keeping, id_column: str | None
+        self, connect: Connect, name: Name, real_name: str, store: str, options: SinkOptions, id_column: str | None
     ) -> None:
         self.name = f"{store}/{name}"
         self.real_name = f"{store}/{real_name}"
         self._session = Session(connect)
-        self._name, self._store, self._keeping, self._id_column = name, store, keeping, id_column
+        self._name, self._store, self._options, self._id_column = name, store, options, id_column
         self._note: SpaceNote | None = None
         self._table: Table | None = None
         self._like: Table | None = None
@@ -82,8 +82,8 @@ class PgvectorSink:
         self._note = note
         creation.vector_type(note.dimensions, self.name)
         with refusals(self.name):
-            if self._keeping.like is not None:
-                self._make_like(self._keeping.like, note)
+            if self._options.like is not None:
+                self._make_like(self._options.like, note)
             self._table = find_table(self._connection, self._name, self._store, self._id_column)
             if self._table is None:
                 self._check_extension()
@@ -100,7 +100,7 @@ class PgvectorSink:
         self._like = other
         if find_table(self._connection, self._name, self._store) is None:
             with self._connection.transaction():
-                creation.create_like(self._connection, self._name, other, note, other.vector(self._keeping.vector))
+                creation.create_like(self._connection, self._name, other, note, other.vector(self._options.vector))
 
     def _check_extension(self) -> None:
         found = self._connection.execute("SELECT to_regtype('vector')").fetchone()
@@ -115,8 +115,8 @@ class PgvectorSink:
 
     def _check(self, table: Table, note: SpaceNote) -> None:
         """Check an existing table, and write the note if it is missing."""
-        wanted = self._keeping.vector
-        if self._keeping.updates and wanted is not None and not any(one.name == wanted for one in table.vectors):
+        wanted = self._options.vector
+        if self._options.updates and wanted is not None and not any(one.name == wanted for one in table.vectors):
             creation.add_vector(self._connection, table, wanted, note)
             return
         column = table.vector(wanted)
@@ -125,7 +125,7 @@ class PgvectorSink:
             table.name.sql, identifier(column.name)
         )
         [number] = self._connection.execute(filled).fetchone() or (0,) if held is None else (0,)
-        check_note(held, note, self.name, number, adopts=self._keeping.adopts)
+        check_note(held, note, self.name, number, adopts=self._options.adopts)
         if column.size not in (-1, note.dimensions):
             raise BulkError(
                 f"the column {quote(column.name)} of {self.name} requires vectors of {column.size} dimensions, but "
@@ -161,13 +161,13 @@ class PgvectorSink:
         return ""
 
     def _value_problem(self, row: Row) -> str:
-        for name, value in (("id", row.id), ("text", row.text if self._keeping.text else ""), *row.payload.items()):
+        for name, value in (("id", row.id), ("text", row.text if self._options.text else ""), *row.payload.items()):
             if "\0" in name or has_nul(value):
                 shown = name.replace("\0", "\\0")
                 return f"the field {quote(shown)} has the character U+0000, which PostgreSQL cannot store: remove it"
         if self._table is None:
             return tables.id_problem(row.id, None)
-        texts = {} if self._keeping.updates or self._table.is_document else self._payload(row)
+        texts = {} if self._options.updates or self._table.is_document else self._payload(row)
         problems = (
             tables.text_problem("text", value, column)
             for column in self._table.others
@@ -217,7 +217,7 @@ class PgvectorSink:
     def _insert(
         self, connection: Connection, table: Table, statement: sql.Composed, rows: Sequence[Row], vectors: Vectors
     ) -> None:
-        column = table.vector(self._keeping.vector)
+        column = table.vector(self._options.vector)
         values = [
             (row.id, _json(self._payload(row)), pack(vector, column.kind))
             for row, vector in zip(rows, vectors, strict=True)
@@ -235,7 +235,7 @@ class PgvectorSink:
 
     def _may_delete(self, connection: Connection, table: Table) -> bool:
         """Return whether rows can be deleted and inserted again: in a copy that no other table refers to."""
-        if self._like is None or self._keeping.adopts:
+        if self._like is None or self._options.adopts:
             return False
         query = "SELECT EXISTS (SELECT FROM pg_constraint WHERE contype = 'f' AND confrelid = %s)"
         return connection.execute(query, [table.oid]).fetchone() == (False,)
@@ -247,7 +247,7 @@ class PgvectorSink:
             self._check(found, self._note)  # of a transaction whose answer was lost, or of another program
             return found
         are_integers = all(isinstance(row.id, int) for row in rows)
-        vector = self._keeping.vector or _DEFAULT_VECTOR
+        vector = self._options.vector or _DEFAULT_VECTOR
         id_type = "bigint" if are_integers else "text"
         creation.create_table(self._connection, self._name, self._store, self._note, id_type, vector)
         table = find_table(self._connection, self._name, self._store)
@@ -256,17 +256,17 @@ class PgvectorSink:
         return table
 
     def _payload(self, row: Row) -> Mapping[str, Json]:
-        return row.payload if self._keeping.text is None else with_field(row.payload, self._keeping.text, row.text)
+        return row.payload if self._options.text is None else with_field(row.payload, self._options.text, row.text)
 
     def _statement(self, table: Table, rows: Sequence[Row]) -> sql.Composed:
         """Return the statement that writes a row. Its parameters are the id, the payload and the vector."""
-        column = table.vector(self._keeping.vector)
+        column = table.vector(self._options.vector)
         id_name, vector_name = identifier(table.id.name), identifier(column.name)
         given = sql.SQL("WITH given AS (SELECT {} AS id, %s::jsonb AS payload, {} AS vector)").format(
             cast_of(table),
             sql.SQL("%s::" + column.kind),
         )
-        if self._keeping.updates:
+        if self._options.updates:
             return sql.SQL("{} UPDATE {} t SET {} = given.vector FROM given WHERE t.{} = given.id").format(
                 given, table.name.sql, vector_name, id_name
             )

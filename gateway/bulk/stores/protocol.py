@@ -116,7 +116,7 @@ class Since:
 
 
 @dataclass(frozen=True, slots=True)
-class Keeping:
+class SinkOptions:
     """The options of a sink.
 
     Attributes:
@@ -179,7 +179,7 @@ class Store(Protocol):
             BulkError: the gateway cannot read the store, or the store lacks a field or cannot filter by time.
         """
 
-    def sink(self, collection: str, keeping: Keeping) -> Sink:
+    def sink(self, collection: str, options: SinkOptions) -> Sink:
         """Return a sink for a collection, whose `open` creates it if necessary. It is closed separately, like a source.
 
         Raises:

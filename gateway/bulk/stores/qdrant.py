@@ -15,7 +15,7 @@ from gateway.bulk.fields import FieldNames
 from gateway.bulk.rows import BadRow, BulkError, Row, RowId
 from gateway.bulk.stores.notes import read_notes, write_notes
 from gateway.bulk.stores.payloads import digest
-from gateway.bulk.stores.protocol import CollectionInfo, Hit, Keeping, Mark, Place, Since
+from gateway.bulk.stores.protocol import CollectionInfo, Hit, Mark, Place, Since, SinkOptions
 from gateway.bulk.stores.qdrant_connection import Connection
 from gateway.bulk.stores.qdrant_errors import status_of
 from gateway.bulk.stores.qdrant_layout import Vectors
@@ -54,14 +54,14 @@ class QdrantStore:
         real = self._behind(collection)
         return QdrantSource(self._connection.again(), real, names, since)
 
-    def sink(self, collection: str, keeping: Keeping) -> QdrantSink:
+    def sink(self, collection: str, options: SinkOptions) -> QdrantSink:
         """Return a sink for a collection.
 
         Raises:
             BulkError: the store cannot be opened.
         """
         real = self._behind(collection)
-        return QdrantSink(self._connection.again(), real, self._with_vector(keeping))
+        return QdrantSink(self._connection.again(), real, self._with_vector(options))
 
     def _behind(self, collection: str) -> str:
         """Return the real name of a collection: an alias that is redirected meanwhile must not redirect a job."""
@@ -275,10 +275,10 @@ class QdrantStore:
             )
         return known[0]
 
-    def _with_vector(self, keeping: Keeping) -> Keeping:
-        if keeping.vector is not None or "vector" not in self._connection.place.options:
-            return keeping
-        return replace(keeping, vector=self._connection.place.options["vector"])
+    def _with_vector(self, options: SinkOptions) -> SinkOptions:
+        if options.vector is not None or "vector" not in self._connection.place.options:
+            return options
+        return replace(options, vector=self._connection.place.options["vector"])
 
 
 def _retrieve_vectors(

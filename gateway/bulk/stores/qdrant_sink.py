@@ -11,7 +11,7 @@ from qdrant_client import QdrantClient, models
 from gateway.bulk.blocks import size_of
 from gateway.bulk.rows import BadRow, BulkError, EmbeddedRows, Row, RowId, RowsRefused, SpaceNote, ids_of_parted
 from gateway.bulk.stores.notes import check_note, read_notes, replaced, write_notes
-from gateway.bulk.stores.protocol import Keeping
+from gateway.bulk.stores.protocol import SinkOptions
 from gateway.bulk.stores.qdrant_connection import Connection
 from gateway.bulk.stores.qdrant_errors import status_of
 from gateway.bulk.stores.qdrant_layout import UNNAMED, Layout, Vectors, dense_params, layout_in, new_layout
@@ -36,10 +36,10 @@ _TOO_LARGE: Final = 413
 class QdrantSink:
     """Writes rows as points. Writing replaces the whole point, so a shard may be written any number of times."""
 
-    def __init__(self, connection: Connection, collection: str, keeping: Keeping) -> None:
+    def __init__(self, connection: Connection, collection: str, options: SinkOptions) -> None:
         self._connection = connection
         self._collection = collection
-        self._keeping = keeping
+        self._options = options
         self._layout: Layout | None = None
         self._held: SpaceNote | None = None
         self._others: list[str] = []
@@ -61,9 +61,9 @@ class QdrantSink:
         Raises:
             BulkError: the collection has vectors of another space, an unknown model, another width or another distance.
         """
-        like = None if self._keeping.like is None else self._connection.read_info(self._keeping.like)
+        like = None if self._options.like is None else self._connection.read_info(self._options.like)
         if not self._call(lambda client: client.collection_exists(self._collection)):
-            if self._keeping.updates:
+            if self._options.updates:
                 self._connection.read_info(self._collection)  # raises
             self._create(note, like)
         self._check(note)
@@ -74,13 +74,13 @@ class QdrantSink:
     def _check(self, note: SpaceNote) -> None:
         """Check an existing collection, and write the note into an empty one."""
         info = self._connection.read_info(self._collection)
-        if self._keeping.updates and self._keeping.vector not in Vectors.of(info).dense:
+        if self._options.updates and self._options.vector not in Vectors.of(info).dense:
             info = self._add_vector(note)
         notes = read_notes(info.config.metadata, self.name)
-        layout = layout_in(Vectors.of(info), note, self._keeping.vector, self.name)
+        layout = layout_in(Vectors.of(info), note, self._options.vector, self.name)
         held = notes.get(layout.noted)
         num_items = 0 if held else self._count(layout.noted)
-        check_note(held, note, self.name, num_items, adopts=self._keeping.adopts)
+        check_note(held, note, self.name, num_items, adopts=self._options.adopts)
         if held is None:
             self._write_notes({**notes, layout.noted: note})
         self._layout, self._held = layout, held or note
@@ -105,7 +105,7 @@ class QdrantSink:
         if notes.get(self._layout.noted) != self._held:
             raise BulkError(replaced(self.name))
         bad: list[BadRow] = []
-        for rows, points in _requests(batch, self._layout, self._keeping.text):
+        for rows, points in _requests(batch, self._layout, self._options.text):
             bad += self._store(rows, points)
         if bad:
             self._remove(ids_of_parted(batch.rows, bad))
@@ -119,7 +119,7 @@ class QdrantSink:
     def _store(self, rows: Sequence[Row], points: list[models.PointStruct]) -> list[BadRow]:
         """Store points in one request, or in several smaller ones; return the rows that are too large for the server."""
         try:
-            self._call(partial(self._update if self._keeping.updates else self._upsert, points))
+            self._call(partial(self._update if self._options.updates else self._upsert, points))
         except BulkError as error:
             if status_of(error.__cause__) != _TOO_LARGE:
                 raise
@@ -142,9 +142,9 @@ class QdrantSink:
             if client.collection_exists(self._collection):
                 return
             if like is None:
-                create(client, self._collection, new_layout(note, self._keeping.vector), note)
+                create(client, self._collection, new_layout(note, self._options.vector), note)
             else:
-                layout = layout_like(Vectors.of(like), note, self._keeping.vector)
+                layout = layout_like(Vectors.of(like), note, self._options.vector)
                 create_like(client, self._collection, layout, note, like)
             is_ours = True
 
@@ -159,13 +159,13 @@ class QdrantSink:
 
     def _add_vector(self, note: SpaceNote) -> models.CollectionInfo:
         """Add the named vector to a collection that lacks it."""
-        if self._keeping.vector is None or not note.dimensions:
+        if self._options.vector is None or not note.dimensions:
             raise BulkError(f"name the vector to add to the items of {self.name} with ?vector= in the URL")
         params = dense_params(note)
         config = models.DenseVectorNameConfig(
             dense=models.DenseVectorConfig(size=params.size, distance=params.distance)
         )
-        name = self._keeping.vector
+        name = self._options.vector
         self._call(lambda client: client.create_vector_name(self._collection, name, config))
         return self._connection.read_info(self._collection)
 
@@ -184,8 +184,8 @@ class QdrantSink:
             )
 
     def _upsert(self, points: list[models.PointStruct], client: QdrantClient) -> None:
-        if self._others and self._keeping.like is not None:
-            points = self._with_others(points, self._keeping.like, client)
+        if self._others and self._options.like is not None:
+            points = self._with_others(points, self._options.like, client)
         client.upsert(self._collection, points, wait=True)
 
     def _with_others(

@@ -14,7 +14,7 @@ from gateway.compare.judge.grading import Grader, Question
 from gateway.compare.judge.inference import kappa, self_agreement
 from gateway.compare.judge.makers import relatives
 from gateway.compare.judge.prompt import MAX_DOCUMENT_CHARACTERS, ORDERS, prompt_hash, template
-from gateway.compare.judge.values import Asked, Grades, JudgeReport, PeopleCheck, SelfAgreement, Usage
+from gateway.compare.judge.values import Grades, JudgeReport, JudgeSetup, PeopleCheck, SelfAgreement, Usage
 from gateway.compare.judge.verdicts import MAX_UNJUDGED_SHARE, Evidence, conclude, levels
 from gateway.compare.search import Ranking
 from gateway.comparisons.sheet import CHECK_FILE
@@ -58,9 +58,9 @@ class Graded:
     num_known: int
 
 
-def describe(address: httpx.URL, endpoint: ChatEndpoint, answered_as: Sequence[str]) -> Asked:
+def describe(address: httpx.URL, endpoint: ChatEndpoint, answered_as: Sequence[str]) -> JudgeSetup:
     """Return the judge and its prompt, for the results."""
-    return Asked(
+    return JudgeSetup(
         url=str(address.copy_with(query=None)),
         model=endpoint.model,
         answered_as=answered_as,
@@ -71,7 +71,7 @@ def describe(address: httpx.URL, endpoint: ChatEndpoint, answered_as: Sequence[s
     )
 
 
-def make_report(subject: Subject, asked: Asked, graded: Graded, checked: Grades | None) -> JudgeReport:
+def make_report(subject: Subject, asked: JudgeSetup, graded: Graded, checked: Grades | None) -> JudgeReport:
     """Conclude from the grades.
 
     Args:
@@ -169,7 +169,7 @@ def _notes_on_grades(graded: Graded, unjudged: Sequence[Outcome], repeats: SelfA
     return notes
 
 
-def _notes_on_judge(asked: Asked, subject: Subject) -> list[str]:
+def _notes_on_judge(asked: JudgeSetup, subject: Subject) -> list[str]:
     notes = [
         f"{arm} and the judge {asked.model} are both from {maker}: a judge prefers results of related models. Use another "
         "judge, or rely on the check by people."

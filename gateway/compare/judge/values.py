@@ -119,7 +119,7 @@ class Usage:
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class JudgeSetup:
     """The judge and its prompt.
 
     Attributes:
@@ -156,7 +156,7 @@ class JudgeReport:
         check_notes: caveats on the check by people.
     """
 
-    asked: Asked
+    asked: JudgeSetup
     num_queries: int
     num_pairs: int
     num_refused: int

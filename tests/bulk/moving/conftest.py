@@ -16,15 +16,15 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from gateway.bulk.asked import Asked
 from gateway.bulk.embedder import TextVectors
 from gateway.bulk.fields import FieldNames
+from gateway.bulk.model_spec import ModelSpec
 from gateway.bulk.moving import work
 from gateway.bulk.moving.planning import StartRequest
 from gateway.bulk.moving.state import Move
 from gateway.bulk.places import open_movable, read_place
 from gateway.bulk.rows import BadRow, BulkError, EmbeddedRows, Json, Row, RowId, SpaceNote
-from gateway.bulk.stores.protocol import Keeping, MovableStore
+from gateway.bulk.stores.protocol import MovableStore, SinkOptions
 
 WIDTHS = {"old": 8, "new": 12, "twin": 8}
 
@@ -83,7 +83,7 @@ def models(monkeypatch: pytest.MonkeyPatch) -> Models:
     found = Models()
 
     @asynccontextmanager
-    async def open_embedder(asked: Asked, _models: object, _console: object) -> AsyncIterator[HashModel]:
+    async def open_embedder(asked: ModelSpec, _models: object, _console: object) -> AsyncIterator[HashModel]:
         if asked.name not in WIDTHS:
             raise BulkError(f"--model {asked.name}: no such model")
         yield HashModel(asked.name, found.called)
@@ -129,7 +129,7 @@ class Shop:
         assert place is not None
         self.store: MovableStore = open_movable(place)
         self.url, self.collection, self.model = url, collection, model
-        self._keeping = Keeping("text", place.options.get("vector"))
+        self._options = SinkOptions("text", place.options.get("vector"))
         self.open.append(self)
 
     def close(self) -> None:
@@ -142,7 +142,7 @@ class Shop:
         """Add or replace items."""
         model = model or self.model
         rows = [Row(row_id, text, {"n": 1, **(more or {})}, str(row_id), None) for row_id, text in items.items()]
-        with closing(self.store.sink(self.collection, self._keeping)) as sink:
+        with closing(self.store.sink(self.collection, self._options)) as sink:
             sink.open(HashModel(model, lambda _texts: None).note)
             sink.write(0, EmbeddedRows(rows, np.stack([vector_of(model, row.text) for row in rows])))
 

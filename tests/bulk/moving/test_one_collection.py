@@ -16,7 +16,7 @@ from gateway.bulk.moving.state import Move, Stage
 from gateway.bulk.moving.steps import back, check, finish, flip, start, sync
 from gateway.bulk.rows import BulkError, EmbeddedRows, Row
 from gateway.bulk.stores.notes import write_notes
-from gateway.bulk.stores.protocol import Keeping
+from gateway.bulk.stores.protocol import SinkOptions
 from tests.bulk.moving.conftest import HashModel, Models, Shop, closing_shop, request_for, vector_of
 
 
@@ -43,7 +43,7 @@ def check_vectors(shop: Shop, vector: str, model: str) -> None:
 
 def write_new(shop: Shop, row_id: int, text: str) -> None:
     """Write an item with the new vector alone, as an application that has switched does."""
-    with closing(shop.store.sink(shop.collection, Keeping("text", "second"))) as sink:
+    with closing(shop.store.sink(shop.collection, SinkOptions("text", "second"))) as sink:
         sink.open(HashModel("new", lambda _texts: None).note)
         sink.write(0, EmbeddedRows([Row(row_id, text, {"n": 1}, "", None)], np.stack([vector_of("new", text)])))
 

@@ -25,7 +25,7 @@ from gateway.bulk.moving.state import Stage, find_move, lock_move, read_moves
 from gateway.bulk.moving.steps import back, check, finish, flip, start, sync
 from gateway.bulk.places import read_place
 from gateway.bulk.rows import BulkError, EmbeddedRows, Row
-from gateway.bulk.stores.protocol import Keeping
+from gateway.bulk.stores.protocol import SinkOptions
 from tests.bulk.moving.conftest import HashModel, Models, Shop, copy_of, request_for, vector_of
 
 
@@ -88,7 +88,7 @@ async def test_the_check_finds_vectors_of_another_model_of_the_same_width_and_fo
     copy = copy_of(shop, move, "twin")
     content = copy.content()
     rows = [Row(row_id, text, payload, "", None) for row_id, (text, payload) in list(content.items())[:20]]
-    with closing(copy.store.sink(copy.collection, Keeping("text"))) as sink:
+    with closing(copy.store.sink(copy.collection, SinkOptions("text"))) as sink:
         sink.open(HashModel("twin", lambda _texts: None).note)
         sink.write(0, EmbeddedRows(rows, np.stack([vector_of("old", row.text) for row in rows])))
     copy.put({1000: "word9 foreign"})
@@ -192,7 +192,7 @@ async def test_items_without_a_text_are_named_and_stay_only_on_the_users_word(
     shop: Shop, models: Models, tmp_path: Path, console: Console
 ) -> None:
     rows = [Row(900, "word1 x", {"n": 1}, "", None)]
-    with closing(shop.store.sink(shop.collection, Keeping("title"))) as sink:
+    with closing(shop.store.sink(shop.collection, SinkOptions("title"))) as sink:
         sink.open(HashModel("old", lambda _texts: None).note)
         sink.write(0, EmbeddedRows(rows, np.stack([vector_of("old", "word1 x")])))
 

@@ -21,7 +21,7 @@ from gateway.bulk.moving.ledger import Ledger
 from gateway.bulk.moving.state import Move, Stage, read_moves, write_move
 from gateway.bulk.moving.steps import back, check, finish, flip, start, sync
 from gateway.bulk.rows import BulkError, EmbeddedRows, Row
-from gateway.bulk.stores.protocol import Keeping
+from gateway.bulk.stores.protocol import SinkOptions
 from tests.bulk.moving.conftest import HashModel, Models, Shop, closing_shop, copy_of, request_for, vector_of
 
 
@@ -286,7 +286,7 @@ def two(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Shop]:
     place = f"qdrant:{tmp_path / 'qdrant'}" if request.param == "qdrant" else request.getfixturevalue("pgvector")
     with closing_shop(f"{place}?vector=embedding") as found:
         rows = [Row(row_id, text, {}, "", None) for row_id, (text, _payload) in found.content().items()]
-        with closing(found.store.sink(found.collection, Keeping("text", "extra", updates=True))) as sink:
+        with closing(found.store.sink(found.collection, SinkOptions("text", "extra", updates=True))) as sink:
             sink.open(HashModel("twin", lambda _texts: None).note)
             sink.write(0, EmbeddedRows(rows, np.stack([vector_of("twin", row.text) for row in rows])))
         yield found

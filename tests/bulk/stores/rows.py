@@ -11,7 +11,7 @@ import numpy as np
 from gateway.bulk.fields import FieldNames
 from gateway.bulk.places import open_store, read_place
 from gateway.bulk.rows import BadRow, EmbeddedRows, Json, Row, RowId, SpaceNote
-from gateway.bulk.stores.protocol import Keeping, Store
+from gateway.bulk.stores.protocol import SinkOptions, Store
 from gateway.types import SparseVector
 
 WIDTH = 4
@@ -62,16 +62,16 @@ def name_of(url: str) -> str:
 def is_empty(url: str) -> bool:
     """Return whether a sink says that it is empty."""
     store, collection = open_url(url)
-    with closing(store), closing(store.sink(collection, Keeping())) as sink:
+    with closing(store), closing(store.sink(collection, SinkOptions())) as sink:
         return sink.is_empty()
 
 
 def write(
-    url: str, rows: Sequence[Row], note: SpaceNote = NOTE, keeping: Keeping | None = None, shard: int = 0
+    url: str, rows: Sequence[Row], note: SpaceNote = NOTE, options: SinkOptions | None = None, shard: int = 0
 ) -> None:
     """Open a sink, write one shard and close it."""
     store, collection = open_url(url)
-    sink = store.sink(collection, keeping or Keeping())
+    sink = store.sink(collection, options or SinkOptions())
     store.close()
     try:
         sink.open(note)

@@ -26,7 +26,7 @@ from gateway.bulk.fields import FieldNames
 from gateway.bulk.places import read_place
 from gateway.bulk.rows import BadRow, BulkError, Json, Row
 from gateway.bulk.stores.chroma_connection import Connection
-from gateway.bulk.stores.protocol import Keeping
+from gateway.bulk.stores.protocol import SinkOptions
 from tests.bulk.stores.rows import HYBRID, NOTE, by_id, embedded, name_of, open_url, read, row, vector_of, write
 
 
@@ -82,12 +82,12 @@ def test_vectors_without_a_note_are_refused_unless_the_user_knows_them(url: str,
     with pytest.raises(BulkError, match=r"has 1 item and no note of their space.* or add --adopt if"):
         write(url, [row("b", "y")])
     with pytest.raises(BulkError, match="has vectors of width 4, but this job's have 8"):
-        write(url, [], replace(NOTE, dimensions=8), Keeping(adopts=True))
+        write(url, [], replace(NOTE, dimensions=8), SinkOptions(adopts=True))
     with pytest.raises(
         BulkError, match="uses the distance l2, but tiny needs ip, because its vectors are not normalized"
     ):
-        write(url, [], replace(NOTE, is_normalized=False), Keeping(adopts=True))
-    write(url, [row("b", "y")], keeping=Keeping(adopts=True))
+        write(url, [], replace(NOTE, is_normalized=False), SinkOptions(adopts=True))
+    write(url, [row("b", "y")], options=SinkOptions(adopts=True))
     write(url, [row("c", "z")])
     assert list(by_id(url)) == ["a", "b", "c"]
     assert client.get_collection(name_of(url), embedding_function=None).metadata["mine"] == 1
@@ -150,9 +150,9 @@ def test_a_folder_that_is_not_chroma_is_an_error(tmp_path: Path) -> None:
 
 
 def test_operations_that_chroma_lacks_are_refused(url: str) -> None:
-    for keeping in (Keeping(vector="a"), Keeping(updates=True), Keeping(like="b")):
+    for options in (SinkOptions(vector="a"), SinkOptions(updates=True), SinkOptions(like="b")):
         with pytest.raises(BulkError, match="stores one unnamed vector per item"):
-            write(url, [], keeping=keeping)
+            write(url, [], options=options)
     with pytest.raises(BulkError, match="can store only dense vectors"):
         write(url, [], HYBRID)
 
@@ -173,7 +173,7 @@ def test_a_server_is_a_source_and_a_sink(tmp_path: Path) -> None:
             write(url, rows)
             assert by_id(url) == {item.id: (item.text, item.payload) for item in rows}
             store, name = open_url(url)
-            sink = store.sink(name, Keeping())
+            sink = store.sink(name, SinkOptions())
             sink.open(NOTE)
         finally:
             server.terminate()
@@ -203,7 +203,7 @@ def test_a_server_that_restarts_does_not_end_a_job(tmp_path: Path) -> None:
         restart()
         wait_for(port)
         store, name = open_url(url)
-        with closing(store.sink(name, Keeping())) as sink:
+        with closing(store.sink(name, SinkOptions())) as sink:
             sink.open(NOTE)
             for number in range(3):
                 restart()  # and the server is not up yet

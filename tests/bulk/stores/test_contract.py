@@ -18,8 +18,8 @@ import pytest
 from gateway.bulk.blocks import BlockReader
 from gateway.bulk.fields import FieldNames
 from gateway.bulk.places import open_movable, read_place
-from gateway.bulk.rows import BulkError, Choosy, Json, Row, RowId
-from gateway.bulk.stores.protocol import Keeping, MovableStore
+from gateway.bulk.rows import BulkError, Json, Row, RowId, RowValidator
+from gateway.bulk.stores.protocol import MovableStore, SinkOptions
 from tests.bulk.stores.rows import (
     HYBRID,
     NOTE,
@@ -179,7 +179,7 @@ def test_a_note_of_another_space_is_not_overruled(url: str) -> None:
     write(url, [row(1, "a")])
 
     with pytest.raises(BulkError, match="cannot be compared"):
-        write(url, [row(2, "b")], OTHER, Keeping(adopts=True))
+        write(url, [row(2, "b")], OTHER, SinkOptions(adopts=True))
 
 
 @pytest.mark.parametrize("kind", ["chroma", "milvus", "pgvector"])
@@ -188,11 +188,11 @@ def test_an_id_of_another_kind_is_a_problem_of_its_row(url: str, kind: str, firs
     """The first row determines the kind of ids, and later the collection does."""
     for does_exist in [False, True]:
         opened, collection = open_url(url)
-        sink = opened.sink(collection, Keeping())
+        sink = opened.sink(collection, SinkOptions())
         opened.close()
         with closing(sink):
             sink.open(NOTE)
-            assert isinstance(sink, Choosy)
+            assert isinstance(sink, RowValidator)
             if not does_exist:
                 assert sink.problem(row(first, "a")) == ""
             found = sink.problem(row(other, "b"))
@@ -227,15 +227,15 @@ def test_a_field_that_a_store_would_lose_is_a_problem_of_its_row(url: str, kind:
     """Other stores keep fields of any name."""
     row_id, names = RESERVED.get(kind, (1, []))
     found, collection = open_url(url)
-    with closing(found), closing(found.sink(collection, Keeping())) as sink:
+    with closing(found), closing(found.sink(collection, SinkOptions())) as sink:
         sink.open(NOTE)
         for name in names:
-            assert isinstance(sink, Choosy)
+            assert isinstance(sink, RowValidator)
             assert f"it has a field `{name}`" in sink.problem(row(row_id, "x", {name: 1})) or not name
             assert sink.problem(row(row_id, "x", {name: 1}))
         payload: dict[str, Json] = {} if names else {"vector": 1, "$meta": {"a": 2}, "gateway_id": 3, "": 4}
         rows = [row(row_id, "x", {**payload, "kept": 5})]
-        assert not isinstance(sink, Choosy) or not sink.problem(rows[0])
+        assert not isinstance(sink, RowValidator) or not sink.problem(rows[0])
         sink.write(0, embedded(rows))
     assert by_id(url) == {row_id: ("x", {**payload, "kept": 5})}
 
@@ -259,11 +259,11 @@ ODD: list[tuple[str, dict[str, Json]]] = [
 def test_a_value_is_kept_exactly_or_is_a_problem_of_its_row(url: str, kind: str) -> None:
     kept = {}
     opened, collection = open_url(url)
-    with closing(opened), closing(opened.sink(collection, Keeping())) as sink:
+    with closing(opened), closing(opened.sink(collection, SinkOptions())) as sink:
         sink.open(NOTE)
         for number, (text, payload) in enumerate(ODD):
             one = row(number, text, payload)
-            if isinstance(sink, Choosy) and sink.problem(one):
+            if isinstance(sink, RowValidator) and sink.problem(one):
                 continue
             sink.write(number, embedded([one]))
             kept[number] = (text, payload)
@@ -285,11 +285,11 @@ def test_chunks_of_items_with_numbers_as_ids_are_stored_in_every_run(url: str, k
 
     for run in range(2):  # the second one finds a collection of texts
         opened, collection = open_url(url)
-        sink = opened.sink(collection, Keeping())
+        sink = opened.sink(collection, SinkOptions())
         opened.close()
         with closing(sink):
             sink.open(NOTE)
-            assert isinstance(sink, Choosy)
+            assert isinstance(sink, RowValidator)
             source: Any = _Numbered(range(2 * run, 2 * run + 2))
             reader = BlockReader(source, lambda _ids: set(), 1, "stop", expand, sink.problem)
             for shard, block in enumerate(reader.read(None, 0)):
@@ -371,7 +371,7 @@ def test_a_source_and_a_sink_share_a_store(url: str) -> None:
     write(url, [row(n, f"text {n}") for n in range(10)])
     copy = f"{name_of(url)}_copy"
     opened, collection = open_url(url)
-    source, sink = opened.source(collection, FieldNames()), opened.sink(copy, Keeping())
+    source, sink = opened.source(collection, FieldNames()), opened.sink(copy, SinkOptions())
     opened.close()
 
     sink.open(NOTE)
@@ -440,7 +440,7 @@ def test_items_are_found_by_id_by_vector_and_deleted(
 def test_a_name_flips_and_flips_back(url: str, store: MovableStore) -> None:
     old, new, live = name_of(url), f"{name_of(url)}_2", f"{name_of(url)}_live"
     write(url, [row(1, "old")])
-    write(url.replace(old, new), [row(1, "new")], WIDE, Keeping(like=old))
+    write(url.replace(old, new), [row(1, "new")], WIDE, SinkOptions(like=old))
     assert re.search("the name of an existing collection|is itself a table", store.why_not_flip(old))
     with pytest.raises(BulkError, match=re.escape(store.why_not_flip(old))):
         store.flip(old, new)
@@ -472,7 +472,7 @@ def test_a_copy_of_another_width_has_the_same_items(url: str, store: MovableStor
     items = [found for found in read(url) if isinstance(found, Row)]
 
     for _ in range(2):
-        write(url.replace(old, new), items, WIDE, Keeping(like=old))
+        write(url.replace(old, new), items, WIDE, SinkOptions(like=old))
 
     assert list(store.digests(old)) == list(store.digests(new))
     assert [list(store.describe(name).widths.values()) for name in (old, new)] == [[WIDTH], [WIDE.dimensions]]

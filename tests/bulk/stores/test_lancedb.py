@@ -12,7 +12,7 @@ import pytest
 
 from gateway.bulk.fields import FieldNames
 from gateway.bulk.rows import BulkError, Json, Row
-from gateway.bulk.stores.protocol import Keeping
+from gateway.bulk.stores.protocol import SinkOptions
 from tests.bulk.stores.rows import HYBRID, NOTE, by_id, embedded, open_url, read, row, vector_of, write
 
 
@@ -140,6 +140,11 @@ def test_columns_of_every_kind_become_json(url: str) -> None:
 
 
 def test_operations_that_lancedb_lacks_are_refused(url: str) -> None:
-    for keeping in (Keeping(vector="a"), Keeping(updates=True), Keeping(like="b"), Keeping(adopts=True)):
+    for options in (
+        SinkOptions(vector="a"),
+        SinkOptions(updates=True),
+        SinkOptions(like="b"),
+        SinkOptions(adopts=True),
+    ):
         with pytest.raises(BulkError, match="in a table that the job creates"):
-            write(url, [], keeping=keeping)
+            write(url, [], options=options)

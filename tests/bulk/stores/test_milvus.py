@@ -17,9 +17,9 @@ from pymilvus import DataType, MilvusClient
 
 from gateway.bulk.fields import FieldNames
 from gateway.bulk.places import open_movable, read_place
-from gateway.bulk.rows import BadRow, BulkError, Choosy, Row, RowsRefused
+from gateway.bulk.rows import BadRow, BulkError, Row, RowsRefused, RowValidator
 from gateway.bulk.stores.milvus import MilvusStore
-from gateway.bulk.stores.protocol import Keeping
+from gateway.bulk.stores.protocol import SinkOptions
 from tests.bulk.stores.rows import HYBRID, NOTE, by_id, embedded, name_of, open_url, read, row, vector_of, write
 
 WIDE = replace(NOTE, space="wide@0123456789ab", model="wide", dimensions=6)
@@ -67,9 +67,9 @@ def test_a_text_that_is_too_long_for_its_field_is_a_problem_of_its_row(url: str,
     indexes.add_index("vector", index_type="AUTOINDEX", metric_type="COSINE")
     milvus.create_collection(name_of(url), schema=schema, index_params=indexes)
     store = store_of(url)
-    with closing(store), closing(store.sink(name_of(url), Keeping("text"))) as sink:
+    with closing(store), closing(store.sink(name_of(url), SinkOptions("text"))) as sink:
         sink.open(NOTE)
-        assert isinstance(sink, Choosy)
+        assert isinstance(sink, RowValidator)
         assert "its field `text` has 10 bytes, but those of" in sink.problem(row(1, "äöüäö"))
         assert not sink.problem(row(2, "äöüä"))
         sink.write(0, embedded([row(2, "äöüä")]))
@@ -162,8 +162,8 @@ def test_a_collection_without_a_note_or_of_another_width_is_refused(url: str, mi
     with pytest.raises(
         BulkError, match=r"`vector` of .*mine requires vectors of 4 dimensions, but those of wide have 6"
     ):
-        write(mine, [], WIDE, Keeping(adopts=True))
-    write(mine, [row(2, "y")], NOTE, Keeping(adopts=True))
+        write(mine, [], WIDE, SinkOptions(adopts=True))
+    write(mine, [row(2, "y")], NOTE, SinkOptions(adopts=True))
     assert by_id(mine) == {1: ("x", {}), 2: ("y", {})}
     milvus.alter_collection_properties("mine", {"embedding_gateway": "nonsense"})
     with pytest.raises(BulkError, match="cannot be read, because a person or another program changed it"):
@@ -218,8 +218,8 @@ def test_a_copy_has_all_fields_functions_and_indexes_and_vectors_of_another_widt
     old, new = name_of(url), f"{name_of(url)}_wide"
     typed(milvus, old)
     store, _ = open_url(url)
-    fields, keeping = FieldNames(text="metadata.data"), Keeping(text="metadata.data", vector="vectors", like=old)
-    source, sink = store.source(old, fields), store.sink(new, keeping)
+    fields, options = FieldNames(text="metadata.data"), SinkOptions(text="metadata.data", vector="vectors", like=old)
+    source, sink = store.source(old, fields), store.sink(new, options)
     rows = [found for found in source.read() if isinstance(found, Row)]
     sink.open(WIDE)
     sink.write(0, embedded(rows, WIDE))
@@ -260,7 +260,7 @@ def test_items_get_no_further_vector(url: str) -> None:
     store, collection = open_url(url)
     assert isinstance(store, MilvusStore)
     with pytest.raises(BulkError, match="Milvus adds no vectors to items that exist: choose a second collection"):
-        write(url, [row(1, "a")], keeping=Keeping(updates=True))
+        write(url, [row(1, "a")], options=SinkOptions(updates=True))
     for refused in (store.filled, store.delete_vector):
         with pytest.raises(BulkError, match="Milvus adds no vectors to items that exist"):
             refused(collection, "vector")
@@ -310,7 +310,7 @@ def test_an_alias_is_searched_and_not_deleted_as_a_collection(url: str) -> None:
     old, new = name_of(url), f"{name_of(url)}_2"
     alias = f"{old}_alias"
     write(url, [row(1, "old")])
-    write(url.replace(old, new), [row(1, "new")], WIDE, Keeping(like=old))
+    write(url.replace(old, new), [row(1, "new")], WIDE, SinkOptions(like=old))
     store = store_of(url)
     store.flip(alias, old)
     assert store.describe(alias).notes == {"vector": NOTE}

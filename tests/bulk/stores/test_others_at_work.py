@@ -19,7 +19,7 @@ from gateway.bulk.fields import FieldNames
 from gateway.bulk.places import open_movable, read_place
 from gateway.bulk.rows import BulkError, Row, Sink, SpaceNote
 from gateway.bulk.stores.chroma_connection import Connection
-from gateway.bulk.stores.protocol import Keeping, MovableStore
+from gateway.bulk.stores.protocol import MovableStore, SinkOptions
 from gateway.bulk.stores.qdrant_sink import QdrantSink
 from tests.bulk.stores.rows import NOTE, by_id, embedded, name_of, open_url, row, write
 from tests.bulk.stores.test_contract import MOVABLE, STORES
@@ -47,9 +47,9 @@ def store(url: str) -> Iterator[MovableStore]:
 
 
 @contextmanager
-def sink_of(url: str, keeping: Keeping | None = None) -> Iterator[Sink]:
+def sink_of(url: str, options: SinkOptions | None = None) -> Iterator[Sink]:
     store, collection = open_url(url)
-    with closing(store), closing(store.sink(collection, keeping or Keeping())) as sink:
+    with closing(store), closing(store.sink(collection, options or SinkOptions())) as sink:
         yield sink
 
 

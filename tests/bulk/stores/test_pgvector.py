@@ -21,7 +21,7 @@ from gateway.bulk.rows import BadRow, BulkError, Json, Row, RowId, RowsRefused
 from gateway.bulk.stores.pgvector import PgvectorStore
 from gateway.bulk.stores.pgvector_session import Session
 from gateway.bulk.stores.pgvector_tables import read_name, refusals
-from gateway.bulk.stores.protocol import Keeping, Since
+from gateway.bulk.stores.protocol import Since, SinkOptions
 from tests.bulk.stores.rows import NOTE, by_id, embedded, open_url, read, row, vector_of, write
 
 PAYLOAD: dict[str, Json] = {
@@ -138,8 +138,8 @@ def test_a_table_without_a_note_or_of_another_width_is_refused(url: str, sql: ps
     with pytest.raises(BulkError, match="has 1 item and no note of their space"):
         write(mine, [])
     with pytest.raises(BulkError, match=r"`v` of .*mine requires vectors of 4 dimensions, but those of wide have 6"):
-        write(mine, [], WIDE, Keeping(adopts=True))
-    write(mine, [row(2, "y")], NOTE, Keeping(text="body", adopts=True))
+        write(mine, [], WIDE, SinkOptions(adopts=True))
+    write(mine, [row(2, "y")], NOTE, SinkOptions(text="body", adopts=True))
     assert by_id(mine, FieldNames(text="body")) == {1: ("x", {}), 2: ("y", {})}
 
 
@@ -180,9 +180,9 @@ def test_a_copy_has_all_columns_indexes_and_grants_of_a_table_and_vectors_of_ano
     sql.execute(TYPED.encode())
     old, new = '"Sales Dept"."my.docs"', '"Sales Dept".docs_wide'
     url = f"{base}/{quote(old)}?vector=v"
-    fields, keeping = FieldNames(text="the body"), Keeping(text="the body", vector="v", like=old)
+    fields, options = FieldNames(text="the body"), SinkOptions(text="the body", vector="v", like=old)
     rows = [found for found in read(url, fields) if isinstance(found, Row)]
-    write(f"{base}/{quote(new)}?vector=v", rows, WIDE, keeping)
+    write(f"{base}/{quote(new)}?vector=v", rows, WIDE, options)
 
     store = store_of(url)
     assert list(store.digests(old)) == list(store.digests(new))
@@ -203,19 +203,19 @@ def test_a_copy_has_all_columns_indexes_and_grants_of_a_table_and_vectors_of_ano
 
 def test_a_copy_of_a_table_with_too_wide_an_index_gets_another_type(url: str, sql: psycopg.Connection) -> None:
     write(url, [row(1, "a")])
-    write(url.replace("docs", "new"), [row(1, "a")], replace(WIDE, dimensions=3_072), Keeping(like="docs"))
+    write(url.replace("docs", "new"), [row(1, "a")], replace(WIDE, dimensions=3_072), SinkOptions(like="docs"))
     indexes = str(value(sql, "SELECT string_agg(indexdef, ';') FROM pg_indexes WHERE tablename = 'new'"))
     assert "hnsw (embedding halfvec_cosine_ops)" in indexes
     sql.execute("CREATE TABLE plain (id int PRIMARY KEY, v vector(4))")
     with pytest.raises(BulkError, match="there is no table `gone`"):
-        write(url.replace("docs", "new2"), [], WIDE, Keeping(like="gone"))
+        write(url.replace("docs", "new2"), [], WIDE, SinkOptions(like="gone"))
 
 
 def test_ids_of_an_identity_continue_after_the_copied_ones(url: str, sql: psycopg.Connection) -> None:
     sql.execute("CREATE TABLE docs (id int GENERATED ALWAYS AS IDENTITY PRIMARY KEY, v vector(4), body text)")
     sql.execute("INSERT INTO docs (v, body) VALUES ('[1,2,3,4]', 'a'), ('[1,2,3,4]', 'b')")
     rows = [found for found in read(url, FieldNames(text="body")) if isinstance(found, Row)]
-    write(url.replace("docs", "new"), rows, WIDE, Keeping(text="body", like="docs"))
+    write(url.replace("docs", "new"), rows, WIDE, SinkOptions(text="body", like="docs"))
     sql.execute("INSERT INTO new (body) VALUES ('c')")
     assert by_id(url.replace("docs", "new"), FieldNames(text="body"))[3] == ("c", {})
 
@@ -225,7 +225,7 @@ def test_a_field_without_a_column_is_refused_with_its_name(url: str, sql: psycop
     with pytest.raises(
         BulkError, match="has no column `author` for the field of id 1: add the column, or keep fewer fields"
     ):
-        write(url, [row(1, "a", {"author": "x"})], NOTE, Keeping(text="body"))
+        write(url, [row(1, "a", {"author": "x"})], NOTE, SinkOptions(text="body"))
 
 
 def test_names_may_have_percent_signs_and_other_characters(base: str, sql: psycopg.Connection) -> None:
@@ -233,8 +233,8 @@ def test_names_may_have_percent_signs_and_other_characters(base: str, sql: psyco
     sql.execute(f'CREATE SCHEMA "50%"; CREATE TABLE "50%"."docs %t" ({columns})')  # type: ignore[arg-type]
     url, fields = f"{base}/{quote('50%.docs %t')}", FieldNames(text="text%s")
     payload = {"100%": "x", 'q"uote\\': "y"}
-    write(url, [row(1, "a", payload), row(2, "b", payload)], NOTE, Keeping(text="text%s"))
-    write(url, [row(2, "c", payload)], NOTE, Keeping(text="text%s"))
+    write(url, [row(1, "a", payload), row(2, "b", payload)], NOTE, SinkOptions(text="text%s"))
+    write(url, [row(2, "c", payload)], NOTE, SinkOptions(text="text%s"))
 
     assert by_id(url, fields) == {1: ("a", payload), 2: ("c", payload)}
     assert [found.id for found in read(url, fields, 1)] == [2]
@@ -242,7 +242,7 @@ def test_names_may_have_percent_signs_and_other_characters(base: str, sql: psyco
     assert [row.text for row in store.read_ids(name, [1], fields)] == ["a"]
     assert store.vectors(name, [1, 2]).keys() == {1, 2}
     assert store.search(name, vector_of("c"), 1)[0].id == 2
-    with closing(store.sink("copy %s", Keeping("text%s", like=name))) as sink:
+    with closing(store.sink("copy %s", SinkOptions("text%s", like=name))) as sink:
         sink.open(WIDE)
         sink.write(0, embedded([row(1, "a", payload)], WIDE))
     view = "view %d"
@@ -257,7 +257,7 @@ def test_names_may_have_percent_signs_and_other_characters(base: str, sql: psyco
 def test_a_character_that_postgresql_cannot_store_is_a_problem_of_its_row(url: str, sql: psycopg.Connection) -> None:
     place = read_place(url)
     assert place is not None
-    with closing(open_movable(place)) as store, closing(store.sink("docs", Keeping("text"))) as sink:
+    with closing(open_movable(place)) as store, closing(store.sink("docs", SinkOptions("text"))) as sink:
         # Only a row that can be stored decides whether the ids are texts.
         assert sink.problem(row("a\0", "b")).startswith("the field `id` has the character U+0000, which PostgreSQL")
         assert not sink.problem(row(1, "a\\u0000", {"k": ["b", {"c": None}]}))
@@ -286,7 +286,7 @@ def test_an_id_that_its_column_cannot_store_is_a_problem_of_its_row(url: str, sq
         sql.execute(f"DROP TABLE IF EXISTS docs; CREATE TABLE docs ({columns})".encode())
         write(url, [row(row_id, "a") for row_id in good])
         for row_id, message in bad:
-            with closing(store_of(url)) as store, closing(store.sink("docs", Keeping("text"))) as sink:
+            with closing(store_of(url)) as store, closing(store.sink("docs", SinkOptions("text"))) as sink:
                 sink.open(NOTE)
                 assert not any(sink.problem(row(fine, "a")) for fine in good)
                 assert message in sink.problem(row(row_id, "a"))
@@ -298,7 +298,7 @@ def test_a_text_that_its_column_cannot_store_is_a_problem_of_its_row(url: str, s
     sql.execute(
         "CREATE TABLE docs (id bigint PRIMARY KEY, embedding vector(4), text varchar(5), tag varchar(3), n int)"
     )
-    with closing(store_of(url)) as store, closing(store.sink("docs", Keeping("text"))) as sink:
+    with closing(store_of(url)) as store, closing(store.sink("docs", SinkOptions("text"))) as sink:
         sink.open(NOTE)
         assert sink.problem(row(1, "äöüäöü")) == "its text has 6 characters, but the column `text` takes at most 5"
         assert "has 4 characters, but the column `tag` takes at most 3" in sink.problem(row(1, "a", {"tag": "abcd"}))
@@ -328,7 +328,7 @@ def test_rows_that_the_table_rejects_are_named_and_no_row_is_stored(url: str, sq
     for number, (payload, _problem) in enumerate(bad):
         rows[7 * number + 5] = row(7 * number + 5, "bad", payload)
     store, collection = open_url(url)
-    with closing(store), closing(store.sink(collection, Keeping("text"))) as sink:
+    with closing(store), closing(store.sink(collection, SinkOptions("text"))) as sink:
         sink.open(NOTE)
         with pytest.raises(RowsRefused, match=r"id 5: PostgreSQL rejects it: null value in column") as caught:
             sink.write(0, embedded(rows))
@@ -346,16 +346,16 @@ def test_rows_of_a_copy_that_exchange_a_unique_value_are_written(url: str, sql: 
     def rows(*slugs: str) -> list[Row]:
         return [row(n, f"text {n}", {"slug": slug, "n": 1}) for n, slug in enumerate(slugs)]
 
-    new, keeping = url.replace("docs", "new"), Keeping("text", like="docs")
-    write(new, rows("a", "b", "c"), WIDE, keeping)
-    write(new, rows("b", "a", "c"), WIDE, keeping)
+    new, options = url.replace("docs", "new"), SinkOptions("text", like="docs")
+    write(new, rows("a", "b", "c"), WIDE, options)
+    write(new, rows("b", "a", "c"), WIDE, options)
     assert {n: payload["slug"] for n, (_, payload) in by_id(new).items()} == {0: "b", 1: "a", 2: "c"}
     with pytest.raises(RowsRefused, match=r"id 1: PostgreSQL rejects it: duplicate key value") as caught:
-        write(new, rows("b", "c"), WIDE, keeping)  # the row with c is not among these
+        write(new, rows("b", "c"), WIDE, options)  # the row with c is not among these
     assert len(caught.value.rows) == 1
     sql.execute("CREATE TABLE child (doc bigint REFERENCES new ON DELETE CASCADE); INSERT INTO child VALUES (0)")
     with pytest.raises(RowsRefused):
-        write(new, rows("a", "b"), WIDE, keeping)
+        write(new, rows("a", "b"), WIDE, options)
     assert value(sql, "SELECT count(*) FROM child") == 1
 
 
@@ -375,7 +375,7 @@ def test_a_decimal_number_keeps_all_its_digits(url: str, sql: psycopg.Connection
         sql.execute("INSERT INTO docs VALUES (%s, '[1,2,3,4]', 'x', %s::numeric)", [number, price])
     items = [found for found in read(url) if isinstance(found, Row)]
     assert [item.payload["price"] for item in items][:4] == [numbers[0], 0.1, -7, int(numbers[3])]
-    write(url.replace("docs", "new"), items, WIDE, Keeping("text", like="docs"))
+    write(url.replace("docs", "new"), items, WIDE, SinkOptions("text", like="docs"))
     query = "SELECT count(*) FROM docs JOIN new USING (id) WHERE docs.price = new.price"
     assert value(sql, query) == len(numbers)
     with closing(store_of(url)) as store:
@@ -453,7 +453,7 @@ def test_a_table_is_the_same_with_and_without_its_schema(url: str, sql: psycopg.
 
 def test_a_vector_is_added_next_to_the_first(url: str, sql: psycopg.Connection) -> None:
     write(url, [row(1, "a", {"k": 1}), row(2, "b")])
-    write(url, [row(1, "a"), row(3, "deleted in between")], WIDE, Keeping(vector="wide", updates=True))
+    write(url, [row(1, "a"), row(3, "deleted in between")], WIDE, SinkOptions(vector="wide", updates=True))
     assert by_id(url) == {1: ("a", {"k": 1}), 2: ("b", {})}
     store = store_of(url)
     assert store.describe("docs").notes == {"embedding": NOTE, "wide": WIDE}
@@ -493,7 +493,7 @@ def test_only_later_rows(url: str) -> None:
 
 def test_a_flip_moves_a_view_in_one_step_for_all_readers(url: str, postgres: str, sql: psycopg.Connection) -> None:
     write(url.replace("docs", "docs_1"), [row(n, "old") for n in range(50)])
-    write(url.replace("docs", "docs_2"), [row(n, "new") for n in range(50)], WIDE, Keeping(like="docs_1"))
+    write(url.replace("docs", "docs_2"), [row(n, "new") for n in range(50)], WIDE, SinkOptions(like="docs_1"))
     store = store_of(url)
     store.flip("docs", "docs_1")
     sql.execute("DROP ROLE IF EXISTS app; CREATE ROLE app; GRANT SELECT, INSERT ON docs TO app")
@@ -541,7 +541,7 @@ def test_a_flipped_view_keeps_its_schema_owner_and_options(url: str, postgres: s
         "ALTER TABLE docs_1 OWNER TO app; CREATE VIEW public.docs WITH (security_invoker=true) AS SELECT * FROM docs_1;"
         "ALTER VIEW docs OWNER TO app; GRANT ALL ON SCHEMA public TO app"
     )
-    write(url.replace("docs", "docs_2"), [row(2, "new")], WIDE, Keeping(like="docs_1"))
+    write(url.replace("docs", "docs_2"), [row(2, "new")], WIDE, SinkOptions(like="docs_1"))
     assert value(sql, "SELECT has_table_privilege('app', 'docs_2', 'INSERT')")
     try:
         with closing(store_of(url)) as store:
@@ -627,7 +627,7 @@ def cut_off(sql: psycopg.Connection) -> None:
 @pytest.mark.usefixtures("_small_pages")
 def test_a_server_that_restarts_does_not_end_a_job(url: str, sql: psycopg.Connection) -> None:
     store, collection = open_url(url)
-    with closing(store), closing(store.sink(collection, Keeping())) as sink:
+    with closing(store), closing(store.sink(collection, SinkOptions())) as sink:
         sink.open(NOTE)
         for n in range(10):
             cut_off(sql)

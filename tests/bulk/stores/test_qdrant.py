@@ -15,7 +15,7 @@ from qdrant_client import QdrantClient, models
 from gateway.bulk.fields import FieldNames
 from gateway.bulk.places import open_movable, read_place
 from gateway.bulk.rows import BadRow, BulkError, Json, Row, RowId
-from gateway.bulk.stores.protocol import Keeping, Since
+from gateway.bulk.stores.protocol import Since, SinkOptions
 from gateway.bulk.stores.qdrant import QdrantStore
 from gateway.bulk.stores.qdrant_points import point_id, row_id_of
 from tests.bulk.stores.rows import HYBRID, NOTE, by_id, embedded, open_url, read, row, vector_of, write
@@ -176,10 +176,10 @@ def test_vectors_without_a_note_are_refused_unless_the_user_knows_them(url: str)
     qdrant.close()
     with pytest.raises(BulkError, match=r"#docs has 1 item and no note of their space.* or add --adopt if"):
         write(url, [row(2, "b")])
-    write(url, [row(2, "b")], keeping=Keeping(adopts=True))
+    write(url, [row(2, "b")], options=SinkOptions(adopts=True))
     write(url, [row(3, "c")])
     with pytest.raises(BulkError, match="cannot be compared"):
-        write(url, [row(3, "c")], replace(NOTE, space="other@ba9876543210"), Keeping(adopts=True))
+        write(url, [row(3, "c")], replace(NOTE, space="other@ba9876543210"), SinkOptions(adopts=True))
     assert list(by_id(url)) == [1, 2, 3]
     store = store_of(url)
     assert store.describe("docs").notes == {"": NOTE}
@@ -218,7 +218,7 @@ def test_an_empty_collection_that_does_not_fit_is_refused(url: str, vectors: dic
 def test_a_full_disk_is_an_error_of_the_job_and_the_same_rows_can_be_written_later(url: str) -> None:
     store, collection = open_url(url)
     rows = [row(n, f"text {n} " * 500) for n in range(200)]
-    with closing(store), closing(store.sink(collection, Keeping())) as sink:
+    with closing(store), closing(store.sink(collection, SinkOptions())) as sink:
         sink.open(NOTE)
         limits = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
@@ -243,8 +243,8 @@ def test_a_second_vector_is_added_to_items_that_stay_as_they_are(url: str) -> No
     qdrant = client(url)
     qdrant.delete("docs", [2])
     qdrant.close()
-    write(f"{url}?vector=new", items, keeping=Keeping(updates=True))
-    write(f"{url}?vector=new", items, keeping=Keeping(updates=True))
+    write(f"{url}?vector=new", items, options=SinkOptions(updates=True))
+    write(f"{url}?vector=new", items, options=SinkOptions(updates=True))
     qdrant = client(url)
     found = qdrant.scroll("docs", with_vectors=True)[0]
     assert [(point.id, point.payload) for point in found] == [(n, {"data": f"memory {n}", "k": n}) for n in (1, 3)]
@@ -318,7 +318,7 @@ def test_a_nested_text_goes_back_to_where_it_was(url: str) -> None:
     fill(url, payload)
     items = [item for item in read(url, FieldNames(text="meta.body")) if isinstance(item, Row)]
     assert [(item.text, item.payload) for item in items] == [("hello", {"meta": {"lang": "en"}, "k": 1})]
-    write(url.replace("#docs", "#copy"), items, keeping=Keeping(text="meta.body"))
+    write(url.replace("#docs", "#copy"), items, options=SinkOptions(text="meta.body"))
     store = store_of(url)
     assert list(store.digests("docs")) == list(store.digests("copy"))
     store.close()
@@ -414,7 +414,7 @@ def test_a_collection_like_another_one_has_its_settings_and_other_vectors(url: s
     items = [item for item in read(url) if isinstance(item, Row)]
     copy = url.replace("#docs", "#copy")
     for _ in range(2):
-        write(copy, [*items, row(9, "new")], keeping=Keeping(text="data", like="docs"))
+        write(copy, [*items, row(9, "new")], options=SinkOptions(text="data", like="docs"))
     store = store_of(url)
     assert list(store.digests("copy"))[:2] == list(store.digests("docs"))
     found = store.vectors("copy", [0, 9, 5])

@@ -12,7 +12,7 @@ from qdrant_client import models
 from gateway.bulk.fields import FieldNames
 from gateway.bulk.places import open_movable, read_place
 from gateway.bulk.rows import BulkError, Row, RowsRefused
-from gateway.bulk.stores.protocol import Keeping
+from gateway.bulk.stores.protocol import SinkOptions
 from tests.bulk.stores.qdrant_server import QdrantServer
 from tests.bulk.stores.rows import HYBRID, NOTE, by_id, embedded, open_url, read, row, vector_of, write
 
@@ -99,7 +99,7 @@ def test_a_short_absence_does_not_matter(
 ) -> None:
     monkeypatch.setattr("gateway.bulk.stores.qdrant_connection.PATIENCE_S", 10.0)  # a busy machine is slow
     store, name = open_url(url)
-    sink = store.sink(name, Keeping())
+    sink = store.sink(name, SinkOptions())
     with pytest.raises(BulkError):  # the first response shows that it is Qdrant
         read(f"{url}-other")
     server.faults.extend([""] * num_before + [fault, fault])
@@ -114,7 +114,7 @@ def test_a_short_absence_does_not_matter(
 
 def test_a_server_that_stays_away_ends_the_job_which_can_continue(url: str, server: QdrantServer) -> None:
     store, name = open_url(url)
-    sink = store.sink(name, Keeping())
+    sink = store.sink(name, SinkOptions())
     store.close()
     sink.open(NOTE)
     sink.write(0, embedded([row(1, "a")]))

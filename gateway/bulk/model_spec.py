@@ -22,7 +22,7 @@ _SIZED = re.compile(r"(?P<name>.+)@(?P<size>[1-9]\d{0,5})", re.ASCII | re.DOTALL
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class ModelSpec:
     """The model, and the vectors to request from it.
 
     Attributes:
@@ -42,7 +42,7 @@ class Asked:
     chunking: Chunking | None = None
 
 
-def ask(model: str, outputs: str | None, truncate: Truncate, chunking: Chunking | None = None) -> Asked:
+def read_spec(model: str, outputs: str | None, truncate: Truncate, chunking: Chunking | None = None) -> ModelSpec:
     """Read the options of a command.
 
     Args:
@@ -59,7 +59,7 @@ def ask(model: str, outputs: str | None, truncate: Truncate, chunking: Chunking 
         raise BulkError(
             f"--model {model}: only dense vectors have a choice of size, and --outputs does not include them"
         )
-    return Asked(name, size, wanted, truncate, chunking=chunking)
+    return ModelSpec(name, size, wanted, truncate, chunking=chunking)
 
 
 def _outputs(text: str | None) -> tuple[Output, ...]:
