@@ -6,6 +6,7 @@ Each type validates itself, and its message says which values are accepted.
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
@@ -47,7 +48,10 @@ def resolve(text: str, info: ValidationInfo, kind: str = "file") -> str:
     """
     base: Path = (info.context or {}).get("folder", Path())
     try:
-        return str((base / Path(text).expanduser()).resolve())
+        path = (base / Path(text).expanduser()).resolve()
+        with suppress(FileNotFoundError, NotADirectoryError, PermissionError):
+            path.stat()  # from Python 3.13 on, `resolve` accepts a loop of links
+        return str(path)
     except (OSError, RuntimeError) as error:
         raise ValueError(f"is a {kind} that cannot be resolved, {quote(text)}: {error}") from None
 

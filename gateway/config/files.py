@@ -125,12 +125,12 @@ _BEGINNINGS = {
 def why_not_text(beginning: bytes) -> str | None:
     """Return why a file with this beginning, some bytes of it, is not text in UTF-8, and what to do; ``None`` if it may be.
 
-    A BOM is optional in UTF-16, but texts of most languages have zero bytes in it, and none in UTF-8.
+    A BOM is optional in UTF-16, but texts of most languages have many zero bytes in it, and hardly any in UTF-8.
     """
     for known, reason in _BEGINNINGS.items():
         if beginning.startswith(known):
             return reason
-    return "is UTF-16, or not a text: save it as UTF-8" if b"\0" in beginning else None
+    return "is UTF-16, or not a text: save it as UTF-8" if 4 * beginning.count(0) > len(beginning) else None
 
 
 @dataclass(frozen=True, slots=True)

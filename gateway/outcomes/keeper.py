@@ -22,7 +22,7 @@ from gateway.config.registry import Experiment
 from gateway.errors import OutcomesUnavailable, StartError
 from gateway.experiments.exposures import Exposure, iso
 from gateway.experiments.outcome_report import OutcomesReport
-from gateway.experiments.split import Split, declaration_of
+from gateway.experiments.split import Split, declaration_of, hash_of_declaration
 from gateway.outcomes.store import FILE_NAME, Decision, Kept, NewOutcome, Reader, Store, StoreBusy, StoreFull
 from gateway.outcomes.verdicts import DECLARED, Reported, branches_of, report_outcomes
 from gateway.telemetry import metrics
@@ -161,8 +161,9 @@ class Keeper:
     # ------------------------------------------------------------------------------------------------- in a thread
 
     def _post(self, experiment: Experiment, outcomes: Sequence[NewOutcome]) -> Kept:
-        self._write_waiting()
+        # First, because the exposures that wait may be later than these outcomes.
         self._note_declaration(experiment, min((outcome.time for outcome in outcomes), default=time.time()))
+        self._write_waiting()
         return self._store.keep(experiment.id, outcomes, experiment.outcome.name if experiment.outcome else None)
 
     def _write_waiting(self) -> None:
@@ -172,13 +173,9 @@ class Keeper:
             try:
                 if any(exposure.generation not in self._declared for exposure in exposures):
                     self._declare()
-                exposed = {exposure.experiment for exposure in exposures}
-                for experiment in self._experiments():
-                    if experiment.id in exposed:  # its outcomes may be compared from a file, and never posted
-                        self._note_declaration(experiment, time.time())
-                self._store.expose(
-                    [(exposure, datetime.fromisoformat(exposure.time).timestamp()) for exposure in exposures]
-                )
+                timed = [(exposure, datetime.fromisoformat(exposure.time).timestamp()) for exposure in exposures]
+                self._note_declarations(timed)
+                self._store.expose(timed)
             except (StoreBusy, StoreFull) as error:
                 if time.monotonic() - self._warned_at > _SECONDS_BETWEEN_WARNINGS:
                     self._warned_at = time.monotonic()
@@ -194,6 +191,17 @@ class Keeper:
             if generation not in self._declared:
                 self._store.declare(experiment.id, branches_of(experiment, generation))
                 self._declared.add(generation)
+
+    def _note_declarations(self, exposures: Sequence[tuple[Exposure, float]]) -> None:
+        """Store when exposures first had the present declarations: their outcomes may be in a file, and never posted."""
+        first: dict[tuple[str, str | None], float] = {}
+        for exposure, moment in exposures:
+            key = exposure.experiment, exposure.declared
+            first[key] = min(moment, first.get(key, moment))
+        for experiment in self._experiments():
+            present = experiment.id, hash_of_declaration(*declaration_of(experiment))
+            if present in first:
+                self._note_declaration(experiment, first[present])
 
     def _note_declaration(self, experiment: Experiment, now: float) -> None:
         """Store when the declaration of the outcome was first seen, so that a later change is noticed."""

@@ -68,7 +68,6 @@ def report_outcomes(
         why_none: the reason why no verdict can be given, if it is known already, such as a wrong split.
     """
     reports, decided = [], {}
-    why_none = why_none or _why_in_two_arms(exposures)
     primary = experiment.outcome
     names = ([primary.name] if primary else []) + [n for n in outcomes if primary is None or n != primary.name]
     for name in names:
@@ -76,7 +75,11 @@ def report_outcomes(
         joined = join(counted, posted)
         declared = primary if primary is not None and name == primary.name else None
         question = _question(experiment, declared) if declared else ""
-        why = why_none or (_why_too_late(experiment, posted, earlier, now) if declared else None)
+        why = (
+            why_none
+            or _why_in_two_arms(counted)
+            or (_why_too_late(experiment, posted, earlier, now) if declared else None)
+        )
         found = _Look(experiment, declared, joined, now, earlier(question) if declared else {}, why)
         report = found.report(name, len(posted.unit))
         reports.append(report)

@@ -47,6 +47,8 @@ _FLUSH_S: Final = 2.0
 # Seconds during which lines are gathered before they are written. Waking the thread for each request costs more than
 # the line itself, since the two threads then compete for the interpreter. A warning is written immediately.
 _GATHER_S: Final = 0.01
+# Seconds after which the thread looks for lines that did not wake it.
+_LOOK_S: Final = 1.0
 
 
 def configure_logs(level: str, style: str) -> None:
@@ -156,7 +158,7 @@ def _log_failed_thread(failed: threading.ExceptHookArgs) -> None:
 
 def _log_ignored_error(ignored: sys.UnraisableHookArgs) -> None:
     """Log an exception that nothing can catch: it was raised while Python deleted an object, or in C code."""
-    if sys.is_finalizing():  # nothing writes the queued lines any more
+    if sys.is_finalizing():  # nothing writes the queued lines anymore
         sys.__unraisablehook__(ignored)
         return
     where = getattr(ignored.object, "__qualname__", type(ignored.object).__qualname__)
@@ -228,8 +230,10 @@ class QueuedHandler(logging.Handler):
         self._num_bytes = 0
         self._num_dropped = 0
         self._is_writing = False
+        # Its lock is reentrant, unlike that of an event: the garbage collector may run while this thread holds the lock, and
+        # delete an object whose error is then logged here.
         self._changed = threading.Condition()
-        self._is_urgent = threading.Event()
+        self._is_urgent = False
         self._thread: threading.Thread | None = None
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -254,18 +258,18 @@ class QueuedHandler(logging.Handler):
                 return
             self._lines.append(line)
             self._num_bytes += len(line)
+            self._is_urgent |= is_urgent
             if self._thread is None:
                 self._thread = threading.Thread(target=self._write_all, name="log", daemon=True)
                 self._thread.start()
-            if not self._is_writing:
+            if is_urgent or not self._is_writing:
                 self._changed.notify_all()
-        if is_urgent:
-            self._is_urgent.set()
 
     def flush(self) -> None:
         """Wait until everything is written, for at most two seconds."""
-        self._is_urgent.set()
         with self._changed:
+            self._is_urgent = True
+            self._changed.notify_all()
             self._changed.wait_for(lambda: not self._lines and not self._is_writing, _FLUSH_S)
 
     def _write_all(self) -> None:
@@ -273,13 +277,13 @@ class QueuedHandler(logging.Handler):
             with self._changed:
                 self._is_writing = False
                 self._changed.notify_all()
-                self._changed.wait_for(lambda: self._lines)
+                # With a limit: a line that is logged while this thread begins to wait does not wake it.
+                while not self._changed.wait_for(lambda: self._lines, _LOOK_S):
+                    pass
                 self._is_writing = True
-                is_much = self._num_bytes >= _WRITE_BYTES
-            if not is_much:
-                self._is_urgent.wait(_GATHER_S)
-            self._is_urgent.clear()
-            with self._changed:
+                if self._num_bytes < _WRITE_BYTES:
+                    self._changed.wait_for(lambda: self._is_urgent, _GATHER_S)
+                self._is_urgent = False
                 content = self._take()
             self._write(content)
             with self._changed:

@@ -115,8 +115,9 @@ def test_outcomes_that_do_not_count_are_said(
     with httpx.Client(base_url=f"{running.url}/v1") as client:
         client.post("/embeddings", json={"model": "mem0-ab/ada", "input": "a"}).raise_for_status()
         assert printed({"ada": True}) == []
-        assert printed({"ada": False}) == ["of 1 outcomes, not counted: 1 conflicting"]
-        assert printed({"bob": True}) == ["of 1 outcomes, not counted: 1 unseen"]
+        assert printed({"ada": False}) == ["of 1 outcomes, left out: 1 conflicting"]
+        (unseen,) = printed({"bob": True})
+        assert unseen.startswith("of 1 stored outcomes, 1 unseen: their users sent no request to this gateway")
 
 
 def test_an_experiment_without_a_declared_outcome_has_no_decision(tmp_path: Path, example: ModuleType) -> None:

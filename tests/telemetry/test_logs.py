@@ -551,3 +551,34 @@ def test_every_line_is_there_when_the_reader_comes_late(stuck_gateway: tuple[sub
     assert sum(line["event"] == "request" for line in lines) == 300
     assert [line["timestamp"] for line in lines] == sorted(line["timestamp"] for line in lines)
     assert lines[-1]["event"] == "stopping"
+
+
+_LOGS_WHILE_THE_THREAD_WAITS = """
+import threading
+import structlog
+from gateway.telemetry.logs import configure_logs
+configure_logs("info", "json")
+nested, is_done, allocate = [], threading.Event(), threading._allocate_lock
+def collect():
+    # The collector may run here, where the thread begins to wait, and delete an object whose error is logged.
+    if threading.current_thread().name == "log" and len(nested) < 50:
+        nested.append(len(nested))
+        structlog.get_logger("x").error("nested", number=nested[-1])
+        if len(nested) == 50:
+            is_done.set()
+    return allocate()
+threading._allocate_lock = collect
+structlog.get_logger("x").info("first")
+assert is_done.wait(60)
+threading._allocate_lock = allocate
+structlog.get_logger("x").warning("last")
+"""
+
+
+def test_an_error_that_is_logged_while_the_thread_of_the_log_begins_to_wait_blocks_nothing() -> None:
+    command = [sys.executable, "-c", _LOGS_WHILE_THE_THREAD_WAITS]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT, timeout=100)
+
+    lines = [json.loads(line) for line in printed.stderr.splitlines()]
+    assert [line["event"] for line in lines] == ["first", *["nested"] * 50, "last"]
+    assert [line["number"] for line in lines[1:-1]] == list(range(50))

@@ -104,6 +104,18 @@ def test_two_urls_of_one_collection_are_recognized(one: str, other: str, are_sam
     assert first.is_same_collection(second) is second.is_same_collection(first) is are_same
 
 
+def test_servers_behind_one_proxy_are_not_one_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may tell them apart by their names; an address has no other name."""
+    monkeypatch.setattr("socket.getaddrinfo", lambda *_: [(0, 0, 0, "", ("203.0.113.7", 0))])
+    hosts = ("a.cloud.example", "b.cloud.example", "203.0.113.7")
+    one, other, address = (read_place(f"qdrant+https://{host}/docs") for host in hosts)
+    assert one is not None
+    assert other is not None
+    assert address is not None
+    assert not one.is_same_collection(other)
+    assert one.is_same_collection(address)
+
+
 def test_a_home_folder_is_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/ann")
     place = read_place("qdrant://~/q#docs")
