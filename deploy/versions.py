@@ -78,7 +78,7 @@ _PATTERNS = (
     ("deploy/compose/mem0/Dockerfile", r"^ARG PYTHON_IMAGE=([^@\s]+)"),
     ("deploy/compose/*.yaml", r"^ +image: (?!embedding-gateway)(\S+)"),
     ("deploy/kubernetes/**/*.yaml", r"^ +(rayVersion: \S+)"),
-    (".github/workflows/*.yml", r"uses: (\S+)"),
+    (".github/workflows/*.yml", r"uses: ([^.\s]\S*)"),
 )
 
 
