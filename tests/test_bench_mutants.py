@@ -275,7 +275,7 @@ from bench.mutants import collected
 from bench.mutants.running import Workspace
 from bench.mutants.usage import Limits
 
-collected._LIMITS = Limits(cpu_s=60, still_s=10, wall_s=100)
+collected._LIMITS = Limits(cpu_s=200, still_s=float(sys.argv[2]), wall_s=200)
 folder = Path(sys.argv[1])
 waiting = collected.Collected(Workspace(folder / "copy", folder / "source"), ["tests/test_toy.py"])
 print(waiting.is_usable)
@@ -284,16 +284,16 @@ waiting.close()
 
 
 @pytest.mark.parametrize(
-    ("content", "is_usable"),
-    [("def test_toy(): pass\n", True), ("import threading\n\nthreading.Event().wait()\n", False)],
+    ("content", "still_s", "is_usable"),
+    [("def test_toy(): pass\n", 200, True), ("import threading\n\nthreading.Event().wait()\n", 3, False)],
 )
-def test_a_collection_that_does_not_end_is_given_up(tmp_path, content, is_usable):
+def test_a_collection_that_does_not_end_is_given_up(tmp_path, content, still_s, is_usable):
     (tmp_path / "source" / "tests").mkdir(parents=True)
     (tmp_path / "source" / "tests" / "test_toy.py").write_text(content)
     # A fork of this process would have its threads' locks without the threads.
-    command = [sys.executable, "-c", COLLECTS, str(tmp_path)]
+    command = [sys.executable, "-c", COLLECTS, str(tmp_path), str(still_s)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True, env=environment)
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=250, check=True, env=environment)
     assert ended.stdout.split() == [str(is_usable)]
 
 
