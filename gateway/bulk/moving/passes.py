@@ -6,7 +6,7 @@ The pass is a job of ``gateway embed`` whose source contains only the changes, a
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import islice
@@ -64,13 +64,13 @@ class PassCounts:
     kept: int = 0
     refused: int = 0
     kept_ids: list[RowId] = field(default_factory=list)
+    newer_ids: set[RowId] = field(default_factory=set)
     problems: list[str] = field(default_factory=list)
 
-    def keep(self, ids: Iterable[RowId]) -> None:
+    def keep(self, ids: Collection[RowId]) -> None:
         """Count items that were kept."""
-        for row_id in ids:
-            self.kept += 1
-            self.kept_ids += [row_id] if len(self.kept_ids) < _MAX_NAMED else []
+        self.kept += len(ids)
+        self.kept_ids += islice(ids, _MAX_NAMED - len(self.kept_ids))
 
     @property
     def changes(self) -> int:
@@ -269,8 +269,7 @@ class _Recorded:
 
     def write(self, shard: int, batch: EmbeddedRows) -> None:
         """Write rows, unless an application has written their items into the second collection since they were read."""
-        text = self._direction.text
-        digests = {row.id: digest(with_field(row.payload, text, row.text)) for row in batch.rows}
+        digests = {row.id: digest(with_field(row.payload, self._direction.text, row.text)) for row in batch.rows}
         newer = _newer(self._direction, self._ledger, digests, self._counts)
         if newer:
             batch = batch.only([index for index, row in enumerate(batch.rows) if row.id not in newer])
@@ -303,7 +302,8 @@ def _newer(
         for row_id in some:
             if decide(firsts[row_id], seconds.get(row_id), bases.get(row_id, NEW), is_flipped=True) is Action.KEEP:
                 newer.add(row_id)
-    counts.keep(newer)
+    counts.keep(newer - counts.newer_ids)  # rows are written again without those that the store has refused
+    counts.newer_ids |= newer
     return newer
 
 

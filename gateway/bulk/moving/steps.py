@@ -211,7 +211,12 @@ def _use(move: Move, store: MovableStore, *, back: bool) -> Move:
     if move.mem0 is None:
         return move
     if not back:
-        change_mem0(move.mem0, pair.new, move.model, move.dimensions or 0, move.url)
+        try:
+            change_mem0(move.mem0, pair.new, move.model, move.dimensions or 0, move.url)
+        except BulkError:
+            if move.alias is not None:  # Mem0 would use the new collection with the old model
+                store.flip(move.alias, pair.old)
+            raise
         return move
     if move.mem0_before is not None:
         restore_mem0(move.mem0, move.mem0_before)

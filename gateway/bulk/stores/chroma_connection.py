@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from typing import Final, TypeVar
+from urllib import parse
 
 import chromadb
 import httpx
@@ -59,20 +60,31 @@ class Connection:
         return {"Authorization": f"Bearer {self._key}", "X-Chroma-Token": self._key} if self._key else None
 
     def _check_server(self) -> None:
-        """Send the client's first request: the client itself would wait for its response without a limit."""
+        """Send the client's first requests: the client itself would wait for their responses without a limit."""
         place = self.place
         host = f"[{place.host}]" if ":" in place.host else place.host
-        url = f"{'https' if place.is_secure else 'http'}://{host}:{place.port}/api/v2/auth/identity"
-        httpx.get(url, headers=self._headers, timeout=_TIMEOUT_S).raise_for_status().json()
+        url = f"{'https' if place.is_secure else 'http'}://{host}:{place.port}/api/v2"
+        tenant = f"{url}/tenants/{parse.quote(self._tenant)}"
+        with httpx.Client(headers=self._headers, timeout=_TIMEOUT_S) as http:
+            http.get(f"{url}/auth/identity").raise_for_status().json()
+            for path in (tenant, f"{tenant}/databases/{parse.quote(self._database)}"):
+                http.get(path)  # the client explains errors better
 
     def _connect(self) -> ClientAPI:
         place = self.place
         settings = Settings(anonymized_telemetry=False)
-        tenant = place.options.get("tenant", DEFAULT_TENANT)
-        database = place.options.get("database", DEFAULT_DATABASE)
+        at = settings, self._tenant, self._database
         if place.location:
-            return chromadb.PersistentClient(place.location, settings, tenant, database)
-        return chromadb.HttpClient(place.host, place.port, place.is_secure, self._headers, settings, tenant, database)
+            return chromadb.PersistentClient(place.location, *at)
+        return chromadb.HttpClient(place.host, place.port, place.is_secure, self._headers, *at)
+
+    @property
+    def _tenant(self) -> str:
+        return self.place.options.get("tenant", DEFAULT_TENANT)
+
+    @property
+    def _database(self) -> str:
+        return self.place.options.get("database", DEFAULT_DATABASE)
 
     def call(self, ask: Callable[[], Result], where: str) -> Result:
         """Return the result of a request, repeating it while the server is briefly unavailable.

@@ -21,6 +21,7 @@ from rich.console import Console
 
 from gateway.bulk.moving.command import next_command
 from gateway.bulk.moving.mem0 import change_mem0, read_mem0
+from gateway.bulk.moving.planning import real_name
 from gateway.bulk.moving.state import Stage, find_move, lock_move, read_moves
 from gateway.bulk.moving.steps import back, check, finish, flip, start, sync
 from gateway.bulk.places import read_place
@@ -418,6 +419,24 @@ async def test_the_collection_that_mem0_still_names_is_not_deleted(
     await finish(move, moves, console, deletes=True)
 
     assert shop.collection not in shop.store.collections()
+
+
+async def test_an_alias_stays_if_mem0s_file_cannot_be_changed(
+    pgvector: str, models: Models, tmp_path: Path, console: Console
+) -> None:
+    """Otherwise Mem0 would search the new collection with vectors of the old model."""
+    path, moves, alias = tmp_path / "mem0.json", tmp_path / "moves", f"alias_{uuid.uuid4().hex[:8]}"
+    shop, config = mem0_on(pgvector, path)
+    shop.store.flip(alias, shop.collection)
+    path.write_text(json.dumps(config | {"embedder": {"provider": "huggingface", "config": {"model": "old"}}}))
+    request = request_for(shop, collection=None, store=None, mem0=path, alias=alias)
+    move = await start(request, moves, console)
+
+    with pytest.raises(BulkError, match="pass its URL with --url"):
+        await flip(move, moves, console, forces=True)
+
+    assert real_name(shop.store, alias) == shop.collection
+    shop.store.delete_alias(alias)
 
 
 async def test_a_flip_of_mem0_that_is_killed_after_its_file_was_changed_can_be_undone(

@@ -6,6 +6,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
@@ -48,6 +49,35 @@ def serving(response: bytes | None) -> Iterator[int]:
         thread.join()
         for connection in held:
             connection.close()
+
+
+def test_a_chroma_server_that_answers_its_first_request_alone_is_one_error() -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), StalledDatabase) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"chroma://127.0.0.1:{server.server_port}/docs"
+        problem = problem_of(lambda: read(url))
+        STALLED.set()
+        server.shutdown()
+    assert problem.startswith(url.removesuffix("/docs"))
+    assert "cannot be reached" in problem
+
+
+STALLED = threading.Event()
+
+
+class StalledDatabase(BaseHTTPRequestHandler):
+    """Answers what needs no database."""
+
+    def do_GET(self) -> None:
+        """Answer a request for the client's identity."""
+        if not self.path.endswith("/auth/identity"):
+            STALLED.wait(30)
+            return
+        content = b'{"user_id": "", "tenant": "default_tenant", "databases": ["default_database"]}'
+        self.send_response(200)
+        self.send_header("content-length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
 
 
 def respond(connection: socket.socket, response: bytes) -> None:
