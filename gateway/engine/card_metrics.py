@@ -8,8 +8,8 @@ from typing import Any
 import structlog
 import torch
 
+from gateway.engine import nvml
 from gateway.engine.devices import card_uuid, slice_uuid
-from gateway.engine.nvml import load
 from gateway.telemetry import metrics
 
 log = structlog.get_logger(__name__)
@@ -24,7 +24,7 @@ def read_cards() -> None:
     import pynvml
 
     try:
-        nvml = load()
+        driver = nvml.load()
     except pynvml.NVMLError as error:
         log.debug("cards_not_read", error=str(error))
         return
@@ -32,20 +32,20 @@ def read_cards() -> None:
         device = f"cuda:{index}"
         metrics.GPU_MEMORY.labels(device, "allocated").set(torch.cuda.memory_allocated(index))
         try:
-            handle = _handle(nvml, index)
-            memory = nvml.nvmlDeviceGetMemoryInfo(handle)
+            handle = _handle(driver, index)
+            memory = driver.nvmlDeviceGetMemoryInfo(handle)
             metrics.GPU_MEMORY.labels(device, "total").set(memory.total)
             metrics.GPU_MEMORY.labels(device, "used").set(memory.used)
-            metrics.GPU_UTILIZATION.labels(device).set(nvml.nvmlDeviceGetUtilizationRates(handle).gpu / 100)
-        except (nvml.NVMLError, RuntimeError) as error:  # a slice of a card (MIG) reports no utilization; CUDA may fail
+            metrics.GPU_UTILIZATION.labels(device).set(driver.nvmlDeviceGetUtilizationRates(handle).gpu / 100)
+        except (driver.NVMLError, RuntimeError) as error:  # a slice of a card (MIG) reports no utilization; CUDA may fail
             log.debug("card_not_read", device=device, error=str(error))
 
 
 @cache
-def _handle(nvml: Any, index: int) -> Any:
+def _handle(driver: Any, index: int) -> Any:
     """Return NVML's handle of a card; NVML counts all cards of the machine, and CUDA those that this process may use."""
     name = card_uuid(index)
     try:
-        return nvml.nvmlDeviceGetHandleByUUID(name)
-    except nvml.NVMLError_NotFound:
-        return nvml.nvmlDeviceGetHandleByUUID(slice_uuid(name))
+        return driver.nvmlDeviceGetHandleByUUID(name)
+    except driver.NVMLError_NotFound:
+        return driver.nvmlDeviceGetHandleByUUID(slice_uuid(name))

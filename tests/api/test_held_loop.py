@@ -2,7 +2,7 @@
 
 The loop is held by its own thread, between two waits for its sockets, and by a worker thread, in a call that keeps the
 interpreter's lock. Both are measured in CPU time of the thread, which a busy machine does not count; as it still slows a
-thread down, the best of a few tries counts.
+thread down, the best of a few tries counts, and a machine that parses plain text more slowly has more time.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import cache
 from types import FrameType
 from typing import Any
 
@@ -178,9 +179,11 @@ BODIES = {
     "many short texts": (EMBED, filled(b'{"input": ["a"', b',"a"', b"]}"), 400),
     "as many texts as are allowed": (EMBED, texts(8_000), 200),
     "one long text": (EMBED, filled(b'{"input": "', b"a", b'"}'), 200),
-    "one text of escapes": (EMBED, filled(b'{"input": "', rb"\u00e4\"\\", b'"}'), 200),
+    "one text of escapes": (EMBED, filled(b'{"input": "', rb"\u00e4", b'"}'), 200),
+    "one text of mixed escapes": (EMBED, filled(b'{"input": "', rb"\u00e4\"\\", b'"}'), 400),
     "one text of lone surrogates": (EMBED, filled(b'{"input": "', rb"\ud800", b'"}'), 400),
-    "one text of quotes": (EMBED, filled(b'{"input": "', rb"\"", b'"}'), 200),
+    "one text of quotes": (EMBED, filled(b'{"input": "', rb"\"", b'"}'), 400),
+    "as many backslashes as are allowed": (EMBED, filled(b'{"input": "' + rb"\"" * 3_000_000, b"a", b'"}'), 200),
     "token ids": (EMBED, filled(b'{"input": [1', b",1", b"]}"), 400),
     "as many numbers as are allowed": (EMBED, orjson.dumps({"input": [[1] * 400] * 1_200, "dimensions": "a"}), 400),
     "token ids that are decoded": (EMBED, orjson.dumps({"input": [[1] * 20] * 2_000}), 200),
@@ -199,15 +202,29 @@ BODIES = {
 }
 
 
+@cache
+def slowness() -> float:
+    """Return how many times as long as 25 ms this machine takes to parse 16 MiB of plain text, and at least 1."""
+    body = filled(b'"', b"a", b'"')
+
+    def parse_s() -> float:
+        began = time.thread_time()
+        orjson.loads(body)
+        return time.thread_time() - began
+
+    return max(1.0, min(parse_s() for _ in range(5)) / 0.025)
+
+
 def check(ask: Ask, turns: LoopTurns, calls: Calls, head: str, content: bytes) -> tuple[int, int]:
     """Send a request until one holds the loop for no longer than is allowed; return status and length of its answer."""
+    most_s = MAX_HELD_S * slowness()
     for is_last in (False, False, True):
         turns.longest_s = calls.longest_s = 0.0
         answer = ask(head, content)
-        if is_last or max(turns.longest_s, calls.longest_s) <= MAX_HELD_S:
+        if is_last or max(turns.longest_s, calls.longest_s) <= most_s:
             break
-    assert turns.longest_s <= MAX_HELD_S
-    assert calls.longest_s <= MAX_HELD_S, calls.longest
+    assert turns.longest_s <= most_s
+    assert calls.longest_s <= most_s, calls.longest
     return answer
 
 

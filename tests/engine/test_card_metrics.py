@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import pynvml
 import pytest
 import torch
 
-from gateway.engine import card_metrics
+from gateway.engine import card_metrics, nvml
 from gateway.engine.card_metrics import read_cards
 from gateway.telemetry import metrics
 from tests.nvml import GIB, FakeCard, FakeDriver, install, install_cuda
@@ -60,3 +61,15 @@ def test_a_card_that_cuda_cannot_describe_leaves_the_others_in_the_scrape(monkey
     assert metrics.values(metrics.GPU_MEMORY)["cuda:1", "total"] == 24 * GIB
     metrics.GPU_MEMORY.clear()
     metrics.GPU_UTILIZATION.clear()
+
+
+def test_a_test_of_cards_leaves_no_driver_behind() -> None:
+    """NVML is initialized once a process; the tests after this one have no card, whatever order they run in."""
+    with pytest.MonkeyPatch.context() as patch:
+        install(patch, FakeDriver([FakeCard()]))
+        install_cuda(patch, [FakeCard()])
+        read_cards()
+
+    driver = nvml.read_driver()
+    assert isinstance(driver, nvml.Failure)
+    assert driver.code == pynvml.NVML_ERROR_LIBRARY_NOT_FOUND
