@@ -37,7 +37,7 @@ def read_cards() -> None:
             metrics.GPU_MEMORY.labels(device, "total").set(memory.total)
             metrics.GPU_MEMORY.labels(device, "used").set(memory.used)
             metrics.GPU_UTILIZATION.labels(device).set(driver.nvmlDeviceGetUtilizationRates(handle).gpu / 100)
-        except (driver.NVMLError, RuntimeError) as error:  # a slice of a card (MIG) reports no utilization; CUDA may fail
+        except (pynvml.NVMLError, RuntimeError) as error:  # a slice of a card (MIG) reports no utilization; CUDA may fail
             log.debug("card_not_read", device=device, error=str(error))
 
 
