@@ -37,7 +37,8 @@ def read_cards() -> None:
             metrics.GPU_MEMORY.labels(device, "total").set(memory.total)
             metrics.GPU_MEMORY.labels(device, "used").set(memory.used)
             metrics.GPU_UTILIZATION.labels(device).set(driver.nvmlDeviceGetUtilizationRates(handle).gpu / 100)
-        except (pynvml.NVMLError, RuntimeError) as error:  # a slice of a card (MIG) reports no utilization; CUDA may fail
+        # A slice of a card (MIG) reports no utilization; CUDA may fail.
+        except (pynvml.NVMLError, RuntimeError) as error:
             log.debug("card_not_read", device=device, error=str(error))
 
 
