@@ -12,12 +12,11 @@ import sys
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from gateway.comparisons.jobs import end_process, without_settings
+from gateway.comparisons.child import Child, without_settings
 from gateway.comparisons.runs import Runs
 from gateway.comparisons.scale import MIN_CHECKED
 from gateway.comparisons.sheet import CHECK_FILE, Row, Sheet
@@ -258,23 +257,16 @@ async def _run_check(folder: Path) -> None:
         BadInput: it fails, or takes too long.
     """
     command = [sys.executable, "-m", "gateway", "judge-check", str(folder)]
-    process = None
     try:
-        process = await asyncio.create_subprocess_exec(
-            *command,
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.DEVNULL,
-            stderr=asyncio.subprocess.PIPE,
-            env=without_settings(os.environ),
-        )
-        async with asyncio.timeout(_VERDICT_S):
-            _nothing, errors = await process.communicate()
+        child = await Child.start(command, without_settings(os.environ))
+        try:
+            async with asyncio.timeout(_VERDICT_S):
+                errors, code = await child.stderr.read(), await child.wait()
+        finally:
+            await child.end()
     except TimeoutError:
         raise BadInput(f"the verdict took longer than {_VERDICT_S:.0f} s: run `gateway judge-check {folder}`") from None
     except OSError as error:
         raise BadInput(f"the verdict cannot be computed: {error.strerror}") from error
-    finally:
-        with suppress(ProcessLookupError):
-            await end_process(process)
-    if process.returncode:
+    if code:
         raise BadInput(f"the verdict cannot be computed: {errors.decode(errors='replace').strip()[-_MAX_PROBLEM:]}")

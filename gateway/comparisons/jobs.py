@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 
 import structlog
 
+from gateway.comparisons.child import Child, without_settings
 from gateway.comparisons.runs import Runs
 from gateway.comparisons.uploads import remove_data_set
 from gateway.config.wording import cut
@@ -33,8 +34,6 @@ _MAX_JUDGE: Final = 1_000
 _LEAST_S_BETWEEN_CHANGES: Final = 0.2
 _MAX_JOBS: Final = 20  # the number of comparisons that are remembered
 _MAX_LINES: Final = 20
-_MAX_LINE_BYTES: Final = 64 * 1024
-_GRACE_S: Final = 5.0
 _NICE: Final = 10
 _DATA: Final = "data"
 _CACHE: Final = ".vectors"
@@ -116,7 +115,7 @@ class Job:
     total: int = 0
     question: str = ""
     problem: str = ""
-    process: asyncio.subprocess.Process | None = field(default=None, repr=False)
+    child: Child | None = field(default=None, repr=False)
     task: asyncio.Task[None] | None = field(default=None, repr=False)
     version: int = 0
     _changed: asyncio.Event = field(default_factory=asyncio.Event, repr=False)
@@ -224,7 +223,8 @@ class Jobs:
         if job is None or job.state != "running":
             raise NotFound(f"no comparison {cut(name)!r} is running")
         job.state = "stopped"
-        await end_process(job.process)
+        if job.child is not None:
+            await job.child.end()
         await job.ended()
         return job
 
@@ -235,7 +235,7 @@ class Jobs:
             NotFound: no such comparison waits for an answer.
         """
         job = self._jobs.get(name)
-        stdin = None if job is None or job.process is None else job.process.stdin
+        stdin = None if job is None or job.child is None else job.child.stdin
         if job is None or stdin is None or job.state != "running" or not job.question:
             raise NotFound(f"no comparison {cut(name)!r} waits for an answer")
         job.question = ""
@@ -277,25 +277,19 @@ class Jobs:
         last: deque[str] = deque(maxlen=_MAX_LINES)
         code = None
         try:
-            process = job.process = await asyncio.create_subprocess_exec(
-                *self._command(job.wanted, url),
-                stdin=asyncio.subprocess.PIPE,
-                stdout=asyncio.subprocess.DEVNULL,
-                stderr=asyncio.subprocess.PIPE,
-                env=_environment(os.environ, key, job.wanted.judge),
-                limit=_MAX_LINE_BYTES,
-            )
-            with suppress(OSError):  # requests of clients come first
-                os.setpriority(os.PRIO_PROCESS, process.pid, _NICE)
-            if job.state != "running":  # it was stopped before the process started
-                await end_process(process)
-            await _follow(process, job, last)
-            code = await process.wait()
+            environ = _environment(os.environ, key, job.wanted.judge)
+            child = job.child = await Child.start(self._command(job.wanted, url), environ, has_stdin=True)
+            try:
+                with suppress(OSError):  # requests of clients come first
+                    os.setpriority(os.PRIO_PROCESS, child.pid, _NICE)
+                if job.state != "running":  # it was stopped before the process started
+                    await child.end()
+                await _follow(child.stderr, job, last)
+                code = await child.wait()
+            finally:  # the process must not outlive a canceled task
+                await child.end()
         except OSError as error:
             last.append(f"the command cannot be started: {error.strerror}")
-        except BaseException:  # the process must not outlive a canceled task
-            await end_process(job.process)
-            raise
         finally:
             give_back()
         if job.state == "running":
@@ -354,17 +348,11 @@ def _environment(environ: Mapping[str, str], key: str, judge: JudgeChoice | None
     return kept | {"EMBEDDINGS_API_KEY": key, "PYTHONUNBUFFERED": "1"}
 
 
-def without_settings(environ: Mapping[str, str]) -> dict[str, str]:
-    """Return the variables of a process without the gateway's settings, which may be secrets."""
-    return {name: value for name, value in environ.items() if not name.upper().startswith("GATEWAY_")}
-
-
-async def _follow(process: asyncio.subprocess.Process, job: Job, last: deque[str]) -> None:
+async def _follow(messages: asyncio.StreamReader, job: Job, last: deque[str]) -> None:
     """Read the progress until the command closes its output; keep the last lines that are something else."""
-    assert process.stderr is not None  # noqa: S101  it was asked for
     while True:
         try:
-            line = await process.stderr.readline()
+            line = await messages.readline()
         except ValueError:  # the line is longer than the limit
             continue
         if not line:
@@ -382,17 +370,3 @@ async def _follow(process: asyncio.subprocess.Process, job: Job, last: deque[str
                     last.append(text)
         except ValueError:
             last.append(text)
-
-
-async def end_process(process: asyncio.subprocess.Process | None) -> None:
-    """End a process; kill it if it does not end."""
-    if process is None or process.returncode is not None:
-        return
-    with suppress(ProcessLookupError):
-        process.terminate()
-    try:
-        await asyncio.wait_for(process.wait(), _GRACE_S)
-    except TimeoutError:
-        with suppress(ProcessLookupError):
-            process.kill()
-        await process.wait()

@@ -341,7 +341,7 @@ async def test_a_gateway_that_is_killed_costs_the_others_nothing(
     finally:
         if other.returncode is None:
             other.kill()
-        await other.wait()
+        await other.communicate()  # until its pipe is closed
     assert traffic.failed == []
     assert traffic.gap_s < LONGEST_GAP_S
     assert noted("started") == []
@@ -505,7 +505,7 @@ async def test_a_local_cluster_ends_with_its_gateway_however_that_ends(tmp_path:
         assert any("ServeReplica" in " ".join(one.cmdline()) for one in family)
     finally:
         front.kill()
-        await front.wait()
+        await front.communicate()  # until its pipe is closed
     await until_in_thread(lambda: not any(one.is_running() and one.status() != "zombie" for one in family))
 
 
@@ -525,7 +525,7 @@ async def test_a_gateway_that_loses_the_head_ends_in_order_before_ray_ends_it(tm
     finally:
         if front.returncode is None:
             front.kill()
-            await front.wait()
+            await front.communicate()
     lines = [line for line in said.splitlines() if not line.startswith(b"[")]  # these are of Ray's native code
     events = {line["event"]: line for line in map(json.loads, lines)}
     assert front.returncode == EXIT_RESTART

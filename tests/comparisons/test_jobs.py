@@ -110,7 +110,7 @@ async def test_lines_that_do_not_show_progress_do_no_harm(make_jobs: Callable[[s
 async def test_a_comparison_is_stopped_also_if_it_does_not_want_to(
     make_jobs: Callable[[str], Jobs], keys: Keys, stubborn: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gateway.comparisons.jobs._GRACE_S", 0.2)
+    monkeypatch.setattr("gateway.comparisons.child._GRACE_S", 0.2)
     jobs = make_jobs(f"{stubborn}{SHOW}time.sleep(600)")
     job = await jobs.start(Wanted("new", ARMS, "mine"), "http://gateway")
     while not job.total:  # noqa: ASYNC110  progress has no event: pages ask for it
@@ -121,9 +121,9 @@ async def test_a_comparison_is_stopped_also_if_it_does_not_want_to(
     await jobs.stop("new")
 
     assert job.state == "stopped"
-    assert job.process is not None
+    assert job.child is not None
     with pytest.raises(ProcessLookupError):
-        os.kill(job.process.pid, 0)
+        os.kill(job.child.pid, 0)
     assert not keys.out
     with pytest.raises(NotFound, match="no comparison 'new' is running"):
         await jobs.stop("new")
@@ -137,7 +137,27 @@ async def test_the_end_of_the_gateway_ends_its_comparison(make_jobs: Callable[[s
 
     assert job.state == "stopped"
     assert not keys.out
-    assert job.process is None or job.process.returncode is not None
+    assert job.child is not None
+    assert await job.child.wait() == -15
+
+
+async def test_a_comparison_whose_messages_are_unread_is_canceled_without_a_trace(
+    make_jobs: Callable[[str], Jobs], keys: Keys
+) -> None:
+    """With its buffer full, the library stops to read, and does not learn that the pipe was closed."""
+    jobs = make_jobs(f"{SHOW}for _ in range(9_000): sys.stderr.write(chr(120) * 60 + chr(10))\ntime.sleep(600)")
+    job = await jobs.start(Wanted("new", ARMS, "mine"), "http://gateway")
+    while not job.total:  # noqa: ASYNC110  progress has no event: pages ask for it
+        await asyncio.sleep(0.01)
+    assert job.task is not None
+
+    job.task.cancel()
+    await job.ended()
+
+    assert job.task.cancelled()
+    assert not keys.out
+    assert job.child is not None
+    assert await job.child.wait() == -15
 
 
 async def test_a_program_that_cannot_be_started_is_a_failure(

@@ -14,6 +14,12 @@ from pydantic import BaseModel, ValidationError
 
 from gateway.comparisons.scale import MAX_GRADE
 
+READING = 2
+"""The version of the rules for reading a grade: 2 takes none from an answer that was not finished.
+
+Raise it with the rules: grades that were read by other rules are asked for again.
+"""
+
 # Match the innermost braces, because models without a schema often write text around the object.
 _OBJECT = re.compile(r"\{[^{}]*\}")
 _THOUGHT, _END_OF_THOUGHT = "<think>", "</think>"

@@ -44,7 +44,7 @@ class NoDialect(CompareError):
     """The endpoint gives no grade to any form of a request. Another pair may fare better, if a filter rejected this one.
 
     Attributes:
-        spent: the tokens of all attempts.
+        spent: the last answer's outcome, ``REFUSED`` without an answer, and the tokens of all attempts.
     """
 
     def __init__(self, message: str, spent: Answer) -> None:
@@ -156,6 +156,7 @@ class ChatEndpoint:
         tried: set[Dialect] = set()
         error_text = ""
         prompt_tokens = completion_tokens = 0
+        outcome = Outcome.REFUSED
         while untried:
             dialect = untried.pop()
             if dialect in tried:
@@ -169,6 +170,7 @@ class ChatEndpoint:
                 if answer.outcome in {Outcome.GRADED, Outcome.REFUSED}:
                     self.dialect = dialect
                     return replace(answer, prompt_tokens=prompt_tokens, completion_tokens=completion_tokens)
+                outcome = answer.outcome
                 error_text = _shown_answer(answer, dialect) or self._quote(content)
                 # With fewer tokens, the other forms would be cut off as well.
                 if dialect.max_tokens == MAX_THOUGHT_TOKENS:
@@ -181,7 +183,7 @@ class ChatEndpoint:
             untried += reversed(list(dialect.others(error_text)))
         raise NoDialect(
             f"{self.name} gives no grade to any form of the request; its last answer: {error_text}",
-            Answer(Outcome.UNREADABLE, None, "", prompt_tokens, completion_tokens),
+            Answer(outcome, None, "", prompt_tokens, completion_tokens),
         )
 
     async def ask(self, messages: Sequence[Message]) -> Answer:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import httpx
 
+from gateway.compare.judge.answers import READING
 from gateway.compare.judge.check import complete_queries, read_check
 from gateway.compare.judge.endpoint import chat_url, connect_judge, is_on_this_machine
 from gateway.compare.judge.grading import Grader, Question
@@ -94,5 +95,11 @@ async def judge(request: JudgeRequest, subject: Subject, consent: Consent, repor
 
 
 def _open_store(request: JudgeRequest, address: httpx.URL, order: int) -> GradeStore:
-    identity = {"judge": str(address), "model": request.model, "prompt_sha256": prompt_hash(order), "examples": order}
+    identity = {
+        "judge": str(address),
+        "model": request.model,
+        "prompt_sha256": prompt_hash(order),
+        "examples": order,
+        "reading": READING,
+    }
     return GradeStore(request.cache, identity)

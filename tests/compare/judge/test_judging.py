@@ -20,10 +20,10 @@ from gateway.compare.judge.endpoint import chat_url
 from gateway.compare.judge.judging import Judged, JudgeRequest, _open_store, judge
 from gateway.compare.judge.outputs import write_judgments
 from gateway.compare.judge.price import Price
-from gateway.compare.judge.prompt import ORDERS
+from gateway.compare.judge.prompt import ORDERS, prompt_hash
 from gateway.compare.judge.report import Subject
 from gateway.compare.judge.sentences import judge_sentences
-from gateway.compare.judge.store import StoredGrade
+from gateway.compare.judge.store import GradeStore, StoredGrade
 from gateway.compare.judge.values import JudgeVerdict
 from gateway.compare.progress import Silent
 from gateway.comparisons.sheet import CHECK_FILE
@@ -388,8 +388,45 @@ async def test_a_first_pair_that_a_filter_rejects_does_not_stop_the_others(
 
     report = (await run(make_world(gain=0.8), stand_in.url, tmp_path)).report
 
-    assert (report.num_unreadable, report.num_pairs) == (1, NUM_PAIRS)
+    assert (report.num_refused, report.num_unreadable, report.num_pairs) == (1, 0, NUM_PAIRS)
     assert report.contrasts[0].verdict is JudgeVerdict.PREFERRED
+
+
+async def test_a_first_pair_whose_answers_are_all_cut_counts_as_cut(start_judge: StartJudge, tmp_path: Path) -> None:
+    too_long: set[tuple[str, str]] = set()
+
+    def respond(body: dict[str, Any], number: int) -> Reply:
+        texts = texts_of(body)
+        too_long.update([texts] if number == 0 else [])
+        return ended(completion("Let me think"), "length") if texts in too_long else graded(true_grade(*texts))
+
+    stand_in = start_judge(respond)
+
+    report = (await run(make_world(gain=0.8), stand_in.url, tmp_path)).report
+
+    assert (report.num_cut, report.num_unreadable, report.num_refused) == (1, 0, 0)
+    assert any("cut at the limit of tokens: 8,192" in note for note in report.notes)
+
+
+async def test_grades_that_an_earlier_version_read_by_other_rules_are_asked_for_again(
+    start_judge: StartJudge, tmp_path: Path
+) -> None:
+    """Earlier versions took grades from answers that were cut off."""
+    world, stand_in = make_world(num_queries=1), start_judge(responding(true_grade))
+    dataset, address = world.subject.dataset, str(chat_url(stand_in.url))
+    for order in range(len(ORDERS)):
+        identity = {"judge": address, "model": "stand-in", "prompt_sha256": prompt_hash(order), "examples": order}
+        with GradeStore(tmp_path / "cache", identity) as store:
+            for query, document in world.people:
+                store.add(dataset.queries[query], dataset.documents[document], StoredGrade(0, "stand-in-1"))
+
+    report = (await run(world, stand_in.url, tmp_path)).report
+    again = (await run(world, stand_in.url, tmp_path)).report
+
+    assert report.usage.num_cached == 0
+    assert again.usage.num_calls == 0
+    assert report.grades == again.grades
+    assert any(grade > 0 for scores in report.grades.values() for grade in scores.values())
 
 
 async def test_one_that_grades_nothing_is_said_after_a_few_pairs(start_judge: StartJudge, tmp_path: Path) -> None:
