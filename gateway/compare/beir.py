@@ -21,7 +21,7 @@ from typing import Any
 
 import orjson
 
-from gateway.comparisons.sheet import Tabs
+from gateway.comparisons.sheet import MAX_ID, Tabs
 from gateway.config.files import open_regular, why_not_text
 from gateway.config.wording import cut
 from gateway.errors import CompareError
@@ -165,10 +165,13 @@ def _id(place: str, entry: Mapping[str, Any], key: str) -> str:
         return str(id_)
     if not isinstance(id_, str) or not id_ or "\0" in id_:
         raise CompareError(f"{place}: {key} must be a non-empty text or an integer, got {_shown(id_)}")
-    if any(mark in id_ for mark in "\t\n\r"):
+    if (key == "_id" and id_ != id_.strip()) or any(mark in id_ for mark in "\t\n\r"):
         raise CompareError(
-            f"{place}: {key} has a tab or a line break, so no file of judgments can name it, and is {_shown(id_)}"
+            f"{place}: {key} has a tab, a line break, or a space around it, so no file of judgments can name it, and is "
+            f"{_shown(id_)}"
         )
+    if len(id_) > MAX_ID:
+        raise CompareError(f"{place}: {key} has {len(id_):,} characters; the limit is {MAX_ID:,}")
     return id_
 
 

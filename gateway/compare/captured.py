@@ -32,12 +32,15 @@ def read_captured(path: Path, notes: list[str]) -> Queries:
     groups: dict[str, str] = {}
     seen: set[str] = set()
     num_repeated = num_titles = 0
-    for queries in map(read_queries, files):
+    for file in files:
+        queries = read_queries(file)
         num_titles += queries.num_titles
         for id_, text in queries.texts.items():
             if not text or text in seen:
                 num_repeated += bool(text)
                 continue
+            if id_ in texts:
+                raise CompareError(f"{file}: _id {id_!r} has another text in the file of an earlier day")
             seen.add(text)
             texts[id_] = text
             if id_ in queries.groups:

@@ -17,7 +17,7 @@ from gateway.compare.beir import HEADER, add_judgments
 from gateway.compare.dataset import Dataset
 from gateway.compare.results import Comparison, Contrast, Verdict
 from gateway.compare.search import Ranking
-from gateway.comparisons.sheet import form_line
+from gateway.comparisons.sheet import form_line, form_text
 from gateway.config.files import write_whole
 from gateway.errors import CompareError
 
@@ -27,7 +27,6 @@ _MAX_GAP = 0.05
 # Some data sets have a few irrelevant judgments by chance. Judging search results gives them for most queries.
 _LEAST_WITH_IRRELEVANT = 0.1
 _MAX_CHARACTERS = 2_000
-_SENSITIVE = ("=", "+", "-", "@")  # spreadsheets treat such texts as formulas
 
 
 def lists_only_relevant(judgments: Mapping[str, Mapping[str, int]]) -> bool:
@@ -108,13 +107,8 @@ def _lines(comparison: Comparison, dataset: Dataset) -> Iterator[bytes]:
         judged = dataset.judgments.get(query.id, {})
         found = {hit.document for hits in query.rankings.values() for hit in hits} - judged.keys()
         for document in rng.sample(sorted(found), len(found)):
-            texts = (_one_cell(query.text), _one_cell(dataset.documents[document]))
+            texts = (form_text(text)[:_MAX_CHARACTERS] for text in (query.text, dataset.documents[document]))
             yield form_line((query.id, document, "", *texts))
-
-
-def _one_cell(text: str) -> str:
-    line = " ".join(text.split())[:_MAX_CHARACTERS]
-    return f" {line}" if line.startswith(_SENSITIVE) else line
 
 
 def with_condensed(whole: Sequence[Contrast], condensed: Sequence[Contrast], unlike: frozenset[str]) -> list[Contrast]:

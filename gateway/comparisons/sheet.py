@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,10 +24,15 @@ from gateway.errors import CompareError
 
 CHECK_FILE: Final = "judge_check.tsv"
 HEADER: Final = ("query-id", "corpus-id", "score", "query", "document")
+MAX_ID: Final = 10_000
+"""The most characters of an id: a line of the file must be readable, and a column of a CSV file has a limit."""
+
 _SCORE: Final = HEADER.index("score")
 _NUM_READ_COLUMNS: Final = 3
 _MAX_PAIRS: Final = 50_000  # 60 queries with the first ten documents of some arms are far fewer
 _MARK: Final = b"\xef\xbb\xbf"
+_CONTROL: Final = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+_FORMULA: Final = ("=", "+", "-", "@")
 
 
 class Tabs(csv.excel_tab):
@@ -43,6 +49,16 @@ def form_line(columns: Sequence[str]) -> bytes:
     buffer = io.StringIO()
     csv.writer(buffer, Tabs).writerow(columns)
     return buffer.getvalue().encode(errors="replace")
+
+
+def form_text(text: str) -> str:
+    """Return a text on one line, as a spreadsheet keeps it.
+
+    Control characters become spaces, because a spreadsheet ends a text at a NUL, and refuses a file with others. A text that
+    begins like a formula gets a space in front.
+    """
+    text = " ".join(_CONTROL.sub(" ", text).split())
+    return f" {text}" if text.startswith(_FORMULA) else text
 
 
 @dataclass(frozen=True, slots=True)

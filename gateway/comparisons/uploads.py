@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Final
 
 from gateway.comparisons.runs import Runs
+from gateway.comparisons.sheet import MAX_ID
 from gateway.config.wording import count, cut
 from gateway.errors import BadInput, NotFound
 
@@ -158,8 +159,10 @@ def _texts(table: Table, most: int, columns: Sequence[str]) -> dict[str, dict[st
         if len(text) > _MAX_TEXT:
             raise _wrong(table, number, f"the text has {len(text):,} characters; the limit is {_MAX_TEXT:,}")
         id_ = next((row[key].strip() for key in _ID_NAMES if row.get(key, "").strip()), "") or str(len(rows) + 1)
-        if any(character.isspace() for character in id_):
-            raise _wrong(table, number, f"the id {cut(id_)!r} contains white space")
+        if any(character.isspace() or character < " " for character in id_):
+            raise _wrong(table, number, f"the id {cut(id_)!r} contains white space or a control character")
+        if len(id_) > MAX_ID:
+            raise _wrong(table, number, f"the id has {len(id_):,} characters; the limit is {MAX_ID:,}")
         if id_ in rows:
             raise _wrong(table, number, f"an earlier text has the id {cut(id_)!r} too")
         if len(rows) >= most:
@@ -189,7 +192,14 @@ def _judgments(
             raise _wrong(table, number, f"the score must be a whole number, got {cut(text)!r}")
         if len(found) >= _MAX_JUDGMENTS:
             raise _wrong(table, number, f"the file has more than {_MAX_JUDGMENTS:,} judgments")
-        found[query, document] = int(text)
+        score = int(text)
+        if found.setdefault((query, document), score) != score:
+            earlier = found[query, document]
+            raise _wrong(
+                table,
+                number,
+                f"query {cut(query)!r} and document {cut(document)!r} have the score {score}, and {earlier} earlier",
+            )
     if not found:
         raise BadInput(f"{table.field}: {cut(table.filename)!r} has no judgments", param=table.field)
     return [(*pair, score) for pair, score in found.items()]
@@ -232,6 +242,7 @@ def _json_rows(table: Table, text: str) -> Iterator[tuple[int, dict[str, str]]]:
         if not isinstance(row, dict):
             raise _wrong(table, number, "the line is not a JSON object")
         names = {key: key.lower() for key, value in row.items() if value is not None}
+        _check_columns(table, number, list(names.values()))
         yield number, {name: _value(table, number, name, row[key]) for key, name in names.items() if name in _READ}
 
 
@@ -272,6 +283,7 @@ def _csv_rows(table: Table, text: str) -> Iterator[tuple[int, dict[str, str]]]:
 def _names(table: Table, cells: Sequence[str]) -> Sequence[str]:
     """Return the names of the columns, which the first line has."""
     names = [cell.strip().lower() for cell in cells]
+    _check_columns(table, 1, names)
     if table.field == "judgments":
         if all(any(key in names for key in keys) for keys in _JUDGMENT_NAMES):
             return names
@@ -282,6 +294,12 @@ def _names(table: Table, cells: Sequence[str]) -> Sequence[str]:
             table, 1, "the first line must name the columns, including `text`; for a text in each line, use .txt"
         )
     return names
+
+
+def _check_columns(table: Table, number: int, names: Sequence[str]) -> None:
+    """Refuse a column that appears twice: only one of its values could be read."""
+    if twice := next((name for name in names if name in _READ and names.count(name) > 1), None):
+        raise _wrong(table, number, f"the column `{twice}` appears twice")
 
 
 def _wrong(table: Table, number: int, problem: str) -> BadInput:

@@ -6,8 +6,10 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
+import structlog
 
 from gateway.config.files import open_regular
 from gateway.config.registry import Experiment
@@ -16,9 +18,11 @@ from gateway.experiments.exposures import Exposure, iso, read_exposures
 from gateway.experiments.outcome_report import OutcomesReport
 from gateway.experiments.split import Split, declaration_of, hash_of_declaration
 from gateway.outcomes.joining import Branch, Exposures, Outcomes, signed
-from gateway.outcomes.reading import read_csv
+from gateway.outcomes.reading import Seen, read_csv
 from gateway.outcomes.store import Decision, NewOutcome, Reader
 from gateway.outcomes.verdicts import DECLARED, branches_of, report_outcomes
+
+log = structlog.get_logger(__name__)
 
 _MAGIC = b"SQLite format 3\0"
 
@@ -68,7 +72,8 @@ def report_files(experiment: Experiment, exposures: Sequence[Path], outcomes: Se
     declared = _Declarations(experiment)
     units = _gather(experiment, declared.note(read_units(exposed)))
     split, primary = Split(experiment), experiment.outcome.name if experiment.outcome else None
-    posted = [outcome for path in outcomes if path not in stores for outcome in read_csv(path, split, primary)]
+    seen: Seen = {}
+    posted = [outcome for path in outcomes if path not in stores for outcome in read_csv(path, split, primary, seen)]
     for path in stores:
         with Reader(path) as reader:
             declared.read(reader)
@@ -162,22 +167,42 @@ def _gather(experiment: Experiment, found: Iterable[Exposure]) -> Exposures:
     return Exposures(branches, unit, branch, np.array([seconds for _, seconds in pairs], np.float64))
 
 
+_Row: TypeAlias = tuple[int, float, float, float, bool]
+
+
 def _by_name(experiment: Experiment, posted: Sequence[NewOutcome], stores: Sequence[Path]) -> dict[str, Outcomes]:
-    """Return the outcomes by name, each key once."""
-    found: dict[str, dict[bytes, tuple[int, float, float, float, bool]]] = {}
-    for outcome in posted:
-        row = (outcome.unit, outcome.value, outcome.of, outcome.time, outcome.is_before)
-        found.setdefault(outcome.name, {}).setdefault(outcome.key, row)
-    for path in stores:
-        with Reader(path) as reader:
-            for name in reader.names(experiment.id):
-                kept, keys = reader.outcomes(experiment.id, name)
-                columns = (kept.unit, kept.value, kept.of, kept.time, kept.is_before)
-                rows = zip(*(column.tolist() for column in columns), strict=True)
-                for key, values in zip(keys, rows, strict=True):
-                    found.setdefault(name, {}).setdefault(key, values)
+    """Return the outcomes by name, each key once, as it was first posted; log the keys of different outcomes."""
+    found: dict[str, dict[bytes, _Row]] = {}
+    num_different = 0
+    for name, key, row in _rows(experiment, posted, stores):
+        known = found.setdefault(name, {}).setdefault(key, row)
+        num_different += _content(known) != _content(row)
+        found[name][key] = min(known, row, key=lambda one: one[3])
+    if num_different:
+        log.warning("outcomes_with_the_id_of_another", experiment=experiment.id, outcomes=num_different)
     kinds = (np.int64, np.float64, np.float64, np.float64, np.bool_)
     return {
         name: Outcomes(*(np.array(c, kind) for c, kind in zip(zip(*rows.values(), strict=True), kinds, strict=True)))
         for name, rows in found.items()
     }
+
+
+def _rows(
+    experiment: Experiment, posted: Sequence[NewOutcome], stores: Sequence[Path]
+) -> Iterator[tuple[str, bytes, _Row]]:
+    """Yield the name, the key and the values of each outcome."""
+    for outcome in posted:
+        yield outcome.name, outcome.key, (outcome.unit, outcome.value, outcome.of, outcome.time, outcome.is_before)
+    for path in stores:
+        with Reader(path) as reader:
+            for name in reader.names(experiment.id):
+                kept, keys = reader.outcomes(experiment.id, name)
+                columns = (kept.unit, kept.value, kept.of, kept.time, kept.is_before)
+                for key, row in zip(keys, zip(*(column.tolist() for column in columns), strict=True), strict=True):
+                    yield name, key, row
+
+
+def _content(row: _Row) -> tuple[object, ...]:
+    """Return an outcome without its time, at which it may have been sent again."""
+    unit, value, of, _time, is_before = row
+    return unit, value, of, is_before

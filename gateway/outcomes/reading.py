@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from io import TextIOWrapper
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeAlias
 
 from pydantic import (
     AfterValidator,
@@ -146,26 +146,33 @@ def _kind(value: object) -> str:
     return f"the string {value[:40]!r}" if isinstance(value, str) else describe(value)
 
 
-def read_csv(path: Path, split: Split, primary: str | None) -> Iterator[NewOutcome]:
+Seen: TypeAlias = dict[tuple[str, bytes], tuple[Path, int, NewOutcome]]
+"""The first outcome with each name and id, with its file and line."""
+
+
+def read_csv(path: Path, split: Split, primary: str | None, seen: Seen | None = None) -> Iterator[NewOutcome]:
     """Read outcomes from a CSV file whose header names ``unit`` and ``value``, and maybe the other columns.
 
     Rows without an ``id`` all count as different outcomes. Rows without a ``time`` count as later than all exposures.
 
+    Args:
+        seen: the outcomes of files that were read before.
+
     Raises:
         StartError: the file cannot be read, a row is wrong, or two different outcomes have the same ``id``.
     """
-    seen: dict[tuple[str, bytes], tuple[int, NewOutcome]] = {}
+    seen = {} if seen is None else seen
     try:
         with open_regular(path) as content, TextIOWrapper(content, encoding="utf-8-sig", newline="") as file:
             if why := why_not_text(content.peek(_BEGINNING_BYTES)[:_BEGINNING_BYTES]):
                 raise StartError(f"{path} {why}")
-            rows = csv.DictReader(file, restkey="")
+            rows = csv.DictReader(file, restkey="", strict=True)
             _check_header(path, list(rows.fieldnames or ()))
             for row in rows:
                 try:
                     outcome = _read_row(row, f"{path.resolve()}:{rows.line_num}", split, primary)
                     if outcome is not None and (row.get("id") or "").strip():
-                        _check_id(outcome, rows.line_num, seen)
+                        _check_id(outcome, path, rows.line_num, seen)
                 except (WrongOutcome, ValueError) as error:
                     raise StartError(f"{path}:{rows.line_num}: {error}") from error
                 if outcome is not None:
@@ -178,12 +185,13 @@ def read_csv(path: Path, split: Split, primary: str | None) -> Iterator[NewOutco
         raise StartError(f"{path} cannot be read: {error}") from error
 
 
-def _check_id(outcome: NewOutcome, line: int, seen: dict[tuple[str, bytes], tuple[int, NewOutcome]]) -> None:
+def _check_id(outcome: NewOutcome, path: Path, line: int, seen: Seen) -> None:
     """Refuse an id of another outcome: only the first one would count."""
-    number, first = seen.setdefault((outcome.name, outcome.key), (line, outcome))
+    file, number, first = seen.setdefault((outcome.name, outcome.key), (path, line, outcome))
     contents = [(one.unit, one.value, one.of, one.is_before) for one in (first, outcome)]
     if contents[0] != contents[1]:
-        raise WrongOutcome("id", f"is also in line {number}, with another unit or value: give each outcome its own id")
+        place = f"line {number}" if file == path else f"{file}:{number}"
+        raise WrongOutcome("id", f"is also in {place}, with another unit or value: give each outcome its own id")
 
 
 def _check_header(path: Path, names: list[str]) -> None:

@@ -462,11 +462,25 @@ def test_a_score_that_the_measures_cannot_take_is_reported(write_data: WriteData
     assert len(str(raised.value)) < 300 + len(str(folder))
 
 
-@pytest.mark.parametrize("mark", ["\t", "\n", "\r"])
-def test_an_id_that_no_file_of_judgments_can_name_is_reported(write_data: WriteData, mark: str) -> None:
-    folder = write_data({f"a{mark}b": "text"}, {"q": "query"}, None)
-    with pytest.raises(CompareError, match=r"corpus.jsonl:1: _id has a tab or a line break"):
+@pytest.mark.parametrize("id_", ["a\tb", "a\nb", "a\rb", " a", "a\u00a0"])
+def test_an_id_that_no_file_of_judgments_can_name_is_reported(write_data: WriteData, id_: str) -> None:
+    folder = write_data({id_: "text"}, {"q": "query"}, None)
+    with pytest.raises(CompareError, match=r"corpus.jsonl:1: _id has a tab, a line break, or a space around it"):
         read_dataset(folder, None)
+
+
+def test_an_id_that_no_form_can_hold_is_reported(write_data: WriteData) -> None:
+    folder = write_data({"a" * 10_001: "text"}, {"q": "query"}, None)
+    with pytest.raises(CompareError, match=r"corpus.jsonl:1: _id has 10,001 characters; the limit is 10,000"):
+        read_dataset(folder, None)
+
+
+def test_a_captured_query_with_the_id_of_another_is_reported(tmp_path: Path) -> None:
+    folder = write(tmp_path / "data", {"corpus.jsonl": CORPUS})
+    days = {f"q-2026-11-2{day}.jsonl": json.dumps({"_id": "c1", "text": f"query {day}"}) for day in (5, 6)}
+    write(tmp_path / "kept", days)
+    with pytest.raises(CompareError, match=r"q-2026-11-26.jsonl: _id 'c1' has another text in the file of an earlier"):
+        read_dataset(folder, None, captured=tmp_path / "kept" / "q.jsonl")
 
 
 def test_names_that_are_too_long_cause_no_traceback(write_data: WriteData) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from gateway.comparisons.sheet import HEADER, Sheet, form_line
+from gateway.comparisons.sheet import HEADER, Sheet, form_line, form_text
 from gateway.errors import CompareError
 
 ROWS = [
@@ -45,6 +45,22 @@ def test_texts_are_read_as_people_should_see_them() -> None:
     assert second.document_text == "=1+1"  # the space is for spreadsheets
     assert third.document_text == "tab\tand é"
     assert next(iter(Sheet(b"query-id\tcorpus-id\tscore\nq\td\t1\n").pairs.values())).document_text == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "kept"),
+    [
+        ("one\0two", "one two"),
+        ("\x1b[31mred\x07\x7f\x85 \u2028two", "[31mred two"),
+        ("\0=1+1", " =1+1"),
+        ("Füße 日本 e\u0301", "Füße 日本 e\u0301"),
+        ("\ud800", "?"),
+    ],
+)
+def test_a_text_that_a_spreadsheet_would_cut_or_refuse_is_kept_as_words(text: str, kept: str) -> None:
+    line = form_line(("q", "d", "1", form_text(text), "next"))
+    assert line.decode() == f"q\td\t1\t{kept}\tnext\n"
+    assert next(iter(Sheet(form_line(HEADER) + line).pairs.values())).document_text == "next"
 
 
 def test_a_pair_in_two_lines_is_one_pair() -> None:

@@ -108,7 +108,14 @@ def test_a_text_may_begin_like_the_name_of_a_format(tmp_path: Path, text: str) -
             "documents, line 1 of 'my.json': the file is a JSON array: write JSON lines, an object in each line",
         ),
         ({"documents": "id,text\n1,a\n1,b\n"}, "line 3 of 'my.csv': an earlier text has the id '1' too"),
-        ({"documents": "id,text\na b,c\n"}, "the id 'a b' contains white space"),
+        ({"documents": "id,text\na b,c\n"}, "the id 'a b' contains white space or a control character"),
+        ({"documents": "id,text\na\0b,c\n"}, "the id 'a\\x00b' contains white space or a control character"),
+        ({"documents": f"id,text\n{'a' * 10_001},c\n"}, "line 2 of 'my.csv': the id has 10,001 characters; the limit"),
+        ({"documents": "id,text,Text\n1,a,b\n"}, "line 1 of 'my.csv': the column `text` appears twice"),
+        (
+            {"documents": '{"text": "a"}\n{"id": 1, "ID": 2, "text": "b"}\n'},
+            "line 2 of 'my.csv': the column `id` appears",
+        ),
         ({"documents": "id,text\n1,a,b\n"}, "line 2 of 'my.csv': the line has 3 columns, not 2"),
         ({"documents": 'text\n"open\n'}, "the line cannot be read: unexpected end of data"),
         ({"documents": f"text\n{'x' * 100_001}\n"}, "the text has 100,001 characters; the limit is 100,000"),
@@ -132,6 +139,10 @@ def test_a_text_may_begin_like_the_name_of_a_format(tmp_path: Path, text: str) -
         (
             {"documents": DOCUMENTS, "queries": QUERIES, "judgments": "query-id,corpus-id,score\n1,d1,good\n"},
             "the score must be a whole number, got 'good'",
+        ),
+        (
+            {"documents": DOCUMENTS, "queries": QUERIES, "judgments": "query,document,score\n1,d1,1\n1,d1,1\n1,d1,0\n"},
+            "judgments, line 4 of 'my.csv': query '1' and document 'd1' have the score 0, and 1 earlier",
         ),
     ],
 )

@@ -234,6 +234,39 @@ def test_the_files_of_several_replicas_are_united(experiment: Experiment, tmp_pa
     assert sum(arm.units_with_outcome for arm in report.arms) == 101
 
 
+def test_an_id_in_two_files_with_another_value_is_named(experiment: Experiment, tmp_path: Path) -> None:
+    first = write_csv(tmp_path / "a.csv", "unit,value,id", "ada,1,1", "ada,1,2")
+    second = write_csv(tmp_path / "b.csv", "unit,value,id", "ada,1,1", "ada,0,2")
+
+    with pytest.raises(StartError, match=r"b.csv:3: `id` is also in .*/a.csv:3, with another unit or value: give each"):
+        report_files(experiment, [], [first, second])
+    (report,) = report_files(experiment, [], [first, first]).outcomes
+    assert report.outcomes == 2
+
+
+def test_an_outcome_of_two_replicas_counts_as_first_posted_and_another_with_its_id_is_told(
+    experiment: Experiment, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The earlier one is from before the exposure, so whichever file is read first, it does not count."""
+    split = Split(experiment)
+    log = write_log(tmp_path / "x.jsonl", exposures_of(experiment, UNITS[:2]))
+    units = [signed(split.hash_of(unit)) for unit in UNITS[:2]]
+    paths = []
+    for number, seconds in enumerate((90.0, 200.0)):
+        store = Store(tmp_path / f"{number}.sqlite3", 10**8)
+        store.keep("exp", [NewOutcome("kept", b"sent twice      ", units[0], 1, 1, seconds, False)])
+        store.keep("exp", [NewOutcome("kept", b"another         ", units[1], number, 1, 150 + seconds, False)])
+        store.close()
+        paths.append(store.path)
+
+    for order in (paths, paths[::-1]):
+        (report,) = report_files(experiment, [log], order).outcomes
+        assert (report.outcomes, report.unmatched) == (2, 1)
+        assert sum(arm.mean or 0 for arm in report.arms) == 0  # the first one of `another`
+        shown = capsys.readouterr()
+        assert "outcomes_with_the_id_of_another" in shown.out + shown.err
+
+
 def test_other_columns_are_read(experiment: Experiment, tmp_path: Path) -> None:
     csv = write_csv(
         tmp_path / "x.csv",
@@ -285,6 +318,8 @@ def test_the_same_row_twice_and_an_id_of_another_name_are_accepted(experiment: E
             ":4: `id` is also in line 2, with another unit or value: give each outcome its own id",
         ),
         (["unit,value,id", "ada,1,1", "ada,2,1"], ":3: `id` is also in line 2"),
+        (["unit,value,id", 'ada,1,"e1', "bob,1,e2", "cy,1,e3"], " cannot be read: unexpected end of data"),
+        (["unit,value,id", 'ada,1,"e1"x', "bob,1,e2"], " cannot be read: ',' expected after"),
         (["unit,value,id", f"ada,1,{'person' * 40}"], ":2: `id` must be a text of 1 to 200 characters, .* sent again$"),
     ],
 )

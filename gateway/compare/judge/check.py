@@ -10,7 +10,7 @@ from gateway.compare.dataset import Dataset
 from gateway.compare.judge.pool import draw_checked
 from gateway.compare.judge.prompt import cut
 from gateway.compare.judge.values import Grades, Pair
-from gateway.comparisons.sheet import CHECK_FILE, HEADER, form_line, parse_rows
+from gateway.comparisons.sheet import CHECK_FILE, HEADER, form_line, form_text, parse_rows
 from gateway.config.wording import count
 from gateway.errors import CompareError
 
@@ -29,7 +29,7 @@ def check_lines(dataset: Dataset, pool: Sequence[Pair], seed: int, people: Grade
             known = (people or {}).get(query, {}).get(document)
             score = "" if known is None else str(known)
             texts = cut(dataset.queries[query], dataset.documents[document])
-            yield form_line((query, document, score, *map(_spreadsheet_safe, texts)))
+            yield form_line((query, document, score, *map(form_text, texts)))
 
 
 def read_check(path: Path) -> dict[str, dict[str, int]]:
@@ -88,9 +88,3 @@ def _by_query(pool: Sequence[Pair]) -> Mapping[str, list[str]]:
     for pair in pool:
         found.setdefault(pair.query, []).append(pair.document)
     return found
-
-
-def _spreadsheet_safe(text: str) -> str:
-    """Return a text on one line, protected from spreadsheets, which read a text that begins with ``=`` as a formula."""
-    text = " ".join(text.split())
-    return f" {text}" if text.startswith(("=", "+", "-", "@")) else text
