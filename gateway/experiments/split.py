@@ -23,6 +23,8 @@ from gateway.errors import BadInput
 MAX_UNIT_BYTES = 1_024
 """The longest unit, in bytes of UTF-8."""
 
+_SALT_DIGITS = 4
+
 UnitSource: TypeAlias = Callable[[str], "str | bytes | None"]
 """Looks up a value of a request by its source, ``header:NAME`` (bytes), ``body:user`` or ``api_key``; ``None`` if absent."""
 
@@ -77,8 +79,8 @@ class Assignment:
 
     Attributes:
         experiment: id of the experiment.
-        generation: 8 hex digits, a hash of the salt, the arms, their weights and the begin of the counts. Stats of
-            different weights are not comparable.
+        generation: 12 hex digits, a hash of the salt, and one of the salt, the arms, their weights and the begin of the
+            counts. Stats of different weights are not comparable.
         share: the share of the units that the weights give to the arm.
         unit: 16 hex digits, a salted hash: a unit cannot be recognized in the log of another experiment.
         source: where the unit comes from, such as ``header:x-unit``.
@@ -112,15 +114,16 @@ class Split:
 
     def __init__(self, experiment: Experiment) -> None:
         self.experiment = experiment
-        self.generation = _digest(
+        self._salt = experiment.salt or experiment.id
+        weighted = _digest(
             experiment.kind,
-            experiment.salt or experiment.id,
+            self._salt,
             *(f"{arm.label} {arm.model} {arm.task or ''} {arm.weight!r}" for arm in experiment.arms),
             # Only the counts depend on this, not the arms of the units.
             *([] if experiment.counts_from is None else [experiment.counts_from.isoformat()]),
-        )[:8]
+        )
+        self.generation = _digest("salt", self._salt)[:_SALT_DIGITS] + weighted[:8]
         self._declared = hash_of_declaration(*declaration_of(experiment))
-        self._salt = experiment.salt or experiment.id
         self._arms = {arm.label: arm for arm in experiment.arms}
         self._force_header = experiment.force
         self._excluded = frozenset(map(read_unit, experiment.exclude))
@@ -184,6 +187,11 @@ class Split:
     def _assignment(self, arm: Arm, reason: Reason, unit: str | None = None, source: str | None = None) -> Assignment:
         share = self.share_of(arm)
         return Assignment(self.experiment.id, self.generation, arm, reason, share, unit, source, self._declared)
+
+
+def has_same_salt(generation: str, other: str) -> bool:
+    """Return whether two generations have the same salt, and so the same hashes of units."""
+    return generation[:_SALT_DIGITS] == other[:_SALT_DIGITS]
 
 
 def declaration_of(experiment: Experiment) -> tuple[str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import TypeAlias
 
@@ -14,13 +15,14 @@ import structlog
 from gateway.config.files import open_regular
 from gateway.config.registry import Experiment
 from gateway.errors import StartError
-from gateway.experiments.exposures import Exposure, iso, read_exposures
+from gateway.experiments.exposures import Exposure, read_exposures
 from gateway.experiments.outcome_report import OutcomesReport
-from gateway.experiments.split import Split, declaration_of, hash_of_declaration
+from gateway.experiments.split import Split
+from gateway.outcomes.declarations import UNKNOWN, first_declared, is_declared, note
 from gateway.outcomes.joining import Branch, Exposures, Outcomes, signed
 from gateway.outcomes.reading import Seen, read_csv
 from gateway.outcomes.store import Decision, NewOutcome, Reader
-from gateway.outcomes.verdicts import DECLARED, branches_of, report_outcomes
+from gateway.outcomes.verdicts import branches_of, report_outcomes
 
 log = structlog.get_logger(__name__)
 
@@ -69,72 +71,50 @@ def report_files(experiment: Experiment, exposures: Sequence[Path], outcomes: Se
     """
     stores = [path for path in dict.fromkeys([*exposures, *outcomes]) if is_store(path)]
     exposed = dict.fromkeys([*exposures, *stores])
-    declared = _Declarations(experiment)
-    units = _gather(experiment, declared.note(read_units(exposed)))
+    declared: dict[str, float] = {}
+    units = _gather(experiment, _note_declared(experiment, exposed, declared))
     split, primary = Split(experiment), experiment.outcome.name if experiment.outcome else None
     seen: Seen = {}
     posted = [outcome for path in outcomes if path not in stores for outcome in read_csv(path, split, primary, seen)]
     for path in stores:
         with Reader(path) as reader:
-            declared.read(reader)
-    if not posted and len(stores) == 1 and list(exposed) == stores:
-        declared.verdicts_of = stores[0]
-    by_name = _by_name(experiment, posted, stores)
+            for one, seconds in first_declared(reader.declarations(experiment.id)).items():
+                note(declared, one, seconds)
+    is_whole = not posted and len(stores) == 1 and list(exposed) == stores
     return report_outcomes(
-        experiment, units, by_name, time.time(), declared.earlier, why_none=declared.why_unknown
+        experiment,
+        units,
+        _by_name(experiment, posted, stores),
+        time.time(),
+        partial(_decisions, stores[0], experiment.id) if is_whole else _no_decisions,
+        declarations=declared,
+        why_none=None if experiment.outcome is None or is_declared(experiment, declared) else _NOT_DECLARED,
     ).report
 
 
-class _Declarations:
-    """When each declaration of an experiment's outcome was first seen, by any of the files; and verdicts of earlier looks.
+_NOT_DECLARED = (
+    "the files do not say which `outcome` was declared while the units arrived: an earlier version wrote them, or they have "
+    "no unit of the experiment"
+)
 
-    Attributes:
-        verdicts_of: the file of experiments whose verdicts count; ``None`` if those of no file do.
-    """
 
-    def __init__(self, experiment: Experiment) -> None:
-        self._experiment = experiment
-        self._every, self._this = declaration_of(experiment)
-        self._seen: dict[str, float] = {}
-        self.verdicts_of: Path | None = None
-
-    @property
-    def why_unknown(self) -> str | None:
-        """Why no verdict can be given, if no file says which outcome was declared."""
-        if self._seen or self._experiment.outcome is None:
-            return None
-        return (
-            "the files do not say which `outcome` was declared while the units arrived: an earlier version wrote them, "
-            "or they have no unit of the experiment"
-        )
-
-    def note(self, exposures: Iterable[Exposure]) -> Iterator[Exposure]:
-        """Yield exposures, and note the declarations in them."""
-        this = hash_of_declaration(self._every, self._this)
-        of_all = this.partition(".")[0]
-        for exposure in exposures:
-            declared = exposure.declared or ""
-            if exposure.experiment == self._experiment.id and declared.partition(".")[0] == of_all:
-                self._note(self._this if declared == this else declared, exposure.time)
+def _note_declared(experiment: Experiment, paths: Iterable[Path], declared: dict[str, float]) -> Iterator[Exposure]:
+    """Yield the exposures of files, and note the declarations in those of logs; files of experiments have them elsewhere."""
+    for path in paths:
+        is_log = not is_store(path)
+        for exposure in read_units([path]):
+            if is_log and exposure.experiment == experiment.id:
+                note(declared, exposure.declared or UNKNOWN, datetime.fromisoformat(exposure.time).timestamp())
             yield exposure
 
-    def read(self, reader: Reader) -> None:
-        """Note the declarations in a file of experiments."""
-        for declared, decision in reader.decisions(self._experiment.id, self._every).items():
-            self._note(declared, decision.time)
 
-    def _note(self, declared: str, when: str) -> None:
-        seconds = datetime.fromisoformat(when).timestamp()
-        self._seen[declared] = min(self._seen.get(declared, seconds), seconds)
+def _decisions(path: Path, experiment: str, question: str) -> Mapping[str, Decision]:
+    with Reader(path) as reader:
+        return reader.decisions(experiment, question)
 
-    def earlier(self, question: str) -> Mapping[str, Decision]:
-        """Return the verdicts of earlier looks at a question; for all declarations, when each was first seen."""
-        if question == self._every:
-            return {declared: Decision(DECLARED, iso(seconds)) for declared, seconds in self._seen.items()}
-        if self.verdicts_of is None:
-            return {}
-        with Reader(self.verdicts_of) as reader:
-            return reader.decisions(self._experiment.id, question)
+
+def _no_decisions(_question: str) -> Mapping[str, Decision]:
+    return {}
 
 
 def _gather(experiment: Experiment, found: Iterable[Exposure]) -> Exposures:

@@ -23,8 +23,9 @@ from gateway.errors import OutcomesUnavailable, StartError
 from gateway.experiments.exposures import Exposure, iso
 from gateway.experiments.outcome_report import OutcomesReport
 from gateway.experiments.split import Split, declaration_of, hash_of_declaration
-from gateway.outcomes.store import FILE_NAME, Decision, Kept, NewOutcome, Reader, Store, StoreBusy, StoreFull
-from gateway.outcomes.verdicts import DECLARED, Reported, branches_of, report_outcomes
+from gateway.outcomes.declarations import first_declared
+from gateway.outcomes.store import DECLARED, FILE_NAME, Decision, Kept, NewOutcome, Reader, Store, StoreBusy, StoreFull
+from gateway.outcomes.verdicts import Reported, branches_of, report_outcomes
 from gateway.telemetry import metrics
 
 log = structlog.get_logger(__name__)
@@ -243,5 +244,6 @@ def read_report(reader: Reader, experiment: Experiment, mismatch: str | None = N
         outcomes,
         time.time(),
         lambda question: reader.decisions(experiment.id, question),
+        declarations=first_declared(reader.declarations(experiment.id)),
         why_none=mismatch,
     )

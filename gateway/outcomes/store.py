@@ -27,6 +27,9 @@ MAX_PER_UNIT = 1_000
 MAX_UNKNOWN = 100_000
 """The maximum number of outcomes of units without an exposure here: another replica's file may have the exposure."""
 
+DECLARED = "declared"
+"""The verdict of a row that says when a declaration of the outcome was first served."""
+
 MAX_NAMES = 20
 """The most different names of outcomes of an experiment, besides the deciding one."""
 
@@ -370,6 +373,11 @@ class Reader:
         """Return the decision about each arm."""
         query = "SELECT arm, verdict, time FROM decisions WHERE experiment = ? AND question = ?"
         return {arm: Decision(verdict, when) for arm, verdict, when in self._db.execute(query, (experiment, question))}
+
+    def declarations(self, experiment: str) -> list[tuple[str, str, str]]:
+        """Return the texts of each declaration of an experiment's outcome, with the time when it was first served."""
+        query = "SELECT question, arm, time FROM decisions WHERE experiment = ? AND verdict = ?"
+        return self._db.execute(query, (experiment, DECLARED)).fetchall()
 
     def _columns(self, query: str, values: Sequence[object], kinds: Sequence[type]) -> list[np.ndarray]:
         """Return the columns of a query, read in chunks: a list of all rows would take many times the memory."""

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
+from types import MappingProxyType
 from typing import Literal, TypeAlias, get_args
 
 import numpy as np
@@ -14,8 +15,9 @@ from gateway.config.registry import Arm, Experiment, Outcome
 from gateway.experiments.exposures import iso
 from gateway.experiments.outcome_report import OutcomeArm, OutcomeComparison, OutcomeReport, OutcomesReport
 from gateway.experiments.sequence import ALPHA, LEAST_UNITS, Difference, units_needed
-from gateway.experiments.split import declaration_of
+from gateway.experiments.split import Split, has_same_salt
 from gateway.outcomes.comparing import Comparison, compare, describe
+from gateway.outcomes.declarations import Declared, why_too_late
 from gateway.outcomes.joining import Branch, Exposures, Joined, Outcomes, join
 from gateway.outcomes.store import Decision
 
@@ -23,10 +25,7 @@ _Verdict: TypeAlias = Literal["better", "worse", "as good", "not yet"]
 _VERDICTS: tuple[_Verdict, ...] = get_args(_Verdict)
 
 Decisions = Callable[[str], Mapping[str, Decision]]
-"""Returns the earlier decision about each arm, for a question; for all declarations, when each was first seen."""
-
-DECLARED = "declared"
-"""The verdict of a row that says when a declaration was first seen."""
+"""Returns the earlier decision about each arm, for a question."""
 
 _LEAST_SECONDS = 60.0  # in a younger experiment, the rate is unknown
 _MOST_SECONDS = 100 * 365 * 86_400.0
@@ -57,6 +56,7 @@ def report_outcomes(
     now: float,
     earlier: Decisions = lambda _question: {},
     *,
+    declarations: Declared = MappingProxyType({}),
     why_none: str | None = None,
 ) -> Reported:
     """Report all outcomes of an experiment, the primary one first and with verdicts.
@@ -65,6 +65,7 @@ def report_outcomes(
         outcomes: the outcomes by name.
         now: the time in seconds since the epoch.
         earlier: the decisions of earlier looks, which remain valid.
+        declarations: when each declaration of the outcome was first served.
         why_none: the reason why no verdict can be given, if it is known already, such as a wrong split.
     """
     reports, decided = [], {}
@@ -78,7 +79,7 @@ def report_outcomes(
         why = (
             why_none
             or _why_in_two_arms(counted)
-            or (_why_too_late(experiment, posted, earlier, now) if declared else None)
+            or (why_too_late(experiment, counted, posted, declarations, now) if declared else None)
         )
         found = _Look(experiment, declared, joined, now, earlier(question) if declared else {}, why)
         report = found.report(name, len(posted.unit))
@@ -93,11 +94,15 @@ _NONE = Outcomes(np.empty(0, np.int64), np.empty(0), np.empty(0), np.empty(0), n
 
 
 def _counted(experiment: Experiment, exposures: Exposures, outcomes: Outcomes) -> tuple[Exposures, Outcomes]:
-    """Return the exposures and outcomes from the time on at which the counts begin, and those from before a unit's first."""
-    if experiment.counts_from is None:
-        return exposures, outcomes
-    since = experiment.counts_from.timestamp()
-    units, posts = exposures.time >= since, (outcomes.time >= since) | outcomes.is_before
+    """Return the exposures under the present salt, and both from the time on at which the counts begin.
+
+    Outcomes from before a unit's first exposure always belong to it.
+    """
+    generation = Split(experiment).generation
+    is_ours = np.array([has_same_salt(branch.generation, generation) for branch in exposures.branches], np.bool_)
+    since = -np.inf if experiment.counts_from is None else experiment.counts_from.timestamp()
+    units = is_ours[exposures.branch] & (exposures.time >= since)
+    posts = (outcomes.time >= since) | outcomes.is_before
     return (
         Exposures(exposures.branches, exposures.unit[units], exposures.branch[units], exposures.time[units]),
         Outcomes(
@@ -131,27 +136,6 @@ def _why_in_two_arms(exposures: Exposures) -> str | None:
     return (
         f"{num:,} of the units are in two arms under the same weights, so the exposures are not those of one split: "
         "do not trust a comparison"
-    )
-
-
-def _why_too_late(experiment: Experiment, posted: Outcomes, earlier: Decisions, now: float) -> str | None:
-    """Return why an outcome cannot decide: it was declared, or its definition changed, when its results were known.
-
-    Of several outcomes or margins, one often shows a difference by chance, so it must be chosen before.
-    """
-    every, this = declaration_of(experiment)
-    seen = {text: datetime.fromisoformat(one.time).timestamp() for text, one in earlier(every).items()}
-    since = seen.get(this, now)
-    if since <= min(seen.values(), default=since):
-        return None
-    has_no_time = np.isinf(posted.time)  # rows of a file, which may be from any time
-    num_known = int((((posted.time < since) | has_no_time) & ~posted.is_before).sum())
-    if not num_known:
-        return None
-    add_times = "; with a column `time`, later outcomes are recognized" if has_no_time.any() else ""
-    return (
-        f"`outcome` in models.yaml was changed by {iso(since)[:10]}, after {num_known:,} of its outcomes had been posted: "
-        f"change it back, or count again to use later outcomes alone{add_times}"
     )
 
 

@@ -382,6 +382,27 @@ async def test_after_counting_again_a_changed_outcome_is_that_of_a_new_experimen
     assert comparison["units"] == 300
 
 
+async def test_another_salt_is_another_experiment(start: Start) -> None:
+    """The same users in other arms: their outcomes under the old salt are known, and may be why the salt was changed."""
+    client = await start()
+    await embed_for(client, UNITS)
+    await post(client, *(outcome(unit) for unit in UNITS if SPLIT.arm_of(unit).label == "new"))
+    assert (await report_of(client))["comparisons"][0]["verdict"] == "better"
+    again = experiment(salt="another", outcome={"name": "kept", "margin": 0.2})
+    salted = await start(again)
+    await embed_for(salted, UNITS)
+    new = [unit for unit in UNITS if Split(again).arm_of(unit).label == "new"]
+    await post(salted, *(outcome(unit, id=f"{unit} again") for unit in UNITS[::2]))
+
+    shown = await report_of(salted)
+
+    (comparison,) = shown["comparisons"]
+    assert comparison["verdict"] is not None
+    assert abs(comparison["estimate"]) < 0.2
+    assert (comparison["units"], comparison["generations"]) == (len(UNITS), 1)
+    assert shown["arms"][1]["units"] == len(new)
+
+
 async def test_a_first_declaration_of_an_outcome_without_results_is_accepted(start: Start) -> None:
     client = await start(experiment(outcome=None))
     await embed_for(client, UNITS)

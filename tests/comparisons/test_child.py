@@ -18,16 +18,14 @@ from gateway.comparisons.child import Child
 
 Work = Callable[[], Coroutine[None, None, None]]
 
-_FLOOD = (
-    "import sys, time\nfor _ in range(9_000): sys.stderr.write('much text, which nobody reads\\n')\ntime.sleep(600)"
-)
+_FLOOD = "import sys, time\nfor _ in range(9_000): sys.stderr.write('a line that is never read\\n')\ntime.sleep(600)"
 _STUBBORN = (
     "import signal, sys, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('on', file=sys.stderr, flush=True)"
 )
 
 
 def run_and_look(work: Work) -> list[str]:
-    """Run work in an event loop of its own, and return what the loop has left open."""
+    """Run work in a separate event loop, and return what the loop has left open."""
     with warnings.catch_warnings(record=True) as left:
         warnings.simplefilter("always")
         asyncio.run(work())

@@ -7,6 +7,7 @@ import math
 import os
 import time
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -181,6 +182,44 @@ def test_a_change_before_all_outcomes_is_accepted(
     assert "column" not in comparison.reason
 
 
+@pytest.mark.parametrize(("minute", "verdict"), [(59, None), (61, "better")])
+def test_a_log_that_began_before_it_named_declarations_says_nothing_about_the_time_before(
+    experiment: Experiment, tmp_path: Path, minute: int, verdict: str | None
+) -> None:
+    """The outcome of the first hour may have been chosen when its result was known."""
+    before = [replace(exposure, declared=None) for exposure in exposures_of(experiment, UNITS[:-1])]
+    log = write_log(tmp_path / "x.jsonl", [*before, *exposures_of(experiment, UNITS[-1:], 3600)])
+    rows = [f"{unit},1,1970-01-01T0{minute // 60}:{minute % 60:02}:00Z" for unit in helped(experiment)]
+    csv = write_csv(tmp_path / "x.csv", "unit,value,time", *rows)
+
+    comparison = report_files(experiment, [log], [csv]).outcomes[0].comparisons[0]
+
+    assert comparison.verdict == verdict
+    known = (
+        f"which `outcome` was declared is known only from 1970-01-01 on, and {len(rows)} of its outcomes may have been"
+    )
+    assert verdict or comparison.reason.startswith(known)
+
+
+@pytest.mark.parametrize(("change", "verdict"), [({}, "better"), ({"margin": 0.5}, None)])
+def test_counts_that_begin_in_the_past_make_no_later_declaration_earlier(
+    experiment: Experiment, tmp_path: Path, change: dict[str, object], verdict: str | None
+) -> None:
+    since = {"counts_from": datetime.fromtimestamp(50, UTC)}
+    again = Experiment.model_validate({**changed(experiment, **change).model_dump(), **since})
+    exposures = [*exposures_of(experiment, UNITS[:-1]), *exposures_of(again, UNITS[-1:], 7200)]
+    log = write_log(tmp_path / "x.jsonl", exposures)
+    rows = [f"{unit},1,1970-01-01T01:00:00Z" for unit in helped(experiment)]
+    csv = write_csv(tmp_path / "x.csv", "unit,value,time", *rows)
+
+    comparison = report_files(again, [log], [csv]).outcomes[0].comparisons[0]
+
+    assert comparison.verdict == verdict
+    assert verdict or comparison.reason.startswith(
+        f"`outcome` in models.yaml was changed by 1970-01-01, after {len(rows)}"
+    )
+
+
 def test_units_in_two_arms_give_no_verdict(experiment: Experiment, tmp_path: Path) -> None:
     """For example, from files that were edited; under other weights, a unit may be in another arm."""
     exposures = exposures_of(experiment, UNITS)
@@ -244,7 +283,7 @@ def test_an_id_in_two_files_with_another_value_is_named(experiment: Experiment, 
     assert report.outcomes == 2
 
 
-def test_an_outcome_of_two_replicas_counts_as_first_posted_and_another_with_its_id_is_told(
+def test_an_outcome_of_two_replicas_counts_as_first_posted_and_another_with_its_id_is_reported(
     experiment: Experiment, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The earlier one is from before the exposure, so whichever file is read first, it does not count."""
