@@ -12,7 +12,7 @@ import numpy as np
 
 from gateway.bulk.embedder import Embedder
 from gateway.bulk.fields import FieldNames
-from gateway.bulk.moving.passes import PassCounts
+from gateway.bulk.moving.direction import PassCounts
 from gateway.bulk.rows import BulkError, Row, RowId
 from gateway.bulk.stores.protocol import MovableStore
 from gateway.compare.agreement import overlap, rank_biased_overlap, same_first

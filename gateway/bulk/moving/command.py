@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Coroutine
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from rich.console import Console
 
@@ -58,12 +58,7 @@ def _print(console: Console, move: Move, *, with_log: bool = False) -> None:
     pair = move.pairs[0]
     target = pair.new if move.into_vector is None else f"its vector {move.into_vector}"
     say(console, f"{move.name}: {pair.old} → {target} in {move.place.partition('?')[0]}", "bold")
-    where = (
-        "going back: items of the new collection are missing from the old one"
-        if move.is_returning
-        else _describe_stage(move)
-    )
-    say(console, f"{where}; space {move.space}, {move.dimensions} dimensions, text in {move.text}")
+    say(console, f"{_describe_stage(move)}; space {move.space}, {move.dimensions} dimensions, text in {move.text}")
     if move.refused:
         accepted = f" (leaving {move.left_behind:,} behind was accepted)" if move.left_behind else ""
         say(
@@ -74,25 +69,29 @@ def _print(console: Console, move: Move, *, with_log: bool = False) -> None:
     if with_log:
         for line in move.log:
             say(console, f"  {line}")
-    if move.stage is Stage.FLIPPED:
+    if move.stage is Stage.FLIPPED and not move.is_redirecting:
         for line in _after_flip(move):
             say(console, line)
     if command := next_command(move):
         say(console, f"next: {command}")
 
 
+_STAGES: Final = {
+    Stage.COPYING: "copying: the new collection does not have all items yet",
+    Stage.COPIED: "copied, but not compared since",
+    Stage.CHECKED: "checked: the new collection can be used",
+    Stage.FLIPPED: "flipped: applications use the new collection",
+    Stage.FINISHED: "finished",
+}
+
+
 def _describe_stage(move: Move) -> str:
-    match move.stage:
-        case Stage.COPYING:
-            return "copying: the new collection does not have all items yet"
-        case Stage.COPIED:
-            return "copied, but not compared since"
-        case Stage.CHECKED:
-            return "checked: the new collection can be used"
-        case Stage.FLIPPED:
-            return "flipped: applications use the new collection"
-        case Stage.FINISHED:
-            return "finished"
+    if move.is_redirecting:
+        name = f"the alias {move.alias}" if move.mem0 is None else str(move.mem0)
+        return f"interrupted while {name} was changed: the next step finds out which collection it names"
+    if move.is_returning:
+        return "going back: items of the new collection are missing from the old one"
+    return _STAGES[move.stage]
 
 
 def _after_flip(move: Move) -> list[str]:
@@ -117,19 +116,18 @@ def _after_flip(move: Move) -> list[str]:
 
 def next_command(move: Move) -> str:
     """Return the next command, ready to be copied."""
-    if move.is_returning:
-        return f"gateway move back {move.name}"
-    match move.stage:
-        case Stage.COPYING:
-            return f"gateway move sync {move.name}"
-        case Stage.COPIED:
-            return f"gateway move check {move.name}"
-        case Stage.CHECKED:
-            return f"gateway move flip {move.name}"
-        case Stage.FLIPPED:
-            return (
-                f"gateway move sync {move.name}, and finally gateway move finish {move.name} --delete-old; "
-                f"or gateway move back {move.name}"
-            )
-        case Stage.FINISHED:
-            return ""
+    if move.is_returning or (move.is_redirecting and move.stage is Stage.FLIPPED):
+        step = "back"
+    elif move.is_redirecting:
+        step = "flip"
+    elif move.stage is Stage.FLIPPED:
+        return (
+            f"gateway move sync {move.name}, and finally gateway move finish {move.name} --delete-old; "
+            f"or gateway move back {move.name}"
+        )
+    else:
+        step = _NEXT.get(move.stage, "")
+    return f"gateway move {step} {move.name}" if step else ""
+
+
+_NEXT: Final = {Stage.COPYING: "sync", Stage.COPIED: "check", Stage.CHECKED: "flip"}

@@ -14,7 +14,7 @@ from gateway.bulk.moving.checking import (
     item_queries,
     wrong_vectors,
 )
-from gateway.bulk.moving.passes import PassCounts
+from gateway.bulk.moving.direction import PassCounts
 from gateway.bulk.moving.state import Pair
 from gateway.bulk.moving.work import Work, embedder_of, note_of, old_model_of, spec_of
 from gateway.bulk.rows import BulkError

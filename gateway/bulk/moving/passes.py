@@ -6,9 +6,8 @@ The pass is a job of ``gateway embed`` whose source contains only the changes, a
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import closing
-from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
@@ -19,98 +18,21 @@ from gateway.bulk.fields import FieldNames
 from gateway.bulk.job import Job, Options, Reporter
 from gateway.bulk.manifest import Manifest
 from gateway.bulk.moving.decisions import NEW, Action, Base, Digest, Item, decide, merge
+from gateway.bulk.moving.direction import MAX_NAMED, Direction, PassCounts
 from gateway.bulk.moving.ledger import Ledger
+from gateway.bulk.moving.writing import Recorded, delete_doomed
 from gateway.bulk.rows import (
     BadRow,
     BulkError,
-    EmbeddedRows,
     Position,
     Row,
     RowId,
-    RowValidator,
-    Sink,
-    SpaceNote,
     closing_readings,
 )
-from gateway.bulk.stores.payloads import digest, with_field
-from gateway.bulk.stores.protocol import Mark, MovableStore, SinkOptions
+from gateway.bulk.stores.protocol import Mark
 
 _BATCH = 256
 _SHARD_ROWS = 1024
-_MAX_NAMED = 20
-_FEW = 20
-"""Applications may delete this many items between two passes, whatever part of a collection they are."""
-
-
-@dataclass(slots=True)
-class PassCounts:
-    """The items that a pass found, and its changes.
-
-    Attributes:
-        items: the items of both collections.
-        written: new and changed items that were embedded.
-        deleted: items deleted from the second collection.
-        equal: items that both collections already had.
-        kept: items of the second collection that the move did not write, or that were changed there since.
-        refused: items without a text, with a text that the model rejects, or that the second collection cannot store.
-        kept_ids: the ids of some items that were kept.
-        problems: some refused items, each as its id and the problem.
-    """
-
-    items: int = 0
-    written: int = 0
-    deleted: int = 0
-    equal: int = 0
-    kept: int = 0
-    refused: int = 0
-    kept_ids: list[RowId] = field(default_factory=list)
-    newer_ids: set[RowId] = field(default_factory=set)
-    problems: list[str] = field(default_factory=list)
-
-    def keep(self, ids: Collection[RowId]) -> None:
-        """Count items that were kept."""
-        self.kept += len(ids)
-        self.kept_ids += islice(ids, _MAX_NAMED - len(self.kept_ids))
-
-    @property
-    def changes(self) -> int:
-        """The number of items that the pass changed."""
-        return self.written + self.deleted
-
-
-@dataclass(frozen=True, slots=True)
-class Direction:
-    """The direction of a pass: the collection that it reads, and the one that it writes.
-
-    Attributes:
-        reading, writing: the same store, opened twice, because different threads read and write.
-        second: the same collection as the first one, if the new vectors are next to the old ones.
-        text: the path of the text in an item.
-        vector: the name of the vector that is written, where items have several.
-        is_flipped: applications may use the second collection.
-        creates: create the second collection like the first one; otherwise it exists, possibly without a note.
-        changed_at: the field with the time of each item's last change.
-    """
-
-    reading: MovableStore
-    writing: MovableStore
-    first: str
-    second: str
-    text: str
-    vector: str | None
-    is_flipped: bool
-    creates: bool = True
-    changed_at: str | None = None
-
-    @property
-    def is_one(self) -> bool:
-        """Items get a further vector, instead of copies."""
-        return self.first == self.second
-
-    @property
-    def target(self) -> str:
-        """The name of the target, in words."""
-        return f"{self.second}, vector {self.vector}" if self.is_one else self.second
 
 
 class _Changes:
@@ -245,77 +167,6 @@ def _digest(value: object) -> Digest | None:
     return value if isinstance(value, bytes) else None
 
 
-class _Recorded:
-    """The sink of a pass: writes rows, and records each write in the ledger before and after it."""
-
-    def __init__(self, direction: Direction, ledger: Ledger, counts: PassCounts) -> None:
-        self._sink = sink_of(direction)
-        self._direction = direction
-        self._ledger = ledger
-        self._counts = counts
-        self.name = self._sink.name
-
-    def is_empty(self) -> bool:
-        """Return whether the sink holds nothing."""
-        return self._sink.is_empty()
-
-    def open(self, note: SpaceNote) -> None:
-        """Open the sink."""
-        self._sink.open(note)
-
-    def problem(self, row: Row) -> str:
-        """Return the reason why the sink cannot store a row; empty if it can."""
-        return self._sink.problem(row) if isinstance(self._sink, RowValidator) else ""
-
-    def write(self, shard: int, batch: EmbeddedRows) -> None:
-        """Write rows, unless an application has written their items into the second collection since they were read."""
-        digests = {row.id: digest(with_field(row.payload, self._direction.text, row.text)) for row in batch.rows}
-        newer = _newer(self._direction, self._ledger, digests, self._counts)
-        if newer:
-            batch = batch.only([index for index, row in enumerate(batch.rows) if row.id not in newer])
-            digests = {row.id: digests[row.id] for row in batch.rows}
-        self._ledger.plan(digests)
-        if batch.rows:
-            self._sink.write(shard, batch)
-        self._ledger.record(digests)
-        self._counts.written += len(batch.rows)
-
-    def close(self) -> None:
-        """Close the sink."""
-        self._sink.close()
-
-
-def _newer(
-    direction: Direction, ledger: Ledger, firsts: Mapping[RowId, Digest | None], counts: PassCounts
-) -> set[RowId]:
-    """Return the items that applications have changed in the second collection since the pass read them; count them.
-
-    Args:
-        firsts: the digests in the first collection; ``None`` for a deleted item.
-    """
-    if not direction.is_flipped or direction.is_one:
-        return set()
-    bases, ids = ledger.bases_of(firsts), list(firsts)
-    newer = set()
-    for some in (ids[start : start + _BATCH] for start in range(0, len(ids), _BATCH)):
-        seconds = direction.writing.digests_of(direction.second, some)
-        for row_id in some:
-            if decide(firsts[row_id], seconds.get(row_id), bases.get(row_id, NEW), is_flipped=True) is Action.KEEP:
-                newer.add(row_id)
-    counts.keep(newer - counts.newer_ids)  # rows are written again without those that the store has refused
-    counts.newer_ids |= newer
-    return newer
-
-
-def sink_of(direction: Direction) -> Sink:
-    """Return the sink of the second collection."""
-    like = None if direction.is_one else direction.first
-    options = SinkOptions(
-        direction.text, direction.vector, adopts=not direction.creates, updates=direction.is_one, like=like
-    )
-    return direction.writing.sink(direction.second, options)
-
-
 async def run_pass(
     direction: Direction,
     ledger: Ledger,
@@ -348,7 +199,7 @@ async def run_pass(
         except OSError as error:
             raise BulkError(f"the state of the move cannot be written: {path}: {error.strerror}") from error
     with (
-        closing(_Recorded(direction, ledger, counts)) as sink,
+        closing(Recorded(direction, ledger, counts)) as sink,
         closing(Manifest(manifest_path)) as manifest,
     ):
         options = Options(refused_file(ledger.path), on_error="skip", shard_rows=_SHARD_ROWS)
@@ -357,7 +208,7 @@ async def run_pass(
     counts.refused = outcome.total.skipped
     counts.problems = _some_problems(options.errors) if counts.refused else []
     if outcome.is_finished:
-        await asyncio.to_thread(_delete_doomed, direction, ledger, counts)
+        await asyncio.to_thread(delete_doomed, direction, ledger, counts)
         if direction.creates:
             ledger.mark = now
     return counts, outcome.is_finished
@@ -370,31 +221,5 @@ def refused_file(ledger: Path) -> Path:
 
 def _some_problems(path: Path) -> list[str]:
     with path.open("rb") as file:
-        found = [orjson.loads(line) for line in islice(file, _MAX_NAMED)]
+        found = [orjson.loads(line) for line in islice(file, MAX_NAMED)]
     return [f"{item['place'] if item['id'] is None else item['id']}: {item['problem']}" for item in found]
-
-
-def _delete_doomed(direction: Direction, ledger: Ledger, counts: PassCounts) -> None:
-    """Delete the items that the first collection no longer has, after checking that again.
-
-    Raises:
-        BulkError: they are most of the items of a collection that applications use. More likely than so many deletions is
-        that a program has created the first collection again.
-    """
-    num_doomed, num_items = ledger.num_doomed(), ledger.num_items()
-    if direction.is_flipped and not direction.is_one and num_doomed > max(_FEW, num_items // 2):
-        raise BulkError(
-            f"{direction.first} lacks {num_doomed:,} of the {num_items:,} items that were equal in {direction.second}, so a "
-            f"pass would delete them there. Nothing was deleted, in case {direction.first} was emptied, or deleted and "
-            "created again. If these items are to go, delete them yourself; `gateway move finish` ends the move and keeps "
-            "both collections"
-        )
-    while ids := ledger.doomed():
-        there = {row.id for row in direction.reading.read_ids(direction.first, ids, FieldNames(text=direction.text))}
-        gone = {row_id: None for row_id in ids if row_id not in there}
-        newer = _newer(direction, ledger, gone, counts)
-        deleted = [row_id for row_id in gone if row_id not in newer]
-        direction.writing.delete_ids(direction.second, deleted)
-        ledger.forget(deleted)
-        ledger.spare([row_id for row_id in ids if row_id in there or row_id in newer])
-        counts.deleted += len(deleted)

@@ -143,7 +143,7 @@ def _continued(move: Move, folder: Path) -> Move:
     is_other = (before.model, before.text, before.into_vector) != (move.model, move.text, move.into_vector)
     if before.stage is Stage.FINISHED:  # its new collection may exist, with items that applications wrote
         return replace(move, was_flipped=before.was_flipped and not is_other)
-    if is_other or before.stage is Stage.FLIPPED:
+    if is_other or before.stage is Stage.FLIPPED or before.is_redirecting:
         raise BulkError(
             f"a move of {move.pairs[0].old} to {before.model} is already in progress: `gateway move status {before.name}` "
             f"shows it, and `gateway move finish {before.name}` ends it"

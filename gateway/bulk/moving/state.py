@@ -33,7 +33,7 @@ class Stage(StrEnum):
     CHECKED = "checked"
     """The last check found no problems."""
     FLIPPED = "flipped"
-    """Applications use the new collection, or will in a moment."""
+    """Applications use the new collection."""
     FINISHED = "finished"
 
 
@@ -78,6 +78,8 @@ class Move:
         problems: some of them, each as its id and the problem.
         was_flipped: applications have been allowed to use the new collection.
         is_returning: applications use the old collection again, which lacks items that they wrote into the new one.
+        is_redirecting: a step is changing the names that applications use, or was interrupted meanwhile, so that only the
+            store knows which collection they name.
         log: the history of the move, for people.
     """
 
@@ -104,12 +106,18 @@ class Move:
     problems: list[str] = field(default_factory=list)
     was_flipped: bool = False
     is_returning: bool = False
+    is_redirecting: bool = False
     log: list[str] = field(default_factory=list)
 
     @property
     def new_vector(self) -> str | None:
         """The name of the new vector in the new collection."""
         return self.vector if self.into_vector is None else self.into_vector
+
+    @property
+    def may_be_in_use(self) -> bool:
+        """Applications may have written into the new collection."""
+        return self.was_flipped or self.is_redirecting
 
     def at(self, stage: Stage, what: str) -> Move:
         """Return the move at a stage, with a line in its log."""

@@ -11,9 +11,10 @@ from rich.console import Console
 
 from gateway.bulk.moving.checking import CheckReport, Side, wrong_vectors
 from gateway.bulk.moving.comparing import NUM_VECTORS, check_pair
-from gateway.bulk.moving.mem0 import change_mem0, present_settings, read_mem0, restore_mem0
-from gateway.bulk.moving.passes import PassCounts
+from gateway.bulk.moving.direction import PassCounts
+from gateway.bulk.moving.mem0 import present_settings, read_mem0
 from gateway.bulk.moving.planning import StartRequest, check_alias, name_copies, places_of, plan, real_name
+from gateway.bulk.moving.redirecting import begin, is_in_use, redirect, settle
 from gateway.bulk.moving.state import Move, Pair, Stage, hold, write_move
 from gateway.bulk.moving.work import (
     Work,
@@ -26,7 +27,6 @@ from gateway.bulk.moving.work import (
 )
 from gateway.bulk.places import open_movable
 from gateway.bulk.rows import BulkError, RowId
-from gateway.bulk.stores.protocol import MovableStore
 from gateway.cli.console import say
 from gateway.config.wording import count, quote
 
@@ -53,18 +53,19 @@ async def start(request: StartRequest, folder: Path, console: Console) -> Move:
             return await _copy(replace(work, move=move), skips=request.skips)
 
 
-async def _copy(work: Work, *, skips: bool = False) -> Move:
+async def _copy(work: Work, *, skips: bool = False, keeps_stage: bool = False) -> Move:
     """Copy until the new collections have all items, and write the state.
 
     Args:
         skips: the user agrees to leave items behind that cannot be copied.
+        keeps_stage: the changes that were copied make no new check necessary.
 
     Raises:
         BulkError: items cannot be copied, and the user has not agreed to leave so many behind.
     """
     results = await work.passes()
     move = _accept(work, results, skips=skips)
-    stage = move.stage if move.stage is Stage.FLIPPED else Stage.COPIED
+    stage = move.stage if keeps_stage or move.stage is Stage.FLIPPED else Stage.COPIED
     move = move.at(stage, f"synced: {sum(counts.changes for counts in results.values())} changes in the last pass")
     write_move(work.folder, move)
     return move
@@ -107,7 +108,7 @@ def _refusals(work: Work, results: Mapping[str, PassCounts], move: Move, *, back
 
 async def sync(move: Move, folder: Path, console: Console, *, skips: bool) -> Move:
     """Copy the changes in the old collection since the last pass."""
-    with hold(folder, move) as held:
+    with begin(folder, move) as held:
         async with at_work(held, folder, console) as work:
             return await _copy(work, skips=skips)
 
@@ -120,7 +121,7 @@ async def check(
     Raises:
         BulkError: `back` was interrupted and must be completed first, or a store or the model fails.
     """
-    with hold(folder, move) as held:
+    with begin(folder, move) as held:
         if held.is_returning:
             raise BulkError(
                 f"{held.pairs[0].old} lacks items that applications wrote into {held.pairs[0].new}: run `gateway move back "
@@ -157,70 +158,29 @@ async def flip(move: Move, folder: Path, console: Console, *, forces: bool) -> M
         BulkError: the last check did not pass, or the store refuses.
     """
     with hold(folder, move) as held:
-        return await _flip(held, folder, console, forces=forces)
+        was_interrupted = held.is_redirecting and held.stage is not Stage.FLIPPED
+        return await _flip(settle(held, folder), folder, console, forces=forces or was_interrupted)
 
 
 async def _flip(move: Move, folder: Path, console: Console, *, forces: bool) -> Move:
-    if move.stage is Stage.FLIPPED and _is_in_use(move):
+    if move.stage is Stage.FLIPPED and is_in_use(move):
         raise BulkError("applications already use the new collection: `gateway move sync` copies late changes")
     if move.stage not in (Stage.CHECKED, Stage.FLIPPED) and not forces:
         raise BulkError(
             "the collections have not been compared since the last change: run `gateway move check` first, or add "
             "--force"
         )
-    before_flip = Stage.CHECKED if move.stage is Stage.FLIPPED else move.stage, move.is_returning
     async with at_work(move, folder, console) as work:
         check_alias(work.reading, move)
-        move = await _copy(work)
+        move = await _copy(work, keeps_stage=True)
         if move.into_vector is not None:
             for pair in move.pairs:
                 # The old vectors of these payloads are right; those of later writes by applications may not be.
                 with work.ledger(pair) as ledger:
                     ledger.copy_to(old_ledger(work.files / pair.ledger))
-        # This is written before the flip: from now on, no pass may delete or replace the applications' writes.
         before = present_settings(move.mem0) if move.mem0 is not None and move.mem0_before is None else move.mem0_before
-        flipped = replace(move, was_flipped=True, is_returning=False, mem0_before=before)
-        move = flipped.at(Stage.FLIPPED, "flipped")
-        write_move(folder, move)
-        try:
-            move = _use(move, work.writing, back=False)
-        except BulkError:
-            stage, is_returning = before_flip
-            failed = replace(move, mem0_before=None, is_returning=is_returning)
-            write_move(folder, failed.at(stage, "the flip failed"))
-            raise
+        move = redirect(replace(move, mem0_before=before), work.writing, folder, back=False)
         return await _copy(replace(work, move=move))
-
-
-def _is_in_use(move: Move) -> bool:
-    """Return whether the alias, or Mem0's configuration, names the new collection: a flip may be interrupted before that."""
-    if move.mem0 is not None:
-        return read_mem0(move.mem0).collection == move.pairs[0].new
-    if move.alias is None:
-        return True
-    with store_of(move) as store:
-        return real_name(store, move.alias) == move.pairs[0].new
-
-
-def _use(move: Move, store: MovableStore, *, back: bool) -> Move:
-    """Point the alias, or Mem0's configuration, to the new collection, or back to the old one."""
-    pair = move.pairs[0]
-    if move.alias is not None:
-        check_alias(store, move)
-        store.flip(move.alias, pair.old if back else pair.new)
-    if move.mem0 is None:
-        return move
-    if not back:
-        try:
-            change_mem0(move.mem0, pair.new, move.model, move.dimensions or 0, move.url)
-        except BulkError:
-            if move.alias is not None:  # Mem0 would use the new collection with the old model
-                store.flip(move.alias, pair.old)
-            raise
-        return move
-    if move.mem0_before is not None:
-        restore_mem0(move.mem0, move.mem0_before)
-    return replace(move, mem0_before=None)
 
 
 async def back(move: Move, folder: Path, console: Console, old_model: str | None, *, skips: bool = False) -> Move:
@@ -233,20 +193,18 @@ async def back(move: Move, folder: Path, console: Console, old_model: str | None
         BulkError: the move was not flipped, the old model is unknown, or writes cannot be copied. Except in the first
         case the flip itself is already undone, and the same step does the rest.
     """
-    with hold(folder, move) as held:
+    with begin(folder, move) as held:
         return await _back(held, folder, console, old_model, skips=skips)
 
 
 async def _back(move: Move, folder: Path, console: Console, old_model: str | None, *, skips: bool) -> Move:
-    if move.stage is not Stage.FLIPPED and not move.is_returning:
+    if move.stage is not Stage.FLIPPED and not move.is_returning and not move.is_redirecting:
         raise BulkError("applications use the old collection: there is nothing to undo")
     with store_of(move) as store:
         check_way_back(move, store)
         model = old_model or old_model_of(move, store, move.pairs[0])
-        if move.stage is Stage.FLIPPED:
-            move = replace(_use(move, store, back=True), is_returning=True)
-            move = move.at(Stage.COPIED, "back to the old collection")
-            write_move(folder, move)
+        if move.stage is Stage.FLIPPED or move.is_redirecting:
+            move = redirect(move, store, folder, back=True)
     say(console, f"Let applications use {move.pairs[0].old} again.")
     if model is None:
         raise BulkError(
@@ -302,12 +260,17 @@ async def finish(move: Move, folder: Path, console: Console, *, deletes: bool) -
     Raises:
         BulkError: applications do not use the new collection, or still write into the old one.
     """
-    with hold(folder, move) as held:
-        move = held
+    with hold(folder, move) as found:
+        move = held = _settled_or_kept(found, folder, deletes=deletes)
         if not deletes:
             lacks = f"; it lacks items that are only in {held.pairs[0].new}" if held.is_returning else ""
             what = f"the old collection was kept{lacks}"
-        elif held.stage is not Stage.FLIPPED or (held.mem0 and read_mem0(held.mem0).collection == held.pairs[0].old):
+            move = replace(held, was_flipped=held.may_be_in_use, is_redirecting=False)
+        elif (
+            held.stage is not Stage.FLIPPED
+            or held.is_redirecting
+            or (held.mem0 and read_mem0(held.mem0).collection == held.pairs[0].old)
+        ):
             raise BulkError("applications use the old collection: run `gateway move flip` first")
         else:
             one = held.into_vector is not None
@@ -315,8 +278,18 @@ async def finish(move: Move, folder: Path, console: Console, *, deletes: bool) -
             if left := pairs_left(held):
                 move = await _delete_old(replace(held, pairs=left), folder, console)
             what += f", with {count(move.refused, 'item')} that could not be copied" if move.refused else ""
-        move = move.at(Stage.FINISHED, f"finished; {what}")
+        move = replace(move, pairs=held.pairs).at(Stage.FINISHED, f"finished; {what}")
         write_move(folder, move)
+        return move
+
+
+def _settled_or_kept(move: Move, folder: Path, *, deletes: bool) -> Move:
+    """Return a move with the state after an interrupted step. A move whose store is gone can be ended too."""
+    try:
+        return settle(move, folder)
+    except BulkError:
+        if deletes:
+            raise
         return move
 
 

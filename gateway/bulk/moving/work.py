@@ -16,9 +16,10 @@ from gateway.bulk.command import open_embedder, stop_on_signals
 from gateway.bulk.embedder import Embedder, TextVectors
 from gateway.bulk.model_spec import PASSAGE_TASK, ModelSpec, read_spec
 from gateway.bulk.moving.checking import allowed_changes
+from gateway.bulk.moving.direction import Direction, PassCounts, sink_of
 from gateway.bulk.moving.ledger import Ledger
 from gateway.bulk.moving.mem0 import read_mem0
-from gateway.bulk.moving.passes import Direction, PassCounts, refused_file, run_pass, sink_of
+from gateway.bulk.moving.passes import refused_file, run_pass
 from gateway.bulk.moving.state import Move, Pair, Stage
 from gateway.bulk.places import open_movable, read_place
 from gateway.bulk.progress import show_progress
@@ -171,7 +172,7 @@ class Work:
         """Return whether a collection lacks the note of the move, or items although only the move has written into it."""
         space = self.move.space or ""
         is_noted = any(is_same_space(note.space, space) for note in info.notes.values())
-        return not is_noted or not (info.count or self.move.was_flipped)
+        return not is_noted or not (info.count or self.move.may_be_in_use)
 
     def direction(self, pair: Pair, *, back: bool = False) -> Direction:
         """Return where a pass reads and writes: from the old collection to the new one, or back."""
@@ -184,7 +185,7 @@ class Work:
             second,
             move.text,
             move.vector if back or move.into_vector is None else move.into_vector,
-            move.was_flipped or back,
+            move.may_be_in_use or back,
             creates=not back,
             changed_at=pair.changed_at,
         )
@@ -205,11 +206,10 @@ class Work:
         Raises:
             BulkError: one was deleted.
         """
-        names = (
-            self.reading.collections() if self.move.stage is Stage.FLIPPED else [pair.new for pair in self.move.pairs]
-        )
+        is_in_use = self.move.stage is Stage.FLIPPED or self.move.is_redirecting
+        names = self.reading.collections() if is_in_use else []
         for pair in self.move.pairs:
-            if pair.new not in names:
+            if is_in_use and pair.new not in names:
                 raise BulkError(
                     f"{pair.new}, which applications use since the flip, was deleted: `gateway move finish "
                     f"{self.move.name}` ends the move and keeps {pair.old}"

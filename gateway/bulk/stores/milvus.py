@@ -24,7 +24,7 @@ from gateway.bulk.stores.milvus_collections import (
     selection,
 )
 from gateway.bulk.stores.payloads import digest
-from gateway.bulk.stores.protocol import CollectionInfo, Hit, Mark, Place, Since, SinkOptions
+from gateway.bulk.stores.protocol import CollectionInfo, Guard, Hit, Mark, Place, Since, SinkOptions
 from gateway.bulk.stores.reading import KeysetSource, clock_mark, fields_of, is_later, since_mark
 from gateway.config.wording import quote
 from gateway.types import SparseVector
@@ -168,9 +168,12 @@ class MilvusStore:
         """Raise an error, like `filled`."""
         raise BulkError(f"{self._find(collection).place}: {milvus_rows.NO_FURTHER_VECTOR}")
 
-    def delete_ids(self, collection: str, ids: Sequence[RowId]) -> None:
+    def delete_ids(self, collection: str, ids: Sequence[RowId], guard: Guard | None = None) -> None:
         """Delete items."""
         found = self._find(collection)
+        there = {} if guard is None else self.digests_of(collection, ids)
+        kept = guard({row_id: there.get(row_id) for row_id in ids}) if guard is not None else ()
+        ids = [row_id for row_id in ids if row_id not in kept]
         with refusals(found.place):
             milvus_rows.delete_items(self._client, found, ids)
 

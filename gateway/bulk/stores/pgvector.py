@@ -6,12 +6,10 @@ Applications can use views, which `gateway move` can redirect: ``CREATE VIEW doc
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Final, LiteralString, TypeAlias, TypeVar
-from urllib.parse import unquote
 
 import numpy as np
 import numpy.typing as npt
@@ -25,10 +23,11 @@ from gateway.bulk.stores import pgvector_order as order
 from gateway.bulk.stores import pgvector_rows as rows
 from gateway.bulk.stores import pgvector_tables as tables
 from gateway.bulk.stores.payloads import digest
+from gateway.bulk.stores.pgvector_connection import connect
 from gateway.bulk.stores.pgvector_session import Session
 from gateway.bulk.stores.pgvector_sink import PgvectorSink
 from gateway.bulk.stores.pgvector_tables import Connection, Name, Table, identifier, read_name, refusals
-from gateway.bulk.stores.protocol import CollectionInfo, Hit, Mark, Place, Since, SinkOptions
+from gateway.bulk.stores.protocol import CollectionInfo, Guard, Hit, Mark, Place, Since, SinkOptions
 from gateway.bulk.stores.reading import KeysetSource, fields_of
 from gateway.config.wording import quote
 from gateway.types import SparseVector
@@ -36,17 +35,6 @@ from gateway.types import SparseVector
 Result = TypeVar("Result")
 Query: TypeAlias = LiteralString | sql.Composed
 
-_CONNECT_S: Final = 10
-_LIVELINESS: Final = {
-    "keepalives_idle": 30,
-    "keepalives_interval": 10,
-    "keepalives_count": 3,
-    "tcp_user_timeout": 60_000,
-}
-"""The settings of libpq that end the wait for a server that has lost its power or network; by default, it takes hours."""
-_REJECTED: Final = "password authentication failed"
-_NOT_GIVEN: Final = "no password supplied"
-"""Parts of libpq's messages, which have no code while a connection is made."""
 _LOCK_S: Final = 5
 _DIGEST_PAGE: Final = 5_000
 _MAX_LISTINGS: Final = 10
@@ -109,41 +97,7 @@ class PgvectorStore:
         return self._session.connection
 
     def _connect(self) -> Connection:
-        place = self._place
-        parts: dict[str, Any] = {
-            **_LIVELINESS,
-            "host": unquote(place.host),
-            "port": place.port,
-            "user": place.user,
-            "dbname": unquote(place.path),
-            "sslmode": place.options.get("sslmode") or ("verify-full" if place.is_secure else ""),
-        }
-        if place.key not in {None, "PGPASSWORD"}:  # libpq reads this variable itself, and then ~/.pgpass
-            parts["password"] = os.environ.get(str(place.key), "")
-        with refusals(self.name):
-            try:
-                connection = psycopg.connect(
-                    autocommit=True,
-                    connect_timeout=_CONNECT_S,
-                    application_name="embedding-gateway",
-                    **{name: value for name, value in parts.items() if value},
-                )
-            except psycopg.OperationalError as error:
-                if _REJECTED not in str(error) and _NOT_GIVEN not in str(error):
-                    raise
-                # Without a cause that looks like a server that will be back.
-                raise BulkError(self._about_password(is_wrong=_REJECTED in str(error))) from None
-        rows.send_vectors(connection)
-        return connection
-
-    def _about_password(self, *, is_wrong: bool) -> str:
-        where = self._place.secret
-        if self._place.key == "PGPASSWORD":
-            where += " or in ~/.pgpass"
-        user = quote(self._place.user) if self._place.user else "this machine's user"
-        if is_wrong:
-            return f"{self.name} rejects the password of {user} in {where}"
-        return f"{self.name} needs a password for {user}: put it into {where}"
+        return connect(self._place)
 
     def source(self, collection: str, names: FieldNames, since: Since | None = None) -> KeysetSource:
         """Return the rows of a table."""
@@ -249,10 +203,10 @@ class PgvectorStore:
                 sql.SQL("ALTER TABLE {} DROP COLUMN {}").format(table.name.sql, identifier(table.vector(vector).name))
             )
 
-    def delete_ids(self, collection: str, ids: Sequence[RowId]) -> None:
-        """Delete rows."""
+    def delete_ids(self, collection: str, ids: Sequence[RowId], guard: Guard | None = None) -> None:
+        """Delete rows, in the transaction in which the guard sees them."""
         table = self._table(collection)
-        self._call(table.place, lambda connection: rows.delete_rows(connection, table, ids))
+        self._call(table.place, lambda connection: rows.delete_rows(connection, table, ids, guard))
 
     def search(
         self, collection: str, query: npt.NDArray[np.float32] | SparseVector, limit: int, vector: str | None = None

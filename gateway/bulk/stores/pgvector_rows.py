@@ -13,9 +13,10 @@ from psycopg.pq import Format
 
 from gateway.bulk.fields import FieldNames
 from gateway.bulk.rows import RowId
+from gateway.bulk.stores.payloads import digest
 from gateway.bulk.stores.pgvector_session import Connect, Session
 from gateway.bulk.stores.pgvector_tables import Column, Connection, Table, identifier, refusals
-from gateway.bulk.stores.protocol import Since
+from gateway.bulk.stores.protocol import Guard, Since
 from gateway.bulk.stores.reading import Item, KeysetSource
 from gateway.types import Vectors
 
@@ -39,10 +40,19 @@ def read_page(connection: Connection, table: Table, after: RowId | None, limit: 
         return [_item(table, row) for row in connection.execute(query, values)]
 
 
-def read_some(connection: Connection, table: Table, ids: Sequence[RowId]) -> list[Item]:
-    """Return the ids and payloads of the existing rows among these."""
-    query = sql.SQL("SELECT {}, {} FROM {} t WHERE {} = ANY({})").format(
-        id_of(table), _payload(table), table.name.sql, identifier(table.id.name), _cast_all(table)
+def read_some(connection: Connection, table: Table, ids: Sequence[RowId], *, locks: bool = False) -> list[Item]:
+    """Return the ids and payloads of the existing rows among these.
+
+    Args:
+        locks: no other transaction can change the rows before this one ends.
+    """
+    query = sql.SQL("SELECT {}, {} FROM {} t WHERE {} = ANY({}) {}").format(
+        id_of(table),
+        _payload(table),
+        table.name.sql,
+        identifier(table.id.name),
+        _cast_all(table),
+        sql.SQL("ORDER BY {} FOR UPDATE OF t" if locks else "").format(identifier(table.id.name)),
     )
     with refusals(table.place):
         return [_item(table, row) for row in connection.execute(query, [known_ids(table, ids)])]
@@ -53,12 +63,22 @@ def known_ids(table: Table, ids: Sequence[RowId]) -> list[Any]:
     return [id_ for id_ in ids if isinstance(id_, int) == table.is_counted]
 
 
-def delete_rows(connection: Connection, table: Table, ids: Sequence[RowId]) -> None:
-    """Delete rows, ignoring ids without a row."""
+def delete_rows(connection: Connection, table: Table, ids: Sequence[RowId], guard: Guard | None = None) -> None:
+    """Delete rows, ignoring ids without a row, except those that a guard keeps."""
     query = sql.SQL("DELETE FROM {} WHERE {} = ANY({})").format(
         table.name.sql, identifier(table.id.name), _cast_all(table)
     )
-    connection.execute(query, [known_ids(table, ids)])
+    with connection.transaction():
+        if guard is not None:
+            there = locked_digests(connection, table, ids)
+            kept = guard({row_id: there.get(row_id) for row_id in ids})
+            ids = [row_id for row_id in ids if row_id not in kept]
+        connection.execute(query, [known_ids(table, ids)])
+
+
+def locked_digests(connection: Connection, table: Table, ids: Sequence[RowId]) -> dict[RowId, bytes]:
+    """Return the hashes of the existing rows among these, which stay as they are until the transaction ends."""
+    return {row_id: digest(payload) for row_id, payload in read_some(connection, table, ids, locks=True)}
 
 
 def order_of(table: Table) -> sql.Composable:

@@ -9,12 +9,12 @@ from typing import Final
 import psycopg
 from psycopg import sql
 
-from gateway.bulk.rows import BadRow, BulkError, EmbeddedRows, Json, Row, RowsRefused, SpaceNote
+from gateway.bulk.rows import BadRow, BulkError, EmbeddedRows, Json, Row, RowId, RowsRefused, SpaceNote
 from gateway.bulk.stores import pgvector_creation as creation
 from gateway.bulk.stores import pgvector_tables as tables
 from gateway.bulk.stores.notes import check_note, replaced
 from gateway.bulk.stores.payloads import KindOfIds, has_nul, with_field
-from gateway.bulk.stores.pgvector_rows import cast_of, delete_rows, pack
+from gateway.bulk.stores.pgvector_rows import cast_of, delete_rows, locked_digests, pack
 from gateway.bulk.stores.pgvector_session import Connect, Session
 from gateway.bulk.stores.pgvector_tables import (
     Column,
@@ -26,7 +26,7 @@ from gateway.bulk.stores.pgvector_tables import (
     message_of,
     refusals,
 )
-from gateway.bulk.stores.protocol import SinkOptions
+from gateway.bulk.stores.protocol import Guard, SinkOptions
 from gateway.config.wording import quote
 from gateway.types import Vectors
 
@@ -55,6 +55,7 @@ class PgvectorSink:
         self._table: Table | None = None
         self._like: Table | None = None
         self._ids = KindOfIds()
+        self._guard: Guard | None = None
 
     @property
     def _connection(self) -> Connection:
@@ -153,6 +154,14 @@ class PgvectorSink:
                 raise
             raise RowsRefused(bad) from error
 
+    def write_guarded(self, shard: int, batch: EmbeddedRows, guard: Guard) -> None:
+        """Write rows in the transaction in which the guard sees those that exist."""
+        self._guard = guard
+        try:
+            self.write(shard, batch)
+        finally:
+            self._guard = None
+
     def problem(self, row: Row) -> str:
         """Return the reason why PostgreSQL cannot store a row; empty if it can."""
         if problem := self._ids.problem(row, self.name) or self._value_problem(row):
@@ -178,7 +187,10 @@ class PgvectorSink:
     def _write(self, connection: Connection, rows: Sequence[Row], vectors: Vectors) -> None:
         with refusals(self.name), connection.transaction():
             table = self._ready(connection, rows)
-            self._insert(connection, table, self._statement(table, rows), rows, vectors)
+            if self._guard is None:
+                self._insert(connection, table, self._statement(table, rows), rows, vectors)
+            else:
+                self._insert_guarded(connection, table, self._guard, rows, vectors)
             follow_identity(connection, table)
         self._table = table
 
@@ -217,11 +229,7 @@ class PgvectorSink:
     def _insert(
         self, connection: Connection, table: Table, statement: sql.Composed, rows: Sequence[Row], vectors: Vectors
     ) -> None:
-        column = table.vector(self._options.vector)
-        values = [
-            (row.id, _json(self._payload(row)), pack(vector, column.kind))
-            for row, vector in zip(rows, vectors, strict=True)
-        ]
+        values = self._values(table, rows, vectors)
         try:
             with connection.transaction(), connection.cursor() as cursor:
                 cursor.executemany(statement, values)
@@ -232,6 +240,44 @@ class PgvectorSink:
             delete_rows(connection, table, [row.id for row in rows])
             with connection.cursor() as cursor:
                 cursor.executemany(statement, values)
+
+    def _values(self, table: Table, rows: Sequence[Row], vectors: Vectors) -> list[tuple[RowId, str, bytes]]:
+        kind = table.vector(self._options.vector).kind
+        return [
+            (row.id, _json(self._payload(row)), pack(vector, kind)) for row, vector in zip(rows, vectors, strict=True)
+        ]
+
+    def _insert_guarded(
+        self, connection: Connection, table: Table, guard: Guard, rows: Sequence[Row], vectors: Vectors
+    ) -> None:
+        """Replace the rows that exist and are not kept, and insert the others that are not kept.
+
+        Rows that exist are locked. A row that another transaction inserts after the look is not replaced, but looked at.
+        """
+        left = list(range(len(rows)))
+        while left:
+            present = locked_digests(connection, table, [rows[number].id for number in left])
+            kept = guard({rows[number].id: present.get(rows[number].id) for number in left})
+            left = [number for number in left if rows[number].id not in kept]
+            known = [number for number in left if rows[number].id in present]
+            new = [number for number in left if rows[number].id not in present]
+            if known:
+                some = [rows[number] for number in known]
+                self._insert(connection, table, self._statement(table, some), some, vectors[known])
+            left = self._taken(connection, table, [rows[number] for number in new], vectors[new], new)
+
+    def _taken(
+        self, connection: Connection, table: Table, rows: Sequence[Row], vectors: Vectors, numbers: Sequence[int]
+    ) -> list[int]:
+        """Insert rows; return the numbers of those that another transaction has inserted before."""
+        if not rows:
+            return []
+        statement = self._statement(table, rows, replaces=False)
+        with connection.cursor() as cursor:
+            cursor.executemany(statement, self._values(table, rows, vectors), returning=True)
+            return [
+                number for number, result in zip(numbers, cursor.results(), strict=True) if result.fetchone() is None
+            ]
 
     def _may_delete(self, connection: Connection, table: Table) -> bool:
         """Return whether rows can be deleted and inserted again: in a copy that no other table refers to."""
@@ -258,8 +304,12 @@ class PgvectorSink:
     def _payload(self, row: Row) -> Mapping[str, Json]:
         return row.payload if self._options.text is None else with_field(row.payload, self._options.text, row.text)
 
-    def _statement(self, table: Table, rows: Sequence[Row]) -> sql.Composed:
-        """Return the statement that writes a row. Its parameters are the id, the payload and the vector."""
+    def _statement(self, table: Table, rows: Sequence[Row], *, replaces: bool = True) -> sql.Composed:
+        """Return the statement that writes a row. Its parameters are the id, the payload and the vector.
+
+        Args:
+            replaces: otherwise a row that exists is kept, and the statement returns nothing.
+        """
         column = table.vector(self._options.vector)
         id_name, vector_name = identifier(table.id.name), identifier(column.name)
         given = sql.SQL("WITH given AS (SELECT {} AS id, %s::jsonb AS payload, {} AS vector)").format(
@@ -285,16 +335,15 @@ class PgvectorSink:
         fixed = {other.name for other in table.others if other.is_identity}  # these cannot be updated
         changed = [name for name in [*names, column.name] if name not in fixed]
         changes = [sql.SQL("{0} = EXCLUDED.{0}").format(identifier(name)) for name in changed]
-        return sql.SQL(
-            "{} INSERT INTO {} ({}) OVERRIDING SYSTEM VALUE SELECT {} FROM {} ON CONFLICT ({}) DO UPDATE SET {}"
-        ).format(
+        conflict = "DO UPDATE SET {}" if replaces else "DO NOTHING RETURNING true"
+        return sql.SQL("{} INSERT INTO {} ({}) OVERRIDING SYSTEM VALUE SELECT {} FROM {} ON CONFLICT ({}) {}").format(
             given,
             table.name.sql,
             sql.SQL(", ").join([id_name, *map(identifier, names), vector_name]),
             sql.SQL(", ").join([sql.SQL("given.id"), *values, sql.SQL("given.vector")]),
             source,
             id_name,
-            sql.SQL(", ").join(changes),
+            sql.SQL(conflict).format(sql.SQL(", ").join(changes)),
         )
 
     def _other_vectors(self, table: Table, column: Column) -> dict[str, sql.Composable]:

@@ -36,6 +36,12 @@ _UUID: Final = re.compile(r"(\{)?(?:[0-9a-fA-F]{4}-?){7}[0-9a-fA-F]{4}(?(1)\})")
 """The spellings that PostgreSQL reads: https://www.postgresql.org/docs/current/datatype-uuid.html"""
 _AWAY: Final = ("08", "57P0")
 """The errors of a connection, and of a server that ends or starts: https://www.postgresql.org/docs/current/errcodes-appendix.html"""
+_HINTS: Final = {
+    psycopg.errors.DiskFull: "; make room, and run the same command again",
+    psycopg.errors.LockNotAvailable: (
+        "; another program's transaction holds a lock: end that transaction, and run the same command again"
+    ),
+}
 NAMED: Final = """
 SELECT c.oid, n.nspname, c.relname, pg_table_is_visible(c.oid)
 FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.oid = to_regclass(%s)
@@ -222,7 +228,7 @@ def refusals(place: str) -> Iterator[None]:
         # Other operational errors are those of a server that is there, such as one whose disk is full.
         if isinstance(error, psycopg.OperationalError) and (error.sqlstate or "08").startswith(_AWAY):
             raise away(place, error) from error
-        hint = "; make room, and run the same command again" if isinstance(error, psycopg.errors.DiskFull) else ""
+        hint = next((hint for kind, hint in _HINTS.items() if isinstance(error, kind)), "")
         raise BulkError(f"{place}: PostgreSQL rejects the request: {message_of(error)}{hint}") from error
 
 

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Final, Protocol, TypeAlias
+from typing import Final, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 
 from gateway.bulk.fields import FieldNames
-from gateway.bulk.rows import BadRow, Row, RowId, Sink, Source, SpaceNote
+from gateway.bulk.rows import BadRow, EmbeddedRows, Row, RowId, Sink, Source, SpaceNote
 from gateway.types import SparseVector
 
 MEM0_KEY: Final = "GATEWAY_MOVE_MEM0_KEY"
@@ -169,6 +169,22 @@ class Hit:
     score: float
 
 
+Guard: TypeAlias = Callable[[Mapping[RowId, bytes | None]], Collection[RowId]]
+"""Returns which of some rows must stay as they are, by their hashes as of `MovableStore.digests`; ``None``: absent."""
+
+
+@runtime_checkable
+class GuardedSink(Protocol):
+    """A sink of a store with transactions."""
+
+    def write_guarded(self, shard: int, batch: EmbeddedRows, guard: Guard) -> None:
+        """Write rows like `Sink.write`, except those that a guard keeps; no other write comes between.
+
+        Args:
+            guard: is called again for rows that another program has inserted after the first call.
+        """
+
+
 class Store(Protocol):
     """A store with collections, or tables. Used from one thread at a time; so are its sources and sinks."""
 
@@ -249,8 +265,12 @@ class MovableStore(Store, Protocol):
             BulkError: the store cannot delete it, or it is the only vector.
         """
 
-    def delete_ids(self, collection: str, ids: Sequence[RowId]) -> None:
-        """Delete these items durably, ignoring ids without an item."""
+    def delete_ids(self, collection: str, ids: Sequence[RowId], guard: Guard | None = None) -> None:
+        """Delete these items durably, ignoring ids without an item.
+
+        Args:
+            guard: keeps some of them. In a store without transactions, another write may come between.
+        """
 
     def search(
         self, collection: str, query: npt.NDArray[np.float32] | SparseVector, limit: int, vector: str | None = None

@@ -403,12 +403,12 @@ async def test_the_collection_that_mem0_still_names_is_not_deleted(
         raise _Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr("gateway.bulk.moving.steps.change_mem0", die)
+        patch.setattr("gateway.bulk.moving.redirecting.change_mem0", die)
         with pytest.raises(_Killed):
             await flip(move, moves, console, forces=True)
     with pytest.raises(BulkError, match="applications use the old collection: run `gateway move flip` first"):
         await finish(move, moves, console, deletes=True)
-    await flip(move, moves, console, forces=False)
+    await flip(move, moves, console, forces=True)
     flipped = path.read_text()
     path.write_text(before)
     with pytest.raises(BulkError, match="run `gateway move flip` first"):
@@ -451,7 +451,7 @@ async def test_a_flip_of_mem0_that_is_killed_after_its_file_was_changed_can_be_u
         raise _Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr("gateway.bulk.moving.steps.change_mem0", change_and_die)
+        patch.setattr("gateway.bulk.moving.redirecting.change_mem0", change_and_die)
         with pytest.raises(_Killed):
             await flip(move, tmp_path / "moves", console, forces=True)
     assert read_mem0(path).collection == move.pairs[0].new

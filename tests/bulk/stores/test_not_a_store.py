@@ -95,7 +95,7 @@ def _short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gateway.bulk.stores.qdrant_connection._TIMEOUT_S", 1)
     monkeypatch.setattr("gateway.bulk.stores.chroma_connection._TIMEOUT_S", 1.0)
     monkeypatch.setattr("gateway.bulk.stores.milvus.TIMEOUT_S", 1.0)
-    monkeypatch.setattr("gateway.bulk.stores.pgvector._CONNECT_S", 2)
+    monkeypatch.setattr("gateway.bulk.stores.pgvector_connection._CONNECT_S", 2)
 
 
 @pytest.mark.timeout(60)

@@ -1,0 +1,141 @@
+"""The writes of a pass: recorded in the ledger, and none over what applications have written in the meantime.
+
+The pass has decided what to write when it read both collections, and embeds before it writes. So it looks at the items of
+the second collection again before each write. Where the store has transactions, nothing comes between the look and the
+write; elsewhere, an application's write of the same item within the same two requests may be lost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final
+
+from gateway.bulk.fields import FieldNames
+from gateway.bulk.moving.decisions import NEW, Action, Digest, decide
+from gateway.bulk.moving.direction import Direction, PassCounts, sink_of
+from gateway.bulk.moving.ledger import Ledger
+from gateway.bulk.rows import BadRow, BulkError, EmbeddedRows, Row, RowId, RowsRefused, RowValidator, SpaceNote
+from gateway.bulk.stores.payloads import digest, with_field
+from gateway.bulk.stores.protocol import Guard, GuardedSink
+
+_GUARDED_ROWS: Final = 64
+"""Rows between two looks at a collection that applications write too: few, because each takes time."""
+_FEW: Final = 20
+"""Applications may delete this many items between two passes, whatever part of a collection they are."""
+
+
+class Recorded:
+    """The sink of a pass: writes rows, and records each write in the ledger before and after it."""
+
+    def __init__(self, direction: Direction, ledger: Ledger, counts: PassCounts) -> None:
+        self._sink = sink_of(direction)
+        self._direction = direction
+        self._ledger = ledger
+        self._counts = counts
+        self.name = self._sink.name
+
+    def is_empty(self) -> bool:
+        """Return whether the sink holds nothing."""
+        return self._sink.is_empty()
+
+    def open(self, note: SpaceNote) -> None:
+        """Open the sink."""
+        self._sink.open(note)
+
+    def problem(self, row: Row) -> str:
+        """Return the reason why the sink cannot store a row; empty if it can."""
+        return self._sink.problem(row) if isinstance(self._sink, RowValidator) else ""
+
+    def write(self, shard: int, batch: EmbeddedRows) -> None:
+        """Write rows, unless an application has written their items into the second collection since they were read."""
+        size = _GUARDED_ROWS if _is_shared(self._direction) else len(batch.rows)
+        bad: list[BadRow] = []
+        num_written = 0
+        for start in range(0, len(batch.rows), size):
+            some = batch.only(range(start, min(start + size, len(batch.rows))))
+            try:
+                num_written += self._write(shard, some)
+            except RowsRefused as error:
+                bad += error.rows
+        if bad:  # the job writes the others again
+            raise RowsRefused(bad)
+        self._counts.written += num_written
+
+    def _write(self, shard: int, batch: EmbeddedRows) -> int:
+        """Write rows, and return how many no application has written."""
+        digests: dict[RowId, Digest | None] = {
+            row.id: digest(with_field(row.payload, self._direction.text, row.text)) for row in batch.rows
+        }
+        newer: set[RowId] = set()
+        guard = _guard(self._ledger, digests, newer)
+        is_shared = _is_shared(self._direction)
+        if is_shared and not isinstance(self._sink, GuardedSink):
+            present = self._direction.writing.digests_of(self._direction.second, list(digests))
+            guard({row_id: present.get(row_id) for row_id in digests})
+            batch = batch.only([index for index, row in enumerate(batch.rows) if row.id not in newer])
+        self._ledger.plan({row.id: value for row in batch.rows if (value := digests[row.id]) is not None})
+        if is_shared and isinstance(self._sink, GuardedSink):
+            self._sink.write_guarded(shard, batch, guard)
+        elif batch.rows:
+            self._sink.write(shard, batch)
+        self._ledger.record({row.id: value for row in batch.rows if (value := digests[row.id]) and row.id not in newer})
+        self._counts.keep_newer(newer)
+        return sum(row.id not in newer for row in batch.rows)
+
+    def close(self) -> None:
+        """Close the sink."""
+        self._sink.close()
+
+
+def _is_shared(direction: Direction) -> bool:
+    """Return whether applications may write items of the second collection."""
+    return direction.is_flipped and not direction.is_one
+
+
+def _guard(ledger: Ledger, firsts: Mapping[RowId, Digest | None], newer: set[RowId]) -> Guard:
+    """Return a guard of the items that applications have changed in the second collection since the pass read them.
+
+    Args:
+        firsts: the digests in the first collection; ``None`` for a deleted item.
+        newer: gets these items.
+    """
+
+    def guard(present: Mapping[RowId, Digest | None]) -> set[RowId]:
+        bases = ledger.bases_of(present)
+        found = {
+            row_id
+            for row_id, second in present.items()
+            if decide(firsts[row_id], second, bases.get(row_id, NEW), is_flipped=True) is Action.KEEP
+        }
+        newer.update(found)
+        return found
+
+    return guard
+
+
+def delete_doomed(direction: Direction, ledger: Ledger, counts: PassCounts) -> None:
+    """Delete the items that the first collection no longer has, after checking that again.
+
+    Raises:
+        BulkError: they are most of the items of a collection that applications use. More likely than so many deletions is
+        that a program has created the first collection again.
+    """
+    num_doomed, num_items = ledger.num_doomed(), ledger.num_items()
+    if direction.is_flipped and not direction.is_one and num_doomed > max(_FEW, num_items // 2):
+        raise BulkError(
+            f"{direction.first} lacks {num_doomed:,} of the {num_items:,} items that were equal in {direction.second}, so a "
+            f"pass would delete them there. Nothing was deleted, in case {direction.first} was emptied, or deleted and "
+            "created again. If these items are to go, delete them yourself; `gateway move finish` ends the move and keeps "
+            "both collections"
+        )
+    while ids := ledger.doomed():
+        there = {row.id for row in direction.reading.read_ids(direction.first, ids, FieldNames(text=direction.text))}
+        gone = {row_id: None for row_id in ids if row_id not in there}
+        newer: set[RowId] = set()
+        guard = _guard(ledger, gone, newer) if _is_shared(direction) else None
+        direction.writing.delete_ids(direction.second, list(gone), guard)
+        counts.keep_newer(newer)
+        deleted = [row_id for row_id in gone if row_id not in newer]
+        ledger.forget(deleted)
+        ledger.spare([row_id for row_id in ids if row_id in there or row_id in newer])
+        counts.deleted += len(deleted)
