@@ -197,10 +197,15 @@ def _unique_form(row_id: RowId) -> RowId:
     return int(row_id) if is_number and str(int(row_id)) == row_id else row_id
 
 
-def stopped_at(bad: BadRow) -> str:
-    """Return the message of a job that stops at a bad item."""
+def stopped_at(bad: BadRow, *, is_in_block: bool = False) -> str:
+    """Return the message of a job that stops at a bad item.
+
+    Args:
+        is_in_block: the rows of its block are not written, including those before it.
+    """
+    rest = ", except those of the same block, which the next run embeds" if is_in_block else ""
     return (
-        f"{bad.place}: {bad.problem}. The rows before it are written. With --on-error skip, the job leaves such rows "
+        f"{bad.place}: {bad.problem}. The rows before it are written{rest}. With --on-error skip, the job leaves such rows "
         "out and lists them in a file"
     )
 

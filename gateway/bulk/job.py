@@ -272,7 +272,7 @@ class Job:
             self._failure = error
             return False
         if embedded.refused and self._options.on_error == "stop":
-            self._failure = BulkError(stopped_at(embedded.refused[0]))
+            self._failure = BulkError(stopped_at(embedded.refused[0], is_in_block=True))
             return False
         shard.add(block, embedded)
         return True

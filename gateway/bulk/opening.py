@@ -28,6 +28,8 @@ def open_source(places: Sequence[str], names: FieldNames, without: Sequence[str]
     place = read_place(stores[0])
     if len(places) > 1 or place is None:
         raise BulkError(f"{stores[0]}: a collection of a store must be the only source; got {len(places)} sources")
+    if "vector" in place.options:
+        raise BulkError(f"{stores[0]}: the texts are read, but no vectors: leave out ?vector=, which is for --to")
     store = open_store(place)
     try:
         return store.source(place.collection, names)

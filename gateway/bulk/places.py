@@ -115,6 +115,8 @@ def read_place(url: str, *, has_collection: bool = True) -> Place | None:
     place = Place(kind=name, key=key, options=options, collection=unquote(collection))
     if not kind.port or not location.startswith("//") or location[2:3] in ("", "/", ".", "~"):
         place = replace(place, location=_folder(location, name, kind))
+        if key != (kind.key or None):
+            raise BulkError(f"a folder of {name} needs no key: leave out {quote(f'key_env={key}')}")
     else:
         place = _on_server(place, kind, location, transport == "https", has_collection and not collection)
     if has_collection and not place.collection:
@@ -160,12 +162,15 @@ def _on_server(place: Place, kind: _Kind, location: str, is_secure: bool, takes_
 
 def _options(query: str, name: str, kind: _Kind) -> dict[str, str]:
     """Return the settings in a URL's query."""
-    options = dict(parse_qsl(query, keep_blank_values=True))
+    written = parse_qsl(query, keep_blank_values=True)
+    options = dict(written)
     known = (*(["key_env"] if kind.key else []), *kind.options)
     for option in options:
         if option not in known:
             hint = did_you_mean(option, known) or ";"
             raise BulkError(f"{name} has no option {quote(option)}{hint} its options are {enumerate_names(known)}")
+        if [key for key, _value in written].count(option) > 1:
+            raise BulkError(f"the URL of {name} has the option {quote(option)} twice")
     return options
 
 

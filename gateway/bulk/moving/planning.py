@@ -15,7 +15,7 @@ from gateway.bulk.moving.work import Work
 from gateway.bulk.places import read_place
 from gateway.bulk.rows import BulkError
 from gateway.bulk.stores.protocol import CollectionInfo, MovableStore, Place
-from gateway.config.wording import enumerate_names
+from gateway.config.wording import did_you_mean, enumerate_names, quote
 from gateway.routing.spaces import is_same_space
 
 
@@ -69,6 +69,11 @@ def places_of(request: StartRequest) -> tuple[Mem0 | None, Place]:
         place = read_place(request.store, has_collection=False)
         if place is None:
             raise BulkError(f"--from {request.store}: is not the URL of a store, such as qdrant://localhost:6333")
+        if place.collection:
+            raise BulkError(
+                f"--from {request.store}: names the collection {quote(place.collection)}, but the move is of "
+                f"{quote(request.collection)}: leave out one of them"
+            )
         return None, replace(place, collection=request.collection)
     place = read_place(request.collection)
     if place is None:
@@ -96,8 +101,7 @@ def plan(
     if alias is not None and (reason := store.why_not_flip(alias)):
         raise BulkError(f"--alias {alias}: {reason}")
     vector = mem0.vector if mem0 else place.options.get("vector")
-    if request.into_vector is not None:
-        vector = _old_vector(request.into_vector, vector, info, store.name)
+    vector = _old_vector(request.into_vector, vector, info, store.name)
     text = mem0.text if mem0 else request.text
     if text is None:
         source = store.source(info.name, FieldNames())
@@ -161,23 +165,30 @@ def _continued(move: Move, folder: Path) -> Move:
     )
 
 
-def _old_vector(new: str, requested: str | None, info: CollectionInfo, store: str) -> str:
-    """Return the name of the old vector, next to which the new vector is stored.
+def _old_vector(new: str | None, requested: str | None, info: CollectionInfo, store: str) -> str | None:
+    """Return the name of the old vector; ``None`` for the only one, if the new one is in a second collection.
+
+    Args:
+        new: the name of the new vector in the same collection.
 
     Raises:
-        BulkError: the collection has several vectors and none was named, or the new vector has the old one's name.
+        BulkError: the collection does not have the vector, or has several and none was named, or the new vector has the
+            old one's name.
     """
     others = [name for name in info.widths if name != new]
-    if requested is None and len(others) != 1:
-        available = f"it has {enumerate_names(others)}" if others else "it has no other"
-        raise BulkError(
-            f"{store}: which vector of {info.name} is the old one? {available}; name it at the end of --from: "
-            "?vector=NAME"
-        )
-    old = others[0] if requested is None else requested
-    if old == new:
+    if requested is not None and requested == new:
         raise BulkError(f"--into-vector {new}: is the old vector itself")
-    return old
+    if (requested is None and len(others) == 1) or requested in others:
+        return requested if new is None else requested or others[0]
+    names = enumerate_names(name or "one without a name" for name in others)
+    if requested is not None:
+        hint = did_you_mean(requested, others) or ";"
+        raise BulkError(f"{store}: {info.name} has no vector {quote(requested)}{hint} it has {names or 'none'}")
+    if not others:
+        raise BulkError(f"{store}: {info.name} has no {'other ' if info.widths else ''}dense vector")
+    raise BulkError(
+        f"{store}: which vector of {info.name} is the old one? It has {names}; name it at the end of --from: ?vector=NAME"
+    )
 
 
 def _url(place: Place) -> str:

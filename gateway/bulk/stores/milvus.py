@@ -25,7 +25,7 @@ from gateway.bulk.stores.milvus_collections import (
 )
 from gateway.bulk.stores.payloads import digest
 from gateway.bulk.stores.protocol import CollectionInfo, Guard, Hit, Mark, Place, Since, SinkOptions
-from gateway.bulk.stores.reading import KeysetSource, clock_mark, fields_of, is_later, since_mark
+from gateway.bulk.stores.reading import KeysetSource, clock_mark, fields_named, is_later, since_mark
 from gateway.config.wording import quote
 from gateway.types import SparseVector
 
@@ -116,8 +116,7 @@ class MilvusStore:
     def read_ids(self, collection: str, ids: Sequence[RowId], names: FieldNames) -> Iterator[Row | BadRow]:
         """Yield the items with these ids."""
         found = self._find(collection)
-        first = [payload for _id, payload in milvus_rows.read_page(self._client, found, None, 1)]
-        fields = fields_of(names, first, found.place)
+        fields = fields_named(names)
         for start in range(0, len(ids), milvus_rows.PAGE):
             for row_id, payload in milvus_rows.read_some(self._client, found, ids[start : start + milvus_rows.PAGE]):
                 yield fields.row(payload, f"id {row_id} of {found.place}", row_id, row_id)

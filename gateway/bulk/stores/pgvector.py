@@ -28,7 +28,7 @@ from gateway.bulk.stores.pgvector_session import Session
 from gateway.bulk.stores.pgvector_sink import PgvectorSink
 from gateway.bulk.stores.pgvector_tables import Connection, Name, Table, identifier, read_name, refusals
 from gateway.bulk.stores.protocol import CollectionInfo, Guard, Hit, Mark, Place, Since, SinkOptions
-from gateway.bulk.stores.reading import KeysetSource, fields_of
+from gateway.bulk.stores.reading import KeysetSource, fields_named
 from gateway.config.wording import quote
 from gateway.types import SparseVector
 
@@ -156,8 +156,7 @@ class PgvectorStore:
         """Yield the rows with these ids."""
         table = self._table(collection)
         items = self._session.call(lambda connection: rows.read_some(connection, table, ids))
-        first = self._session.call(lambda connection: rows.read_page(connection, table, None, 1))
-        fields = fields_of(names, [payload for _id, payload in first], table.place)
+        fields = fields_named(names)
         for row_id, payload in items:
             yield fields.row(payload, f"id {row_id} of {table.place}", row_id, row_id)
 

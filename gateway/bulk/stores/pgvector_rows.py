@@ -81,6 +81,20 @@ def locked_digests(connection: Connection, table: Table, ids: Sequence[RowId]) -
     return {row_id: digest(payload) for row_id, payload in read_some(connection, table, ids, locks=True)}
 
 
+def follow_identity(connection: Connection, table: Table) -> None:
+    """Advance the sequence of an identity column past the written ids."""
+    if table.id.is_identity:
+        query = sql.SQL(
+            "SELECT setval(s, m) FROM (SELECT pg_get_serial_sequence({}, {}) AS s, max({}) AS m FROM {}) r WHERE m > 0"
+        ).format(
+            sql.Literal(table.name.quoted),
+            sql.Literal(table.id.name),
+            identifier(table.id.name),
+            table.name.sql,
+        )
+        connection.execute(query)
+
+
 def order_of(table: Table) -> sql.Composable:
     """Return the sort order of the ids; text sorts by code points, as in Python."""
     name = identifier(table.id.name)

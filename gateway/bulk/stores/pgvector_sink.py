@@ -14,7 +14,7 @@ from gateway.bulk.stores import pgvector_creation as creation
 from gateway.bulk.stores import pgvector_tables as tables
 from gateway.bulk.stores.notes import check_note, replaced
 from gateway.bulk.stores.payloads import KindOfIds, has_nul, with_field
-from gateway.bulk.stores.pgvector_rows import cast_of, delete_rows, locked_digests, pack
+from gateway.bulk.stores.pgvector_rows import cast_of, delete_rows, follow_identity, locked_digests, pack
 from gateway.bulk.stores.pgvector_session import Connect, Session
 from gateway.bulk.stores.pgvector_tables import (
     Column,
@@ -31,6 +31,7 @@ from gateway.config.wording import quote
 from gateway.types import Vectors
 
 _DEFAULT_VECTOR: Final = "embedding"
+_DEFAULT_ID: Final = "id"
 _OF_A_ROW: Final = (psycopg.IntegrityError, psycopg.DataError)
 """The errors about the values of a row: constraints, and values that a type cannot hold."""
 
@@ -87,6 +88,11 @@ class PgvectorSink:
                 self._make_like(self._options.like, note)
             self._table = find_table(self._connection, self._name, self._store, self._id_column)
             if self._table is None:
+                if self._id_column not in (None, _DEFAULT_ID):
+                    raise BulkError(
+                        f"{self.name} does not exist, and a new table has its ids in the column {quote(_DEFAULT_ID)}: "
+                        f"leave out ?id={self._id_column}"
+                    )
                 self._check_extension()
                 return
             self._ids.are_counted = self._table.is_counted
@@ -379,20 +385,6 @@ class PgvectorSink:
     def close(self) -> None:
         """Close the connection."""
         self._session.close()
-
-
-def follow_identity(connection: Connection, table: Table) -> None:
-    """Advance the sequence of an identity column past the written ids."""
-    if table.id.is_identity:
-        query = sql.SQL(
-            "SELECT setval(s, m) FROM (SELECT pg_get_serial_sequence({}, {}) AS s, max({}) AS m FROM {}) r WHERE m > 0"
-        ).format(
-            sql.Literal(table.name.quoted),
-            sql.Literal(table.id.name),
-            identifier(table.id.name),
-            table.name.sql,
-        )
-        connection.execute(query)
 
 
 def _json(payload: Mapping[str, Json]) -> str:

@@ -22,7 +22,7 @@ from gateway.bulk.stores.qdrant_layout import Vectors
 from gateway.bulk.stores.qdrant_points import ORIGINAL_ID, PointId, point_id, row_id_of, sort_key
 from gateway.bulk.stores.qdrant_sink import QdrantSink
 from gateway.bulk.stores.qdrant_source import QdrantSource
-from gateway.bulk.stores.reading import clock_mark, is_later, since_mark
+from gateway.bulk.stores.reading import clock_mark, fields_named, is_later, since_mark
 from gateway.types import SparseVector
 
 _PAGE: Final = 256
@@ -97,7 +97,7 @@ class QdrantStore:
         """Yield the points of these rows that exist."""
         source = self.source(collection, names)
         try:
-            yield from source.read_ids(ids)
+            yield from source.read_ids(ids, fields_named(names))
         finally:
             source.close()
 

@@ -9,7 +9,7 @@ from typing import Final, cast
 
 from qdrant_client import QdrantClient, models
 
-from gateway.bulk.fields import FieldNames
+from gateway.bulk.fields import FieldNames, Fields
 from gateway.bulk.rows import BadRow, BulkError, Json, Position, Row, RowId
 from gateway.bulk.stores.protocol import Since
 from gateway.bulk.stores.qdrant_connection import Connection
@@ -91,8 +91,11 @@ class QdrantSource(ItemSource):
                 return
             offset = following
 
-    def read_ids(self, ids: Sequence[RowId]) -> Iterator[Row | BadRow]:
+    def read_ids(self, ids: Sequence[RowId], fields: Fields) -> Iterator[Row | BadRow]:
         """Yield the existing points of these rows.
+
+        Args:
+            fields: those that make a row; these points may lack them.
 
         Raises:
             BulkError: the collection does not exist or cannot be read.
@@ -100,7 +103,9 @@ class QdrantSource(ItemSource):
         for start in range(0, len(ids), _PAGE):
             retrieve = partial(self._retrieve, [point_id(row_id) for row_id in ids[start : start + _PAGE]])
             for point in self._connection.call(retrieve, self._collection):
-                yield self._row_of(*_parts(point))
+                number, payload = _parts(point)
+                row_id, rest = row_id_of(number, payload)
+                yield fields.row(rest, f"id {row_id} of {self.name}", number, row_id)
 
     def close(self) -> None:
         """Close the connection, if it has no other users."""

@@ -153,6 +153,11 @@ def since_mark(mark: Mark) -> Since:
     return Since(content["field"], datetime.fromisoformat(content["moment"]))
 
 
+def fields_named(names: FieldNames) -> Fields:
+    """Return the fields that make a row by their names alone, for items some of which lack them."""
+    return Fields(names.id, names.text or TEXT_FIELDS[0], names.title, names.payload)
+
+
 def fields_of(names: FieldNames, payloads: Sequence[Mapping[str, Json]], place: str) -> Fields:
     """Return the fields that make a row from items that have ids in their store.
 
@@ -163,7 +168,7 @@ def fields_of(names: FieldNames, payloads: Sequence[Mapping[str, Json]], place: 
         BulkError: the payloads lack the fields.
     """
     if not payloads:
-        return Fields(names.id, names.text or TEXT_FIELDS[0], names.title, names.payload)
+        return fields_named(names)
     fields = resolve_fields(names, payloads, place)
     # A field with this name is part of the payload, unless the user chose it as the id.
     return fields if names.id is not None else replace(fields, id=None)

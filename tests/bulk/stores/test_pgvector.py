@@ -691,3 +691,11 @@ def test_a_server_that_has_lost_its_network_is_noticed_within_a_minute(url: str)
     unanswered = [int(settings[name]) for name in ("keepalives_idle", "keepalives_interval", "keepalives_count")]
     assert unanswered[0] + unanswered[1] * unanswered[2] <= 60
     assert 0 < int(settings["tcp_user_timeout"]) <= 60_000
+
+
+def test_a_new_table_has_no_other_id_column(pgvector_url: str) -> None:
+    """It would have the column ``id``, whatever the URL says."""
+    with pytest.raises(
+        BulkError, match=r"does not exist, and a new table has its ids in the column `id`: leave out \?id=key"
+    ):
+        write(f"{pgvector_url}?id=key", [Row(1, "a", {}, "1", None)])

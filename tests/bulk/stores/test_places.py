@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from gateway.bulk.fields import FieldNames
+from gateway.bulk.opening import open_source
 from gateway.bulk.places import open_store, read_place
 from gateway.bulk.rows import BulkError
 from gateway.bulk.stores.protocol import MEM0_KEY, Place
@@ -142,6 +145,8 @@ def test_a_home_folder_is_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
             "qdrant://localhost/docs?vectr=a",
             "no option `vectr`; did you mean `vector`? its options are `key_env`, `vector`",
         ),
+        ("qdrant://localhost/docs?vector=a&vector=b", "the URL of qdrant has the option `vector` twice"),
+        ("qdrant:./q#docs?key_env=KEY", "a folder of qdrant needs no key: leave out `key_env=KEY`"),
         ("chroma://localhost/docs?x=a", "chroma has no option `x`; its options are `key_env`, `tenant`, `database`"),
     ],
 )
@@ -149,6 +154,11 @@ def test_an_unusable_url_says_what_to_write(url: str, message: str) -> None:
     with pytest.raises(BulkError) as caught:
         read_place(url)
     assert message in str(caught.value)
+
+
+def test_a_source_has_no_vector_to_name(tmp_path: Path) -> None:
+    with pytest.raises(BulkError, match=r"the texts are read, but no vectors: leave out \?vector=, which is for --to"):
+        open_source([f"qdrant:{tmp_path}#docs?vector=a"], FieldNames())
 
 
 @pytest.mark.parametrize(

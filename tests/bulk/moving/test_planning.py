@@ -1,0 +1,78 @@
+"""The request of a move: what is wrong with it is found before anything is embedded or written."""
+
+from __future__ import annotations
+
+import uuid
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from gateway.bulk.moving.state import read_moves
+from gateway.bulk.moving.steps import start, sync
+from gateway.bulk.rows import BulkError, EmbeddedRows, Row
+from gateway.bulk.stores.protocol import SinkOptions
+from tests.bulk.moving.conftest import HashModel, Models, Shop, closing_shop, copy_of, request_for, vector_of
+
+
+@pytest.mark.parametrize("into_vector", [None, "e5"])
+async def test_a_vector_that_does_not_exist_is_rejected_with_those_that_do(
+    any_shop: Shop, into_vector: str | None, models: Models, tmp_path: Path, console: Console
+) -> None:
+    names = {"qdrant": "`one without a name`", "milvus": "`vector`", "pgvector": "`embedding`"}
+    known = names[any_shop.url.partition(":")[0]]
+    before = set(any_shop.store.collections())
+
+    with pytest.raises(BulkError, match=rf"has no vector `vectro`.* it has {known}"):
+        await start(
+            request_for(any_shop, store=f"{any_shop.url}?vector=vectro", into_vector=into_vector), tmp_path, console
+        )
+
+    assert not models.texts
+    assert not read_moves(tmp_path)
+    assert set(any_shop.store.collections()) == before
+
+
+@pytest.mark.parametrize("kind", ["qdrant", "pgvector"])
+async def test_the_old_vector_of_several_must_be_named_before_anything_is_written(
+    kind: str, request: pytest.FixtureRequest, models: Models, tmp_path: Path, console: Console
+) -> None:
+    url = f"qdrant:{tmp_path / 'qdrant'}" if kind == "qdrant" else request.getfixturevalue("pgvector")
+    with closing_shop(f"{url}?vector=embedding") as shop:
+        rows = [Row(row_id, text, {}, "", None) for row_id, (text, _payload) in shop.content().items()]
+        with closing(shop.store.sink(shop.collection, SinkOptions("text", "extra", updates=True))) as sink:
+            sink.open(HashModel("twin", lambda _texts: None).note)
+            sink.write(0, EmbeddedRows(rows, np.stack([vector_of("twin", row.text) for row in rows])))
+
+        with pytest.raises(
+            BulkError, match=r"which vector of docs_\S+ is the old one\? It has `embedding`, `extra`; name"
+        ):
+            await start(request_for(shop, store=url), tmp_path / "moves", console)
+
+        assert [name for name in shop.store.collections() if name.startswith(shop.collection)] == [shop.collection]
+
+
+async def test_two_collections_in_one_request_are_rejected(shop: Shop, tmp_path: Path, console: Console) -> None:
+    with pytest.raises(BulkError, match=rf"names the collection `others`, but the move is of `{shop.collection}`"):
+        await start(request_for(shop, store=f"{shop.url}#others"), tmp_path, console)
+
+
+async def test_a_first_item_without_a_text_is_one_item_that_cannot_be_copied(
+    store_url: str, models: Models, tmp_path: Path, console: Console
+) -> None:
+    """Each item may have other fields, so the first one says nothing about the others."""
+    shop = Shop(store_url, f"docs_{uuid.uuid4().hex[:12]}")
+    shop.put({n: f"word{n % 5} text {n}" for n in range(1, 20)})
+    rows = [Row(0, "word1 x", {"n": 1}, "", None)]
+    with closing(shop.store.sink(shop.collection, SinkOptions("title"))) as sink:
+        sink.open(HashModel("old", lambda _texts: None).note)
+        sink.write(0, EmbeddedRows(rows, np.stack([vector_of("old", "word1 x")])))
+    with pytest.raises(BulkError, match="1 item cannot be copied, such as 0: "):
+        await start(request_for(shop, text="text"), tmp_path, console)
+    [move] = read_moves(tmp_path).values()
+
+    await sync(move, tmp_path, console, skips=True)
+
+    assert set(copy_of(shop, move).content()) == {*range(1, 20)}
