@@ -10,8 +10,9 @@ from typing import Any
 import httpx
 import pytest
 
+from gateway.config.registry import Arm
 from gateway.types import ModelState
-from tests.console.served import HOSTILE, Gateway, make, serving
+from tests.console.served import HOSTILE, SEARCH, Gateway, make, serving, usual_models
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -150,3 +151,17 @@ def test_the_overview_is_accessible_in_both_themes_narrow_and_wide(
     with visit(gateway.url) as page:
         page.goto(f"{gateway.url}/console")
         check_everywhere(page, "overview")
+
+
+def test_long_names_break_and_leave_the_other_columns_their_room(
+    visit: Callable[..., Any], check_everywhere: Callable[[Any, str], None]
+) -> None:
+    long = "-".join(["all-mpnet-base-v2-tuned-on-our-own-tickets-with-hard-negatives", *["2026"] * 8])
+    experiment = SEARCH.model_copy(update={"arms": (Arm(model="jina", weight=50), Arm(model=long, weight=50))})
+    with serving([*usual_models(), make(long, width=48)], (experiment,)) as served, visit(served.url) as page:
+        page.goto(f"{served.url}/console")
+        check_everywhere(page, "long-names")
+        for name in ("default", "search-exp"):
+            box = page.locator("code", has_text=name).first.bounding_box()
+            assert box is not None
+            assert box["height"] < 40  # on one line, or on two
