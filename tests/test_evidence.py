@@ -56,6 +56,8 @@ def small(name: str, runs: int, *rows: str) -> list[Rate]:
         ("tastes", 20, ["5 voters", "15 voters"]),
         ("preferred", 50, []),
         ("share", 30, []),
+        ("clicks", 10, []),
+        ("clicked", 5, []),
     ],
 )
 def test_promises_are_kept(name: str, runs: int, rows: list[str]) -> None:

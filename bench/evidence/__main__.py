@@ -19,7 +19,7 @@ from bench.evidence.registry import Rate, Simulation, measure
 from bench.processes import ROOT
 from bench.report import note, read_section, table, update_page
 
-MODULES = ("comparing", "costs", "experimenting", "judges", "duels")
+MODULES = ("comparing", "costs", "experimenting", "judges", "duels", "clicks")
 """The modules of this package with a tuple ``SIMULATIONS``."""
 
 _HEADER = ("", "how often", "promised", "worst", "kept")
