@@ -27,7 +27,7 @@ from gateway.bulk.model_spec import ModelSpec
 from gateway.bulk.opening import check_apart, open_sink, open_source
 from gateway.bulk.progress import show_progress
 from gateway.bulk.report import Report
-from gateway.bulk.rows import BulkError, Json, Renamed, Sink, Source, SpaceNote
+from gateway.bulk.rows import BulkError, Composed, Json, Sink, Source, SpaceNote
 from gateway.cli.console import make_console, say
 from gateway.cli.models import OwnModels, RunningGateway
 from gateway.config.wording import count
@@ -83,9 +83,7 @@ def run_embed(request: EmbedRequest, models: RunningGateway | OwnModels, *, as_j
         sink = stack.enter_context(
             closing(open_sink(request.sink, source.text_field if request.keeps_text else None, adopts=request.adopts))
         )
-        check_apart(
-            request.sources, request.sink, source.name, sink.real_name if isinstance(sink, Renamed) else sink.name
-        )
+        check_apart(request.sources, request.sink, _collections(source), _collections(sink))
         path = _manifest_path(request, source, sink)
         _check_folder(sink, path, request)
         try:
@@ -113,6 +111,10 @@ def run_embed(request: EmbedRequest, models: RunningGateway | OwnModels, *, as_j
     else:
         report.print(output)
     return 0 if outcome.is_finished else INTERRUPTED
+
+
+def _collections(place: Source | Sink) -> Sequence[str]:
+    return place.collections if isinstance(place, Composed) else [place.name]
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import product
 
 from gateway.bulk.fields import FieldNames
 from gateway.bulk.places import open_store, read_place
@@ -37,7 +38,7 @@ def open_source(places: Sequence[str], names: FieldNames, without: Sequence[str]
         store.close()
 
 
-def check_apart(places: Sequence[str], sink: str, read: str = "", written: str = "") -> None:
+def check_apart(places: Sequence[str], sink: str, read: Sequence[str] = ("",), written: Sequence[str] = ("",)) -> None:
     """Check that a job does not write into the collection that it reads.
 
     Args:
@@ -46,9 +47,8 @@ def check_apart(places: Sequence[str], sink: str, read: str = "", written: str =
     Raises:
         BulkError: it would replace each item, with all of its vectors.
     """
-    into = _behind(read_place(sink), written)
-    for url in places:
-        place = _behind(read_place(url), read)
+    for url, name, target in product(places, read, written):
+        place, into = _behind(read_place(url), name), _behind(read_place(sink), target)
         if place is not None and into is not None and place.is_same_collection(into):
             raise BulkError(
                 f"--to {sink}: is the collection that is read, whose items would be replaced with all of their vectors. "

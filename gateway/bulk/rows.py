@@ -237,11 +237,11 @@ class RowValidator(Protocol):
 
 
 @runtime_checkable
-class Renamed(Protocol):
-    """A sink whose collection can be written in several ways, such as with its schema.
+class Composed(Protocol):
+    """A source or sink whose items may be those of other collections, or whose name can be written in several ways.
 
     Attributes:
-        real_name: its name, as a source of the same collection has it.
+        collections: its name in one form, and the names of the collections whose items it shows.
     """
 
-    real_name: str
+    collections: Sequence[str]

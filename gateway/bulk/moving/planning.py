@@ -71,8 +71,7 @@ def places_of(request: StartRequest) -> tuple[Mem0 | None, Place]:
             raise BulkError(f"--from {request.store}: is not the URL of a store, such as qdrant://localhost:6333")
         if place.collection:
             raise BulkError(
-                f"--from {request.store}: names the collection {quote(place.collection)}, but the move is of "
-                f"{quote(request.collection)}: leave out one of them"
+                f"--from {request.store}: must name a store without a collection: leave out `#{place.collection}`"
             )
         return None, replace(place, collection=request.collection)
     place = read_place(request.collection)

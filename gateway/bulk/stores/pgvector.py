@@ -101,12 +101,18 @@ class PgvectorStore:
 
     def source(self, collection: str, names: FieldNames, since: Since | None = None) -> KeysetSource:
         """Return the rows of a table."""
-        return rows.open_source(self._connect, self._table(collection), names, since)
+        table = self._table(collection)
+        return rows.open_source(self._connect, table, names, since, self._tables_behind(str(table.name)))
+
+    def _tables_behind(self, name: str) -> list[str]:
+        found = self._fetch(self.name, tables.BEHIND, [read_name(name).quoted])
+        return [f"{self.name}/{_shown(*row)}" for row in found]
 
     def sink(self, collection: str, options: SinkOptions) -> PgvectorSink:
         """Return a sink for a table, also by a view: a view that is redirected meanwhile does not redirect the job."""
         name = self._behind(collection)
-        return PgvectorSink(self._connect, name, self._real_name(str(name)), self.name, options, self._id)
+        names = [f"{self.name}/{self._real_name(str(name))}", *self._tables_behind(str(name))]
+        return PgvectorSink(self._connect, name, names, self.name, options, self._id)
 
     def _behind(self, collection: str) -> Name:
         """Return the name of a table, which may be given by a view."""

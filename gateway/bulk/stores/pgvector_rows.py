@@ -146,8 +146,14 @@ def _item(table: Table, row: Sequence[Any]) -> Item:
     return row_id, payload if isinstance(payload, dict) else {} if payload is None else {"payload": payload}
 
 
-def open_source(connect: Connect, table: Table, names: FieldNames, since: Since | None) -> KeysetSource:
-    """Return the rows of a table."""
+def open_source(
+    connect: Connect, table: Table, names: FieldNames, since: Since | None, behind: Sequence[str]
+) -> KeysetSource:
+    """Return the rows of a table.
+
+    Args:
+        behind: the names of further tables whose rows it shows.
+    """
     session = Session(connect)
 
     def read(after: RowId | None, limit: int = PAGE) -> list[Item]:
@@ -161,6 +167,7 @@ def open_source(connect: Connect, table: Table, names: FieldNames, since: Since 
         read_page=read,
         count=lambda: session.call(partial(_count_rows, table=table)),
         close=session.close,
+        behind=behind,
     )
 
 

@@ -41,15 +41,21 @@ class PgvectorSink:
 
     Args:
         name: the table's name as the user wrote it, unless that is a view's.
-        real_name: the same, as a source shows it.
+        collections: the same, as a source shows it, and the names of further tables whose rows it shows.
         id_column: the column with the ids of an existing table; by default its primary key.
     """
 
     def __init__(
-        self, connect: Connect, name: Name, real_name: str, store: str, options: SinkOptions, id_column: str | None
+        self,
+        connect: Connect,
+        name: Name,
+        collections: Sequence[str],
+        store: str,
+        options: SinkOptions,
+        id_column: str | None,
     ) -> None:
         self.name = f"{store}/{name}"
-        self.real_name = f"{store}/{real_name}"
+        self.collections = collections
         self._session = Session(connect)
         self._name, self._store, self._options, self._id_column = name, store, options, id_column
         self._note: SpaceNote | None = None

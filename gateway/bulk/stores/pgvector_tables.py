@@ -46,6 +46,20 @@ NAMED: Final = """
 SELECT c.oid, n.nspname, c.relname, pg_table_is_visible(c.oid)
 FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.oid = to_regclass(%s)
 """
+BEHIND: Final = """
+WITH RECURSIVE behind(oid) AS (
+    SELECT to_regclass(%s)::oid
+    UNION
+    SELECT o.oid FROM behind b, LATERAL (
+        SELECT d.refobjid AS oid FROM pg_rewrite r JOIN pg_depend d ON d.objid = r.oid
+        WHERE r.ev_class = b.oid AND d.classid = 'pg_rewrite'::regclass AND d.refclassid = 'pg_class'::regclass
+        UNION ALL SELECT i.inhrelid FROM pg_inherits i WHERE i.inhparent = b.oid
+    ) o
+)
+SELECT n.nspname, c.relname, pg_table_is_visible(c.oid)
+FROM behind b JOIN pg_class c ON c.oid = b.oid JOIN pg_namespace n ON n.oid = c.relnamespace
+"""
+"""The table of a name, and those whose rows it shows: a view's tables, and the partitions or heirs of a table."""
 _COLUMNS: Final = """
 SELECT a.attname, format_type(a.atttypid, NULL), a.atttypmod, a.attgenerated <> '', a.attidentity <> '',
        col_description(a.attrelid, a.attnum)

@@ -80,6 +80,7 @@ class KeysetSource(ItemSource):
         identity: an identity of the collection that another collection of the same name does not share.
         count: returns the number of items.
         close: closes the connection.
+        behind: the names of further collections whose items it shows.
     """
 
     def __init__(
@@ -92,8 +93,10 @@ class KeysetSource(ItemSource):
         read_page: ReadPage,
         count: Callable[[], int],
         close: Callable[[], None],
+        behind: Sequence[str] = (),
     ) -> None:
         super().__init__(name, names)
+        self.collections = [name, *behind]
         self._identity = identity
         self._since = since
         self._read_page = read_page

@@ -99,6 +99,35 @@ def test_a_table_is_not_written_into_itself_by_its_name_with_schema_and_quotes(p
     assert by_id(pgvector_url) == EXPECTED
 
 
+@pytest.mark.parametrize("kind", ["condition", "view of a view", "partition"])
+def test_a_table_is_not_written_into_itself_by_what_shows_a_part_of_it(
+    kind: str, pgvector_url: str, postgres: str
+) -> None:
+    table = name_of(pgvector_url)
+    part, inner = f"{table}_part", f"{table}_inner"
+    if kind != "partition":
+        assert embed("docs.jsonl", "--to", pgvector_url).exit_code == 0
+    statements = {
+        "condition": ["CREATE VIEW {part} AS SELECT * FROM {table} WHERE id IS NOT NULL"],
+        "view of a view": [
+            "CREATE VIEW {inner} AS SELECT * FROM {table} WHERE id IS NOT NULL",
+            "CREATE VIEW {part} AS SELECT id, payload, embedding FROM {inner}",
+        ],
+        "partition": [
+            "CREATE TABLE {table} (id text PRIMARY KEY, payload jsonb, embedding vector(384)) PARTITION BY HASH (id)",
+            "CREATE TABLE {part} PARTITION OF {table} FOR VALUES WITH (MODULUS 1, REMAINDER 0)",
+        ],
+    }[kind]
+    with psycopg.connect(postgres, autocommit=True) as connection:
+        for statement in statements:
+            connection.execute(statement.format(table=table, part=part, inner=inner).encode())
+    other = pgvector_url.replace(table, part)
+    for source, sink in ((other, pgvector_url), (pgvector_url, other)):
+        refused = embed(source, "--to", sink, "--adopt", "--text", "text")
+        assert refused.exit_code == 1
+        assert "is the collection that is read" in " ".join(refused.output.split()), refused.output
+
+
 def test_a_table_is_written_into_one_of_another_schema(pgvector_url: str, postgres: str) -> None:
     table = name_of(pgvector_url)
     assert embed("docs.jsonl", "--to", pgvector_url).exit_code == 0
