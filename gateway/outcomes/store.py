@@ -9,7 +9,7 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import quote
 
@@ -34,6 +34,8 @@ MAX_NAMES = 20
 """The most different names of outcomes of an experiment, besides the deciding one."""
 
 _BUSY_S = 5.0
+# An exposure that is in the file already, and later than now by more than a slow disk explains: the clock was set back.
+_CLOCK_S = 60.0
 _PAGE_BYTES = 4096
 _CHUNK = 50_000
 _VERSION = 1
@@ -229,15 +231,16 @@ class Store:
         if num >= MAX_PER_UNIT:
             kept.too_many_of_unit += 1
             return
-        is_exposed = (
-            "SELECT 1 FROM exposures JOIN branches ON branches.id = branch WHERE unit = ? AND experiment = ? LIMIT 1"
-        )
-        if self._db.execute(is_exposed, (outcome.unit, experiment)).fetchone() is None:
+        last = "SELECT max(time) FROM exposures JOIN branches ON branches.id = branch WHERE unit = ? AND experiment = ?"
+        (exposed,) = self._db.execute(last, (outcome.unit, experiment)).fetchone()
+        if exposed is None:
             update = "UPDATE names SET unknown = unknown + 1 WHERE id = ? AND unknown < ?"
             if not self._db.execute(update, (name, MAX_UNKNOWN)).rowcount:
                 kept.unknown_unit += 1
                 return
             kept.unseen += not outcome.is_before
+        elif exposed > outcome.time + _CLOCK_S:
+            outcome = replace(outcome, time=exposed)
         self._db.execute(
             "INSERT INTO outcomes (name, key, unit, value, of, time, is_before) VALUES (?, ?, ?, ?, ?, ?, ?)",
             (name, outcome.key, outcome.unit, outcome.value, outcome.of, outcome.time, outcome.is_before),

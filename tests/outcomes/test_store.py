@@ -13,7 +13,7 @@ import pytest
 
 from gateway.errors import StartError
 from gateway.experiments.exposures import Exposure
-from gateway.outcomes.joining import Branch
+from gateway.outcomes.joining import Branch, join
 from gateway.outcomes.keeper import Keeper
 from gateway.outcomes.store import Decision, NewOutcome, Reader, Store, StoreBusy, StoreFull
 
@@ -97,6 +97,22 @@ def test_the_log_continues_where_it_was(store: Store, path: Path) -> None:
         number, _ = list(reader.log())[-1]
         store.expose([exposure(3)])
         assert [one for _, one in reader.log(number)] == [exposure(3)[0]]
+
+
+def test_an_outcome_that_arrives_after_its_exposure_counts_even_if_the_clock_was_set_back(
+    store: Store, path: Path
+) -> None:
+    store.expose([(exposure(1)[0], 7_205.0), (exposure(2, "b")[0], 7_205.0)])
+    late = [outcome(1, time=3_600.0), outcome(2, unit=2, time=7_200.0)]
+    store.keep("exp", late)
+    assert store.keep("exp", late).repeated == 2
+
+    with Reader(path) as reader:
+        kept, _keys = reader.outcomes("exp", "kept")
+        joined = join(reader.exposures("exp"), kept)
+
+    assert joined.num_unmatched == 1  # five seconds before its exposure: it came from an earlier visit
+    assert joined.value.tolist() == [1.0, 0.0]
 
 
 def test_the_first_decision_stays(store: Store, path: Path) -> None:
