@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any, TypeAlias
 
 from pydantic import BaseModel, ConfigDict
@@ -96,6 +97,7 @@ EXPECT_SPACE = {
 }
 
 
+@cache
 def request_body(body: type[BaseModel]) -> dict[str, Any]:
     """Describe the body of an operation whose handler reads the body."""
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": body.model_json_schema()}}}}

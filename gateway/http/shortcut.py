@@ -8,15 +8,15 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import TypeAlias
 
 from fastapi import APIRouter, FastAPI
-from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gateway.http.context import RequestContext
 
-Routes: TypeAlias = dict[tuple[str, str], APIRoute]
+Routes: TypeAlias = dict[tuple[str, str], Route]
 """Routes with a handler to be called directly, by method and path."""
 
 OnException: TypeAlias = Callable[[Request, Exception], Awaitable[Response]]
@@ -62,18 +62,18 @@ def include(app: FastAPI, routers: Sequence[APIRouter]) -> None:
     """
     for router in routers:
         app.include_router(router)
-    routes = [route for router in routers for route in router.routes if isinstance(route, APIRoute)]
+    routes = [route for router in routers for route in router.routes if isinstance(route, Route)]
     app.state.shown_paths = [route.path for route in routes if route.include_in_schema]
     app.state.methods = defaultdict[str, set[str]](set)
     for route in routes:
-        app.state.methods[route.path] |= route.methods
+        app.state.methods[route.path] |= (route.methods or set()) - {"HEAD"}  # which every path with GET has
     app.state.direct_routes |= direct_routes(routes)
 
 
-def direct_routes(routes: Iterable[APIRoute]) -> Routes:
+def direct_routes(routes: Iterable[Route]) -> Routes:
     """Return the routes whose handlers take only the request, unless an earlier route with parameters matches."""
     found: Routes = {}
-    with_parameters: list[APIRoute] = []
+    with_parameters: list[Route] = []
     for route in routes:
         if route.param_convertors:
             with_parameters.append(route)
@@ -83,7 +83,7 @@ def direct_routes(routes: Iterable[APIRoute]) -> Routes:
     return found
 
 
-def _takes_only_request(route: APIRoute) -> bool:
+def _takes_only_request(route: Route) -> bool:
     signature = inspect.signature(route.endpoint)
     returns_answer = signature.return_annotation in ("Response", Response)
     return list(signature.parameters) == ["request"] and returns_answer and inspect.iscoroutinefunction(route.endpoint)
