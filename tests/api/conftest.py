@@ -113,7 +113,9 @@ async def connect(models: list[Model], make_fleet: MakeFleet) -> AsyncIterator[C
         ) -> httpx.AsyncClient:
             registry, fleet = make_fleet(*(fleet_models or models), aliases=aliases, experiments=experiments)
             await _start(fleet, has_started)
-            app = create_app(Deployment(registry, Settings(**settings), fleet))
+            deployment = Deployment(registry, Settings(**settings), fleet)
+            app = create_app(deployment)
+            stack.push_async_callback(deployment.resources.aclose)
             client = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://gateway")
             return await stack.enter_async_context(client)
 
@@ -147,14 +149,15 @@ def serve(models: list[Model], make_fleet: MakeFleet) -> Serve:
     ) -> Iterator[tuple[str, int]]:
         registry, fleet = make_fleet(*(fleet_models or models), aliases={}, experiments=experiments)
         known = Settings(**settings)
-        app = create_app(Deployment(registry, known, fleet))
-        config = server_config(app, known)
+        deployment = Deployment(registry, known, fleet)
+        config = server_config(create_app(deployment), known)
         server = uvicorn.Server(config)
         with make_listener() as listener:
 
             async def run() -> None:
                 await _start(fleet)
-                await server.serve(sockets=[listener])
+                async with deployment.resources:
+                    await server.serve(sockets=[listener])
 
             thread = threading.Thread(target=asyncio.run, args=(run(),))
             thread.start()

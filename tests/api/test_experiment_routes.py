@@ -47,7 +47,9 @@ async def gateway_with(make_model: Callable[..., Model]) -> AsyncIterator[Gatewa
             for model in fleet:
                 await model.backend.start()
             fleet.started.set()
-            app = create_app(Deployment(registry, Settings(**settings), fleet))
+            deployment = Deployment(registry, Settings(**settings), fleet)
+            app = create_app(deployment)
+            stack.push_async_callback(deployment.resources.aclose)
             client = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://gateway")
             return await stack.enter_async_context(client)
 

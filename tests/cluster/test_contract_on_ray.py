@@ -115,7 +115,9 @@ async def connect(on_ray: tuple[Fleet, Loop], connect_here: Connect) -> AsyncIte
                 *(model.entry for model in fleet),
                 aliases={name: Alias(name=name, model=model, task=task) for name, (model, task) in pairs.items()},
             )
-            app = create_app(Deployment(registry, Settings(**settings), fleet))
+            deployment = Deployment(registry, Settings(**settings), fleet)
+            app = create_app(deployment)
+            stack.push_async_callback(deployment.resources.aclose)
             client = httpx.AsyncClient(transport=Elsewhere(app, loop), base_url="http://gateway")
             return await stack.enter_async_context(client)
 
