@@ -192,8 +192,9 @@ class MilvusStore:
             metric = next(
                 (
                     described["metric_type"]
-                    for index in self._client.list_indexes(found.name)
-                    if (described := self._client.describe_index(found.name, index))["field_name"] == name
+                    for index in self._client.list_indexes(found.name, timeout=TIMEOUT_S)
+                    if (described := self._client.describe_index(found.name, index, timeout=TIMEOUT_S))["field_name"]
+                    == name
                 ),
                 "COSINE",
             )

@@ -120,7 +120,8 @@ def refusals(place: str) -> Iterator[None]:
             else f"{place}: Milvus rejects the request: {message}"
         ) from error
     except (grpc.RpcError, ConnectionError) as error:
-        raise BulkError(f"{place} cannot be reached, or has gone away: {type(error).__name__}") from error
+        reason = str(error.details()) if isinstance(error, grpc.Call) else str(error) or type(error).__name__
+        raise BulkError(f"{place} cannot be reached, or has gone away: {reason}") from error
 
 
 def is_unauthenticated(error: BaseException) -> bool:
@@ -242,7 +243,7 @@ def create_like(client: MilvusClient, name: str, other: Collection, note: SpaceN
             )
         )
     indexes = client.prepare_index_params()
-    for index in client.list_indexes(other.name):
+    for index in client.list_indexes(other.name, timeout=TIMEOUT_S):
         described = client.describe_index(other.name, index, timeout=TIMEOUT_S)
         indexes.add_index(
             **{key: value for key, value in described.items() if key in ("field_name", "index_type", "metric_type")},
