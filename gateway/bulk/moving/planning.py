@@ -219,6 +219,14 @@ def check_alias(store: MovableStore, move: Move) -> None:
         )
 
 
+def _check_free(new: str, move: Move, folder: Path) -> None:
+    """Check that no other move in progress writes into a new collection, whose items would be mixed."""
+    for other in read_moves(folder).values():
+        is_open = other.stage is not Stage.FINISHED and other.name != move.name and other.place == move.place
+        if is_open and new in [pair.new for pair in other.pairs]:
+            raise BulkError(f"--into {new}: the move {other.name} writes into it: choose another name")
+
+
 def name_copies(move: Move, work: Work, into: str | None) -> Move:
     """Return the move with the names of its new collections, after checking that they can hold its vectors.
 
@@ -239,6 +247,7 @@ def name_copies(move: Move, work: Work, into: str | None) -> Move:
         new = real_name(work.reading, base or pair.new or new_name(pair.old, note.space))
         if new == pair.old:
             raise BulkError(f"--into {new}: is the old collection itself")
+        _check_free(new, move, work.folder)
         pairs.append(replace(pair, new=new))
     if move.mem0 is not None and len(pairs) > 1:  # Mem0 names the second after the first
         pairs[1] = replace(pairs[1], new=f"{pairs[0].new}_entities")

@@ -76,3 +76,16 @@ async def test_a_first_item_without_a_text_is_one_item_that_cannot_be_copied(
     await sync(move, tmp_path, console, skips=True)
 
     assert set(copy_of(shop, move).content()) == {*range(1, 20)}
+
+
+async def test_two_moves_do_not_write_into_one_collection(
+    shop: Shop, models: Models, tmp_path: Path, console: Console
+) -> None:
+    into = f"into_{uuid.uuid4().hex[:12]}"
+    with closing_shop(shop.url) as other:
+        first = await start(request_for(shop, into=into), tmp_path, console)
+        with pytest.raises(
+            BulkError, match=rf"--into {into}: the move {first.name} writes into it: choose another name"
+        ):
+            await start(request_for(other, into=into), tmp_path, console)
+        assert (await start(request_for(shop, into=into), tmp_path, console)).pairs == first.pairs
