@@ -18,6 +18,7 @@ import math
 import random
 import sys
 from collections.abc import Iterable, Sequence
+from itertools import islice
 from pathlib import Path
 
 ENOUGH = 20.0
@@ -28,23 +29,27 @@ def mix(first: Sequence[str], second: Sequence[str], length: int, rng: random.Ra
     """Return up to ``length`` results of two rankings, each with the ranking that it comes from.
 
     The rankings take turns, in random order, and each adds its best result that is not shown yet (team draft: Radlinski,
-    Kurup & Joachims 2008). So equal rankings get as many clicks, at whichever positions people click.
+    Kurup & Joachims 2008). So equal rankings get as many clicks, at whichever positions people click. Where one has nothing
+    to add, the rest of the other comes from `neither`: the longer ranking would get more clicks.
     """
     rankings = {"first": first, "second": second}
     shown: dict[str, str] = {}
     while len(shown) < length:
-        num_before = len(shown)
+        turn: dict[str, str] = {}
         for name in rng.sample(list(rankings), 2):
-            best = next((one for one in rankings[name] if one not in shown), None)
-            if best is not None and len(shown) < length:
-                shown[best] = name
-        if len(shown) == num_before:
+            best = next((one for one in rankings[name] if one not in shown and one not in turn), None)
+            if best is not None:
+                turn[best] = name
+        if len(turn) < 2:
+            turn = {one: "neither" for one in (*first, *second) if one not in shown}
+            shown |= islice(turn.items(), length - len(shown))
             break
+        shown |= islice(turn.items(), length - len(shown))
     return list(shown.items())
 
 
 def vote(shown: Iterable[tuple[str, str]], clicked: Iterable[str]) -> str | None:
-    """Return the ranking with more clicked results; ``None`` if both have as many."""
+    """Return the ranking with more clicked results; ``None`` if both have as many. Results of ``neither`` do not count."""
     sources = dict(shown)
     clicks = [sources[one] for one in set(clicked) if one in sources]
     lead = clicks.count("first") - clicks.count("second")

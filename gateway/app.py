@@ -7,6 +7,7 @@ from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
+from starlette.routing import Router
 
 from gateway import __version__
 from gateway.access.keyring import Keyring
@@ -61,7 +62,7 @@ def create_app(deployment: Deployment) -> FastAPI:
     endpoint = Endpoint(service, deployment, settings, quotas)
     app.state.on_start = endpoint.on_start
     experiments = Experiments(deployment, stats, keeper)
-    routers = [
+    routers: list[Router] = [
         *client_routers(endpoint, deployment),
         *batch_routers(endpoint, keyring, memory),
         *experiment_routers(endpoint, experiments, keeper),

@@ -27,6 +27,18 @@ def test_each_result_is_shown_once_in_the_order_of_its_ranking() -> None:
         assert mine == sorted(mine)
 
 
+def test_a_longer_ranking_gets_no_more_clicks() -> None:
+    """The rest of it is shown, but counts for neither; however the lists overlap, both have as many results that count."""
+    for seed in range(200):
+        rng = random.Random(seed)
+        first, second = (rng.sample("abcdefghijkl", rng.randrange(12)) for _ in range(2))
+        shown = mix(first, second, 12, rng)
+        counts = Counter(source for _, source in shown)
+        assert counts["first"] == counts["second"]
+        assert {name for name, _ in shown} == {*first, *second}
+        assert vote(shown, {*first, *second}) is None
+
+
 def test_every_position_belongs_to_each_ranking_equally_often() -> None:
     shown = [mix("abcd", "efgh", 5, random.Random(seed)) for seed in range(4_000)]
     for place in range(5):

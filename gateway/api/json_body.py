@@ -102,7 +102,7 @@ def _check_structure(body: bytes | bytearray) -> None:
     """
     num_backslashes = sum(body.count(b"\\", first, first + _PIECE_BYTES) for first in range(0, len(body), _PIECE_BYTES))
     if num_backslashes > _MAX_BACKSLASHES:
-        raise BadInput(_too_many(_MAX_BACKSLASHES, "backslashes"))
+        raise BadInput(_too_many(_MAX_BACKSLASHES, "backslashes") + r", or characters as UTF-8 instead of \u escapes")
     num_values = num_containers = num_keys = 0
     for piece in _outside_strings(body):
         num_containers += piece.count(b"[") + piece.count(b"{")

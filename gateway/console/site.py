@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter, Request, Response
+from fastapi import Request, Response
 from starlette.exceptions import HTTPException
+from starlette.routing import Match, Route, Router
+from starlette.types import Scope
 
 from gateway.access.keyring import Keyring
 from gateway.api.comparisons import Comparisons
@@ -97,6 +99,19 @@ def _local(path: str) -> str:
     return path.removeprefix(ROOT) if is_own and "\\" not in path and path.isprintable() else ""
 
 
+class _Page(Route):
+    """A path of the console: a plain route, because FastAPI's inspect each handler, which takes half of an app's start."""
+
+    def __init__(self, path: str, handler: Handler, method: str) -> None:
+        super().__init__(path, handler, methods=[method], include_in_schema=False)
+        self.methods = {method}  # the middleware has made a GET of each HEAD
+
+    def matches(self, scope: Scope) -> tuple[Match, Scope]:
+        """Name the route, whose path is a label of metrics; FastAPI's router names only its own."""
+        match, found = super().matches(scope)
+        return match, {**found, "route": self}
+
+
 def console_router(
     endpoint: Endpoint,
     stats: ExperimentStats,
@@ -104,7 +119,7 @@ def console_router(
     comparisons: Comparisons,
     keyring: Keyring,
     port: int,
-) -> APIRouter:
+) -> Router:
     """Return the paths of the console.
 
     Args:
@@ -113,14 +128,11 @@ def console_router(
     """
     pages = Pages(Gate(endpoint.settings, keyring, port))
     parts = Parts(endpoint.deployment, endpoint, stats, reports, pages)
-    router = APIRouter()
     site, overview, playground = Site(pages), Overview(parts), Playground(parts)
     experiments, compare = Experiments(parts), Compare(parts, comparisons)
     duel, grade = DuelPages(parts, compare), GradePages(parts, compare, comparisons)
 
-    # Plain routes: the framework would inspect each handler, which takes more time than all the rest of the application.
-    router.add_route("/", site.root, include_in_schema=False)
-    router.add_route(f"{ROOT}/static/{{name}}", site.file, include_in_schema=False)
+    routes = [_Page("/", site.root, "GET"), _Page(f"{ROOT}/static/{{name}}", site.file, "GET")]
     for path, handler, method, right in (
         ("/sign-in", site.sign_in_page, "GET", Right.ANYONE),
         ("/sign-in", site.sign_in, "POST", Right.ANYONE),
@@ -144,8 +156,8 @@ def console_router(
         *_compare_paths(compare, grade),
         *_experiment_paths(experiments),
     ):
-        router.add_route(ROOT + path, pages.guard(handler, right), methods=[method], include_in_schema=False)
-    return router
+        routes.append(_Page(ROOT + path, pages.guard(handler, right), method))
+    return Router(routes)
 
 
 _Path = tuple[str, Handler, str, Right]

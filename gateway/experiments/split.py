@@ -23,7 +23,7 @@ from gateway.errors import BadInput
 MAX_UNIT_BYTES = 1_024
 """The longest unit, in bytes of UTF-8."""
 
-_SALT_DIGITS = 4
+_SALT_DIGITS, _WEIGHT_DIGITS = 4, 8
 
 UnitSource: TypeAlias = Callable[[str], "str | bytes | None"]
 """Looks up a value of a request by its source, ``header:NAME`` (bytes), ``body:user`` or ``api_key``; ``None`` if absent."""
@@ -79,8 +79,8 @@ class Assignment:
 
     Attributes:
         experiment: id of the experiment.
-        generation: 12 hex digits, a hash of the salt, and one of the salt, the arms, their weights and the begin of the
-            counts. Stats of different weights are not comparable.
+        generation: 8 hex digits, a hash of the salt, the arms, their weights and the begin of the counts; before them 4 of
+            a salt other than the id. Stats of different weights are not comparable.
         share: the share of the units that the weights give to the arm.
         unit: 16 hex digits, a salted hash: a unit cannot be recognized in the log of another experiment.
         source: where the unit comes from, such as ``header:x-unit``.
@@ -122,7 +122,8 @@ class Split:
             # Only the counts depend on this, not the arms of the units.
             *([] if experiment.counts_from is None else [experiment.counts_from.isoformat()]),
         )
-        self.generation = _digest("salt", self._salt)[:_SALT_DIGITS] + weighted[:8]
+        salt = "" if self._salt == experiment.id else _digest("salt", self._salt)[:_SALT_DIGITS]
+        self.generation = salt + weighted[:_WEIGHT_DIGITS]
         self._declared = hash_of_declaration(*declaration_of(experiment))
         self._arms = {arm.label: arm for arm in experiment.arms}
         self._force_header = experiment.force
@@ -191,7 +192,7 @@ class Split:
 
 def has_same_salt(generation: str, other: str) -> bool:
     """Return whether two generations have the same salt, and so the same hashes of units."""
-    return generation[:_SALT_DIGITS] == other[:_SALT_DIGITS]
+    return generation[:-_WEIGHT_DIGITS] == other[:-_WEIGHT_DIGITS]
 
 
 def declaration_of(experiment: Experiment) -> tuple[str, str]:

@@ -11,7 +11,7 @@ from fastapi import APIRouter, FastAPI
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Route
+from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gateway.http.context import RequestContext
@@ -55,13 +55,16 @@ class Shortcut:
         await response(scope, receive, send)
 
 
-def include(app: FastAPI, routers: Sequence[APIRouter]) -> None:
+def include(app: FastAPI, routers: Sequence[Router]) -> None:
     """Serve the routes, and remember the documented paths and the methods of each path.
 
     Making the OpenAPI document takes a tenth of a second.
     """
     for router in routers:
-        app.include_router(router)
+        if isinstance(router, APIRouter):
+            app.include_router(router)
+        else:  # the framework would copy plain routes, and forget which one it has chosen
+            app.router.routes.extend(router.routes)
     routes = [route for router in routers for route in router.routes if isinstance(route, Route)]
     app.state.shown_paths = [route.path for route in routes if route.include_in_schema]
     app.state.methods = defaultdict[str, set[str]](set)

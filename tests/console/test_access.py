@@ -17,6 +17,7 @@ from gateway.config.settings import Settings
 from gateway.console.access import Gate
 from gateway.deployment import Deployment
 from gateway.fleet import Fleet
+from gateway.telemetry import metrics
 from tests.console.served import Gateway, registry_of, serving, usual_models
 
 ADMIN, CLIENT = "operator-secret", "client-secret"
@@ -282,3 +283,15 @@ async def test_a_client_that_signs_in_again_and_again_signs_no_other_client_out(
         True,
         True,
     ]
+
+
+def test_a_page_has_its_path_in_the_metrics_and_all_its_methods_in_a_405(gateway: Gateway) -> None:
+    """The path without its parameters: else each model or experiment would be another series."""
+    with reader(gateway) as client:
+        client.get("/console/static/console.css")
+        client.get("/console/experiments/none")
+        refused = client.delete("/console/sign-in")
+
+    seen = {labels[0] for labels in metrics.values(metrics.REQUESTS)}
+    assert {"/console/static/{name}", "/console/experiments/{experiment_id:path}"} <= seen
+    assert (refused.status_code, refused.headers["allow"]) == (405, "GET, POST")

@@ -357,8 +357,8 @@ def test_the_same_row_twice_and_an_id_of_another_name_are_accepted(experiment: E
             ":4: `id` is also in line 2, with another unit or value: give each outcome its own id",
         ),
         (["unit,value,id", "ada,1,1", "ada,2,1"], ":3: `id` is also in line 2"),
-        (["unit,value,id", 'ada,1,"e1', "bob,1,e2", "cy,1,e3"], " cannot be read: unexpected end of data"),
-        (["unit,value,id", 'ada,1,"e1"x', "bob,1,e2"], " cannot be read: ',' expected after"),
+        (["unit,value,id", 'ada,1,"e1', "bob,1,e2", "cy,1,e3"], ":4: unexpected end of data"),
+        (["unit,value,id", 'ada,1,"e1"x', "bob,1,e2"], ":2: ',' expected after"),
         (["unit,value,id", f"ada,1,{'person' * 40}"], ":2: `id` must be a text of 1 to 200 characters, .* sent again$"),
     ],
 )

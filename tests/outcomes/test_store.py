@@ -115,6 +115,20 @@ def test_an_outcome_that_arrives_after_its_exposure_counts_even_if_the_clock_was
     assert joined.value.tolist() == [1.0, 0.0]
 
 
+def test_an_outcome_belongs_to_the_last_arm_of_a_unit_that_the_clock_had_ahead(store: Store, path: Path) -> None:
+    """The clock was an hour ahead when the unit was seen first; then it was corrected, and a ramp moved the unit."""
+    store.expose([(exposure(1)[0], 7_200.0)])
+    store.expose([(exposure(1, "b")[0], 3_600.0)])
+    store.keep("exp", [outcome(1, time=3_900.0)])
+
+    with Reader(path) as reader:
+        exposures = reader.exposures("exp")
+        joined = join(exposures, reader.outcomes("exp", "kept")[0])
+
+    arms = [joined.exposures.branches[branch].arm for branch in joined.exposures.branch]
+    assert dict(zip(arms, joined.value.tolist(), strict=True)) == {"a": 0.0, "b": 1.0}
+
+
 def test_the_first_decision_stays(store: Store, path: Path) -> None:
     store.decide("exp", "q", "b", Decision("better", "t1"))
     store.decide("exp", "q", "b", Decision("worse", "t2"))
