@@ -232,19 +232,16 @@ class Store:
             kept.too_many_of_unit += 1
             return
         # The one stored last is that of the unit's arm now, also if the clock was ahead when an earlier one was stored.
-        last = (
-            "SELECT time FROM exposures JOIN branches ON branches.id = branch WHERE unit = ? AND experiment = ? "
-            "ORDER BY exposures.id DESC LIMIT 1"
-        )
-        exposed = self._db.execute(last, (outcome.unit, experiment)).fetchone()
+        last = "SELECT max(e.id), e.time FROM exposures e JOIN branches b ON b.id = branch WHERE unit = ? AND experiment = ?"
+        _id, exposed = self._db.execute(last, (outcome.unit, experiment)).fetchone()
         if exposed is None:
             update = "UPDATE names SET unknown = unknown + 1 WHERE id = ? AND unknown < ?"
             if not self._db.execute(update, (name, MAX_UNKNOWN)).rowcount:
                 kept.unknown_unit += 1
                 return
             kept.unseen += not outcome.is_before
-        elif exposed[0] > outcome.time + _CLOCK_S:
-            outcome = replace(outcome, time=exposed[0])
+        elif exposed > outcome.time + _CLOCK_S:
+            outcome = replace(outcome, time=exposed)
         self._db.execute(
             "INSERT INTO outcomes (name, key, unit, value, of, time, is_before) VALUES (?, ?, ?, ?, ?, ?, ?)",
             (name, outcome.key, outcome.unit, outcome.value, outcome.of, outcome.time, outcome.is_before),
