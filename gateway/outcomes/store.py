@@ -34,7 +34,7 @@ MAX_NAMES = 20
 """The most different names of outcomes of an experiment, besides the deciding one."""
 
 _BUSY_S = 5.0
-# An exposure that is in the file already, and later than now by more than a slow disk explains: the clock was set back.
+# A unit's last exposure, later than its outcome by more than a slow disk explains: the clock was set back.
 _CLOCK_S = 60.0
 _PAGE_BYTES = 4096
 _CHUNK = 50_000
@@ -231,7 +231,6 @@ class Store:
         if num >= MAX_PER_UNIT:
             kept.too_many_of_unit += 1
             return
-        # The one stored last is that of the unit's arm now, also if the clock was ahead when an earlier one was stored.
         last = "SELECT max(e.id), e.time FROM exposures e JOIN branches b ON b.id = branch WHERE unit = ? AND experiment = ?"
         _id, exposed = self._db.execute(last, (outcome.unit, experiment)).fetchone()
         if exposed is None:
