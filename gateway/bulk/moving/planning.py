@@ -205,6 +205,15 @@ def real_name(store: MovableStore, collection: str) -> str:
     return collection
 
 
+def target_of(store: MovableStore, alias: str) -> str:
+    """Return the collection that an alias points to; the alias itself if it does not exist.
+
+    Raises:
+        BulkError: the store cannot be asked.
+    """
+    return store.aliases().get(alias) or real_name(store, alias)
+
+
 def check_alias(store: MovableStore, move: Move) -> None:
     """Check that the alias of a move points to one of its collections, or does not exist.
 
@@ -212,7 +221,7 @@ def check_alias(store: MovableStore, move: Move) -> None:
         BulkError: it points elsewhere, so redirecting it would take that collection away from applications.
     """
     pair = move.pairs[0]
-    if move.alias is not None and (target := real_name(store, move.alias)) not in (move.alias, pair.old, pair.new):
+    if move.alias is not None and (target := target_of(store, move.alias)) not in (move.alias, pair.old, pair.new):
         raise BulkError(
             f"the alias {move.alias} points to {target}, which is not part of this move: point it to {pair.old} first, or "
             "choose another alias"

@@ -13,7 +13,7 @@ from enum import Enum
 from pathlib import Path
 
 from gateway.bulk.moving.mem0 import change_mem0, read_mem0, restore_mem0
-from gateway.bulk.moving.planning import check_alias, real_name
+from gateway.bulk.moving.planning import check_alias, target_of
 from gateway.bulk.moving.state import Move, Stage, hold, write_move
 from gateway.bulk.moving.work import store_of
 from gateway.bulk.rows import BulkError
@@ -75,8 +75,7 @@ def _meaning(move: Move) -> _Meaning:
     found: list[str | None] = []
     if move.alias is not None:
         with store_of(move) as store:
-            store.aliases()  # raises if the store is away, unlike the next line
-            found.append(real_name(store, move.alias))
+            found.append(target_of(store, move.alias))
     if move.mem0 is not None:
         named = read_mem0(move.mem0).collection
         found.append(pair.new if named == pair.new else pair.old)

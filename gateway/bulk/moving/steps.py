@@ -159,7 +159,11 @@ async def flip(move: Move, folder: Path, console: Console, *, forces: bool) -> M
     """
     with hold(folder, move) as held:
         was_interrupted = held.is_redirecting and held.stage is not Stage.FLIPPED
-        return await _flip(settle(held, folder), folder, console, forces=forces or was_interrupted)
+        settled = settle(held, folder)
+        if was_interrupted and settled.stage is Stage.FLIPPED and is_in_use(settled):
+            async with at_work(settled, folder, console) as work:
+                return await _copy(work)
+        return await _flip(settled, folder, console, forces=forces or was_interrupted)
 
 
 async def _flip(move: Move, folder: Path, console: Console, *, forces: bool) -> Move:

@@ -27,6 +27,22 @@ _MAX_INDEXED: Final = {"vector": 2_000, "halfvec": 4_000}
 """The largest number of dimensions that an index of pgvector supports, by type."""
 
 
+def require_extension(connection: Connection, store: str) -> None:
+    """Create the extension if it is missing.
+
+    Raises:
+        BulkError: it cannot be created.
+    """
+    if connection.execute("SELECT to_regtype('vector')").fetchone() != (None,):
+        return
+    try:
+        connection.execute("CREATE EXTENSION vector")
+    except Exception as error:  # a missing package, a missing right or a lost server: the remedy is the same
+        raise BulkError(
+            f"{store} has no pgvector: install it, and have the owner of the database run CREATE EXTENSION vector"
+        ) from error
+
+
 def vector_type(width: int, place: str) -> str:
     """Return the type for vectors of a width: `halfvec` if only that type can be indexed.
 

@@ -52,7 +52,7 @@ def read_some(connection: Connection, table: Table, ids: Sequence[RowId], *, loc
         table.name.sql,
         identifier(table.id.name),
         _cast_all(table),
-        sql.SQL("ORDER BY {} FOR UPDATE OF t" if locks else "").format(identifier(table.id.name)),
+        sql.SQL("ORDER BY {} FOR NO KEY UPDATE OF t" if locks else "").format(identifier(table.id.name)),
     )
     with refusals(table.place):
         return [_item(table, row) for row in connection.execute(query, [known_ids(table, ids)])]

@@ -34,6 +34,7 @@ _DEFAULT_VECTOR: Final = "embedding"
 _DEFAULT_ID: Final = "id"
 _OF_A_ROW: Final = (psycopg.IntegrityError, psycopg.DataError)
 """The errors about the values of a row: constraints, and values that a type cannot hold."""
+_LOOKS: Final = 3
 
 
 class PgvectorSink:
@@ -99,7 +100,7 @@ class PgvectorSink:
                         f"{self.name} does not exist, and a new table has its ids in the column {quote(_DEFAULT_ID)}: "
                         f"leave out ?id={self._id_column}"
                     )
-                self._check_extension()
+                creation.require_extension(self._connection, self._store)
                 return
             self._ids.are_counted = self._table.is_counted
             with self._connection.transaction():
@@ -114,17 +115,6 @@ class PgvectorSink:
         if find_table(self._connection, self._name, self._store) is None:
             with self._connection.transaction():
                 creation.create_like(self._connection, self._name, other, note, other.vector(self._options.vector))
-
-    def _check_extension(self) -> None:
-        found = self._connection.execute("SELECT to_regtype('vector')").fetchone()
-        if found == (None,):
-            try:
-                self._connection.execute("CREATE EXTENSION vector")
-            except Exception as error:  # a missing package, a missing right or a lost server: the remedy is the same
-                raise BulkError(
-                    f"{self._store} has no pgvector: install it, and have the owner of the database run "
-                    "CREATE EXTENSION vector"
-                ) from error
 
     def _check(self, table: Table, note: SpaceNote) -> None:
         """Check an existing table, and write the note if it is missing."""
@@ -211,8 +201,13 @@ class PgvectorSink:
         bad = []
         with refusals(self.name), connection.transaction(force_rollback=True):
             table = self._ready(connection, rows)
+            if self._guard is not None:
+                there = locked_digests(connection, table, [row.id for row in rows])
+                kept = self._guard({row.id: there.get(row.id) for row in rows})
+                written = [number for number, row in enumerate(rows) if row.id not in kept]
+                rows, vectors = [rows[number] for number in written], vectors[written]
             statement = self._statement(table, rows)
-            parts = [range(len(rows))]
+            parts = [range(len(rows))] if rows else []
             while parts:
                 part = parts.pop()
                 some, row = slice(part.start, part.stop), rows[part.start]
@@ -265,9 +260,12 @@ class PgvectorSink:
         """Replace the rows that exist and are not kept, and insert the others that are not kept.
 
         Rows that exist are locked. A row that another transaction inserts after the look is not replaced, but looked at.
+
+        Raises:
+            RowsRefused: some rows are neither inserted nor there.
         """
         left = list(range(len(rows)))
-        while left:
+        for _look in range(_LOOKS):
             present = locked_digests(connection, table, [rows[number].id for number in left])
             kept = guard({rows[number].id: present.get(rows[number].id) for number in left})
             left = [number for number in left if rows[number].id not in kept]
@@ -277,6 +275,10 @@ class PgvectorSink:
                 some = [rows[number] for number in known]
                 self._insert(connection, table, self._statement(table, some), some, vectors[known])
             left = self._taken(connection, table, [rows[number] for number in new], vectors[new], new)
+            if not left:
+                return
+        why = "PostgreSQL does not insert it, and shows no row with its id: a trigger or a policy prevents it"
+        raise RowsRefused([BadRow(rows[number].place, why, rows[number].position, rows[number].id) for number in left])
 
     def _taken(
         self, connection: Connection, table: Table, rows: Sequence[Row], vectors: Vectors, numbers: Sequence[int]

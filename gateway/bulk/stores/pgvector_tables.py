@@ -39,7 +39,7 @@ _AWAY: Final = ("08", "57P0")
 _HINTS: Final = {
     psycopg.errors.DiskFull: "; make room, and run the same command again",
     psycopg.errors.LockNotAvailable: (
-        "; another program's transaction holds a lock: end that transaction, and run the same command again"
+        "; another program's transaction holds a lock: end that transaction or wait for it, and run the same command again"
     ),
 }
 NAMED: Final = """
@@ -53,13 +53,17 @@ WITH RECURSIVE behind(oid) AS (
     SELECT o.oid FROM behind b, LATERAL (
         SELECT d.refobjid AS oid FROM pg_rewrite r JOIN pg_depend d ON d.objid = r.oid
         WHERE r.ev_class = b.oid AND d.classid = 'pg_rewrite'::regclass AND d.refclassid = 'pg_class'::regclass
+        GROUP BY d.refobjid HAVING count(*) > 1 OR min(d.refobjsubid) = 0
         UNION ALL SELECT i.inhrelid FROM pg_inherits i WHERE i.inhparent = b.oid
     ) o
 )
 SELECT n.nspname, c.relname, pg_table_is_visible(c.oid)
 FROM behind b JOIN pg_class c ON c.oid = b.oid JOIN pg_namespace n ON n.oid = c.relnamespace
 """
-"""The table of a name, and those whose rows it shows: a view's tables, and the partitions or heirs of a table."""
+"""The table of a name, and those whose rows it shows: a view's tables, and the partitions or heirs of a table.
+
+A table of which a view uses one column is a condition, such as the ids that have a vector already.
+"""
 _COLUMNS: Final = """
 SELECT a.attname, format_type(a.atttypid, NULL), a.atttypmod, a.attgenerated <> '', a.attidentity <> '',
        col_description(a.attrelid, a.attnum)

@@ -128,6 +128,27 @@ def test_a_table_is_not_written_into_itself_by_what_shows_a_part_of_it(
         assert "is the collection that is read" in " ".join(refused.output.split()), refused.output
 
 
+def test_a_view_may_leave_out_the_rows_that_have_a_vector(pgvector_url: str, postgres: str) -> None:
+    """Such a view names the table of the vectors, but shows none of its rows."""
+    table = name_of(pgvector_url)
+    with psycopg.connect(postgres, autocommit=True) as connection:
+        for statement in (
+            "CREATE TABLE {table}_docs (id text PRIMARY KEY, text text)",
+            "INSERT INTO {table}_docs VALUES ('a', 'one'), ('b', 'two')",
+            "CREATE TABLE {table} (id text PRIMARY KEY, text text, embedding vector)",
+            "INSERT INTO {table} (id) VALUES ('a')",
+            "CREATE VIEW {table}_left AS SELECT d.id, d.text FROM {table}_docs d "
+            "WHERE NOT EXISTS (SELECT FROM {table} v WHERE v.id = d.id)",
+        ):
+            connection.execute(statement.format(table=table).encode())
+
+        done = embed(f"{pgvector_url}_left?id=id", "--to", pgvector_url, "--text", "text")
+
+        assert done.exit_code == 0, done.output
+        found = connection.execute(b"SELECT id FROM %s WHERE embedding IS NOT NULL" % table.encode())
+        assert found.fetchall() == [("b",)]
+
+
 def test_a_table_is_written_into_one_of_another_schema(pgvector_url: str, postgres: str) -> None:
     table = name_of(pgvector_url)
     assert embed("docs.jsonl", "--to", pgvector_url).exit_code == 0

@@ -20,6 +20,7 @@ from gateway.bulk.places import open_movable, read_place
 from gateway.bulk.rows import BadRow, BulkError, Json, Row, RowId, RowsRefused
 from gateway.bulk.stores.pgvector import PgvectorStore
 from gateway.bulk.stores.pgvector_session import Session
+from gateway.bulk.stores.pgvector_sink import PgvectorSink
 from gateway.bulk.stores.pgvector_tables import read_name, refusals
 from gateway.bulk.stores.protocol import Since, SinkOptions
 from tests.bulk.stores.rows import NOTE, by_id, embedded, open_url, read, row, vector_of, write
@@ -699,3 +700,33 @@ def test_a_new_table_has_no_other_id_column(pgvector_url: str) -> None:
         BulkError, match=r"does not exist, and a new table has its ids in the column `id`: leave out \?id=key"
     ):
         write(f"{pgvector_url}?id=key", [Row(1, "a", {}, "1", None)])
+
+
+def sink_of(url: str, options: SinkOptions) -> PgvectorSink:
+    with closing(store_of(url)) as store:
+        sink = store.sink("docs", options)
+    assert isinstance(sink, PgvectorSink)
+    sink.open(NOTE)
+    return sink
+
+
+def test_a_row_that_a_trigger_drops_is_refused_by_a_guarded_write(url: str, sql: psycopg.Connection) -> None:
+    write(url, [row("a", "one")])
+    sql.execute("CREATE FUNCTION drop_x() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RETURN NULL; END $$")
+    sql.execute("CREATE TRIGGER t BEFORE INSERT ON docs FOR EACH ROW WHEN (new.id = 'x') EXECUTE FUNCTION drop_x()")
+    with closing(sink_of(url, SinkOptions())) as sink:
+        with pytest.raises(RowsRefused, match="shows no row with its id: a trigger or a policy prevents it") as refused:
+            sink.write_guarded(0, embedded([row("x", "two"), row("b", "three")]), lambda _found: set())
+        assert [bad.id for bad in refused.value.rows] == ["x"]
+        sink.write_guarded(0, embedded([row("b", "three")]), lambda _found: set())
+    assert value(sql, "SELECT string_agg(id, ' ' ORDER BY id) FROM docs") == "a b"
+
+
+def test_rows_that_a_guard_keeps_are_not_among_the_refused(url: str, sql: psycopg.Connection) -> None:
+    """The row that is kept would have made room for the one that is refused."""
+    sql.execute("CREATE TABLE docs (id text PRIMARY KEY, text text, email text UNIQUE, embedding vector)")
+    sql.execute("INSERT INTO docs (id, email) VALUES ('a', 'z')")
+    rows = [row("a", "one", {"email": "x"}), row("b", "two", {"email": "z"}), row("c", "three")]
+    with closing(sink_of(url, SinkOptions("text", None, adopts=True))) as sink, pytest.raises(RowsRefused) as refused:
+        sink.write_guarded(0, embedded(rows), lambda _found: {"a"})
+    assert [bad.id for bad in refused.value.rows] == ["b"]
