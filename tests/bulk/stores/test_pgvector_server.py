@@ -77,7 +77,7 @@ def test_a_lock_that_another_program_holds_is_named(store: MovableStore, postgre
     with psycopg.connect(postgres) as other:
         other.execute("LOCK TABLE locked")
         with pytest.raises(
-            BulkError, match=r"another program's transaction holds a lock: end that transaction, and run"
+            BulkError, match=r"another program's transaction holds a lock: end that transaction or wait for it, and run"
         ):
             store.delete_ids("locked", [1])
 
