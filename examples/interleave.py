@@ -7,8 +7,8 @@ finds, best first. Write a line of JSON for each session, in the order of time:
 
     {"user": "ada", "shown": [["doc-7", "first"], ["doc-2", "second"]], "clicked": ["doc-2"]}
 
-Clicks on results of the first model are a vote for it. Only the first vote of each user counts, because a user's later
-sessions say the same again; without a user, each session counts.
+Clicks on results of the first model are a vote for it. Only the first vote of each user counts, because a user's
+sessions are not independent; without a user, each session counts.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from itertools import islice
 from pathlib import Path
 
 ENOUGH = 20.0
-"""With two equal models, at most one of 20 experiments ever has so much evidence, however often you look."""
+"""If two models are equal, at most one of 20 experiments ever reaches this evidence, however often you look."""
 
 
 def mix(first: Sequence[str], second: Sequence[str], length: int, rng: random.Random) -> list[tuple[str, str]]:
     """Return up to ``length`` results of two rankings, each with the ranking that it comes from.
 
     The rankings take turns, in random order, and each adds its best result that is not shown yet (team draft: Radlinski,
-    Kurup & Joachims 2008). So equal rankings get as many clicks, at whichever positions people click. Where one has nothing
-    to add, the rest of the other comes from `neither`: the longer ranking would get more clicks.
+    Kurup & Joachims 2008). Equal rankings therefore get equally many clicks, wherever people click. When one ranking has
+    nothing left, the rest comes from the other and counts as `neither`; otherwise the longer ranking would get more clicks.
     """
     rankings = {"first": first, "second": second}
     shown: dict[str, str] = {}
@@ -49,7 +49,7 @@ def mix(first: Sequence[str], second: Sequence[str], length: int, rng: random.Ra
 
 
 def vote(shown: Iterable[tuple[str, str]], clicked: Iterable[str]) -> str | None:
-    """Return the ranking with more clicked results; ``None`` if both have as many. Results of ``neither`` do not count."""
+    """Return the ranking with more clicked results; ``None`` for a tie. Results of ``neither`` do not count."""
     sources = dict(shown)
     clicks = [sources[one] for one in set(clicked) if one in sources]
     lead = clicks.count("first") - clicks.count("second")
@@ -100,12 +100,12 @@ def main() -> None:
         sys.exit(
             f"{sys.argv[1]}: each line must be a JSON object with `shown` and `clicked`, as in the example: {error!r}"
         )
-    print(f"votes: {counts['first']} for the first, {counts['second']} for the second, {counts[None]} for neither")
+    print(f"votes: {counts['first']} for the first, {counts['second']} for the second, {counts[None]} ties")
     print(f"evidence: {most:.3g}; {ENOUGH:g} is enough, at any look")
     print(
         f"people prefer the {preferred}"
         if preferred
-        else "no preference so far: continue, or accept that they are alike"
+        else "no preference so far: continue, or accept that people like both equally"
     )
 
 

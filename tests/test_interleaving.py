@@ -74,7 +74,7 @@ def test_the_command_reads_a_file(tmp_path: Path) -> None:
     session = {"shown": [["a", "first"], ["b", "second"]], "clicked": ["b"]}
     path.write_text("\n".join(json.dumps(session) for _ in range(30)))
     good = subprocess.run([sys.executable, EXAMPLE, path], capture_output=True, text=True, check=True)
-    assert good.stdout.startswith("votes: 0 for the first, 30 for the second, 0 for neither\n")
+    assert good.stdout.startswith("votes: 0 for the first, 30 for the second, 0 ties\n")
     assert good.stdout.endswith("people prefer the second\n")
     path.write_text("[]")
     for name in (path, tmp_path / "nothing"):

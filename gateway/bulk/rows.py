@@ -238,10 +238,10 @@ class RowValidator(Protocol):
 
 @runtime_checkable
 class Composed(Protocol):
-    """A source or sink whose items may be those of other collections, or whose name can be written in several ways.
+    """A source or sink that knows the names of all collections whose items it shows.
 
     Attributes:
-        collections: its name in one form, and the names of the collections whose items it shows.
+        collections: its own name in one spelling, and those of the other collections.
     """
 
     collections: Sequence[str]

@@ -167,8 +167,8 @@ def _id(place: str, entry: Mapping[str, Any], key: str) -> str:
         raise CompareError(f"{place}: {key} must be a non-empty text or an integer, got {_shown(id_)}")
     if (key == "_id" and id_ != id_.strip()) or any(mark in id_ for mark in "\t\n\r"):
         raise CompareError(
-            f"{place}: {key} has a tab, a line break, or a space around it, so no file of judgments can name it, and is "
-            f"{_shown(id_)}"
+            f"{place}: {key} contains a tab or a line break, or begins or ends with a space, so a file of judgments cannot "
+            f"name it: got {_shown(id_)}"
         )
     if len(id_) > MAX_ID:
         raise CompareError(f"{place}: {key} has {len(id_):,} characters; the limit is {MAX_ID:,}")

@@ -40,7 +40,9 @@ def read_captured(path: Path, notes: list[str]) -> Queries:
                 num_repeated += bool(text)
                 continue
             if id_ in texts:
-                raise CompareError(f"{file}: _id {id_!r} has another text in the file of an earlier day")
+                raise CompareError(
+                    f"{file}: _id {id_!r} has another text in the file of an earlier day: give each text its own"
+                )
             seen.add(text)
             texts[id_] = text
             if id_ in queries.groups:

@@ -1,7 +1,7 @@
-"""A command in a separate process, whose end is also the end of its pipes.
+"""Run a command in a separate process, and wait for both the process and its pipes.
 
-The process of :mod:`asyncio` counts as ended while its pipes are still open, and its wait may last as long as one of them
-does: while the process's own children hold it, or for text that is not read.
+:mod:`asyncio` sets a process's return code while its pipes are still open, but its ``wait`` returns only after they are
+closed. They stay open while a child of the process holds one, or while output is not read.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class _Protocol(SubprocessStreamProtocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
-        assert isinstance(transport, asyncio.SubprocessTransport)  # noqa: S101  it starts processes alone
+        assert isinstance(transport, asyncio.SubprocessTransport)  # noqa: S101  `subprocess_exec` passes no other
         self._open |= {number for number in range(_NUM_STREAMS) if transport.get_pipe_transport(number) is not None}
 
     def pipe_connection_lost(self, fd: int, exc: Exception | None) -> None:
@@ -47,7 +47,7 @@ class _Protocol(SubprocessStreamProtocol):
 
 
 class Child:
-    """A process that runs a command; its standard output is dropped.
+    """A process that runs a command; its standard output is discarded.
 
     Attributes:
         stdin: the stream to write to; ``None`` if the command reads nothing.
@@ -58,7 +58,7 @@ class Child:
         self._transport = transport
         self._protocol = protocol
         self.stdin = protocol.stdin
-        assert protocol.stderr is not None  # noqa: S101  it was asked for
+        assert protocol.stderr is not None  # noqa: S101  `start` requests it
         self.stderr = protocol.stderr
 
     @property

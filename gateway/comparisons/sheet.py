@@ -25,7 +25,7 @@ from gateway.errors import CompareError
 CHECK_FILE: Final = "judge_check.tsv"
 HEADER: Final = ("query-id", "corpus-id", "score", "query", "document")
 MAX_ID: Final = 10_000
-"""The most characters of an id: a line of the file must be readable, and a column of a CSV file has a limit."""
+"""The maximum number of characters in an id: people read the line, and CSV readers limit the length of a field."""
 
 _SCORE: Final = HEADER.index("score")
 _NUM_READ_COLUMNS: Final = 3
@@ -52,9 +52,9 @@ def form_line(columns: Sequence[str]) -> bytes:
 
 
 def form_text(text: str) -> str:
-    """Return a text on one line, as a spreadsheet keeps it.
+    """Return a text on one line, safe for spreadsheets.
 
-    Control characters become spaces, because a spreadsheet ends a text at a NUL, and refuses a file with others. A text that
+    Control characters become spaces: a spreadsheet cuts a text at a NUL, and rejects a file with others. A text that
     begins like a formula gets a space in front.
     """
     text = " ".join(_CONTROL.sub(" ", text).split())

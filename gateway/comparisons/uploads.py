@@ -198,7 +198,7 @@ def _judgments(
             raise _wrong(
                 table,
                 number,
-                f"query {cut(query)!r} and document {cut(document)!r} have the score {score}, and {earlier} earlier",
+                f"query {cut(query)!r} and document {cut(document)!r} have the scores {earlier} and {score}: keep one",
             )
     if not found:
         raise BadInput(f"{table.field}: {cut(table.filename)!r} has no judgments", param=table.field)

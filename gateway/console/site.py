@@ -100,14 +100,17 @@ def _local(path: str) -> str:
 
 
 class _Page(Route):
-    """A path of the console: a plain route, because FastAPI's inspect each handler, which takes half of an app's start."""
+    """A path of the console: a plain route of Starlette.
+
+    FastAPI inspects the handler of each of its routes, which took half of the time that an application takes to make.
+    """
 
     def __init__(self, path: str, handler: Handler, method: str) -> None:
         super().__init__(path, handler, methods=[method], include_in_schema=False)
-        self.methods = {method}  # the middleware has made a GET of each HEAD
+        self.methods = {method}  # the middleware has already turned each HEAD into a GET
 
     def matches(self, scope: Scope) -> tuple[Match, Scope]:
-        """Name the route, whose path is a label of metrics; FastAPI's router names only its own."""
+        """Return the match, with this route in the scope: its path is a label of metrics. FastAPI adds only its own."""
         match, found = super().matches(scope)
         return match, {**found, "route": self}
 

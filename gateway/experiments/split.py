@@ -79,8 +79,8 @@ class Assignment:
 
     Attributes:
         experiment: id of the experiment.
-        generation: 8 hex digits, a hash of the salt, the arms, their weights and the begin of the counts; before them 4 of
-            a salt other than the id. Stats of different weights are not comparable.
+        generation: 8 hex digits, a hash of the salt, the arms, their weights and `counts_from`. If the salt is not the id, 4
+            hex digits of the salt's hash come first. Stats of different generations are not comparable.
         share: the share of the units that the weights give to the arm.
         unit: 16 hex digits, a salted hash: a unit cannot be recognized in the log of another experiment.
         source: where the unit comes from, such as ``header:x-unit``.

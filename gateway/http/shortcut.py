@@ -63,13 +63,13 @@ def include(app: FastAPI, routers: Sequence[Router]) -> None:
     for router in routers:
         if isinstance(router, APIRouter):
             app.include_router(router)
-        else:  # the framework would copy plain routes, and forget which one it has chosen
+        else:  # `include_router` would replace plain routes by copies, without the `route` in the scope that metrics need
             app.router.routes.extend(router.routes)
     routes = [route for router in routers for route in router.routes if isinstance(route, Route)]
     app.state.shown_paths = [route.path for route in routes if route.include_in_schema]
     app.state.methods = defaultdict[str, set[str]](set)
     for route in routes:
-        app.state.methods[route.path] |= (route.methods or set()) - {"HEAD"}  # which every path with GET has
+        app.state.methods[route.path] |= route.methods or set()
     app.state.direct_routes |= direct_routes(routes)
 
 

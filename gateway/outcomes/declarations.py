@@ -1,8 +1,8 @@
-"""Whether an experiment's outcome was declared before its results were known. Pure.
+"""Check that an experiment's outcome was declared before its results were known. Pure.
 
-Of several outcomes or margins, one often shows a difference by chance, so it must be chosen before. No file can prove that;
-the files of an experiment say when a gateway first served each declaration, and the earliest units say since when it
-should have been known.
+If you choose among several outcomes or margins after you know the results, one often shows a difference by chance. No file
+can prove when an outcome was chosen. But the files say when a gateway first served each declaration, and when the first
+units arrived, by which time it should have been known.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from gateway.experiments.split import declaration_of, hash_of_declaration
 from gateway.outcomes.joining import Exposures, Outcomes
 
 Declared = Mapping[str, float]
-"""When each declaration was first served, by its hash; under an empty text, when it was first not known."""
+"""When each declaration was first served, by its hash; `UNKNOWN` has the first time at which none was recorded."""
 
 UNKNOWN = ""
-_RELOAD_S = 900.0  # counts begin at a time in a file, which is served a little later
+_RELOAD_S = 900.0  # a gateway serves a new `counts_from` a little later than the time in it
 
 
 def first_declared(rows: Iterable[tuple[str, str, str]]) -> dict[str, float]:
@@ -42,7 +42,7 @@ def note(declared: dict[str, float], one: str, seconds: float) -> None:
 
 
 def is_declared(experiment: Experiment, declared: Declared) -> bool:
-    """Return whether any declaration is known of the time in which the experiment's units count."""
+    """Return whether any declaration is known under the experiment's present salt and `counts_from`."""
     return bool(_here(declared, hash_of_declaration(*declaration_of(experiment))))
 
 
@@ -68,11 +68,11 @@ def why_too_late(
     if any(seconds < since for one, seconds in declared.items() if one != UNKNOWN):
         return (
             f"`outcome` in models.yaml was changed by {iso(since)[:10]}, after {num_known:,} of its outcomes had been "
-            f"posted: change it back, or count again to use later outcomes alone{add_times}"
+            f"posted: change it back, or count again, so that only later outcomes count{add_times}"
         )
     return (
-        f"which `outcome` was declared is known only from {iso(since)[:10]} on, and {num_known:,} of its outcomes may have "
-        f"been known before: count again to use later outcomes alone{add_times}"
+        f"the declared `outcome` is known only since {iso(since)[:10]}, and {num_known:,} of its outcomes may have been "
+        f"known before that: count again, so that only later outcomes count{add_times}"
     )
 
 

@@ -168,7 +168,7 @@ def read_csv(path: Path, split: Split, primary: str | None, seen: Seen | None = 
                 raise StartError(f"{path} {why}")
             rows = csv.DictReader(file, restkey="", strict=True)
             _check_header(path, list(rows.fieldnames or ()))
-            for row in _rows(rows, path):
+            for row in rows:
                 try:
                     outcome = _read_row(row, f"{path.resolve()}:{rows.line_num}", split, primary)
                     if outcome is not None and (row.get("id") or "").strip():
@@ -181,13 +181,6 @@ def read_csv(path: Path, split: Split, primary: str | None, seen: Seen | None = 
         raise StartError(f"{path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise StartError(f"{path} cannot be read: {error}; save it as UTF-8") from error
-    except csv.Error as error:
-        raise StartError(f"{path} cannot be read: {error}") from error
-
-
-def _rows(rows: csv.DictReader[str], path: Path) -> Iterator[dict[str, str]]:
-    try:
-        yield from rows
     except csv.Error as error:  # such as a quote that is still open at the end of the file
         raise StartError(f"{path}:{rows.reader.line_num}: {error}") from error
 

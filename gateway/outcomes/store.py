@@ -34,7 +34,7 @@ MAX_NAMES = 20
 """The most different names of outcomes of an experiment, besides the deciding one."""
 
 _BUSY_S = 5.0
-# A unit's last exposure, later than its outcome by more than a slow disk explains: the clock was set back.
+# If a unit's last exposure is later than its outcome by more than this, the clock was set back.
 _CLOCK_S = 60.0
 _PAGE_BYTES = 4096
 _CHUNK = 50_000

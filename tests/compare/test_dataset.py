@@ -465,7 +465,7 @@ def test_a_score_that_the_measures_cannot_take_is_reported(write_data: WriteData
 @pytest.mark.parametrize("id_", ["a\tb", "a\nb", "a\rb", " a", "a\u00a0"])
 def test_an_id_that_no_file_of_judgments_can_name_is_reported(write_data: WriteData, id_: str) -> None:
     folder = write_data({id_: "text"}, {"q": "query"}, None)
-    with pytest.raises(CompareError, match=r"corpus.jsonl:1: _id has a tab, a line break, or a space around it"):
+    with pytest.raises(CompareError, match=r"corpus.jsonl:1: _id contains a tab or a line break, or begins"):
         read_dataset(folder, None)
 
 

@@ -142,7 +142,7 @@ def test_a_text_may_begin_like_the_name_of_a_format(tmp_path: Path, text: str) -
         ),
         (
             {"documents": DOCUMENTS, "queries": QUERIES, "judgments": "query,document,score\n1,d1,1\n1,d1,1\n1,d1,0\n"},
-            "judgments, line 4 of 'my.csv': query '1' and document 'd1' have the score 0, and 1 earlier",
+            "judgments, line 4 of 'my.csv': query '1' and document 'd1' have the scores 1 and 0: keep one",
         ),
     ],
 )

@@ -195,9 +195,7 @@ def test_a_log_that_began_before_it_named_declarations_says_nothing_about_the_ti
     comparison = report_files(experiment, [log], [csv]).outcomes[0].comparisons[0]
 
     assert comparison.verdict == verdict
-    known = (
-        f"which `outcome` was declared is known only from 1970-01-01 on, and {len(rows)} of its outcomes may have been"
-    )
+    known = f"the declared `outcome` is known only since 1970-01-01, and {len(rows)} of its outcomes may have been"
     assert verdict or comparison.reason.startswith(known)
 
 

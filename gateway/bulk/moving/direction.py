@@ -11,7 +11,7 @@ from gateway.bulk.rows import RowId, Sink
 from gateway.bulk.stores.protocol import MovableStore, SinkOptions
 
 MAX_NAMED: Final = 20
-"""The number of items that a pass names."""
+"""The maximum number of items that a pass names."""
 
 
 @dataclass(slots=True)
@@ -26,6 +26,7 @@ class PassCounts:
         kept: items of the second collection that the move did not write, or that were changed there since.
         refused: items without a text, with a text that the model rejects, or that the second collection cannot store.
         kept_ids: the ids of some items that were kept.
+        newer_ids: the ids of the items that applications changed after the pass read them.
         problems: some refused items, each as its id and the problem.
     """
 
@@ -45,7 +46,7 @@ class PassCounts:
         self.kept_ids += islice(ids, MAX_NAMED - len(self.kept_ids))
 
     def keep_newer(self, ids: Collection[RowId]) -> None:
-        """Count items that were changed since the pass read them; rows may be written twice, because of others."""
+        """Count items that applications changed after the pass read them, each once: rows may be written again."""
         self.keep(set(ids) - self.newer_ids)
         self.newer_ids |= set(ids)
 

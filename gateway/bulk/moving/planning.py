@@ -177,8 +177,10 @@ def _old_vector(new: str | None, requested: str | None, info: CollectionInfo, st
     others = [name for name in info.widths if name != new]
     if requested is not None and requested == new:
         raise BulkError(f"--into-vector {new}: is the old vector itself")
-    if (requested is None and len(others) == 1) or requested in others:
-        return requested if new is None else requested or others[0]
+    if requested in others:
+        return requested
+    if requested is None and len(others) == 1:
+        return None if new is None else others[0]
     names = enumerate_names(name or "one without a name" for name in others)
     if requested is not None:
         hint = did_you_mean(requested, others) or ";"
@@ -209,7 +211,7 @@ def target_of(store: MovableStore, alias: str) -> str:
     """Return the collection that an alias points to; the alias itself if it does not exist.
 
     Raises:
-        BulkError: the store cannot be asked.
+        BulkError: the store cannot be read.
     """
     return store.aliases().get(alias) or real_name(store, alias)
 

@@ -1,7 +1,8 @@
 """Point the names that applications use to the new collection, or back: an alias or view, and Mem0's configuration.
 
-The names are not in the state of the move, and a process may die, or lose the store, between changing one and the other.
-So the state says beforehand that the names are being changed. After an interruption, the next step asks the store.
+The state of a move does not contain these names, and a process may die, or lose the store, after it changes one and before
+it changes the other. So it first writes that it will change the names. After an interruption, the next step checks the
+store.
 """
 
 from __future__ import annotations
@@ -25,25 +26,25 @@ def begin(folder: Path, move: Move) -> Iterator[Move]:
     """Lock a move for a step, and yield its state.
 
     Raises:
-        BulkError: another process works on it, it has finished, or the store cannot be asked about an interrupted step.
+        BulkError: another process works on it, it has finished, or the store cannot be read after an interrupted step.
     """
     with hold(folder, move) as held:
         yield settle(held, folder)
 
 
 class _Meaning(Enum):
-    """The collection that the names mean."""
+    """The collection that the names point to."""
 
     NEW = "new"
     OLD = "old"
     BOTH = "both"
     """One of two names was changed."""
     OTHER = "other"
-    """Someone has pointed an alias to a third collection, or deleted it."""
+    """An alias points to a third collection, or was deleted."""
 
 
 def settle(move: Move, folder: Path) -> Move:
-    """Return a move whose state is right after an interrupted change of the names, and write the state.
+    """Return the move with its state corrected if a change of the names was interrupted, and write that state.
 
     Raises:
         BulkError: the store or Mem0's configuration cannot be read.
@@ -62,7 +63,9 @@ def _as_found(move: Move, meaning: _Meaning) -> Move:
         case _Meaning.OLD if move.stage is Stage.FLIPPED:
             return _returned(move)
     before = move.mem0_before if move.stage is Stage.FLIPPED else None
-    return replace(move, is_redirecting=False, mem0_before=before).at(move.stage, "the names were not changed")
+    return replace(move, is_redirecting=False, mem0_before=before).at(
+        move.stage, "the names do not point to the new collection"
+    )
 
 
 def _meaning(move: Move) -> _Meaning:
@@ -87,7 +90,7 @@ def _meaning(move: Move) -> _Meaning:
 
 
 def is_in_use(move: Move) -> bool:
-    """Return whether all names of a move mean the new collection, or it has none: people may have changed them."""
+    """Return whether all names of a move point to the new collection, which people may change; true without names."""
     return _meaning(move) is _Meaning.NEW
 
 
@@ -106,10 +109,10 @@ def _returned(move: Move) -> Move:
 
 
 def redirect(move: Move, store: MovableStore, folder: Path, *, back: bool) -> Move:
-    """Let the names mean the new collection, or the old one again, and write the state.
+    """Let the names point to the new collection, or to the old one again, and write the state.
 
     Raises:
-        BulkError: a name cannot be changed. The state is as before, unless the store cannot be asked.
+        BulkError: a name cannot be changed. The state then says where the names point, or that this is unknown.
     """
     move = _written(replace(move, is_redirecting=True), folder)
     try:

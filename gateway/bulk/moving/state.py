@@ -78,8 +78,8 @@ class Move:
         problems: some of them, each as its id and the problem.
         was_flipped: applications have been allowed to use the new collection.
         is_returning: applications use the old collection again, which lacks items that they wrote into the new one.
-        is_redirecting: a step is changing the names that applications use, or was interrupted meanwhile, so that only the
-            store knows which collection they name.
+        is_redirecting: a step has begun to change the names that applications use, and may have been interrupted. Only the
+            store knows which collection they point to.
         log: the history of the move, for people.
     """
 

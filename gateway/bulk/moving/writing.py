@@ -1,4 +1,4 @@
-"""The writes of a pass: recorded in the ledger, and none over what applications have written in the meantime.
+"""Write the rows of a pass: record each write in the ledger, and overwrite nothing that applications wrote meanwhile.
 
 The pass has decided what to write when it read both collections, and embeds before it writes. So it looks at the items of
 the second collection again before each write. Where the store has transactions, nothing comes between the look and the
@@ -19,7 +19,7 @@ from gateway.bulk.stores.payloads import digest, with_field
 from gateway.bulk.stores.protocol import Guard, GuardedSink
 
 _GUARDED_ROWS: Final = 64
-"""Rows between two looks at a collection that applications write too: few, because each takes time."""
+"""Rows per check of a collection that applications write into: few, so that little time passes before the write."""
 _FEW: Final = 20
 """Applications may delete this many items between two passes, whatever part of a collection they are."""
 
@@ -47,7 +47,11 @@ class Recorded:
         return self._sink.problem(row) if isinstance(self._sink, RowValidator) else ""
 
     def write(self, shard: int, batch: EmbeddedRows) -> None:
-        """Write rows, unless an application has written their items into the second collection since they were read."""
+        """Write rows, unless an application has written their items into the second collection since they were read.
+
+        Raises:
+            RowsRefused: the store rejects some rows. The job then writes the others again.
+        """
         size = _GUARDED_ROWS if _is_shared(self._direction) else len(batch.rows)
         bad: list[BadRow] = []
         num_written = 0
@@ -57,12 +61,12 @@ class Recorded:
                 num_written += self._write(shard, some)
             except RowsRefused as error:
                 bad += error.rows
-        if bad:  # the job writes the others again
+        if bad:
             raise RowsRefused(bad)
         self._counts.written += num_written
 
     def _write(self, shard: int, batch: EmbeddedRows) -> int:
-        """Write rows, and return how many no application has written."""
+        """Write the rows that no application has changed in the meantime, and return their number."""
         digests: dict[RowId, Digest | None] = {
             row.id: digest(with_field(row.payload, self._direction.text, row.text)) for row in batch.rows
         }
@@ -93,11 +97,11 @@ def _is_shared(direction: Direction) -> bool:
 
 
 def _guard(ledger: Ledger, firsts: Mapping[RowId, Digest | None], newer: set[RowId]) -> Guard:
-    """Return a guard of the items that applications have changed in the second collection since the pass read them.
+    """Return a guard that keeps the items that applications changed after the pass read them.
 
     Args:
         firsts: the digests in the first collection; ``None`` for a deleted item.
-        newer: gets these items.
+        newer: the guard adds these items to it.
     """
 
     def guard(present: Mapping[RowId, Digest | None]) -> set[RowId]:

@@ -24,7 +24,7 @@ from gateway.bulk.stores.milvus_collections import (
     selection,
 )
 from gateway.bulk.stores.payloads import digest
-from gateway.bulk.stores.protocol import CollectionInfo, Guard, Hit, Mark, Place, Since, SinkOptions
+from gateway.bulk.stores.protocol import CollectionInfo, Guard, Hit, Mark, Place, Since, SinkOptions, not_kept
 from gateway.bulk.stores.reading import KeysetSource, clock_mark, fields_named, is_later, since_mark
 from gateway.config.wording import quote
 from gateway.types import SparseVector
@@ -170,9 +170,8 @@ class MilvusStore:
     def delete_ids(self, collection: str, ids: Sequence[RowId], guard: Guard | None = None) -> None:
         """Delete items."""
         found = self._find(collection)
-        there = {} if guard is None else self.digests_of(collection, ids)
-        kept = guard({row_id: there.get(row_id) for row_id in ids}) if guard is not None else ()
-        ids = [row_id for row_id in ids if row_id not in kept]
+        if guard is not None:
+            ids = not_kept(ids, self.digests_of(collection, ids), guard)
         with refusals(found.place):
             milvus_rows.delete_items(self._client, found, ids)
 

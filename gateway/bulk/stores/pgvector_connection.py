@@ -1,7 +1,7 @@
-"""Connect to PostgreSQL, and notice a server that has stopped responding.
+"""Connect to PostgreSQL, and detect a server that has stopped responding.
 
-No limit of PostgreSQL's own fits: a statement may take hours, such as the one that creates an index, and a frozen server
-counts no time. So while a response is overdue, a second connection asks whether the server still accepts connections.
+PostgreSQL's own time limits do not help: a statement such as CREATE INDEX may take hours, and a frozen server does not
+enforce limits. So if a response is overdue, a second connection checks whether the server still accepts connections.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Value = TypeVar("Value")
 
 _CONNECT_S: Final = 10
 _SILENCE_S: Final = 30.0
-"""The seconds without a response after which the server is asked whether it is still there."""
+"""After so many seconds without a response, a second connection checks the server."""
 _WAIT_S: Final = 0.1
 """The interval of psycopg's own waits, in which it also notices Ctrl-C."""
 _LIVELINESS: Final = {
@@ -50,7 +50,7 @@ class WatchedConnection(psycopg.Connection[tuple[Any, ...]]):
         """Wait for a response, as psycopg does, and watch the server meanwhile.
 
         Raises:
-            psycopg.OperationalError: the server does not respond, also to a new connection.
+            psycopg.OperationalError: the server does not respond, and does not accept a new connection either.
         """
         return super().wait(self._watched(gen), interval, timeout)
 
@@ -86,7 +86,7 @@ def connect(place: Place) -> WatchedConnection:
     """Connect to the database of a place.
 
     Raises:
-        BulkError: the server cannot be reached, or rejects the user.
+        BulkError: the `sslmode` is unknown, the server cannot be reached, or it rejects the user or needs a password.
     """
     parts: dict[str, Any] = {
         **_LIVELINESS,
@@ -107,7 +107,7 @@ def connect(place: Place) -> WatchedConnection:
         except psycopg.OperationalError as error:
             if _REJECTED not in str(error) and _NOT_GIVEN not in str(error):
                 raise
-            # Without a cause that looks like a server that will be back.
+            # With this cause, the session would take it for a server that will be back, and try again.
             raise BulkError(_about_password(place, is_wrong=_REJECTED in str(error))) from None
         connection.settings = settings
         connection.execute("SET lock_timeout = '60s'")  # another program may leave a transaction open

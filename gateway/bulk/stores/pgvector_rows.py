@@ -16,7 +16,7 @@ from gateway.bulk.rows import RowId
 from gateway.bulk.stores.payloads import digest
 from gateway.bulk.stores.pgvector_session import Connect, Session
 from gateway.bulk.stores.pgvector_tables import Column, Connection, Table, identifier, refusals
-from gateway.bulk.stores.protocol import Guard, Since
+from gateway.bulk.stores.protocol import Guard, Since, not_kept
 from gateway.bulk.stores.reading import Item, KeysetSource
 from gateway.types import Vectors
 
@@ -70,9 +70,7 @@ def delete_rows(connection: Connection, table: Table, ids: Sequence[RowId], guar
     )
     with connection.transaction():
         if guard is not None:
-            there = locked_digests(connection, table, ids)
-            kept = guard({row_id: there.get(row_id) for row_id in ids})
-            ids = [row_id for row_id in ids if row_id not in kept]
+            ids = not_kept(ids, locked_digests(connection, table, ids), guard)
         connection.execute(query, [known_ids(table, ids)])
 
 
@@ -152,7 +150,7 @@ def open_source(
     """Return the rows of a table.
 
     Args:
-        behind: the names of further tables whose rows it shows.
+        behind: the names of the tables whose rows it shows, which may include its own.
     """
     session = Session(connect)
 

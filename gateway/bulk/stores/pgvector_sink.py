@@ -26,7 +26,7 @@ from gateway.bulk.stores.pgvector_tables import (
     message_of,
     refusals,
 )
-from gateway.bulk.stores.protocol import Guard, SinkOptions
+from gateway.bulk.stores.protocol import Guard, SinkOptions, not_kept
 from gateway.config.wording import quote
 from gateway.types import Vectors
 
@@ -42,7 +42,7 @@ class PgvectorSink:
 
     Args:
         name: the table's name as the user wrote it, unless that is a view's.
-        collections: the same, as a source shows it, and the names of further tables whose rows it shows.
+        collections: the names of this table, and of the tables whose rows it shows, as a source names them.
         id_column: the column with the ids of an existing table; by default its primary key.
     """
 
@@ -202,9 +202,9 @@ class PgvectorSink:
         with refusals(self.name), connection.transaction(force_rollback=True):
             table = self._ready(connection, rows)
             if self._guard is not None:
-                there = locked_digests(connection, table, [row.id for row in rows])
-                kept = self._guard({row.id: there.get(row.id) for row in rows})
-                written = [number for number, row in enumerate(rows) if row.id not in kept]
+                ids = [row.id for row in rows]
+                some_ids = set(not_kept(ids, locked_digests(connection, table, ids), self._guard))
+                written = [number for number, row_id in enumerate(ids) if row_id in some_ids]
                 rows, vectors = [rows[number] for number in written], vectors[written]
             statement = self._statement(table, rows)
             parts = [range(len(rows))] if rows else []
@@ -266,9 +266,10 @@ class PgvectorSink:
         """
         left = list(range(len(rows)))
         for _look in range(_LOOKS):
-            present = locked_digests(connection, table, [rows[number].id for number in left])
-            kept = guard({rows[number].id: present.get(rows[number].id) for number in left})
-            left = [number for number in left if rows[number].id not in kept]
+            ids = [rows[number].id for number in left]
+            present = locked_digests(connection, table, ids)
+            written = set(not_kept(ids, present, guard))
+            left = [number for number in left if rows[number].id in written]
             known = [number for number in left if rows[number].id in present]
             new = [number for number in left if rows[number].id not in present]
             if known:

@@ -60,9 +60,9 @@ WITH RECURSIVE behind(oid) AS (
 SELECT n.nspname, c.relname, pg_table_is_visible(c.oid)
 FROM behind b JOIN pg_class c ON c.oid = b.oid JOIN pg_namespace n ON n.oid = c.relnamespace
 """
-"""The table of a name, and those whose rows it shows: a view's tables, and the partitions or heirs of a table.
+"""The table of a name, and the tables whose rows it shows: those of a view, and the partitions or child tables of a table.
 
-A table of which a view uses one column is a condition, such as the ids that have a vector already.
+A table of which a view uses only one column is left out: it only filters rows, as by the ids that already have a vector.
 """
 _COLUMNS: Final = """
 SELECT a.attname, format_type(a.atttypid, NULL), a.atttypmod, a.attgenerated <> '', a.attidentity <> '',

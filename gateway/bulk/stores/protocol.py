@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Final, Protocol, TypeAlias, runtime_checkable
@@ -170,7 +170,18 @@ class Hit:
 
 
 Guard: TypeAlias = Callable[[Mapping[RowId, bytes | None]], Collection[RowId]]
-"""Returns which of some rows must stay as they are, by their hashes as of `MovableStore.digests`; ``None``: absent."""
+"""Receives the hash of each row, as in `MovableStore.digests` (``None``: no such row); returns the ids of rows to keep."""
+
+
+def not_kept(ids: Iterable[RowId], present: Mapping[RowId, bytes | None], guard: Guard) -> list[RowId]:
+    """Return the ids of the rows that a guard does not keep.
+
+    Args:
+        present: the hash of each row that exists.
+    """
+    ids = list(ids)
+    kept = guard({row_id: present.get(row_id) for row_id in ids})
+    return [row_id for row_id in ids if row_id not in kept]
 
 
 @runtime_checkable
@@ -178,10 +189,11 @@ class GuardedSink(Protocol):
     """A sink of a store with transactions."""
 
     def write_guarded(self, shard: int, batch: EmbeddedRows, guard: Guard) -> None:
-        """Write rows like `Sink.write`, except those that a guard keeps; no other write comes between.
+        """Write rows like `Sink.write`, except those that the guard keeps. No other write can come between.
 
         Args:
-            guard: is called again for rows that another program has inserted after the first call.
+            guard: may be called several times: for rows that another program inserts in the meantime, and after a rejected
+                write.
         """
 
 
@@ -269,7 +281,7 @@ class MovableStore(Store, Protocol):
         """Delete these items durably, ignoring ids without an item.
 
         Args:
-            guard: keeps some of them. In a store without transactions, another write may come between.
+            guard: returns the items to keep. Without transactions, an application may write between that and the deletion.
         """
 
     def search(

@@ -15,7 +15,7 @@ from gateway.bulk.fields import FieldNames
 from gateway.bulk.rows import BadRow, BulkError, Row, RowId
 from gateway.bulk.stores.notes import read_notes, write_notes
 from gateway.bulk.stores.payloads import digest
-from gateway.bulk.stores.protocol import CollectionInfo, Guard, Hit, Mark, Place, Since, SinkOptions
+from gateway.bulk.stores.protocol import CollectionInfo, Guard, Hit, Mark, Place, Since, SinkOptions, not_kept
 from gateway.bulk.stores.qdrant_connection import Connection
 from gateway.bulk.stores.qdrant_errors import status_of
 from gateway.bulk.stores.qdrant_layout import Vectors
@@ -162,9 +162,9 @@ class QdrantStore:
 
     def delete_ids(self, collection: str, ids: Sequence[RowId], guard: Guard | None = None) -> None:
         """Delete the points of these rows, and wait until the deletion is on disk."""
-        there = self.digests_of(collection, ids) if guard is not None and ids else {}
-        kept = guard({row_id: there.get(row_id) for row_id in ids}) if guard is not None else ()
-        points: list[models.ExtendedPointId] = [point_id(row_id) for row_id in ids if row_id not in kept]
+        if guard is not None and ids:
+            ids = not_kept(ids, self.digests_of(collection, ids), guard)
+        points: list[models.ExtendedPointId] = [point_id(row_id) for row_id in ids]
         if points:
             self._connection.call(
                 lambda client: client.delete(collection, models.PointIdsList(points=points), wait=True), collection

@@ -80,7 +80,7 @@ class KeysetSource(ItemSource):
         identity: an identity of the collection that another collection of the same name does not share.
         count: returns the number of items.
         close: closes the connection.
-        behind: the names of further collections whose items it shows.
+        behind: the names of the collections whose items it shows, which may include its own.
     """
 
     def __init__(

@@ -15,9 +15,9 @@ from pydantic import BaseModel, ValidationError
 from gateway.comparisons.scale import MAX_GRADE
 
 READING = 2
-"""The version of the rules for reading a grade: 2 takes none from an answer that was not finished.
+"""The version of the rules for reading a grade. Version 2 reads no grade from an unfinished answer.
 
-Raise it with the rules: grades that were read by other rules are asked for again.
+Increase it when the rules change, so that the next run requests those grades again.
 """
 
 # Match the innermost braces, because models without a schema often write text around the object.

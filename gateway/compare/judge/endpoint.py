@@ -44,7 +44,7 @@ class NoDialect(CompareError):
     """The endpoint gives no grade to any form of a request. Another pair may fare better, if a filter rejected this one.
 
     Attributes:
-        spent: the last answer's outcome, ``REFUSED`` without an answer, and the tokens of all attempts.
+        spent: the tokens of all attempts, and the outcome of the last answer; ``REFUSED`` if there was no answer.
     """
 
     def __init__(self, message: str, spent: Answer) -> None:
