@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import signal
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
@@ -24,14 +23,21 @@ def frozen(address: str) -> Iterator[None]:
     """Stop all processes of a server within the context; its kernel still accepts connections."""
     folder = Path(parse_qs(urlsplit(address).query)["host"][0])
     server = psutil.Process(int((folder / "postmaster.pid").read_text().splitlines()[0]))
-    processes = [server, *server.children(recursive=True)]
-    for process in processes:
-        os.kill(process.pid, signal.SIGSTOP)
+    _send(server, signal.SIGSTOP)  # first: it starts the others
+    others = server.children(recursive=True)
+    for process in others:
+        _send(process, signal.SIGSTOP)
     try:
         yield
     finally:
-        for process in processes:
-            os.kill(process.pid, signal.SIGCONT)
+        for process in (server, *others):
+            _send(process, signal.SIGCONT)
+
+
+def _send(process: psutil.Process, signum: signal.Signals) -> None:
+    # A worker of the server may end at any moment, and the server may collect it as soon as it runs again.
+    with suppress(psutil.NoSuchProcess):
+        process.send_signal(signum)
 
 
 @pytest.fixture
