@@ -6,11 +6,12 @@ import contextlib
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import redis.asyncio as asyncio_redis
 
 from tests.peers import find
 
@@ -54,3 +55,26 @@ def _wait_until_it_listens(port: int) -> None:
             return
         time.sleep(0.02)
     raise TimeoutError("redis-server does not listen")
+
+
+@contextlib.contextmanager
+def failing_over(folder: Path) -> Iterator[tuple[str, Callable[[], Awaitable[None]]]]:
+    """Run two Redis servers; yield the address of the primary, and a function that makes the other one the primary.
+
+    The address is a name, here in the file system, that leads new connections to the new primary. The old one becomes its
+    replica, and keeps the connections that it has.
+    """
+    for name in ("old", "new"):
+        (folder / name).mkdir()
+    primary = folder / "primary"
+    with running_redis(folder / "old") as old, running_redis(folder / "new") as new:
+        primary.symlink_to(old.socket)
+
+        async def fail_over() -> None:
+            primary.unlink()
+            primary.symlink_to(new.socket)
+            host, _, port = new.uri.removeprefix("redis://").removesuffix("/0").partition(":")
+            async with asyncio_redis.from_url(old.uri) as operator:
+                await operator.execute_command("REPLICAOF", host, port)
+
+        yield f"unix://{primary}", fail_over

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import structlog
@@ -169,8 +169,15 @@ class Quotas:
             except StorageError as error:
                 self._silent_until = time.monotonic() + _SILENCE_S
                 log.warning("quota_not_counted", error=repr(error.storage_error), seconds=_SILENCE_S)
+                await self._connect_again()
         metrics.QUOTA_ERRORS.inc()
         return default
+
+    async def _connect_again(self) -> None:
+        """Close idle connections: after a failover, they lead to a server that is no longer the primary."""
+        if self._connections is not None:
+            with suppress(Exception):  # they are not needed, whatever is wrong with them
+                await self._connections.disconnect(inuse_connections=False)
 
 
 def _connect(uri: str) -> tuple[Storage, ConnectionPool | None]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import secrets
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 
 from redis.asyncio import BlockingConnectionPool, Redis
-from redis.exceptions import OutOfMemoryError
+from redis.exceptions import OutOfMemoryError, RedisError
 
 from gateway.cache.entries import Part
 from gateway.cache.files import CacheError
@@ -42,7 +43,8 @@ class RedisStore:
         self._generations: dict[str, int] = {}
 
     async def get(self, part: Part, keys: Sequence[bytes]) -> list[bytes | None]:
-        generation, *values = await self._redis.mget([_generation_key(part), *(_key(part, key) for key in keys)])
+        async with self._connecting_again():
+            generation, *values = await self._redis.mget([_generation_key(part), *(_key(part, key) for key in keys)])
         if generation is None:
             self._generations.pop(part.group, None)
             return [None] * len(keys)
@@ -50,6 +52,10 @@ class RedisStore:
         return [_read(key, value, current) for key, value in zip(keys, values, strict=True)]
 
     async def put(self, part: Part, entries: Mapping[bytes, bytes]) -> None:
+        async with self._connecting_again():
+            await self._put(part, entries)
+
+    async def _put(self, part: Part, entries: Mapping[bytes, bytes]) -> None:
         generation = (await self._generation(part)).to_bytes(4, "little")
         pipeline = self._redis.pipeline(transaction=False)
         for key, entry in entries.items():
@@ -77,7 +83,17 @@ class RedisStore:
 
     async def forget(self, part: Part) -> None:
         self._generations.pop(part.group, None)
-        await self._redis.delete(_generation_key(part))  # which a full Redis does too
+        async with self._connecting_again():
+            await self._redis.delete(_generation_key(part))  # which a full Redis does too
+
+    @asynccontextmanager
+    async def _connecting_again(self) -> AsyncIterator[None]:
+        """Close idle connections after an error: after a failover, they lead to a server that no longer accepts writes."""
+        try:
+            yield
+        except RedisError:
+            await self._pool.disconnect(inuse_connections=False)
+            raise
 
     async def close(self) -> None:
         await self._pool.disconnect()

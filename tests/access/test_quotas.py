@@ -17,7 +17,7 @@ from gateway.access.keyring import Client
 from gateway.access.quotas import Quotas
 from gateway.errors import ClientDisconnected, ConfigError, RateLimited
 from gateway.telemetry import metrics
-from tests.redis_server import Redis
+from tests.redis_server import Redis, failing_over
 
 
 @pytest.fixture
@@ -234,6 +234,24 @@ async def test_a_storage_that_hangs_holds_up_one_request_and_no_other(connect: C
             await use(quotas, one, 5)
 
     assert time.monotonic() - started < 20  # a hundred time-outs would be 50 s
+
+
+async def test_after_a_failover_the_new_primary_counts(
+    connect: Callable[[str], Quotas], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The old one keeps its connections, and refuses to count."""
+    monkeypatch.setattr("gateway.access.quotas._STORAGE_TIMEOUT_S", 30.0)
+    monkeypatch.setattr("gateway.access.quotas._SILENCE_S", 0.0)
+    with failing_over(tmp_path) as (uri, fail_over):
+        quotas, one = connect(uri), client(requests_per_minute=2)
+        await use(quotas, one)
+        await fail_over()
+        await use(quotas, one)  # not counted
+
+        left = [(await use(quotas, one))["x-ratelimit-remaining-requests"] for _ in range(2)]
+
+        assert left == ["1", "0"]
+        await quotas.close()
 
 
 async def test_redis_may_listen_at_a_socket_of_the_file_system(

@@ -27,7 +27,7 @@ from gateway.cache.stores import Guarded, Store
 from gateway.telemetry import metrics
 from gateway.types import Embeddings, EmbedJob, Output
 from tests.cache.test_model_cache import EVERYTHING, INFO, Model, job
-from tests.redis_server import Redis, running_redis
+from tests.redis_server import Redis, failing_over, running_redis
 
 pytestmark = pytest.mark.usefixtures("patient")
 
@@ -238,6 +238,21 @@ async def test_a_redis_that_comes_back_empty_is_used_again(tmp_path: Path, cache
         answer = await other.embed(job("c"), INFO, Model().embed)
         assert answer.num_cached == 1
         assert same(answer, await Model().embed(job("c")))
+
+
+async def test_after_a_failover_the_new_primary_is_written_to(tmp_path: Path, caches: Caches) -> None:
+    """The old one keeps its connections, answers reads, and refuses writes."""
+    with failing_over(tmp_path) as (uri, fail_over):
+        cache = caches.make(RedisStore(uri, 60, 10.0))
+        await cache.embed(job("a"), INFO, Model().embed)
+        await caches.flush()
+        await fail_over()
+        for text in ("b", "c"):  # the first is refused
+            await cache.embed(job(text), INFO, Model().embed)
+            await caches.flush()
+        found = await caches.make(RedisStore(uri, 60, 10.0)).embed(job("c"), INFO, Model().embed)
+        assert found.num_cached == 1
+        await caches.close()
 
 
 async def test_wrong_entries_stay_forgotten_when_redis_evicts_their_generation(
