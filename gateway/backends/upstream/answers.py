@@ -8,6 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC
 from email.utils import parsedate_to_datetime
 from typing import Any, TypeAlias
 
@@ -245,7 +246,9 @@ def read_retry_after_s(value: str | None, now: float) -> float | None:
         seconds = float(value)
     except ValueError:
         try:
-            seconds = parsedate_to_datetime(value).timestamp() - now
+            moment = parsedate_to_datetime(value)
+            # One of the three forms of a date in HTTP names no time zone; it is UTC.
+            seconds = (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp() - now
         except (ValueError, TypeError, OverflowError, OSError):
             return None
     return min(max(0.0, seconds), float(MAX_COUNT)) if seconds == seconds else None  # noqa: PLR0124  NaN

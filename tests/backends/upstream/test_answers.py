@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import math
+import time
 from datetime import UTC, datetime
 from email.utils import format_datetime
 from typing import Any
@@ -358,6 +359,17 @@ NOW = datetime(2026, 11, 1, 12, 0, 0, tzinfo=UTC)
 )
 def test_when_to_come_back_is_a_finite_number_of_seconds(value: str | None, expected: float | None) -> None:
     assert read_retry_after_s(value, NOW.timestamp()) == expected
+
+
+def test_a_date_without_a_time_zone_is_utc_wherever_this_machine_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The form of C's ``asctime``, which clients of HTTP must read as well."""
+    monkeypatch.setenv("TZ", "Asia/Tokyo")
+    time.tzset()
+    try:
+        assert read_retry_after_s(f"{NOW.replace(minute=1):%a %b %e %H:%M:%S %Y}", NOW.timestamp()) == 60.0
+    finally:
+        monkeypatch.undo()
+        time.tzset()
 
 
 # -------------------------------------------------------------------------------------------------------------- facts
