@@ -237,6 +237,18 @@ def test_ports_are_those_of_the_settings(overlay: str) -> None:
     assert {port["port"] for rule in policy for port in rule["ports"]} == set(by_name)
 
 
+def resolves_names_anywhere(policy: Object) -> bool:
+    """Return whether pods may ask any address for names: a cache on the node has none that a selector of pods matches."""
+    anywhere = [rule for rule in policy["spec"]["egress"] if "to" not in rule]
+    ports = {(port["port"], port.get("protocol", "TCP")) for rule in anywhere for port in rule["ports"]}
+    return {(53, "UDP"), (53, "TCP")} <= ports
+
+
+@OVERLAYS
+def test_names_may_be_resolved_by_a_cache_on_the_node(overlay: str) -> None:
+    assert resolves_names_anywhere(base_policy(overlay))
+
+
 @OVERLAYS
 def test_clients_cannot_reach_the_operators_port_through_their_service(overlay: str) -> None:
     ports = {

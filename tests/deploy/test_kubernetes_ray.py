@@ -35,6 +35,7 @@ from tests.deploy.test_kubernetes import (
     only,
     pod,
     problems_of,
+    resolves_names_anywhere,
     settings_of,
 )
 from tests.peers import find_module
@@ -81,6 +82,7 @@ def test_fronts_and_replicas_are_nodes_of_one_cluster_and_of_one_image() -> None
 
 def test_the_nodes_of_ray_reach_each_other_and_keep_to_the_restricted_standard() -> None:
     (policy,) = [item for item in of_kind("ray", "NetworkPolicy") if item["metadata"]["name"].endswith("-ray")]
+    assert resolves_names_anywhere(policy)
     wanted = policy["spec"]["podSelector"]["matchLabels"].items()
     service = of_kind("ray", "Service")[0]["spec"]["selector"].items()
 
