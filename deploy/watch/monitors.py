@@ -131,11 +131,29 @@ CAUSES: Final = (
         "page",
         "The gateway does not answer",
         f"{_REPLICA} has given the Agent no metrics for two minutes.",
-        others={
-            "thresholds": {"critical": 8, "ok": 2},
-            "notify_no_data": True,
-            "no_data_timeframe": 4,
-        },
+        # Without an alert for missing data: rollouts and autoscalers remove pods, and that is no fault.
+        others={"thresholds": {"critical": 8, "ok": 2}},
+    ),
+    Monitor(
+        "GatewayDown",
+        "query alert",
+        f"max(last_2m):sum:{_selected('gateway_build_info')} < 1",
+        1,
+        "page",
+        "The gateway does not answer",
+        "No gateway has given an Agent any metrics for four minutes.",
+        "all",
+        others={"notify_no_data": True, "no_data_timeframe": 4},
+    ),
+    Monitor(
+        "GatewayRestarts",
+        "query alert",
+        # Each later time of start counts once, however much later it is.
+        f"sum(last_30m):clamp_max(diff(max:{_selected('process_start_time_seconds')}{_BY_REPLICA}), 1) > 2",
+        2,
+        "page",
+        "The gateway ends again and again",
+        f"{_REPLICA} has been started {{{{value}}}} times in half an hour; each time, its clients lost requests.",
     ),
     Monitor(
         "GatewayModelNotReady",

@@ -21,7 +21,7 @@ _QUERY = re.compile(
     r"(?P<functions>(?:\.\w+\(\))*)"
 )
 _ATOM = re.compile(r"(?:NOT )?([a-z_]+):([^\s,(){}!]+)|([a-z_]+) (?:NOT )?IN \(([^()]+)\)")
-_FUNCTIONS = {"default_zero", "cutoff_min"}
+_FUNCTIONS = {"default_zero", "cutoff_min", "clamp_max", "diff"}
 _MONITOR = re.compile(
     r"(?P<how>sum|min|max|avg)\(last_(?P<time>\d+[mhd])\):(?P<expression>.*) (?P<sign>>=|<=|>|<) (?P<limit>\S+)"
 )

@@ -112,7 +112,16 @@ def test_the_gateway_is_down_when_its_check_fails() -> None:
     assert match
     assert (match[1], match[2]) == (f"{NAMESPACE}.openmetrics.health", f"service:{SERVICE}")
     assert down["options"]["thresholds"]["critical"] < int(match[3]) <= 100
-    assert down["options"]["notify_no_data"] is True
+
+
+def test_a_pod_that_a_rollout_removes_raises_no_alert_and_the_loss_of_all_does() -> None:
+    """Datadog would alert for every group that has no more data."""
+    noticed = [monitor for monitor in MONITORS.values() if monitor["options"].get("notify_no_data")]
+
+    assert [monitor["name"].split(":")[0] for monitor in noticed] == ["GatewayDown"]
+    assert [re.search(r"\bby\b", monitor["query"]) for monitor in noticed] == [None]
+    [minutes] = [int(found) for found in re.findall(r"\(last_(\d+)m\)", noticed[0]["query"])]
+    assert noticed[0]["options"]["no_data_timeframe"] >= 2 * minutes  # as Datadog requires
 
 
 @EACH_MONITOR

@@ -22,7 +22,10 @@ _SUFFIXES = {
 }
 # The labels that Prometheus adds to every series, and the metrics that its client library counts of the process.
 _LABELS = {"job", "instance"}
-_PROCESS = {"up", "process_resident_memory_bytes", "process_cpu_seconds_total", "process_open_fds"}
+_PROCESS = {
+    *("up", "process_resident_memory_bytes", "process_cpu_seconds_total", "process_open_fds"),
+    "process_start_time_seconds",
+}
 _WORDS = {"by", "on", "and", "or", "unless", "group_left", "group_right", "ignoring", "without", "bool"}
 _SELECTOR = re.compile(r"([a-zA-Z_:][\w:]*)\s*(?:\{([^}]*)\})?")
 _MATCHER = re.compile(r"(\w+)\s*(?:=~|!~|!=|=)\s*\"")
