@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import time
 from collections.abc import Callable, Coroutine
 from typing import Any, Final
@@ -24,6 +25,9 @@ _GREETING_S: Final = 10.0
 _REPORT_S: Final = 0.25
 # The fronts receive a message at least this often, in seconds, as a sign of life.
 _SILENCE_S: Final = 1.0
+# A front whose kernel has taken nothing for so long, in seconds, is gone with its machine, or hangs. Otherwise, the kernel
+# here would try for a quarter of an hour, and the front would count as connected for that time.
+_UNTAKEN_S: Final = 15.0
 # A smaller number of tokens is sent together with the answer.
 _MANY_TOKENS: Final = 1024
 
@@ -68,7 +72,10 @@ class Host:
         """Listen on a free port of the address."""
         loop = asyncio.get_running_loop()
         self._server = await loop.create_server(self._make_connection, self._address, 0)
-        self.port = self._server.sockets[0].getsockname()[1]
+        [listening] = self._server.sockets
+        if hasattr(socket, "TCP_USER_TIMEOUT"):  # on Linux; its connections inherit it
+            listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * _UNTAKEN_S))
+        self.port = listening.getsockname()[1]
         self._reporting = asyncio.create_task(self._report_load())
 
     def _make_connection(self) -> Connection:

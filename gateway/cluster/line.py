@@ -94,7 +94,8 @@ class Line:
         self.is_leaving = False
         self.trouble = ""
         self._is_closed = False
-        self._connection: Connection | None = None
+        self._dialed: Connection | None = None
+        self._connection: Connection | None = None  # the same, once both ends know each other
         self._lost = asyncio.Event()
         self._calls: dict[int, _Call] = {}
         self._keys = itertools.count()
@@ -139,7 +140,7 @@ class Line:
     async def _open(self) -> None:
         self._lost.clear()
         async with asyncio.timeout(_CONNECT_S):
-            transport, _protocol = await asyncio.get_running_loop().create_connection(
+            transport, self._dialed = await asyncio.get_running_loop().create_connection(
                 self._make_connection, self.place.host, self.place.port
             )
         sock = transport.get_extra_info("socket")
@@ -163,8 +164,8 @@ class Line:
                     await self._lost.wait()
             except TimeoutError:
                 silent_s = time.monotonic() - self._heard_at
-                if silent_s > _SILENCE_S and self._connection is not None:
-                    self._connection.abort(f"it has sent nothing for {silent_s:.0f} s")
+                if silent_s > _SILENCE_S and self._dialed is not None:
+                    self._dialed.abort(f"it has sent nothing for {silent_s:.0f} s")
 
     def _opened(self, connection: Connection) -> None:
         self._connection = connection
@@ -305,7 +306,7 @@ class Line:
     async def close(self) -> None:
         """Close the connection; jobs in progress fail."""
         self._is_closed = True
-        if self._connection is not None:
-            self._connection.close("this front is done with it")
+        if self._dialed is not None:
+            self._dialed.close("this front is done with it")
         self._task.cancel()
         await asyncio.wait((self._task,))

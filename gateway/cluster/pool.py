@@ -185,10 +185,11 @@ class Pool:
         return refusal
 
     async def close(self) -> None:
-        """Close all lines."""
-        for line in self.lines.values():
-            await line.close()
+        """Close all lines; jobs in progress fail."""
+        lines = list(self.lines.values())  # a leaving line is removed when its last job fails
         self.lines.clear()
+        for line in lines:
+            await line.close()
         if self._closing:
             await asyncio.wait(self._closing)
 

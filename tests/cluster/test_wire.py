@@ -16,6 +16,7 @@ import pytest
 
 from gateway import errors, similarity
 from gateway.backends.fake import FakeBackend, fake_info
+from gateway.cluster import discovery
 from gateway.cluster.host import Host
 from gateway.cluster.line import Line, LineLost, Place
 from gateway.cluster.pool import Pool
@@ -631,3 +632,79 @@ async def test_a_large_job_arrives_whole() -> None:
         await asyncio.gather(*small)
     assert large.vectors.shape == (500, 1024)
     assert large.vectors.flags.writeable
+
+
+async def test_a_pool_is_closed_also_while_a_leaving_replica_has_a_job() -> None:
+    info = fake_info()
+    slow, pool = Slow(info), Pool("fake", lambda: None)
+    async with hosted(slow, info) as (_host, one), hosted(FakeBackend(info), info, "r2") as (_other, two):
+        pool.update({one.id: one})
+        job = asyncio.create_task(pool.embed(make_job()))
+        await until(lambda: len(slow.begun) == 1)
+        pool.update({two.id: two})
+        await until(lambda: len(pool.usable) == 1)
+
+        await pool.close()
+
+        assert pool.lines == {}
+        with pytest.raises(ModelRecovering, match="replicas were lost"):
+            await job
+
+
+async def test_an_announcement_on_its_way_does_not_reach_a_watcher_that_has_ended() -> None:
+    directory, heard = discovery.Directory(), list[Any]()
+    end = directory.watch("model", heard.append)
+    directory.publish("model", {})
+    await asyncio.sleep(0)
+    assert heard == [{}, {}]
+
+    directory.publish("model", {})
+    end()
+    await asyncio.sleep(0)
+
+    assert heard == [{}, {}]
+
+
+async def test_a_replica_that_never_greets_is_dialed_again_and_no_connection_to_it_stays(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("gateway.cluster.line._SILENCE_S", 0.5)
+    begun, ended = [], []
+
+    async def listen(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        begun.append(writer)
+        await reader.read()
+        ended.append(writer)
+        writer.close()
+
+    async with await asyncio.start_server(listen, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        line = Line(Place("r1", "127.0.0.1", port, "00" * 32, "f", "n1", "cpu"), None, lambda: None)
+        await until(lambda: len(begun) == 2)
+        assert line.trouble.startswith("it has sent nothing for ")
+
+        await line.close()
+
+        await until(lambda: ended == begun)
+
+
+async def test_a_front_whose_kernel_takes_nothing_counts_as_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after its machine has lost its power: the kernel there does not even refuse."""
+    monkeypatch.setattr("gateway.cluster.host._UNTAKEN_S", 0.5)
+    info = fake_info()
+    async with hosted(FakeBackend(info), info) as (host, place), pool_of(place) as pool:
+        [line] = pool.usable
+        assert line._connection is not None
+        line._connection._transport.pause_reading()  # type: ignore[union-attr]
+        [connection] = host.fronts
+        for _ in range(40):
+            connection.send("more than a kernel keeps", bytes(2**20))
+
+        await until(lambda: connection not in host.fronts)
+
+
+def test_a_replica_of_a_newer_version_may_announce_more() -> None:
+    place = Place("r1", "10.0.0.1", 1, "00", "f", "n1", "cpu")
+    announced = {field.name: getattr(place, field.name) for field in fields(Place) if field.name != "id"}
+
+    assert discovery.place_of("r1", {**announced, "zone": "a"}) == place
