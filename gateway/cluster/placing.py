@@ -40,6 +40,8 @@ _SETTINGS: Final = (
     "cache_dir",
     "log_level",
 )
+# A gateway with another level needs no separate replicas; they log at the level of the gateway that deployed them.
+_NOT_THE_ENGINE: Final = {"log_level"}
 # The seconds that autoscaling waits before it adds or removes a replica.
 UPSCALE_DELAY_S: Final = 5.0
 DOWNSCALE_DELAY_S: Final = 120.0
@@ -68,7 +70,7 @@ class Spec:
         """The name of its deployment: the model's id, and a hash of everything else that its replicas depend on."""
         content = {
             "entry": self.entry.model_dump(mode="json", exclude=_NOT_THE_MODEL),
-            "settings": self.settings.model_dump(mode="json", include=set(_SETTINGS)),
+            "settings": self.settings.model_dump(mode="json", include=set(_SETTINGS) - _NOT_THE_ENGINE),
             "files": {name: hashlib.sha256(text.encode()).hexdigest() for name, text in self.files.items()},
             "backend": self.make_backend,
             "version": self.version,

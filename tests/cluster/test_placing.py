@@ -62,6 +62,7 @@ def test_the_name_of_a_deployment_changes_only_with_settings_that_its_vectors_de
     assert spec_of(golden=str(golden), settings=Settings(max_queue_texts=7)).name != name
     assert spec_of(golden=str(golden), has_cards=True).name != name
     assert spec_of(golden=str(golden), settings=Settings(port=7)).name == name
+    assert spec_of(golden=str(golden), settings=Settings(log_level="debug")).name == name
 
 
 def test_a_name_has_only_characters_that_a_file_name_may_have() -> None:
