@@ -131,7 +131,7 @@ CAUSES: Final = (
         "page",
         "The gateway does not answer",
         f"{_REPLICA} has given the Agent no metrics for two minutes.",
-        # Without an alert for missing data: rollouts and autoscalers remove pods, and that is no fault.
+        # Without an alert for missing data: rollouts and autoscalers remove pods, which is not a fault.
         others={"thresholds": {"critical": 8, "ok": 2}},
     ),
     Monitor(

@@ -12,7 +12,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from bench.servers import free_port
 from bench.simulated_cluster import Simulated
 from loadtest import cluster_faults
 from loadtest.batch import BatchOutcome, check
@@ -95,17 +94,21 @@ def test_a_fault_that_ends_badly_is_counted_and_the_others_have_their_turn() -> 
 
 
 @pytest.mark.parametrize(
-    ("usable", "missing"),
-    [(["one"], "1 of 2 replicas after 0 s"), (["one", "two"], "the other gateway is not ready after")],
+    ("usable", "of_other", "missing"),
+    [
+        (["one"], ["one", "two"], "the gateway has 1 of 2 replicas after 0 s"),
+        (["one", "two"], ["one"], "the other gateway has 1 of 2 replicas after 0 s"),
+        ([], [], "the gateway has 0 of 2 replicas and the other gateway has 0 of 2 replicas after 0 s"),
+    ],
 )
 def test_a_cluster_that_does_not_become_whole_says_what_it_lacks(
-    usable: list[str], missing: str, monkeypatch: pytest.MonkeyPatch
+    usable: list[str], of_other: list[str], missing: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cluster_faults, "usable_on", lambda _port, _model: usable)
+    monkeypatch.setattr(cluster_faults, "usable_on", lambda port, _model: of_other if port == 1 else usable)
     monkeypatch.setattr(cluster_faults, "_RETURN_S", 0.0)
-    victim = cluster_faults.OnCluster(None, 0, Path("models.yaml"), other_port=free_port())  # type: ignore[arg-type]
+    victim = cluster_faults.OnCluster(None, 0, Path("models.yaml"), other_port=1)  # type: ignore[arg-type]
 
-    with pytest.raises(AssertionError, match=missing):
+    with pytest.raises(AssertionError, match=f"^{missing}$"):
         victim.wait_until_whole()
 
 
