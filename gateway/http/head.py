@@ -19,6 +19,8 @@ PRIORITY_HEADER = "x-gateway-priority"
 
 # The values that clients send for an empty key.
 _NO_KEY = ("", '""')
+# The blanks of HTTP. Of those of Unicode, some are the last byte of a letter in UTF-8, such as that of "à".
+_BLANKS = " \t"
 _HOST = re.compile(rb"[A-Za-z0-9._~%!$&'()*+,;=:\[\]-]*")
 
 
@@ -63,7 +65,7 @@ def sent_key(headers: Headers) -> str | None:
     The key is the first of these: the text after `Bearer`; all of `Authorization` if that is one word; `x-api-key`
     (Anthropic's, and many proxies'); `api-key` (Azure's); the password or, without one, the user of `Basic`.
     """
-    scheme, _, credentials = headers.get("authorization", "").strip().partition(" ")
+    scheme, _, credentials = headers.get("authorization", "").strip(_BLANKS).partition(" ")
     scheme_name = scheme.lower()
     is_bare = not credentials and scheme_name not in ("bearer", "basic")
     candidates = (
@@ -72,9 +74,18 @@ def sent_key(headers: Headers) -> str | None:
         headers.get("api-key", ""),
         _basic_key(credentials) if scheme_name == "basic" else "",
     )
-    key = next((key for candidate in candidates if (key := candidate.strip()) not in _NO_KEY), None)
-    # Hash the bytes that were sent; the framework has decoded them as Latin-1.
-    return None if key is None else hashlib.sha256(key.encode("latin-1")).hexdigest()
+    key = next((key for candidate in candidates if (key := candidate.strip(_BLANKS)) not in _NO_KEY), None)
+    return None if key is None else hashlib.sha256(_in_utf8(key)).hexdigest()
+
+
+def _in_utf8(key: str) -> bytes:
+    """Return the UTF-8 of a key, whose bytes the framework has decoded as Latin-1."""
+    content = key.encode("latin-1")
+    try:
+        content.decode()
+    except UnicodeDecodeError:
+        return key.encode()  # Python's requests and browsers send Latin-1
+    return content
 
 
 def sent_priority(headers: Headers) -> Priority:

@@ -117,6 +117,11 @@ def test_a_head_is_written_again_without_its_offer() -> None:
     assert head == b"POST /v1/models HTTP/1.1\r\nhost: gateway\r\nx-declined-upgrade: h2c\r\nx-a: b\r\n\r\n"
 
 
+def latin(text: str) -> str:
+    """Return a header with these bytes of UTF-8, as the framework decodes it."""
+    return text.encode().decode("latin-1")
+
+
 def basic(credentials: bytes) -> str:
     return f"Basic {base64.b64encode(credentials).decode()}"
 
@@ -135,6 +140,14 @@ def basic(credentials: bytes) -> str:
         pytest.param({"authorization": "Bearer a", "x-api-key": "b"}, "a", id="the first of several"),
         pytest.param({"authorization": 'Bearer ""', "x-api-key": "b"}, "b", id="the first that is not empty"),
         pytest.param({"authorization": "Basic !", "api-key": "b"}, "b", id="base64 that is not valid"),
+        pytest.param(
+            {"authorization": latin("Bearer déjà")}, "déjà", id="a letter whose last byte is a blank in Latin-1"
+        ),
+        pytest.param({"authorization": "Bearer clé"}, "clé", id="a letter in Latin-1"),
+        pytest.param({"x-api-key": latin("\tvoilà ")}, "voilà", id="such a letter, and blanks"),
+        pytest.param(
+            {"authorization": basic("user:déjà".encode())}, "déjà", id="such a letter at the end of a password"
+        ),
     ],
 )
 def test_a_key_may_come_in_several_headers(headers: dict[str, str], key: str) -> None:
