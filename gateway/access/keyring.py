@@ -74,6 +74,7 @@ class Keyring:
         }
         self._file: Path | None = settings.api_keys_file
         self._seen: tuple[int, ...] = ()
+        self._unread: tuple[int, ...] | None = None
         self._watching: asyncio.Task[None] | None = None
         self._clients = self._from_settings
         self._lent: dict[bytes, Client] = {}
@@ -150,14 +151,20 @@ class Keyring:
 
     async def _read_if_changed(self, path: Path) -> None:
         seen = await asyncio.to_thread(_stamp, path)
-        if seen == self._seen:
+        is_again = seen == self._unread
+        if seen == self._seen and not is_again:
             return
-        self._seen = seen  # even if the file is wrong, so that the error is logged once and not every second
+        # Even if the file is wrong, so that the error is logged once and not every second.
+        self._seen, self._unread = seen, None
         try:
             # In a thread: a file of thousands of keys takes seconds to read, and until then requests use the previous
             # keys.
             self._clients = await asyncio.to_thread(self._read, path)
         except ConfigError as error:
+            if isinstance(error.__cause__, OSError):  # it may pass without a change: a right, or a free descriptor
+                self._unread = seen
+                if is_again:
+                    return
             metrics.KEY_RELOADS.labels("refused").inc()
             log.error("api_keys_refused", reason=str(error))
         else:

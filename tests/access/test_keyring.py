@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import resource
 import threading
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
@@ -172,6 +173,37 @@ async def test_a_file_that_became_wrong_changes_nothing_and_is_logged_once_witho
     write(path, entry("b", "two"))
     await until(lambda: knows(keyring, "two"))
     assert reloads("ok") == read + 1
+    await keyring.close()
+
+
+@pytest.mark.usefixtures("checks_often")
+async def test_a_file_that_could_not_be_read_is_read_once_it_can_be(tmp_path: Path) -> None:
+    """The file does not change when a descriptor is free again, or when it gets the right owner."""
+    path = tmp_path / "keys.yaml"
+    write(path, entry("a", "one"))
+    keyring = Keyring(Settings(api_keys_file=path))
+    refused = reloads("refused")
+    write(path, entry("a", "two"))
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+
+    async def is_refused() -> bool:
+        return reloads("refused") > refused
+
+    with structlog.testing.capture_logs() as logged:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
+        try:
+            keyring.watch()
+            await until(is_refused)
+            await asyncio.sleep(0.1)  # several more checks
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert await knows(keyring, "one")
+    (line,) = [one for one in logged if one["event"] == "api_keys_refused"]
+    assert "Too many open files" in line["reason"]
+
+    await until(lambda: knows(keyring, "two"))
+    assert not await knows(keyring, "one")
+    assert reloads("refused") == refused + 1
     await keyring.close()
 
 
