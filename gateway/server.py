@@ -25,6 +25,7 @@ from uvicorn.loops.auto import auto_loop_factory
 
 from gateway.access.keyring import Keyring
 from gateway.app import create_admin_app, create_app
+from gateway.config.setting_values import with_mapped
 from gateway.config.settings import Settings, variable
 from gateway.deployment import Deployment
 from gateway.errors import StartError
@@ -168,7 +169,7 @@ def server_config(app: FastAPI, settings: Settings) -> uvicorn.Config:
         access_log=False,
         server_header=False,
         proxy_headers=bool(settings.trusted_proxies),
-        forwarded_allow_ips=list(settings.trusted_proxies),
+        forwarded_allow_ips=with_mapped(settings.trusted_proxies),
         lifespan="off",
         timeout_keep_alive=cast(int, settings.keep_alive_s),  # passed to `call_later`, which accepts fractions
         timeout_graceful_shutdown=cast(int, settings.shutdown_grace_s),  # likewise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
+from collections.abc import Sequence
 from typing import Final
 
 from pydantic import SecretStr
@@ -85,3 +86,10 @@ def lower(value: object) -> object:
 def lower_off(value: object) -> object:
     """Read `off` in any case; any other text is a path."""
     return "off" if isinstance(value, str) and value.lower() == "off" else value
+
+
+def with_mapped(networks: Sequence[str]) -> list[str]:
+    """Return networks, and those of IPv4 also as a socket for both versions of IP reports them: ``::ffff:10.0.0.0/104``."""
+    parsed = (ipaddress.ip_network(network) for network in networks)
+    mapped = (f"::ffff:{one.network_address}/{96 + one.prefixlen}" for one in parsed if one.version == 4)
+    return [*networks, *mapped]

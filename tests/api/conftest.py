@@ -145,14 +145,17 @@ def serve(models: list[Model], make_fleet: MakeFleet) -> Serve:
 
     @contextlib.contextmanager
     def serve(
-        *fleet_models: Model, experiments: Sequence[Experiment] = (), **settings: object
+        *fleet_models: Model,
+        experiments: Sequence[Experiment] = (),
+        address: str = "127.0.0.1",
+        **settings: object,
     ) -> Iterator[tuple[str, int]]:
         registry, fleet = make_fleet(*(fleet_models or models), aliases={}, experiments=experiments)
         known = Settings(**settings)
         deployment = Deployment(registry, known, fleet)
         config = server_config(create_app(deployment), known)
         server = uvicorn.Server(config)
-        with make_listener() as listener:
+        with make_listener(host=address) as listener:
 
             async def run() -> None:
                 await _start(fleet)
@@ -162,7 +165,7 @@ def serve(models: list[Model], make_fleet: MakeFleet) -> Serve:
             thread = threading.Thread(target=asyncio.run, args=(run(),))
             thread.start()
             try:
-                yield listener.getsockname()
+                yield listener.getsockname()[:2]
             finally:
                 server.should_exit = True
                 thread.join()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -176,6 +177,24 @@ def test_an_address_is_believed_from_a_trusted_proxy_alone(serve: Serve, trusted
         ]
 
     assert [answer.status_code for answer in answers] == statuses
+
+
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="this machine has no socket for both versions of IP")
+@pytest.mark.parametrize("trusted", ["127.0.0.0/8", "::1, 127.0.0.1"])
+def test_a_proxy_is_trusted_by_its_ipv4_address_where_the_gateway_listens_on_ipv6_too(
+    serve: Serve, trusted: object
+) -> None:
+    with serve(address="::", requests_per_minute=1, trusted_proxies=trusted) as (_host, port):
+        answers = [
+            httpx.post(
+                f"http://127.0.0.1:{port}/v1/embeddings",
+                json={"input": "a", "model": "mini"},
+                headers={"x-forwarded-for": address},
+            )
+            for address in ("10.0.0.1", "10.0.0.2", "10.0.0.1")
+        ]
+
+    assert [answer.status_code for answer in answers] == [200, 200, 429]
 
 
 async def test_requests_without_work_are_not_counted(connect: Connect) -> None:
