@@ -124,8 +124,11 @@ def is_usable(entry: bytes, part: Part) -> bool:
     if size < 0 or rest or (part.output is Output.DENSE and size != 1):
         return False
     rows = rows_of(entry, part)
-    numbers = rows["value"] if part.output is Output.SPARSE else rows
-    return bool(np.isfinite(numbers).all()) and (part.output is not Output.DENSE or bool(rows.any()))
+    return _is_finite(rows, part) and (part.output is not Output.DENSE or bool(rows.any()))
+
+
+def _is_finite(rows: np.ndarray[Any, Any], part: Part) -> bool:
+    return bool(np.isfinite(rows["value"] if part.output is Output.SPARSE else rows).all())
 
 
 def rows_of(entry: bytes, part: Part) -> np.ndarray[Any, Any]:
@@ -163,6 +166,9 @@ def entries_of(
     # Servers may report any number of tokens, even one that an entry has no bits for.
     if any(len(some) != num_texts for some in rows) or sum(result.num_tokens) > _NUM_TOKENS:
         return [None] * num_texts
+    for part, some in zip(parts, rows, strict=True):
+        if part.output is not Output.DENSE:
+            is_good &= [_is_finite(row, part) for row in some]
     num_tokens = _shares(result, job) if is_remote else result.num_tokens
     cut = set(result.truncated)
     return [

@@ -258,6 +258,22 @@ async def test_a_vector_that_cannot_be_finished_is_not_kept(number: float) -> No
     assert (await cache.embed(job("a", "b"), INFO, model.embed)).num_cached == 1
 
 
+@pytest.mark.parametrize("number", [np.nan, np.inf])
+@pytest.mark.parametrize("output", [Output.SPARSE, Output.MULTIVECTOR])
+async def test_an_output_that_is_not_finite_is_not_kept(output: Output, number: float) -> None:
+    model, cache = Model(), make_cache()
+    asked = job("a", "b", outputs=frozenset({Output.DENSE, output}))
+
+    async def broken(job: EmbedJob) -> Embeddings:
+        answer = await model.embed(job)
+        numbers = answer.multivectors[0] if answer.sparse is None else answer.sparse[0].values
+        numbers[0] = number
+        return answer
+
+    await cache.embed(asked, INFO, broken)
+    assert (await cache.embed(asked, INFO, model.embed)).num_cached == 1
+
+
 async def test_vectors_of_a_wrong_width_are_passed_on_and_not_kept() -> None:
     model, cache = Model(), make_cache()
 
