@@ -159,7 +159,7 @@ class LineRequests:
     def _request(self, batch: Batch, line: Line, client: Client, request_id: str) -> tuple[RequestContext, Request]:
         """Build a request in the form that the layers around the handlers give to HTTP requests."""
         known = {"x-gateway-expect-space": space} if (space := batch.spaces.get(line.options)) is not None else {}
-        headers = Headers({**_HEADERS, **known, "content-length": str(len(line.body))})
+        headers = Headers({**_HEADERS, **batch.headers, **known, "content-length": str(len(line.body))})
         memory = self._memory.open(client.name)
         messages: list[Message] = [{"type": "http.request", "body": line.body, "more_body": False}]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
+from dataclasses import replace
 from typing import Any, Literal
 
 from fastapi import APIRouter, Request, Response
@@ -12,7 +13,7 @@ from pydantic import Field
 from gateway.access.keyring import Keyring
 from gateway.access.memory import MemoryBudget
 from gateway.api.batch_lines import ENDPOINTS, LineRequests
-from gateway.api.endpoint import Endpoint, add
+from gateway.api.endpoint import Endpoint, add, headers_of_texts
 from gateway.api.files import owner_of, read_kept_s, read_page, require_runner
 from gateway.api.json_body import Json, describe
 from gateway.api.wire import AnswerBody, request_body, responses
@@ -126,7 +127,7 @@ class BatchRoutes:
         RequestContext.of(request).body.limit(_MAX_BODY_BYTES)
         content = await self._endpoint.read(request, lambda content: content)
         owner = owner_of(request, has_keys=self._has_keys)
-        batch = _read(content, owner, runner)
+        batch = replace(_read(content, owner, runner), headers=headers_of_texts(request))
         file = await runner.call(runner.store.file, owner, batch.input_id)
         if file is None:
             raise NotFound(f"No such File object: {cut(batch.input_id)}", param="input_file_id")

@@ -309,6 +309,17 @@ def _expected_space(request: Request) -> str | None:
     return sent[0] if sent else None
 
 
+def headers_of_texts(request: Request) -> dict[str, str]:
+    """Return the headers that say what may become of a request's texts, for requests that are made of it later.
+
+    Raises:
+        BadInput: as for a request that is answered now.
+    """
+    space = _expected_space(request)
+    expected = {} if space is None else {EXPECT_SPACE: space}
+    return expected if may_be_captured(request) else {**expected, CAPTURE: "off"}
+
+
 def reserve_texts(request: Request, texts: Sequence[str]) -> Callable[[int], None]:
     """Reserve the memory of the texts, and return the function that reserves more for the work on them.
 
@@ -322,8 +333,8 @@ def reserve_texts(request: Request, texts: Sequence[str]) -> Callable[[int], Non
 
 
 def may_be_captured(request: Request) -> bool:
-    """Return whether the client lets the gateway keep its texts: any value of the header but ``on`` forbids it."""
-    return request.headers.get(CAPTURE, "on").strip().lower() == "on"
+    """Return whether the client lets the gateway keep its texts: any value of a header but ``on`` forbids it."""
+    return all(sent.strip().lower() == "on" for sent in request.headers.getlist(CAPTURE))
 
 
 def unit_source(request: Request, user: Json) -> UnitSource:

@@ -105,6 +105,7 @@ class Batch:
         output_kept_s: the seconds that output and errors are kept.
         end: the state after finalizing.
         spaces: the space of the vectors so far, by the options of the request. Answers of experiments have no entry.
+        headers: the headers of the request that made the batch that apply to each of its requests.
     """
 
     id: str
@@ -130,6 +131,7 @@ class Batch:
     error_bytes: int = 0
     end: Status = Status.COMPLETED
     spaces: Mapping[str, str] = field(default_factory=dict)
+    headers: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def num_answered(self) -> int:

@@ -366,6 +366,20 @@ async def test_the_requests_of_a_batch_may_differ_in_their_options(start: Start)
     assert (batch.request_counts.completed, batch.request_counts.failed) == (350, 0)
 
 
+@pytest.mark.parametrize("has_space", [True, False])
+async def test_a_batch_expects_the_space_that_its_client_expects(start: Start, has_space: bool) -> None:
+    served = await start()
+    client = served.client()
+    space = (await client.embeddings.with_raw_response.create(model="mini", input="a")).headers["x-gateway-space"]
+    headers = {"x-gateway-expect-space": space if has_space else "mini@000000000000"}
+
+    batch = await run(client, jsonl(line("a"), line("b")), extra_headers=headers)
+
+    assert (batch.request_counts.completed, batch.request_counts.failed) == ((2, 0) if has_space else (0, 2))
+    errors = [row["response"]["body"]["error"]["code"] for row in await rows(client, batch.error_file_id)]
+    assert errors == ([] if has_space else ["space_mismatch"] * 2)
+
+
 async def test_the_ways_in_which_requests_may_differ_are_bounded(start: Start) -> None:
     client = (await start()).client()
 

@@ -78,7 +78,7 @@ async def serve(tmp_path: Path) -> AsyncIterator[Serve]:
     """Return a function that serves a registry with captures, and returns a client; ``finish`` waits for the files."""
     async with AsyncExitStack() as stack:
 
-        async def serve(capture: str = ALL) -> httpx.AsyncClient:
+        async def serve(capture: str = ALL, **settings: object) -> httpx.AsyncClient:
             path = tmp_path / "models.yaml"
             path.write_text(REGISTRY.format(revision="a" * 40, capture=capture))
             infos = {
@@ -88,7 +88,7 @@ async def serve(tmp_path: Path) -> AsyncIterator[Serve]:
             }
             deployment = Deployment(
                 load_registry(path, {}),
-                Settings(console="public"),
+                Settings(console="public", **settings),
                 read_registry=lambda: load_registry(path, {}),
                 make_backend=lambda entry: FakeBackend(infos[entry.id]),
             )
@@ -408,11 +408,38 @@ async def test_a_client_can_forbid_it(serve: Serve, tmp_path: Path) -> None:
         json={"model": "ranked", "query": "a question", "documents": ["b", "c"]},
         headers={"x-gateway-capture": "off"},
     )
+    twice = await client.post(
+        "/v1/embeddings",
+        json={"model": "search", "input": "a client's, and its proxy's", "task": "query"},
+        headers=[("x-gateway-capture", "on"), ("x-gateway-capture", "off")],
+    )
     await finish(client)
 
-    assert answer.status_code == 200
+    assert (answer.status_code, twice.status_code) == (200, 200)
     assert [line["text"] for line in written(tmp_path, "kept/search.jsonl")] == ["with on"]
     assert written(tmp_path, "ranked.jsonl") == []
+
+
+async def test_a_client_can_forbid_it_for_a_batch(serve: Serve, tmp_path: Path) -> None:
+    client = await serve(batch_dir=tmp_path / "batches")
+
+    for value in ("off", "on"):
+        body = {"model": "search", "input": f"with {value}", "task": "query"}
+        line = {"custom_id": "a", "method": "POST", "url": "/v1/embeddings", "body": body}
+        file = await client.post("/v1/files", files={"file": json.dumps(line).encode()}, data={"purpose": "batch"})
+        batch = await client.post(
+            "/v1/batches",
+            json={"input_file_id": file.json()["id"], "endpoint": "/v1/embeddings", "completion_window": "24h"},
+            headers={"x-gateway-capture": value},
+        )
+        async with asyncio.timeout(20):
+            while batch.json()["status"] != "completed":
+                await asyncio.sleep(0.01)
+                batch = await client.get(f"/v1/batches/{batch.json()['id']}")
+        assert batch.json()["request_counts"] == {"total": 1, "completed": 1, "failed": 0}
+    await finish(client)
+
+    assert [line["text"] for line in written(tmp_path, "kept/search.jsonl")] == ["with on"]
 
 
 def test_a_file_is_deleted_when_its_day_ends_although_nothing_is_captured(
