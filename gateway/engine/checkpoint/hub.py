@@ -17,9 +17,13 @@ if TYPE_CHECKING:
 
 WEIGHTS_PATTERNS = ("*.safetensors", "*.bin", "*.pt")
 
-# The files of a checkpoint except the weights, which are safetensors, or `.bin` in a repository without safetensors.
+# The files of a checkpoint except the weights, which are safetensors, or `.bin` in a repository without safetensors. Among
+# them are chat templates, the settings of Stanford's ColBERT, and code, which runs only if the entry trusts it.
 _FILES = (
     "*.json",
+    "*.jinja",
+    "*.metadata",
+    "*.py",
     "*.txt",
     "*.model",
     "*.pt",
@@ -33,6 +37,8 @@ _COMPLETE = ".gateway-complete"
 _BEGUN = ".gateway-begun"
 # The files that decide how a text's vector is made, and that transformers does not fetch.
 _DECIDING = ("modules.json", "config_sentence_transformers.json")
+# Names of the folders that sentence-transformers makes for modules with the weights of a model.
+_TRANSFORMER, _STATIC = "*_*Transformer", "*_StaticEmbedding"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 # The cache folder is not writable, or a part of its path is a file.
 _NO_FOLDER = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR}
@@ -176,11 +182,20 @@ def cached_snapshot(name: str, revision: str) -> Path | None:
     # Not with `snapshot_download(local_files_only=True)`: it requires every file of the repository, including other formats
     # of the weights, which are not fetched.
     folder = snapshot_folder(name, revision)
-    # Before release 2 of sentence-transformers, the transformer had a separate folder.
-    root = folder if (folder / "config.json").exists() else folder / "0_Transformer"
+    root = _root(folder)
+    has_config = (root / "config.json").exists() or root.match(_STATIC)
     has_weights = any(any(root.glob(pattern)) for pattern in WEIGHTS_PATTERNS)
     is_sharded = any(root.glob("*.index.json")) and not is_complete(folder)  # parts may be missing: ask the hub
-    return folder if has_weights and not is_sharded and (root / "config.json").exists() else None
+    return folder if has_config and has_weights and not is_sharded else None
+
+
+def _root(snapshot: Path) -> Path:
+    """Return the folder of the model itself; the folders of further layers have weights too."""
+    if (snapshot / "config.json").exists():
+        return snapshot
+    # As before release 2 of sentence-transformers, in a router, and of static embeddings.
+    modules = (module for pattern in (_TRANSFORMER, _STATIC) for module in sorted(snapshot.glob(pattern)))
+    return next(modules, snapshot)
 
 
 def is_complete(snapshot: Path) -> bool:

@@ -195,7 +195,7 @@ def cached_snapshot(cache: Path, *names: str) -> Path:
 
 
 @pytest.mark.parametrize("weights", ["model.safetensors", "pytorch_model.bin"])
-@pytest.mark.parametrize("root", ["", "0_Transformer/"])
+@pytest.mark.parametrize("root", ["", "0_Transformer/", "document_0_MLMTransformer/"])
 def test_a_complete_copy_in_the_cache_is_taken_without_asking_the_hub(
     empty_cache: Path, root: str, weights: str
 ) -> None:
@@ -209,6 +209,7 @@ def test_a_complete_copy_in_the_cache_is_taken_without_asking_the_hub(
     [
         pytest.param(["model.safetensors"], id="no config"),
         pytest.param(["config.json"], id="no weights"),
+        pytest.param(["modules.json", "2_Dense/config.json", "2_Dense/model.safetensors"], id="a layer alone"),
         pytest.param(
             ["config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json"], id="perhaps not all"
         ),
