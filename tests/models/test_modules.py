@@ -117,6 +117,14 @@ TRANSFORMER_SETTINGS = [
     ({"query_prefix": "q: "}, "query_prefix is not supported"),
     ({"of_a_later_release": 1}, "of_a_later_release is not supported"),
     ({"modality_config": {"text": {"method": "encode", "method_output_name": "last_hidden_state"}}}, "method 'encode'"),
+    (
+        {
+            "modality_config": {
+                key: {"method": "forward", "method_output_name": "last_hidden_state"} for key in ("text", "message")
+            }
+        },
+        "each text is put into the chat template",
+    ),
 ]
 
 

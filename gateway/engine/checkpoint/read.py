@@ -213,7 +213,8 @@ def _read_transformer(
     tasks = read_jina_tasks(folder, config, layout, modules)
     if classifier is None and not (tasks.is_jina and tasks.adapters):  # adapters for retrieval are an embedder's
         _require_embedder(folder, config, files, model_type, has_own_code=has_own_code)
-    settings = read_transformer(root, files.task(ranking), has_sides=files.colbert is not None)
+    has_sides, has_template = files.colbert is not None, ranking.template is not None
+    settings = read_transformer(root, files.task(ranking), has_sides=has_sides, has_template=has_template)
     prompts, truncated_width = _read_prompts(folder, files, scores=classifier is not None)
     weights = weights_files(root)
     sizes = Sizes.recall(root, None if has_own_code else read_shapes(weights), cache)

@@ -47,12 +47,15 @@ class TransformerSettings:
     is_lower_cased: bool
 
 
-def read_transformer(folder: Path, task: str, *, has_sides: bool = False) -> TransformerSettings:
+def read_transformer(
+    folder: Path, task: str, *, has_sides: bool = False, has_template: bool = False
+) -> TransformerSettings:
     """Read the length and lower-casing. Early releases of sentence-transformers named the file after the model.
 
     Args:
         task: transformers' name for the use of the model: one of :data:`_TASKS`.
         has_sides: queries and documents have separate lengths, which are read elsewhere.
+        has_template: the chat template is read elsewhere, as the template of a query and a document.
 
     Raises:
         LoadError: the file asks for a treatment of texts that is not supported.
@@ -64,6 +67,9 @@ def read_transformer(folder: Path, task: str, *, has_sides: bool = False) -> Tra
             config = {_OLD_NAMES.get(key, key): value for key, value in config.items()}
             if has_sides:
                 config = {key: value for key, value in config.items() if key not in _SIDES}
+            _require_template(config, path, has_template=has_template)
+            if has_template:
+                config.pop("processing_kwargs", None)
             _require_plain(config, path, task)
             arguments = config.get("processor_kwargs")
             given = arguments.get("model_max_length") if isinstance(arguments, dict) else None
@@ -103,6 +109,22 @@ def _require_plain(config: Mapping[str, Json], path: Path, task: str) -> None:
     known = {*_HARMLESS_KEYS, *_HARMLESS_ARGUMENTS, "transformer_task", "module_output_name"}
     known |= {"query_length", "document_length"}  # checked together with the length
     require_known({key: value for key, value in config.items() if value not in (None, {}, [])}, known, path)
+
+
+def _require_template(config: Mapping[str, Json], path: Path, *, has_template: bool) -> None:
+    """Refuse a chat template around texts that is not read.
+
+    sentence-transformers puts each text into the template if the model may be given messages, and saves that it may for
+    every language model whose tokenizer has one.
+    """
+    modalities, processing = config.get("modality_config"), config.get("processing_kwargs")
+    if isinstance(modalities, dict) and "message" in modalities and not has_template:
+        raise LoadError(
+            f"{path}: modality_config has 'message': each text is put into the chat template, which is supported only in a "
+            "reranker, if the template has a place for a query and a document"
+        )
+    if has_template and isinstance(processing, dict) and (other := sorted(processing.keys() - {"chat_template"})):
+        raise LoadError(f"{path}: processing_kwargs: {', '.join(other)} is not supported")
 
 
 def _require_one_length(config: Mapping[str, Json], length: int | None, path: Path) -> None:
