@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from gateway.engine.cards import PACKING_CAPABILITY, Machine, Reason, describe_others, find_obstacle, read_machine
+from gateway.engine.checkpoint.classes import DECODERS
 from gateway.engine.cores import Cores, read_cores
 from gateway.engine.memory import available_host_bytes, format_bytes
 from gateway.engine.nvml import Card
@@ -150,28 +151,34 @@ def slice_uuid(name: str) -> str:
     return f"MIG-{name.removeprefix('GPU-')}"
 
 
-def choose_dtype(setting: str, device: str) -> str:
+def choose_dtype(setting: str, device: str, model_type: str = "") -> str:
     """Resolve ``auto`` to the fastest number format that keeps vectors within tolerance on the device.
+
+    Args:
+        model_type: the architecture; empty if it is not known yet.
 
     Raises:
         LoadError: float16 on a CPU, where it is many times slower than float32, or bfloat16 on a card without it.
     """
-    if setting == "bfloat16" and device != "cpu":
+    if setting == "auto" and device == "cpu":
+        return "bfloat16" if _cpu_has_bfloat16() else "float32"
+    if setting == "auto" and model_type not in DECODERS:
+        return "float16"
+    if setting in ("auto", "bfloat16") and device != "cpu":
         capability = _card_of(device, see_cards().visible).capability
-        if (0, 0) < capability < PACKING_CAPABILITY:
-            raise LoadError(
-                f"dtype bfloat16 needs compute capability 8.0, and that of {device} is {capability[0]}.{capability[1]}; use "
-                "float16, float32 or auto"
-            )
+        if not (0, 0) < capability < PACKING_CAPABILITY:
+            return "bfloat16"
+        if setting == "auto":
+            return "float32"
+        raise LoadError(
+            f"dtype bfloat16 needs compute capability 8.0, and that of {device} is {capability[0]}.{capability[1]}; use "
+            "float16, float32 or auto"
+        )
     if setting == "float16" and device == "cpu":
         raise LoadError(
             "dtype float16 is about eight times slower than float32 on a CPU; use bfloat16, float32 or auto"
         )
-    if setting != "auto":
-        return setting
-    if device != "cpu":
-        return "float16"
-    return "bfloat16" if _cpu_has_bfloat16() else "float32"
+    return setting
 
 
 def _cpu_has_bfloat16() -> bool:

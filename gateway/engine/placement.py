@@ -52,7 +52,7 @@ def place(entry: ModelEntry, checkpoint: Checkpoint, max_tokens: int) -> Placeme
         memory = plan_memory(checkpoint, dtype, runtime, max_tokens, max_batch_tokens)
         return Placement(devices, dtype, runtime, max_batch_tokens, memory)
     devices = choose_devices(entry.device)
-    dtype = choose_dtype(entry.dtype, devices[0])
+    dtype = choose_dtype(entry.dtype, devices[0], checkpoint.model_type)
     runtime = choose_runtime_of(checkpoint, entry.runtime, devices[0], dtype)
     max_batch_tokens = entry.max_batch_tokens or MAX_BATCH_TOKENS[devices[0].partition(":")[0]]
     memory = plan_memory(checkpoint, dtype, runtime, max_tokens, max_batch_tokens, devices[0])

@@ -218,6 +218,16 @@ def test_bfloat16_on_a_card_without_it_is_refused(see: See) -> None:
         choose_dtype("bfloat16", "cuda:0")
 
 
+@pytest.mark.parametrize("model_type", ["qwen3", "gemma3_text"])
+def test_a_language_model_on_a_card_is_not_in_float16(see: See, model_type: str) -> None:
+    see(RTX_2080, RTX_3090)
+
+    assert choose_dtype("auto", "cuda:1", model_type) == "bfloat16"
+    assert choose_dtype("auto", "cuda:0", model_type) == "float32"
+    assert choose_dtype("float16", "cuda:1", model_type) == "float16"
+    assert choose_dtype("auto", "cuda:1", "xlm-roberta") == "float16"
+
+
 def test_the_cards_have_the_numbers_that_the_driver_shows() -> None:
     assert os.environ["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
 

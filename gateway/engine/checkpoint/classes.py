@@ -41,7 +41,9 @@ MODEL_TYPES = {
 """For each supported ``model_type``, whose forward gives one state per token: transformers' class of the model without a
 head."""
 
-_DECODERS = {"qwen3", "qwen2", "mistral", "llama", "gemma2", "gemma3_text", "lfm2"}
+DECODERS = {"qwen3", "qwen2", "mistral", "llama", "gemma2", "gemma3_text", "lfm2"}
+"""Types of language models. They were trained in bfloat16, and their states overflow float16 for some texts: in
+Qwen3-Embedding-8B for each text that begins with 'import', in Gemma 3 for many."""
 
 # Models with the same mathematics under another name, so that transformers' own class gives the same numbers:
 # `model_type`, and the class in the checkpoint's code. `gateway.engine.checkpoint.layouts` reads others.
@@ -104,7 +106,7 @@ def require_model_type(config: Mapping[str, Json], folder: Path) -> str:
             f"{folder}: attn_logit_softcapping {cap!r} is not supported: transformers' {MODEL_TYPES[model_type]} does not "
             "compute it"
         )
-    if config.get("is_causal") and model_type not in _DECODERS:
+    if config.get("is_causal") and model_type not in DECODERS:
         raise LoadError(
             f"{folder}: is_causal {config['is_causal']!r} is not supported for {model_type!r}: transformers then looks one "
             "way in a batch without padding and both ways in one with padding"
