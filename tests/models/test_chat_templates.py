@@ -55,3 +55,7 @@ def test_arguments_of_a_reranker_s_template_are_read(tmp_path: Path, edit_json: 
     edit_json(folder / "sentence_bert_config.json", processing_kwargs={**arguments, "text": {"truncation": False}})
     with pytest.raises(LoadError, match="processing_kwargs: text is not supported"):
         plan_load(entry(folder))
+
+    (folder / "chat_template.jinja").unlink()
+    with pytest.raises(LoadError, match=r"has 'message': .*There is no chat template here"):
+        plan_load(entry(folder))

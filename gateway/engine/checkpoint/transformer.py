@@ -11,6 +11,7 @@ from pathlib import Path
 
 from gateway.engine.checkpoint.json_files import Json, read_flag, read_object
 from gateway.engine.checkpoint.modules import require_known
+from gateway.engine.checkpoint.pair_template import has_chat_template
 from gateway.errors import LoadError
 
 # The arguments that sentence-transformers passes to transformers, by their names before release 5.4.
@@ -119,9 +120,10 @@ def _require_template(config: Mapping[str, Json], path: Path, *, has_template: b
     """
     modalities, processing = config.get("modality_config"), config.get("processing_kwargs")
     if isinstance(modalities, dict) and "message" in modalities and not has_template:
+        absent = "" if has_chat_template(path.parent) else ". There is no chat template here"
         raise LoadError(
             f"{path}: modality_config has 'message': each text is put into the chat template, which is supported only in a "
-            "reranker, if the template has a place for a query and a document"
+            f"reranker, if the template has a place for a query and a document{absent}"
         )
     if has_template and isinstance(processing, dict) and (other := sorted(processing.keys() - {"chat_template"})):
         raise LoadError(f"{path}: processing_kwargs: {', '.join(other)} is not supported")
