@@ -45,7 +45,7 @@ def hub(server: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Hub:
 
 @pytest.fixture(scope="module")
 def llm_reranker(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Make a language model that reranks, with the template of a pair in a file of its own."""
+    """Make a language model that reranks, with the template of a pair in a separate file."""
     made = write(tmp_path_factory.mktemp("plain"), AutoModelForCausalLM, chat_template=RERANKER)
     folder = tmp_path_factory.mktemp("llm")
     CrossEncoder(str(made), device="cpu").save_pretrained(str(folder), create_model_card=False)
