@@ -13,7 +13,7 @@ from gateway.engine.checkpoint.modules import Modules, Pooling, read_dense, read
 from gateway.engine.checkpoint.ranking import Ranking
 from gateway.engine.checkpoint.score_modules import ScoreModules, read_all_modules
 from gateway.engine.checkpoint.splade import Splade, read_splade
-from gateway.engine.checkpoint.transformer import as_length
+from gateway.engine.checkpoint.transformer import TransformerSettings, as_length, read_transformer
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +100,19 @@ class Description:
         widths = [state_width, *(read_dense(folder / layer).width for layer in self.dense)]
         return widths[-1] if truncated_width is None else min(widths[-1], truncated_width)
 
-    def task(self, ranking: Ranking) -> str:
+    def settings(self, folder: Path, ranking: Ranking) -> TransformerSettings:
+        """Read how sentence-transformers calls the tokenizer.
+
+        Args:
+            folder: the folder of the transformer.
+
+        Raises:
+            LoadError: the files ask for a treatment of texts that is not supported.
+        """
+        has = {"has_sides": self.colbert is not None, "has_template": ranking.template is not None}
+        return read_transformer(folder, self._task(ranking), **has)
+
+    def _task(self, ranking: Ranking) -> str:
         """Return transformers' name for the use of the model."""
         if self.splade is not None:
             return "fill-mask"

@@ -33,7 +33,6 @@ from gateway.engine.checkpoint.sizes import Attention, Sizes, read_config
 from gateway.engine.checkpoint.sources import file_sha256
 from gateway.engine.checkpoint.splade import Splade, require_masked_lm
 from gateway.engine.checkpoint.static import StaticRule, StaticTable, find_static_table
-from gateway.engine.checkpoint.transformer import read_transformer
 from gateway.engine.compiled_cache import CompiledCache
 from gateway.errors import LoadError
 from gateway.types import Output
@@ -213,8 +212,7 @@ def _read_transformer(
     tasks = read_jina_tasks(folder, config, layout, modules)
     if classifier is None and not (tasks.is_jina and tasks.adapters):  # adapters for retrieval are an embedder's
         _require_embedder(folder, config, files, model_type, has_own_code=has_own_code)
-    has_sides, has_template = files.colbert is not None, ranking.template is not None
-    settings = read_transformer(root, files.task(ranking), has_sides=has_sides, has_template=has_template)
+    settings = files.settings(root, ranking)
     prompts, truncated_width = _read_prompts(folder, files, scores=classifier is not None)
     weights = weights_files(root)
     sizes = Sizes.recall(root, None if has_own_code else read_shapes(weights), cache)
