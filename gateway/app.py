@@ -39,6 +39,9 @@ error has the body `ErrorBody`.
 """
 
 
+_NUM_RECORDING = 2  # the layers around all answers: identification and record
+
+
 def create_app(deployment: Deployment) -> FastAPI:
     """Return the application. The caller starts and stops ``deployment``.
 
@@ -82,14 +85,15 @@ def create_app(deployment: Deployment) -> FastAPI:
         (routers if settings.is_console_for_clients else app.state.operator_routers).append(console)
     include(app, routers)
     if settings.cors_origins:
-        # The outermost layer, so that a page can read the middleware's answers too, for example a 401.
-        app.add_middleware(
+        cors = Middleware(
             CORSMiddleware,
             allow_origins=settings.cors_origins,
             allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["*"],
             expose_headers=["*"],
         )
+        # Outside the layers that refuse requests, so that a page can read a 401, but recorded: it answers by itself too.
+        app.user_middleware.insert(_NUM_RECORDING, cors)
     return app
 
 

@@ -59,6 +59,12 @@ def without_offer(method: bytes, target: bytes, version: str, headers: list[tupl
     return b"".join((start, *lines, b"\r\n"))
 
 
+def address_of(client: tuple[str, int] | None) -> str:
+    """Return a client's address for logs and quotas; that of IPv4 has one form, also on a socket for both versions of IP."""
+    host = client[0] if client else "unknown"
+    return host.removeprefix("::ffff:") if "." in host else host
+
+
 def sent_key(headers: Headers) -> str | None:
     """Return the hex sha256 of the key that a request carries, if it has one.
 

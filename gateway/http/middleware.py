@@ -30,7 +30,7 @@ from gateway.errors import (
 from gateway.http.body import Body
 from gateway.http.context import RequestContext
 from gateway.http.error_forms import error_form, is_tei_probe, send_error
-from gateway.http.head import sent_key, sent_priority
+from gateway.http.head import address_of, sent_key, sent_priority
 from gateway.http.pace import Pace
 from gateway.http.protocol import MAX_HEADERS, REFUSED
 from gateway.recent import ErrorFacts, RecentErrors
@@ -83,7 +83,7 @@ class Identification:
             await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        client = Client(scope["client"][0] if scope.get("client") else "unknown")
+        client = Client(address_of(scope.get("client")))
         memory = self._memory.open(client.name)
         limits = self._settings
         body = Body(receive, headers, memory, self._pace, limits.max_body_bytes, limits.body_timeout_s)

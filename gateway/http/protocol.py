@@ -13,7 +13,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 from gateway.config.settings import Settings
 from gateway.errors import HeadersTooLarge, InvalidHttp, RequestError
 from gateway.http.error_forms import bad_request
-from gateway.http.head import path_of, why_refused, without_offer
+from gateway.http.head import address_of, path_of, why_refused, without_offer
 from gateway.http.pace import HeldFlow
 from gateway.telemetry import metrics
 
@@ -385,7 +385,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     @property
     def _caller(self) -> str:
-        return self.client[0] if self.client else "unknown"
+        return address_of(self.client)
 
 
 def bounded(settings: Settings) -> type[BoundedProtocol]:

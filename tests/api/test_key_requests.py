@@ -193,8 +193,12 @@ def test_a_proxy_is_trusted_by_its_ipv4_address_where_the_gateway_listens_on_ipv
             )
             for address in ("10.0.0.1", "10.0.0.2", "10.0.0.1")
         ]
+        errors = httpx.get(f"http://127.0.0.1:{port}/v1/errors").json()["data"]
+        httpx.get(f"http://127.0.0.1:{port}/nowhere")
+        latest = httpx.get(f"http://127.0.0.1:{port}/v1/errors").json()["data"][0]
 
     assert [answer.status_code for answer in answers] == [200, 200, 429]
+    assert (errors[0]["client"], latest["client"]) == ("10.0.0.1", "127.0.0.1")
 
 
 async def test_requests_without_work_are_not_counted(connect: Connect) -> None:

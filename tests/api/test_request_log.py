@@ -135,3 +135,26 @@ async def test_no_unit_in_a_wrong_path_is_in_the_reason(connect: Connect, method
     assert answer.is_client_error
     assert "ada" not in json.dumps(line)
     assert line["reason"]
+
+
+async def test_a_preflight_request_is_recorded_like_any_other(connect: Connect) -> None:
+    """A page that is refused shows its developer nothing but that; the operator has to see the request."""
+    client = await connect(cors_origins="https://app.example.com", api_keys=["secret-key"])
+
+    def counted() -> list[float]:
+        known = metrics.values(metrics.REQUESTS)
+        return [known.get(("other", status), 0) for status in ("200", "400")]
+
+    before = counted()
+    with capture_logs() as lines:
+        answers = [
+            await client.options(
+                "/v1/embeddings", headers={"origin": f"https://{host}", "access-control-request-method": "POST"}
+            )
+            for host in ("app.example.com", "evil.example.com")
+        ]
+
+    noted = [(line["method"], line["status"], line["request_id"]) for line in lines if line["event"] == "request"]
+    assert noted == [("OPTIONS", answer.status_code, answer.headers["x-request-id"]) for answer in answers]
+    assert [answer.status_code for answer in answers] == [200, 400]
+    assert counted() == [number + 1 for number in before]
