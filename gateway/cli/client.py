@@ -44,6 +44,7 @@ class EmbeddedTexts:
         sparse, multivectors: one for each text; empty unless they were requested.
         num_truncated: texts that were cut.
         truncated: their places, of which an answer lists at most 100.
+        num_cached: texts that the gateway had embedded before, and read from its cache.
     """
 
     vectors: Vectors
@@ -57,6 +58,7 @@ class EmbeddedTexts:
     multivectors: Sequence[MultiVector] = ()
     num_truncated: int = 0
     truncated: frozenset[int] = frozenset()
+    num_cached: int = 0
 
 
 class Refused(StartError):
@@ -177,6 +179,7 @@ class GatewayClient:
             sparse=sparse,
             multivectors=multivectors,
             **_truncation(answer.headers.get("x-gateway-truncated", "")),
+            num_cached=_num_cached(answer.headers.get("x-gateway-cache", "")),
         )
 
     async def tokenize(
@@ -353,6 +356,12 @@ def _truncation(header: str) -> dict[str, Any]:
         "num_truncated": sum(int(part) if part.startswith("+") else 1 for part in parts),
         "truncated": frozenset(int(part) for part in parts if part.isdecimal()),
     }
+
+
+def _num_cached(header: str) -> int:
+    """Return the number of texts from the gateway's cache; ``3/32`` means three of 32."""
+    number = header.partition("/")[0]
+    return int(number) if number.isdecimal() else 0
 
 
 def _retry_after_s(answer: httpx.Response) -> float | None:

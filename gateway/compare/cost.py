@@ -67,13 +67,16 @@ class CostRun:
     """The costs of all arms.
 
     Attributes:
+        costs: the cost by arm, without the arms in ``cached``.
         contrasts: the contrast of each arm except the baseline.
         load: load of the client's machine, which also runs the models if they are in this process.
+        cached: the arms whose texts the gateway read from its cache, so that the times are not those of their models.
     """
 
     costs: Mapping[str, Cost]
     contrasts: Sequence[CostContrast]
     load: Load | None
+    cached: Sequence[str] = ()
 
 
 @dataclass(slots=True)
@@ -83,10 +86,12 @@ class _Series:
     Attributes:
         seconds: the time of each request.
         num_tokens: the number of tokens of each request.
+        is_cached: whether the gateway read any of the texts from its cache.
     """
 
     seconds: list[float] = field(default_factory=list)
     num_tokens: list[int] = field(default_factory=list)
+    is_cached: bool = False
 
 
 async def measure_costs(
@@ -120,14 +125,22 @@ async def measure_costs(
     )
     after = _load()
     num_texts = min(BATCH, len(documents))
-    costs = {name: _cost(single[name], batched[name], num_texts) for name in single}
+    costs = {
+        name: _cost(single[name], batched[name], num_texts)
+        for name in single
+        if not (single[name].is_cached or batched[name].is_cached)
+    }
     baseline = arms[0].name.text
     return CostRun(
-        costs={name: costs[same] for name, same in same_as.items()},
+        costs={name: costs[same] for name, same in same_as.items() if same in costs},
         contrasts=[
-            _contrast(name, baseline, same_as[name], single, batched, turns.alpha) for name in list(same_as)[1:]
+            _contrast(name, baseline, same_as[name], single, batched, turns.alpha)
+            if {baseline, same_as[name]} <= costs.keys()
+            else CostContrast(name, baseline, same_as[name] == baseline, None, None)
+            for name in list(same_as)[1:]
         ],
         load=Load(before, after, os.cpu_count() or 1) if before is not None and after is not None else None,
+        cached=[name for name, same in same_as.items() if same not in costs],
     )
 
 
@@ -166,6 +179,7 @@ class _Turns:
                 if number > 0:
                     series[arm.name.text].seconds.append(answer.elapsed_s)
                     series[arm.name.text].num_tokens.append(answer.num_tokens)
+                    series[arm.name.text].is_cached |= answer.num_cached > 0
             if number > 0:
                 step.advance(1)
             if number >= effort.least and (

@@ -9,6 +9,7 @@ from gateway.compare.arms import PlannedArm
 from gateway.compare.conclusions import Conclusions
 from gateway.compare.dataset import Dataset
 from gateway.compare.fusion import CANDIDATES
+from gateway.compare.ranking import Ranked
 from gateway.compare.results import JUDGED
 from gateway.compare.statistics import MIN_QUERIES
 from gateway.compare.unjudged import TO_JUDGE, lists_only_relevant
@@ -93,26 +94,39 @@ def _space_note(one: PlannedArm, other: PlannedArm) -> str:
     return f"{names} are in one space, and differ in the tasks that queries or documents are embedded with."
 
 
-def cut_notes(num_cut: Mapping[str, tuple[PlannedArm, int]], num_documents: int) -> list[str]:
-    """Return a note on each model that read only the beginning of some documents.
+def cut_notes(ranked: Mapping[str, tuple[PlannedArm, Ranked]], num_documents: int, num_queries: int) -> list[str]:
+    """Return notes on each model that read only the beginning of some documents or queries.
 
     Args:
-        num_cut: for each model, an arm and the number of such documents.
+        ranked: for each model, an arm and its rankings.
     """
-    return [
-        f"{model} reads at most {arm.card.max_tokens or 0:,} tokens, so it read only the beginning of {number:,} of "
-        f"{num_documents:,} documents. If you split long documents before you store them, split them for a comparison as "
-        "well."
-        for model, (arm, number) in num_cut.items()
-        if number
-    ]
+    notes = []
+    for model, (arm, found) in ranked.items():
+        reads = f"{model} reads at most {arm.card.max_tokens or 0:,} tokens, so it read only the beginning of"
+        if found.num_cut:
+            notes.append(
+                f"{reads} {found.num_cut:,} of {num_documents:,} documents. If you split long documents before you store "
+                "them, split them for a comparison as well."
+            )
+        if found.num_cut_queries:
+            notes.append(f"{reads} {found.num_cut_queries:,} of {num_queries:,} queries, as it would for your users.")
+    return notes
 
 
-def run_notes(cache: CacheFolder, *, measures_cost: bool) -> list[str]:
-    """Return notes on the origin of the figures."""
+def run_notes(cache: CacheFolder, cached: Sequence[str], *, measures_cost: bool) -> list[str]:
+    """Return notes on the origin of the figures.
+
+    Args:
+        cached: see :class:`gateway.compare.cost.CostRun`.
+    """
     notes = ["The search is exact: the loss from the index of a vector database is not measured."]
     if cache.num_reused:
         notes.append(f"{cache.num_reused:,} vectors were embedded by an earlier run, and read from {cache.folder}.")
     if not measures_cost:
         notes.append("The cost was not measured.")
+    if cached:
+        notes.append(
+            f"The gateway read texts of {', '.join(cached)} from its cache of vectors, so the times of these arms are not "
+            "those of their models, and are left out. To measure them, compare without --url, or turn `cache` off."
+        )
     return notes

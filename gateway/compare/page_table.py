@@ -113,13 +113,16 @@ def _p95(cost: Cost | None) -> str:
 def _ratio_rows(comparison: Comparison) -> Iterator[Row]:
     """Yield the ratios to the baseline of paired requests."""
     found = {contrast.arm: contrast for contrast in comparison.cost_contrasts}
+    contrasts = [found[arm.name] for arm in comparison.arms[1:]]
     for label, ratios in (
-        ("time of a query, ratio", {name: contrast.query_time for name, contrast in found.items()}),
-        ("texts/s, ratio", {name: contrast.texts_per_s for name, contrast in found.items()}),
+        ("time of a query, ratio", [contrast.query_time for contrast in contrasts]),
+        ("texts/s, ratio", [contrast.texts_per_s for contrast in contrasts]),
     ):
         cells = [
-            Cell(ratio_words(ratio) if ratio else "the same model", f"{ratio.num_pairs} pairs" if ratio else "")
-            for ratio in (ratios.get(arm.name) for arm in comparison.arms[1:])
+            Cell(ratio_words(ratio), f"{ratio.num_pairs} pairs")
+            if ratio
+            else Cell("the same model" if contrast.is_same_model else "not measured")
+            for contrast, ratio in zip(contrasts, ratios, strict=True)
         ]
         yield Row(label, [Cell(_NONE), *cells])
 

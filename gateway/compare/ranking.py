@@ -30,11 +30,13 @@ class Ranked:
     Attributes:
         bytes_per_document: average size of a stored document.
         num_cut: the number of documents of which the model read only the beginning.
+        num_cut_queries: the number of such queries.
     """
 
     ranking: Ranking
     bytes_per_document: int
     num_cut: int = 0
+    num_cut_queries: int = 0
 
 
 async def rank(
@@ -59,6 +61,7 @@ async def rank(
     )
     similarities = _similarities(queries, documents, excluded)
     size = _bytes_per_document(arm, documents)
+    num_cut = documents.num_cut
     if len(wanted) == 1 and not is_late:
         found = similarities[wanted[0]].nearest(DEPTH)
     else:
@@ -74,9 +77,10 @@ async def rank(
             tokens = Tokens(_known(queries.multivectors), _known(late.multivectors), chosen, excluded)
             similarities[Output.MULTIVECTOR] = tokens
             size += _bytes_per_document(arm, late)
+            num_cut = max(num_cut, late.num_cut)
         found = _reranked(arm, similarities, candidates)
     ranking = make_ranking(list(dataset.queries), list(dataset.documents), *found)
-    return Ranked(ranking, max(1, size), documents.num_cut)
+    return Ranked(ranking, max(1, size), num_cut, queries.num_cut)
 
 
 def _similarities(queries: Embedded, documents: Embedded, excluded: Sequence[int | None]) -> dict[Output, Similarity]:

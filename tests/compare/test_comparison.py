@@ -15,10 +15,12 @@ from gateway.compare.comparison import CompareRequest, compare
 from gateway.compare.dataset import read_dataset
 from gateway.compare.outputs import write_results
 from gateway.compare.page import render_page
+from gateway.compare.page_table import table_groups
 from gateway.compare.progress import Silent, Step
 from gateway.compare.results import MEASURES, Advice, Comparison, Verdict
 from gateway.compare.search import Ranking
 from gateway.compare.unjudged import write_to_judge
+from gateway.config.cache import CacheConfig
 from gateway.errors import CompareError
 from tests.compare.conftest import FakeGateway, MakeModel, StartGateway, WriteData
 
@@ -66,6 +68,19 @@ async def test_documents_that_a_model_reads_in_part_are_noted(
             "short reads at most 6 tokens, so it read only the beginning of 2 of 5 documents. If you split long documents "
             "before you store them, split them for a comparison as well."
         ]
+
+
+async def test_queries_that_a_model_reads_in_part_are_noted(
+    start_gateway: StartGateway, make_words_model: MakeModel, write_data: WriteData
+) -> None:
+    models = [make_words_model(name, width=16, max_tokens=limit) for name, limit in (("short", 4), ("long", 100))]
+    gateway = await start_gateway(*models)
+
+    found, _rankings = await run(gateway, request_for(write_data(), "short", "long"))
+
+    assert [note for note in found.notes if "queries, as" in note] == [
+        "short reads at most 4 tokens, so it read only the beginning of 1 of 3 queries, as it would for your users."
+    ]
 
 
 async def test_each_arm_has_its_figures(gateway: FakeGateway, write_data: WriteData) -> None:
@@ -323,6 +338,24 @@ async def test_cost_is_measured_in_turns(gateway: FakeGateway, write_data: Write
     asked = [body["model"] for body in gateway.transport.embedded if "dimensions" in body and body["input"] != [PROBE]]
     assert set(asked) == {"tasks", "plain"}
     assert not any("cost" in note for note in found.notes)
+
+
+async def test_times_of_the_gateways_cache_are_left_out(
+    start_gateway: StartGateway, make_words_model: MakeModel, write_data: WriteData
+) -> None:
+    """The first round fills the cache, and the others would measure it: a slow model would look like the fastest one."""
+    cached = make_words_model("cached", width=16)
+    entry = cached.entry.model_copy(update={"cache": CacheConfig.model_validate({"max_bytes": "2MiB"})})
+    models = [replace(cached, entry=entry), *(make_words_model(name, width=16) for name in ("one", "two"))]
+    gateway = await start_gateway(*models)
+
+    found, _rankings = await run(gateway, request_for(write_data(), "one", "cached", "two", measures_cost=True))
+
+    assert [arm.cost is not None for arm in found.arms] == [True, False, True]
+    assert [one.query_time is not None for one in found.cost_contrasts] == [False, True]
+    assert sum("read texts of cached from its cache of vectors" in note for note in found.notes) == 1
+    rows = {row.label: row for groups in table_groups(found) for _name, some in groups for row in some}
+    assert [cell.value for cell in rows["time of a query, ratio"].cells][1] == "not measured"
 
 
 async def test_an_experiment_is_not_an_arm(gateway: FakeGateway, write_data: WriteData) -> None:
