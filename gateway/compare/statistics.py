@@ -279,7 +279,7 @@ def with_verdicts(contrasts: Sequence[Contrast], margin: float) -> list[Contrast
     if not corrected or corrected[0].measure != PRIMARY_MEASURE:
         return corrected
     return [
-        _with_power(replace(contrast, verdict=_verdict(contrast, margin, len(contrasts))), margin)
+        _with_power(replace(contrast, verdict=_verdict(contrast, margin, len(contrasts))), margin, len(contrasts))
         for contrast in corrected
     ]
 
@@ -298,9 +298,12 @@ def _verdict(one: Contrast, margin: float, num_arms: int) -> Verdict:
 
 
 def _is_shown(one: Contrast) -> bool:
-    """Return whether a difference is shown by both the test and the interval, which may disagree in borderline cases."""
+    """Return whether a difference is shown by both the test and the interval, which may disagree in borderline cases.
+
+    If all queries differ by the same, there is no interval, and the test decides.
+    """
     low, high = one.difference.low, one.difference.high
-    return one.p_holm < ALPHA and low is not None and high is not None and not low <= 0 <= high
+    return one.p_holm < ALPHA and (low is None or high is None or not low <= 0 <= high)
 
 
 def num_queries(one: Contrast) -> int:
@@ -328,10 +331,13 @@ def _most_untied(one: Contrast, num_arms: int) -> float:
     return float(stats.beta.ppf(1 - ALPHA / num_arms, one.num_untied + 1, num_tied))
 
 
-def _with_power(one: Contrast, margin: float) -> Contrast:
-    """Add the detectable difference, and the number of queries that a small difference needs."""
+def _with_power(one: Contrast, margin: float, num_arms: int) -> Contrast:
+    """Add the detectable difference, and the number of queries that a small difference needs.
+
+    Both are for a test at the strictest level of Holm's correction: the other arms may be equal to the baseline.
+    """
     if one.num_untied < MIN_UNTIED or one.standard_error <= 0:
         return one
-    detectable = float(stats.norm.ppf(1 - ALPHA / 2) + stats.norm.ppf(_POWER)) * one.standard_error
+    detectable = float(stats.norm.ppf(1 - ALPHA / 2 / num_arms) + stats.norm.ppf(_POWER)) * one.standard_error
     target = max(SMALL_DIFFERENCE, margin)
     return replace(one, detectable=detectable, queries_needed=math.ceil(num_queries(one) * (detectable / target) ** 2))

@@ -321,9 +321,12 @@ def test_without_a_margin_every_difference_matters() -> None:
 
 
 def test_differences_that_are_all_the_same_are_compared_with_the_margin() -> None:
-    """They have no interval, as they do not vary."""
+    """They have no interval, as they do not vary, so the test decides: a model that fails in every query is worse."""
     assert verdict_of([0.005] * 60) is Verdict.AS_GOOD
-    assert verdict_of([-0.02] * 60) is not Verdict.AS_GOOD
+    assert verdict_of([-0.02] * 60) is Verdict.WORSE
+    assert verdict_of([-1.0] * 60) is Verdict.WORSE
+    assert verdict_of([1.0] * 60) is Verdict.BETTER
+    assert verdict_of([1.0] * 49) is Verdict.TOO_FEW_QUERIES
 
 
 def test_queries_of_few_groups_are_too_few() -> None:
@@ -368,6 +371,24 @@ def test_it_gives_the_difference_that_would_have_been_found() -> None:
     assert wide.queries_needed == pytest.approx((2.8 * 0.24 / 0.05) ** 2, rel=0.2)
     (tied,) = with_verdicts([compared([0.0] * 60)], 0.01)
     assert (tied.detectable, tied.queries_needed) == (None, None)
+
+
+def test_of_several_arms_that_difference_is_found_as_often() -> None:
+    """One of five arms differs: its p counts five times after Holm, as those of the equal arms are larger."""
+    rng = np.random.default_rng(0)
+    values = rng.normal(0, 0.24, 400)
+    others = [compared((values - values.mean()).tolist())] * 4
+    (alone,) = with_verdicts([others[0]], 0.0)
+    detectable = with_verdicts([*others, others[0]], 0.0)[0].detectable
+    assert alone.detectable is not None
+    assert detectable is not None
+    assert detectable > 1.2 * alone.detectable
+
+    def is_found(difference: float) -> bool:
+        new = rng.normal(difference, 0.24, 400).tolist()
+        return with_verdicts([*others, compared(new)], 0.0)[-1].verdict is Verdict.BETTER
+
+    assert sum(is_found(detectable) for _ in range(100)) / 100 == pytest.approx(0.8, abs=0.12)
 
 
 def test_verdict_is_of_the_primary_measure_alone() -> None:
