@@ -22,11 +22,13 @@ from gateway.outcomes.declarations import UNKNOWN, first_declared, is_declared, 
 from gateway.outcomes.joining import Branch, Exposures, Outcomes, signed
 from gateway.outcomes.reading import Seen, read_csv
 from gateway.outcomes.store import Decision, NewOutcome, Reader
-from gateway.outcomes.verdicts import branches_of, report_outcomes
+from gateway.outcomes.verdicts import branches_of, no_decisions, report_outcomes
 
 log = structlog.get_logger(__name__)
 
 _MAGIC = b"SQLite format 3\0"
+# The clocks of two replicas differ. An outcome that follows at once may be posted to the one whose clock is behind.
+_CLOCKS_S = 5.0
 
 
 def is_store(path: Path) -> bool:
@@ -84,9 +86,9 @@ def report_files(experiment: Experiment, exposures: Sequence[Path], outcomes: Se
     return report_outcomes(
         experiment,
         units,
-        _by_name(experiment, posted, stores),
+        _by_name(experiment, posted, stores, _CLOCKS_S if len(exposed) > 1 else 0.0),
         time.time(),
-        partial(_decisions, stores[0], experiment.id) if is_whole else _no_decisions,
+        partial(_decisions, stores[0], experiment.id) if is_whole else no_decisions,
         declarations=declared,
         why_none=None if experiment.outcome is None or is_declared(experiment, declared) else _NOT_DECLARED,
     ).report
@@ -111,10 +113,6 @@ def _note_declared(experiment: Experiment, paths: Iterable[Path], declared: dict
 def _decisions(path: Path, experiment: str, question: str) -> Mapping[str, Decision]:
     with Reader(path) as reader:
         return reader.decisions(experiment, question)
-
-
-def _no_decisions(_question: str) -> Mapping[str, Decision]:
-    return {}
 
 
 def _gather(experiment: Experiment, found: Iterable[Exposure]) -> Exposures:
@@ -150,11 +148,17 @@ def _gather(experiment: Experiment, found: Iterable[Exposure]) -> Exposures:
 _Row: TypeAlias = tuple[int, float, float, float, bool]
 
 
-def _by_name(experiment: Experiment, posted: Sequence[NewOutcome], stores: Sequence[Path]) -> dict[str, Outcomes]:
-    """Return the outcomes by name, each key once, as it was first posted; log the keys of different outcomes."""
+def _by_name(
+    experiment: Experiment, posted: Sequence[NewOutcome], stores: Sequence[Path], clocks_s: float
+) -> dict[str, Outcomes]:
+    """Return the outcomes by name, each key once, as it was first posted; log the keys of different outcomes.
+
+    Args:
+        clocks_s: the seconds by which the clock of a replica may be behind that of another.
+    """
     found: dict[str, dict[bytes, _Row]] = {}
     num_different = 0
-    for name, key, row in _rows(experiment, posted, stores):
+    for name, key, row in _rows(experiment, posted, stores, clocks_s):
         known = found.setdefault(name, {}).setdefault(key, row)
         num_different += _content(known) != _content(row)
         found[name][key] = min(known, row, key=lambda one: one[3])
@@ -168,7 +172,7 @@ def _by_name(experiment: Experiment, posted: Sequence[NewOutcome], stores: Seque
 
 
 def _rows(
-    experiment: Experiment, posted: Sequence[NewOutcome], stores: Sequence[Path]
+    experiment: Experiment, posted: Sequence[NewOutcome], stores: Sequence[Path], clocks_s: float
 ) -> Iterator[tuple[str, bytes, _Row]]:
     """Yield the name, the key and the values of each outcome."""
     for outcome in posted:
@@ -177,7 +181,7 @@ def _rows(
         with Reader(path) as reader:
             for name in reader.names(experiment.id):
                 kept, keys = reader.outcomes(experiment.id, name)
-                columns = (kept.unit, kept.value, kept.of, kept.time, kept.is_before)
+                columns = (kept.unit, kept.value, kept.of, kept.time + clocks_s, kept.is_before)
                 for key, row in zip(keys, zip(*(column.tolist() for column in columns), strict=True), strict=True):
                     yield name, key, row
 

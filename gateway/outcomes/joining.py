@@ -88,7 +88,7 @@ def signed(unit: str) -> int:
 
 
 def join(exposures: Exposures, outcomes: Outcomes) -> Joined:
-    """Sum up the outcomes of each exposure: those from its time on, until the unit enters another branch."""
+    """Sum up the outcomes of each exposure: those from its time on, while its unit is in its arm."""
     num = len(exposures.unit)
     after = ~outcomes.is_before
     owner = _owners(exposures, outcomes.unit[after], outcomes.time[after])
@@ -102,9 +102,30 @@ def join(exposures: Exposures, outcomes: Outcomes) -> Joined:
 
 
 def _owners(exposures: Exposures, unit: Numbers, time: Values) -> Numbers:
-    """Return, for each outcome, the index of its unit's last exposure up to that time; -1 without an exposure."""
+    """Return, for each outcome, the index of the exposure to the arm that its unit was in at that time; -1 without one.
+
+    This is the unit's last exposure up to that time, unless earlier weights have come back: they bring the unit back into
+    its earlier arm, and an exposure is recorded only once. Which weights were served at a time is known from the last
+    exposure of any unit.
+    """
+    owners = _last(exposures.unit, exposures.time, unit, time)
+    names = sorted({branch.generation for branch in exposures.branches})
+    if len(names) < 2 or not len(exposures.unit):
+        return owners
+    generations = np.array([names.index(branch.generation) for branch in exposures.branches])[exposures.branch]
+    order = np.argsort(exposures.time, kind="stable")
+    served = generations[order[np.searchsorted(exposures.time[order], time, side="right") - 1]]
+    _units, place = np.unique(np.concatenate([exposures.unit, unit]), return_inverse=True)
+    pairs = place * len(names) + np.concatenate([generations, served])
     num = len(exposures.unit)
-    units, times = np.concatenate([exposures.unit, unit]), np.concatenate([exposures.time, time])
+    again = _last(pairs[:num], exposures.time, pairs[num:], time)
+    return np.where(again >= 0, again, owners)
+
+
+def _last(exposed: Numbers, exposed_at: Values, unit: Numbers, time: Values) -> Numbers:
+    """Return, for each outcome, the index of the last exposure of the same unit up to that time; -1 without one."""
+    num = len(exposed)
+    units, times = np.concatenate([exposed, unit]), np.concatenate([exposed_at, time])
     is_outcome = np.arange(len(units)) >= num
     order = np.lexsort((is_outcome, times, units))
     last = np.maximum.accumulate(np.where(is_outcome[order], -1, np.arange(len(order))))

@@ -43,6 +43,11 @@ class Reported:
     decided: Mapping[tuple[str, str], Decision]
 
 
+def no_decisions(_question: str) -> Mapping[str, Decision]:
+    """Return the earlier decisions on a question that is asked for the first time: no entry."""
+    return {}
+
+
 def branches_of(experiment: Experiment, generation: str) -> list[Branch]:
     """Return the arms of an experiment as the registry has them."""
     total = sum(arm.weight for arm in experiment.arms)
@@ -54,7 +59,7 @@ def report_outcomes(
     exposures: Exposures,
     outcomes: Mapping[str, Outcomes],
     now: float,
-    earlier: Decisions = lambda _question: {},
+    earlier: Decisions = no_decisions,
     *,
     declarations: Declared = MappingProxyType({}),
     why_none: str | None = None,

@@ -53,6 +53,24 @@ def test_an_outcome_belongs_to_the_last_exposure_of_its_unit_until_then() -> Non
     assert np.isnan(joined.before).all()
 
 
+def test_weights_that_come_back_bring_the_units_back_into_their_earlier_arms() -> None:
+    """A ramp is taken back: unit 7 moves to the new arm and back, which records no second exposure to the control.
+
+    Unit 8 stays in the control all the time, and unit 9 is the first that arrives after the weights have come back.
+    """
+    arms = [*branches(0.9, 0.1), *branches(0.5, 0.5, generation="h")]
+    exposures = exposed(arms, [0, 0, 3, 2, 0], [7, 8, 7, 8, 9], [10, 11, 20, 21, 30])
+    times = (12, 22, 31, math.inf)
+    rows = [
+        (unit, factor * 2**number, time) for unit, factor in ((7, 1), (8, 100)) for number, time in enumerate(times)
+    ]
+
+    joined = join(exposures, posted(*((unit, value, 1.0, time, False) for unit, value, time in rows)))
+
+    assert joined.value.tolist() == [13, 1_300, 2, 200, 0]
+    assert joined.num_unmatched == 0
+
+
 def test_a_value_from_before_belongs_to_the_unit_at_any_time_of_the_post() -> None:
     exposures = exposed(branches(0.5, 0.5), [0, 1, 1], [7, 8, 9], [10, 10, 10])
 

@@ -304,6 +304,24 @@ def test_an_outcome_of_two_replicas_counts_as_first_posted_and_another_with_its_
         assert "outcomes_with_the_id_of_another" in shown.out + shown.err
 
 
+def test_an_outcome_counts_if_the_clock_of_its_replica_is_a_little_behind(
+    experiment: Experiment, tmp_path: Path
+) -> None:
+    """The unit's request went to one replica, and the outcome that followed it at once to another."""
+    split = Split(experiment)
+    log = write_log(tmp_path / "x.jsonl", exposures_of(experiment, UNITS[:2]))
+    store = Store(tmp_path / "other.sqlite3", 10**8)
+    for unit, seconds in zip(UNITS, (97.0, 90.0), strict=False):
+        row = NewOutcome("kept", unit.encode().ljust(16), signed(split.hash_of(unit)), 1, 1, seconds, False)
+        store.keep("exp", [row])
+    store.close()
+
+    (report,) = report_files(experiment, [log], [store.path]).outcomes
+
+    assert (report.outcomes, report.unmatched) == (2, 1)
+    assert sum(arm.units_with_outcome for arm in report.arms) == 1
+
+
 def test_other_columns_are_read(experiment: Experiment, tmp_path: Path) -> None:
     csv = write_csv(
         tmp_path / "x.csv",
