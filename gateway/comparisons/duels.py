@@ -100,6 +100,7 @@ class Standing:
         consistent, repeated: number of repeated pairs with the same preference again, and of all repeated pairs.
         left: the preference for the left side among the decided votes.
         by_voter: the preference among voters, each with the arm that got more of their votes.
+        voters: number of people with a vote that is not a skip.
     """
 
     preference: Preference
@@ -201,7 +202,7 @@ def stand(duel: Duel, votes: Sequence[Vote], voter: str) -> Standing:
         repeated=len(both),
         left=judge(Ballot.FIRST if vote.choice == "left" else Ballot.SECOND for vote in decided),
         by_voter=judge(_by_voter(duel, decided)),
-        voters=len({vote.voter for vote in first}),
+        voters=len({vote.voter for vote in first if vote.choice != "skip"}),
         is_ended=is_ended,
     )
 

@@ -283,11 +283,19 @@ def _conclude_from_units(report: ExperimentReport, outcomes: Sequence[OutcomeVie
         return Conclusion(first.level, first.sentence, f"{outcomes[0].outcome.name}: {first.reason}.")
     if outcomes and outcomes[0].is_doubtful:
         return Conclusion("warn", "No verdict", f"{outcomes[0].note}.")
+    return _conclude_undecided(report, outcomes)
+
+
+def _conclude_undecided(report: ExperimentReport, outcomes: Sequence[OutcomeView]) -> Conclusion:
+    """Return the conclusion while no outcome has a verdict and no guardrail is worse."""
+    if not report.guardrails:
+        text = "An arm is compared with the first one only while both have a weight."
+        return Conclusion("", "Nothing to compare with these weights", text)
     if undecided := [verdict for view in outcomes for verdict in view.verdicts]:
         return Conclusion("", "Not yet: keep it running", f"{undecided[0].arm}: {undecided[0].next}")
     if all(guardrail.verdict == "not yet" for guardrail in report.guardrails):
         num_units = sum(arm.units for arm in report.evidence)
-        least = max((guardrail.least_units for guardrail in report.guardrails), default=0)
+        least = max(guardrail.least_units for guardrail in report.guardrails)
         return Conclusion(
             "",
             "Too early: keep it running",

@@ -343,6 +343,7 @@ def test_ties_skips_and_repeats_do_not_count_as_votes_for_either() -> None:
     assert (standing.consistent, standing.repeated, standing.voters) == (1, 1, 2)
     assert standing.next_turn == 13
     assert stand(duel, votes, "you").next_turn == 0
+    assert stand(duel, [*votes, vote(0, "skip", voter="idle")], "me").voters == 2
 
 
 def test_a_preference_alone_is_not_a_judgment() -> None:

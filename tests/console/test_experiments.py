@@ -128,6 +128,20 @@ def test_units_over_time_are_drawn_with_the_share_that_was_asked_for(
         check_everywhere(page, "experiment-units")
 
 
+def test_an_arm_without_a_weight_is_not_waited_for() -> None:
+    """A paused arm: more units of the other arm will never make a comparison."""
+    first, *others = SEARCH.arms
+    arms = (first, *(arm.model_copy(update={"weight": 0.0}) for arm in others))
+    with serving(experiments=(SEARCH.model_copy(update={"arms": arms}),)) as served:
+        sent = {"model": SEARCH.id, "input": "a text", "user": "ada"}
+        assert httpx.post(f"{served.url}/v1/embeddings", json=sent).status_code == 200
+
+        page = httpx.get(f"{served.url}/console/experiments/{SEARCH.id}").text
+
+    assert "Nothing to compare with these weights" in page
+    assert "keep it running" not in page
+
+
 # ------------------------------------------------------------------------------------------------------- by the operator
 
 

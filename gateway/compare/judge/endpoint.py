@@ -236,9 +236,10 @@ class ChatEndpoint:
             if result.may_be_own and has_answered_others and (is_last or num_own_faults >= _MAX_OWN_FAULTS):
                 return 500, b""
             if is_last:
-                raise CompareError(
-                    f"{result.text}; gave up after {self._patience_s:.0f} s. Run again to continue: grades are kept"
-                )
+                why = f"gave up after {self._patience_s:.0f} s"
+                if result.pause_s is not None and result.pause_s > self._patience_s:
+                    why = f"it asks to wait {result.pause_s:,.0f} s, and the limit is {self._patience_s:.0f} s"
+                raise CompareError(f"{result.text}; {why}. Run again to continue: grades are kept")
             self._resume_at = max(self._resume_at, time.monotonic() + wait_s)
             pause_s *= 2
 

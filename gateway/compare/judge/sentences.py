@@ -43,7 +43,7 @@ _TEMPLATES = {
 }
 
 
-# The most useful verdict first: the bottom line is that of the arm whose verdict comes first.
+# The most useful verdict first: the bottom line is that of the arm whose verdict comes first, and of the best such arm.
 _BOTTOM_LINES = {
     JudgeVerdict.BETTER: "Switch to {arm}: by the judge, corrected by people, it is better than {baseline}.",
     JudgeVerdict.PREFERRED: "The judge prefers {arm} to {baseline}: let people check the judge before you switch.",
@@ -63,8 +63,12 @@ def judge_bottom_line(report: JudgeReport) -> str:
     if not report.contrasts:
         return "The judge gave no grade, so there is nothing to decide."
     order = list(_BOTTOM_LINES)
-    first = min(report.contrasts, key=lambda contrast: order.index(contrast.verdict))
-    return _BOTTOM_LINES[first.verdict].format(arm=first.arm, baseline=first.baseline)
+    first = min(report.contrasts, key=lambda one: (order.index(one.verdict), -(one.corrected or one.judged).mean))
+    text = _BOTTOM_LINES[first.verdict].format(arm=first.arm, baseline=first.baseline)
+    others = [one.arm for one in report.contrasts if one.verdict is JudgeVerdict.BETTER and one is not first]
+    if others:
+        text += f" So is {', '.join(others)}; the difference between them was not tested."
+    return text
 
 
 def judge_sentences(report: JudgeReport) -> list[str]:

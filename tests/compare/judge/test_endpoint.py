@@ -114,7 +114,9 @@ async def test_requests_that_may_succeed_later_are_repeated(
 
 async def test_a_long_pause_is_not_waited_for(start_judge: StartJudge) -> None:
     judge = start_judge(lambda _body, _number: refusal(429, "quota used up", retry_after="86400"))
-    with pytest.raises(CompareError, match=r"answers 429: quota used up; gave up after 5 s\. Run again to continue"):
+    with pytest.raises(
+        CompareError, match=r"quota used up; it asks to wait 86,400 s, and the limit is 5 s\. Run again"
+    ):
         await ask(judge.url)
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 
-from gateway.compare.judge.values import JudgeVerdict
+from gateway.compare.judge.sentences import judge_bottom_line
+from gateway.compare.judge.values import Figure, JudgeContrast, JudgeReport, JudgeSetup, JudgeVerdict, Usage
 from gateway.compare.judge.verdicts import Evidence, conclude, levels
 
 
@@ -59,3 +61,23 @@ def test_few_queries_that_differ_show_no_preference() -> None:
     assert contrast.judged.low > 0
     assert contrast.num_untied == 10
     assert contrast.verdict is JudgeVerdict.NO_PREFERENCE
+
+
+def test_the_bottom_line_names_the_best_of_several_better_arms() -> None:
+    """Not the first on the command line."""
+    figure = Figure(0.1, 0.05, 0.15)
+    small = JudgeContrast("small", "old", figure, 0.01, figure, figure, 0.01, 0.5, 40, JudgeVerdict.BETTER)
+    large = replace(small, arm="large", judged=Figure(0.05, 0.01, 0.1), corrected=Figure(0.2, 0.1, 0.3))
+    report = make_report_of([small, large])
+
+    assert judge_bottom_line(report) == (
+        "Switch to large: by the judge, corrected by people, it is better than old. So is small; the difference between "
+        "them was not tested."
+    )
+    alone = [replace(one, corrected=None, verdict=JudgeVerdict.PREFERRED) for one in (small, large)]
+    assert judge_bottom_line(make_report_of(alone)).startswith("The judge prefers small to old")
+
+
+def make_report_of(contrasts: list[JudgeContrast]) -> JudgeReport:
+    asked = JudgeSetup("http://judge", "judge", [], [], "", "text", 0.0)
+    return JudgeReport(asked, 60, 600, 0, 0, Usage(600, 0, 0, 0), None, None, {}, contrasts, [], {})
