@@ -62,7 +62,7 @@ def interval_misses(share: float, num_votes: int, rng: np.random.Generator) -> b
 
 
 def tastes_look_general(num_voters: int, num_votes: int, rng: np.random.Generator) -> bool:
-    """Return whether any look finds a preference beyond the voters, who have different tastes, but none in common.
+    """Return whether any look reports a general preference of voters who have different tastes, but none in common.
 
     Evaluated after each fifth of the voters. The log-odds of their tastes have a standard deviation of one half.
     """
@@ -99,7 +99,7 @@ SIMULATIONS = (
     Simulation(
         "tastes",
         "Blind duel of equals by several voters",
-        "a preference beyond the voters",
+        "a preference reported as general",
         "<=",
         0.05,
         [
