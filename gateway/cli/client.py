@@ -178,8 +178,7 @@ class GatewayClient:
             is_experiment="x-gateway-experiment" in answer.headers,
             sparse=sparse,
             multivectors=multivectors,
-            **_truncation(answer.headers.get("x-gateway-truncated", "")),
-            num_cached=_num_cached(answer.headers.get("x-gateway-cache", "")),
+            **_counts(answer.headers),
         )
 
     async def tokenize(
@@ -349,19 +348,18 @@ def _base_url(text: str) -> str:
     return text.rstrip("/").removesuffix("/v1")
 
 
-def _truncation(header: str) -> dict[str, Any]:
-    """Return the number of cut texts and their places; ``0,3,+12`` lists two and counts twelve more."""
-    parts = [part for part in header.split(",") if part]
+def _counts(headers: Mapping[str, str]) -> dict[str, Any]:
+    """Return the number of cut texts and their places, and the number of cached texts.
+
+    ``0,3,+12`` lists two places and counts twelve more texts; ``3/32`` means that three of 32 texts were cached.
+    """
+    parts = [part for part in headers.get("x-gateway-truncated", "").split(",") if part]
+    cached = headers.get("x-gateway-cache", "").partition("/")[0]
     return {
         "num_truncated": sum(int(part) if part.startswith("+") else 1 for part in parts),
         "truncated": frozenset(int(part) for part in parts if part.isdecimal()),
+        "num_cached": int(cached) if cached.isdecimal() else 0,
     }
-
-
-def _num_cached(header: str) -> int:
-    """Return the number of texts from the gateway's cache; ``3/32`` means three of 32."""
-    number = header.partition("/")[0]
-    return int(number) if number.isdecimal() else 0
 
 
 def _retry_after_s(answer: httpx.Response) -> float | None:
