@@ -39,6 +39,17 @@ def test_an_embedder_with_a_chat_template_is_refused(tmp_path: Path) -> None:
     assert np.abs(SentenceTransformer(str(folder), device="cpu").encode(text) - with_template).max() > 0.01
 
 
+def test_a_language_model_with_a_chat_template_and_without_modules_is_refused(tmp_path: Path) -> None:
+    folder = write(tmp_path / "plain", AutoModel, chat_template=CHATML)
+    bare = write(tmp_path / "bare", AutoModel, chat_template=None)
+    theirs, without = (SentenceTransformer(str(path), device="cpu").encode(["near"]) for path in (folder, bare))
+
+    with pytest.raises(LoadError, match="has a chat template, but no modules.json"):
+        plan_load(entry(folder))
+    plan_load(entry(bare))
+    assert np.abs(theirs - without).max() > 0.01
+
+
 def test_arguments_of_a_reranker_s_template_are_read(tmp_path: Path, edit_json: Callable[..., None]) -> None:
     body, _, answer = RERANKER.rpartition("<|im_start|>")
     template = body + "{% if add_generation_prompt %}<|im_start|>" + answer + "{% endif %}"

@@ -26,7 +26,7 @@ from gateway.engine.checkpoint.jina_tasks import read_jina_tasks
 from gateway.engine.checkpoint.json_files import Json, is_present, read_object
 from gateway.engine.checkpoint.layouts import Layout, layout_of
 from gateway.engine.checkpoint.modules import Pooling
-from gateway.engine.checkpoint.pair_template import PairTemplate
+from gateway.engine.checkpoint.pair_template import PairTemplate, has_chat_template
 from gateway.engine.checkpoint.prompts import Prompts
 from gateway.engine.checkpoint.ranking import read_ranking, read_sentence_config
 from gateway.engine.checkpoint.sizes import Attention, Sizes, read_config
@@ -304,6 +304,11 @@ def _require_embedder(
             raise LoadError(
                 f"{folder}: has BGE-M3's {' and '.join(heads)}, but no modules.json: BGE-M3 pools the first token, and "
                 "without that file the mean would be taken. Copy modules.json and 1_Pooling from BAAI/bge-m3"
+            )
+        if has_chat_template(folder):  # without modules.json, sentence-transformers puts each text into it
+            raise LoadError(
+                f"{folder}: has a chat template, but no modules.json that says how texts are put into it and become vectors: "
+                "use a revision with modules.json"
             )
         return
     if modules.pooling is None:
