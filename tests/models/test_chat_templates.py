@@ -44,7 +44,7 @@ def test_a_language_model_with_a_chat_template_and_without_modules_is_refused(tm
     bare = write(tmp_path / "bare", AutoModel, chat_template=None)
     theirs, without = (SentenceTransformer(str(path), device="cpu").encode(["near"]) for path in (folder, bare))
 
-    with pytest.raises(LoadError, match="has a chat template, but no modules.json"):
+    with pytest.raises(LoadError, match=r"has a chat template, but no modules\.json"):
         plan_load(entry(folder))
     plan_load(entry(bare))
     assert np.abs(theirs - without).max() > 0.01

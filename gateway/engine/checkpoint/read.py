@@ -307,8 +307,8 @@ def _require_embedder(
             )
         if has_chat_template(folder):  # without modules.json, sentence-transformers puts each text into it
             raise LoadError(
-                f"{folder}: has a chat template, but no modules.json that says how texts are put into it and become vectors: "
-                "use a revision with modules.json"
+                f"{folder}: has a chat template, but no modules.json that says how a text is put into it and becomes a "
+                "vector: use a revision with modules.json"
             )
         return
     if modules.pooling is None:
