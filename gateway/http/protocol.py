@@ -192,6 +192,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._is_in_head, self._is_in_message = False, True
         self._num_bytes = 0
         self.url = path_of(self.url)
+        self.expect_100_continue &= self.parser.get_http_version() != "1.0"  # RFC 9110, 10.1.1
         if (refused := why_refused(self.headers, self.parser.get_http_version())) is not None:
             cast(dict[str, object], self.scope)[REFUSED] = refused
         super().on_headers_complete()

@@ -478,6 +478,14 @@ def test_http_1_0_needs_no_host(connect: Callable[..., socket.socket]) -> None:
     assert receive(connection).startswith(b"HTTP/1.1 200 ")
 
 
+def test_http_1_0_has_no_interim_response(connect: Callable[..., socket.socket]) -> None:
+    """RFC 9110, 10.1.1: such a client would take it for the answer, so its `Expect` is ignored."""
+    connection = connect()
+    connection.sendall(post(host=b"Expect: 100-continue").replace(b"HTTP/1.1", b"HTTP/1.0"))
+
+    assert receive(connection).startswith(b"HTTP/1.1 200 ")
+
+
 @pytest.mark.parametrize(
     ("target", "status"),
     [
