@@ -43,6 +43,8 @@ class Site(Protocol):
 
     async def use(self, entry: ModelEntry) -> Spec: ...
 
+    def deploy(self, spec: Spec) -> None: ...
+
     async def leave(self, name: str, *, delete: bool) -> None: ...
 
 
@@ -98,7 +100,7 @@ class RayBackend:
                 await self._stop(delete=True)
                 raise LoadError(deployed.reason or f"Ray Serve says {deployed.status}")
             if deployed.status == NOT_STARTED:  # another front has removed it, which did not know that this one waits
-                await asyncio.to_thread(cluster.deploy, spec)
+                await asyncio.to_thread(self._site.deploy, spec)
             if deployed.reason != shown:
                 shown = deployed.reason
                 report(ModelState.LOADING, shown)
@@ -196,7 +198,7 @@ class RayBackend:
             try:
                 deployed = await asyncio.to_thread(self._site.cluster.look, self._spec.name)
                 if deployed.status == NOT_STARTED or await self._has_failed(deployed):
-                    await asyncio.to_thread(self._site.cluster.deploy, self._spec)
+                    await asyncio.to_thread(self._site.deploy, self._spec)
                     pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)  # its replicas may fail again
             except Exception as error:  # Serve may be restarting; the next check asks again
                 log.warning("cluster_not_answering", model=self._entry.id, error=repr(error))

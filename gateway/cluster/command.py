@@ -42,7 +42,7 @@ async def look(cluster: Cluster) -> list[DeploymentStatus]:
 async def ask(cluster: Cluster, deployed: Deployed) -> DeploymentStatus:
     """Ask the replicas of a deployment for their status."""
     pool = Pool(deployed.name, lambda: None)
-    await asyncio.to_thread(cluster.watch, deployed.name)
+    handle = await asyncio.to_thread(cluster.watch, deployed.name)
     end_watch = DIRECTORY.watch(deployed.name, pool.update)
     try:
         deadline = asyncio.get_running_loop().time() + _PATIENCE_S
@@ -55,6 +55,7 @@ async def ask(cluster: Cluster, deployed: Deployed) -> DeploymentStatus:
     finally:
         end_watch()
         await pool.close()
+        del handle  # until now, it kept the announcements coming
 
 
 def _heard(pool: Pool) -> list[Line]:

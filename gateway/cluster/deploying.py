@@ -40,6 +40,8 @@ _NUM_SERVE_ATTEMPTS, _SERVE_PAUSE_S = 40, 0.25
 _LOCAL_STORE_BYTES: Final = 80 * 2**20
 _REASON = re.compile(r"LoadError: (.*)")
 _LONGEST_REASON: Final = 500
+# The name of a deployment, see `Spec.name`. Other programs may have applications on the cluster too.
+_OURS = re.compile(rf"{PREFIX}.+-[0-9a-f]{{12}}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +110,7 @@ class Cluster:
             try:
                 options = self._local_options() if self._address == LOCAL else {"address": _reached(self._address)}
                 ray.init(namespace="serve", log_to_driver=False, logging_level=logging.ERROR, **options)
-            except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+            except (ConnectionError, RuntimeError, ValueError, TimeoutError, ray.exceptions.RayError) as error:
                 raise StartError(_unreachable(self._address, error)) from error
         logging.getLogger("ray").setLevel(logging.WARNING)
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
@@ -138,6 +140,7 @@ class Cluster:
             TimeoutError: Serve does not remove the deployment that it has given up.
         """
         with _TURN:
+            _start_serve()  # an operator may have shut it down
             if (found := self.look(spec.name)).has_failed:
                 log.warning("deployed_again", model=spec.entry.id, deployment=spec.name, reason=found.reason)
                 serve.delete(spec.name)  # without that, Serve would ignore the same version
@@ -164,19 +167,23 @@ class Cluster:
         target = RunTarget(target=deployment.bind(spec), name=spec.name, route_prefix=None)
         serve.run_many([target], wait_for_applications_running=False)
 
-    def watch(self, name: str) -> None:
-        """Have Serve announce the replicas of a deployment to this process; see :mod:`gateway.cluster.discovery`."""
-        serve.get_deployment_handle(_DEPLOYMENT, name).options(stream=False)
+    def watch(self, name: str) -> object:
+        """Have Serve announce the replicas of a deployment to this process; see :mod:`gateway.cluster.discovery`.
+
+        Returns Serve's handle. The announcements end when nothing holds it: Serve itself drops all of its handles when the
+        controller has not answered for five seconds, and some of them if there are more than a hundred.
+        """
+        return serve.get_deployment_handle(_DEPLOYMENT, name, _check_exists=False).options(stream=False)
 
     def deployed(self) -> Mapping[str, Deployed]:
         """Return all deployments of gateways by name."""
         found = {}
         try:
             applications = serve.status().applications
-        except RayServeException:  # Serve does not run
+        except (RayServeException, ray.exceptions.ActorDiedError):  # Serve does not run, or has been shut down
             return {}
         for name, app in applications.items():
-            if not name.startswith(PREFIX):
+            if not _OURS.fullmatch(name):
                 continue
             deployment = app.deployments.get(_DEPLOYMENT)
             states = {} if deployment is None else {str(state): num for state, num in deployment.replica_states.items()}
@@ -270,6 +277,12 @@ def _reached(address: str) -> str:
 def _unreachable(address: str, error: Exception) -> str:
     if address == LOCAL:
         return f"a Ray cluster cannot be started on this machine: {_first_line(error)}"
+    is_refused = str(error).startswith("Failed to connect to Ray cluster")  # whose head has answered a moment before
+    if is_refused or isinstance(error, ray.exceptions.AuthenticationError):
+        return (
+            f"GATEWAY_CLUSTER={address}: {str(error).partition('. ')[0]}. Set RAY_AUTH_MODE and the token as on the head of "
+            "the cluster: RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH for a file"
+        )
     if str(error).startswith("Version mismatch"):
         mismatch = " ".join(str(error).split())[:_LONGEST_REASON]
         return f"GATEWAY_CLUSTER={address}: {mismatch}. All machines must have the same versions of Ray and Python"

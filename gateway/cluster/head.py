@@ -22,6 +22,8 @@ log = structlog.get_logger(__name__)
 _START_S: Final = 10.0
 _ATTEMPT_S: Final = 2.0
 _INTERVAL_S: Final = 2.0
+# What a client of HTTP/2 sends first, with empty settings. A server of gRPC, such as the head, answers with its own.
+_PREFACE: Final = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))
 _RAY_ENDS, _RAY_ENDS_S = "RAY_gcs_rpc_server_reconnect_timeout_s", 60.0
 _TO_DRAIN_S: Final = 15.0
 
@@ -44,17 +46,34 @@ def require(address: str) -> None:
     """Connect to the head once.
 
     Raises:
-        ConnectionError: nothing listens there.
+        ConnectionError: nothing listens there, or something else: Ray itself would try for minutes.
     """
     where, deadline = split_address(address), time.monotonic() + _START_S
     while True:
         try:
-            socket.create_connection(where, timeout=_ATTEMPT_S).close()
+            _greet(where)
             return
         except OSError as error:
             if time.monotonic() > deadline:
                 raise ConnectionError(f"{address}: {error.strerror or error}") from error
             time.sleep(0.25)
+
+
+def _greet(where: tuple[str, int]) -> None:
+    """Connect to a server, and check that it speaks gRPC.
+
+    Raises:
+        OSError: it cannot be reached, or speaks something else.
+    """
+    with socket.create_connection(where, timeout=_ATTEMPT_S) as connection:
+        if os.environ.get("RAY_USE_TLS", "0") not in ("", "0"):
+            return
+        connection.sendall(_PREFACE)
+        answer = connection.recv(9)
+        if answer[3:4] != b"\x04":  # the kind of a frame with settings
+            raise ConnectionAbortedError(
+                "the server there is not the head of a Ray cluster, whose port is 6379 by default"
+            )
 
 
 async def watch(address: str, on_lost: Callable[[str], None]) -> None:

@@ -42,6 +42,7 @@ class ClusterSite:
         self._is_connected = False
         self._connecting = threading.Lock()
         self._users: dict[str, int] = {}
+        self._handles: dict[str, object] = {}
         self.on_lost: Callable[[str], None] = lambda _reason: None
         self._watching: asyncio.Task[None] | None = None
 
@@ -94,15 +95,24 @@ class ClusterSite:
     def _deploy(self, entry: ModelEntry) -> Spec:
         self.connect()
         spec = make_spec(entry, self._settings, has_cards=self.cluster.has_cards, make_backend=self._make_backend)
-        self.cluster.deploy(spec)
-        self.cluster.watch(spec.name)
+        self.deploy(spec)
         return spec
+
+    def deploy(self, spec: Spec) -> None:
+        """Deploy a model unless it is deployed, and have its replicas announced. Blocks.
+
+        Raises:
+            TimeoutError: Serve does not remove the deployment that it has given up.
+        """
+        self.cluster.deploy(spec)
+        self._handles[spec.name] = self.cluster.watch(spec.name)
 
     async def leave(self, name: str, *, delete: bool) -> None:
         """Record that a backend has ended; if requested, delete its deployment unless another backend here uses it."""
         self._users[name] -= 1
         if not self._users[name]:
             del self._users[name]
+            self._handles.pop(name, None)
             if delete:
                 await asyncio.to_thread(self.cluster.delete, [name])
 

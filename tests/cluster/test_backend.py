@@ -50,11 +50,15 @@ class Placed:
 
     def __init__(self) -> None:
         self.name = ""
+        self.deployed_again: list[str] = []
 
     async def use(self, entry: ModelEntry) -> Spec:
         spec = make_spec(entry, Settings(), has_cards=False)
         self.name = spec.name
         return spec
+
+    def deploy(self, spec: Spec) -> None:
+        self.deployed_again.append(spec.entry.id)
 
     async def leave(self, name: str, *, delete: bool) -> None:
         pass
@@ -193,15 +197,14 @@ def starting(
     Returns the load, the things that Serve has yet to say but for the last, which it repeats, and the models deployed again.
     """
     monkeypatch.setattr("gateway.cluster.backend._POLL_S", 0.01)
-    left, again = list(seen), list[str]()
+    left = list(seen)
     site = Placed()
     site.cluster = SimpleNamespace(
         look=lambda _name: left.pop(0) if len(left) > 1 else left[0],
-        deploy=lambda spec: again.append(spec.entry.id),
         has_begun=lambda _name: True,
     )
     entry = ModelEntry(id="waiting", source="./x", enabled=True)
-    return asyncio.create_task(RayBackend(entry, Settings(), site).plan()), left, again
+    return asyncio.create_task(RayBackend(entry, Settings(), site).plan()), left, site.deployed_again
 
 
 async def test_a_model_that_another_gateway_removes_while_this_one_waits_is_deployed_again(
@@ -223,6 +226,21 @@ async def test_a_load_has_failed_only_if_no_replica_runs_or_starts_for_a_while(m
     waiting.cancel()
     with pytest.raises(LoadError, match="a node died"):
         await starting(monkeypatch, replaced, failed)[0]
+
+
+def test_applications_of_other_programs_on_the_cluster_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``gateway cluster prune`` removes what has failed."""
+
+    def application(deployment: str) -> SimpleNamespace:
+        inside = SimpleNamespace(replica_states={}, message="")
+        return SimpleNamespace(status=SimpleNamespace(value="UNHEALTHY"), message="", deployments={deployment: inside})
+
+    ours, theirs = "gateway-mini-0123456789ab", ("gateway-shop", "shop", "gateway-0123456789ab")
+    found = {ours: application("model"), **dict.fromkeys(theirs, application("api"))}
+    monkeypatch.setattr("ray.serve.status", lambda: SimpleNamespace(applications=found))
+
+    assert list(Cluster("auto").deployed()) == [ours]
+    assert Cluster("auto").look(ours).has_failed
 
 
 class Deployments:

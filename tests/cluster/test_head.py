@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import threading
 from collections.abc import Callable
 from contextlib import ExitStack
 
@@ -47,14 +48,62 @@ def test_a_head_that_does_not_answer_is_refused_before_ray_tries_for_minutes(
     assert f":{port}: Connection refused)" in text
 
 
+def listen(stack: ExitStack, port: int, answer: bytes) -> None:
+    """Listen, and answer the first clients."""
+    listening = stack.enter_context(socket.create_server(("127.0.0.1", port)))
+
+    def serve() -> None:
+        while True:
+            connection, _ = listening.accept()
+            with connection:
+                connection.recv(1000)
+                connection.sendall(answer)
+
+    threading.Thread(target=serve, daemon=True).start()
+
+
 def test_a_head_that_is_starting_is_waited_for(monkeypatch: pytest.MonkeyPatch, port: int) -> None:
+    settings = bytes((0, 0, 6, 4, 0, 0, 0, 0, 0, 0, 3, 0, 0, 0, 100))
     with ExitStack() as stack:
-
-        def begin(_seconds: float) -> None:
-            stack.enter_context(socket.create_server(("127.0.0.1", port)))
-
-        monkeypatch.setattr("time.sleep", begin)
+        monkeypatch.setattr("time.sleep", lambda _seconds: listen(stack, port, settings))
         head.require(f"127.0.0.1:{port}")
+
+
+@pytest.mark.parametrize("answer", [b"HTTP/1.1 400 Bad Request\r\n\r\n", b"", b"-ERR\r\n"])
+def test_another_server_than_a_head_is_refused_before_ray_tries_for_minutes(port: int, answer: bytes) -> None:
+    """Such as the dashboard of the cluster, which has another port."""
+    with ExitStack() as stack:
+        listen(stack, port, answer)
+        with pytest.raises(
+            ConnectionError, match=f"^127.0.0.1:{port}: the server there is not the head of a Ray cluster"
+        ):
+            head.require(f"127.0.0.1:{port}")
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("AuthenticationError", "Token authentication is enabled but no authentication token was found"),
+        ("ConnectionError", "Failed to connect to Ray cluster at 10.0.0.1:6379"),  # with a wrong token, or none
+    ],
+)
+def test_a_token_that_is_missing_or_wrong_is_named(monkeypatch: pytest.MonkeyPatch, kind: str, reason: str) -> None:
+    from ray import exceptions
+
+    from gateway.cluster import deploying
+
+    def refuse(**_options: object) -> None:
+        raise ConnectionError(reason) if kind == "ConnectionError" else getattr(exceptions, kind)(reason)
+
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr("ray.init", refuse)
+    monkeypatch.setattr(deploying, "_reached", lambda address: address)
+    with pytest.raises(StartError) as caught:
+        deploying.Cluster("10.0.0.1:6379").connect()
+
+    text = str(caught.value)
+    assert text.startswith(f"GATEWAY_CLUSTER=10.0.0.1:6379: {reason}. ")
+    assert "Set RAY_AUTH_MODE and the token as on the head of the cluster: RAY_AUTH_TOKEN" in text
 
 
 async def watched(

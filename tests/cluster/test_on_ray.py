@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import json
 import os
 import sys
@@ -172,6 +173,47 @@ async def test_a_gateway_starts_while_the_controller_is_down(
 
     assert (await front.embed(ON_CARDS, "answered")).status_code == 200
     assert (await on_cards.embed(ON_CARDS, "answered here too")).status_code == 200
+
+
+async def test_new_replicas_are_found_also_after_the_controller_has_been_silent(
+    simulated: Simulated, start_front: StartFront, entry: MakeEntry, on_cards: Front
+) -> None:
+    """After five seconds, Ray Serve drops all that it knows about the controller, and with it the announcements."""
+    from ray.serve import context
+
+    [controller] = simulated.processes("ray::ServeController")
+    controller.suspend()
+    try:
+        starting = asyncio.create_task(start_front(entry(ON_A_CORE, min=1, gpus=0)))
+        await until_in_thread(lambda: context._global_client is None)
+    finally:
+        controller.resume()
+    await starting
+    for _ in range(2):  # Serve's first poll holds the announcements until the next change
+        gc.collect()
+        simulated.processes(f"ray::ServeReplica:gateway-{ON_CARDS}")[0].kill()
+        await until_usable(on_cards, ON_CARDS, 1)
+        await until_usable(on_cards, ON_CARDS, 2)
+
+    assert (await on_cards.embed(ON_CARDS, "answered")).status_code == 200
+
+
+async def test_a_model_comes_back_after_an_operator_has_shut_serve_down(simulated: Simulated, on_cards: Front) -> None:
+    code = f"import ray; from ray import serve; ray.init(address={simulated.address!r}); serve.shutdown()"
+    operator = await asyncio.create_subprocess_exec(
+        sys.executable, "-W", "ignore", "-c", code, stdout=PIPE, stderr=STDOUT
+    )
+    printed, _ = await operator.communicate()
+    assert operator.returncode == 0, printed.decode()
+
+    await until_usable(on_cards, ON_CARDS, 0)
+    await until_usable(on_cards, ON_CARDS, 2)
+
+    assert (await on_cards.embed(ON_CARDS, "answered again")).status_code == 200
+    gc.collect()
+    simulated.processes(f"ray::ServeReplica:gateway-{ON_CARDS}")[0].kill()
+    await until_usable(on_cards, ON_CARDS, 1)
+    await until_usable(on_cards, ON_CARDS, 2)
 
 
 async def names_of(model: str) -> list[str]:
