@@ -11,6 +11,7 @@ import pytest
 from bench.evidence import __main__ as evidence
 from bench.evidence.registry import Case, Rate, Simulation, measure
 from bench.evidence.values import DRAWS
+from bench.report import read_section
 
 KNOWN = {simulation.name: simulation for simulation in evidence.simulations()}
 
@@ -102,6 +103,17 @@ def test_the_command_prints_and_sets_its_exit_status(
     monkeypatch.setattr(evidence, "simulations", lambda: [simulation_of(0.02), simulation_of(0.2)])
     assert evidence.main(["--quick", "--workers", "1"]) == 1
     assert capsys.readouterr().out.count("| Coins | heads | <= 5.0 % |") == 2
+
+
+@pytest.mark.parametrize("name", sorted(KNOWN))
+def test_the_page_has_the_figures_of_every_simulation(name: str) -> None:
+    """If a promise was changed, the figures of the earlier one say nothing about it."""
+    simulation, section = KNOWN[name], read_section(evidence.SECTION, evidence.PAGE)
+    assert (
+        f"| {simulation.title} | {simulation.counted} | {simulation.sense} {simulation.promised:.1%}".replace("%", " %")
+        in section
+    )
+    evidence.merged(section, [(simulation, [Rate(case, 0, 1) for case in simulation.cases])])
 
 
 def test_the_figures_of_one_simulation_are_replaced_on_the_page() -> None:
