@@ -12,6 +12,9 @@ PYTHON ?=
 # NVIDIA card. https://download.pytorch.org/whl/cpu has a build of torch without CUDA, which saves some gigabytes on a
 # machine without a GPU.
 TORCH_INDEX ?=
+# More packages for .venv: "stores" for Parquet and the clients of vector stores, "cluster" for Ray, or both. Later installs
+# keep them.
+EXTRAS ?=
 # Arguments for the command behind run, test, bench and lock: make test ARGS="-x tests/test_vectors.py"
 ARGS ?=
 
@@ -22,9 +25,11 @@ DEV := build/dev
 DEV_BIN := $(DEV)/bin
 # Some tests only wait: there is a worker more than cores.
 WORKERS ?= $(shell cores=$$(nproc 2>/dev/null || echo 2); echo $$((cores < 4 ? cores + 1 : 4)))
-INSTALL := PYTHON="$(PYTHON)" TORCH_INDEX="$(TORCH_INDEX)" requirements/install.sh
+INSTALL := PYTHON="$(PYTHON)" TORCH_INDEX="$(TORCH_INDEX)" EXTRAS="$(EXTRAS)" requirements/install.sh
+INSTALLED_EXTRAS := $(shell cat $(VENV)/.extras 2>/dev/null)
 # A change of any of these makes the next `make install` do its work; without one it ends at once.
-INSTALLED_FROM := Makefile pyproject.toml requirements/install.sh requirements/torch.lock requirements/run.lock requirements/build.lock
+INSTALLED_FROM := Makefile pyproject.toml requirements/install.sh \
+  $(patsubst %,requirements/%.lock,torch run build $(INSTALLED_EXTRAS))
 
 ##@ Use
 .PHONY: help install run smoke
@@ -39,6 +44,8 @@ help: ## Show this list
 	  TORCH_INDEX 'index with another build of torch, for example, without a GPU,' \
 	  '' 'make install TORCH_INDEX=https://download.pytorch.org/whl/cpu' \
 	  '' '(to change one of these two later: make clean first)' \
+	  EXTRAS 'more packages for .venv: stores (vector stores, Parquet), cluster (Ray), or both:' \
+	  '' 'make install EXTRAS="cluster stores"' \
 	  ARGS 'more arguments for run, test, bench, lock: make test ARGS="-x -k vectors"' \
 	  'GATEWAY_*' 'settings of the gateway: make run GATEWAY_PORT=8080'
 
@@ -137,6 +144,10 @@ clean: ## Remove .venv, caches and build results
 # A virtual environment contains its own path. If the folder was copied or moved, its commands would
 # still run the old folder's code, so it is made again.
 ifneq ($(shell cat $(VENV)/.made-in 2>/dev/null),$(CURDIR))
+$(VENV)/.installed-run: FORCE
+endif
+# An environment that lacks a part of EXTRAS gets it.
+ifneq ($(filter-out $(INSTALLED_EXTRAS),$(EXTRAS)),)
 $(VENV)/.installed-run: FORCE
 endif
 .PHONY: FORCE

@@ -7,7 +7,7 @@
 #   requirements/install.sh verify      do the installed packages fit each other and pyproject.toml?
 #   requirements/install.sh lock-tools  what requirements/lock.py needs, into build/lock
 #   requirements/install.sh index       print the package index that torch would come from; empty for PyPI
-# Reads PYTHON and TORCH_INDEX, which the Makefile explains, EXTRAS (locks that `run` installs too: cluster, stores), and pip's own settings (PIP_INDEX_URL, pip.conf ...).
+# Reads PYTHON, TORCH_INDEX and EXTRAS, which the Makefile explains, and pip's own settings (PIP_INDEX_URL, pip.conf ...).
 set -eu
 
 PIP_VERSION=26.3
@@ -47,8 +47,10 @@ main() {
 install_run() {
     be_alone
     choose_index
+    choose_extras
     make_venv
     begin
+    printf '%s\n' $extras >"$VENV/.extras"
     rm -f "$VENV/.installed-run"
     say "pip $PIP_VERSION"
     pip_install "pip==$PIP_VERSION"
@@ -57,7 +59,7 @@ install_run() {
     printf %s "$index" >"$VENV/.torch-index"
     say "packages of requirements/run.lock"
     pip_install --no-deps -r requirements/run.lock
-    for extra in ${EXTRAS:-}; do
+    for extra in $extras; do
         say "packages of requirements/$extra.lock"
         pip_install --no-deps -r "requirements/$extra.lock"
     done
@@ -140,6 +142,18 @@ choose_index() {
     fi
     index=$CUDA_12_INDEX
     say "NVIDIA's driver $driver is older than $DRIVER: torch for CUDA 12.6 (TORCH_INDEX=... chooses another)"
+}
+
+# Set $extras to the locks to install next to run.lock: those in EXTRAS, and those that are in $VENV already, because an
+# update of run.lock must not leave their packages behind.
+choose_extras() {
+    extras=$(printf '%s\n' $(cat "$VENV/.extras" 2>/dev/null || true) ${EXTRAS:-} | sort -u)
+    for extra in $extras; do
+        case "$extra" in
+            cluster | stores) ;;
+            *) fail "EXTRAS takes cluster, stores, or both as EXTRAS=\"cluster stores\", but got: $extra" ;;
+        esac
+    done
 }
 
 # Print the version of NVIDIA's driver, such as 550.54.14; nothing without one. In WSL2 only nvidia-smi knows it, and with

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -65,6 +66,16 @@ class Machine:
         assert done.returncode == 0, done.stderr
         [line] = [line for line in (self.folder / "log").read_text().splitlines() if "torch.lock" in line]
         return line.partition("--extra-index-url ")[2].partition(" ")[0]
+
+    def locks(self) -> list[str]:
+        """Return the locks that the last install passed to pip."""
+        return re.findall(r"-r requirements/([a-z]+)\.lock", (self.folder / "log").read_text())
+
+    def make(self, *arguments: str) -> str:
+        """Return the commands that make would run, except the checks of variables."""
+        command = ["make", "--dry-run", *arguments]
+        done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=30, cwd=self.folder)
+        return "\n".join(line for line in done.stdout.splitlines() if "install.sh" in line)
 
     def has(self, name: str, text: str) -> None:
         """Put a program on the path."""
@@ -167,6 +178,37 @@ def test_a_build_without_cuda_stays_when_the_index_is_not_named_again(machine: M
 
     assert machine.install() == CPU
     assert (machine.folder / ".venv" / "old").exists()
+
+
+def test_an_extra_is_installed_again_with_each_later_install(machine: Machine) -> None:
+    """Otherwise an update of run.lock would leave its packages behind."""
+    machine.install(EXTRAS="stores")
+    assert machine.locks() == ["torch", "run", "stores"]
+
+    machine.install()
+    assert machine.locks() == ["torch", "run", "stores"]
+
+    machine.install(EXTRAS="cluster")
+    assert machine.locks() == ["torch", "run", "cluster", "stores"]
+
+
+def test_an_unknown_extra_is_refused_before_anything_is_installed(machine: Machine) -> None:
+    done = machine.run("run", EXTRAS="store")
+
+    assert done.returncode == 1
+    assert done.stderr == 'EXTRAS takes cluster, stores, or both as EXTRAS="cluster stores", but got: store\n'
+    assert not (machine.folder / ".venv").exists()
+
+
+def test_make_installs_an_extra_into_an_environment_that_lacks_it(machine: Machine) -> None:
+    shutil.copy(ROOT / "Makefile", machine.folder)
+    (machine.folder / "pyproject.toml").touch()
+    machine.install()
+    assert machine.make("install") == ""
+
+    assert "requirements/install.sh run" in machine.make("install", "EXTRAS=stores")
+    machine.install(EXTRAS="stores")
+    assert machine.make("install", "EXTRAS=stores") == machine.make("install") == ""
 
 
 def test_pip_prefers_the_build_of_the_further_index(tmp_path: Path) -> None:

@@ -202,7 +202,8 @@ def open_store(place: Place) -> Store:
                 f"{place.kind} cannot be used: its package {kind.package} fails to import: {error}"
             ) from error
         raise BulkError(
-            f'{place.kind} needs a package that is not installed: pip install "embedding-gateway[{place.kind}]"'
+            f'{place.kind} needs a package that is not installed: pip install "embedding-gateway[{place.kind}]", '
+            "or in a checkout: make install EXTRAS=stores"
         ) from error
     module = cast(_StoreModule, importlib.import_module(f"gateway.bulk.stores.{place.kind}"))
     return module.open_store(place)

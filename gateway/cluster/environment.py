@@ -52,7 +52,10 @@ def prepare(address: str) -> None:
         StartError: Ray is not installed.
     """
     if find_spec("ray") is None:
-        raise StartError('a cluster needs Ray, which is not installed: pip install "embedding-gateway[cluster]"')
+        raise StartError(
+            'a cluster needs Ray, which is not installed: pip install "embedding-gateway[cluster]", or in a checkout: '
+            "make install EXTRAS=cluster"
+        )
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     if address == LOCAL:

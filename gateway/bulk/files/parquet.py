@@ -31,7 +31,8 @@ def import_pyarrow() -> Any:
         import pyarrow.parquet
     except ModuleNotFoundError as error:
         raise BulkError(
-            f'Parquet needs a package that is not installed ({error.name}): pip install "embedding-gateway[parquet]"'
+            f'Parquet needs a package that is not installed ({error.name}): pip install "embedding-gateway[parquet]", '
+            "or in a checkout: make install EXTRAS=stores"
         ) from error
     return pa
 
