@@ -77,7 +77,7 @@ def main() -> None:
     what.add_argument("--tasks", nargs="+", help="such as SciFact LoCoMo LongMemEval")
     parser.add_argument("--url", default="http://127.0.0.1:8000", help="the gateway, without /v1")
     parser.add_argument(
-        "--api-key-env", default="GATEWAY_API_KEY", help="environment variable with a key, if it asks for one"
+        "--api-key-env", default="EMBEDDINGS_API_KEY", help="environment variable with a key of the gateway"
     )
     parser.add_argument("--by-task", action="store_true", help="embed queries and passages with their tasks")
     parser.add_argument("--out", type=Path, default=Path("mteb-results"), help="folder for the results")

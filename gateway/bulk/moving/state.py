@@ -100,7 +100,7 @@ class Move:
     mem0_before: dict[str, Any] | None = None
     url: str | None = None
     models: Path | None = None
-    api_key_env: str = "GATEWAY_API_KEY"
+    api_key_env: str = "EMBEDDINGS_API_KEY"
     left_behind: int = 0
     refused: int = 0
     problems: list[str] = field(default_factory=list)
