@@ -58,7 +58,7 @@ def reweighted(experiment: Experiment, weights: Mapping[str, float]) -> Experime
         weights: by arm; the other arms keep theirs.
 
     Raises:
-        BadInput: an arm does not exist, a weight is not a number from 0 on, or all weights are 0.
+        BadInput: an arm does not exist, a weight is negative, infinite or too large, or all weights are 0.
     """
     labels = [arm.label for arm in experiment.arms]
     for label, weight in weights.items():

@@ -25,7 +25,7 @@ _AFTER = {
     "name": "after",
     "in": "query",
     "required": False,
-    "description": "Look first after this `place`: to skip a pair, send its own.",
+    "description": "Look for the next pair after this `place` first. To skip a pair, send its `place`.",
     "schema": {"type": "integer", "minimum": 0, "default": 0},
 }
 _Grader = Annotated[str, Query(description="Name of the grader. Several people get pairs of different queries.")]

@@ -129,7 +129,7 @@ class EmbeddingsBody(RequestBody):
 
     @property
     def wanted_precision(self) -> Precision:
-        """The kind of numbers. Only of the quantized ones can `base64` say in addition how they are written."""
+        """The kind of numbers. If one field has a quantized kind, `base64` in another field only says how it is written."""
         formats = self._formats
         if not {"float", "base64"}.issuperset(name for name in formats.values() if name):
             formats = {field: name for field, name in formats.items() if name != "base64"}

@@ -1,4 +1,4 @@
-"""Write answers as JSON in pieces: of hundreds of megabytes, only one piece is in memory as text."""
+"""Write answers as JSON in pieces, so that only one piece of an answer of hundreds of megabytes is in memory as text."""
 
 from __future__ import annotations
 

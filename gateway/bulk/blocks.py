@@ -147,7 +147,7 @@ class BlockReader:
             yield self._block(items[first:], parts, num_bytes // len(items))
 
     def _parts(self, item: Row | BadRow) -> list[Row | BadRow]:
-        """Return the rows of an item. Of an item with a row that the sink cannot store, no row is kept."""
+        """Return the rows of an item, or one bad row instead if the sink cannot store all of them."""
         if self._expand is None or isinstance(item, BadRow):
             return [item]
         parts = list(self._expand(item))

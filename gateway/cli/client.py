@@ -326,12 +326,12 @@ async def connect(
 
 @contextmanager
 def client_errors(kind: type[StartError]) -> Iterator[None]:
-    """Name the variables to look at if the environment's proxies or certificates allow no HTTP client."""
+    """Turn errors of the environment's proxies or certificates into one that names the variables to check."""
     try:
         yield
     except (ImportError, ValueError, OSError, httpx.InvalidURL) as error:
         raise kind(
-            "no HTTP client can be made; look at HTTPS_PROXY, HTTP_PROXY, ALL_PROXY, SSL_CERT_FILE and SSL_CERT_DIR: "
+            "cannot create an HTTP client; check HTTPS_PROXY, HTTP_PROXY, ALL_PROXY, SSL_CERT_FILE and SSL_CERT_DIR: "
             f"{error}"
         ) from error
 

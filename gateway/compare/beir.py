@@ -236,7 +236,7 @@ def _add(judgments: Judgments, path: Path, *, is_form: bool) -> int:
         if is_first:
             if _is_number(text):
                 raise CompareError(
-                    f"{place}: the header is missing: the first line must be {HEADER!r}, and is "
+                    f"{place}: the header is missing: the first line must be {HEADER!r}, got "
                     f"{_shown_line((query, document, text))}"
                 )
             is_first = False

@@ -83,7 +83,7 @@ def _left_over(folder: Path) -> list[Path]:
 def _check(folder: Path, request: CompareRequest, *, has_judge: bool) -> bool:
     """Check that results can be written without replacing others, and return whether the folder has to be made."""
     if os.path.lexists(folder) and not folder.exists():
-        raise CompareError(f"--out {folder}: is a link to nothing")
+        raise CompareError(f"--out {folder}: is a broken link: remove it, or choose another folder")
     if (folder / RESULTS).exists() and not _is_unfinished(folder, request, has_judge=has_judge):
         raise _other(folder)
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())

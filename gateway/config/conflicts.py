@@ -98,11 +98,11 @@ class _Names:
             return f"must be a model id alone, got {quote(target)}; write `{{model: {model_id}, task: {task}}}`"
         if target in self.aliases:
             hint = f"; write {quote(self.aliases[target])}" if self.aliases[target] in self.ids else ""
-            return f"must be a model id, and {quote(target)} is an alias{hint}"
+            return f"must be a model id, but {quote(target)} is an alias{hint}"
         if target in self.experiments:
-            return f"must be a model id, and {quote(target)} is an experiment"
+            return f"must be a model id, but {quote(target)} is an experiment"
         if owner := self.sources.get(target.casefold()):
-            return f"must be a model id, and {quote(target)} is a source; write {quote(owner)}"
+            return f"must be a model id, but {quote(target)} is a source; write {quote(owner)}"
         guess = did_you_mean(target, self.ids) or ";"
         return f"is not a model of this file, got {quote(target)}{guess} models: {enumerate_names(self.ids)}"
 
@@ -119,7 +119,7 @@ def _name_conflicts(
     ids: dict[str, str] = {}
     for index, model in enumerate(models):
         if first := ids.get(model.id.casefold()):
-            yield Conflict(("models", index, "id"), f"must be unique, and {quote(first)} is taken by another model")
+            yield Conflict(("models", index, "id"), f"must be unique, but {quote(first)} is taken by another model")
         ids.setdefault(model.id.casefold(), model.id)
     taken = {
         source: f"is the source of {quote(owner)}, which answers to it already"
@@ -134,7 +134,7 @@ def _name_conflicts(
         folded = experiment.id.casefold()
         if folded in taken:
             yield Conflict(("experiments", index, "id"), taken[folded])
-        taken.setdefault(folded, f"must be unique, and {quote(experiment.id)} is taken by another experiment")
+        taken.setdefault(folded, f"must be unique, but {quote(experiment.id)} is taken by another experiment")
 
 
 def _same_space_problem(model: ModelEntry, other: str, names: _Names) -> str | None:

@@ -91,7 +91,7 @@ def _open(path: Path, flags: int, mode: int = 0o666) -> int:
     kind = stat.S_IFMT(os.fstat(descriptor).st_mode)
     if kind != stat.S_IFREG:
         os.close(descriptor)
-        raise UnsuitableFile(f"must be a regular file, and is {_KINDS.get(kind, 'something else')}")
+        raise UnsuitableFile(f"must be a regular file, but is {_KINDS.get(kind, 'something else')}")
     return descriptor
 
 
@@ -171,7 +171,7 @@ def write_whole(path: Path, content: str | Iterable[bytes], mode: int = 0o666) -
     before = path.stat() if path.exists() else None
     if before is not None and not stat.S_ISREG(before.st_mode):
         raise UnsuitableFile(
-            f"must be a regular file, and is {_KINDS.get(stat.S_IFMT(before.st_mode), 'something else')}"
+            f"must be a regular file, but is {_KINDS.get(stat.S_IFMT(before.st_mode), 'something else')}"
         )
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)

@@ -99,7 +99,7 @@ SHADOW_TEXTS = Counter("gateway_shadow_texts", "Texts embedded for shadows.", ["
 SHADOW_TOKENS = Counter("gateway_shadow_tokens", "Tokens embedded for shadows.", ["of", "to"])
 SHADOW_SECONDS = Histogram(
     "gateway_shadow_duration_seconds",
-    "Duration of a shadow request on the second model, queueing included.",
+    "Duration of a shadow request on the second model, including its time in the queue.",
     ["of", "to"],
 )
 SHADOW_QUEUE = Gauge("gateway_shadow_queue", "Shadow requests waiting to be sent.", ["of", "to"])
@@ -178,7 +178,9 @@ BATCH_JOBS = Gauge(
     "gateway_batch_api_open", "Batches of the Batch API that have not ended, by their state.", ["status"]
 )
 BATCH_JOBS_ENDED = Counter(
-    "gateway_batch_api_ended", "Batches of the Batch API that are completed, failed, expired or cancelled.", ["status"]
+    "gateway_batch_api_ended",
+    "Batches of the Batch API that have ended: `completed`, `failed`, `expired` or `cancelled`.",
+    ["status"],
 )
 BATCH_LINES = Counter(
     "gateway_batch_api_lines",

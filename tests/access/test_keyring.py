@@ -140,8 +140,8 @@ def reloads(outcome: str) -> float:
     [
         (write, "the file must be a mapping"),
         (lambda path: path.unlink(), "the file does not exist"),
-        (lambda path: (path.unlink(), os.mkfifo(path)), "the file must be a regular file, and is a named pipe"),
-        (lambda path: (path.unlink(), path.mkdir()), "the file must be a regular file, and is a folder"),
+        (lambda path: (path.unlink(), os.mkfifo(path)), "the file must be a regular file, but is a named pipe"),
+        (lambda path: (path.unlink(), path.mkdir()), "the file must be a regular file, but is a folder"),
         (lambda path: path.write_bytes(b"#" * 2_000_000), "the file has 2,000,000 bytes; the limit is 1,048,576"),
     ],
     ids=["wrong", "gone", "named pipe", "folder", "huge"],
@@ -211,7 +211,7 @@ async def test_a_named_pipe_is_refused_at_the_start(tmp_path: Path) -> None:
     path = tmp_path / "keys.yaml"
     os.mkfifo(path)
 
-    with pytest.raises(ConfigError, match="must be a regular file, and is a named pipe; GATEWAY_API_KEYS_FILE"):
+    with pytest.raises(ConfigError, match="must be a regular file, but is a named pipe; GATEWAY_API_KEYS_FILE"):
         Keyring(Settings(api_keys_file=path))
 
 

@@ -206,7 +206,7 @@ def test_a_file_that_cannot_be_removed_is_named_at_the_start(tmp_path: Path, mon
 def test_a_pipe_instead_of_the_lock_does_not_hang_the_start(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "lock")
 
-    with pytest.raises(StartError, match=r"cannot be written: must be a regular file, and is a named pipe"):
+    with pytest.raises(StartError, match=r"cannot be written: must be a regular file, but is a named pipe"):
         Store(tmp_path, 1 << 30)
 
 

@@ -394,8 +394,8 @@ def test_a_list_of_errors_never_replaces_another_file(kind: str, tmp_path: Path)
     expected = {
         "source": "is also where this job would write",
         "text": "has other content, which would be lost: name another",
-        "folder": "must be a regular file, and is a folder",
-        "pipe": "must be a regular file, and is a named pipe",
+        "folder": "must be a regular file, but is a folder",
+        "pipe": "must be a regular file, but is a named pipe",
     }
     assert expected[kind] in one_line(refused)
     assert kind != "text" or errors.read_text() == "precious"

@@ -309,7 +309,7 @@ UNUSABLE: Mapping[str, tuple[bytes | Callable[[Path], Any], str]] = {
     "k.parquet": (b"PAR1 not really", "k.parquet: is not a Parquet file"),
     "l.txt": (b"text", "l.txt: its name must end in .jsonl"),
     "m.jsonl.gz": (b"not packed", "m.jsonl.gz: cannot be read: Not a gzipped file"),
-    "n.jsonl": (_pipe, "n.jsonl: cannot be read: must be a regular file, and is a named pipe"),
+    "n.jsonl": (_pipe, "n.jsonl: cannot be read: must be a regular file, but is a named pipe"),
     "p.jsonl": (gzip.compress(b'{"id": 1}'), "p.jsonl: is compressed with gzip: add .gz to its name"),
     "q.csv": (gzip.compress(b"id,text"), "q.csv: is compressed with gzip: add .gz to its name"),
     "r.csv": ("\ufeffid,text\n".encode("utf-16-le"), "r.csv: is UTF-16, but must be UTF-8: iconv"),

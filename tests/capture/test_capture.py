@@ -341,7 +341,7 @@ def test_a_named_pipe_instead_of_a_file_is_an_error_and_nothing_waits_for_it(tmp
         writer.stop()
 
     assert [line["reason"] for line in lines if line["event"] == "capture_failed"] == [
-        "must be a regular file, and is a named pipe"
+        "must be a regular file, but is a named pipe"
     ]
     assert count("pipe", "failed") >= 1
 

@@ -267,7 +267,7 @@ def test_a_folder_or_a_pipe_is_refused_at_once(tmp_path: Path, make: Callable[[P
     path = tmp_path / "models.lock.json"
     make(path)
 
-    with pytest.raises(StartError, match=r"models\.lock\.json: cannot be read: must be a regular file, and is a "):
+    with pytest.raises(StartError, match=r"models\.lock\.json: cannot be read: must be a regular file, but is a "):
         read_lock(path)
 
 

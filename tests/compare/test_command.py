@@ -205,4 +205,4 @@ def test_a_proxy_or_certificate_of_the_environment_that_is_wrong_is_reported(
 ) -> None:
     result = compare("a", "b", "--data", str(write_data()), "--url", "http://gateway.invalid", **{variable: value})
     assert result.exit_code == 1
-    assert result.stderr.startswith("no HTTP client can be made; look at HTTPS_PROXY, HTTP_PROXY")
+    assert result.stderr.startswith("cannot create an HTTP client; check HTTPS_PROXY, HTTP_PROXY")

@@ -262,11 +262,11 @@ def test_a_pipe_or_a_folder_is_refused_and_not_waited_for(tmp_path: Path, name: 
     folder = write(tmp_path, FILES)
     (folder / name).unlink()
     os.mkfifo(folder / name)
-    with pytest.raises(CompareError, match=rf"{Path(name).name}: .* must be a regular file, and is a named pipe"):
+    with pytest.raises(CompareError, match=rf"{Path(name).name}: .* must be a regular file, but is a named pipe"):
         read_dataset(folder, None)
     (folder / name).unlink()
     (folder / name).mkdir()
-    with pytest.raises(CompareError, match=rf"{Path(name).name}: .* must be a regular file, and is a folder"):
+    with pytest.raises(CompareError, match=rf"{Path(name).name}: .* must be a regular file, but is a folder"):
         read_dataset(folder, None)
 
 
@@ -274,7 +274,7 @@ def test_captured_queries_from_a_pipe_or_a_folder_are_refused(tmp_path: Path) ->
     folder = write(tmp_path / "data", FILES)
     os.mkfifo(tmp_path / "pipe.jsonl")
     for name, kind in (("pipe.jsonl", "a named pipe"), ("data", "a folder")):
-        with pytest.raises(CompareError, match=rf"{name}: cannot be read: must be a regular file, and is {kind}"):
+        with pytest.raises(CompareError, match=rf"{name}: cannot be read: must be a regular file, but is {kind}"):
             read_dataset(folder, None, captured=tmp_path / name)
 
 

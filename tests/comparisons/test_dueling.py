@@ -60,9 +60,9 @@ async def test_a_named_pipe_instead_of_the_votes_is_refused_and_not_waited_for(d
     name, folder = await begin(duels)
     os.mkfifo(folder / "votes.jsonl")
     for step in (duels.open(RUN, name, "v"), duels.vote((RUN, name), "v", 0, "tie", ())):
-        with pytest.raises(BadInput, match=r"votes\.jsonl cannot be read: must be a regular file, and is a named pipe"):
+        with pytest.raises(BadInput, match=r"votes\.jsonl cannot be read: must be a regular file, but is a named pipe"):
             await step
-    with pytest.raises(OSError, match="must be a regular file, and is a named pipe"):
+    with pytest.raises(OSError, match="must be a regular file, but is a named pipe"):
         dueling._append(folder / "votes.jsonl", b"{}")
 
 

@@ -33,7 +33,7 @@ def test_a_file_up_to_the_limit_is_read_and_a_larger_one_refused_with_its_size(t
 def test_a_path_that_is_not_a_file_is_named(path: Path, kind: str) -> None:
     with pytest.raises(UnsuitableFile) as caught:
         open_regular(path)
-    assert caught.value.strerror == f"must be a regular file, and is {kind}"
+    assert caught.value.strerror == f"must be a regular file, but is {kind}"
 
 
 def test_a_link_to_a_file_is_read(tmp_path: Path) -> None:

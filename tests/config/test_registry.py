@@ -244,7 +244,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 
 def test_a_folder_instead_of_the_file_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(
-        ConfigError, match="the file must be a regular file, and is a folder; name another with GATEWAY_MODELS"
+        ConfigError, match="the file must be a regular file, but is a folder; name another with GATEWAY_MODELS"
     ):
         load_registry(tmp_path, {})
 
@@ -316,7 +316,7 @@ def test_a_named_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
     path = tmp_path / "models.yaml"
     os.mkfifo(path)
 
-    with pytest.raises(ConfigError, match=r"models\.yaml: the file must be a regular file, and is a named pipe"):
+    with pytest.raises(ConfigError, match=r"models\.yaml: the file must be a regular file, but is a named pipe"):
         load_registry(path, {})
 
 
@@ -377,8 +377,8 @@ def test_the_message_for_an_alias_names_its_model_only_if_that_exists(tmp_path: 
     text = TWO_MODELS + "aliases: {good: a, bad: nothing, x: good, y: bad}\n"
     messages = {problem.key: problem.message for problem in problems_of(tmp_path, text)}
 
-    assert messages["aliases.x"] == "must be a model id, and `good` is an alias; write `a`"
-    assert messages["aliases.y"] == "must be a model id, and `bad` is an alias"
+    assert messages["aliases.x"] == "must be a model id, but `good` is an alias; write `a`"
+    assert messages["aliases.y"] == "must be a model id, but `bad` is an alias"
 
 
 def test_an_experiment_may_not_be_called_like_a_models_source(tmp_path: Path) -> None:
@@ -574,7 +574,7 @@ CONFLICT_CASES = [
     Case("close target", VALID + "  x: jinaa\n", 17, 6, "aliases.x", "did you mean `jina`? models: `jina`, `mini`"),
     Case("mapped target", TWO_MODELS + "aliases:\n  x: {model: c}\n", 6, 14, "aliases.x.model", "got `c`"),
     Case("chain", VALID + "  x: default\n", 17, 6, "aliases.x", "`default` is an alias; write `mini`"),
-    Case("itself", TWO_MODELS + "aliases:\n  x: x\n", 6, 6, "aliases.x", "must be a model id, and `x` is an alias"),
+    Case("itself", TWO_MODELS + "aliases:\n  x: x\n", 6, 6, "aliases.x", "must be a model id, but `x` is an alias"),
     Case(
         "source as target", VALID + "  x: jinaai/jina-embeddings-v3-hf\n", 17, 6, "aliases.x", "a source; write `jina`"
     ),

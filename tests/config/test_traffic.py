@@ -229,7 +229,7 @@ def test_an_alias_cannot_name_an_experiment(tmp_path: Path) -> None:
     path = tmp_path / "models.yaml"
     path.write_text(MODELS + "  chained: exp\n" + EXPERIMENT, encoding="utf-8")
 
-    with pytest.raises(ConfigError, match=r"aliases\.chained: must be a model id, and `exp` is an experiment"):
+    with pytest.raises(ConfigError, match=r"aliases\.chained: must be a model id, but `exp` is an experiment"):
         load_registry(path, {})
 
 

@@ -368,7 +368,7 @@ def test_a_run_is_read_line_by_line_and_within_limits(tmp_path: Path) -> None:
         runs.path("../run")
     (folder / "queries.jsonl").unlink()
     os.mkfifo(folder / "queries.jsonl")
-    with pytest.raises(BadInput, match=r"queries\.jsonl cannot be read: must be a regular file, and is a named pipe"):
+    with pytest.raises(BadInput, match=r"queries\.jsonl cannot be read: must be a regular file, but is a named pipe"):
         list(runs.queries("run"))
 
 

@@ -511,7 +511,7 @@ def test_a_named_pipe_is_refused_and_not_waited_for(entry: ModelEntry, file: Pat
     file.unlink()
     os.mkfifo(file)
 
-    with pytest.raises(LoadError, match="must be a regular file, and is a named pipe"):
+    with pytest.raises(LoadError, match="must be a regular file, but is a named pipe"):
         load_engine(plan_load(entry), Settings())
 
 

@@ -406,5 +406,5 @@ def test_a_named_pipe_without_a_writer_is_refused_and_not_waited_for(tmp_path: P
 
     with pytest.raises(StartError, match="cannot be written: No such device or address"):
         ExposureLog(path, 1024, 1)
-    with pytest.raises(StartError, match="cannot be read: must be a regular file, and is a named pipe"):
+    with pytest.raises(StartError, match="cannot be read: must be a regular file, but is a named pipe"):
         list(read_exposures([path]))

@@ -390,7 +390,7 @@ def test_a_wrong_file_is_one_line(experiment: Experiment, tmp_path: Path, lines:
     [
         ("unit,value\nada,1\n".encode("utf-16"), " is UTF-16: save it as UTF-8"),
         (gzip.compress(b"unit,value\nada,1\n", mtime=0), " is compressed with gzip: unpack it"),
-        (None, " cannot be read: must be a regular file, and is a named pipe"),
+        (None, " cannot be read: must be a regular file, but is a named pipe"),
     ],
 )
 def test_a_file_of_another_kind_is_named_with_the_remedy(

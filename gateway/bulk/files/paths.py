@@ -138,10 +138,10 @@ def find_files(places: Sequence[str], without: Sequence[str] = ()) -> list[Sourc
 
 
 def _check_apart(found: Sequence[tuple[str, Any, str]]) -> None:
-    """Check that no file is read twice, also under another name.
+    """Check that no file would be read twice, under one name or two.
 
     Raises:
-        BulkError: a file is, for example because a link leads back to the folder that contains it.
+        BulkError: a file would be read twice, for example because a link leads back to the folder that contains it.
     """
     seen: dict[str, str] = {}
     for path, filesystem, _ in found:
@@ -188,8 +188,8 @@ def _find_local(place: str) -> list[str]:
 def _files_below(folder: str, above: Sequence[str] = ()) -> Iterator[str]:
     """Yield everything in a folder and its subfolders that is not a folder, except what is hidden.
 
-    Links to folders are followed, unless they lead back to a folder around them. Links to nothing are yielded too: the job
-    must not silently leave out a file. Paths begin with ``folder`` as it is written, as those of `glob` do.
+    Links to folders are followed, unless they lead back to a folder around them. Broken links are yielded too, because the
+    job must not silently leave out a file. Paths begin with ``folder`` as it is written, as those of `glob` do.
 
     Args:
         above: the real paths of the folders around this one.
@@ -212,7 +212,7 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
     except OSError as error:
-        if error.errno == errno.ELOOP:  # a link that leads to nothing, like one whose target is gone
+        if error.errno == errno.ELOOP:  # links in a circle lead to no file, like a link whose target is gone
             return False
         raise
 

@@ -58,7 +58,7 @@ def open_files(places: Sequence[str], names: FieldNames, without: Sequence[str] 
     for file in files:
         if source is not None and file.filesystem is not None:
             continue  # a bucket may send 50 MB for the first line of each file
-        # Of the others, only the beginning, so that a file of a wrong format ends the job now and not after hours.
+        # The beginning of each file is read, so that a file in a wrong format ends the job now, and not after hours.
         records = read_records(file, Mark(), _columns(names), reads_all=True)
         for record in islice(records, 1 if source is not None else _SAMPLE_RECORDS):
             if isinstance(record.content, str):
@@ -127,7 +127,7 @@ class FileSource:
     def read(self, after: Position | None = None) -> Iterator[Row | BadRow]:
         first, start = _read_position(after)
         for index, file in enumerate(self._files[first:], start=first):
-            # The ids of rows without one are made from all columns.
+            # A row without an id gets one that is made from all of its columns.
             for record in read_records(file, start, _columns(self.fields), reads_all=self.fields.id is None):
                 yield self._row(index, record)
             start = Mark()
@@ -159,7 +159,7 @@ class FileSource:
             file.filesystem.invalidate_cache(file.inner)
         if (before := self._summaries[index]).state == (now := _state(file)):
             return
-        # A new inode, or a time of change alone, may only mean other rights or another link.
+        # A new inode or change time alone may only mean that the file got other permissions or another link.
         is_written = isinstance(now, str) or before.state[:2] != now[:2]
         if is_written or _hash(file)[0] != before.digest:
             raise BulkError(

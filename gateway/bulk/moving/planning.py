@@ -165,7 +165,7 @@ def _continued(move: Move, folder: Path) -> Move:
 
 
 def _old_vector(new: str | None, requested: str | None, info: CollectionInfo, store: str) -> str | None:
-    """Return the name of the old vector; ``None`` for the only one, if the new one is in a second collection.
+    """Return the name of the old vector; ``None`` if it is the only one, and the new vector goes into a second collection.
 
     Args:
         new: the name of the new vector in the same collection.
@@ -176,7 +176,7 @@ def _old_vector(new: str | None, requested: str | None, info: CollectionInfo, st
     """
     others = [name for name in info.widths if name != new]
     if requested is not None and requested == new:
-        raise BulkError(f"--into-vector {new}: is the old vector itself")
+        raise BulkError(f"--into-vector {new}: is the old vector itself: choose another name")
     if requested in others:
         return requested
     if requested is None and len(others) == 1:
@@ -257,7 +257,7 @@ def name_copies(move: Move, work: Work, into: str | None) -> Move:
         base = into if into is not None and pair == move.pairs[0] else None
         new = real_name(work.reading, base or pair.new or new_name(pair.old, note.space))
         if new == pair.old:
-            raise BulkError(f"--into {new}: is the old collection itself")
+            raise BulkError(f"--into {new}: is the old collection itself: choose another name")
         _check_free(new, move, work.folder)
         pairs.append(replace(pair, new=new))
     if move.mem0 is not None and len(pairs) > 1:  # Mem0 names the second after the first

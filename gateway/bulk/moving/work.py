@@ -100,7 +100,7 @@ def store_of(move: Move) -> Iterator[MovableStore]:
 
 
 def pairs_left(move: Move) -> list[Pair]:
-    """Return the pairs of which anything old exists: an interrupted last step may have deleted some."""
+    """Return the pairs whose old collection, vector or note still exists: an interrupted last step may have deleted some."""
     with store_of(move) as store:
         # A vector is deleted before its note.
         return [pair for pair in move.pairs if _has_old(move, pair, store, or_note=True)]

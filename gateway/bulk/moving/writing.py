@@ -1,8 +1,8 @@
 """Write the rows of a pass: record each write in the ledger, and overwrite nothing that applications wrote meanwhile.
 
 The pass has decided what to write when it read both collections, and embeds before it writes. So it looks at the items of
-the second collection again before each write. Where the store has transactions, nothing comes between the look and the
-write; elsewhere, an application's write of the same item within the same two requests may be lost.
+the second collection again before each write. If the store has transactions, both happen in one. Otherwise, the write of
+an application is lost if it comes between these two requests.
 """
 
 from __future__ import annotations

@@ -92,7 +92,7 @@ class Judging:
                 raise Declined("the judge has not been asked; the vectors are kept")
             return
         if not console.is_terminal:
-            raise CompareError("the judge has not been asked: agree to its price by --yes, or by --judge-budget TOKENS")
+            raise CompareError("the judge has not been asked: agree to its price with --yes or --judge-budget TOKENS")
         try:
             is_agreed = Confirm.ask("Continue?", console=console, default=False)
         except EOFError:  # a terminal to write to, and nothing to read from

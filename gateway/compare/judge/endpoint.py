@@ -285,7 +285,7 @@ class ChatEndpoint:
                 return response, bytes(content)
         except httpx.LocalProtocolError as error:  # a retry does not help
             raise CompareError(
-                f"{self.name} cannot be asked: the request is not valid HTTP; has the key a character that no key has?"
+                f"{self.name} cannot be asked: the request is not valid HTTP; does the key contain a line break?"
             ) from error
 
     def _quote(self, content: bytes) -> str:

@@ -56,7 +56,7 @@ def test_the_price_and_where_the_texts_go() -> None:
 @pytest.mark.parametrize(
     ("judging", "message"),
     [
-        (asking(), "the judge has not been asked: agree to its price by --yes, or by --judge-budget TOKENS"),
+        (asking(), "the judge has not been asked: agree to its price with --yes or --judge-budget TOKENS"),
         (asking(1_000_000), "--judge-budget is 1,000,000 tokens, and about 3,071,000 are needed"),
         (asking(1_000_000, is_agreed=True), "--judge-budget is 1,000,000 tokens"),
     ],

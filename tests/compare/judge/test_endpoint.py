@@ -342,6 +342,6 @@ async def test_a_proxy_or_certificate_that_is_wrong_is_reported(
     monkeypatch: pytest.MonkeyPatch, variable: str, value: str
 ) -> None:
     monkeypatch.setenv(variable, value)
-    with pytest.raises(CompareError, match="no HTTP client can be made; look at HTTPS_PROXY") as raised:
+    with pytest.raises(CompareError, match="cannot create an HTTP client; check HTTPS_PROXY") as raised:
         await ask("http://judge.invalid/v1")
     assert "hidden" not in str(raised.value)

@@ -35,7 +35,7 @@ def test_a_named_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
         path = store.path
     path.unlink()
     os.mkfifo(path)
-    with pytest.raises(CompareError, match="cannot be written: must be a regular file, and is a named pipe"):
+    with pytest.raises(CompareError, match="cannot be written: must be a regular file, but is a named pipe"):
         GradeStore(tmp_path, IDENTITY)
 
 

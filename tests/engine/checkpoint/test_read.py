@@ -374,7 +374,7 @@ def test_a_chat_template_that_cannot_be_read_holds_nothing_up(tmp_path: Path) ->
     os.mkfifo(tmp_path / "chat_template.jinja")
 
     with pytest.raises(
-        LoadError, match=r"chat_template\.jinja: cannot be read: must be a regular file, and is a named"
+        LoadError, match=r"chat_template\.jinja: cannot be read: must be a regular file, but is a named"
     ):
         has_chat_template(tmp_path)
 
