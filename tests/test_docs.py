@@ -93,6 +93,20 @@ def test_every_setting_and_key_is_documented(generate: ModuleType) -> None:
         assert f"\n| `{name}` | " in page
 
 
+def test_each_variable_that_is_named_anywhere_is_a_setting() -> None:
+    """The settings refuse all others, so no command would run where such a variable is set."""
+    named: dict[str, Path] = {}
+    for folder in ("gateway", "docs", "examples", "deploy"):
+        for path in (path for path in (ROOT / folder).rglob("*") if path.suffix in {".py", ".md", ".yaml", ".sh"}):
+            quote = "[\"'`]" if path.suffix == ".py" else r"\b"
+            text = path.read_text(encoding="utf-8")
+            named |= dict.fromkeys(re.findall(rf"{quote}(GATEWAY_[A-Z0-9_]+)\b", text), path.relative_to(ROOT))
+    settings = {variable(name) for name in Settings.model_fields}
+
+    assert len(named) > 40
+    assert {name: path for name, path in named.items() if name not in settings} == {}
+
+
 def test_keys_that_the_loader_sets_are_not_documented(generate: ModuleType) -> None:
     page = generate.configuration_page()
 

@@ -1,4 +1,4 @@
-"""What stores share about items: the kind of their ids, the text in their payload, JSON, and hashes. Pure."""
+"""Shared code of all stores for items: the kind of their ids, the text in their payload, JSON, and hashes. Pure."""
 
 from __future__ import annotations
 

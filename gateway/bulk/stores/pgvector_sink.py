@@ -259,7 +259,7 @@ class PgvectorSink:
     ) -> None:
         """Replace the rows that exist and are not kept, and insert the others that are not kept.
 
-        Rows that exist are locked. A row that another transaction inserts after the look is not replaced, but looked at.
+        Rows that exist are locked. A row that another transaction inserts after that is checked before it is replaced.
 
         Raises:
             RowsRefused: some rows are neither inserted nor there.

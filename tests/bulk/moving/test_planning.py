@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import uuid
 from contextlib import closing
 from pathlib import Path
@@ -10,11 +12,38 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from gateway.bulk.moving.mem0 import read_mem0
 from gateway.bulk.moving.state import read_moves
 from gateway.bulk.moving.steps import start, sync
 from gateway.bulk.rows import BulkError, EmbeddedRows, Row
 from gateway.bulk.stores.protocol import SinkOptions
+from gateway.cli.models import OwnModels, models_at
 from tests.bulk.moving.conftest import HashModel, Models, Shop, closing_shop, copy_of, request_for, vector_of
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.mark.parametrize(
+    ("provider", "settings"),
+    [
+        ("pgvector", {"host": "localhost", "user": "me", "dbname": "shop", "password": "secret"}),
+        ("milvus", {"url": "http://localhost:19530", "token": "root:secret"}),
+        ("qdrant", {"url": "http://localhost:6333", "api_key": "secret"}),
+    ],
+)
+def test_after_the_password_of_mem0s_store_was_read_the_settings_accept_the_environment(
+    provider: str, settings: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A move without --url loads the model in its own process, with the settings."""
+    monkeypatch.setattr(os, "environ", environ := {"HOME": str(tmp_path)})
+    path = tmp_path / "mem0.json"
+    path.write_text(json.dumps({"vector_store": {"provider": provider, "config": settings}}))
+
+    key = read_mem0(path).place.key
+
+    assert key is not None
+    assert environ[key] == "secret"
+    assert isinstance(models_at(None, "KEY", ROOT / "models.yaml"), OwnModels)
 
 
 @pytest.mark.parametrize("into_vector", [None, "e5"])
