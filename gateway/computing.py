@@ -126,7 +126,7 @@ def _dimensions(info: ModelInfo, dimensions: int | None) -> int:
         return info.width
     if not info.dimensions:
         raise UnsupportedDimensions(
-            f"`dimensions` is {dimensions}, but model {info.id!r} has no dense vectors, and it sets their size",
+            f"`dimensions` is {dimensions}, which sets the size of dense vectors, but model {info.id!r} has none",
             param="dimensions",
         )
     if dimensions not in info.dimensions:

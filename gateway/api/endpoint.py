@@ -58,7 +58,7 @@ Write: TypeAlias = Callable[[Request, B, A], Parts]
 class Endpoint:
     """Answers requests in any dialect: admit, parse, run, respond.
 
-    A dialect contributes three functions, see :data:`Parse`, :data:`Ask` and :data:`Write`.
+    A dialect passes four functions, see :data:`Parse`, :data:`Ask`, :data:`Run` and :data:`Write`.
 
     Attributes:
         tokenizing: the thread that tokenizes texts for requests that show tokens.

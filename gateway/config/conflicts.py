@@ -143,7 +143,7 @@ def _same_space_problem(model: ModelEntry, other: str, names: _Names) -> str | N
     if other not in names.ids:
         return names.wrong_target(other)
     if other in names.same_space_ids:
-        return f"must be a model with its own space, and {quote(other)} has the space of another model"
+        return f"must be a model with its own space, but {quote(other)} has the space of another model"
     return None
 
 
@@ -157,14 +157,14 @@ def _on_demand_conflicts(
             if arm.model in on_demand:
                 yield Conflict(
                     ("experiments", index, "arms", arm_index, "model"),
-                    f"must be loaded at the start, and {quote(arm.model)} has `load: on_demand`: requests that wait for a "
+                    f"must be loaded at the start, but {quote(arm.model)} has `load: on_demand`: requests that wait for a "
                     "load would make the arm look slow",
                 )
     for index, shadow in enumerate(shadows):
         if shadow.to in on_demand:
             yield Conflict(
                 ("shadows", index, "to"),
-                f"must be loaded at the start, and {quote(shadow.to)} has `load: on_demand`: copies would displace models "
+                f"must be loaded at the start, but {quote(shadow.to)} has `load: on_demand`: copies would displace models "
                 "that clients wait for",
             )
     for index, model in enumerate(models):
@@ -172,7 +172,7 @@ def _on_demand_conflicts(
         if other is not None and other.golden is None:
             yield Conflict(
                 ("models", index, "same_space_as"),
-                f"must be loaded at the start or have `golden` vectors to compare with, and {quote(other.id)} has `load: "
+                f"must be loaded at the start or have `golden` vectors to compare with, but {quote(other.id)} has `load: "
                 "on_demand` and no `golden`",
             )
 
@@ -205,7 +205,7 @@ def _capture_conflicts(aliases: Mapping[str, Alias], experiments: Sequence[Exper
         if file in owners:
             yield Conflict(
                 (*path, "capture", "to"),
-                f"must be a separate file, and {quote(owners[file])} and {quote(name)} have the same file",
+                f"must be a separate file, but {quote(owners[file])} and {quote(name)} have the same file",
             )
         owners.setdefault(file, name)
 

@@ -278,7 +278,7 @@ class ModelEntry(Frozen):
         if Source.parse(source).kind != "hub":
             if revision is not None:
                 raise ValueError(
-                    f"is only for hub repos, and {quote(source)} is not one; remove it, or pin with `sha256`"
+                    f"is only for hub repos, but {quote(source)} is not one; remove it, or pin with `sha256`"
                 )
         elif revision is None:
             raise ValueError(

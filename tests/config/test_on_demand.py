@@ -71,12 +71,12 @@ def test_wrong_values_are_refused_with_the_reason(tmp_path: Path, keys: str, pro
     [
         (
             "experiments:\n  - {id: e, kind: same_space, arms: [{model: one, weight: 1}, {model: two, weight: 1}]}\n",
-            "6:71 experiments[0].arms[1].model: must be loaded at the start, and `two` has `load: on_demand`: requests that "
+            "6:71 experiments[0].arms[1].model: must be loaded at the start, but `two` has `load: on_demand`: requests that "
             "wait for a load would make the arm look slow",
         ),
         (
             "shadows:\n  - {of: one, to: two, sample: 0.1}\n",
-            "6:19 shadows[0].to: must be loaded at the start, and `two` has `load: on_demand`: copies would displace models "
+            "6:19 shadows[0].to: must be loaded at the start, but `two` has `load: on_demand`: copies would displace models "
             "that clients wait for",
         ),
     ],

@@ -362,7 +362,7 @@ def two_models(first: str, second: str) -> str:
             ", same_space_as: two",
             ", same_space_as: three",
             "models[0].same_space_as",
-            "must be a model with its own space, and `two` has the space of another model",
+            "must be a model with its own space, but `two` has the space of another model",
         ),
     ],
 )
@@ -617,7 +617,7 @@ CONFLICT_CASES = [
         5,
         83,
         "models[2].same_space_as",
-        "must be a model with its own space, and `b` has the space of another model",
+        "must be a model with its own space, but `b` has the space of another model",
     ),
     Case("unset target", VALID + "  x: ${X}\n", 17, 6, "aliases.x", "variable `X` is not set"),
 ]
