@@ -335,7 +335,8 @@ def _check_judge(judge: JudgeChoice) -> None:
     if address.username is not None:
         raise BadInput("the address of the judge contains a password: send the key separately", param="judge")
     if not judge.key.isascii() or not judge.key.isprintable():
-        raise BadInput("the key of the judge has a character that no key has", param="judge")
+        message = "the key of the judge may contain only printable ASCII characters: check it for line breaks"
+        raise BadInput(message, param="judge")
 
 
 def _environment(environ: Mapping[str, str], key: str, judge: JudgeChoice | None = None) -> dict[str, str]:

@@ -120,7 +120,7 @@ async def test_events_follow_a_comparison_and_its_judge_is_asked_only_after_cons
         ({"judge": {"url": "http://[", "model": "m"}}, "is not the address of an API"),
         ({"judge": {"url": "http://a:b@host/v1", "model": "m"}}, "contains a password"),
         ({"judge": {"url": "http://host", "model": ""}}, "needs the address of an API, and the name of a model"),
-        ({"judge": {"url": "http://host", "model": "m", "key": "a\nb"}}, "a character that no key has"),
+        ({"judge": {"url": "http://host", "model": "m", "key": "a\nb"}}, "only printable ASCII characters"),
         ({"judge": {"url": "http://host"}}, "judge"),
         ({"captured": "mini"}, "'mini' has no `capture` in models.yaml; available: none"),
     ],
