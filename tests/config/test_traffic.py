@@ -155,7 +155,7 @@ E = "experiments[0]"
             ("model: two", "model: deux"), f"7:17 {E}.arms[1].model: is not a model of this file", id="unknown"
         ),
         pytest.param(
-            ("model: two", "model: default"), f"7:17 {E}.arms[1].model: must be a model id, and", id="alias arm"
+            ("model: two", "model: default"), f"7:17 {E}.arms[1].model: must be a model id, but", id="alias arm"
         ),
         pytest.param(
             ("model: two", "model: 'two:query'"), f"7:17 {E}.arms[1].model: must be a model id alone", id="id:task"
@@ -213,7 +213,7 @@ def test_a_problem_of_an_experiment_is_reported_with_its_place(
         ),
         pytest.param("shadows:\n  - {of: one, to: two, max_queue: 0}\n", "2:35 shadows[0].max_queue: must", id="queue"),
         pytest.param("fallbacks:\n  four: [two]\n", "2:3 fallbacks.four: is not a model of this file", id="whose"),
-        pytest.param("fallbacks:\n  one: [named]\n", "2:9 fallbacks.one[0]: must be a model id, and", id="not an id"),
+        pytest.param("fallbacks:\n  one: [named]\n", "2:9 fallbacks.one[0]: must be a model id, but", id="not an id"),
         pytest.param("fallbacks:\n  one: [one]\n", "2:9 fallbacks.one[0]: is the model itself", id="own fallback"),
         pytest.param("fallbacks:\n  one: []\n", "2:8 fallbacks.one: must have at least one entry", id="empty"),
         pytest.param("fallbacks:\n  one: two\n", "2:8 fallbacks.one: must be a list", id="no list"),
