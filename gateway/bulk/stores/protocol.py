@@ -17,8 +17,10 @@ from gateway.bulk.rows import BadRow, EmbeddedRows, Row, RowId, Sink, Source, Sp
 from gateway.types import SparseVector
 
 MEM0_KEY: Final = "MEM0_STORE_KEY"
-"""The environment variable that holds the key of Mem0's configuration in this process: places only name variables. It must not
-begin with ``GATEWAY_``, because the settings reject such variables."""
+"""The environment variable that holds the key of Mem0's configuration in this process: places only name variables.
+
+It must not begin with ``GATEWAY_``, because the settings reject such variables.
+"""
 
 Moment: TypeAlias = datetime | int | float
 """A point in time in an item's field: a date with its time, or seconds or milliseconds since 1970."""
