@@ -179,7 +179,7 @@ BATCH_JOBS = Gauge(
 )
 BATCH_JOBS_ENDED = Counter(
     "gateway_batch_api_ended",
-    "Batches of the Batch API that have ended: `completed`, `failed`, `expired` or `cancelled`.",
+    "Ended batches of the Batch API: `completed`, `failed`, `expired`, `cancelled`.",
     ["status"],
 )
 BATCH_LINES = Counter(
