@@ -178,9 +178,7 @@ BATCH_JOBS = Gauge(
     "gateway_batch_api_open", "Batches of the Batch API that have not ended, by their state.", ["status"]
 )
 BATCH_JOBS_ENDED = Counter(
-    "gateway_batch_api_ended",
-    "Ended batches of the Batch API: `completed`, `failed`, `expired`, `cancelled`.",
-    ["status"],
+    "gateway_batch_api_ended", "Batches that ended: `completed`, `failed`, `expired`, `cancelled`.", ["status"]
 )
 BATCH_LINES = Counter(
     "gateway_batch_api_lines",
