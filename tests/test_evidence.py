@@ -109,10 +109,8 @@ def test_the_command_prints_and_sets_its_exit_status(
 def test_the_page_has_the_figures_of_every_simulation(name: str) -> None:
     """If a promise was changed, the figures of the earlier one say nothing about it."""
     simulation, section = KNOWN[name], read_section(evidence.SECTION, evidence.PAGE)
-    assert (
-        f"| {simulation.title} | {simulation.counted} | {simulation.sense} {simulation.promised:.1%}".replace("%", " %")
-        in section
-    )
+    promised = f"{simulation.sense} {100 * simulation.promised:.1f} %"
+    assert f"| {simulation.title} | {simulation.counted} | {promised} |" in section
     evidence.merged(section, [(simulation, [Rate(case, 0, 1) for case in simulation.cases])])
 
 
