@@ -58,6 +58,15 @@ JOIN pg_class t ON t.oid = d.refobjid AND t.oid <> v.oid JOIN pg_namespace tn ON
 WHERE v.relkind = 'v' AND t.relkind IN ('r', 'p')
 GROUP BY 1, 2, 3, 4, 5, 6, 7, 8, t.oid
 """
+_IS_VIEW: Final = "SELECT relkind IN ('v', 'm') FROM pg_class WHERE oid = to_regclass(%s)"
+_USERS: Final = """
+SELECT pg_describe_object(d.classid, d.objid, d.objsubid)
+FROM pg_depend d LEFT JOIN pg_rewrite r ON r.oid = d.objid AND d.classid = 'pg_rewrite'::regclass
+JOIN pg_class v ON (d.refclassid, d.refobjid) IN (('pg_class'::regclass, v.oid), ('pg_type'::regclass, v.reltype))
+WHERE v.oid = to_regclass(%s) AND d.deptype IN ('n', 'a') AND (r.ev_class IS DISTINCT FROM v.oid OR r.rulename <> '_RETURN')
+ORDER BY 1
+"""
+"""The objects that use a view, such as another view, or belong to it, such as a trigger, except its own definition."""
 _QUOTED: Final = r'"(?:[^"]|"")*"'
 # Columns and a table, without other names, functions and conditions.
 _PLAIN_VIEW: Final = re.compile(
@@ -90,7 +99,7 @@ class PgvectorStore:
         self._place = place
         self._id = place.options.get("id")
         self._vector = place.options.get("vector")
-        self._session = Session(self._connect)
+        self._session = Session(self._connect_to_all)
 
     @property
     def _connection(self) -> Connection:
@@ -98,6 +107,14 @@ class PgvectorStore:
 
     def _connect(self) -> Connection:
         return connect(self._place)
+
+    def _connect_to_all(self) -> Connection:
+        connection = self._connect()
+        with refusals(
+            self.name
+        ):  # a table whose policies hide rows from this role would be copied, and deleted, in part
+            connection.execute("SET row_security = off")
+        return connection
 
     def source(self, collection: str, names: FieldNames, since: Since | None = None) -> KeysetSource:
         """Return the rows of a table."""
@@ -291,12 +308,13 @@ class PgvectorStore:
     def why_not_flip(self, name: str) -> str:
         """Return the reason why a name cannot be redirected to another table as a view; empty if it can."""
         name = self._real_name(name)
+        kinds = self._fetch(self.name, _IS_VIEW, [read_name(name).quoted])
         if name in self.aliases():
-            return ""
-        if name in self._views():
+            users = self._fetch(self.name, _USERS, [read_name(name).quoted])
+            return _not_redirected(name, users[0][0]) if users else ""
+        if kinds == [(True,)]:
             return f"{quote(name)} is a view that does more than give a table another name: change it yourself"
-        query = "SELECT relkind FROM pg_class WHERE oid = to_regclass(%s)"
-        if not self._fetch(self.name, query, [read_name(name).quoted]):
+        if not kinds:
             return ""
         return (
             f"{quote(name)} is itself a table: rename it, for example to {quote(f'{name}_1')}, and create a view with "
@@ -315,12 +333,14 @@ class PgvectorStore:
         view, table = self._real_name(name), self._table(collection)
 
         def redirect(connection: Connection) -> None:
-            _table, old = self._views().get(view, ("", None))
+            shown, old = self._views().get(view, ("", None))
+            before = self._table(shown) if shown else table
             with connection.transaction():
                 # Otherwise, while this change waits for a long query, it blocks all later queries.
                 connection.execute(sql.SQL("SET LOCAL lock_timeout = {}").format(sql.Literal(f"{_LOCK_S}s")))
                 if old is not None:
                     creation.replace_view(connection, old, table.name)
+                    rows.continue_identity(connection, table, before)  # while no statement can use the view
                     return
                 create = sql.SQL("CREATE VIEW {} AS SELECT * FROM {}")
                 connection.execute(create.format(read_name(view).sql, table.name.sql))
@@ -348,6 +368,13 @@ class PgvectorStore:
     def close(self) -> None:
         """Close the connection."""
         self._session.close()
+
+
+def _not_redirected(view: str, user: str) -> str:
+    return (
+        f"{quote(view)} would lose {quote(user)}, because a view that is redirected is a new one: drop that first, and "
+        "create it again after the flip"
+    )
 
 
 def _shown(schema: str, table: str, is_visible: bool) -> str:

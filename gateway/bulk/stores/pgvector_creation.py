@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from typing import Final
 
+import psycopg
 from psycopg import sql
 
 from gateway.bulk.rows import BulkError, SpaceNote
@@ -17,6 +19,7 @@ from gateway.bulk.stores.pgvector_tables import (
     Name,
     Table,
     identifier,
+    message_of,
     operator_of,
 )
 from gateway.config.wording import quote
@@ -25,6 +28,14 @@ MAX_WIDTH: Final = 16_000
 """The largest number of dimensions of a `vector`."""
 _MAX_INDEXED: Final = {"vector": 2_000, "halfvec": 4_000}
 """The largest number of dimensions that an index of pgvector supports, by type."""
+_POLICIES: Final = """
+SELECT CASE WHEN polpermissive THEN 'PERMISSIVE' ELSE 'RESTRICTIVE' END,
+       CASE polcmd WHEN 'r' THEN 'SELECT' WHEN 'a' THEN 'INSERT' WHEN 'w' THEN 'UPDATE' WHEN 'd' THEN 'DELETE'
+       ELSE 'ALL' END,
+       polname, ARRAY(SELECT pg_get_userbyid(role)::text FROM unnest(polroles) role WHERE role <> 0),
+       pg_get_expr(polqual, polrelid), pg_get_expr(polwithcheck, polrelid)
+FROM pg_policy WHERE polrelid = %s ORDER BY polname
+"""
 
 
 def require_extension(connection: Connection, store: str) -> None:
@@ -62,13 +73,13 @@ def create_table(connection: Connection, name: Name, store: str, note: SpaceNote
             name.sql, sql.SQL(id_type), identifier(vector), sql.SQL(kind), sql.Literal(note.dimensions)
         )
     )
-    _finish(connection, name, vector, kind, note, "cosine")
+    _finish(connection, name, vector, kind, note, _metric(note))
 
 
 def create_like(connection: Connection, name: Name, other: Table, note: SpaceNote, vector: Column) -> None:
-    """Create a table with the columns, indexes and grants of another table, within the open transaction.
+    """Create a table with the columns, indexes, grants and row security of another table, within the open transaction.
 
-    Foreign keys, triggers and policies are not copied, because they may prevent writing copies of rows.
+    Foreign keys and triggers are not copied, because they may prevent writing copies of rows.
     """
     if name.schema is other.name.schema is None:  # not the first schema of this role's search path, but the original's
         name = Name(name.table, _schema(connection, other.oid))
@@ -84,6 +95,7 @@ def create_like(connection: Connection, name: Name, other: Table, note: SpaceNot
         )
     )
     copy_grants(connection, other.oid, name)
+    _copy_row_security(connection, other, name)
     _finish(connection, name, vector.name, kind, note, metric, vector.comment)
 
 
@@ -115,20 +127,59 @@ def replace_view(connection: Connection, oid: int, table: Name) -> None:
 def copy_grants(connection: Connection, oid: int, name: Name) -> None:
     """Copy the grants of a table or view to another, whose maker may be another role than the owner of the first."""
     grants = """
-        SELECT CASE WHEN grantee = 0 THEN NULL ELSE pg_get_userbyid(grantee) END, privilege_type, is_grantable
+        SELECT NULL, CASE WHEN grantee = 0 THEN NULL ELSE pg_get_userbyid(grantee) END, privilege_type, is_grantable
         FROM pg_class, aclexplode(relacl) WHERE oid = %(oid)s AND grantee <> relowner
-        UNION ALL SELECT pg_get_userbyid(relowner), 'ALL', true
+        UNION ALL
+        SELECT attname::text, CASE WHEN grantee = 0 THEN NULL ELSE pg_get_userbyid(grantee) END, privilege_type, is_grantable
+        FROM pg_class c JOIN pg_attribute ON attrelid = c.oid, aclexplode(attacl)
+        WHERE c.oid = %(oid)s AND grantee <> relowner AND NOT attisdropped
+        UNION ALL SELECT NULL, pg_get_userbyid(relowner), 'ALL', true
         FROM pg_class WHERE oid = %(oid)s AND pg_get_userbyid(relowner) <> current_user
     """
-    for role, privilege, is_grantable in connection.execute(grants, {"oid": oid}).fetchall():
+    for column, role, privilege, is_grantable in connection.execute(grants, {"oid": oid}).fetchall():
         connection.execute(
-            sql.SQL("GRANT {} ON {} TO {}{}").format(
+            sql.SQL("GRANT {}{} ON {} TO {}{}").format(
                 sql.SQL(privilege),
+                sql.SQL("") if column is None else sql.SQL(" ({})").format(identifier(column)),
                 name.sql,
                 sql.SQL("PUBLIC") if role is None else identifier(role),
                 sql.SQL(" WITH GRANT OPTION" if is_grantable else ""),
             )
         )
+
+
+def _copy_row_security(connection: Connection, other: Table, name: Name) -> None:
+    """Copy the row security of a table: without it, each role with grants would see all rows of the copy.
+
+    Raises:
+        BulkError: a policy cannot be copied, for example because it names the table itself.
+    """
+    query = "SELECT relrowsecurity, relforcerowsecurity, pg_get_userbyid(relowner) FROM pg_class WHERE oid = %s"
+    [is_on, is_forced, owner] = connection.execute(query, [other.oid]).fetchone() or (False, False, "")
+    if not is_on:
+        return
+    for *parts, policy, roles, uses, checks in connection.execute(_POLICIES, [other.oid]).fetchall():
+        statement = sql.SQL("CREATE POLICY {} ON {} AS {} FOR {} TO {}{}{}").format(
+            identifier(policy),
+            name.sql,
+            *map(sql.SQL, parts),
+            sql.SQL(", ").join([identifier(role) for role in roles] or [sql.SQL("PUBLIC")]),
+            sql.SQL(f" USING ({uses})" if uses else ""),
+            sql.SQL(f" WITH CHECK ({checks})" if checks else ""),
+        )
+        try:
+            connection.execute(statement)
+        except psycopg.Error as error:
+            raise BulkError(
+                f"the policy {quote(policy)} of {other.place} cannot be copied: {message_of(error)}. Create the new table "
+                "yourself, with its policies and without rows, and name it with --into"
+            ) from error
+    changes = ["ENABLE ROW LEVEL SECURITY", *(["FORCE ROW LEVEL SECURITY"] if is_forced else [])]
+    for change in changes:
+        connection.execute(sql.SQL("ALTER TABLE {} {}").format(name.sql, sql.SQL(change)))
+    # Policies do not apply to the owner, and so not to views of the owner either.
+    with suppress(psycopg.errors.InsufficientPrivilege), connection.transaction():
+        connection.execute(sql.SQL("ALTER TABLE {} OWNER TO {}").format(name.sql, identifier(owner)))
 
 
 def add_vector(connection: Connection, table: Table, vector: str, note: SpaceNote) -> None:
@@ -139,7 +190,11 @@ def add_vector(connection: Connection, table: Table, vector: str, note: SpaceNot
             table.name.sql, identifier(vector), sql.SQL(kind), sql.Literal(note.dimensions)
         )
     )
-    _finish(connection, table.name, vector, kind, note, "cosine")
+    _finish(connection, table.name, vector, kind, note, _metric(note))
+
+
+def _metric(note: SpaceNote) -> str:
+    return "cosine" if note.is_normalized else "ip"
 
 
 def _finish(

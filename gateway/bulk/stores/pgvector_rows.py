@@ -80,10 +80,11 @@ def locked_digests(connection: Connection, table: Table, ids: Sequence[RowId]) -
 
 
 def follow_identity(connection: Connection, table: Table) -> None:
-    """Advance the sequence of an identity column past the written ids."""
+    """Advance the sequence of an identity column past the written ids, and never back to ids that are given out."""
     if table.id.is_identity:
         query = sql.SQL(
-            "SELECT setval(s, m) FROM (SELECT pg_get_serial_sequence({}, {}) AS s, max({}) AS m FROM {}) r WHERE m > 0"
+            "SELECT setval(s, m) FROM (SELECT pg_get_serial_sequence({}, {}) AS s, max({}) AS m FROM {}) r "
+            "WHERE m > coalesce(pg_sequence_last_value(s::regclass), 0)"
         ).format(
             sql.Literal(table.name.quoted),
             sql.Literal(table.id.name),
@@ -91,6 +92,18 @@ def follow_identity(connection: Connection, table: Table) -> None:
             table.name.sql,
         )
         connection.execute(query)
+
+
+def continue_identity(connection: Connection, table: Table, other: Table) -> None:
+    """Advance the sequence of an identity column past the ids that another table has given out, also to uncopied rows."""
+    if table.id.is_identity and other.id.is_identity:
+        query = sql.SQL(
+            "SELECT setval(s, n) FROM (SELECT pg_get_serial_sequence({}, {}) AS s, pg_get_serial_sequence({}, {}) AS o) q, "
+            "LATERAL (SELECT CASE WHEN has_sequence_privilege(o, 'USAGE, SELECT') THEN pg_sequence_last_value(o::regclass) "
+            "END AS n) r WHERE n > coalesce(pg_sequence_last_value(s::regclass), 0)"
+        )
+        names = [part for one in (table, other) for part in (one.name.quoted, one.id.name)]
+        connection.execute(query.format(*map(sql.Literal, names)))
 
 
 def order_of(table: Table) -> sql.Composable:

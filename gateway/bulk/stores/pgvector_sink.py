@@ -63,7 +63,6 @@ class PgvectorSink:
         self._table: Table | None = None
         self._like: Table | None = None
         self._ids = KindOfIds()
-        self._guard: Guard | None = None
 
     @property
     def _connection(self) -> Connection:
@@ -143,26 +142,25 @@ class PgvectorSink:
         Raises:
             RowsRefused: the table's constraints or types do not allow some rows.
         """
+        self._write_shard(batch, None)
+
+    def write_guarded(self, shard: int, batch: EmbeddedRows, guard: Guard) -> None:
+        """Write rows in the transaction in which the guard sees those that exist."""
+        self._write_shard(batch, guard)
+
+    def _write_shard(self, batch: EmbeddedRows, guard: Guard | None) -> None:
         if not batch.rows or batch.dense is None:
             return
         rows, vectors = batch.rows, batch.dense
         try:
-            self._session.call(lambda connection: self._write(connection, rows, vectors))
+            self._session.call(lambda connection: self._write(connection, rows, vectors, guard))
         except BulkError as error:
             if not isinstance(error.__cause__, _OF_A_ROW):
                 raise
-            bad = self._session.call(lambda connection: self._refused(connection, rows, vectors))
+            bad = self._session.call(lambda connection: self._refused(connection, rows, vectors, guard))
             if not bad:
                 raise
             raise RowsRefused(bad) from error
-
-    def write_guarded(self, shard: int, batch: EmbeddedRows, guard: Guard) -> None:
-        """Write rows in the transaction in which the guard sees those that exist."""
-        self._guard = guard
-        try:
-            self.write(shard, batch)
-        finally:
-            self._guard = None
 
     def problem(self, row: Row) -> str:
         """Return the reason why PostgreSQL cannot store a row; empty if it can."""
@@ -186,24 +184,26 @@ class PgvectorSink:
         )
         return tables.id_problem(row.id, self._table.id) or next(filter(None, problems), "")
 
-    def _write(self, connection: Connection, rows: Sequence[Row], vectors: Vectors) -> None:
+    def _write(self, connection: Connection, rows: Sequence[Row], vectors: Vectors, guard: Guard | None) -> None:
         with refusals(self.name), connection.transaction():
             table = self._ready(connection, rows)
-            if self._guard is None:
+            if guard is None:
                 self._insert(connection, table, self._statement(table, rows), rows, vectors)
             else:
-                self._insert_guarded(connection, table, self._guard, rows, vectors)
+                self._insert_guarded(connection, table, guard, rows, vectors)
             follow_identity(connection, table)
         self._table = table
 
-    def _refused(self, connection: Connection, rows: Sequence[Row], vectors: Vectors) -> list[BadRow]:
+    def _refused(
+        self, connection: Connection, rows: Sequence[Row], vectors: Vectors, guard: Guard | None
+    ) -> list[BadRow]:
         """Return the rows that PostgreSQL rejects. They are found by halves, and nothing is stored."""
         bad = []
         with refusals(self.name), connection.transaction(force_rollback=True):
             table = self._ready(connection, rows)
-            if self._guard is not None:
+            if guard is not None:
                 ids = [row.id for row in rows]
-                some_ids = set(not_kept(ids, locked_digests(connection, table, ids), self._guard))
+                some_ids = set(not_kept(ids, locked_digests(connection, table, ids), guard))
                 written = [number for number, row_id in enumerate(ids) if row_id in some_ids]
                 rows, vectors = [rows[number] for number in written], vectors[written]
             statement = self._statement(table, rows)

@@ -79,9 +79,12 @@ ORDER BY i.indisprimary DESC
 VECTOR_INDEXES: Final = """
 SELECT i.indexrelid::regclass::text, o.opcname
 FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid JOIN pg_am m ON m.oid = c.relam
-JOIN pg_opclass o ON o.oid = i.indclass[0] JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = i.indkey[0]
-WHERE i.indrelid = %s AND a.attname = %s AND m.amname IN ('hnsw', 'ivfflat')
+JOIN pg_opclass o ON o.oid = i.indclass[0]
+WHERE i.indrelid = %s AND m.amname IN ('hnsw', 'ivfflat') AND EXISTS (
+    SELECT FROM pg_depend d JOIN pg_attribute a ON a.attrelid = d.refobjid AND a.attnum = d.refobjsubid
+    WHERE d.classid = 'pg_class'::regclass AND d.objid = i.indexrelid AND d.refobjid = i.indrelid AND a.attname = %s)
 """
+"""The indexes of a column of vectors, also those of an expression, such as ``embedding::halfvec(3072)``."""
 
 
 def identifier(*parts: str) -> sql.Composable:
