@@ -53,7 +53,10 @@ def _value(value: Json) -> Value | None:
         case int():
             return value if value in _INT64 else str(value)
         case list() if (
-            value and len({type(item) for item in value}) == 1 and isinstance(value[0], bool | int | float | str)
+            value
+            and len({type(item) for item in value}) == 1
+            and isinstance(value[0], bool | int | float | str)
+            and all(not isinstance(item, int) or item in _INT64 for item in value)
         ):
             return value
     return json.dumps(value, ensure_ascii=False)

@@ -12,6 +12,7 @@ from typing import Any, Final
 import grpc
 import pymilvus
 from pymilvus import DataType, MilvusClient
+from pymilvus.milvus_client import IndexParams
 
 from gateway.bulk.rows import BulkError, Json, RowId, SpaceNote
 from gateway.bulk.stores.notes import NOTE, note_to_json, read_notes
@@ -202,27 +203,41 @@ def payload_of(collection: Collection, item: Mapping[str, Any]) -> dict[str, Jso
 def create_collection(
     client: MilvusClient, name: str, note: SpaceNote, has_counted_ids: bool, vector: str, sparse: str
 ) -> None:
-    """Create a collection with an id, the vectors of a job, and dynamic fields for the payload."""
+    """Create a collection with an id, the vectors of a job, and dynamic fields for the payload, without indexes."""
     schema = client.create_schema(enable_dynamic_field=True)
     if has_counted_ids:
         schema.add_field("id", DataType.INT64, is_primary=True)
     else:
         schema.add_field("id", DataType.VARCHAR, is_primary=True, max_length=MAX_ID_BYTES)
-    indexes = client.prepare_index_params()
     if note.dimensions:
         schema.add_field(vector, DataType.FLOAT_VECTOR, dim=note.dimensions)
-        indexes.add_index(field_name=vector, index_type="AUTOINDEX", metric_type="COSINE")
     if note.has_sparse:
         schema.add_field(sparse, DataType.SPARSE_FLOAT_VECTOR)
-        indexes.add_index(field_name=sparse, index_type="SPARSE_INVERTED_INDEX", metric_type="IP")
     noted = vector if note.dimensions else sparse
-    client.create_collection(
-        name, schema=schema, index_params=indexes, properties=noted_properties({noted: note}), timeout=TIMEOUT_S
-    )
+    client.create_collection(name, schema=schema, properties=noted_properties({noted: note}), timeout=TIMEOUT_S)
+
+
+def usual_indexes(note: SpaceNote, vector: str, sparse: str) -> IndexParams:
+    """Return the indexes of a new collection."""
+    indexes = IndexParams()
+    if note.dimensions:
+        metric = "COSINE" if note.is_normalized else "IP"
+        indexes.add_index(field_name=vector, index_type="AUTOINDEX", metric_type=metric)
+    if note.has_sparse:
+        indexes.add_index(field_name=sparse, index_type="SPARSE_INVERTED_INDEX", metric_type="IP")
+    return indexes
+
+
+def add_indexes(client: MilvusClient, name: str, wanted: IndexParams) -> None:
+    """Create those of the indexes whose field has none: a process may have ended after it created the collection."""
+    found = client.list_indexes(name, timeout=TIMEOUT_S)
+    fields = {client.describe_index(name, index, timeout=TIMEOUT_S)["field_name"] for index in found}
+    if missing := [index for index in wanted if index.field_name not in fields]:
+        client.create_index(name, IndexParams(missing), timeout=TIMEOUT_S)
 
 
 def create_like(client: MilvusClient, name: str, other: Collection, note: SpaceNote, vector: Field) -> None:
-    """Create a collection with the fields, functions, indexes and settings of another, for vectors of another space.
+    """Create a collection with the fields, functions and settings of another, without indexes, for vectors of another space.
 
     The ids are always given by the writer, even if Milvus generated them in the other collection.
     """
@@ -242,7 +257,20 @@ def create_like(client: MilvusClient, name: str, other: Collection, note: SpaceN
                 params=function.get("params") or {},
             )
         )
-    indexes = client.prepare_index_params()
+    properties = dict(other.description.get("properties") or {})
+    others = {name: own for name, own in other.notes.items() if name != vector.name}
+    client.create_collection(
+        name,
+        schema=schema,
+        consistency_level=other.description.get("consistency_level_name", "Strong"),
+        properties={**properties, **noted_properties({**others, vector.name: note})},
+        timeout=TIMEOUT_S,
+    )
+
+
+def indexes_of(client: MilvusClient, other: Collection) -> IndexParams:
+    """Return the indexes of a collection, for its copy."""
+    indexes = IndexParams()
     for index in client.list_indexes(other.name, timeout=TIMEOUT_S):
         described = client.describe_index(other.name, index, timeout=TIMEOUT_S)
         indexes.add_index(
@@ -250,16 +278,7 @@ def create_like(client: MilvusClient, name: str, other: Collection, note: SpaceN
             index_name=described["index_name"],
             params={key: value for key, value in described.items() if key not in _OF_INDEXES},
         )
-    properties = dict(other.description.get("properties") or {})
-    others = {name: own for name, own in other.notes.items() if name != vector.name}
-    client.create_collection(
-        name,
-        schema=schema,
-        index_params=indexes,
-        consistency_level=other.description.get("consistency_level_name", "Strong"),
-        properties={**properties, **noted_properties({**others, vector.name: note})},
-        timeout=TIMEOUT_S,
-    )
+    return indexes
 
 
 _OF_INDEXES: Final = (

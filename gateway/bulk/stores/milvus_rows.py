@@ -13,6 +13,7 @@ from pymilvus.exceptions import MilvusException
 from gateway.bulk.blocks import size_of
 from gateway.bulk.fields import FieldNames
 from gateway.bulk.rows import BadRow, BulkError, EmbeddedRows, Json, Row, RowId, RowsRefused, SpaceNote, ids_of_parted
+from gateway.bulk.stores import milvus_collections
 from gateway.bulk.stores.milvus_collections import (
     MAX_ID_BYTES,
     MAX_WIDTH,
@@ -20,8 +21,6 @@ from gateway.bulk.stores.milvus_collections import (
     Collection,
     Field,
     after_id,
-    create_collection,
-    create_like,
     find_collection,
     noted_properties,
     payload_of,
@@ -29,7 +28,7 @@ from gateway.bulk.stores.milvus_collections import (
     selection,
 )
 from gateway.bulk.stores.notes import check_note, replaced
-from gateway.bulk.stores.payloads import KindOfIds, has_nul, with_field
+from gateway.bulk.stores.payloads import KindOfIds, has_large_integer, has_nul, with_field
 from gateway.bulk.stores.protocol import Since, SinkOptions
 from gateway.bulk.stores.reading import Item, KeysetSource
 from gateway.config.wording import quote
@@ -202,6 +201,8 @@ class MilvusSink:
                 f"it has a field {quote(name)}, a name that Milvus or {self.name} uses itself, so it would be lost: rename "
                 "the field, or leave it out with --payload"
             )
+        if name := next((name for name, value in payload.items() if has_large_integer(value)), ""):
+            return f"its field {quote(name)} has an integer of more than 64 bits, which Milvus cannot store: make it a text"
         for field in () if found is None else found.others:
             value, most = payload.get(field.name), field.settings.get("max_length")
             if isinstance(value, str) and most is not None and (size := len(value.encode())) > most:
@@ -226,7 +227,13 @@ class MilvusSink:
         if self._like is None:
             raise BulkError(f"there is no collection {quote(like)} in {self._store.rstrip('/#')}")
         if find_collection(self._client, self._wanted, self._store) is None:
-            create_like(self._client, self._wanted, self._like, note, self._like.vector(self._options.vector))
+            milvus_collections.create_like(
+                self._client, self._wanted, self._like, note, self._like.vector(self._options.vector)
+            )
+        if not self._options.adopts:
+            milvus_collections.add_indexes(
+                self._client, self._wanted, milvus_collections.indexes_of(self._client, self._like)
+            )
 
     def _check(self, collection: Collection, note: SpaceNote) -> None:
         """Check an existing collection, and write the note if it is missing."""
@@ -240,11 +247,14 @@ class MilvusSink:
                 f"the field {quote(noted)} of {self.name} requires vectors of {width} dimensions, but those of "
                 f"{note.model} have {note.dimensions}: choose another collection"
             )
-        if note.has_sparse:
-            self._sparse(collection)
+        sparse = self._sparse(collection) if note.has_sparse else ""
         if held is None:
             self._client.alter_collection_properties(
                 collection.name, noted_properties({**collection.notes, noted: note}), timeout=TIMEOUT_S
+            )
+        if self._like is None:
+            milvus_collections.add_indexes(
+                self._client, collection.name, milvus_collections.usual_indexes(note, noted, sparse)
             )
         self._noted = {noted: held or note}
 
@@ -314,7 +324,9 @@ class MilvusSink:
         vector = self._options.vector or _DENSE_NAME
         collection = find_collection(self._client, self._wanted, self._store)
         if collection is None:
-            create_collection(self._client, self._wanted, self._note, are_counted, vector, _SPARSE_NAME)
+            milvus_collections.create_collection(
+                self._client, self._wanted, self._note, are_counted, vector, _SPARSE_NAME
+            )
             collection = find_collection(self._client, self._wanted, self._store)
         if collection is None:
             raise BulkError(f"{self.name} was deleted while it was being created")

@@ -104,3 +104,15 @@ def has_nul(value: Json) -> bool:
         case list() | tuple():
             return any(map(has_nul, value))
     return False
+
+
+def has_large_integer(value: Json) -> bool:
+    """Return whether a value has an integer of more than 64 bits, which some stores cannot keep."""
+    match value:
+        case int():
+            return not -(2**63) <= value < 2**64
+        case Mapping():
+            return any(map(has_large_integer, value.values()))
+        case list() | tuple():
+            return any(map(has_large_integer, value))
+    return False

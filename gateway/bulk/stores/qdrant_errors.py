@@ -10,7 +10,7 @@ from qdrant_client.http.exceptions import ResponseHandlingException, UnexpectedR
 
 from gateway.bulk.stores.patience import PATIENCE_S, RETRY_HINT
 from gateway.bulk.stores.protocol import Place
-from gateway.config.wording import cut
+from gateway.config.wording import cut, quote
 
 _PASSING: Final = (429, 500, 502, 503, 504)
 
@@ -73,6 +73,11 @@ def _explain_response(error: UnexpectedResponse, place: Place, where: str, has_k
             return (
                 f"{where} rejects a request because of its size: {message}. Raise Qdrant's "
                 "`service.max_request_size_mb`; the multi-vectors of a single long text can exceed the default of 32 MB"
+            )
+        case 404 if place.path:
+            return (
+                f"{where} rejects a request with status 404: {message}. Is {quote(place.path)} a prefix of all paths of the "
+                "server? A collection is the last part of a URL, but not part of --from"
             )
         case int() if status in _PASSING:
             return f"{where} fails with status {status}: {message}; {RETRY_HINT}"

@@ -36,7 +36,7 @@ def create(client: QdrantClient, collection: str, layout: Layout, note: SpaceNot
 def create_like(
     client: QdrantClient, collection: str, layout: Layout, note: SpaceNote, like: models.CollectionInfo
 ) -> None:
-    """Create a collection with the settings, other vectors, metadata and payload indexes of another collection."""
+    """Create a collection with the settings, other vectors and metadata of another collection."""
     config, params, theirs = like.config, like.config.params, Vectors.of(like)
     wanted = params_of(layout, note)
     dense = {**theirs.dense}
@@ -57,8 +57,15 @@ def create_like(
         quantization_config=config.quantization_config,
         metadata=_metadata(config.metadata, {layout.noted: note}, collection),
     )
+
+
+def add_indexes(client: QdrantClient, collection: str, like: models.CollectionInfo) -> None:
+    """Create the payload indexes of another collection that this one lacks: a process may have ended before it did so."""
+    ours = client.get_collection(collection).payload_schema
     for field, index in like.payload_schema.items():
-        client.create_payload_index(collection, field, index.params or models.PayloadSchemaType(index.data_type.value))
+        if field not in ours:
+            schema = index.params or models.PayloadSchemaType(index.data_type.value)
+            client.create_payload_index(collection, field, schema)
 
 
 def _config(dense: Mapping[str, models.VectorParams]) -> Mapping[str, models.VectorParams] | models.VectorParams:

@@ -16,7 +16,7 @@ from gateway.bulk.stores.qdrant_connection import Connection
 from gateway.bulk.stores.qdrant_errors import status_of
 from gateway.bulk.stores.qdrant_layout import UNNAMED, Layout, Vectors, dense_params, layout_in, new_layout
 from gateway.bulk.stores.qdrant_points import payload_of, point_id, problem_of
-from gateway.bulk.stores.qdrant_settings import create, create_like, layout_like
+from gateway.bulk.stores.qdrant_settings import add_indexes, create, create_like, layout_like
 
 Result = TypeVar("Result")
 
@@ -70,6 +70,8 @@ class QdrantSink:
         if like is not None and self._layout is not None:
             theirs, ours = Vectors.of(like), Vectors.of(self._connection.read_info(self._collection))
             self._others = sorted((theirs.names & ours.names) - self._layout.names)
+            if not self._options.adopts:
+                self._call(lambda client: add_indexes(client, self._collection, like))
 
     def _check(self, note: SpaceNote) -> None:
         """Check an existing collection, and write the note into an empty one."""

@@ -18,6 +18,8 @@ from gateway.bulk.stores.protocol import Mark, Moment, Since
 SAMPLE: Final = 64
 """The number of items that are inspected to find the fields."""
 _CLOCK_MARGIN: Final = timedelta(hours=1)
+_WESTERNMOST: Final = timedelta(hours=12)
+"""The time zone in which a local time is latest."""
 
 Item: TypeAlias = tuple[RowId, dict[str, Json]]
 """The id and the payload of an item."""
@@ -134,8 +136,10 @@ def is_later(payload: Mapping[str, Json], since: Since) -> bool:
     if isinstance(value, int | float):
         moment = value
     elif isinstance(value, str):
-        with suppress(ValueError):
+        with suppress(ValueError, OverflowError):
             moment = datetime.fromisoformat(value)
+            if moment.tzinfo is None:  # of any time zone; a date without a time says too little
+                moment = (moment + _WESTERNMOST).replace(tzinfo=UTC) if ":" in value else None
     try:
         return moment is None or moment > since.moment  # type: ignore[operator]
     except TypeError:

@@ -27,6 +27,7 @@ class QdrantServer:
         faults: of the next requests, in order.
         key: that requests must have; ``None`` for none.
         has_metadata: false for a server before 1.16, which ignores metadata.
+        indexes: of payload fields, by collection and field; the engine has none.
         paths: of all requests, with their methods.
         sizes: of the bodies of all requests.
     """
@@ -36,6 +37,7 @@ class QdrantServer:
         self.faults: deque[Fault] = deque()
         self.key: str | None = None
         self.has_metadata = True
+        self.indexes: dict[str, dict[str, models.PayloadIndexInfo]] = {}
         self.max_bytes = 32 * 2**20
         self.paths: list[str] = []
         self.sizes: list[int] = []
@@ -80,6 +82,18 @@ def _update(server: QdrantServer, name: str, body: dict[str, Any]) -> bool:
     return server.engine.update_collection(name, metadata=body.get("metadata") if server.has_metadata else None)
 
 
+def _describe(server: QdrantServer, name: str, body: dict[str, Any]) -> object:
+    return server.engine.get_collection(name).model_copy(update={"payload_schema": server.indexes.get(name, {})})
+
+
+def _index(server: QdrantServer, name: str, body: dict[str, Any]) -> object:
+    schema = body["field_schema"]
+    kind, params = (schema, None) if isinstance(schema, str) else (schema["type"], schema)
+    info = models.PayloadIndexInfo.model_validate({"data_type": kind, "params": params, "points": 0})
+    server.indexes.setdefault(name, {})[body["field_name"]] = info
+    return {"operation_id": 0, "status": "completed"}
+
+
 def _upsert(server: QdrantServer, name: str, body: dict[str, Any]) -> object:
     return server.engine.upsert(name, models.PointsList.model_validate(body).points)
 
@@ -116,7 +130,8 @@ _ROUTES: dict[str, Callable[..., object]] = {
         models.ChangeAliasesOperation.model_validate(body).actions
     ),
     r"GET /collections/([^/]+)/exists": lambda server, name, body: {"exists": server.engine.collection_exists(name)},
-    r"GET /collections/([^/]+)": lambda server, name, body: server.engine.get_collection(name),
+    r"GET /collections/([^/]+)": _describe,
+    r"PUT /collections/([^/]+)/index": _index,
     r"PUT /collections/([^/]+)": _create,
     r"PATCH /collections/([^/]+)": _update,
     r"DELETE /collections/([^/]+)": lambda server, name, body: server.engine.delete_collection(name),

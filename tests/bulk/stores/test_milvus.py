@@ -331,3 +331,34 @@ def test_a_server_or_file_that_cannot_be_used_is_an_error_of_the_job(
         open_url(f"milvus:{tmp_path}/m#docs")
     with pytest.raises(BulkError, match="there is no collection `gone`"):
         read(url.replace(name_of(url), "gone"))
+
+
+@pytest.mark.parametrize("like", [None, "old"])
+def test_a_collection_gets_its_indexes_also_after_an_interruption(
+    like: str | None, url: str, milvus: MilvusClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A collection and its indexes are created by several requests, and a server loads no collection without an index."""
+    old = name_of(url)
+    write(url, [row(1, "a")], SPARSE)
+    new = f"{url}_new"
+
+    def die(*_values: object, **_named: object) -> None:
+        raise BulkError("killed")
+
+    options = SinkOptions(like=old if like else None)
+    with monkeypatch.context() as patch:
+        patch.setattr(MilvusClient, "create_index", die)
+        with pytest.raises(BulkError, match="killed"):
+            write(new, [row(1, "a")], SPARSE, options)
+    assert not milvus.list_indexes(name_of(new))
+    write(new, [row(1, "a")], SPARSE, options)
+
+    assert sorted(milvus.list_indexes(name_of(new))) == sorted(milvus.list_indexes(old)) == ["sparse", "vector"]
+    for name in ("sparse", "vector"):
+        both = [milvus.describe_index(found, name) for found in (old, name_of(new))]
+        assert both[0]["metric_type"] == both[1]["metric_type"]
+
+
+def test_vectors_that_are_not_normalized_are_compared_by_their_dot_product(url: str, milvus: MilvusClient) -> None:
+    write(url, [row(1, "a")], replace(NOTE, is_normalized=False))
+    assert milvus.describe_index(name_of(url), "vector")["metric_type"] == "IP"

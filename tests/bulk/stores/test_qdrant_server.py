@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Iterator
+from contextlib import closing, suppress
 from dataclasses import replace
+from typing import Any
 
 import pytest
-from qdrant_client import models
+from qdrant_client import QdrantClient, models
 
 from gateway.bulk.fields import FieldNames
 from gateway.bulk.places import open_movable, read_place
@@ -187,3 +189,47 @@ def test_a_server_without_metadata_is_refused(url: str, server: QdrantServer) ->
 def test_another_server_is_not_qdrant(server: QdrantServer) -> None:
     with pytest.raises(BulkError, match="rejects a request with status 404: no route GET /prefix/"):
         read(f"qdrant://127.0.0.1:{server.port}/prefix/docs")
+
+
+def test_a_collection_in_the_place_of_a_prefix_is_named(url: str) -> None:
+    """``gateway move docs --from qdrant://host/docs``: the collection belongs before --from, not into it."""
+    write(url, [row(1, "a")])
+    place = read_place(url, has_collection=False)
+    assert place is not None
+    with (
+        closing(open_movable(place)) as store,
+        pytest.raises(BulkError, match="Is `docs` a prefix of all paths of the"),
+    ):
+        store.describe("docs")
+
+
+@pytest.mark.parametrize("fault", ["503", "late", "400"])
+def test_a_copy_gets_all_payload_indexes_also_after_an_interruption(fault: str, url: str, server: QdrantServer) -> None:
+    """Without them, filters are slow, or rejected: Qdrant Cloud does not filter by fields without an index."""
+    write(url, [row(1, "a", {"user": "ada", "n": 1})])
+    with closing(server_client(server)) as client:
+        client.create_payload_index(
+            "docs", "user", models.KeywordIndexParams(type=models.KeywordIndexType.KEYWORD, is_tenant=True)
+        )
+        client.create_payload_index("docs", "n", models.PayloadSchemaType.INTEGER)
+    like = server.indexes["docs"]
+    create = QdrantServer.answer
+
+    def fail_after_creation(self: QdrantServer, method: str, path: str, body: dict[str, Any]) -> tuple[int, object]:
+        answer = create(self, method, path, body)
+        if (method, path) == ("PUT", "/collections/copy"):
+            server.faults.append(fault)
+        return answer
+
+    copy = url.replace("docs", "copy")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(QdrantServer, "answer", fail_after_creation)
+        with suppress(BulkError):
+            write(copy, [row(1, "a")], options=SinkOptions(like="docs"))
+    write(copy, [row(1, "a")], options=SinkOptions(like="docs"))
+
+    assert server.indexes["copy"] == like
+
+
+def server_client(server: QdrantServer) -> QdrantClient:
+    return QdrantClient(host="127.0.0.1", port=server.port, check_compatibility=False)
