@@ -92,18 +92,18 @@ def resolve_fields(names: FieldNames, records: Sequence[Record], source: str) ->
     Raises:
         BulkError: no record has the field that the user named, or a field that can be the text.
     """
-    paths = list(dict.fromkeys(path for record in records for path in _paths(record)))
+    paths = list(dict.fromkeys(path for record in records for path in paths_of(record)))
 
-    def has(path: str) -> bool:
-        return any(get(record, path) is not _ABSENT for record in records)
+    def exists(path: str) -> bool:
+        return any(has(record, path) for record in records)
 
     def known(path: str | None, option: str) -> str | None:
-        if path is not None and not has(path):
+        if path is not None and not exists(path):
             raise BulkError(f"{source}: {option} {path}: no such field{did_you_mean(path, paths)}; {_listed(paths)}")
         return path
 
-    row_id = known(names.id, "--id") or next(filter(has, ID_FIELDS), None)
-    text = known(names.text, "--text") or next(filter(has, TEXT_FIELDS), None)
+    row_id = known(names.id, "--id") or next(filter(exists, ID_FIELDS), None)
+    text = known(names.text, "--text") or next(filter(exists, TEXT_FIELDS), None)
     if text is None:
         raise BulkError(
             f"{source}: no field is called {' or '.join(f'`{name}`' for name in TEXT_FIELDS)}: name the text field "
@@ -143,6 +143,11 @@ def get(record: Record, path: str) -> Json | object:
     return _ABSENT
 
 
+def has(record: Record, path: str) -> bool:
+    """Return whether a record has a field at a path."""
+    return get(record, path) is not _ABSENT
+
+
 def _without(record: Record, path: str) -> Record:
     """Return a record without the existing field at a path."""
     if path in record:
@@ -157,12 +162,13 @@ def _without(record: Record, path: str) -> Record:
     return record
 
 
-def _paths(record: Record, prefix: str = "") -> list[str]:
+def paths_of(record: Record, prefix: str = "") -> list[str]:
+    """Return the paths of the fields of a record, down to the second level."""
     paths: list[str] = []
     for name, value in record.items():
         paths.append(f"{prefix}{name}")
         if isinstance(value, Mapping) and not prefix.count("."):
-            paths += _paths(value, f"{prefix}{name}.")
+            paths += paths_of(value, f"{prefix}{name}.")
     return paths
 
 

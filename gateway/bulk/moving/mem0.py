@@ -26,6 +26,8 @@ CHANGED_AT: Final = {"qdrant": "updated_at", "milvus": "metadata.updated_at"}
 _VECTORS: Final = {"qdrant": None, "milvus": "vectors", "pgvector": "vector"}
 _JSON: Final = ".json"
 _DEFAULT_COLLECTION: Final = "mem0"
+_ANY_KEY: Final = "any"
+"""The key for a gateway without keys: OpenAI's client needs one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,6 +209,13 @@ def present_settings(path: Path) -> dict[str, Any]:
     }
 
 
+def _made(content: Any, name: str) -> Any:  # the types that ruamel.yaml uses
+    """Return a section, which is made if it is missing or empty."""
+    if content.get(name) is None:
+        content[name] = {}
+    return content[name]
+
+
 def change_mem0(path: Path, collection: str, model: str, dimensions: int, url: str | None) -> None:
     """Write a collection and a model into a configuration.
 
@@ -219,9 +228,9 @@ def change_mem0(path: Path, collection: str, model: str, dimensions: int, url: s
         BulkError: the file cannot be written, or has no URL of a gateway.
     """
     content = _load(path)
-    store = content.setdefault("vector_store", {}).setdefault("config", {})
-    embedder = content.setdefault("embedder", {})
-    settings = embedder.setdefault("config", {})
+    store = _made(_made(content, "vector_store"), "config")
+    embedder = _made(content, "embedder")
+    settings = _made(embedder, "config")
     if url is None and (embedder.get("provider", "openai") != "openai" or not settings.get("openai_base_url")):
         raise BulkError(
             f"{path}: embedder does not use a gateway: pass its URL with --url, and the flip writes it into the "
@@ -232,7 +241,7 @@ def change_mem0(path: Path, collection: str, model: str, dimensions: int, url: s
     settings["model"], settings["embedding_dims"] = model, dimensions
     if url is not None and not settings.get("openai_base_url"):
         settings["openai_base_url"] = f"{url.rstrip('/').removesuffix('/v1')}/v1"
-        settings.setdefault("api_key", "any")
+        settings.setdefault("api_key", _ANY_KEY)
     _write(path, content)
 
 
@@ -256,6 +265,8 @@ def restore_mem0(path: Path, before: Mapping[str, Any]) -> None:
             section.pop(name, None)
         else:
             section[name] = before[name]
+    if before.get("openai_base_url") is None and embedder["config"].get("api_key") == _ANY_KEY:
+        del embedder["config"]["api_key"]  # OpenAI itself would reject it, and Mem0 would not read OPENAI_API_KEY
     _write(path, content)
 
 

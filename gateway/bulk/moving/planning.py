@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import os
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
+from typing import Final
+from urllib.parse import quote as quote_url
 from urllib.parse import urlencode
 
-from gateway.bulk.fields import FieldNames
+from gateway.bulk.fields import FieldNames, has, paths_of
 from gateway.bulk.moving.mem0 import Mem0, read_mem0
 from gateway.bulk.moving.state import Move, Pair, Stage, lock_move, name_move, new_name, read_moves
 from gateway.bulk.moving.work import Work
 from gateway.bulk.places import read_place
-from gateway.bulk.rows import BulkError
+from gateway.bulk.rows import BulkError, Row
 from gateway.bulk.stores.protocol import CollectionInfo, MovableStore, Place
+from gateway.bulk.stores.reading import SAMPLE
 from gateway.config.wording import did_you_mean, enumerate_names, quote
 from gateway.routing.spaces import is_same_space
 
@@ -108,6 +112,8 @@ def plan(
             text = source.text_field
         finally:
             source.close()
+    if request.changed_at is not None:
+        _check_changed_at(store, info.name, text, request.changed_at)
     others = [(mem0.entities, "entities.sqlite3")] if mem0 and mem0.entities in store.collections() else []
     url = _url(place)
     name = name_move(folder, info.name, url)
@@ -134,6 +140,21 @@ def plan(
     return _continued(move, folder)
 
 
+def _check_changed_at(store: MovableStore, collection: str, text: str, field: str) -> None:
+    """Check that the field with the times of changes is not misspelled: each pass would read all items without a word.
+
+    Items that have not changed need not have the field.
+
+    Raises:
+        BulkError: the first items do not have the field, but one of a similar name.
+    """
+    with closing(store.source(collection, FieldNames(text=text))) as source:
+        payloads = [row.payload for row in islice(source.read(), SAMPLE) if isinstance(row, Row)]
+    names = list(dict.fromkeys(name for payload in payloads for name in paths_of(payload)))
+    if not any(has(payload, field) for payload in payloads) and (hint := did_you_mean(field, names)):
+        raise BulkError(f"--changed-at {field}: the first items have no such field{hint}")
+
+
 def _continued(move: Move, folder: Path) -> Move:
     """Return a move with its earlier state, if it was started before.
 
@@ -151,9 +172,10 @@ def _continued(move: Move, folder: Path) -> Move:
             f"a move of {move.pairs[0].old} to {before.model} is already in progress: `gateway move status {before.name}` "
             f"shows it, and `gateway move finish {before.name}` ends it"
         )
+    first, *others = before.pairs
     return replace(
         move,
-        pairs=before.pairs,
+        pairs=[replace(first, changed_at=move.pairs[0].changed_at or first.changed_at), *others],
         space=before.space,
         was_flipped=before.was_flipped,
         is_returning=before.is_returning,
@@ -192,10 +214,14 @@ def _old_vector(new: str | None, requested: str | None, info: CollectionInfo, st
     )
 
 
+_QUOTED: Final = str.maketrans({character: quote_url(character) for character in "%#?"})
+"""The characters of a path that mean something else in a URL."""
+
+
 def _url(place: Place) -> str:
     """Return the URL of a store in a form that is valid in any working directory, for the next steps."""
     if place.location and "://" not in place.location:
-        place = replace(place, location=os.path.realpath(place.location))
+        place = replace(place, location=os.path.realpath(place.location).translate(_QUOTED))
     options = {**place.options, **({"key_env": place.key} if place.key else {})}
     return place.store + (f"?{urlencode(options)}" if options else "")
 
@@ -233,9 +259,21 @@ def check_alias(store: MovableStore, move: Move) -> None:
 def _check_free(new: str, move: Move, folder: Path) -> None:
     """Check that no other move in progress writes into a new collection, whose items would be mixed."""
     for other in read_moves(folder).values():
-        is_open = other.stage is not Stage.FINISHED and other.name != move.name and other.place == move.place
-        if is_open and new in [pair.new for pair in other.pairs]:
-            raise BulkError(f"--into {new}: the move {other.name} writes into it: choose another name")
+        is_open = other.stage is not Stage.FINISHED and other.name != move.name
+        if is_open and any(_is_same(move.place, new, other.place, pair.new) for pair in other.pairs):
+            raise BulkError(
+                f"the move {other.name} writes into {new}: continue that move, or choose another name with --into"
+            )
+
+
+def _is_same(store: str, collection: str, other_store: str, other: str) -> bool:
+    """Return whether two collections are one, however the URLs of their stores are written."""
+    if collection != other or store == other_store:
+        return collection == other
+    with suppress(BulkError):  # the URL of a store that only Mem0's configuration knows completely
+        one, two = (read_place(url, has_collection=False) for url in (store, other_store))
+        return one is not None and two is not None and one.is_same_collection(two)
+    return False
 
 
 def name_copies(move: Move, work: Work, into: str | None) -> Move:

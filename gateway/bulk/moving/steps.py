@@ -28,6 +28,7 @@ from gateway.bulk.moving.work import (
 from gateway.bulk.places import open_movable
 from gateway.bulk.rows import BulkError, RowId
 from gateway.cli.console import say
+from gateway.config.files import one_writer
 from gateway.config.wording import count, quote
 
 _NAMED = 3
@@ -44,12 +45,16 @@ async def start(request: StartRequest, folder: Path, console: Console) -> Move:
         with closing(open_movable(place)) as store:
             move = plan(request, known, place, store, folder, locks)
         async with at_work(move, folder, console) as opened:
-            move = name_copies(move, opened, request.into)
-            check_alias(opened.reading, move)
-            work = replace(opened, move=move)
-            work.make_copies()
-            move = replace(move, pairs=[replace(pair, new=real_name(work.reading, pair.new)) for pair in move.pairs])
-            write_move(folder, move)
+            with one_writer(
+                folder / move.name
+            ):  # of two starts into one collection, the second sees the state of the first
+                move = name_copies(move, opened, request.into)
+                check_alias(opened.reading, move)
+                work = replace(opened, move=move)
+                work.make_copies()
+                pairs = [replace(pair, new=real_name(work.reading, pair.new)) for pair in move.pairs]
+                move = replace(move, pairs=pairs)
+                write_move(folder, move)
             return await _copy(replace(work, move=move), skips=request.skips)
 
 

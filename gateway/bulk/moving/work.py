@@ -62,12 +62,14 @@ def place_of(move: Move) -> Place:
     Raises:
         BulkError: Mem0's configuration can no longer be read.
     """
-    if move.mem0 is not None:
-        return read_mem0(move.mem0).place
+    named = None if move.mem0 is None else read_mem0(move.mem0).place
+    if named is not None and (not named.location or Path(named.location).is_absolute()):
+        return named
     place = read_place(move.place, has_collection=False)
     if place is None:
         raise BulkError(f"{move.place} is not the URL of a store")
-    return place
+    # A relative path in Mem0's configuration means the same folder in each step, wherever that is run.
+    return place if named is None else replace(named, location=place.location)
 
 
 def spec_of(move: Move, model: str | None = None, *, for_queries: bool = False, task: str | None = None) -> ModelSpec:

@@ -13,7 +13,10 @@ from rich.console import Console
 
 from gateway.bulk.moving.state import Move
 from gateway.bulk.moving.steps import check, start, sync
+from gateway.bulk.rows import Json
 from gateway.bulk.stores.pgvector_order import is_later
+from gateway.bulk.stores.protocol import Since
+from gateway.bulk.stores.reading import is_later as is_later_than
 from tests.bulk.moving.conftest import Models, Shop, copy_of, request_for
 
 OLD = (datetime.now(UTC) - timedelta(days=3)).isoformat()
@@ -144,3 +147,24 @@ def test_rows_have_32_bits_of_the_number_of_their_transaction(
     with psycopg.connect(postgres) as db:
         query = sql.SQL("SELECT {} FROM (VALUES (%s::text::xid)) t (xmin)").format(is_later(mark))
         assert db.execute(query, [str(row)]).fetchone() == (expected,)
+
+
+@pytest.mark.parametrize(
+    ("value", "is_it"),
+    [
+        ("2026-11-27T11:59:59+00:00", False),
+        ("2026-11-27T13:00:01+01:00", True),
+        ("2026-11-26T23:59:59.999999", False),  # 11:59 of the 27th in UTC, in the westernmost zone
+        ("2026-11-27 00:00:01", True),
+        ("2026-11-20", True),  # the end of the day may be later
+        ("20261120", True),
+        ("9999-12-31T23:59:59", True),
+        ("yesterday", True),
+        (1_795_000_000, True),
+        (None, True),
+    ],
+)
+def test_a_time_without_a_zone_counts_as_later_only_if_it_may_be(value: Json, is_it: bool) -> None:
+    """Many programs write such times; if all of them counted, each sync would read all items."""
+    since = Since("m.at", datetime(2026, 11, 27, 12, tzinfo=UTC))
+    assert is_later_than({"m": {"at": value}}, since) is is_it

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
+import threading
 import uuid
-from contextlib import closing
+from contextlib import AbstractContextManager, closing
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +17,11 @@ from rich.console import Console
 from gateway.bulk.moving.mem0 import read_mem0
 from gateway.bulk.moving.state import read_moves
 from gateway.bulk.moving.steps import start, sync
+from gateway.bulk.moving.work import Work
 from gateway.bulk.rows import BulkError, EmbeddedRows, Row
 from gateway.bulk.stores.protocol import SinkOptions
 from gateway.cli.models import OwnModels, models_at
+from gateway.config.files import one_writer
 from tests.bulk.moving.conftest import HashModel, Models, Shop, closing_shop, copy_of, request_for, vector_of
 
 ROOT = Path(__file__).parents[3]
@@ -114,7 +118,63 @@ async def test_two_moves_do_not_write_into_one_collection(
     with closing_shop(shop.url) as other:
         first = await start(request_for(shop, into=into), tmp_path, console)
         with pytest.raises(
-            BulkError, match=rf"--into {into}: the move {first.name} writes into it: choose another name"
+            BulkError, match=rf"the move {first.name} writes into {into}: continue that move, or choose another name"
         ):
             await start(request_for(other, into=into), tmp_path, console)
+        with pytest.raises(BulkError, match=rf"the move {first.name} writes into {into}"):
+            await start(request_for(other, store=f"{shop.url}?key_env=ANOTHER_KEY", into=into), tmp_path, console)
         assert (await start(request_for(shop, into=into), tmp_path, console)).pairs == first.pairs
+
+
+async def test_two_starts_at_once_do_not_write_into_one_collection(
+    shop: Shop, models: Models, tmp_path: Path, console: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    into = f"into_{uuid.uuid4().hex[:12]}"
+    errors: list[BaseException] = []
+    waits = threading.Event()
+    make, lock = Work.make_copies, one_writer
+
+    def start_second() -> None:
+        try:
+            asyncio.run(start(request_for(other, into=into), tmp_path, console))
+        except BaseException as error:  # shown below
+            errors.append(error)
+
+    def make_while_another_starts(work: Work) -> None:
+        if threading.current_thread() is not second:
+            second.start()
+            while not waits.wait(0.05) and second.is_alive():
+                pass
+        make(work)
+
+    def announce(path: Path) -> AbstractContextManager[None]:
+        if threading.current_thread() is second:
+            waits.set()
+        return lock(path)
+
+    monkeypatch.setattr(Work, "make_copies", make_while_another_starts)
+    monkeypatch.setattr("gateway.bulk.moving.steps.one_writer", announce, raising=False)
+    with closing_shop(shop.url) as other:
+        second = threading.Thread(target=start_second)
+        first = await start(request_for(shop, into=into), tmp_path, console)
+        second.join()
+
+    [error] = errors
+    assert f"the move {first.name} writes into {into}" in str(error)
+    assert copy_of(shop, first).content() == shop.content()
+
+
+async def test_a_misspelled_field_of_times_is_named(
+    any_shop: Shop, models: Models, tmp_path: Path, console: Console
+) -> None:
+    """Each sync would read all items, and no one would notice."""
+    any_shop.put({1: "word1 changed"}, {"updated_at": "2026-01-01T00:00:00Z"})
+    with pytest.raises(BulkError, match=r"--changed-at updatd_at: the first items have no such field.*`updated_at`"):
+        await start(request_for(any_shop, changed_at="updatd_at"), tmp_path, console)
+    assert not read_moves(tmp_path)
+    move = await start(request_for(any_shop, changed_at="modified"), tmp_path, console)
+    assert move.pairs[0].changed_at == "modified", "no item may have it yet"
+    move = await start(request_for(any_shop, changed_at="updated_at"), tmp_path, console)
+    assert move.pairs[0].changed_at == "updated_at", "the same command again may correct it"
+    move = await start(request_for(any_shop), tmp_path, console)
+    assert move.pairs[0].changed_at == "updated_at"

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any
-from urllib.parse import unquote
+from urllib.parse import quote, unquote
 
 import numpy as np
 import psycopg
@@ -460,6 +460,68 @@ async def test_a_flip_of_mem0_that_is_killed_after_its_file_was_changed_can_be_u
     await back(move, tmp_path / "moves", console, "old")
 
     assert json.loads(path.read_text()) == config
+
+
+@pytest.mark.parametrize("embedder", [{"provider": "openai", "config": {"model": "old"}}, {"config": None}, None])
+async def test_the_way_back_restores_a_configuration_that_named_no_gateway(
+    embedder: dict[str, Any] | None, pgvector: str, models: Models, tmp_path: Path, console: Console
+) -> None:
+    """A key for the gateway that stayed there would be sent to OpenAI, instead of the one in OPENAI_API_KEY."""
+    path, moves = tmp_path / "mem0.json", tmp_path / "moves"
+    shop, config = mem0_on(pgvector, path)
+    path.write_text(json.dumps(config | {"embedder": embedder}))
+    request = request_for(shop, collection=None, store=None, mem0=path, url="http://127.0.0.1:1")
+    move = await start(request, moves, console)
+    await flip(move, moves, console, forces=True)
+    flipped = json.loads(path.read_text())["embedder"]["config"]
+    assert flipped["openai_base_url"] == "http://127.0.0.1:1/v1"
+    assert flipped["api_key"]
+
+    await back(move, moves, console, "old")
+
+    restored = json.loads(path.read_text())["embedder"]
+    assert restored.pop("config") == ((embedder or {}).get("config") or {})
+    assert restored == ({"provider": "openai"} if embedder and "provider" in embedder else {})
+
+
+async def test_a_relative_path_of_mem0_is_the_same_folder_in_each_step(
+    models: Models, tmp_path: Path, console: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cron, for example, runs the steps in another folder."""
+    application, moves = tmp_path / "application", tmp_path / "moves"
+    application.mkdir()
+    monkeypatch.chdir(application)
+    with closing(Shop("qdrant:./store", "mem")) as shop:
+        shop.put({1: "word1 text"}, {"data": "word1 text"})
+    path = application / "mem0.json"
+    store = {"provider": "qdrant", "config": {"path": "store", "collection_name": "mem"}}
+    embedder = {"provider": "openai", "config": {"model": "old", "openai_base_url": "http://127.0.0.1:1/v1"}}
+    path.write_text(json.dumps({"vector_store": store, "embedder": embedder}))
+    move = await start(request_for(shop, collection=None, store=None, mem0=Path("mem0.json")), moves, console)
+    monkeypatch.chdir(tmp_path)
+
+    await sync(move, moves, console, skips=False)
+    await flip(move, moves, console, forces=True)
+    assert read_mem0(path).collection == move.pairs[0].new
+    await finish(move, moves, console, deletes=True)
+
+    assert not (tmp_path / "store").exists()
+    monkeypatch.chdir(application)
+    with closing(Shop("qdrant:./store", move.pairs[0].new, "new")) as copy:
+        assert copy.store.collections() == [move.pairs[0].new]
+
+
+def names_in(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("name", ["100%25", "c#", "what?"])
+async def test_a_folder_may_have_any_name(name: str, models: Models, tmp_path: Path, console: Console) -> None:
+    with closing(Shop(f"qdrant:{quote(str(tmp_path / name))}", "docs")) as shop:
+        shop.put({1: "word1 text"})
+        move = await start(request_for(shop), tmp_path / "moves", console)
+        await sync(move, tmp_path / "moves", console, skips=False)
+    assert names_in(tmp_path) == {name, "moves"}
 
 
 async def test_a_step_continues_from_the_state_that_another_process_has_written(
