@@ -193,7 +193,8 @@ class BlockReader:
 
 def _unique_form(row_id: RowId) -> RowId:
     """Return the form of an id that must be unique: most sinks keep ids as text, so ``1`` and ``"1"`` are equal."""
-    is_number = isinstance(row_id, str) and len(row_id) <= _MAX_DIGITS and row_id.isascii() and row_id.isdecimal()
+    digits = row_id.removeprefix("-") if isinstance(row_id, str) else ""
+    is_number = len(digits) <= _MAX_DIGITS and digits.isascii() and digits.isdecimal()
     return int(row_id) if is_number and str(int(row_id)) == row_id else row_id
 
 

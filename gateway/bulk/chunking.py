@@ -130,8 +130,9 @@ class Chunker:
         """Yield the chunks of a row. Each is a slice of its text; its payload has the start and end, in characters."""
         title, text = row.text[: row.num_title], row.text[row.num_title :]
         [num_title_tokens] = self._model.count([title])
-        if 2 * num_title_tokens > self._chunking.tokens:  # a title this long is part of the text
+        if 2 * num_title_tokens > self._chunking.tokens:  # a title this long is cut like the text
             title, text = "", row.text
+        num_before = row.num_title - len(title)
         spans = self._fitting(title, text)
         if spans is None:
             problem = (
@@ -143,7 +144,8 @@ class Chunker:
         texts = [self._with_title(title, number, text[start:stop]) for number, (start, stop) in enumerate(spans)]
         windows = self._windows(texts) if self._chunking.is_late else [None] * len(texts)
         for number, ((start, stop), whole, window) in enumerate(zip(spans, texts, windows, strict=True)):
-            where: dict[str, Json] = {"chunk": number, "chunk_of": row.id, "chunk_start": start, "chunk_stop": stop}
+            ends = {"chunk_start": max(0, start - num_before), "chunk_stop": max(0, stop - num_before)}
+            where: dict[str, Json] = {"chunk": number, "chunk_of": row.id, **ends}
             yield Chunk(
                 f"{row.id}#{number}",
                 whole,

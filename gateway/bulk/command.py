@@ -91,16 +91,13 @@ def run_embed(request: EmbedRequest, models: RunningGateway | OwnModels, *, as_j
         except OSError as error:
             raise BulkError(f"the folder of the manifest {path} cannot be created: {error.strerror}") from error
         manifest = stack.enter_context(closing(Manifest(path)))
-        if request.restarts:
-            if isinstance(sink, FolderSink):  # first, because the manifest knows which files belong to the job
-                sink.remove(manifest.written_to(_sink_name(request, sink)))
-            manifest.forget()
         with console.status(Text(f"reading {source.name}")):
             identity = _identity(request, source, sink)
-        manifest.check(identity)
+        if not request.restarts:
+            manifest.check(identity)
         errors = request.errors or _errors_path(path)
         options = Options(errors, request.on_error, request.shard_rows)
-        job = _Prepared(source, sink, manifest, identity, options)
+        job = _Prepared(source, sink, manifest, identity, options, request.restarts)
         note, outcome = asyncio.run(_run(job, request.spec, models, console))
         report = Report(source.name, sink.name, note, path, errors, outcome, request.price_per_hour)
         if outcome.is_finished and isinstance(sink, FolderSink):
@@ -123,6 +120,7 @@ class _Prepared:
 
     Attributes:
         identity: the parts of the job's identity that are known before the model is loaded.
+        restarts: forget an earlier job, and delete the files that it wrote.
     """
 
     source: Source
@@ -130,6 +128,14 @@ class _Prepared:
     manifest: Manifest
     identity: Mapping[str, Json]
     options: Options
+    restarts: bool
+
+    def start_over(self) -> None:
+        """Forget an earlier job, and delete its files: first, because the manifest knows which files these are."""
+        written = self.manifest.written_to(str(self.identity["sink"]))
+        if isinstance(self.sink, FolderSink) and written is not None:
+            self.sink.remove([_SUMMARY, *map(self.sink.file_name, written)])
+        self.manifest.forget()
 
 
 async def _run(
@@ -138,6 +144,8 @@ async def _run(
     stop = asyncio.Event()
     async with open_embedder(spec, models, console) as embedder:
         note = embedder.note
+        if job.restarts:  # only now: without this model, nothing would replace the files
+            job.start_over()
         progress = job.manifest.begin({**job.identity, "model": note.model, "space": note.space, "task": note.task})
         if progress.counts.rows and job.sink.is_empty():
             raise BulkError(

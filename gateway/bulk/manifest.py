@@ -258,11 +258,11 @@ class Manifest:
             ).fetchall()
         return found
 
-    def written_to(self, sink: str) -> list[int]:
-        """Return the numbers of the shards that the job may have written to this sink; empty if its sink is another."""
+    def written_to(self, sink: str) -> list[int] | None:
+        """Return the numbers of the shards that the job may have written to this sink; ``None`` if its sink is another."""
         identity = self._fact("identity")
         if not isinstance(identity, Mapping) or identity.get("sink") != sink:
-            return []
+            return None
         progress = self.progress()
         return [*(part for part, _ in self.parts()), *([progress.part] if progress.planned_items else [])]
 

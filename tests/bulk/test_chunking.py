@@ -218,9 +218,12 @@ def test_a_title_begins_the_first_chunk_or_all_of_them(kind: str) -> None:
 
 def test_a_title_as_long_as_a_text_is_cut_like_one() -> None:
     model = tokens_of("WordPiece")
-    title = "fox " * 60
-    chunks = chunks_of(title + "and dog", model, len(title), tokens=30, repeats_title=True)
-    assert "".join(chunk.text.replace(" ", "") for chunk in chunks) == "fox" * 60 + "anddog"
+    title, body = "fox " * 60, "and dog " * 60
+    chunks = chunks_of(title + body, model, len(title), tokens=30, repeats_title=True)
+    assert "".join(chunk.text.replace(" ", "") for chunk in chunks) == "fox" * 60 + "anddog" * 60
+    slices = [body[start:stop] for start, stop in spans(chunks)]
+    assert all(chunk.text.endswith(part) for chunk, part in zip(chunks, slices, strict=True))
+    assert "".join(slices).replace(" ", "") == "anddog" * 60, "the positions are those in the text"
 
 
 @pytest.mark.parametrize(

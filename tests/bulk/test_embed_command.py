@@ -19,6 +19,7 @@ import orjson
 import pyarrow.parquet as pq
 import pytest
 from click.testing import Result
+from fsspec.core import url_to_fs
 from typer.testing import CliRunner
 
 from gateway.app import create_app
@@ -416,6 +417,24 @@ def test_restart_deletes_only_the_files_of_the_job(tmp_path: Path) -> None:
     assert [path.name for path in other.iterdir()] == ["part-00007.parquet"]
 
 
+@pytest.mark.parametrize("place", ["out", "memory://restarted"])
+def test_a_restart_deletes_only_what_it_will_replace(place: str, tmp_path: Path) -> None:
+    sink = place if "://" in place else str(tmp_path / place)
+
+    def names() -> list[str]:
+        filesystem, inner = url_to_fs(sink)
+        return sorted(path.rpartition("/")[2] for path in filesystem.find(inner) if "sqlite" not in path)
+
+    source = write(tmp_path / "docs.jsonl", ["one", "two"])
+    assert embed(source, "--model", "mini", "--to", sink).exit_code == 0
+    assert names() == ["_manifest.json", "part-00000.parquet"]
+    assert embed(source, "--model", "mnii", "--to", sink, "--restart").exit_code == 1
+    assert names() == ["_manifest.json", "part-00000.parquet"], "there is no such model"
+    write(source, ["one", "poison"])
+    assert embed(source, "--model", "mini", "--to", sink, "--restart").exit_code == 1
+    assert "_manifest.json" not in names(), "the folder is not complete"
+
+
 def test_two_jobs_do_not_mix_in_a_folder_elsewhere(tmp_path: Path) -> None:
     many, few = write(tmp_path / "many.jsonl", ["one", "two", "three"]), write(tmp_path / "few.jsonl", ["four"])
     place = f"memory://{tmp_path.name}/vectors"
@@ -443,12 +462,16 @@ def written(path: Path, *records: object) -> Path:
 
 
 def test_a_number_and_the_same_digits_are_one_id(tmp_path: Path) -> None:
-    source = written(tmp_path / "docs.jsonl", *({"id": i, "text": f"text {i}"} for i in ("1", 1, "01", 2, "2")))
+    source = written(
+        tmp_path / "docs.jsonl", *({"id": i, "text": f"text {i}"} for i in ("1", 1, "01", 2, "2", "-3", -3, "-03"))
+    )
     done = embed(source, "--model", "mini", "--to", tmp_path / "out", "--on-error", "skip", "--shard-rows", "1")
     assert done.exit_code == 0, done.output
     problems = [orjson.loads(line)["problem"] for line in (tmp_path / "out/_errors.jsonl").read_bytes().splitlines()]
-    assert problems == [f"the id {i} was already used by an earlier row, as a number or as text" for i in ("1", "'2'")]
-    assert [row["id"] for row in rows_of(tmp_path / "out")] == ["1", "01", "2"]
+    assert problems == [
+        f"the id {i} was already used by an earlier row, as a number or as text" for i in ("1", "'2'", "-3")
+    ]
+    assert [row["id"] for row in rows_of(tmp_path / "out")] == ["1", "01", "2", "-3", "-03"]
 
 
 @pytest.mark.parametrize("sink", ["out", "out.jsonl"])

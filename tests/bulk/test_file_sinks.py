@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,10 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
 
+from gateway.bulk.fields import FieldNames
 from gateway.bulk.files.folder import FolderSink
 from gateway.bulk.files.sinks import open_folder
+from gateway.bulk.files.source import open_files
 from gateway.bulk.rows import BulkError, EmbeddedRows, Json, Row, RowValidator, SpaceNote
 from gateway.types import SparseVector
 
@@ -149,7 +152,7 @@ def test_a_shard_again_replaces_the_shard_and_leaves_nothing_half_written(place:
     opened(folder).write(1, embedded(rows({"n": 2})))
     sink.write(0, embedded(rows({"n": 3})))
     assert sorted(path.name for path in folder.iterdir()) == [sink.file_name(0), sink.file_name(1)]
-    sink.remove(range(2))
+    sink.remove([*map(sink.file_name, range(2)), "gone"])
     assert not list(folder.iterdir())
 
 
@@ -195,5 +198,20 @@ def test_a_folder_of_another_filesystem_is_written(ending: str) -> None:
     memory = fsspec.filesystem("memory")
     found: Any = sorted(path.rpartition("/")[2] for path in memory.ls(f"/bulk-written{ending}", detail=False))
     assert found == [sink.file_name(0), sink.file_name(1)]
-    sink.remove(range(2))
+    sink.remove([*map(sink.file_name, range(2)), "gone"])
     assert not memory.ls(f"/bulk-written{ending}", detail=False)
+
+
+def test_integers_of_any_size_stay_exact_next_to_fractions(tmp_path: Path) -> None:
+    """A floating-point number has 53 bits, and JSON's integers have no limit."""
+    large: list[Json] = [0.5, 2**53, 2**53 + 1, -(2**60) - 1, 2**70, [2**70]]
+    payloads: list[dict[str, Json]] = [{"n": number} for number in large]
+    opened(tmp_path / "out").write(0, embedded(rows(*payloads[:4])))
+    opened(tmp_path / "out").write(1, embedded(rows(*payloads[4:])))
+    source = open_files([str(tmp_path / "out")], FieldNames())
+    assert [row.payload["n"] for row in source.read() if isinstance(row, Row)] == large
+
+    opened(tmp_path / "out.jsonl").write(0, embedded(rows(*payloads)))
+    lines = (tmp_path / "out.jsonl/part-00000.jsonl").read_text().splitlines()
+    assert [json.loads(line)["n"] for line in lines] == large
+    assert json.loads(lines[-1])["vector"] == [20.0, 21.0, 22.0, 23.0]

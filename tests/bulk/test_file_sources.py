@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import os
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -116,6 +117,37 @@ def test_rows_without_ids_get_the_same_ones_wherever_the_folder_is(tmp_path: Pat
         ids.append([row.id for row in rows_of(source)])
     assert ids[0] == ids[1]
     assert len(set(ids[0])) == 3
+
+
+def test_rows_without_ids_keep_them_when_a_folder_gets_more_files(tmp_path: Path) -> None:
+    """Otherwise the rows of January would be in a store twice from February on."""
+    january = write_jsonl(tmp_path / "data" / "01" / "x.jsonl", [{"text": "one"}])
+    places: list[list[str | Path]] = [
+        [tmp_path / "data"],
+        [f"{tmp_path}/data/"],
+        [f"file://{tmp_path}/data"],
+        [f"{tmp_path}/data/*/*.jsonl"],
+        [f"{tmp_path}/data/**/*.jsonl"],
+    ]
+    before = [rows_of(opened(*place)) for place in places]
+    write_jsonl(tmp_path / "data" / "02" / "x.jsonl", [{"text": "two"}])
+    write_jsonl(tmp_path / "data" / "y.jsonl", [{"text": "three"}])
+
+    for place, [row] in zip(places, before, strict=True):
+        assert row.id == before[0][0].id
+        assert row.id in [later.id for later in rows_of(opened(*place))]
+    assert [row.id for row in rows_of(opened(january))] != [before[0][0].id], (
+        "as an only file, it has no folder in its name"
+    )
+
+
+def test_a_file_whose_name_is_not_utf8_is_refused(tmp_path: Path) -> None:
+    """An old archive has such names; an id, a message and the list of errors cannot contain them."""
+    name = os.fsdecode(b"caf\xe9.jsonl")
+    write_jsonl(tmp_path / name, [{"text": "one"}])
+    for place in (tmp_path, tmp_path / name):
+        with pytest.raises(BulkError, match=r"caf\\xe9\.jsonl: its name is not UTF-8: rename it"):
+            opened(place)
 
 
 @pytest.mark.parametrize("name", ["part.jsonl", "part.csv", "part.parquet"])

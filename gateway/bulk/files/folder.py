@@ -7,7 +7,7 @@ import fcntl
 import io
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -156,14 +156,17 @@ class FolderSink(ABC):
             else:
                 self._filesystem.pipe_file(f"{self._inner}/{name}", content)
 
-    def remove(self, shards: Iterable[int]) -> None:
-        """Delete the files of some shards; missing files are ignored.
+    def remove(self, names: Sequence[str]) -> None:
+        """Delete some files, in this order; missing files are ignored.
 
         Raises:
             BulkError: a file cannot be deleted.
         """
         with self._writing("the files cannot be deleted"):
-            for name in self._names() & {self.file_name(shard) for shard in shards}:
+            present = self._names("*")
+            for name in names:
+                if name not in present:
+                    continue
                 if self.folder is not None:
                     (self.folder / name).unlink()
                 else:
@@ -182,7 +185,7 @@ class FolderSink(ABC):
         self._create()
         with self._writing("the folder cannot be read"):
             self._claim()
-            names = self._names()
+            names = self._names(f"part-*{self.ending}")
         expected = {self.file_name(shard) for shard in shards}
         if missing := sorted(expected - names):
             raise BulkError(
@@ -194,9 +197,8 @@ class FolderSink(ABC):
             raise BulkError(f"{self.name}: has {min(others)}, which this job did not write: choose another folder")
         self._own = set() if unconfirmed is None else {unconfirmed}
 
-    def _names(self) -> set[str]:
-        """Return the names of all files that may be shards."""
-        pattern = f"part-*{self.ending}"
+    def _names(self, pattern: str) -> set[str]:
+        """Return the names of the files that match a pattern."""
         if self.folder is not None:
             return {path.name for path in self.folder.glob(pattern)}
         return {str(inner).rpartition("/")[2] for inner in self._filesystem.glob(f"{self._inner}/{pattern}")}

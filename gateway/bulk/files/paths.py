@@ -7,6 +7,7 @@ import glob
 import gzip
 import io
 import os
+import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -49,7 +50,7 @@ class SourceFile:
 
     Attributes:
         path: the path in messages.
-        name: the path relative to the common folder of all files of the source; it stays the same if that folder moves.
+        name: the path relative to the folder that the user named; it stays the same if that folder moves or gets more files.
         format: the format, from the end of the name.
         filesystem: the fsspec filesystem of a file that is not on this machine.
         inner: the path in that filesystem.
@@ -124,17 +125,32 @@ def find_files(places: Sequence[str], without: Sequence[str] = ()) -> list[Sourc
     """
     is_written = _within(without)
     found: list[tuple[str, Any, str]] = []
+    folders: list[str] = []
     for place in places:
         all_of_it = _find_remote(place) if "://" in place else [(path, None, "") for path in _find_local(place)]
         kept = [item for item in all_of_it if not is_written(item[0])]
         if not kept:
             raise BulkError(f"{place}: is also where this job would write: choose another --to, --manifest or --errors")
         found += kept
+        folders.append(_folder_of(place, [path for path, _, _ in kept]))
+    _check_names(found)
     _check_apart(found)
-    folder = _common_folder([path for path, _, _ in found])
+    folder = _common_folder(folders)
     return [
         SourceFile(path, path[len(folder) :], _format(path), filesystem, inner) for path, filesystem, inner in found
     ]
+
+
+def _check_names(found: Sequence[tuple[str, Any, str]]) -> None:
+    """Check that messages, ids and the list of errors can contain the names of all files.
+
+    Raises:
+        BulkError: a name is not UTF-8.
+    """
+    for path, _, _ in found:
+        shown = os.fsencode(path).decode(errors="backslashreplace")
+        if shown != path:
+            raise BulkError(f"{shown}: its name is not UTF-8: rename it")
 
 
 def _check_apart(found: Sequence[tuple[str, Any, str]]) -> None:
@@ -319,6 +335,17 @@ def _format(path: str) -> Format:
     found = _format_of(path)
     assert found is not None  # noqa: S101  others were not taken
     return found
+
+
+def _folder_of(place: str, paths: Sequence[str]) -> str:
+    """Return the folder that a place names, with its slash: itself, or that of a file, or that before a pattern."""
+    is_local = "://" not in place or place.startswith("file://")
+    if is_local:
+        place = os.path.expanduser(place.removeprefix("file://"))  # noqa: PTH111  a pattern is not a path
+    whole = f"{Path(place) if is_local else place.rstrip('/')}/"
+    before = (place if place in paths else re.split(r"[*?[]", place)[0]).rpartition("/")[0]
+    named = whole if all(path.startswith(whole) for path in paths) else f"{before}/" if before else ""
+    return named if all(path.startswith(named) for path in paths) else _common_folder(paths)
 
 
 def _common_folder(paths: Sequence[str]) -> str:

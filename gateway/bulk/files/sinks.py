@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from typing import BinaryIO
 
+import numpy as np
 import orjson
 
 from gateway.bulk.files.columns import ID, MULTIVECTOR, REST, SPARSE, VECTOR
@@ -53,5 +55,8 @@ class JsonlSink(FolderSink):
 def _dump(line: dict[str, Json | object], place: str) -> bytes:
     try:
         return orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE | orjson.OPT_SERIALIZE_NUMPY)
-    except (TypeError, orjson.JSONEncodeError) as error:
-        raise BulkError(f"{place}: cannot be written as JSON: {error}") from error
+    except TypeError:  # an integer of more than 64 bits
+        try:
+            return f"{json.dumps(line, ensure_ascii=False, default=np.ndarray.tolist)}\n".encode()
+        except (TypeError, ValueError) as error:
+            raise BulkError(f"{place}: cannot be written as JSON: {error}") from error

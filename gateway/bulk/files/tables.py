@@ -22,6 +22,8 @@ IS_JSON = {b"format": b"json"}
 
 _MAX_COLUMNS = 256
 _INT64 = range(-(2**63), 2**63)
+_EXACT = range(-(2**53), 2**53 + 1)
+"""The integers that a floating-point number holds exactly."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +44,7 @@ class _Column:
             case "int64":
                 return isinstance(value, int) and not isinstance(value, bool) and value in _INT64
             case "double":
-                return isinstance(value, int | float) and not isinstance(value, bool)
+                return isinstance(value, float) or (type(value) is int and value in _EXACT)
             case "string":
                 return isinstance(value, str)
         return True
