@@ -21,6 +21,8 @@ log = structlog.get_logger(__name__)
 
 # A poisoned request can fail a few batches by itself; after this many, the watchdog asks the model if it still works.
 _SUSPICIOUS_FAILURES = 3
+# On a CPU, a text of 32,768 tokens may take minutes in one forward. It is hung after this many times its expected time.
+_TIMES_EXPECTED = 3
 # The watchdog asks the first of these that the model has embedded at its start: some model may fail on any one text.
 _QUESTIONS = ("Does it still work?", "The quick brown fox jumps over the lazy dog.", "1", "a")
 
@@ -42,20 +44,15 @@ class Stopwatch:
 
     A stopped process, or a sleeping machine, computes nothing. So at most ``longest_look_s`` counts between two looks,
     regardless of the clock.
-
-    Attributes:
-        busiest: place of the forward that has been running longest at the last look.
     """
-
-    busiest = 0
 
     def __init__(self, longest_look_s: float, now: float) -> None:
         self._longest_look_s = longest_look_s
         self._looked_at = now
         self._seen: dict[int, tuple[float, float]] = {}  # when a replica's forward began, and how long it was seen
 
-    def look(self, busy_since: Sequence[float | None], now: float) -> float:
-        """Return the seconds of the forward that has been running longest; 0 if none is.
+    def look(self, busy_since: Sequence[float | None], now: float) -> list[float]:
+        """Return how many seconds each replica's forward has been running; 0 if none is.
 
         Args:
             busy_since: the time at which each replica's forward began.
@@ -68,8 +65,7 @@ class Stopwatch:
                 last_started, seen_s = before.get(replica, (None, 0.0))
                 is_same = last_started == started
                 self._seen[replica] = (started, seen_s + elapsed_s if is_same else min(now - started, elapsed_s))
-        self.busiest = max(self._seen, key=lambda replica: self._seen[replica][1], default=0)
-        return max((seen_s for _started, seen_s in self._seen.values()), default=0.0)
+        return [self._seen.get(replica, (0.0, 0.0))[1] for replica in range(len(busy_since))]
 
 
 class Watchdog:
@@ -139,13 +135,13 @@ class Watchdog:
         for replica in replicas:
             if replica in engine.lost:
                 return Trouble(engine.lost[replica], replica)
-        limit_s = self._settings.forward_timeout_s
-        busy_s = stopwatch.look([engine.busy_since(replica) for replica in replicas], now)
-        if busy_s <= limit_s:
-            return None
-        busiest = replicas[stopwatch.busiest]
-        reason = f"a forward has been running for {busy_s:.0f} s; the limit is {limit_s:.0f} s"
-        return Trouble(reason, None if engine.device(busiest) == "cpu" else busiest)
+        busy = stopwatch.look([engine.busy_since(replica) for replica in replicas], now)
+        for replica, busy_s in zip(replicas, busy, strict=True):
+            limit_s = max(self._settings.forward_timeout_s, _TIMES_EXPECTED * engine.expected_s(replica))
+            if busy_s > limit_s:
+                reason = f"a forward has been running for {busy_s:.0f} s; the limit is {limit_s:.0f} s"
+                return Trouble(reason, None if engine.device(replica) == "cpu" else replica)
+        return None
 
     async def _try(self, engine: Engine, replica: int) -> str:
         deadline = time.monotonic() + self._settings.forward_timeout_s

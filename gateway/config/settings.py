@@ -190,7 +190,8 @@ class Settings(BaseSettings):
     forward_timeout_s: float = Field(
         default=120.0,
         gt=0,
-        description="Seconds after which a batch counts as hung: its requests get 503, and the model is reloaded.",
+        description="Seconds after which a batch counts as hung: its requests get 503, and the model is reloaded. On a CPU, "
+        "a long text gets three times the seconds that it should take at the model's speed, if that is more.",
     )
     golden_interval_s: float = Field(
         default=3600.0,

@@ -337,6 +337,10 @@ class Batcher:
         """Return when a replica's running forward began (``time.monotonic()``); ``None`` if no forward runs."""
         return self._workers[replica].busy_since
 
+    def expected_s(self, replica: int) -> float:
+        """Return the seconds that a replica's batch in hand should take; 0 if nothing is known."""
+        return self._workers[replica].expected_s
+
     def num_failed_in_a_row(self, replica: int) -> int:
         """Return how many consecutive batches on a replica have returned only errors."""
         return self._workers[replica].num_failed_in_a_row

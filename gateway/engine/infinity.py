@@ -181,6 +181,10 @@ class Engine(AsyncEmbeddingEngine):
         """Return when a replica's running forward began (``time.monotonic()``); ``None`` without a running forward."""
         return None if self._batcher is None else self._batcher.busy_since(replica)
 
+    def expected_s(self, replica: int) -> float:
+        """Return the seconds that a replica's batch in hand should take on a CPU; 0 if nothing is known."""
+        return 0.0 if self._batcher is None else self._batcher.expected_s(replica)
+
     def num_failed_in_a_row(self, replica: int) -> int:
         """Return how many consecutive batches on a replica have returned only errors."""
         return 0 if self._batcher is None else self._batcher.num_failed_in_a_row(replica)

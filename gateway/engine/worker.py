@@ -15,7 +15,7 @@ from gateway.engine.ahead import Failure, Launched, Pace
 from gateway.engine.batch_queue import FULL_FORWARD_TOKENS, BatchQueue
 from gateway.engine.checks import checked, is_finite
 from gateway.engine.faults import CardLost, is_card_lost, is_out_of_memory, release_memory
-from gateway.engine.model.encoder import Encoder
+from gateway.engine.model.encoder import Encoder, effort
 from gateway.engine.model.items import Encoded, Item
 from gateway.engine.scheduler import TokenSequence
 from gateway.errors import InferenceFailed, OutOfMemory, RequestError
@@ -105,6 +105,11 @@ class Worker:
         if started is None or self._encoder.works_ahead:  # then parts are only launched, and show no progress
             return started
         return max(started, self._encoder.progressed_at)
+
+    @property
+    def expected_s(self) -> float:
+        """Seconds that the batch in hand should take on a CPU, at the speed of the last one; 0 if nothing is known."""
+        return self._encoder.s_per_token * effort([sequence.item.num_tokens for sequence in self.in_hand])
 
     def _run(self) -> None:
         while True:

@@ -256,6 +256,7 @@ class SteeredEngine:
 
     Attributes:
         since: when each replica's forward in hand began.
+        expected: the seconds that it should take.
         failures: of each replica in a row.
         answer: the answer to a request; raised if it is an error.
         bad_texts: the texts that it fails on.
@@ -268,6 +269,7 @@ class SteeredEngine:
 
     def __init__(self) -> None:
         self.since: list[float | None] = [None, None]
+        self.expected = [0.0, 0.0]
         self.failures = [0, 0]
         self.answer: Exception | None = None
         self.bad_texts: set[str] = set()
@@ -303,6 +305,9 @@ class SteeredEngine:
 
     def busy_since(self, replica: int) -> float | None:
         return self.since[replica]
+
+    def expected_s(self, replica: int) -> float:
+        return self.expected[replica]
 
     def num_failed_in_a_row(self, replica: int) -> int:
         return self.failures[replica]
@@ -409,6 +414,18 @@ async def test_an_engine_that_hangs_is_replaced(watched: Watched) -> None:
     assert restarts() == restarts_before + 1
 
 
+async def test_a_forward_with_much_to_compute_does_not_hang(watched: Watched) -> None:
+    engine = watched.engines[0]
+    engine.expected[1] = 1000.0
+    engine.hang()
+    await until(lambda: len(engine.rechecks) >= 6)  # the watch has gone on for longer than a forward may take
+    assert watched.reports == []
+
+    engine.expected[1] = 0.0
+    await until(lambda: len(watched.reports) == 2)
+    assert watched.reports[0][1].startswith("a forward has been running for ")
+
+
 @pytest.mark.parametrize("is_recheck", [True, False], ids=["golden vectors", "does it still work"])
 async def test_an_engine_that_hangs_while_it_is_asked_something_is_replaced(
     watched: Watched, *, is_recheck: bool
@@ -502,19 +519,19 @@ async def test_an_answer_that_says_nothing_of_the_model_does_not_replace_it(watc
 def test_a_process_that_was_stopped_has_not_been_computing() -> None:
     stopwatch = Stopwatch(longest_look_s=2.0, now=0.0)
 
-    assert stopwatch.look([0.5, None], now=1.0) == 0.5
-    assert stopwatch.look([0.5, None], now=2.0) == 1.5
-    assert stopwatch.look([0.5, None], now=1000.0) == 3.5  # stopped in between: only the time of one check counts
-    assert stopwatch.look([0.5, 1000.5], now=1001.0) == 4.5
-    assert stopwatch.look([1001.0, 1000.5], now=1002.0) == 1.5  # another forward
-    assert stopwatch.look([None, 1000.5], now=1003.0) == 2.5
-    assert stopwatch.look([None, None], now=1004.0) == 0
+    assert stopwatch.look([0.5, None], now=1.0) == [0.5, 0]
+    assert stopwatch.look([0.5, None], now=2.0) == [1.5, 0]
+    assert stopwatch.look([0.5, None], now=1000.0) == [3.5, 0]  # stopped in between: only the time of one check counts
+    assert stopwatch.look([0.5, 1000.5], now=1001.0) == [4.5, 0.5]
+    assert stopwatch.look([1001.0, 1000.5], now=1002.0) == [1.0, 1.5]  # another forward
+    assert stopwatch.look([None, 1000.5], now=1003.0) == [0, 2.5]
+    assert stopwatch.look([None, None], now=1004.0) == [0, 0]
 
 
 def test_a_forward_that_began_while_the_process_was_stopped_is_new() -> None:
     stopwatch = Stopwatch(longest_look_s=2.0, now=0.0)
 
-    assert stopwatch.look([10.0], now=100.0) == 2.0
+    assert stopwatch.look([10.0], now=100.0) == [2.0]
 
 
 async def test_a_replacement_that_cannot_be_loaded_is_tried_again(

@@ -452,6 +452,18 @@ def test_a_part_of_a_batch_that_is_done_is_progress() -> None:
     assert seen[1] == encoder.progressed_at != seen[0]
 
 
+def test_a_long_text_is_expected_to_take_longer_per_token() -> None:
+    encoder = NumberEncoder()
+    encoder.s_per_token = 0.1
+    worker = Worker("numbers", encoder, BatchQueue(100), lambda _batch: None, no_fault)
+    assert worker.expected_s == 0
+
+    worker.in_hand = sequences([1, 2], length=10)
+    assert worker.expected_s == pytest.approx(2.0, rel=0.01)
+    worker.in_hand = sequences([1], length=30_000)
+    assert worker.expected_s == pytest.approx(46_945, rel=0.01)  # 3,000 s at the speed of short texts
+
+
 def test_a_closed_queue_ends_its_threads_and_keeps_queued_texts(start: Start, delivered: Delivered) -> None:
     batch_queue = BatchQueue(max_batch_tokens=1)
     encoder, gate = NumberEncoder(), Gate()

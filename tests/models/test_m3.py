@@ -241,3 +241,15 @@ def test_a_sparse_head_gives_one_weight_per_token(m3: Path, copy: Copy, load: Lo
 
     with pytest.raises(LoadError, match="must give 1 number per token, gives 2"):
         load(folder, "reference")
+
+
+@pytest.mark.parametrize("runtime", ["torch", "openvino"])
+def test_a_forward_tells_how_long_others_should_take(load: Load, m3: Path, runtime: str) -> None:
+    loaded = load(m3, runtime)
+    loaded.encoder.s_per_token = 0.0
+    loaded.encode(["two words"])
+    assert loaded.encoder.s_per_token == 0.0  # too few to tell
+
+    loaded.encode(["several words of a text"] * 40)
+
+    assert 0.0 < loaded.encoder.s_per_token < 1.0
