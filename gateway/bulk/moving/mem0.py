@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Final
 from urllib.parse import quote, urlsplit
 
+import httpx
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
@@ -28,6 +29,7 @@ _JSON: Final = ".json"
 _DEFAULT_COLLECTION: Final = "mem0"
 _ANY_KEY: Final = "any"
 """The key for a gateway without keys: OpenAI's client needs one."""
+_PATIENCE_S: Final = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,7 +224,9 @@ def change_mem0(path: Path, collection: str, model: str, dimensions: int, url: s
     Comments and the order of settings are kept.
 
     Args:
-        url: the gateway's URL; ``None`` if the configuration's embedder already has it.
+        url: the gateway's URL; ``None`` if the configuration's embedder already has it. A URL that the embedder has is
+            replaced only if the server there does not have the model: programs that use Mem0 may know the gateway by
+            another name, for example in a network of containers.
 
     Raises:
         BulkError: the file cannot be written, or has no URL of a gateway.
@@ -237,12 +241,31 @@ def change_mem0(path: Path, collection: str, model: str, dimensions: int, url: s
             "configuration"
         )
     store["collection_name"], store["embedding_model_dims"] = collection, dimensions
-    embedder["provider"] = "openai"
+    before, embedder["provider"] = embedder.get("provider", "openai"), "openai"
     settings["model"], settings["embedding_dims"] = model, dimensions
-    if url is not None and not settings.get("openai_base_url"):
+    own = settings.get("openai_base_url") if before == "openai" else None
+    if url is not None and (not own or _lacks(str(own), settings.get("api_key"), model)):
         settings["openai_base_url"] = f"{url.rstrip('/').removesuffix('/v1')}/v1"
         settings.setdefault("api_key", _ANY_KEY)
     _write(path, content)
+
+
+def _lacks(base_url: str, key: object, model: str) -> bool:
+    """Return whether an API answers that it does not have a model; OpenAI itself also if it rejects the key."""
+    headers = {"authorization": f"Bearer {key}"} if key else {}
+    try:
+        status = httpx.get(
+            f"{base_url.rstrip('/')}/models/{quote(model)}", headers=headers, timeout=_PATIENCE_S
+        ).status_code
+    except (
+        httpx.HTTPError,
+        httpx.InvalidURL,
+        ValueError,
+        OSError,
+        ImportError,
+    ):  # the last two: a proxy or a certificate
+        return False
+    return status == 404 or (status in (401, 403) and (urlsplit(base_url).hostname or "").endswith("openai.com"))
 
 
 def restore_mem0(path: Path, before: Mapping[str, Any]) -> None:

@@ -9,6 +9,7 @@ import random
 import uuid
 from contextlib import closing, suppress
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any
@@ -482,6 +483,44 @@ async def test_the_way_back_restores_a_configuration_that_named_no_gateway(
     restored = json.loads(path.read_text())["embedder"]
     assert restored.pop("config") == ((embedder or {}).get("config") or {})
     assert restored == ({"provider": "openai"} if embedder and "provider" in embedder else {})
+
+
+class _Models(BaseHTTPRequestHandler):
+    """An API with one model, which wants no key."""
+
+    def do_GET(self) -> None:
+        self.send_response(200 if self.path == "/v1/models/here" else 404)
+        self.send_header("content-length", "0")
+        self.end_headers()
+
+    def log_message(self, *_values: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize(("model", "is_kept"), [("here", True), ("not-here", False)])
+def test_mem0_keeps_its_server_if_that_has_the_model(model: str, *, is_kept: bool, tmp_path: Path) -> None:
+    """It may be the gateway by another name, or a server that Mem0 has used until now."""
+    path = tmp_path / "mem0.json"
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Models) as server:
+        Thread(target=server.serve_forever).start()
+        own = f"http://127.0.0.1:{server.server_port}/v1"
+        path.write_text(json.dumps({"embedder": {"provider": "openai", "config": {"openai_base_url": own}}}))
+        change_mem0(path, "new", model, 3, "http://127.0.0.1:1/")
+        server.shutdown()
+
+    url = json.loads(path.read_text())["embedder"]["config"]["openai_base_url"]
+    assert url == (own if is_kept else "http://127.0.0.1:1/v1")
+
+
+def test_mem0_keeps_a_server_with_a_name_that_is_unknown_here(tmp_path: Path) -> None:
+    """In the network of the containers, for example."""
+    path = tmp_path / "mem0.json"
+    own = "http://gateway.invalid:8000/v1"
+    path.write_text(json.dumps({"embedder": {"provider": "openai", "config": {"openai_base_url": own}}}))
+
+    change_mem0(path, "new", "bge-m3", 1024, "http://127.0.0.1:1")
+
+    assert json.loads(path.read_text())["embedder"]["config"]["openai_base_url"] == own
 
 
 async def test_a_relative_path_of_mem0_is_the_same_folder_in_each_step(
