@@ -28,7 +28,7 @@ import pytest
 import structlog
 from fastapi.dependencies import models
 from fastapi.dependencies.models import Dependant
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
 
@@ -40,7 +40,7 @@ from gateway.fleet import Fleet, Model
 from gateway.types import ModelState
 
 # A busy machine is not a failure.
-settings.register_profile("patient", deadline=None)
+settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("patient")
 
 # FastAPI analyzes each route of each of the thousand applications that the tests make, which is nearly all the time that one

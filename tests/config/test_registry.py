@@ -744,7 +744,9 @@ def mutations(draw: st.DrawFn) -> bytes:
     return bytes(content)
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(content=mutations() | st.binary(max_size=200))
 def test_any_file_gives_a_registry_or_problems_that_can_be_printed(tmp_path: Path, content: bytes) -> None:
     text = ""

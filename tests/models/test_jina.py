@@ -199,7 +199,12 @@ def test_bfloat16_stays_near(jina: Path, load: Load, mixed: np.ndarray, cosines:
     assert cosines(model.vectors(texts, tasks), mixed).min() > 0.999
 
 
-@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=25,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 @given(
     batch=st.lists(
         st.tuples(st.one_of(st.sampled_from(TEXTS), st.text(max_size=40)), st.sampled_from([None, *TASKS])),

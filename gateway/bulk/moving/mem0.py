@@ -253,17 +253,11 @@ def change_mem0(path: Path, collection: str, model: str, dimensions: int, url: s
 def _lacks(base_url: str, key: object, model: str) -> bool:
     """Return whether an API answers that it does not have a model; OpenAI itself also if it rejects the key."""
     headers = {"authorization": f"Bearer {key}"} if key else {}
+    address = f"{base_url.rstrip('/')}/models/{quote(model)}"
     try:
-        status = httpx.get(
-            f"{base_url.rstrip('/')}/models/{quote(model)}", headers=headers, timeout=_PATIENCE_S
-        ).status_code
-    except (
-        httpx.HTTPError,
-        httpx.InvalidURL,
-        ValueError,
-        OSError,
-        ImportError,
-    ):  # the last two: a proxy or a certificate
+        status = httpx.get(address, headers=headers, timeout=_PATIENCE_S).status_code
+    # The last two are for the proxy or the certificates that the environment names.
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError, ImportError, OSError):
         return False
     return status == 404 or (status in (401, 403) and (urlsplit(base_url).hostname or "").endswith("openai.com"))
 
