@@ -173,7 +173,7 @@ class Duels:
         if baseline not in names or arm not in names or baseline == arm:
             raise BadInput(f"choose two different arms of {found.name}: {', '.join(names)}", param="arm")
         seed = secrets.randbits(32)
-        duel = await asyncio.to_thread(lambda: draw(self._runs.queries(run), baseline, arm, seed))
+        duel = await asyncio.to_thread(lambda: draw(self._runs.queries(run), baseline, arm, seed, len(names)))
         return await asyncio.to_thread(self._folder(run).create, duel)
 
     async def open(self, run: str, name: str, voter: str) -> Open:

@@ -13,7 +13,7 @@ from pydantic import BaseModel
 
 from gateway.comparisons.runs import Query
 from gateway.errors import BadInput
-from gateway.experiments.preference import Ballot, Preference, judge
+from gateway.experiments.preference import THRESHOLD, Ballot, Preference, judge
 
 TARGET: Final = 50
 """The requested number of votes: enough to find a preference of 70 %."""
@@ -59,10 +59,13 @@ class Duel(BaseModel):
     Attributes:
         num_queries, num_different: number of queries in the comparison, and of queries whose first five documents
             differ.
+        threshold: the evidence that decides: higher if several arms of the comparison can be set against one baseline, so
+            that at most 5 % of comparisons of equal models find any preference.
     """
 
     baseline: str
     arm: str
+    threshold: float = THRESHOLD
     created: str
     num_queries: int
     num_different: int
@@ -127,8 +130,11 @@ class Standing:
         return self.voters >= MANY_VOTERS and preferred is not None and self.by_voter.preferred is preferred
 
 
-def draw(queries: Iterable[Query], baseline: str, arm: str, seed: int) -> Duel:
+def draw(queries: Iterable[Query], baseline: str, arm: str, seed: int, num_arms: int = 2) -> Duel:
     """Return a duel over the queries whose first five documents differ, in random order, with random sides.
+
+    Args:
+        num_arms: number of arms of the comparison.
 
     Raises:
         BadInput: no query has such lists.
@@ -156,6 +162,7 @@ def draw(queries: Iterable[Query], baseline: str, arm: str, seed: int) -> Duel:
     return Duel(
         baseline=baseline,
         arm=arm,
+        threshold=THRESHOLD * (num_arms - 1),
         created=now(),
         num_queries=num_queries,
         num_different=num_different,
@@ -192,7 +199,9 @@ def stand(duel: Duel, votes: Sequence[Vote], voter: str) -> Standing:
     ]
     both = [(again, before) for again, before in repeated if before is not None]
     return Standing(
-        preference=judge(Ballot.FIRST if vote.preferred == duel.baseline else Ballot.SECOND for vote in decided),
+        preference=judge(
+            (Ballot.FIRST if vote.preferred == duel.baseline else Ballot.SECOND for vote in decided), duel.threshold
+        ),
         num_ties=sum(vote.choice == "tie" for vote in first),
         num_bad=sum(vote.choice == "bad" for vote in first),
         num_skipped=sum(vote.choice == "skip" for vote in first),
@@ -201,7 +210,7 @@ def stand(duel: Duel, votes: Sequence[Vote], voter: str) -> Standing:
         consistent=sum(again.preferred == before.preferred for again, before in both),
         repeated=len(both),
         left=judge(Ballot.FIRST if vote.choice == "left" else Ballot.SECOND for vote in decided),
-        by_voter=judge(_by_voter(duel, decided)),
+        by_voter=judge(_by_voter(duel, decided), duel.threshold),
         voters=len({vote.voter for vote in first if vote.choice != "skip"}),
         is_ended=is_ended,
     )

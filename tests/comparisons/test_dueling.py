@@ -15,7 +15,7 @@ from gateway.comparisons import dueling
 from gateway.comparisons.dueling import Duels, Open
 from gateway.comparisons.runs import Runs
 from gateway.errors import BadInput
-from tests.compare.results_example import BGE, JINA, make_comparison
+from tests.compare.results_example import BGE, JINA, MINILM, make_comparison
 
 RUN = "not judged"
 
@@ -30,6 +30,16 @@ def duels(tmp_path_factory: pytest.TempPathFactory) -> Duels:
 async def begin(duels: Duels) -> tuple[str, Path]:
     name = await duels.begin(RUN, JINA.name, BGE.name)
     return name, duels._runs.folder / RUN / "duels" / name
+
+
+async def test_the_threshold_allows_for_all_arms_of_the_comparison(tmp_path: Path) -> None:
+    comparison = make_comparison(JINA, BGE, MINILM, num_queries=20, has_judgments=False)
+    write_results(comparison, {}, tmp_path / RUN)
+    three = Duels(Runs(tmp_path))
+
+    found = await three.open(RUN, await three.begin(RUN, JINA.name, BGE.name), "me")
+
+    assert (found.duel.threshold, found.standing.preference.threshold) == (40, 40)
 
 
 @pytest.mark.parametrize(

@@ -346,6 +346,18 @@ def test_ties_skips_and_repeats_do_not_count_as_votes_for_either() -> None:
     assert stand(duel, [*votes, vote(0, "skip", voter="idle")], "me").voters == 2
 
 
+@pytest.mark.parametrize(("num_arms", "is_decided"), [(2, True), (3, False)])
+def test_a_comparison_of_more_arms_needs_more_evidence(num_arms: int, *, is_decided: bool) -> None:
+    """Two duels with one baseline would otherwise find a preference between equals in one comparison of ten."""
+    duel = draw(make_queries(30), "a", "b", seed=1, num_arms=num_arms)
+    votes = [vote(turn, "left", "a") for turn in range(13)]  # of which one is a repeat: evidence of 25
+
+    standing = stand(duel, votes, "me")
+
+    assert standing.preference.threshold == 20 * (num_arms - 1)
+    assert (standing.preference.preferred is not None) is is_decided
+
+
 def test_a_preference_alone_is_not_a_judgment() -> None:
     duel = draw(make_queries(30), "a", "b", seed=1)
     only = [vote(0, "left", "a")]
