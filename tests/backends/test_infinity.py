@@ -418,7 +418,7 @@ async def test_a_forward_with_much_to_compute_does_not_hang(watched: Watched) ->
     engine = watched.engines[0]
     engine.expected[1] = 1000.0
     engine.hang()
-    await until(lambda: len(engine.rechecks) >= 6)  # the watch has gone on for longer than a forward may take
+    await until(lambda: len(engine.rechecks) >= 6)  # for longer than a forward may take
     assert watched.reports == []
 
     engine.expected[1] = 0.0
