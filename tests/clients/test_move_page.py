@@ -29,7 +29,8 @@ def test_every_command_of_the_page_runs_in_its_order(furnished_gateway: Gateway,
         "EMBEDDINGS_API_KEY": KEY,
     }
     commands = re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL)
-    assert len(commands) == 11
+    assert len(commands) == 12
+    assert "gateway serve" in commands.pop(0)  # one with both models runs already
     # tests/bulk/moving runs the one for PostgreSQL, which needs a server at that address.
     assert "pgvector://me@localhost/shop" in commands.pop(9)
     shown = []

@@ -288,7 +288,7 @@ async def test_tei_gets_sparse_vectors_too(client: httpx.AsyncClient) -> None:
         (
             "/v1/embeddings",
             {"outputs": "multivector", "dimensions": 24},
-            "`dimensions` is 24, but model 'colbert' has no dense",
+            "`dimensions` is 24, which sets the size of dense vectors, but model 'colbert' has none",
         ),
         ("/tei/colbert/embed_all", {}, "model 'colbert' has no token states; it returns: multivector"),
         (
