@@ -38,6 +38,7 @@ from gateway.config.registry import Alias, Experiment, ModelEntry, Registry, Sou
 from gateway.engine import cards
 from gateway.fleet import Fleet, Model
 from gateway.types import ModelState
+from tests.hub import Hub, running_hub, use
 
 # A busy machine is not a failure.
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -191,6 +192,14 @@ def same_logs_after_a_module() -> Iterator[None]:
     """Undo the setup of the log by a fixture of a module."""
     with _same_logs():
         yield
+
+
+@pytest.fixture
+def empty_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """Run a model hub without repositories, which downloads ask, with an empty cache."""
+    with running_hub() as hub:
+        use(hub, tmp_path / "cache", monkeypatch)
+        yield hub
 
 
 @pytest.fixture

@@ -78,10 +78,6 @@ class Hub:
 
     def __init__(self, url: str = "") -> None:
         self.url = url
-        self.reset()
-
-    def reset(self) -> None:
-        """Forget the repositories and the requests."""
         self.repos: dict[str, Repo] = {}
         self.requests: list[tuple[str, str, str]] = []
         self.with_token: list[tuple[str, str]] = []

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from gateway.cli.main import app
 from gateway.engine.checkpoint import fetch as fetching
-from tests.hub import COMMIT, LARGE, Hub, Repo, running_hub, use
+from tests.hub import COMMIT, LARGE, Hub, Repo
 from tests.nvml import FakeDriver, install
 
 FILES = {
@@ -30,19 +30,14 @@ FILES = {
 }
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[Hub]:
-    with running_hub() as hub:
-        yield hub
-
-
 @pytest.fixture
-def hub(server: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Hub:
-    server.reset()
-    server.repos = {"owner/one": Repo(FILES, {"license": "mit"}), "owner/two": Repo(FILES, {"license": "cc-by-nc-4.0"})}
-    use(server, tmp_path / "cache", monkeypatch)
+def hub(empty_hub: Hub, monkeypatch: pytest.MonkeyPatch) -> Hub:
+    empty_hub.repos = {
+        "owner/one": Repo(FILES, {"license": "mit"}),
+        "owner/two": Repo(FILES, {"license": "cc-by-nc-4.0"}),
+    }
     install(monkeypatch, FakeDriver([]))
-    return server
+    return empty_hub
 
 
 @pytest.fixture

