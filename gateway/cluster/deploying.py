@@ -277,7 +277,9 @@ def _reached(address: str) -> str:
 def _unreachable(address: str, error: Exception) -> str:
     if address == LOCAL:
         return f"a Ray cluster cannot be started on this machine: {_first_line(error)}"
-    is_refused = str(error).startswith("Failed to connect to Ray cluster")  # whose head has answered a moment before
+    # The head has answered a moment before. On a machine that has not joined the cluster, only the cause is another.
+    is_outside = "resolve node to connect to" in str(error.__cause__)
+    is_refused = str(error).startswith("Failed to connect to Ray cluster") and not is_outside
     if is_refused or isinstance(error, ray.exceptions.AuthenticationError):
         return (
             f"GATEWAY_CLUSTER={address}: {str(error).partition('. ')[0]}. Set RAY_AUTH_MODE and the token as on the head of "

@@ -19,8 +19,9 @@ PRIORITY_HEADER = "x-gateway-priority"
 
 # The values that clients send for an empty key.
 _NO_KEY = ("", '""')
-# The blanks of HTTP. Of those of Unicode, some are the last byte of a letter in UTF-8, such as that of "à".
-_BLANKS = " \t"
+# The blanks of HTTP, and the line end that `echo` adds to the credentials of Basic. Of the blanks of Unicode, some are the
+# last byte of a letter in UTF-8, such as that of "à".
+_BLANKS = " \t\r\n"
 _HOST = re.compile(rb"[A-Za-z0-9._~%!$&'()*+,;=:\[\]-]*")
 
 

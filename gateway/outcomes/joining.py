@@ -105,8 +105,8 @@ def _owners(exposures: Exposures, unit: Numbers, time: Values) -> Numbers:
     """Return, for each outcome, the index of the exposure to the arm that its unit was in at that time; -1 without one.
 
     This is the unit's last exposure up to that time, unless earlier weights have come back: they bring the unit back into
-    its earlier arm, and an exposure is recorded only once. Which weights were served at a time is known from the last
-    exposure of any unit.
+    its earlier arm, and an exposure is recorded only once. Which weights were served at a time is taken from the last first
+    exposure of any unit. So a return counts from the next new unit on, and all replicas must serve the same weights.
     """
     owners = _last(exposures.unit, exposures.time, unit, time)
     names = sorted({branch.generation for branch in exposures.branches})

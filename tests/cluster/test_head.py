@@ -106,6 +106,21 @@ def test_a_token_that_is_missing_or_wrong_is_named(monkeypatch: pytest.MonkeyPat
     assert "Set RAY_AUTH_MODE and the token as on the head of the cluster: RAY_AUTH_TOKEN" in text
 
 
+def test_a_machine_that_has_not_joined_the_cluster_learns_how(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray's error is the one for a wrong token, with another cause."""
+    from gateway.cluster import deploying
+
+    def refuse(**_options: object) -> None:
+        cause = RuntimeError("No node info found matching attributes: {}, when trying to resolve node to connect to.")
+        raise ConnectionError("Failed to connect to Ray cluster at 10.0.0.1:6379") from cause
+
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr("ray.init", refuse)
+    monkeypatch.setattr(deploying, "_reached", lambda address: address)
+    with pytest.raises(StartError, match=r"`ray start --address=HOST:6379` on the others$"):
+        deploying.Cluster("10.0.0.1:6379").connect()
+
+
 async def watched(
     port: int, monkeypatch: pytest.MonkeyPatch, patience_s: float
 ) -> tuple[asyncio.Task[None], list[str]]:

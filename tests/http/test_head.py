@@ -136,6 +136,7 @@ def basic(credentials: bytes) -> str:
         pytest.param({"api-key": " a "}, "a", id="api-key"),
         pytest.param({"authorization": basic(b"user:a")}, "a", id="password"),
         pytest.param({"authorization": basic(b"a:")}, "a", id="user without a password"),
+        pytest.param({"authorization": basic(b":a\r\n")}, "a", id="password that `echo` wrote"),
         pytest.param({"authorization": basic(b"user:a:b")}, "a:b", id="password with a colon"),
         pytest.param({"authorization": "Bearer a", "x-api-key": "b"}, "a", id="the first of several"),
         pytest.param({"authorization": 'Bearer ""', "x-api-key": "b"}, "b", id="the first that is not empty"),

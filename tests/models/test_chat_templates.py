@@ -39,8 +39,15 @@ def test_an_embedder_with_a_chat_template_is_refused(tmp_path: Path) -> None:
     assert np.abs(SentenceTransformer(str(folder), device="cpu").encode(text) - with_template).max() > 0.01
 
 
-def test_a_language_model_with_a_chat_template_and_without_modules_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_named", [False, True])
+def test_a_language_model_with_a_chat_template_and_without_modules_is_refused(
+    tmp_path: Path, edit_json: Callable[..., None], *, is_named: bool
+) -> None:
     folder = write(tmp_path / "plain", AutoModel, chat_template=CHATML)
+    if is_named:  # the form of several templates
+        (folder / "chat_template.jinja").unlink()
+        templates = [{"name": "tools", "template": "{{ x }}"}, {"name": "default", "template": CHATML}]
+        edit_json(folder / "tokenizer_config.json", chat_template=templates)
     bare = write(tmp_path / "bare", AutoModel, chat_template=None)
     theirs, without = (SentenceTransformer(str(path), device="cpu").encode(["near"]) for path in (folder, bare))
 

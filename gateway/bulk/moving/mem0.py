@@ -208,6 +208,7 @@ def present_settings(path: Path) -> dict[str, Any]:
         "model": settings.get("model"),
         "embedding_dims": settings.get("embedding_dims"),
         "openai_base_url": settings.get("openai_base_url"),
+        "has_key": "api_key" in settings,
     }
 
 
@@ -282,7 +283,7 @@ def restore_mem0(path: Path, before: Mapping[str, Any]) -> None:
             section.pop(name, None)
         else:
             section[name] = before[name]
-    if before.get("openai_base_url") is None and embedder["config"].get("api_key") == _ANY_KEY:
+    if not before.get("has_key", True) and embedder["config"].get("api_key") == _ANY_KEY:
         del embedder["config"]["api_key"]  # OpenAI itself would reject it, and Mem0 would not read OPENAI_API_KEY
     _write(path, content)
 

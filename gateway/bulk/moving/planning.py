@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from itertools import islice
 from pathlib import Path
 from typing import Final
@@ -21,6 +22,8 @@ from gateway.bulk.stores.protocol import CollectionInfo, MovableStore, Place
 from gateway.bulk.stores.reading import SAMPLE
 from gateway.config.wording import did_you_mean, enumerate_names, quote
 from gateway.routing.spaces import is_same_space
+
+_SAME_WORD: Final = 0.9  # the likeness of a misspelled word to the word
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,9 +153,14 @@ def _check_changed_at(store: MovableStore, collection: str, text: str, field: st
     """
     with closing(store.source(collection, FieldNames(text=text))) as source:
         payloads = [row.payload for row in islice(source.read(), SAMPLE) if isinstance(row, Row)]
-    names = list(dict.fromkeys(name for payload in payloads for name in paths_of(payload)))
-    if not any(has(payload, field) for payload in payloads) and (hint := did_you_mean(field, names)):
-        raise BulkError(f"--changed-at {field}: the first items have no such field{hint}")
+    if any(has(payload, field) for payload in payloads):
+        return
+    names = {path.rpartition(".")[2].casefold(): path for payload in payloads for path in paths_of(payload)}
+    # `created_at` is not a misspelling of `updated_at`.
+    for close in get_close_matches(field.rpartition(".")[2].casefold(), names, 1, _SAME_WORD):
+        raise BulkError(
+            f"--changed-at {field}: the first items have no such field; did you mean {quote(names[close])}?"
+        )
 
 
 def _continued(move: Move, folder: Path) -> Move:

@@ -28,7 +28,7 @@ from gateway.bulk.stores.milvus_collections import (
     selection,
 )
 from gateway.bulk.stores.notes import check_note, replaced
-from gateway.bulk.stores.payloads import KindOfIds, has_large_integer, has_nul, with_field
+from gateway.bulk.stores.payloads import KindOfIds, has_nul, large_integer_problem, with_field
 from gateway.bulk.stores.protocol import Since, SinkOptions
 from gateway.bulk.stores.reading import Item, KeysetSource
 from gateway.config.wording import quote
@@ -201,8 +201,8 @@ class MilvusSink:
                 f"it has a field {quote(name)}, a name that Milvus or {self.name} uses itself, so it would be lost: rename "
                 "the field, or leave it out with --payload"
             )
-        if name := next((name for name, value in payload.items() if has_large_integer(value)), ""):
-            return f"its field {quote(name)} has an integer of more than 64 bits, which Milvus cannot store: make it a text"
+        if problem := large_integer_problem(row, payload, "Milvus"):
+            return problem
         for field in () if found is None else found.others:
             value, most = payload.get(field.name), field.settings.get("max_length")
             if isinstance(value, str) and most is not None and (size := len(value.encode())) > most:

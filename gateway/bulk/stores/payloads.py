@@ -106,6 +106,17 @@ def has_nul(value: Json) -> bool:
     return False
 
 
+def large_integer_problem(row: Row, payload: Mapping[str, Json], store: str) -> str:
+    """Return the reason why a store that rounds integers of more than 64 bits cannot keep a row; empty if it can."""
+    if has_large_integer(row.id):
+        return f"its id {row.id} has more than 64 bits, which {store} cannot store: make it a text"
+    if name := next((name for name, value in payload.items() if has_large_integer(value)), ""):
+        return (
+            f"its field {quote(name)} has an integer of more than 64 bits, which {store} cannot store: make it a text"
+        )
+    return ""
+
+
 def has_large_integer(value: Json) -> bool:
     """Return whether a value has an integer of more than 64 bits, which some stores cannot keep."""
     match value:

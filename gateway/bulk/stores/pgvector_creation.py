@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from contextlib import suppress
 from typing import Final
 
 import psycopg
@@ -95,8 +94,8 @@ def create_like(connection: Connection, name: Name, other: Table, note: SpaceNot
         )
     )
     copy_grants(connection, other.oid, name)
-    _copy_row_security(connection, other, name)
     _finish(connection, name, vector.name, kind, note, metric, vector.comment)
+    _copy_row_security(connection, other, name)  # last: it may give the table to another owner
 
 
 def _schema(connection: Connection, oid: int) -> str:
@@ -178,8 +177,13 @@ def _copy_row_security(connection: Connection, other: Table, name: Name) -> None
     for change in changes:
         connection.execute(sql.SQL("ALTER TABLE {} {}").format(name.sql, sql.SQL(change)))
     # Policies do not apply to the owner, and so not to views of the owner either.
-    with suppress(psycopg.errors.InsufficientPrivilege), connection.transaction():
+    try:
         connection.execute(sql.SQL("ALTER TABLE {} OWNER TO {}").format(name.sql, identifier(owner)))
+    except psycopg.errors.InsufficientPrivilege as error:
+        raise BulkError(
+            f"the copy of {other.place} must have its owner, {quote(owner)}, because policies do not apply to an owner: "
+            f"{message_of(error)}. Move as that role, or create the new table yourself, and name it with --into"
+        ) from error
 
 
 def add_vector(connection: Connection, table: Table, vector: str, note: SpaceNote) -> None:

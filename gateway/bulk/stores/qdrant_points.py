@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Final, TypeAlias
 
 from gateway.bulk.rows import Json, Row, RowId
-from gateway.bulk.stores.payloads import with_field
+from gateway.bulk.stores.payloads import large_integer_problem, with_field
 from gateway.config.wording import cut
 
 PointId: TypeAlias = int | str
@@ -47,7 +47,7 @@ def row_id_of(point: PointId, payload: Mapping[str, Json]) -> tuple[RowId, dict[
 def problem_of(row: Row) -> str:
     """Return the reason why Qdrant cannot store a row; empty if it can."""
     if ORIGINAL_ID not in row.payload or point_id(row.id) == row.id:
-        return ""
+        return large_integer_problem(row, row.payload, "Qdrant")
     return (
         f"it has a field `{ORIGINAL_ID}`, a name reserved for ids that Qdrant does not allow, such as "
         f"{cut(repr(row.id))}: rename the field"

@@ -104,6 +104,9 @@ def _chat_template(folder: Path) -> str | None:
         except (OSError, UnicodeDecodeError) as error:
             raise LoadError(f"{file}: cannot be read: {error}") from error
     template = read_object(folder / "tokenizer_config.json", optional=True).get("chat_template")
+    if isinstance(template, list):  # several, by name
+        named = {one.get("name"): one.get("template") for one in template if isinstance(one, dict)}
+        template = named.get("default", next(iter(named.values()), None))
     return template if isinstance(template, str) else None
 
 

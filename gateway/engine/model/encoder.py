@@ -276,7 +276,9 @@ class Encoder:
             self.progressed_at = time.monotonic()
             work = effort([item.num_tokens for item in group.items])
             if self.device == "cpu" and work >= _MIN_TIMED_TOKENS:
-                self.s_per_token = (self.progressed_at - started) / work
+                # A process that was stopped in the meantime has not become that slow.
+                s_per_token = (self.progressed_at - started) / work
+                self.s_per_token = min(s_per_token, 2 * self.s_per_token or s_per_token)
         self.num_padding += sum(states.num_padding for _group, states in computed)
         return computed
 

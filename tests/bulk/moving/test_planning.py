@@ -172,6 +172,8 @@ async def test_a_misspelled_field_of_times_is_named(
     with pytest.raises(BulkError, match=r"--changed-at updatd_at: the first items have no such field.*`updated_at`"):
         await start(request_for(any_shop, changed_at="updatd_at"), tmp_path, console)
     assert not read_moves(tmp_path)
+    move = await start(request_for(any_shop, changed_at="created_at"), tmp_path, console)
+    assert move.pairs[0].changed_at == "created_at", "another word"
     move = await start(request_for(any_shop, changed_at="modified"), tmp_path, console)
     assert move.pairs[0].changed_at == "modified", "no item may have it yet"
     move = await start(request_for(any_shop, changed_at="updated_at"), tmp_path, console)

@@ -21,7 +21,7 @@ import pytest
 from rich.console import Console
 
 from gateway.bulk.moving.command import next_command
-from gateway.bulk.moving.mem0 import change_mem0, read_mem0
+from gateway.bulk.moving.mem0 import change_mem0, present_settings, read_mem0, restore_mem0
 from gateway.bulk.moving.planning import real_name
 from gateway.bulk.moving.state import Stage, find_move, lock_move, read_moves
 from gateway.bulk.moving.steps import back, check, finish, flip, start, sync
@@ -510,6 +510,30 @@ def test_mem0_keeps_its_server_if_that_has_the_model(model: str, *, is_kept: boo
 
     url = json.loads(path.read_text())["embedder"]["config"]["openai_base_url"]
     assert url == (own if is_kept else "http://127.0.0.1:1/v1")
+
+
+@pytest.mark.parametrize("settings", [{}, {"api_key": "any"}, {"api_key": "sk-1"}])
+def test_the_way_back_restores_mem0s_key_and_server(settings: dict[str, str], tmp_path: Path) -> None:
+    """The server was replaced, because it did not have the model."""
+    path = tmp_path / "mem0.json"
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Models) as server:
+        Thread(target=server.serve_forever).start()
+        own = f"http://127.0.0.1:{server.server_port}/v1"
+        content = {
+            "vector_store": {"config": {"collection_name": "old", "embedding_model_dims": 3}},
+            "embedder": {"provider": "openai", "config": {"openai_base_url": own, "model": "old", **settings}},
+        }
+        path.write_text(json.dumps(content))
+        before = present_settings(path)
+        change_mem0(path, "new", "not-here", 4, "http://127.0.0.1:1")
+        server.shutdown()
+    changed = json.loads(path.read_text())["embedder"]["config"]
+    assert changed["openai_base_url"] != own
+    assert changed["api_key"] == settings.get("api_key", "any")
+
+    restore_mem0(path, before)
+
+    assert json.loads(path.read_text()) == content
 
 
 def test_mem0_keeps_a_server_with_a_name_that_is_unknown_here(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from gateway.bulk.places import open_movable, read_place
 from gateway.bulk.rows import BadRow, BulkError, Json, Row, RowId
 from gateway.bulk.stores.protocol import Since, SinkOptions
 from gateway.bulk.stores.qdrant import QdrantStore
-from gateway.bulk.stores.qdrant_points import point_id, row_id_of
+from gateway.bulk.stores.qdrant_points import point_id, problem_of, row_id_of
 from tests.bulk.stores.rows import HYBRID, NOTE, by_id, embedded, open_url, read, row, vector_of, write
 
 UUID = "9f0c2a56-7f0e-4c5e-a0b9-1d2f3a4b5c6d"
@@ -67,6 +67,17 @@ def test_ids_that_qdrant_allows_are_kept_and_others_are_mapped(row_id: RowId, is
     if isinstance(point, str):
         assert str(uuid.UUID(point)) == point
     assert row_id_of(point, {"gateway_id": row_id, "a": 1} if not is_kept else {"a": 1}) == (row_id, {"a": 1})
+
+
+@pytest.mark.parametrize(
+    ("row_id", "payload", "named"),
+    [(2**64, {}, "id"), (-(2**63) - 1, {}, "id"), (1, {"a": {"b": [2**64]}}, "a"), ("x", {"a": 1, "c": -(2**70)}, "c")],
+)
+def test_an_integer_that_a_server_would_round_is_a_problem_of_its_row(
+    row_id: RowId, payload: dict[str, Json], named: str
+) -> None:
+    """A server reads it as a floating-point number; a local folder would keep it."""
+    assert named in problem_of(row(row_id, "text", payload))
 
 
 def test_different_ids_are_different_points() -> None:
