@@ -342,13 +342,17 @@ def unit_source(request: Request, user: Json) -> UnitSource:
 
     Args:
         user: the body's field ``user``.
+
+    The lookup raises `BadInput` if a header occurs several times with different values: none of them is more right.
     """
 
     def look_up(source: str) -> str | bytes | None:
         match source.partition(":"):
             case ("header", _, name):
-                value = request.headers.get(name)
-                return None if value is None else value.encode("latin-1")  # its bytes, as the framework decoded them
+                values = set(request.headers.getlist(name))
+                if len(values) > 1:
+                    raise BadInput(f"the header {name} occurs {len(values)} times with different values; send it once")
+                return values.pop().encode("latin-1") if values else None  # its bytes, as the framework decoded them
             case ("model", _, _):
                 return None  # the router finds it in the name
             case ("body", _, "user"):

@@ -12,8 +12,8 @@ from pydantic import SecretStr
 from gateway.config.wording import quote
 
 _LEAST_KEY: Final = 8
-PREFIX: Final = re.compile(r"(/[A-Za-z0-9._~-]+)*", re.ASCII)
-"""The path under which a proxy serves the gateway; empty for none."""
+PREFIX: Final = re.compile(r"(/(?!\.{1,2}(?:/|$))[A-Za-z0-9._~-]+)*", re.ASCII)
+"""The path under which a proxy serves the gateway; empty for none. Clients resolve `.` and `..` before they send a path."""
 
 _ORIGIN = re.compile(r"https?://[^/\s]+")
 _ADDRESS = re.compile(r"[A-Za-z0-9.-]+:\d{1,5}|\[[0-9a-fA-F:]+\]:\d{1,5}")

@@ -51,8 +51,8 @@ class Body:
         self._content_encoding = headers.get("content-encoding", "")
         declared = headers.get("content-length", "0")
         self._declared_bytes = int(declared) if declared.isdecimal() else 0
-        # A client that sends the header waits for "100 Continue", which uvicorn sends when the body is first read.
-        self._is_coming = "expect" not in headers
+        # A client that sends this header waits for "100 Continue", which uvicorn sends when the body is first read.
+        self._is_coming = headers.get("expect", "").lower() != "100-continue"
         self._is_streamed = False
         self._is_refused_late = False
         self._advice = "send fewer texts in a request"

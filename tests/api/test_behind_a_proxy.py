@@ -111,7 +111,9 @@ async def test_without_a_prefix_paths_have_none(client: httpx.AsyncClient) -> No
     assert "servers" not in (await client.get("/openapi.json")).json()
 
 
-@pytest.mark.parametrize("prefix", ["nothing", "//", "/a//b", "/<script>", '/"', "/a b", "/" + "a" * 300, "/../a?", ""])
+@pytest.mark.parametrize(
+    "prefix", ["nothing", "//", "/a//b", "/<script>", '/"', "/a b", "/" + "a" * 300, "/../a?", "/a/../b", "/a/.", ""]
+)
 async def test_a_prefix_that_is_not_a_path_is_ignored(client: httpx.AsyncClient, prefix: str) -> None:
     response = await client.get("/openapi.json", headers={"x-forwarded-prefix": prefix})
 

@@ -132,6 +132,15 @@ async def test_a_unit_in_any_script_is_the_same_by_header_body_and_key(connect: 
     assert logged.source == "header:x-unit"
 
 
+async def test_a_header_with_two_units_is_refused(client: httpx.AsyncClient) -> None:
+    twice = await embed(client, [(b"x-unit", b"ann"), (b"x-unit", b"ann")])
+    two = await embed(client, [(b"x-unit", b"ann"), (b"x-unit", b"bob")])
+
+    assert twice.headers["x-gateway-arm"] == arm_of("ann")
+    assert two.status_code == 400
+    assert two.json()["message"] == "the header x-unit occurs 2 times with different values; send it once"
+
+
 async def test_the_header_comes_before_the_body(client: httpx.AsyncClient) -> None:
     answer = await embed(client, {"x-unit": unit_in("new")}, user=unit_in("mini"))
 

@@ -151,7 +151,7 @@ def test_a_root_path_is_kept_without_its_last_slash(text: str, prefix: str) -> N
     assert load_settings({"GATEWAY_ROOT_PATH": text}).root_path == prefix
 
 
-@pytest.mark.parametrize("text", ["ai", "/a//b", "/a b", "https://a/b", "/ü"])
+@pytest.mark.parametrize("text", ["ai", "/a//b", "/a b", "https://a/b", "/ü", "/a/../b", "/.."])
 def test_an_invalid_root_path_is_refused(text: str) -> None:
     (problem,) = problems_of({"GATEWAY_ROOT_PATH": text})
 

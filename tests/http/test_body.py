@@ -198,6 +198,14 @@ async def test_a_body_that_is_sent_on_request_alone_is_not_waited_for() -> None:
     assert upload.left == [GONE]
 
 
+async def test_another_expectation_holds_no_body_back() -> None:
+    upload = Upload([b"a"] * 5, expect="a miracle")
+
+    await upload.body.drain()
+
+    assert upload.left == [GONE]
+
+
 @pytest.mark.parametrize("is_declared", [False, True])
 async def test_a_path_may_lower_the_limit_and_not_raise_it(is_declared: bool) -> None:
     def upload(num_bytes: int) -> Upload:
