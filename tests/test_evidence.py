@@ -53,6 +53,7 @@ def small(name: str, runs: int, *rows: str) -> list[Rate]:
         ("ramp", 10, []),
         ("ramped", 5, []),
         ("guardrail", 20, []),
+        ("hung", 3, []),
         ("duel", 20, ["errs in 30 %", "favors the left list in 30 %"]),
         ("tastes", 20, ["5 voters", "15 voters"]),
         ("preferred", 50, []),

@@ -9,7 +9,8 @@ from functools import partial
 import numpy as np
 
 from bench.evidence.registry import Case, Simulation
-from gateway.experiments.arms import ArmCounts
+from gateway.errors import DeadlineExceeded, UpstreamFailed
+from gateway.experiments.arms import ArmCounts, RequestRecord
 from gateway.experiments.guardrails import guardrails
 from gateway.experiments.sample_ratio import largest_log_e
 from gateway.experiments.sequence import ALPHA, Values
@@ -136,6 +137,32 @@ def guardrail_is_worse(metric: str, units: int, rng: np.random.Generator) -> boo
     return found.verdict in {"better", "worse"}
 
 
+def hung_looks_slower(
+    rates: tuple[float, float], code: str, units: int, is_better_told: bool, rng: np.random.Generator
+) -> bool:
+    """Return whether an arm looks slower, if some requests of each arm hang until a time limit ends them after 60 s.
+
+    Args:
+        rates: the share of the requests that hang, in each arm.
+        code: the error that ends them.
+        is_better_told: whether an arm that looks faster counts too.
+    """
+    arms = (ArmCounts(), ArmCounts())
+    for unit in range(units):
+        arm, is_hung = unit % 2, rng.random() < rates[unit % 2]
+        elapsed_s = 60.0 if is_hung else 0.01 * math.exp(0.3 * rng.normal())
+        request = RequestRecord(
+            "e", "g", "ab"[arm], "unit", True, f"{unit:016x}", "m", None, elapsed_s, num_characters=100,
+            error_code=code if is_hung else None, is_server_error=is_hung,
+            is_cut=is_hung and code == DeadlineExceeded.code,
+        )  # fmt: skip
+        arms[arm].record(request, may_grow=True)
+    verdict = next(one.verdict for one in guardrails("b", *arms, share=0.5, alpha=ALPHA) if one.metric == "latency")
+    return verdict == "worse" or (is_better_told and verdict == "better")
+
+
+_LIMITS = {"its own": DeadlineExceeded.code, "another server's": UpstreamFailed.code}
+
 _KINDS: tuple[tuple[str, Per], ...] = (
     ("conversions of 10 %", "unit"),
     ("conversions of 1 %", "unit"),
@@ -230,7 +257,36 @@ SIMULATIONS = (
             Case(metric, f"{units:,} units", partial(guardrail_is_worse, metric, units), 300, 30)
             for metric in ("latency", "errors")
             for units in (300, 1_000)
+        ]
+        + [
+            Case(
+                f"latency, 6 % hang: {limit} limit",
+                f"{units:,} units",
+                partial(hung_looks_slower, (0.06, 0.06), code, units, True),
+                300,
+                30,
+            )
+            for units in (300, 1_000)
+            for limit, code in _LIMITS.items()
         ],
         "Requests per unit are Pareto: by request, 38 to 57 % of such experiments differ in errors.",
+    ),
+    Simulation(
+        "hung",
+        "Guardrail of an arm that hangs in 6 % of its requests",
+        "called slower",
+        ">=",
+        0.8,
+        [
+            Case(
+                f"{limit} time limit",
+                "4,000 units",
+                partial(hung_looks_slower, (0.0, 0.06), code, 4_000, False),
+                100,
+                20,
+            )
+            for limit, code in _LIMITS.items()
+        ],
+        "A request that fails on the server after more than the median latency counts as at least that time.",
     ),
 )

@@ -18,6 +18,8 @@ MAX_SUMS = 200_000
 # The columns of an arm's sums.
 REQUESTS, SERVER_ERRORS, TIMED, LOG_SECONDS, LOG_CHARACTERS = range(5)
 _LEAST_S = 1e-4
+# A server's error after this time is late if the arm has not answered any request yet.
+_LATE_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +37,8 @@ class RequestRecord:
             same in each arm.
         queue_s: the longest wait of its texts in the queue.
         is_server_error: the request failed through no fault of the client; a client that hung up had waited too long.
-        is_cut: the deadline or the client ended the request after ``elapsed_s``; it would have taken longer.
+        is_cut: the deadline or the client ended the request after ``elapsed_s``; it would have taken longer. For other
+            errors see :meth:`ArmCounts.is_late`.
     """
 
     experiment: str
@@ -66,7 +69,7 @@ class ArmCounts:
     Attributes:
         unanswered: the units that have only had errors so far.
         seconds: total duration of the answered requests.
-        latency: latencies of the answered requests, and of the requests that were cut.
+        latency: latencies of the answered requests, and of the requests that were cut or failed late.
         sums: the sums of each unit, or of each request without a unit; see the columns above.
         largest: the number of requests of the unit with the most.
     """
@@ -92,7 +95,7 @@ class ArmCounts:
             may_grow: whether a new unit gets sums.
         """
         self.requests += 1
-        is_timed = request.error_code is None or request.is_cut
+        is_cut = request.is_cut or self.is_late(request)
         if request.error_code is None:
             self.texts += request.num_texts
             self.tokens += request.num_tokens
@@ -102,8 +105,8 @@ class ArmCounts:
             self.errors[request.error_code] += 1
             self.server_errors += request.is_server_error
         sums = [1.0, float(request.is_server_error), 0.0, 0.0, 0.0]
-        if is_timed:
-            self.latency.observe(request.elapsed_s, is_cut=request.is_cut)
+        if request.error_code is None or is_cut:
+            self.latency.observe(request.elapsed_s, is_cut=is_cut)
             characters = math.log(1 + request.num_characters)
             sums[TIMED:] = 1.0, math.log(max(request.elapsed_s, _LEAST_S)), characters
         # Each request without a unit was assigned to its arm independently.
@@ -111,6 +114,17 @@ class ArmCounts:
         num_requests = self.sums.add(unit, sums, may_grow=may_grow)
         if request.unit:
             self.largest = max(self.largest, int(num_requests))
+
+    def is_late(self, request: RequestRecord) -> bool:
+        """Return whether the server failed after more time than half of the arm's answers took.
+
+        There are many time limits: of another server, of a forward pass, of retries. Whichever ended the request, its client
+        has waited that long without an answer. A refusal within microseconds says nothing about the latency.
+        """
+        if not request.is_server_error or request.elapsed_s <= _LEAST_S:
+            return False
+        median_s = self.latency.median_finished()
+        return request.elapsed_s > (_LATE_S if median_s is None else median_s)
 
 
 @dataclass(slots=True)

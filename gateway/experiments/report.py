@@ -69,9 +69,9 @@ class ArmReport(_Report):
         description="Mean tokens of a request divided by its mean time: the rate that a single client would see."
     )
     p50_s: float | None = Field(
-        description="Latency of answered requests, and of requests that timed out or were given up by their client, "
-        "which would have taken longer. Percentiles describe the requests of the arm; to compare arms, see "
-        "`guardrails`."
+        description="Latency of answered requests, and of requests that timed out, that failed on the server after more "
+        "than the median latency, or that their client gave up: these would have taken longer. Percentiles describe the "
+        "requests of the arm; to compare arms, see `guardrails`."
     )
     p95_s: float | None = Field(description="`null` below 200 requests.")
     p99_s: float | None = Field(description="`null` below 1,000 requests.")

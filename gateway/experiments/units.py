@@ -143,6 +143,13 @@ class LatencyHistogram:
             return None
         return self._LEAST_S * math.exp((bucket - 0.5) * self._GROWTH) if bucket else self._LEAST_S
 
+    def median_finished(self) -> float | None:
+        """Return the median of the latencies that were not ended early; ``None`` without any."""
+        finished = LatencyHistogram()
+        finished._counts = [count - cut for count, cut in zip(self._counts, self._cut, strict=True)]
+        finished._num = sum(finished._counts)
+        return finished.quantile(0.5)
+
     def is_least(self, share: float) -> bool:
         """Return whether a quantile could be longer if no work had been ended early."""
         finished = [count - cut for count, cut in zip(self._counts, self._cut, strict=True)]

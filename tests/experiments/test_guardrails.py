@@ -61,6 +61,24 @@ def test_an_arm_that_fails_more_is_found() -> None:
     assert found(make_arms(np.random.default_rng(24), 2_000, error_rates=(0.1, 0.02)))["errors"].verdict == "better"
 
 
+@pytest.mark.parametrize(("code", "is_cut"), [("deadline_exceeded", True), ("upstream_failed", False)])
+def test_an_arm_whose_server_hangs_is_slower(code: str, is_cut: bool) -> None:
+    """Whichever limit ends the requests: without them, only the lucky units would be compared."""
+    rng = np.random.default_rng(26)
+    arms = (ArmCounts(), ArmCounts())
+    for unit in range(4_000):
+        is_hung = unit % 2 == 1 and rng.random() < 0.06
+        elapsed_s = 60.0 if is_hung else 0.01 * math.exp(0.3 * rng.normal())
+        failed = {"error_code": code, "is_server_error": True, "is_cut": is_cut} if is_hung else {}
+        request = RequestRecord(
+            "exp", "g", "ab"[unit % 2], "unit", True, f"{unit:016x}", "m", None, elapsed_s, **failed
+        )
+        arms[unit % 2].record(request, may_grow=True)
+
+    assert found(arms)["latency"].verdict == "worse"
+    assert arms[1].latency.quantile(0.95) == pytest.approx(60.0, rel=0.02)
+
+
 def test_texts_of_other_lengths_make_no_difference() -> None:
     """The seconds of one arm are three times those of the other, and so is the work."""
     rng = np.random.default_rng(25)

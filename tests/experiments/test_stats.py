@@ -137,6 +137,34 @@ def test_time_outs_and_hang_ups_count_as_latencies_of_at_least_their_time(
     assert arm.tokens_per_s == pytest.approx(100)  # of answered requests
 
 
+@pytest.mark.parametrize("code", ["upstream_failed", "upstream_unavailable", "model_recovering", "deadline_exceeded"])
+def test_a_server_error_after_a_long_time_counts_as_a_latency_of_at_least_that_time(
+    make_experiment: MakeExperiment, make_record: MakeRecord, code: str
+) -> None:
+    """The time limit of another server, or of a forward pass, is shorter than that of the request."""
+    stats = ExperimentStats(None)
+    for i in range(1_000):
+        is_hung = i % 10 == 0
+        failed = {"space": None, "error_code": code, "is_server_error": True, "is_cut": code == "deadline_exceeded"}
+        stats.record(make_record(i, **(failed | {"elapsed_s": 60.0} if is_hung else {})))
+
+    arm = stats.report(make_experiment(1, 1), GENERATION).evidence[0]
+
+    assert [arm.p50_s, arm.p95_s] == pytest.approx([0.1, 60.0], rel=0.02)
+    assert arm.at_least == ["p95_s", "p99_s"]
+
+
+def test_an_arm_that_only_fails_late_has_a_latency(make_experiment: MakeExperiment, make_record: MakeRecord) -> None:
+    stats = ExperimentStats(None)
+    for seconds in (0.001, 60.0, 60.0):
+        stats.record(make_record(1, space=None, error_code="upstream_failed", is_server_error=True, elapsed_s=seconds))
+
+    arm = stats.report(make_experiment(1, 1), GENERATION).evidence[0]
+
+    assert arm.p50_s == pytest.approx(60.0, rel=0.02)
+    assert arm.at_least == ["p50_s"]
+
+
 def test_requests_outside_the_split_are_counted_by_reason(
     tmp_path: Path, make_experiment: MakeExperiment, make_record: MakeRecord
 ) -> None:
