@@ -8,12 +8,12 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import structlog
 
 from gateway.backends.base import Backend, Removable, Waiting
-from gateway.backends.enabled import USUAL_REASONS, load_order, why_disabled
+from gateway.backends.enabled import USUAL_REASONS, Here, Site, load_order
 from gateway.backends.on_demand import OnDemandBackend
 from gateway.backends.same_space import Reference, verify_same_space
 from gateway.config.registry import ModelEntry, Registry
@@ -36,30 +36,7 @@ _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 2.0, 60.0
 _ON_DEMAND_STATES = (ModelState.UNLOADED, ModelState.LOADING)
 # A reload tries these models again: the file, the card or the license acceptance that was missing may exist now.
 _RETRIED_STATES = (ModelState.FAILED, ModelState.DISABLED)
-
-
-class Site(Protocol):
-    """The place where models run, other than upstream servers."""
-
-    def why_disabled(self, entry: ModelEntry) -> str:
-        """Return the reason why a model is disabled there; empty if it is enabled. May block.
-
-        Raises:
-            StartError: there is no such place.
-        """
-
-    def is_here(self, entry: ModelEntry) -> bool:
-        """Return whether the model shares this machine's memory with the others, so that they load one after another."""
-
-
-class Here:
-    """This process, as the :class:`Site` of models."""
-
-    def why_disabled(self, entry: ModelEntry) -> str:
-        return why_disabled(entry)
-
-    def is_here(self, entry: ModelEntry) -> bool:
-        return not entry.is_remote
+_NOT_LOADED_STATES = (ModelState.FAILED, ModelState.DOWNLOADING, ModelState.LOADING)
 
 
 @dataclass(eq=False, slots=True)
@@ -237,10 +214,17 @@ class Fleet:
 
     @property
     def is_ready(self) -> bool:
-        """Whether loading has ended, and all required models and at least one model take requests."""
+        """Whether loading has ended, and all required models and at least one model take requests.
+
+        A model that is not loaded is also required while older gateways serve another version of it: orchestrators end them
+        once this one is ready.
+        """
         is_ready = {model.id: model.takes_requests for model in self}
-        required = [model.id for model in self if model.entry.required]
+        required = [model.id for model in self if model.entry.required or self._is_kept_elsewhere(model)]
         return self.started.is_set() and any(is_ready.values()) and all(is_ready[name] for name in required)
+
+    def _is_kept_elsewhere(self, model: Model) -> bool:
+        return model.state in _NOT_LOADED_STATES and self._site.is_kept_elsewhere(model.entry)
 
     async def start(self) -> None:
         """Load the enabled models.

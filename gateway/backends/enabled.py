@@ -1,8 +1,9 @@
-"""Which models are enabled on this machine, and in which order they are loaded."""
+"""The place where models run, which of them are enabled there, and in which order this machine loads them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 from gateway.config.registry import ModelEntry
 from gateway.errors import LicenseNotAccepted
@@ -12,6 +13,36 @@ _USUAL = f"no accelerator is present {_ON_THE_CPU}"
 _SWITCHED_OFF = "switched off in models.yaml (`enabled: false`)"
 USUAL_REASONS = (_SWITCHED_OFF, _USUAL)
 """Reasons for a disabled model that need no warning, because nothing is wrong."""
+
+
+class Site(Protocol):
+    """The place where models run, other than upstream servers."""
+
+    def why_disabled(self, entry: ModelEntry) -> str:
+        """Return the reason why a model is disabled there; empty if it is enabled. May block.
+
+        Raises:
+            StartError: there is no such place.
+        """
+
+    def is_here(self, entry: ModelEntry) -> bool:
+        """Return whether the model shares this machine's memory with the others, so that they load one after another."""
+
+    def is_kept_elsewhere(self, entry: ModelEntry) -> bool:
+        """Return whether older gateways there serve another version of the model, and must do so until this one can."""
+
+
+class Here:
+    """This process, as the :class:`Site` of models."""
+
+    def why_disabled(self, entry: ModelEntry) -> str:
+        return why_disabled(entry)
+
+    def is_here(self, entry: ModelEntry) -> bool:
+        return not entry.is_remote
+
+    def is_kept_elsewhere(self, entry: ModelEntry) -> bool:
+        return False
 
 
 def load_order(entries: Sequence[ModelEntry]) -> list[ModelEntry]:

@@ -36,25 +36,17 @@ def status(cluster: ClusterOption = None) -> None:
 
 
 @cluster.command()
-def prune(
-    names: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="[NAME]...", help="Also remove these deployments, although their replicas do not answer."
-        ),
-    ] = None,
-    cluster: ClusterOption = None,
-) -> None:
+def prune(cluster: ClusterOption = None) -> None:
     """Remove models that no gateway uses.
 
-    For example, models remain after the registry has changed.
+    Running gateways do so after five minutes. Models remain when all gateways have ended.
     """
     from gateway.cluster.environment import prepare
 
     prepare(_checked(cluster))
     from gateway.cluster.command import address_of, run_prune
 
-    for line in run_prune(address_of(cluster), names or ()):
+    for line in run_prune(address_of(cluster)):
         typer.echo(line)
 
 

@@ -10,8 +10,7 @@ from typing import Any, Final, Protocol
 import structlog
 
 from gateway.backends.base import Replica, Report, unreported
-from gateway.cluster.command import ask
-from gateway.cluster.deploying import NOT_STARTED, Cluster, Deployed
+from gateway.cluster.deploying import Cluster, Deployed
 from gateway.cluster.discovery import DIRECTORY
 from gateway.cluster.line import Line
 from gateway.cluster.placing import Spec
@@ -28,6 +27,8 @@ log = structlog.get_logger(__name__)
 _POLL_S: Final = 0.5
 # A model that no machine has room for fails after this time in seconds, and is retried later.
 _PLACE_S: Final = 60.0
+# The seconds between looks for deployments that may be deleted, while a model has no place.
+_LOOK_S: Final = 5.0
 # The seconds between checks of a model that has lost all replicas; longer each time that it is deployed again.
 _FIRST_PAUSE_S: Final = 5.0
 _LONGEST_PAUSE_S: Final = 60.0
@@ -44,6 +45,10 @@ class Site(Protocol):
     async def use(self, entry: ModelEntry) -> Spec: ...
 
     def deploy(self, spec: Spec) -> None: ...
+
+    async def look_around(self) -> None: ...
+
+    def is_kept_elsewhere(self, entry: ModelEntry) -> bool: ...
 
     async def leave(self, name: str, *, delete: bool) -> None: ...
 
@@ -92,24 +97,41 @@ class RayBackend:
         Raises:
             LoadError: no replica can load the model, or no machine has room for a replica.
         """
-        began = time.monotonic()
+        began = looked = time.monotonic()
         shown, cluster = "", self._site.cluster
         while not self._pool.usable:
             deployed = await asyncio.to_thread(cluster.look, spec.name)
             if await self._has_failed(deployed):  # Serve does not retry until the model is deployed again
+                error = await self._load_error(deployed.reason or f"Ray Serve says {deployed.status}")
                 await self._stop(delete=True)
-                raise LoadError(deployed.reason or f"Ray Serve says {deployed.status}")
-            if deployed.status == NOT_STARTED:  # another front has removed it, which did not know that this one waits
+                raise error
+            if deployed.is_gone:  # an operator has removed it, or shut Serve down
                 await asyncio.to_thread(self._site.deploy, spec)
             if deployed.reason != shown:
                 shown = deployed.reason
                 report(ModelState.LOADING, shown)
-            if time.monotonic() - began > _PLACE_S and not await asyncio.to_thread(cluster.has_begun, spec.name):
-                needs = "a graphics card" if spec.num_gpus else "a core"
-                raise LoadError(f"no machine of the cluster has room for a replica, which needs {needs}")
+            now = time.monotonic()
+            is_late, is_due = now - began > _PLACE_S, now - looked > _LOOK_S
+            if (is_late or is_due) and not await asyncio.to_thread(cluster.has_begun, spec.name):
+                looked = now
+                if is_late:
+                    needs = "a graphics card" if spec.num_gpus else "a core"
+                    raise await self._load_error(
+                        f"no machine of the cluster has room for a replica, which needs {needs}"
+                    )
+                await self._site.look_around()
             await self._pool.changed(_POLL_S)
         assert self._pool.info is not None  # noqa: S101  a usable line has it
         return self._pool.info
+
+    async def _load_error(self, reason: str) -> LoadError:
+        await self._site.look_around()
+        if self._site.is_kept_elsewhere(self._entry):
+            reason += (
+                ". Older gateways still serve it with another entry, other settings or another version, so this gateway is "
+                "not ready until they end"
+            )
+        return LoadError(reason)
 
     async def _has_failed(self, deployed: Deployed) -> bool:
         """Return whether Serve has given up on a deployment: between an end and the next start, it only seems so."""
@@ -125,24 +147,7 @@ class RayBackend:
         self._is_ready = True
         if self._spec is not None:
             self._run(self._warn_of_missing(self._spec))
-            self._run(self._warn_of_others(self._spec))
         return info
-
-    async def _warn_of_others(self, spec: Spec) -> None:
-        """Log once, after a while, if another gateway has another entry for this model: a reload or rollout has ended."""
-        await asyncio.sleep(_PLACE_S)
-        cluster = self._site.cluster
-        for other in await asyncio.to_thread(cluster.others, spec.name):
-            if num_fronts := (await ask(cluster, other)).num_fronts:
-                log.warning(
-                    "gateways_differ",
-                    model=self._entry.id,
-                    deployment=spec.name,
-                    other=other.name,
-                    gateways=num_fronts,
-                    reason="other gateways have another entry, other settings or another version for this model, so their "
-                    "vectors may differ; `gateway cluster status` shows both",
-                )
 
     async def _warn_of_missing(self, spec: Spec) -> None:
         """Log once, after a while, if there are fewer replicas than the registry wants: no machine has room for them."""
@@ -197,7 +202,7 @@ class RayBackend:
         while self._is_ready and self._spec is not None and not self._pool.usable:
             try:
                 deployed = await asyncio.to_thread(self._site.cluster.look, self._spec.name)
-                if deployed.status == NOT_STARTED or await self._has_failed(deployed):
+                if deployed.is_gone or await self._has_failed(deployed):
                     await asyncio.to_thread(self._site.deploy, self._spec)
                     pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)  # its replicas may fail again
             except Exception as error:  # Serve may be restarting; the next check asks again
@@ -233,8 +238,8 @@ class RayBackend:
         await self._stop(delete=False)
 
     async def remove(self) -> None:
-        """Stop, and delete the deployment unless another front is connected to it."""
-        await self._stop(delete=all(line.load.num_fronts <= 1 for line in self.lines))
+        """Stop, and delete the deployment unless another gateway uses it."""
+        await self._stop(delete=True)
 
     async def _stop(self, *, delete: bool) -> None:
         self._is_ready, self._is_stopped = False, True

@@ -14,7 +14,6 @@ from gateway.cluster.line import Line
 from gateway.cluster.placing import stem_of
 from gateway.cluster.pool import Pool
 from gateway.config.wording import enumerate_names
-from gateway.errors import StartError
 
 # The seconds to wait for the replicas' status.
 _PATIENCE_S: Final = 3.0
@@ -25,12 +24,12 @@ class DeploymentStatus:
     """A deployment on the cluster, and its reachable replicas.
 
     Attributes:
-        num_fronts: the number of connected gateways; ``None`` if no replica answers.
+        num_fronts: the number of gateways that use it or wait for it.
     """
 
     deployed: Deployed
     lines: Sequence[Line]
-    num_fronts: int | None
+    num_fronts: int
 
 
 async def look(cluster: Cluster) -> list[DeploymentStatus]:
@@ -41,7 +40,8 @@ async def look(cluster: Cluster) -> list[DeploymentStatus]:
 
 async def ask(cluster: Cluster, deployed: Deployed) -> DeploymentStatus:
     """Ask the replicas of a deployment for their status."""
-    pool = Pool(deployed.name, lambda: None)
+    pool = Pool(deployed.name, lambda: None, serves=False)
+    claims = await asyncio.to_thread(cluster.claims.of, deployed.name)
     handle = await asyncio.to_thread(cluster.watch, deployed.name)
     end_watch = DIRECTORY.watch(deployed.name, pool.update)
     try:
@@ -49,9 +49,8 @@ async def ask(cluster: Cluster, deployed: Deployed) -> DeploymentStatus:
         while len(_heard(pool)) < deployed.num_running and asyncio.get_running_loop().time() < deadline:
             await pool.changed(0.1)
         lines = _heard(pool)
-        # This process is connected too.
-        num_fronts = max((line.load.num_fronts - 1 for line in lines), default=None)
-        return DeploymentStatus(deployed, lines, num_fronts)
+        connected = max((line.load.num_fronts for line in lines), default=0)
+        return DeploymentStatus(deployed, lines, max(connected, len(claims)))
     finally:
         end_watch()
         await pool.close()
@@ -59,49 +58,26 @@ async def ask(cluster: Cluster, deployed: Deployed) -> DeploymentStatus:
 
 
 def _heard(pool: Pool) -> list[Line]:
-    return [line for line in pool.lines.values() if line.info is not None and line.load.num_fronts]
+    return [line for line in pool.lines.values() if line.info is not None]
 
 
-async def prune(cluster: Cluster, names: Sequence[str] = ()) -> tuple[list[DeploymentStatus], list[DeploymentStatus]]:
-    """Delete the deployments that no gateway is connected to; return them, and those that are kept.
-
-    A deployment with replicas that do not answer is kept, because its gateways may be waiting for them.
-
-    Args:
-        names: deployments to delete although their replicas do not answer.
-
-    Raises:
-        StartError: a name is not a deployment's, or a gateway uses it.
-    """
-    statuses = await look(cluster)
-    for name in names:
-        _require_unused(name, statuses)
-    unused = [
-        status
-        for status in statuses
-        if status.num_fronts == 0 or status.deployed.has_failed or status.deployed.name in names
-    ]
-    await asyncio.to_thread(cluster.delete, [status.deployed.name for status in unused])
-    return unused, [status for status in statuses if status not in unused]
+async def prune(cluster: Cluster) -> tuple[list[DeploymentStatus], list[DeploymentStatus]]:
+    """Delete the deployments that no gateway uses; return them, and those that are kept."""
+    statuses = [status for status in await look(cluster) if not status.deployed.is_gone]
+    removed = [status for status in statuses if not status.num_fronts and await _delete(cluster, status)]
+    return removed, [status for status in statuses if status not in removed]
 
 
-def _require_unused(name: str, statuses: Sequence[DeploymentStatus]) -> None:
-    status = next((status for status in statuses if status.deployed.name == name), None)
-    if status is None:
-        names = enumerate_names([status.deployed.name for status in statuses]) or "none"
-        raise StartError(f"the cluster has no deployment {name!r}: it has {names}")
-    if status.num_fronts:
-        raise StartError(
-            f"{name} is in use by {status.num_fronts} gateways: stop them, or remove the model from theirs"
-        )
+async def _delete(cluster: Cluster, status: DeploymentStatus) -> bool:
+    return await asyncio.to_thread(cluster.delete_unused, status.deployed.name)
 
 
 def describe(status: DeploymentStatus) -> list[str]:
     """Describe a deployment in lines for people."""
     deployed = status.deployed
-    fronts = "unknown" if status.num_fronts is None else str(status.num_fronts)
     starting = f", {deployed.num_starting} starting" if deployed.num_starting else ""
-    head = f"{deployed.name}  {deployed.status.lower()}, {deployed.num_running} running{starting}, gateways: {fronts}"
+    state = f"{deployed.status.lower()}, {deployed.num_running} running{starting}"
+    head = f"{deployed.name}  {state}, gateways: {status.num_fronts}"
     reason = [f"  {deployed.reason}"] if deployed.reason and deployed.status != "RUNNING" else []
     return [head, *reason, *(_line(line) for line in status.lines)]
 
@@ -141,34 +117,24 @@ def run_status(address: str) -> list[str]:
     ]
 
 
-def run_prune(address: str, names: Sequence[str] = ()) -> list[str]:
+def run_prune(address: str) -> list[str]:
     """Remove the deployments that no gateway uses, and describe the result in lines for people.
 
-    Args:
-        names: deployments to remove although their replicas do not answer.
-
     Raises:
-        StartError: there is no cluster at the address, or a named deployment is in use or not there.
+        StartError: there is no cluster at the address.
     """
     cluster = _connect(address)
     try:
-        removed, kept = asyncio.run(prune(cluster, names))
+        removed, kept = asyncio.run(prune(cluster))
     finally:
         cluster.disconnect()
     return describe_pruned(removed, kept)
 
 
 def describe_pruned(removed: Sequence[DeploymentStatus], kept: Sequence[DeploymentStatus]) -> list[str]:
-    """Describe the removed deployments, and why others are kept, in lines for people."""
-    unknown = [status.deployed.name for status in kept if status.num_fronts is None]
-    lines = [f"removed {status.deployed.name}" for status in removed]
-    lines += [
-        f"kept {name}: none of its replicas answers, so gateways may be waiting for it; if none is, run "
-        f"`gateway cluster prune {name}`"
-        for name in unknown
-    ]
-    if lines:
-        return lines
+    """Describe the removed deployments in lines for people."""
+    if removed:
+        return [f"removed {status.deployed.name}" for status in removed]
     return ["nothing to remove: all deployments are in use" if kept else "no gateway has models on this cluster"]
 
 

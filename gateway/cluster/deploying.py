@@ -7,7 +7,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Final
@@ -23,13 +23,15 @@ from ray.serve.config import AutoscalingPolicy, RequestRouterConfig
 from ray.serve.exceptions import RayServeException
 
 from gateway.cluster import head
-from gateway.cluster.placing import LOCAL, PREFIX, Spec, actor_options, scaling_options, stem_of
-from gateway.cluster.replica import DRAIN_S, NAMESPACE, Replica, begun_key, fingerprint_key
+from gateway.cluster.claims import NAMESPACE, Claims
+from gateway.cluster.placing import LOCAL, PREFIX, Spec, actor_options, scaling_options
+from gateway.cluster.replica import DRAIN_S, Replica, begun_key, fingerprint_key
 from gateway.errors import StartError
 
 log = structlog.get_logger(__name__)
 
 NOT_STARTED: Final = "NOT_STARTED"
+_DELETING: Final = "DELETING"
 _DEPLOYMENT: Final = "model"
 # A process connects to Ray once, and deploying a model is not thread-safe.
 _TURN: Final = threading.Lock()
@@ -62,6 +64,11 @@ class Deployed:
     num_starting: int = 0
 
     @property
+    def is_gone(self) -> bool:
+        """Whether it does not exist, or is being deleted."""
+        return self.status in (NOT_STARTED, _DELETING)
+
+    @property
     def has_failed(self) -> bool:
         """Whether Serve has given up on it. Serve calls it the same while it replaces replicas that have all died."""
         return self.status in ("DEPLOY_FAILED", "UNHEALTHY") and not self.num_running and not self.num_starting
@@ -84,11 +91,15 @@ class Cluster:
 
     Args:
         address: ``local``, ``auto`` or the ``HOST:PORT`` of the head.
+
+    Attributes:
+        claims: the gateways that use each deployment.
     """
 
     def __init__(self, address: str) -> None:
         self._address = address
         self.has_cards = False
+        self.claims = Claims()
 
     def connect(self, *, starts_serve: bool = True) -> None:
         """Connect to the cluster or start one on this machine, and start Ray Serve unless it runs.
@@ -197,20 +208,17 @@ class Cluster:
         """Return the deployment with a name; its status is ``NOT_STARTED`` if Serve does not know it."""
         return self.deployed().get(name) or Deployed(name, NOT_STARTED, "")
 
-    def others(self, name: str) -> Sequence[Deployed]:
-        """Return the running deployments of the same model with another entry, other settings or another version."""
-        return [
-            deployed
-            for deployed in self.deployed().values()
-            if deployed.name != name and stem_of(deployed.name) == stem_of(name) and deployed.num_running
-        ]
+    def delete_unused(self, name: str) -> bool:
+        """Delete a deployment unless a gateway uses it; return whether it was deleted.
 
-    def delete(self, names: Sequence[str]) -> None:
-        """Delete deployments. Their replicas finish the work in progress."""
-        for name in names:
-            serve.delete(name, _blocking=False)
-            for key in (fingerprint_key(name), begun_key(name)):
-                _internal_kv_del(key, namespace=NAMESPACE)
+        Its replicas finish the work in progress.
+        """
+        with self.claims.deleting(name) as is_unused:
+            if is_unused:
+                serve.delete(name, _blocking=False)
+                for key in (fingerprint_key(name), begun_key(name)):
+                    _internal_kv_del(key, namespace=NAMESPACE)
+            return is_unused
 
     def has_begun(self, name: str) -> bool:
         """Return whether any replica of a deployment was ever placed on a machine."""

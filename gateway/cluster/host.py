@@ -33,10 +33,15 @@ _MANY_TOKENS: Final = 1024
 
 
 class Front:
-    """A front that is connected, and its jobs in progress."""
+    """A front that is connected, and its jobs in progress.
+
+    Attributes:
+        serves: it sends jobs; another process only reads the replica's load, such as ``gateway cluster status``.
+    """
 
     def __init__(self, connection: Connection) -> None:
         self.connection = connection
+        self.serves = False
         self.tasks: dict[int, asyncio.Task[None]] = {}
         self.work = 0
 
@@ -60,6 +65,7 @@ class Host:
         self.fronts: dict[Connection, Front] = {}
         self._server: asyncio.Server | None = None
         self._reporting: asyncio.Task[None] | None = None
+        self._num_serving = 0
         self.port = 0
         self.num_requests = self._num_texts = self._work = 0
         self._pace = Pace()
@@ -96,6 +102,7 @@ class Host:
         if front is None:
             log.debug("front_refused", reason=reason)
             return
+        self._num_serving -= front.serves
         for task in front.tasks.values():  # no client waits for these answers
             task.cancel()
 
@@ -104,6 +111,9 @@ class Host:
     def _received(self, connection: Connection, message: Message) -> None:
         front = self.fronts[connection]
         match message:
+            case ("serves",):
+                self._num_serving += not front.serves
+                front.serves = True
             case ("embed", int(key), WireJob() as job):
                 self._run(front, key, self._embed(front, key, job))
             case ("cancel", int(key)):
@@ -177,7 +187,7 @@ class Host:
     def load(self, front: Front | None = None) -> Load:
         """Return the current load from the perspective of one front."""
         others = self._work - (0 if front is None else front.work)
-        return Load(self.num_requests, self._num_texts, self._work, others, self._pace.rate, len(self.fronts))
+        return Load(self.num_requests, self._num_texts, self._work, others, self._pace.rate, self._num_serving)
 
     async def _report_load(self) -> None:
         """Measure the rate, and send changes to the fronts."""

@@ -69,6 +69,7 @@ class Line:
         fingerprint: the weights that the replica must have.
         on_change: called when the line may have become usable or unusable.
         on_fault: called with the reason when the replica finds that its model does not work; its last answers may be wrong.
+        serves: whether this process sends jobs; otherwise it only reads the replica's load.
 
     Attributes:
         info: the model's info from the replica.
@@ -83,8 +84,11 @@ class Line:
         fingerprint: str | None,
         on_change: Callable[[], None],
         on_fault: Callable[[str], None] = lambda _reason: None,
+        *,
+        serves: bool = True,
     ) -> None:
         self.place = place
+        self._serves = serves
         self._fingerprint = fingerprint
         self._on_change = on_change
         self._on_fault = on_fault
@@ -170,6 +174,8 @@ class Line:
     def _opened(self, connection: Connection) -> None:
         self._connection = connection
         self.trouble = ""
+        if self._serves:
+            connection.send("serves")
 
     def _closed(self, _connection: Connection, reason: str) -> None:
         self._connection = None

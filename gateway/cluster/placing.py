@@ -77,8 +77,7 @@ class Spec:
             "gpus": self.num_gpus,
         }
         digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
-        # Characters that Serve accepts, and that are valid in the names of Ray's log files.
-        return f"{PREFIX}{re.sub(r'[^A-Za-z0-9._-]', '-', self.entry.id)}-{digest}"
+        return f"{stem_of_model(self.entry.id)}-{digest}"
 
     @property
     def replicas(self) -> Replicas:
@@ -88,6 +87,11 @@ class Spec:
 def stem_of(name: str) -> str:
     """Return the part of a deployment's name that identifies the model, without the hash."""
     return name.rpartition("-")[0]
+
+
+def stem_of_model(model_id: str) -> str:
+    """Return the same part for a model's id: in characters that Serve accepts, also in the names of Ray's log files."""
+    return f"{PREFIX}{re.sub(r'[^A-Za-z0-9._-]', '-', model_id)}"
 
 
 def make_spec(entry: ModelEntry, settings: Settings, *, has_cards: bool, make_backend: str = MAKE_INFINITY) -> Spec:

@@ -36,6 +36,7 @@ class Pool:
         on_change: called when a line may have become usable or unusable.
         fingerprint: the weights that each replica must have; by default, the first replica's.
         on_fault: called with the reason when a replica finds that its model does not work.
+        serves: whether this process sends jobs; otherwise it only reads the load of the replicas.
 
     Attributes:
         lines: the lines by replica id.
@@ -47,7 +48,10 @@ class Pool:
         on_change: Callable[[], None],
         fingerprint: str | None = None,
         on_fault: Callable[[str], None] = lambda _reason: None,
+        *,
+        serves: bool = True,
     ) -> None:
+        self._serves = serves
         self._model = model
         self._on_change = on_change
         self._on_fault = on_fault
@@ -71,7 +75,7 @@ class Pool:
                     reason="its weights differ from those of the other replicas",
                 )
                 continue
-            self.lines[replica] = Line(place, self.fingerprint, self._note_change, self._on_fault)
+            self.lines[replica] = Line(place, self.fingerprint, self._note_change, self._on_fault, serves=self._serves)
         for replica in self.lines.keys() - places.keys():
             self.lines[replica].is_leaving = True
             self._close_if_done(replica)

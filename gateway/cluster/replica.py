@@ -18,6 +18,7 @@ from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
 from gateway import __version__
 from gateway.backends.base import Backend
 from gateway.backends.infinity import InfinityBackend
+from gateway.cluster.claims import NAMESPACE
 from gateway.cluster.host import Host
 from gateway.cluster.placing import Spec
 from gateway.cluster.scaling import REQUESTS
@@ -28,7 +29,6 @@ from gateway.types import ModelInfo, ModelState
 
 log = structlog.get_logger(__name__)
 
-NAMESPACE: Final = b"embedding-gateway"
 _EXIT_CARD_LOST: Final = 75
 # The seconds to send the last answers after a card is lost, before the process ends.
 _LAST_ANSWERS_S: Final = 1.0

@@ -15,6 +15,7 @@ from gateway.cluster import head
 from gateway.cluster.backend import RayBackend
 from gateway.cluster.deploying import Cluster
 from gateway.cluster.placing import MAKE_INFINITY, Spec, make_spec
+from gateway.cluster.reclaiming import Reclaimer
 from gateway.config.model_entry import ModelEntry
 from gateway.config.settings import Settings
 
@@ -41,10 +42,12 @@ class ClusterSite:
         self._make_backend = make_backend
         self._is_connected = False
         self._connecting = threading.Lock()
+        self._turn = threading.Lock()  # to claim or to release deployments
         self._users: dict[str, int] = {}
         self._handles: dict[str, object] = {}
+        self._reclaimer = Reclaimer(self.cluster, self._users)
         self.on_lost: Callable[[str], None] = lambda _reason: None
-        self._watching: asyncio.Task[None] | None = None
+        self._watching: list[asyncio.Task[None]] = []
 
     def backend(self, entry: ModelEntry) -> Backend:
         """Return the backend of a model, not started."""
@@ -62,6 +65,9 @@ class ClusterSite:
             return ""
         self.connect()
         return "" if self.cluster.has_cards or entry.enabled is True else _NO_CARD
+
+    def is_kept_elsewhere(self, entry: ModelEntry) -> bool:
+        return not entry.is_remote and self._reclaimer.is_kept_by_older(entry.id)
 
     # ------------------------------------------------------------------------------------------------- for its backends
 
@@ -85,36 +91,57 @@ class ClusterSite:
             LoadError: a file of the entry cannot be read.
             StartError: there is no cluster at the address.
         """
-        spec = await asyncio.to_thread(self._deploy, entry)
-        _take_signals_back()
-        if self._watching is None:
-            self._watching = asyncio.create_task(head.watch(self.cluster.head, self._lose))
+        spec = await asyncio.to_thread(self._make_spec, entry)
         self._users[spec.name] = self._users.get(spec.name, 0) + 1
+        try:
+            await asyncio.to_thread(self.deploy, spec)
+        except BaseException:  # also if the load is canceled
+            await self.leave(spec.name, delete=False)
+            raise
+        _take_signals_back()
+        if not self._watching:
+            watches = (head.watch(self.cluster.head, self._lose), self._reclaimer.run())
+            self._watching = [asyncio.create_task(watch) for watch in watches]
         return spec
 
-    def _deploy(self, entry: ModelEntry) -> Spec:
+    def _make_spec(self, entry: ModelEntry) -> Spec:
         self.connect()
-        spec = make_spec(entry, self._settings, has_cards=self.cluster.has_cards, make_backend=self._make_backend)
-        self.deploy(spec)
-        return spec
+        return make_spec(entry, self._settings, has_cards=self.cluster.has_cards, make_backend=self._make_backend)
 
     def deploy(self, spec: Spec) -> None:
-        """Deploy a model unless it is deployed, and have its replicas announced. Blocks.
+        """Claim and deploy a model unless it is deployed, and have its replicas announced. Blocks.
 
         Raises:
             TimeoutError: Serve does not remove the deployment that it has given up.
         """
-        self.cluster.deploy(spec)
-        self._handles[spec.name] = self.cluster.watch(spec.name)
+        with self._turn:
+            self.cluster.claims.claim(spec.name)
+            self.cluster.deploy(spec)
+            self._handles[spec.name] = self.cluster.watch(spec.name)
+
+    async def look_around(self) -> None:
+        """Delete the deployments that no gateway has used for a while, and note what older gateways use."""
+        try:
+            await self._reclaimer.look()
+        except Exception as error:  # Serve may be restarting; the next look asks again
+            log.warning("cluster_not_answering", error=repr(error))
 
     async def leave(self, name: str, *, delete: bool) -> None:
-        """Record that a backend has ended; if requested, delete its deployment unless another backend here uses it."""
+        """Record that a backend has ended; if requested, delete its deployment unless another gateway uses it."""
         self._users[name] -= 1
         if not self._users[name]:
             del self._users[name]
+            if self._is_connected:
+                await asyncio.to_thread(self._release, name, delete=delete)
+
+    def _release(self, name: str, *, delete: bool) -> None:
+        with self._turn:
+            if name in self._users:  # another backend has begun to use it
+                return
             self._handles.pop(name, None)
+            self.cluster.claims.release(name)
             if delete:
-                await asyncio.to_thread(self.cluster.delete, [name])
+                self.cluster.delete_unused(name)
 
     def _lose(self, reason: str) -> None:
         self._is_connected = False  # Ray would wait for the head before it disconnects
@@ -122,8 +149,8 @@ class ClusterSite:
 
     async def disconnect(self) -> None:
         """Disconnect from the cluster."""
-        if self._watching is not None:
-            self._watching.cancel()
+        for watch in self._watching:
+            watch.cancel()
         if self._is_connected:
             await asyncio.to_thread(self.cluster.disconnect)
 

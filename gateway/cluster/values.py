@@ -30,7 +30,7 @@ class Load:
         work: the remaining work, in characters.
         others: the part of the work that belongs to other fronts.
         rate: the characters per second that it processes while busy; 0 if unknown.
-        num_fronts: the number of connected fronts.
+        num_fronts: the number of connected fronts that send it jobs.
     """
 
     num_requests: int = 0

@@ -65,6 +65,9 @@ class FakeSite:
     def why_disabled(self, _entry: ModelEntry) -> str:
         return ""
 
+    def is_kept_elsewhere(self, _entry: ModelEntry) -> bool:
+        return False
+
     async def disconnect(self) -> None:
         pass
 

@@ -138,7 +138,9 @@ def _remove_all_but_shared(simulated: Simulated) -> None:
     if ray.is_initialized():
         cluster = Cluster(simulated.address)
         kept = (f"gateway-{ON_CARDS}-", f"gateway-{ON_A_CORE}-")
-        cluster.delete([name for name in cluster.deployed() if not name.startswith(kept)])
+        for name in cluster.deployed():
+            if not name.startswith(kept):
+                cluster.delete_unused(name)
 
 
 async def until_in_thread(condition: Callable[[], object], timeout_s: float = 240) -> None:

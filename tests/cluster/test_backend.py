@@ -33,7 +33,7 @@ find_module("ray")
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # Ray's own use of other libraries
     from gateway.cluster.backend import RayBackend
-    from gateway.cluster.command import DeploymentStatus, describe_pruned, differing, prune
+    from gateway.cluster.command import DeploymentStatus, differing
     from gateway.cluster.deploying import Cluster, Deployed, _unreachable
 
 SECRET = b"s" * 32
@@ -45,12 +45,12 @@ class Placed:
     cluster: Any = SimpleNamespace(
         look=lambda name: Deployed(name, "DEPLOYING", "", num_starting=1),
         has_begun=lambda _name: True,
-        others=lambda _name: [],
     )
 
     def __init__(self) -> None:
         self.name = ""
         self.deployed_again: list[str] = []
+        self.is_kept = False
 
     async def use(self, entry: ModelEntry) -> Spec:
         spec = make_spec(entry, Settings(), has_cards=False)
@@ -59,6 +59,12 @@ class Placed:
 
     def deploy(self, spec: Spec) -> None:
         self.deployed_again.append(spec.entry.id)
+
+    async def look_around(self) -> None:
+        pass
+
+    def is_kept_elsewhere(self, _entry: ModelEntry) -> bool:
+        return self.is_kept
 
     async def leave(self, name: str, *, delete: bool) -> None:
         pass
@@ -155,30 +161,6 @@ async def test_fewer_replicas_than_wanted_are_a_warning_once(
     assert (line["model"], line["running"] < 3, line["wanted"]) == ("mini", True, 3)
 
 
-async def test_another_gateway_with_another_entry_is_a_warning(
-    served: tuple[Model, list[Host]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model, _hosts = served
-    await model.backend.stop()
-    monkeypatch.setattr("gateway.cluster.backend._PLACE_S", 0.01)
-    used, unused = Deployed("gateway-mini-0123456789ab", "RUNNING", "", 1), Deployed("gateway-mini-b", "RUNNING", "", 1)
-
-    async def ask(_cluster: object, deployed: Deployed) -> DeploymentStatus:
-        return DeploymentStatus(deployed, [], 2 if deployed is used else 0)
-
-    monkeypatch.setattr("gateway.cluster.backend.ask", ask)
-    site = Placed()
-    site.cluster = SimpleNamespace(**{**vars(Placed.cluster), "others": lambda _name: [unused, used]})
-    again = Model(model.entry, RayBackend(model.entry, Settings(), site))
-    with capture_logs() as logs:
-        await Fleet([again]).load_one(again)
-        await until(lambda: any(line["event"] == "gateways_differ" for line in logs))
-    await again.stop()
-
-    [line] = [line for line in logs if line["event"] == "gateways_differ"]
-    assert (line["other"], line["gateways"]) == (used.name, 2)
-
-
 def test_the_status_says_which_gateways_differ() -> None:
     found = [
         DeploymentStatus(Deployed(name, "RUNNING", "", 1), [], num_fronts)
@@ -243,65 +225,18 @@ def test_applications_of_other_programs_on_the_cluster_are_left_alone(monkeypatc
     assert Cluster("auto").look(ours).has_failed
 
 
-class Deployments:
-    """A cluster with deployments, and the names of the deleted ones."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, *found: DeploymentStatus) -> None:
-        self.found = {one.deployed.name: one for one in found}
-        self.deleted: list[str] = []
-        monkeypatch.setattr("gateway.cluster.command.ask", self._ask)
-
-    async def _ask(self, _cluster: object, deployed: Deployed) -> DeploymentStatus:
-        return self.found[deployed.name]
-
-    def deployed(self) -> dict[str, Deployed]:
-        return {name: one.deployed for name, one in self.found.items()}
-
-    def delete(self, names: list[str]) -> None:
-        self.deleted += names
-
-
-WAITING = DeploymentStatus(Deployed("gateway-w-1", "DEPLOYING", "", 0, 1), [], None)
-SILENT = DeploymentStatus(Deployed("gateway-s-1", "RUNNING", "", 1), [], None)
-FAILED = DeploymentStatus(Deployed("gateway-f-1", "DEPLOY_FAILED", "no such file", 0), [], None)
-REPLACED = DeploymentStatus(Deployed("gateway-r-1", "DEPLOY_FAILED", "node died", 0, 1), [], None)
-UNUSED = DeploymentStatus(Deployed("gateway-u-1", "RUNNING", "", 1), [], 0)
-USED = DeploymentStatus(Deployed("gateway-x-1", "RUNNING", "", 2), [], 2)
-
-
-async def test_prune_says_what_it_removes_and_what_it_keeps_because_nothing_answers(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    cluster = Deployments(monkeypatch, WAITING, SILENT, FAILED, REPLACED, UNUSED, USED)
-
-    lines = describe_pruned(*await prune(cluster))  # type: ignore[arg-type]
-
-    assert cluster.deleted == ["gateway-f-1", "gateway-u-1"]
-    assert lines[:2] == ["removed gateway-f-1", "removed gateway-u-1"]
-    assert [line.partition(":")[0] for line in lines[2:]] == [
-        *("kept gateway-w-1", "kept gateway-s-1", "kept gateway-r-1")
-    ]
-    assert lines[2].endswith("if none is, run `gateway cluster prune gateway-w-1`")
-
-
-async def test_a_deployment_that_is_named_is_removed_unless_a_gateway_uses_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    cluster = Deployments(monkeypatch, WAITING, USED)
-
-    with pytest.raises(StartError, match="gateway-x-1 is in use by 2 gateways: stop them"):
-        await prune(cluster, ["gateway-w-1", "gateway-x-1"])  # type: ignore[arg-type]
-    with pytest.raises(StartError, match="has no deployment 'gateway-y-1': it has `gateway-w-1`, `gateway-x-1`"):
-        await prune(cluster, ["gateway-y-1"])  # type: ignore[arg-type]
-    assert cluster.deleted == []
-    assert describe_pruned(*await prune(cluster, ["gateway-w-1"])) == ["removed gateway-w-1"]  # type: ignore[arg-type]
-    assert cluster.deleted == ["gateway-w-1"]
-
-
-async def test_prune_says_why_there_is_nothing_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    used, empty = Deployments(monkeypatch, USED), Deployments(monkeypatch)
-
-    assert describe_pruned(*await prune(empty)) == ["no gateway has models on this cluster"]  # type: ignore[arg-type]
-    monkeypatch.setattr("gateway.cluster.command.ask", used._ask)
-    assert describe_pruned(*await prune(used)) == ["nothing to remove: all deployments are in use"]  # type: ignore[arg-type]
+async def test_a_model_without_room_says_whether_older_gateways_keep_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gateway.cluster.backend._PLACE_S", 0.01)
+    site = Placed()
+    site.cluster = SimpleNamespace(**{**vars(Placed.cluster), "has_begun": lambda _name: False})
+    backend = RayBackend(ModelEntry(id="late", source="./x", enabled=True), Settings(), site)
+    with pytest.raises(LoadError, match=r"no machine of the cluster has room for a replica, which needs a core$"):
+        await backend.plan()
+    site.is_kept = True
+    with pytest.raises(
+        LoadError, match=r"needs a core\. Older gateways still serve it .*, so this gateway is not ready"
+    ):
+        await backend.plan()
 
 
 async def test_a_replica_that_recovers_for_too_long_asks_for_another_process(served: tuple[Model, list[Host]]) -> None:

@@ -92,7 +92,9 @@ def on_ray(simulated: Simulated) -> Iterator[tuple[Fleet, Loop]]:
         loop.run(deployment.stop())
         loop.close()
         cluster = Cluster(simulated.address)
-        cluster.delete([name for name in cluster.deployed() if any(f"-{one[-4:]}-" in name for one in MODELS)])
+        for name in cluster.deployed():
+            if any(f"-{one[-4:]}-" in name for one in MODELS):
+                cluster.delete_unused(name)
 
 
 @pytest.fixture

@@ -248,15 +248,57 @@ async def test_a_reload_does_not_remove_models_that_another_gateway_uses_and_mov
     assert sum("running, 1 running, gateways: 1" in line for line in shown) == 2
     assert sum(line.startswith("  ") and line.endswith("cpu  idle") for line in shown) == 2
     assert len(differing(found)) == 1
-    assert [one.name for one in Cluster("auto").others(old)] == [
-        name for name in await names_of("moved") if name != old
-    ]
     await two.deployment.stop()
     await until_in_thread(lambda: old in {one.deployed.name for one in asyncio.run(prune(Cluster("auto")))[0]})
     assert (await one.embed("moved", "used")).status_code == 200
     new = set(await names_of("moved")) - {old}
     await one.reload(entry("moved", min=1, gpus=0, allow_space_change=True))  # the last one that used it has left it
     await until_in_thread(lambda: not new & set(Cluster("auto").deployed()))
+
+
+async def test_gateways_that_reload_together_leave_nothing_behind_and_lose_nothing(
+    start_front: StartFront, entry: MakeEntry
+) -> None:
+    fronts = [await start_front(entry("together", min=1, gpus=0)) for _ in range(2)]
+    [old] = await names_of("together")
+    traffic = Traffic()
+    traffic.start(lambda n: fronts[n % 2].embed("together", f"text {n}"))
+    await traffic.more(50)
+
+    changed = entry("together", min=1, gpus=0, max_tokens=100, allow_space_change=True)
+    await asyncio.gather(*(front.reload(changed) for front in fronts))
+    await until_in_thread(lambda: old not in asyncio.run(names_of("together")))
+    await traffic.more(50)
+    await traffic.stop()
+
+    assert traffic.failed == []
+    [new] = await names_of("together")
+    await asyncio.gather(
+        fronts[0].reload(entry("together", min=1, gpus=0, allow_space_change=True)), fronts[1].deployment.stop()
+    )
+    await until_in_thread(lambda: new not in asyncio.run(names_of("together")))
+
+
+async def test_a_changed_model_gets_the_cards_that_a_killed_gateway_has_left(
+    simulated: Simulated,
+    start_front: StartFront,
+    entry: MakeEntry,
+    front_process: Callable[[ModelEntry], Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("gateway.cluster.backend._PLACE_S", 5.0)
+    monkeypatch.setattr("gateway.cluster.backend._LOOK_S", 0.2)
+    monkeypatch.setattr("gateway.cluster.reclaiming.UNUSED_IN_NEED_S", 1.0)
+    async with front_process(entry(ON_CARDS)) as other:
+        front = await start_front(entry(ON_CARDS, max_tokens=100), entry(ON_A_CORE, min=1, gpus=0))
+        model = front.deployment.fleet.get(ON_CARDS)
+        assert model.state is ModelState.FAILED
+        assert len(simulated.processes(f"ray::ServeReplica:gateway-{ON_CARDS}")) == 2
+        other.kill()
+    await until_in_thread(lambda: model.state is ModelState.READY)
+
+    await until_usable(front, ON_CARDS, 2)
+    assert len(await names_of(ON_CARDS)) == 1
 
 
 async def test_a_refused_reload_leaves_the_cluster_as_it_was(start_front: StartFront, entry: MakeEntry) -> None:
@@ -357,33 +399,46 @@ async def test_a_model_that_no_machine_has_room_for_says_so_and_the_others_serve
     assert "no machine of the cluster has room for a replica, which needs a graphics card" in reason
 
 
+@pytest.fixture
+def front_process(simulated: Simulated, tmp_path: Path) -> Callable[[ModelEntry], Any]:
+    """Return a function that runs a gateway with a model in another process, until the context ends."""
+
+    @contextlib.asynccontextmanager
+    async def run(entry: ModelEntry) -> AsyncIterator[asyncio.subprocess.Process]:
+        path, replicas = tmp_path / "models.yaml", entry.replicas
+        assert replicas is not None
+        path.write_text(
+            f"version: 1\nmodels:\n  - {{id: {entry.id}, source: {entry.source}, enabled: true, "
+            f"replicas: {{min: {replicas.min}, gpus: {replicas.gpus}, target_requests: 4}}}}\n"
+        )
+        command = (sys.executable, "-m", "tests.cluster.front", simulated.address, str(path), "0")
+        process = await asyncio.create_subprocess_exec(*command, stdout=PIPE)
+        assert process.stdout is not None
+        try:
+            assert await asyncio.wait_for(process.stdout.readline(), 200) == b"ready\n"
+            yield process
+        finally:
+            if process.returncode is None:
+                with contextlib.suppress(ProcessLookupError):
+                    process.kill()
+            await process.communicate()  # until its pipe is closed
+
+    return run
+
+
 async def test_a_gateway_that_is_killed_costs_the_others_nothing(
-    simulated: Simulated, on_cards: Front, folder: Path, noted: Noted, tmp_path: Path
+    on_cards: Front, entry: MakeEntry, front_process: Callable[[ModelEntry], Any], noted: Noted
 ) -> None:
-    path = tmp_path / "models.yaml"
-    path.write_text(
-        f"version: 1\nmodels:\n  - {{id: {ON_CARDS}, source: {folder}, enabled: true, "
-        "replicas: {min: 2, gpus: 1, target_requests: 4}}\n"
-    )
-    other = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "tests.cluster.front", simulated.address, str(path), "0", stdout=asyncio.subprocess.PIPE
-    )
-    assert other.stdout is not None
-    try:
-        assert await asyncio.wait_for(other.stdout.readline(), 200) == b"ready\n"
-        backend = on_cards.deployment.fleet.get(ON_CARDS).backend
-        await until_in_thread(lambda: all(line.load.num_fronts == 2 for line in backend.lines))
+    async with front_process(entry(ON_CARDS)) as other:
+        backend = on_cards.deployment.fleet.get(ON_CARDS).backend  # type: ignore[union-attr]
+        await until_in_thread(lambda: all(line.load.num_fronts == 2 for line in backend.lines))  # type: ignore[attr-defined]
         traffic = Traffic()
         traffic.start(lambda n: on_cards.embed(ON_CARDS, f"text {n}"))
         await traffic.more(50)
         other.kill()
-        await until_in_thread(lambda: all(line.load.num_fronts == 1 for line in backend.lines))
+        await until_in_thread(lambda: all(line.load.num_fronts == 1 for line in backend.lines))  # type: ignore[attr-defined]
         await traffic.more(50)
         await traffic.stop()
-    finally:
-        if other.returncode is None:
-            other.kill()
-        await other.communicate()  # until its pipe is closed
     assert traffic.failed == []
     assert traffic.gap_s < LONGEST_GAP_S
     assert noted("started") == []
