@@ -18,8 +18,15 @@ from sentence_transformers.multi_vector_encoder.modules import HierarchicalToken
 from torch import nn
 from transformers import AutoModel, AutoTokenizer
 
+from gateway.engine.devices import CpuThreads
 from gateway.engine.loading import plan_load
+from gateway.engine.model.agreement import MIN_COSINE, least_cosine
 from gateway.engine.model.items import Item, Tokens
+from gateway.engine.model.load_model import load_model
+from gateway.engine.model.load_tokenizer import load_tokenizers
+from gateway.engine.model.runtimes.attention import attention_rule
+from gateway.engine.model.runtimes.openvino import OpenVinoRuntime, TracedModel
+from gateway.engine.model.runtimes.padded import PaddedRuntime
 from gateway.errors import ContextLengthExceeded, LoadError
 from gateway.types import Output, Truncate
 from tests.models.by_token import write
@@ -167,6 +174,34 @@ def test_every_runtime_gives_the_same_vectors(native: Path, load: Load, task: st
 @pytest.mark.parametrize("model_type", ["xlm-roberta", "modernbert"])
 def test_other_architectures(make_native: MakeColbert, load: Load, model_type: str, task: str) -> None:
     check_all(make_native(model_type), load, task)
+
+
+@pytest.mark.parametrize("model_type", ["modernbert", "mistral"])
+def test_an_appended_token_may_see_nothing_within_its_window(
+    make_native: MakeColbert, load: Load, model_type: str
+) -> None:
+    """Behind a short query, a window has only tokens that are not attended to: attention gives 0 there."""
+    folder = make_native(model_type, transformer={"query_expansion": {"strategy": "fixed", "length": 40}})
+
+    check_all(folder, load, QUERY, "openvino", tolerance=2e-4)
+
+
+def test_the_check_on_load_compares_tokens_that_are_not_attended_to(make_native: MakeColbert) -> None:
+    """OpenVINO's own attention gives NaN to a token that sees nothing."""
+    folder = make_native("modernbert", transformer={"query_expansion": {"strategy": "fixed", "length": 40}})
+    plan = plan_load(entry(folder))
+    model, _mask = load_model(plan.checkpoint, "cpu", "float32", trust_remote_code=False)
+    tokenizer = load_tokenizers(plan.checkpoint, 60, 40, trust_remote_code=False).texts
+    cosines = []
+    for length in (40, 0):
+        traced = TracedModel.trace(
+            model, None, attention_rule(model.config), has_segments=False, unattended_length=length
+        )
+        [runtime] = OpenVinoRuntime.compile(traced, "float32", CpuThreads(1, 1))
+        cosines.append(least_cosine(runtime, PaddedRuntime(model, None), plan.checkpoint, tokenizer))
+
+    assert cosines[0] > MIN_COSINE["float32"]
+    assert not cosines[1] > MIN_COSINE["float32"]
 
 
 EXPANSIONS = {

@@ -138,6 +138,12 @@ class Checkpoint:
         return self.colbert is not None or (self.splade is not None and self.splade.queries is not None)
 
     @property
+    def unattended_length(self) -> int:
+        """The length to which a query is extended with tokens that no other token attends to; 0 without such tokens."""
+        expansion = None if self.colbert is None else self.colbert.expansion
+        return 0 if expansion is None or expansion.is_attended else expansion.length
+
+    @property
     def default_task(self) -> str | None:
         """The task of a text without a task, if the checkpoint defines one: a ColBERT model's texts are documents."""
         if self.colbert is not None:

@@ -249,7 +249,9 @@ def _try_openvino(checkpoint: Checkpoint, options: BuildOptions, tokenizer: Toke
     reference = PaddedRuntime(model, mask)
     rule = None if checkpoint.has_own_code else attention_rule(model.config)
     try:
-        traced = TracedModel.trace(model, mask, rule, has_segments=tokenizer.has_segments)
+        traced = TracedModel.trace(
+            model, mask, rule, has_segments=tokenizer.has_segments, unattended_length=checkpoint.unattended_length
+        )
         runtimes = OpenVinoRuntime.compile(traced, options.dtype, options.threads)
         cosine = least_cosine(runtimes[0], reference, checkpoint, tokenizer)
     except Exception as error:  # an architecture that cannot be traced or compiled may raise anything

@@ -200,7 +200,4 @@ def make_masks(
         if rule.window is not None:
             masks[SLIDING] = full & (other >= place - rule.window)
             masks[SLIDING] &= other <= place + rule.window
-            if is_key is not None:  # an unseen token may see nothing else within its window
-                sees_nothing = ~masks[SLIDING].any(axis=-1, keepdims=True)
-                masks[SLIDING] |= sees_nothing & (other == place)
     return {name: masks[name] for name in rule.mask_names}

@@ -12,7 +12,8 @@ import sys
 import threading
 import warnings
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +28,7 @@ from gateway.engine.model.runtimes.inputs import CompiledFeatures, InputMaker
 from gateway.engine.model.states import TokenStates
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 # OpenVINO's telemetry reports each import and each conversion. Without the package, it uses a stub that sends nothing.
 sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
@@ -48,6 +49,7 @@ _GATED_MODEL_TYPES = (
     *("qwen3", "qwen2", "mistral", "llama", "gemma2", "gemma3_text", "lfm2"),
 )
 _MODEL = "model.xml"
+_ZEROING = "gateway-zeroing"
 
 
 class _Traced(nn.Module):
@@ -98,19 +100,29 @@ class TracedModel:
 
     @classmethod
     def trace(
-        cls, model: PreTrainedModel, mask: AdapterMask | None, rule: AttentionRule | None, *, has_segments: bool
+        cls,
+        model: PreTrainedModel,
+        mask: AdapterMask | None,
+        rule: AttentionRule | None,
+        *,
+        has_segments: bool,
+        unattended_length: int = 0,
     ) -> TracedModel:
         """Trace a torch model in float32 on the CPU; the result shares its weights.
 
         Args:
             rule: the rule that separates texts in a row; ``None`` if each text has a separate row.
             has_segments: the model takes segment ids, which mark the tokens of a pair's second text.
+            unattended_length: the length of texts whose last tokens are not attended to; 0 without such texts.
 
         Raises:
             Exception: of any class, if the architecture cannot be traced.
         """
         inputs = InputMaker.of(model, mask, rule, has_segments=has_segments)
-        return cls(_convert(_Traced(model, mask, rule), inputs, [0, -1] if mask is not None else [-1, -1]), inputs)
+        has_window = rule is not None and rule.window is not None and unattended_length > rule.window
+        with _zeroing(model.config) if has_window and not inputs.adds_mask else nullcontext():
+            traced = _convert(_Traced(model, mask, rule), inputs, [0, -1] if mask is not None else [-1, -1])
+        return cls(traced, inputs)
 
     def save(self, folder: Path) -> None:
         """Write everything into files of a folder, for :meth:`read`.
@@ -213,6 +225,37 @@ def _wide_streams(threads: CpuThreads) -> CpuThreads:
         raise RuntimeError("bfloat16 on a single thread crashes it with this architecture (openvino#33300)")
     num_streams = min(threads.num_streams, num_threads // 2)
     return CpuThreads(num_streams, num_threads // num_streams, threads.are_bound)
+
+
+@contextmanager
+def _zeroing(config: PreTrainedConfig) -> Iterator[None]:
+    """Let the attention give 0 to a token that sees nothing, as torch's kernels do; OpenVINO's give NaN.
+
+    Tokens that are not attended to do not see each other. Behind a short text, a window may hold no other tokens.
+    """
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(_ZEROING, _attend_or_zero)
+    before, config._attn_implementation = config._attn_implementation, _ZEROING
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+
+
+def _attend_or_zero(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor,
+    **options: Any,
+) -> tuple[torch.Tensor, None]:
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    states, _weights = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    sees = attention_mask.any(dim=-1).transpose(1, 2)[..., None]  # for states of (b, t, heads, width)
+    return torch.where(sees, states, torch.zeros_like(states)), None
 
 
 def _convert(traced: _Traced, inputs: InputMaker, adapters: Sequence[int]) -> openvino.Model:
