@@ -36,6 +36,7 @@ from bench.machine import describe_machine
 from bench.processes import RESULTS
 from bench.report import goals_table, note, update_page
 from bench.stats import median, median_ratio, percentile
+from gateway.engine.accumulation import keep_sums_in_float32
 
 
 @dataclass(frozen=True, slots=True)
@@ -360,9 +361,7 @@ def main() -> None:
     if device.type == "cpu" and not options.tiny:
         parser.exit(1, "full-size models on a CPU take hours; add --tiny\n")
     torch.set_num_threads(1)  # what is left for the CPU is small, and threads would only wait for each other
-    # As the gateway sets them, so that a text's vector does not depend on its batch.
-    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
-    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    keep_sums_in_float32()
     default = ("float32",) if device.type == "cpu" else ("float16", "bfloat16")
     torch.backends.cuda.matmul.allow_fp16_accumulation = options.fp16_accumulation
     dtypes = [getattr(torch, name) for name in options.dtype or default]

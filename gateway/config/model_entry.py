@@ -101,8 +101,8 @@ class ModelEntry(Frozen):
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
         default="auto",
         description="Precision of the computation. `auto`: `float16` on CUDA, but for language models, such as Qwen3 and "
-        "Gemma, which overflow it, `bfloat16`, or `float32` on a card older than compute capability 8.0; `bfloat16` on a "
-        "CPU that supports it, else `float32`.",
+        "Gemma, and for GTE, EuroBERT and T5, which overflow it, `bfloat16`, or "
+        "`float32` on a card older than compute capability 8.0; `bfloat16` on a CPU that supports it, else `float32`.",
     )
     runtime: Literal["auto", "torch", "openvino"] = Field(
         default="auto",

@@ -1,8 +1,8 @@
-"""Let only some forwards accumulate their matrix products in float16.
+"""Choose the precision in which a card adds up matrix products, and let only some forwards use float16.
 
-torch has one switch for the whole process (``allow_fp16_accumulation``), which each product reads when it is launched. So
-the switch is on only while every running forward allows it. While another forward runs too, all products accumulate in
-float32, which is slower and more exact.
+For float16, torch has one switch for the whole process (``allow_fp16_accumulation``), which each product reads when it is
+launched. So the switch is on only while every running forward allows it. While another forward runs too, all products
+accumulate in float32, which is slower and more exact.
 """
 
 from __future__ import annotations
@@ -12,6 +12,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+
+
+def keep_sums_in_float32() -> None:
+    """Never split a product into parts that are added in 16 bits. Call it before the first product on a card.
+
+    Otherwise, products of few rows would be split, and a text's vector would depend on its batch. A product reads the
+    setting when it is launched, and a graph keeps what it has read.
+    """
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
 
 
 class Accumulation:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from gateway.engine.cards import PACKING_CAPABILITY, Machine, Reason, describe_others, find_obstacle, read_machine
-from gateway.engine.checkpoint.classes import DECODERS
+from gateway.engine.checkpoint.classes import OVERFLOWING
 from gateway.engine.cores import Cores, read_cores
 from gateway.engine.memory import available_host_bytes, format_bytes
 from gateway.engine.nvml import Card
@@ -162,7 +162,7 @@ def choose_dtype(setting: str, device: str, model_type: str = "") -> str:
     """
     if setting == "auto" and device == "cpu":
         return "bfloat16" if _cpu_has_bfloat16() else "float32"
-    if setting == "auto" and model_type not in DECODERS:
+    if setting == "auto" and model_type not in OVERFLOWING:
         return "float16"
     if setting in ("auto", "bfloat16") and device != "cpu":
         capability = _card_of(device, see_cards().visible).capability

@@ -12,6 +12,7 @@ import torch
 from gateway import golden as golden_vectors
 from gateway.config.registry import ModelEntry
 from gateway.config.settings import Settings
+from gateway.engine.accumulation import keep_sums_in_float32
 from gateway.engine.batcher import Limits
 from gateway.engine.card_metrics import read_cards
 from gateway.engine.checkpoint.modules import Pooling
@@ -26,7 +27,7 @@ from gateway.engine.model.build import BuildOptions, build_encoders
 from gateway.engine.model.encoder import Encoder
 from gateway.engine.model.items import Item, Tokens
 from gateway.engine.output_check import check_outputs
-from gateway.engine.placement import place, require_room_on
+from gateway.engine.placement import place, place_reference, require_room_on
 from gateway.engine.reranking import choose_weights
 from gateway.errors import LoadError
 from gateway.precision import Ranges
@@ -36,6 +37,8 @@ from gateway.types import LabelFunction, ModelInfo, ModelKind, Output, Truncate
 
 # The longest text of the warm-up.
 _WARM_UP_TOKENS = 2048
+# The longest text that is compared with the reference.
+_REFERENCE_TOKENS = 2048
 # Texts and their tokens in the batches that warm up a computing thread on a card.
 _CARD_SHAPES = ((1, 4), (1, 16), (4, 16), (8, 32), (16, 64), (64, 64), (256, 64))
 # The limit for reading the weights, copying them to a card and checking them there; a slow network drive takes minutes.
@@ -214,6 +217,8 @@ def load_engine(plan: LoadPlan, settings: Settings, *, checks_golden: bool = Tru
         vectors = golden_vectors.read(Path(plan.entry.golden), plan.checkpoint.fingerprint, plan.tasks)
         golden = golden_vectors.GoldenCheck(plan.entry.id, vectors, golden_vectors.MIN_COSINE[plan.dtype])
     require_room(plan)
+    if plan.device != "cpu":
+        keep_sums_in_float32()
     encoders: list[Encoder] = []
     warm_ups: list[Sequence[list[Item]]] = []
     for device in plan.devices:
@@ -228,10 +233,6 @@ def load_engine(plan: LoadPlan, settings: Settings, *, checks_golden: bool = Tru
         warm_ups += [() if device == "cpu" else _card_batches(encoder, plan) for encoder in built]
     limits = Limits(plan.max_batch_tokens, settings.max_queue_texts, settings.max_queue_tokens)
     if plan.device != "cpu":
-        # Otherwise, products of few rows would be split and accumulated in 16 bits, and a text's vector would depend on its
-        # batch.
-        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
-        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
         metrics.at_scrape(read_cards)
     args = engine_args(
         plan.entry.id,
@@ -245,12 +246,16 @@ def load_engine(plan: LoadPlan, settings: Settings, *, checks_golden: bool = Tru
 
 
 def load_reference(plan: LoadPlan) -> Encoder:
-    """Load a model as the reference that golden vectors are recorded with: torch, float32, padded, on the first device.
+    """Load a model as the reference for its vectors: torch, float32, padded.
+
+    It is on the model's first device, or on the CPU if that device has too little memory left for float32.
 
     Raises:
+        TooLittleMemory: the CPU has too little memory as well.
         LoadError: the weights are corrupt.
     """
-    options = plan.build_options(plan.device, choose_cpu_threads(0, "torch"))
+    device = place_reference(plan.checkpoint, plan.device, min(plan.max_tokens, _REFERENCE_TOKENS))
+    options = plan.build_options(device, choose_cpu_threads(0, "torch"))
     [encoder] = build_encoders(plan.checkpoint, replace(options, dtype="float32", runtime="reference"))
     return encoder
 

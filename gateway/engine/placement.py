@@ -15,9 +15,11 @@ from gateway.engine.devices import (
     leave_out_full,
     others_on,
 )
-from gateway.engine.memory import MemoryPlan, plan_memory, require_memory
+from gateway.engine.faults import release_memory
+from gateway.engine.memory import MemoryPlan, format_bytes, plan_memory, require_memory
 from gateway.engine.model.choose import choose_runtime_of
 from gateway.engine.model.static import place_table
+from gateway.errors import TooLittleMemory
 
 # On a CPU, a batch of more than some thousand tokens is not faster, only later; a GPU needs more tokens to be busy.
 MAX_BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
@@ -58,6 +60,27 @@ def place(entry: ModelEntry, checkpoint: Checkpoint, max_tokens: int) -> Placeme
     memory = plan_memory(checkpoint, dtype, runtime, max_tokens, max_batch_tokens, devices[0])
     devices = leave_out_full(entry.device, devices, memory.total_bytes)
     return Placement(devices, dtype, runtime, max_batch_tokens, memory, device_notes(entry.device, devices))
+
+
+def place_reference(checkpoint: Checkpoint, device: str, max_tokens: int) -> str:
+    """Return the device for a copy of a model in float32, next to the model that serves: its own, or else the CPU.
+
+    Raises:
+        TooLittleMemory: neither has enough free memory.
+    """
+    release_memory()
+    shortages = []
+    for candidate in dict.fromkeys((device, "cpu")):
+        memory = plan_memory(checkpoint, "float32", "torch", max_tokens, max_tokens, candidate)
+        free = available_bytes(candidate)
+        if memory.total_bytes <= free:
+            return candidate
+        shortages.append(f"{format_bytes(memory.total_bytes)} on {candidate}, where {format_bytes(free)} are free")
+    raise TooLittleMemory(
+        f"too little memory to compare the model with a copy in float32, which needs {', or '.join(shortages)}. Stop other "
+        "programs, or use a machine with more memory",
+        device,
+    )
 
 
 def require_room_on(devices: Sequence[str], memory: MemoryPlan) -> None:

@@ -218,8 +218,8 @@ def test_bfloat16_on_a_card_without_it_is_refused(see: See) -> None:
         choose_dtype("bfloat16", "cuda:0")
 
 
-@pytest.mark.parametrize("model_type", ["qwen3", "gemma3_text"])
-def test_a_language_model_on_a_card_is_not_in_float16(see: See, model_type: str) -> None:
+@pytest.mark.parametrize("model_type", ["qwen3", "gemma3_text", "gte", "eurobert", "t5"])
+def test_a_model_that_overflows_float16_is_not_in_float16_on_a_card(see: See, model_type: str) -> None:
     see(RTX_2080, RTX_3090)
 
     assert choose_dtype("auto", "cuda:1", model_type) == "bfloat16"

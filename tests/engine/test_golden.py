@@ -22,10 +22,10 @@ from gateway.cli.verify import record_golden
 from gateway.cli.verify import verify as verify_model
 from gateway.config.registry import ModelEntry
 from gateway.config.settings import Settings
-from gateway.engine import loading
+from gateway.engine import loading, placement
 from gateway.engine.loading import load_engine, load_reference, plan_load
 from gateway.engine.model.encoder import Encoder
-from gateway.errors import LoadError
+from gateway.errors import LoadError, TooLittleMemory
 from gateway.golden import MIN_COSINE, GoldenCheck, GoldenVector, compare, read, record, write
 from gateway.telemetry import metrics
 from gateway.types import Vectors
@@ -104,6 +104,20 @@ def test_recorded_vectors_equal_the_read_and_the_computed_ones(entry: ModelEntry
         one.cosine for one in compare(reference.embed([(one.text, one.task) for one in back]), back)
     ) == pytest.approx(1, abs=1e-6)
     check(reference, back, "float32")
+
+
+def test_the_reference_is_on_the_cpu_if_the_card_has_too_little_memory(
+    entry: ModelEntry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = replace(plan_load(entry), devices=("cuda:0",))
+    free = {"cuda:0": 2**20, "cpu": 2**34}
+    monkeypatch.setattr(placement, "available_bytes", free.__getitem__)
+
+    assert load_reference(plan).embed([("a text", None)])[0].shape == (plan.info.width,)
+
+    free["cpu"] = 2**10
+    with pytest.raises(TooLittleMemory, match=r"in float32, which needs 5\d\d MiB on cuda:0, where 1 MiB are free, or"):
+        load_reference(plan)
 
 
 def test_the_texts_have_different_vectors(bundled_encoder: Encoder) -> None:

@@ -93,12 +93,15 @@ def test_each_device_has_a_replica(make_checkpoint: MakeCheckpoint, monkeypatch:
     monkeypatch.setattr(placement, "choose_devices", lambda _setting: ("cuda:0", "cuda:1"))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (8, 6))
     monkeypatch.setattr(placement, "available_bytes", lambda device: asked.append(device) or 10**12)
+    matmul = SimpleNamespace()
     monkeypatch.setattr(
-        loading, "build_encoders", lambda _checkpoint, options: [SimpleNamespace(built_for=options.device)]
+        loading,
+        "build_encoders",
+        lambda _checkpoint, options: [SimpleNamespace(built_for=options.device, settings=vars(matmul).copy())],
     )
     monkeypatch.setattr(loading, "_warm_up", lambda _encoder, _plan: None)
     monkeypatch.setattr(loading, "_card_batches", lambda encoder, _plan: [[encoder.device]])
-    monkeypatch.setattr(torch.backends.cuda, "matmul", SimpleNamespace())
+    monkeypatch.setattr(torch.backends.cuda, "matmul", matmul)
     monkeypatch.setattr(loading, "engine_args", lambda *_, **_options: EngineArgs(device="cpu"))  # looks for the cards
 
     plan = plan_load(entry(make_checkpoint(), device="cuda", dtype="float16"))
@@ -110,10 +113,11 @@ def test_each_device_has_a_replica(make_checkpoint: MakeCheckpoint, monkeypatch:
     assert [(one.built_for, one.device) for one in built] == [("cuda:0", "cuda:0"), ("cuda:1", "cuda:1")]
     assert asked == ["cuda:0", "cuda:1"]
     assert engine._warm_ups == [[["cuda:0"]], [["cuda:1"]]]
-    assert vars(torch.backends.cuda.matmul) == {
-        "allow_fp16_reduced_precision_reduction": False,
-        "allow_bf16_reduced_precision_reduction": False,
-    }
+    for one in built:  # graphs, which keep the settings, are captured while an encoder is built
+        assert one.settings == {
+            "allow_fp16_reduced_precision_reduction": False,
+            "allow_bf16_reduced_precision_reduction": False,
+        }
 
 
 def test_a_computing_thread_on_a_card_warms_up_at_several_sizes(bundled_encoder: Encoder) -> None:

@@ -42,8 +42,11 @@ MODEL_TYPES = {
 head."""
 
 DECODERS = {"qwen3", "qwen2", "mistral", "llama", "gemma2", "gemma3_text", "lfm2"}
-"""Types of language models. They were trained in bfloat16, and their states overflow float16 for some texts: in
-Qwen3-Embedding-8B for each text that begins with 'import', in Gemma 3 for many."""
+"""Types of language models."""
+
+OVERFLOWING = DECODERS | {"gte", "eurobert", "t5"}
+"""Types whose states overflow float16 for some texts: most were trained in bfloat16. In Qwen3-Embedding-8B it is each text
+that begins with 'import', in Gemma 3 it is many, and in stella_en_400M_v5 it depends on the length (infinity#328)."""
 
 # Models with the same mathematics under another name, so that transformers' own class gives the same numbers:
 # `model_type`, and the class in the checkpoint's code. `gateway.engine.checkpoint.layouts` reads others.

@@ -66,7 +66,8 @@ def least_cosine(
         poolings = {checkpoint.pooling}
         if is_packed or attended is not None:
             poolings.add(Pooling.MEAN)
-        cosines += [functional.cosine_similarity(ours.pool(part), theirs.pool(part)) for part in poolings]
+        # The reference may be on another device.
+        cosines += [functional.cosine_similarity(ours.pool(part).cpu(), theirs.pool(part).cpu()) for part in poolings]
     return float(torch.cat(cosines).min())
 
 
