@@ -15,6 +15,11 @@ from gateway.telemetry import metrics
 log = structlog.get_logger(__name__)
 
 
+def show_cards() -> None:
+    """Show the state of the cards among the metrics from now on."""
+    metrics.at_scrape(read_cards)
+
+
 def read_cards() -> None:
     """Set the metrics of all cards that this process may use.
 

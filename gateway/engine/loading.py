@@ -14,7 +14,7 @@ from gateway.config.registry import ModelEntry
 from gateway.config.settings import Settings
 from gateway.engine.accumulation import keep_sums_in_float32
 from gateway.engine.batcher import Limits
-from gateway.engine.card_metrics import read_cards
+from gateway.engine.card_metrics import show_cards
 from gateway.engine.checkpoint.modules import Pooling
 from gateway.engine.checkpoint.read import Checkpoint, read_checkpoint
 from gateway.engine.checkpoint.sources import locate, verify_sha256
@@ -32,7 +32,6 @@ from gateway.engine.reranking import choose_weights
 from gateway.errors import LoadError
 from gateway.precision import Ranges
 from gateway.tasks import RETRIEVAL, canonical_task
-from gateway.telemetry import metrics
 from gateway.types import LabelFunction, ModelInfo, ModelKind, Output, Truncate
 
 # The longest text of the warm-up.
@@ -219,6 +218,7 @@ def load_engine(plan: LoadPlan, settings: Settings, *, checks_golden: bool = Tru
     require_room(plan)
     if plan.device != "cpu":
         keep_sums_in_float32()
+        show_cards()
     encoders: list[Encoder] = []
     warm_ups: list[Sequence[list[Item]]] = []
     for device in plan.devices:
@@ -232,8 +232,6 @@ def load_engine(plan: LoadPlan, settings: Settings, *, checks_golden: bool = Tru
         encoders += built
         warm_ups += [() if device == "cpu" else _card_batches(encoder, plan) for encoder in built]
     limits = Limits(plan.max_batch_tokens, settings.max_queue_texts, settings.max_queue_tokens)
-    if plan.device != "cpu":
-        metrics.at_scrape(read_cards)
     args = engine_args(
         plan.entry.id,
         plan.checkpoint.folder,
