@@ -92,7 +92,8 @@ class Predictor:
         has_pairs = any(len(item) > 1 for item in items)
         firsts = [item[0] if len(item) > 1 else None for item in items] if has_pairs else None
         classify_request = _request(self._endpoint, request, [item[-1] for item in items], firsts)
-        return replace(classify_request, model=request.path_params.get("model"), truncate=body.wanted_truncation)
+        model = request.path_params.get("model", body.model)
+        return replace(classify_request, model=model, truncate=body.wanted_truncation)
 
 
 def classify_router(endpoint: Endpoint) -> APIRouter:

@@ -89,6 +89,8 @@ class EmbeddingsBody(RequestBody):
         title="a string",
     )
     input_type: Name | None = Field(None, description="Same as `task`.", title="a string")
+    prompt_name: Name | None = Field(None, description="Same as `task`.", title="a string")
+    task_type: Name | None = Field(None, description="Same as `task`; Google's name.", title="a string")
     normalized: Flag | None = Field(
         None, description="Whether vectors have L2 norm 1; the default is the model's.", title="true or false"
     )
@@ -147,10 +149,16 @@ class EmbeddingsBody(RequestBody):
 
     @property
     def wanted_task(self) -> str | None:
-        task, input_type = self.task or None, self.input_type or None  # "" means absent
-        if task and input_type and canonical_task(task) == canonical_task(input_type):
-            return task
-        return resolve_synonyms(task=task, input_type=input_type)
+        fields = {
+            "task": self.task,
+            "input_type": self.input_type,
+            "prompt_name": self.prompt_name,
+            "task_type": self.task_type,
+        }
+        written = {field: name for field, name in fields.items() if name}  # "" means absent
+        if len({canonical_task(name.lower()) for name in written.values()}) == 1:
+            return next(iter(written.values()))
+        return resolve_synonyms(**written)
 
     @property
     def wants_normalized(self) -> bool | None:

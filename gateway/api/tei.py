@@ -18,11 +18,10 @@ from gateway.api.json_body import Json, as_list, check_batch
 from gateway.api.pieces import Parts, dumps, nested_list, value_list, vector_list
 from gateway.api.rerank import Reranker, RerankPath
 from gateway.api.tei_schema import (
-    Cutting,
+    AboutModel,
     DecodeBody,
     EmbedBody,
-    SimilarityBody,
-    SimilarityInputs,
+    Similarity,
     TextsBody,
     TokenizeBody,
     check_characters,
@@ -109,7 +108,7 @@ class TeiDialect:
         texts = as_list(body.inputs)
         check_batch(len(texts), self._settings.max_inputs, "inputs")
         check_characters(texts)
-        target = self._target(request, body.prompt_name or None)
+        target = self._target(request, body, body.prompt_name or None)
         if body.prompt_name and target.task is not None:
             texts = [target.info.tasks[target.task] + text for text in texts]
         num_characters = sum(map(len, texts))
@@ -127,7 +126,7 @@ class TeiDialect:
         rows = body.rows
         check_batch(len(rows), self._settings.max_inputs, "ids")
         check_ids(rows, "ids")
-        target = self._target(request)
+        target = self._target(request, body)
         num_ids = sum(map(len, rows))
         RequestContext.of(request).memory.resize(_BYTES_PER_TOKEN * num_ids)
         texts = await self._join(request, target, rows, skip_special_tokens=body.skip_special_tokens)
@@ -143,7 +142,7 @@ class TeiDialect:
     async def _ask(self, request: Request, body: TextsBody, output: Output = Output.DENSE) -> EmbedRequest:
         texts = await self._texts(request, body)
         return replace(
-            self._endpoint.embed_request(request, texts, _model(request)),
+            self._endpoint.embed_request(request, texts, _model(request, body)),
             task=body.prompt_name or None,
             truncate=body.wanted_truncation,
             outputs=(output,),
@@ -153,18 +152,14 @@ class TeiDialect:
         embed_request = await self._ask(request, body)
         return replace(embed_request, is_normalized=body.normalize, dimensions=body.dimensions)
 
-    def _parse_similarity(self, content: dict[str, Json]) -> tuple[SimilarityInputs, Cutting]:
-        body = SimilarityBody.parse(content)
-        inputs, parameters = SimilarityInputs.parse(body.inputs), Cutting.parse(body.parameters)
-        # The source counts as well, as it does in TEI; alone it is an empty batch.
-        num_texts = len(inputs.sentences) + 1 if inputs.sentences else 0
-        check_batch(num_texts, self._settings.max_inputs, "inputs.sentences")
-        return inputs, parameters
+    def _parse_similarity(self, content: dict[str, Json]) -> Similarity:
+        return Similarity.parse(content, self._settings.max_inputs)
 
-    async def _ask_similarity(self, request: Request, parsed: tuple[SimilarityInputs, Cutting]) -> EmbedRequest:
-        inputs, parameters = parsed
+    async def _ask_similarity(self, request: Request, parsed: Similarity) -> EmbedRequest:
+        body, inputs, parameters = parsed
+        texts = [inputs.source_sentence, *inputs.sentences]
         return replace(
-            self._endpoint.embed_request(request, [inputs.source_sentence, *inputs.sentences], _model(request)),
+            self._endpoint.embed_request(request, texts, _model(request, body)),
             task=parameters.prompt_name or None,
             truncate=parameters.wanted_truncation,
             is_normalized=True,
@@ -180,7 +175,7 @@ class TeiDialect:
             return texts
         check_ids(rows, "inputs")
         # Without special tokens: the model's template puts them around every text.
-        decoded = iter(await self._join(request, self._target(request), rows, skip_special_tokens=True))
+        decoded = iter(await self._join(request, self._target(request, body), rows, skip_special_tokens=True))
         plain = iter(texts)
         return [next(plain) if isinstance(item, str) else next(decoded) for item in items]
 
@@ -191,10 +186,11 @@ class TeiDialect:
             join = partial(vocabulary.join, rows, skip_special_tokens=skip_special_tokens)
             return await self._endpoint.in_turn(request, sum(map(len, rows)), join, self._endpoint.tokenizing)
 
-    def _target(self, request: Request, task: str | None = None) -> Target:
-        self._endpoint.note_name(request, _model(request))
+    def _target(self, request: Request, body: AboutModel | None = None, task: str | None = None) -> Target:
+        name = _model(request, body)
+        self._endpoint.note_name(request, name)
         context = RequestContext.of(request)
-        target = self._service.target(_model(request), task, context.client)
+        target = self._service.target(name, task, context.client)
         context.model = target.model.id
         return target
 
@@ -263,9 +259,9 @@ def tei_router(endpoint: Endpoint) -> APIRouter:
     return router
 
 
-def _model(request: Request) -> str | None:
-    """Return the model that the path names; ``None`` at the root, for the registry's default."""
-    name: str | None = request.path_params.get("model")
+def _model(request: Request, body: AboutModel | None = None) -> str | None:
+    """Return the model that the path names or, at the root, the body; ``None`` means the registry's default."""
+    name: str | None = request.path_params.get("model", body and body.model)
     return name
 
 
@@ -281,7 +277,7 @@ def _write_states(_request: Request, _body: TextsBody, answer: EmbedAnswer) -> P
     return lambda: nested_list(map(vector_list, answer.states or ()))
 
 
-def _write_cosines(_request: Request, _parsed: tuple[SimilarityInputs, Cutting], answer: EmbedAnswer) -> Parts:
+def _write_cosines(_request: Request, _parsed: Similarity, answer: EmbedAnswer) -> Parts:
     # Rounding can push the cosine of equal texts beyond 1.
     cosines = np.clip(answer.vectors[1:] @ answer.vectors[0], -1, 1)
     return lambda: iter((dumps(cosines),))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, NamedTuple, cast
 
 from pydantic import Field
 
@@ -13,11 +13,14 @@ from gateway.api.json_body import (
     TRUNCATION,
     Direction,
     Flag,
+    Json,
+    ModelName,
     Name,
     PositiveInteger,
     RequestBody,
     Texts,
     Truncation,
+    check_batch,
     wanted_truncation,
 )
 from gateway.config.settings import Settings
@@ -44,6 +47,12 @@ Inputs = Annotated[
 ]
 
 
+class AboutModel(RequestBody):
+    """A request at the root may name a model. TEI, which serves one, has no such field."""
+
+    model: ModelName | None = Field(None, title="a string")
+
+
 class Cutting(RequestBody):
     """The fields on texts that are too long, and on the prompt before each text; part of several requests."""
 
@@ -56,7 +65,7 @@ class Cutting(RequestBody):
         return wanted_truncation(self.truncate, self.truncation_direction)
 
 
-class TextsBody(Cutting):
+class TextsBody(Cutting, AboutModel):
     """``POST /embed_sparse`` and ``POST /embed_all``."""
 
     inputs: Inputs = Field(title=_INPUTS)
@@ -77,7 +86,7 @@ class EmbedBody(TextsBody):
     dimensions: PositiveInteger | None = Field(None, title="a positive integer")
 
 
-class PredictBody(RequestBody):
+class PredictBody(AboutModel):
     """``POST /predict``: a text, a pair of texts, or a batch of lists of one or two texts."""
 
     inputs: str | Texts | Annotated[list[Texts], Field(fail_fast=True)] = Field(title=_SEQUENCES)
@@ -116,14 +125,36 @@ class SimilarityInputs(RequestBody):
     sentences: Texts = Field(title="a list of strings")
 
 
-class SimilarityBody(RequestBody):
+class SimilarityBody(AboutModel):
     """``POST /similarity``."""
 
     inputs: dict[str, Any] = Field(title="an object with `source_sentence` and `sentences`")
     parameters: dict[str, Any] = Field(default_factory=dict, title="an object")
 
 
-class TokenizeBody(RequestBody):
+class Similarity(NamedTuple):
+    """A request to compare texts, with the parts of its body."""
+
+    body: SimilarityBody
+    inputs: SimilarityInputs
+    parameters: Cutting
+
+    @classmethod
+    def parse(cls, content: dict[str, Json], max_inputs: int) -> Similarity:
+        """Validate a request.
+
+        Raises:
+            BadInput: a field is wrong, or there are no texts or more than ``max_inputs``.
+        """
+        body = SimilarityBody.parse(content)
+        inputs, parameters = SimilarityInputs.parse(body.inputs), Cutting.parse(body.parameters)
+        # The source counts as well, as it does in TEI; alone it is an empty batch.
+        num_texts = len(inputs.sentences) + 1 if inputs.sentences else 0
+        check_batch(num_texts, max_inputs, "inputs.sentences")
+        return cls(body, inputs, parameters)
+
+
+class TokenizeBody(AboutModel):
     """``POST /tokenize``."""
 
     inputs: str | Texts = Field(title=_TEXTS)
@@ -131,7 +162,7 @@ class TokenizeBody(RequestBody):
     prompt_name: Name | None = Field(None, title="a string")
 
 
-class DecodeBody(RequestBody):
+class DecodeBody(AboutModel):
     """``POST /decode``."""
 
     ids: TokenIds | Annotated[list[TokenIds], Field(fail_fast=True)] = Field(title=_IDS)

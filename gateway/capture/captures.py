@@ -12,7 +12,7 @@ from gateway.config.capture import QUERY_TASK, Capture
 from gateway.config.registry import Registry
 from gateway.experiments.split import UnitSource, read_unit
 from gateway.routing.router import Choice
-from gateway.tasks import canonical_task
+from gateway.tasks import TASKS, find_task
 from gateway.telemetry import metrics
 
 # The sources of a sender's id if no experiment defines one; the first that a request has is used.
@@ -45,7 +45,7 @@ class Captures:
         capture = writer.capture
         named = choice.task or task
         info = choice.model.info
-        task = canonical_task(named) if named else info.default_task if info is not None else None
+        task = (find_task(named, TASKS) or named) if named else info.default_task if info is not None else None
         if task != QUERY_TASK and not capture.passages:
             return
         sampled = [text for text in texts if random.random() < capture.queries]  # noqa: S311  a sample, not a secret

@@ -23,7 +23,7 @@ from gateway.experiments.split import Assignment, Split, UnitSource
 from gateway.fleet import Fleet, Model
 from gateway.routing.names import GATEWAY, Client, Names, one_task
 from gateway.routing.spaces import why_not_interchangeable
-from gateway.tasks import canonical_task, known_task_names
+from gateway.tasks import find_task, known_task_names
 from gateway.types import DOES, ModelInfo, ModelKind, ModelState
 
 
@@ -276,16 +276,16 @@ def _resolve_task(info: ModelInfo, task_of_name: str | None, task: str | None) -
     An A/B test can therefore change ``model`` alone: the client sends the same task to both models.
     """
     written = [name for name in (task_of_name, task) if name is not None]
-    tasks = [canonical_task(name) for name in written]
-    if len(set(tasks)) > 1:
+    allowed = list(info.tasks) or known_task_names()
+    tasks = [find_task(name, allowed) for name in written]
+    if len({found or name for found, name in zip(tasks, written, strict=True)}) > 1:
         raise BadInput(
             f"`model` names the task {cut(written[0])!r}, and `task` says {cut(written[1])!r}: leave one of them out",
             param="task",
         )
     if not tasks:
         return info.default_task
-    allowed = list(info.tasks) or known_task_names()
-    if tasks[0] not in allowed:
+    if tasks[0] is None:
         raise BadInput(
             f"unknown task {cut(written[0])!r} for model {info.id!r}; one of: {', '.join(allowed)}", param="task"
         )

@@ -373,6 +373,8 @@ async def test_large_bodies_are_parsed_in_the_thread_and_small_ones_are_not(
         (EmbeddingsBody, "model"),
         (EmbeddingsBody, "task"),
         (EmbeddingsBody, "input_type"),
+        (EmbeddingsBody, "prompt_name"),
+        (EmbeddingsBody, "task_type"),
         (RerankBody, "model"),
         (EmbedBody, "prompt_name"),
         (TokenizeBody, "prompt_name"),

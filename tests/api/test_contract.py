@@ -159,8 +159,8 @@ async def test_unknown_fields_are_ignored(client: httpx.AsyncClient) -> None:
     "field",
     [
         "model", "dimensions", "output_dimension", "encoding_format", "embedding_type", "encoding_type",
-        "output_dtype", "task", "input_type", "normalized", "normalize", "truncate", "late_chunking", "outputs",
-        "user", "unknown",
+        "output_dtype", "task", "input_type", "prompt_name", "task_type", "normalized", "normalize", "truncate",
+        "late_chunking", "outputs", "user", "unknown",
     ],
 )  # fmt: skip
 async def test_null_means_absent(client: httpx.AsyncClient, field: str) -> None:
@@ -529,6 +529,7 @@ async def test_a_long_wrong_value_is_cut_in_the_message(client: httpx.AsyncClien
         pytest.param(("encoding_format", "float"), ("encoding_type", "binary"), id="encoding_format, encoding_type"),
         pytest.param(("embedding_type", "float"), ("encoding_type", "binary"), id="embedding_type, encoding_type"),
         pytest.param(("task", "separation"), ("input_type", "query"), id="task"),
+        pytest.param(("task", "separation"), ("prompt_name", "query"), id="prompt_name"),
         pytest.param(("normalized", True), ("normalize", False), id="normalized"),
     ],
 )
@@ -549,6 +550,7 @@ async def test_synonyms_that_disagree_are_refused(
         pytest.param({"encoding_format": "base64", "encoding_type": "base64"}, id="encoding"),
         pytest.param({"task": "retrieval.query", "input_type": "retrieval.query"}, id="task"),
         pytest.param({"task": "retrieval.query", "input_type": "search_query"}, id="two names of one task"),
+        pytest.param({"input_type": "QUERY", "task_type": "RETRIEVAL_QUERY", "prompt_name": "query"}, id="four fields"),
         pytest.param({"normalized": False, "normalize": False}, id="normalized"),
     ],
 )
@@ -706,7 +708,7 @@ async def test_floats_are_the_shortest_that_read_back_as_the_same_float32(
 # ---------------------------------------------------------------------------------------------------------- 8: tasks
 
 
-@pytest.mark.parametrize("field", ["task", "input_type"])
+@pytest.mark.parametrize("field", ["task", "input_type", "prompt_name", "task_type"])
 @pytest.mark.parametrize(
     ("name", "task"),
     [
@@ -721,6 +723,12 @@ async def test_floats_are_the_shortest_that_read_back_as_the_same_float32(
         ("clustering", "separation"),
         ("classification", "classification"),
         ("text-matching", "text-matching"),
+        ("QUERY", "retrieval.query"),
+        ("Retrieval.Passage", "retrieval.passage"),
+        ("RETRIEVAL_QUERY", "retrieval.query"),
+        ("RETRIEVAL_DOCUMENT", "retrieval.passage"),
+        ("SEMANTIC_SIMILARITY", "text-matching"),
+        ("CLUSTERING", "separation"),
     ],
 )
 async def test_a_task_is_accepted_by_all_its_names(client: httpx.AsyncClient, field: str, name: str, task: str) -> None:
@@ -730,6 +738,14 @@ async def test_a_task_is_accepted_by_all_its_names(client: httpx.AsyncClient, fi
     assert with_tasks.headers["x-gateway-task"] == task
     assert without_tasks.status_code == 200
     assert "x-gateway-task" not in without_tasks.headers
+
+
+async def test_a_model_s_own_task_is_found_in_any_case(connect: Connect, make_model: MakeModel) -> None:
+    """Also one whose name in lower case is a synonym of a task that this model does not have."""
+    client = await connect(make_model("mini", tasks={"Clustering": "c: ", "STS": "s: "}), aliases={"default": "mini"})
+
+    for task, own in {"Clustering": "Clustering", "clustering": "Clustering", "sts": "STS"}.items():
+        assert (await embed(client, task=task)).headers["x-gateway-task"] == own
 
 
 async def test_a_task_of_any_name_fits_into_a_header(connect: Connect, make_model: MakeModel) -> None:

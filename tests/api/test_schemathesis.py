@@ -76,6 +76,8 @@ def narrowed(app: FastAPI) -> dict[str, Any]:
         "encoding_type",
         "output_dtype",
         "input_type",
+        "prompt_name",
+        "task_type",
         "normalize",
         "truncation_direction",
         "truncation",

@@ -112,6 +112,35 @@ async def test_the_path_names_the_model(client: httpx.AsyncClient, path: str) ->
     assert response.headers["x-gateway-model"] == "team/small"
 
 
+BODIES: dict[str, dict[str, object]] = {
+    "": {"inputs": "x"},
+    "invocations": {"inputs": "x"},
+    "embed": {"inputs": "x"},
+    "embed_all": {"inputs": "x"},
+    "similarity": {"inputs": {"source_sentence": "x", "sentences": ["y"]}},
+    "tokenize": {"inputs": "x"},
+    "decode": {"ids": [1]},
+}
+
+
+@pytest.mark.parametrize("name", BODIES)
+async def test_at_the_root_the_body_may_name_the_model(client: httpx.AsyncClient, name: str) -> None:
+    named = await client.post(f"/{name}", json={**BODIES[name], "model": "jina"})
+    unknown = await client.post(f"/{name}", json={**BODIES[name], "model": "nonsense"})
+    blank = await client.post(f"/{name}", json={**BODIES[name], "model": ""})
+
+    assert (named.status_code, named.headers["x-gateway-model"]) == (200, "jina")
+    assert (blank.status_code, blank.headers["x-gateway-model"]) == (200, "mini")
+    assert "nonsense" in error(unknown, 404, "Validation")
+
+
+async def test_the_name_in_the_path_precedes_the_one_in_the_body(client: httpx.AsyncClient) -> None:
+    """Clients that require a model's name send anything."""
+    response = await client.post("/tei/jina/embed", json={"inputs": "x", "model": "any"})
+
+    assert (response.status_code, response.headers["x-gateway-model"]) == (200, "jina")
+
+
 async def test_normalize_false_gives_the_vectors_as_they_are_pooled(
     client: httpx.AsyncClient, vectors_of: VectorsOf
 ) -> None:

@@ -132,7 +132,6 @@ def test_a_long_name_is_cut_in_the_message(router: Router) -> None:
     ("name", "task"),
     [
         pytest.param("jina", "retrieval", id="family"),
-        pytest.param("jina", "Retrieval.Query", id="other case"),
         pytest.param("jina", "separation", id="a task that this model does not have"),
         pytest.param("jina", "", id="empty"),
         pytest.param("jina:sorting", None, id="in the name"),

@@ -1,4 +1,4 @@
-"""A connection to PostgreSQL that reconnects after the server was briefly unavailable."""
+"""A connection to PostgreSQL that reconnects after the server was briefly unavailable, and repeats what it rolled back."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Session:
         self.connection = connect()
 
     def call(self, work: Callable[[Connection], Result]) -> Result:
-        """Return the result of some work; repeat the work over a new connection if the old one is lost.
+        """Return the result of some work; repeat the work if the connection is lost or the server rolls it back.
 
         Args:
             work: may run twice, so it must not matter whether the first run had an effect.
@@ -47,8 +47,12 @@ class Session:
         return insist(attempt, self._pause_after, PATIENCE_S)
 
     def _pause_after(self, error: Exception) -> float | None:
-        is_away = isinstance(error, BulkError) and isinstance(error.__cause__, psycopg.OperationalError)
-        return 0.0 if is_away and self.connection.closed else None
+        cause = error.__cause__ if isinstance(error, BulkError) else None
+        if not isinstance(cause, psycopg.OperationalError):
+            return None
+        # The server ended the transaction in favor of another program's, as it does with one of two in a deadlock.
+        is_rolled_back = (cause.sqlstate or "").startswith("40")
+        return 0.0 if is_rolled_back or self.connection.closed else None
 
     def close(self) -> None:
         """Close the connection."""

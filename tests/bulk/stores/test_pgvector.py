@@ -686,6 +686,38 @@ def test_a_request_that_a_server_refuses_is_not_repeated(postgres: str) -> None:
     session.close()
 
 
+def test_the_loser_of_a_deadlock_tries_again(postgres: str, sql: psycopg.Connection) -> None:
+    sql.execute("CREATE TABLE a (); CREATE TABLE b ()")
+    session = Session(lambda: psycopg.connect(postgres, autocommit=True))
+    session.connection.execute("SET deadlock_timeout = '20ms'")  # it notices first, so it is the one that ends
+    attempts = []
+
+    def work(connection: psycopg.Connection) -> None:
+        attempts.append(connection)
+        with refusals("the store"), connection.transaction():
+            connection.execute("LOCK TABLE b")
+            if len(attempts) == 1:
+                other.start()
+                wait_until_blocked()
+            connection.execute("LOCK TABLE a")
+
+    def lock_both() -> None:
+        with sql.transaction():
+            sql.execute("LOCK TABLE a")
+            sql.execute("LOCK TABLE b")
+
+    def wait_until_blocked() -> None:
+        with psycopg.connect(postgres, autocommit=True) as watching:
+            while not watching.execute("SELECT 1 FROM pg_locks WHERE NOT granted").fetchone():
+                pass
+
+    other = threading.Thread(target=lock_both)
+    session.call(work)
+    other.join()
+    assert len(attempts) == 2
+    session.close()
+
+
 def test_a_server_that_has_lost_its_network_is_noticed_within_a_minute(url: str) -> None:
     """By default, a connection waits two hours for it."""
     with closing(store_of(url)) as store:
