@@ -28,6 +28,7 @@ from gateway.experiments.stats import ExperimentStats
 from gateway.http.middleware import Admission, ErrorExit, Identification, Record
 from gateway.http.shortcut import Routes, Shortcut, include
 from gateway.outcomes.keeper import Keeper
+from gateway.outcomes.traffic import Wanted
 from gateway.service import EmbeddingService
 from gateway.telemetry import metrics
 from gateway.telemetry.logs import keep_locals_out
@@ -104,9 +105,16 @@ def _make_stats(deployment: Deployment, keeper: Keeper | None) -> ExperimentStat
         if settings.exposure_log
         else None
     )
-    stats = ExperimentStats(log) if keeper is None else ExperimentStats(log, keeper.offer)
-    while keeper is not None and (exposures := keeper.read_log()):
-        stats.add(exposures)
+    if keeper is None:
+        stats = ExperimentStats(log)
+    else:
+        stats = ExperimentStats(log, keeper.offer, keeper.traffic.record)
+        while exposures := keeper.read_log():
+            stats.add(exposures)
+        for experiment in deployment.registry.experiments:
+            generation = deployment.router.generation(experiment.id)
+            counts = keeper.traffic.load(Wanted((experiment.id, generation), deployment.counting_since[experiment.id]))
+            stats.restore(experiment, generation, counts, keeper.traffic.version)
     deployment.resources.callback(stats.close)
     return stats
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from typing import get_args
 
 from fastapi import APIRouter, Request
@@ -18,6 +19,7 @@ from gateway.experiments.report import ExperimentList, ExperimentReport, UnitsOv
 from gateway.experiments.stats import ExperimentStats
 from gateway.http.context import RequestContext
 from gateway.outcomes.keeper import Keeper
+from gateway.outcomes.traffic import Wanted
 
 _ANSWERS = responses(ExperimentReport, ModelNotAllowed, ExperimentNotFound, OutcomesUnavailable)
 # Some milliseconds of the event loop.
@@ -56,6 +58,8 @@ class Experiments:
             raise ExperimentNotFound(f"experiment {experiment.id!r} no longer exists: the registry was reloaded")
         experiment = current
         generation = self._deployment.router.generation(experiment.id)
+        if self._keeper is not None:
+            await self._count_requests_of_others(self._keeper, experiment, generation)
         report = self._stats.report(experiment, generation, self._deployment.counting_since[experiment.id])
         if self._keeper is None:
             return report
@@ -80,6 +84,12 @@ class Experiments:
             await self._count_units_of_others(self._keeper)
         generation = self._deployment.router.generation(experiment.id)
         return self._stats.units_over_time(experiment, generation, step)
+
+    async def _count_requests_of_others(self, keeper: Keeper, experiment: Experiment, generation: str) -> None:
+        """Count the requests of other replicas that share the file, and of this one before it was started."""
+        version = self._stats.stored_version(experiment.id, generation)
+        wanted = Wanted((experiment.id, generation), self._deployment.counting_since[experiment.id], version)
+        await keeper.traffic.refresh(wanted, partial(self._stats.restore, experiment, generation))
 
     async def _count_units_of_others(self, keeper: Keeper) -> None:
         """Count the new units of other replicas that share the file."""

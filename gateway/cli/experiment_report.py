@@ -1,4 +1,4 @@
-"""Experiments at a terminal: the figures of a running gateway, or counts from its exposure logs."""
+"""Experiments at a terminal: the figures of a running gateway, or those in its files."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from gateway.experiments.report import ArmReport, ExperimentList, ExperimentRepo
 from gateway.experiments.sample_ratio import SampleRatio
 from gateway.experiments.split import Split
 from gateway.experiments.stats import ExperimentStats
-from gateway.outcomes.files import is_store, read_units, report_files
+from gateway.outcomes.files import is_store, read_requests, read_units, report_files
 
 _TIMEOUT_S = 10.0
 _NOTHING = "-"
@@ -59,10 +59,10 @@ def ask_evidence(url: str, experiment_id: str, api_key: str | None) -> Experimen
 def read_evidence(
     registry: Registry, experiment_id: str, files: Sequence[Path], outcomes: Sequence[Path] = ()
 ) -> ExperimentReport:
-    """Count the units of an experiment in the files of several replicas, and compare their outcomes.
+    """Count the units of an experiment in the files of several replicas, and compare their requests and outcomes.
 
     Args:
-        files: exposure logs, and files of experiments (``experiments.sqlite3``), which also hold outcomes.
+        files: exposure logs, and files of experiments (``experiments.sqlite3``), which also hold requests and outcomes.
         outcomes: CSV files, and files of experiments.
         registry: has the arms and weights to compare the units with. Lines from other arms or weights are left out, and
             counted in ``uncounted``.
@@ -87,12 +87,14 @@ def read_evidence(
 
     stats = ExperimentStats(None)
     stats.add(current())
+    stats.restore(experiment, generation, read_requests([*files, *outcomes], experiment.id, generation), 0)
+    report = stats.report(experiment, generation)
     has_outcomes = bool(outcomes) or any(map(is_store, files))
     update = {
-        "uncounted": dict(left_out),
+        "uncounted": {**report.uncounted, **left_out},
         "outcomes": report_files(experiment, files, outcomes) if has_outcomes else None,
     }
-    return stats.report(experiment, generation).model_copy(update=update)
+    return report.model_copy(update=update)
 
 
 # ----------------------------------------------------------------------------------------------------------- print
@@ -114,12 +116,13 @@ def print_experiments(experiments: ExperimentList) -> None:
     console.print(table)
 
 
-def print_evidence(shown: ExperimentReport, *, has_requests: bool = True) -> None:
+def print_evidence(shown: ExperimentReport, *, is_of_files: bool = False) -> None:
     """Print the arms of an experiment side by side, and whether the split of units matches the weights.
 
     Args:
-        has_requests: whether requests were counted, and not only units.
+        is_of_files: whether the figures are from files; exposure logs have no requests.
     """
+    has_requests = not is_of_files or any(arm.requests for arm in shown.evidence)
     console = make_console()
     state = "runs" if shown.running else "does not run"
     say(console, f"{shown.id} ({shown.kind}) {state}; arms, weights and salt: {shown.generation}")

@@ -27,8 +27,9 @@ def experiments(
         list[Path] | None,
         typer.Option(
             metavar="FILE...",
-            help="Read the units from these exposure logs, or from files experiments.sqlite3 of GATEWAY_STATE_DIR, "
-            "instead of asking a gateway. --models gives the weights.",
+            help="Read the units from these exposure logs, or units, requests and outcomes from the files "
+            "experiments.sqlite3 of several gateways (GATEWAY_STATE_DIR), instead of asking a gateway. --models gives the "
+            "weights.",
         ),
     ] = None,
     outcomes: Annotated[
@@ -66,6 +67,6 @@ def experiments(
     elif exposures:
         registry = load_registry(models or load_settings(os.environ).models, os.environ)
         found = read_evidence(registry, experiment, [*exposures, *(files or ())], outcomes or ())
-        print_evidence(found, has_requests=False)
+        print_evidence(found, is_of_files=True)
     else:
         print_evidence(ask_evidence(url, experiment, api_key))

@@ -239,8 +239,8 @@ class Settings(BaseSettings):
 
     state_dir: Path | None = Field(
         default=None,
-        description="Folder on a local disk for `experiments.sqlite3`, the exposures and outcomes of experiments. Replicas "
-        "on one machine may share it. By default none are kept.",
+        description="Folder on a local disk for `experiments.sqlite3`, the units, requests and outcomes of experiments. "
+        "Replicas on one machine may share it. By default none are kept.",
     )
     state_max_bytes: int = Field(
         default=2 * 1024**3,

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import secrets
 from collections import Counter, defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from gateway.experiments.arrivals import Arrivals
 from gateway.experiments.exposures import Exposure
-from gateway.experiments.sample_ratio import RatioProcess
+from gateway.experiments.sample_ratio import RatioProcess, process_of
 from gateway.experiments.units import MAX_UNITS, LatencyHistogram, UnitSet, UnitSums
 
 MAX_SUMS = 200_000
@@ -17,6 +18,10 @@ MAX_SUMS = 200_000
 
 # The columns of an arm's sums.
 REQUESTS, SERVER_ERRORS, TIMED, LOG_SECONDS, LOG_CHARACTERS = range(5)
+NUM_SUMS = 5
+TOTALS = ("requests", "random_requests", "texts", "tokens", "seconds", "server_errors")
+"""The numbers of :class:`ArmCounts` that add up."""
+_TRAFFIC = (*TOTALS, "errors", "latency", "queue", "sums", "largest")
 _LEAST_S = 1e-4
 # A server's error after this time is late if the arm has not answered any request yet.
 _LATE_S = 1.0
@@ -85,17 +90,18 @@ class ArmCounts:
     server_errors: int = 0
     latency: LatencyHistogram = field(default_factory=LatencyHistogram)
     queue: LatencyHistogram = field(default_factory=LatencyHistogram)
-    sums: UnitSums = field(default_factory=lambda: UnitSums(5))
+    sums: UnitSums = field(default_factory=lambda: UnitSums(NUM_SUMS))
     largest: int = 0
 
-    def record(self, request: RequestRecord, *, may_grow: bool) -> None:
-        """Count a request, but not its unit.
+    def record(self, request: RequestRecord, *, may_grow: bool, is_cut: bool | None = None) -> bool:
+        """Count a request, but not its unit, and return whether its latency is only a lower bound.
 
         Args:
             may_grow: whether a new unit gets sums.
+            is_cut: whether the latency is only a lower bound, if other counts of the arm have decided that.
         """
         self.requests += 1
-        is_cut = request.is_cut or self.is_late(request)
+        is_cut = request.is_cut or self.is_late(request) if is_cut is None else is_cut
         if request.error_code is None:
             self.texts += request.num_texts
             self.tokens += request.num_tokens
@@ -114,6 +120,7 @@ class ArmCounts:
         num_requests = self.sums.add(unit, sums, may_grow=may_grow)
         if request.unit:
             self.largest = max(self.largest, int(num_requests))
+        return is_cut
 
     def is_late(self, request: RequestRecord) -> bool:
         """Return whether the server failed after more time than half of the arm's answers took.
@@ -137,9 +144,14 @@ class Source:
 
 @dataclass(slots=True)
 class Generation:
-    """The counts under one set of arms and weights."""
+    """The counts under one set of arms and weights.
+
+    Attributes:
+        stored_version: the version of the counts in the file of experiments that these include; -1 without them.
+    """
 
     since: str
+    stored_version: int = -1
     arms: defaultdict[str, ArmCounts] = field(default_factory=lambda: defaultdict(ArmCounts))
     uncounted: Counter[str] = field(default_factory=Counter)
     sources: defaultdict[str, Source] = field(default_factory=lambda: defaultdict(Source))
@@ -149,16 +161,38 @@ class Generation:
     is_ratio_known: bool = True
     arrivals: Arrivals = field(default_factory=Arrivals)
 
-    def record(self, request: RequestRecord) -> None:
-        """Count a request, but not its unit."""
+    def record(self, request: RequestRecord, *, is_cut: bool | None = None) -> bool:
+        """Count a request, but not its unit, and return whether its latency is only a lower bound.
+
+        Args:
+            is_cut: as in :meth:`ArmCounts.record`.
+        """
         arm = self.arms[request.arm]
-        arm.record(request, may_grow=sum(len(other.sums) for other in self.arms.values()) < MAX_SUMS)
+        may_grow = sum(len(other.sums) for other in self.arms.values()) < MAX_SUMS
+        is_cut = arm.record(request, may_grow=may_grow, is_cut=is_cut)
         if request.unit is not None:
             self.sources[request.source or "unknown"].requests += 1
-            return
+            return is_cut
         arm.random_requests += 1
         if request.share:
             self.request_ratio.add(request.arm, request.share)
+        return is_cut
+
+    def adopt(self, other: Generation, shares: Mapping[str, float]) -> None:
+        """Replace the counts of requests by those of another generation; the units stay.
+
+        Args:
+            shares: the share of the requests that the weights give to each arm.
+        """
+        for label in {*self.arms, *other.arms}:
+            for name in _TRAFFIC:
+                setattr(self.arms[label], name, getattr(other.arms[label], name))
+        self.uncounted = other.uncounted
+        for name in {*self.sources, *other.sources}:
+            self.sources[name].requests = other.sources[name].requests
+        self.since = min(self.since, other.since)
+        random = {label: arm.random_requests for label, arm in self.arms.items() if shares.get(label)}
+        self.request_ratio = process_of(random, shares, self.request_ratio.largest_log_e)
 
     def expose(self, exposure: Exposure) -> bool:
         """Count a unit in an arm, and return whether the unit, or its first answer, is new.

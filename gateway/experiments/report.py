@@ -47,7 +47,7 @@ class ExperimentList(_Report):
 
 
 class ArmReport(_Report):
-    """One arm in figures: of the requests that were counted, since this process started."""
+    """One arm in figures: of the requests that were counted since `since`."""
 
     arm: str
     model: str
@@ -112,7 +112,11 @@ class ExperimentReport(ExperimentCard):
     """An experiment, and the figures of its arms under their present weights."""
 
     generation: str = Field(description="Hash of salt, arms and weights; counts begin again when it changes.")
-    since: str = Field(description="Time when this process began to count requests under these arms and weights.")
+    since: str = Field(
+        description="Time when the count of requests, latencies and errors under these arms and weights began. With "
+        "`GATEWAY_STATE_DIR`, they include those of earlier runs and of all processes that share the folder; without it, "
+        "only those of this process."
+    )
     units_since: str | None = Field(
         description="Time when the first unit was seen: earlier, if there is an exposure log."
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -40,6 +40,12 @@ class RatioProcess:
         self.largest_log_e = max(self.largest_log_e, self.log_e)
         self.counts[arm] = count + 1
         self.total += 1
+
+
+def process_of(counts: Mapping[str, int], shares: Mapping[str, float], largest: float = 0.0) -> RatioProcess:
+    """Return a process that continues from the counts of arms with a share, after it has reached ``largest``."""
+    log_e = _log_e([ArmCount(arm, num, shares[arm]) for arm, num in counts.items()]) if counts else 0.0
+    return RatioProcess(dict(counts), sum(counts.values()), log_e, max(log_e, largest))
 
 
 def largest_log_e(is_in: Sequence[NDArray[np.bool_]], shares: NDArray[np.float64]) -> float:

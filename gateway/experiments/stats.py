@@ -1,9 +1,10 @@
-"""The stats of each experiment: the counts of this process, arm by arm."""
+"""The stats of each experiment, arm by arm: the counts of this process, and of others that share its folder."""
 
 from __future__ import annotations
 
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from itertools import islice
 from typing import Literal
 
@@ -43,11 +44,18 @@ class ExperimentStats:
     Args:
         log: the log for exposures; the units that it already has are counted.
         keep: called with each exposure, for a second place that keeps exposures. It must not wait.
+        keep_request: called with each request, for a place that keeps the counts. It must not wait.
     """
 
-    def __init__(self, log: ExposureLog | None, keep: Callable[[Exposure], None] = lambda _exposure: None) -> None:
+    def __init__(
+        self,
+        log: ExposureLog | None,
+        keep: Callable[[Exposure], None] = lambda _exposure: None,
+        keep_request: Callable[[RequestRecord], None] = lambda _request: None,
+    ) -> None:
         self._log = log
         self._keep = keep
+        self._keep_request = keep_request
         # Exposures that could not be written yet, by experiment, generation, arm, unit and whether it was answered.
         self._unwritten: dict[tuple[str, str, str, str, bool], Exposure] = {}
         self._experiments: defaultdict[str, OrderedDict[str, Generation]] = defaultdict(OrderedDict)
@@ -59,13 +67,27 @@ class ExperimentStats:
         for exposure in exposures:
             self._generation(exposure.experiment, exposure.generation).expose(exposure)
 
+    def stored_version(self, experiment: str, generation: str) -> int:
+        """Return the version of the stored counts that the counts of a generation include; -1 without them."""
+        counted = self._experiments.get(experiment, OrderedDict()).get(generation)
+        return -1 if counted is None else counted.stored_version
+
+    def restore(self, experiment: Experiment, generation: str, counts: Generation, version: int) -> None:
+        """Replace the counts of requests by those of all processes, which include the requests of this one."""
+        total = sum(arm.weight for arm in experiment.arms)
+        counted = self._generation(experiment.id, generation)
+        counted.adopt(counts, {arm.label: arm.weight / total for arm in experiment.arms})
+        counted.stored_version = version
+
     def record(self, request: RequestRecord) -> None:
         """Count one request, and log it if it is the first of its unit in an arm, or the first that is answered."""
         generation = self._generation(request.experiment, request.generation)
         if not request.is_counted:
             generation.uncounted[request.reason] += 1
+            self._keep_request(request)
             return
-        generation.record(request)
+        is_cut = generation.record(request)
+        self._keep_request(replace(request, is_cut=is_cut))
         if request.unit is not None:
             self._expose(request, request.unit, generation)
 

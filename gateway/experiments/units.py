@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from array import array
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -95,6 +95,22 @@ class UnitSums:
             column[place] += number
         return columns[0][place]
 
+    @classmethod
+    def of(cls, units: NDArray[np.uint64], columns: NDArray[np.float64]) -> UnitSums:
+        """Return the sums of units, ``(n,)``, each once; ``columns`` are ``(num_columns, n)``."""
+        found, order = cls(len(columns)), np.argsort(units)
+        units, columns = units[order], columns[:, order]
+        prefixes, starts = np.unique(units >> np.uint64(64 - _SHARD_BITS), return_index=True)
+        for prefix, start, end in zip(prefixes.tolist(), starts, [*starts[1:], len(units)], strict=True):
+            shard = array("Q", units[start:end].tobytes())
+            found._shards[prefix] = shard, [array("d", column[start:end].tobytes()) for column in columns]
+        found._num = len(units)
+        return found
+
+    def units(self) -> NDArray[np.uint64]:
+        """Return a copy of the units, ``(n,)``, in the order of the sums."""
+        return np.concatenate([np.empty(0, np.uint64), *(np.array(units) for units, _ in self._shards.values())])
+
     def columns(self) -> NDArray[np.float64]:
         """Return a copy of the sums, ``(num_columns, n)``."""
         if not self._num:
@@ -135,6 +151,18 @@ class LatencyHistogram:
         """Add the latencies of another histogram."""
         self._counts = [mine + theirs for mine, theirs in zip(self._counts, other._counts, strict=True)]
         self._num += other._num
+
+    def buckets(self) -> Iterator[tuple[int, int, int]]:
+        """Yield the number of each bucket that is not empty, its count, and how many of these were ended early."""
+        for bucket, (count, num_cut) in enumerate(zip(self._counts, self._cut, strict=True)):
+            if count:
+                yield bucket, count, num_cut
+
+    def add_bucket(self, bucket: int, *, num: int = 0, num_cut: int = 0) -> None:
+        """Add to the count of a bucket, and to how many of these were ended early."""
+        self._counts[bucket] += num
+        self._cut[bucket] += num_cut
+        self._num += num
 
     def quantile(self, share: float) -> float | None:
         """Return the latency in seconds that a share (0 to 1) of all does not exceed; ``None`` without latencies."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
@@ -15,13 +16,16 @@ import structlog
 from gateway.config.files import open_regular
 from gateway.config.registry import Experiment
 from gateway.errors import StartError
-from gateway.experiments.exposures import Exposure, read_exposures
+from gateway.experiments.arms import Generation
+from gateway.experiments.exposures import Exposure, now, read_exposures
 from gateway.experiments.outcome_report import OutcomesReport
 from gateway.experiments.split import Split
+from gateway.experiments.tally import add_tally
 from gateway.outcomes.declarations import UNKNOWN, first_declared, is_declared, note
 from gateway.outcomes.joining import Branch, Exposures, Outcomes, signed
 from gateway.outcomes.reading import Seen, read_csv
 from gateway.outcomes.store import Decision, NewOutcome, Reader
+from gateway.outcomes.traffic import read_tally
 from gateway.outcomes.verdicts import branches_of, no_decisions, report_outcomes
 
 log = structlog.get_logger(__name__)
@@ -56,6 +60,22 @@ def read_units(paths: Iterable[Path]) -> Iterator[Exposure]:
                 yield from (exposure for _number, exposure in reader.log())
         else:
             yield from read_exposures([path])
+
+
+def read_requests(paths: Iterable[Path], experiment: str, generation: str) -> Generation:
+    """Return the counts of requests under one set of weights in files of experiments; exposure logs have none.
+
+    Raises:
+        StartError: a file cannot be read.
+    """
+    counts = Generation(now())
+    for path in dict.fromkeys(path for path in paths if is_store(path)):
+        with Reader(path) as reader:
+            try:
+                add_tally(counts, read_tally(reader, experiment, generation))
+            except sqlite3.Error as error:
+                raise StartError(f"{path} cannot be read: {error}") from error
+    return counts
 
 
 def report_files(experiment: Experiment, exposures: Sequence[Path], outcomes: Sequence[Path]) -> OutcomesReport:

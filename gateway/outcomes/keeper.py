@@ -25,6 +25,7 @@ from gateway.experiments.outcome_report import OutcomesReport
 from gateway.experiments.split import Split, declaration_of, hash_of_declaration
 from gateway.outcomes.declarations import first_declared
 from gateway.outcomes.store import DECLARED, FILE_NAME, Decision, Kept, NewOutcome, Reader, Store, StoreBusy, StoreFull
+from gateway.outcomes.traffic import Traffic
 from gateway.outcomes.verdicts import Reported, branches_of, report_outcomes
 from gateway.telemetry import metrics
 
@@ -70,6 +71,7 @@ class Keeper:
         self._computing = threading.Lock()
         self._num_read = 0
         self._declare()
+        self.traffic = Traffic(self._store, self._thread, self._declare)
 
     def read_log(self) -> list[Exposure]:
         """Return some of the exposures added since the last call, by this or another process; an empty list at the end.
@@ -156,6 +158,7 @@ class Keeper:
         """Write the waiting exposures, and close the file."""
         self._reading.shutdown(cancel_futures=True)  # first, because a report writes its decisions
         self._thread.submit(self._write_waiting).result()
+        self.traffic.close()
         self._thread.shutdown()
         self._store.close()
 

@@ -126,7 +126,7 @@ class Store:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._db = _connect(path)
             self._file = OpenFile(path)
-            with self._writing():
+            with self.writing():
                 for statement in _SCHEMA.split(";"):
                     self._db.execute(statement)
                 (version,) = self._db.execute("PRAGMA user_version").fetchone()
@@ -145,7 +145,7 @@ class Store:
             ) from error
 
     @contextmanager
-    def _writing(self) -> Iterator[None]:
+    def writing(self) -> Iterator[sqlite3.Connection]:
         """Write in one transaction.
 
         Raises:
@@ -157,7 +157,7 @@ class Store:
         try:
             self._db.execute("BEGIN IMMEDIATE")
             try:
-                yield
+                yield self._db
                 self._db.execute("COMMIT")
             except BaseException:  # the thread reuses the connection, so the transaction must end
                 if self._db.in_transaction:
@@ -175,7 +175,7 @@ class Store:
             StoreFull, StoreBusy: they could not be written.
         """
         rows = [(experiment, b.generation, b.arm, b.model, b.task, b.share) for b in branches]
-        with self._writing():
+        with self.writing():
             self._db.executemany(
                 "INSERT OR IGNORE INTO branches (experiment, generation, arm, model, task, share) VALUES (?, ?, ?, ?, ?, ?)",
                 rows,
@@ -191,7 +191,7 @@ class Store:
             (signed(e.unit), seconds, e.answered, e.model, e.space, e.source, e.experiment, e.generation, e.arm)
             for e, seconds in exposures
         ]
-        with self._writing():
+        with self.writing():
             self._db.executemany(
                 "INSERT INTO exposures (branch, unit, time, answered, model, space, source) "
                 "SELECT id, ?, ?, ?, ?, ?, ? FROM branches WHERE experiment = ? AND generation = ? AND arm = ? "
@@ -209,7 +209,7 @@ class Store:
             StoreFull, StoreBusy: they could not be written.
         """
         kept = Kept()
-        with self._writing():
+        with self.writing():
             names = self._names(experiment, [outcome.name for outcome in outcomes], primary)
             for outcome in outcomes:
                 if (name := names.get(outcome.name)) is None:
@@ -268,7 +268,7 @@ class Store:
         Raises:
             StoreFull, StoreBusy: it could not be written.
         """
-        with self._writing():
+        with self.writing():
             self._db.execute(
                 "INSERT OR IGNORE INTO decisions VALUES (?, ?, ?, ?, ?)",
                 (experiment, question, arm, decision.verdict, decision.time),
@@ -291,9 +291,9 @@ class Reader:
             raise StartError(f"{path} cannot be read: no such file")
         try:
             uri = f"file:{quote(str(path.absolute()))}?mode=ro"
-            self._db = sqlite3.connect(uri, timeout=_BUSY_S, isolation_level=None, check_same_thread=False, uri=True)
-            (version,) = self._db.execute("PRAGMA user_version").fetchone()
-            why = why_other_tables(self._db, _SCHEMA)
+            self.db = sqlite3.connect(uri, timeout=_BUSY_S, isolation_level=None, check_same_thread=False, uri=True)
+            (version,) = self.db.execute("PRAGMA user_version").fetchone()
+            why = why_other_tables(self.db, _SCHEMA)
         except sqlite3.Error as error:
             raise StartError(f"{path} is not a file of experiments: {error}") from error
         if version not in (0, _VERSION):
@@ -305,11 +305,11 @@ class Reader:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._db.close()
+        self.db.close()
 
     def state(self) -> tuple[int, int, int]:
         """Return numbers that change when exposures or outcomes are added."""
-        row: tuple[int, int, int] = self._db.execute(
+        row: tuple[int, int, int] = self.db.execute(
             "SELECT (SELECT ifnull(max(id), 0) FROM exposures), (SELECT ifnull(max(id), 0) FROM outcomes), "
             "(SELECT ifnull(max(id), 0) FROM branches)"
         ).fetchone()
@@ -317,7 +317,7 @@ class Reader:
 
     def exposures(self, experiment: str) -> Exposures:
         """Return the units of an experiment under all of its weights, in order of arrival."""
-        rows = self._db.execute(
+        rows = self.db.execute(
             "SELECT id, generation, arm, model, task, share FROM branches WHERE experiment = ? ORDER BY id",
             (experiment,),
         ).fetchall()
@@ -325,14 +325,14 @@ class Reader:
         branches = [Branch(*row[1:]) for row in rows]
         marks = ", ".join("?" * len(places))
         query = f"SELECT branch, unit, time FROM exposures WHERE branch IN ({marks}) ORDER BY id"  # noqa: S608  only marks
-        branch, unit, seconds = self._columns(query, list(places), (np.int64, np.int64, np.float64))
+        branch, unit, seconds = self.columns(query, list(places), (np.int64, np.int64, np.float64))
         ids = np.array(list(places), np.int64)
         return Exposures(branches, unit, np.searchsorted(ids, branch), seconds)
 
     def names(self, experiment: str) -> list[str]:
         """Return the names of the outcomes of an experiment."""
         query = "SELECT name FROM names WHERE experiment = ? ORDER BY id"
-        return [name for (name,) in self._db.execute(query, (experiment,))]
+        return [name for (name,) in self.db.execute(query, (experiment,))]
 
     def outcomes(self, experiment: str, name: str) -> tuple[Outcomes, list[bytes]]:
         """Return the outcomes of one name, and their keys, which identify outcomes that several replicas have."""
@@ -341,7 +341,7 @@ class Reader:
             "WHERE name = (SELECT id FROM names WHERE experiment = ? AND name = ?) ORDER BY id"
         )
         kinds = (np.int64, np.float64, np.float64, np.float64, np.bool_, object)
-        unit, value, of, seconds, is_before, keys = self._columns(query, [experiment, name], kinds)
+        unit, value, of, seconds, is_before, keys = self.columns(query, [experiment, name], kinds)
         return Outcomes(unit, value, of, seconds, is_before), keys.tolist()
 
     def log(self, after: int = 0) -> Iterator[tuple[int, Exposure]]:
@@ -350,7 +350,7 @@ class Reader:
         Args:
             after: the number of the last exposure that is already known.
         """
-        rows = self._db.execute(
+        rows = self.db.execute(
             "SELECT exposures.id, time, experiment, generation, arm, unit, exposures.model, space, share, source, answered "
             "FROM exposures JOIN branches ON branches.id = branch WHERE exposures.id > ? ORDER BY exposures.id",
             (after,),
@@ -375,16 +375,16 @@ class Reader:
     def decisions(self, experiment: str, question: str) -> dict[str, Decision]:
         """Return the decision about each arm."""
         query = "SELECT arm, verdict, time FROM decisions WHERE experiment = ? AND question = ?"
-        return {arm: Decision(verdict, when) for arm, verdict, when in self._db.execute(query, (experiment, question))}
+        return {arm: Decision(verdict, when) for arm, verdict, when in self.db.execute(query, (experiment, question))}
 
     def declarations(self, experiment: str) -> list[tuple[str, str, str]]:
         """Return the texts of each declaration of an experiment's outcome, with the time when it was first served."""
         query = "SELECT question, arm, time FROM decisions WHERE experiment = ? AND verdict = ?"
-        return self._db.execute(query, (experiment, DECLARED)).fetchall()
+        return self.db.execute(query, (experiment, DECLARED)).fetchall()
 
-    def _columns(self, query: str, values: Sequence[object], kinds: Sequence[type]) -> list[np.ndarray]:
+    def columns(self, query: str, values: Sequence[object], kinds: Sequence[type]) -> list[np.ndarray]:
         """Return the columns of a query, read in chunks: a list of all rows would take many times the memory."""
-        cursor = self._db.execute(query, values)
+        cursor = self.db.execute(query, values)
         chunks: list[list[np.ndarray]] = []
         while rows := cursor.fetchmany(_CHUNK):
             chunks.append([np.array(column, kind) for column, kind in zip(zip(*rows, strict=True), kinds, strict=True)])
