@@ -7,7 +7,8 @@ single    one relevant document a query: 15 % zeros, 46 % ones, about half of th
 binary    Success@1: four fifths tied
 easy      nearly every query solved: seven eighths tied
 multi     many relevant documents: nearly continuous, no ties
-skew      many small gains and a few total losses, which cancel out: seven eighths tied
+skew      gains in a tenth of the queries and total losses in a fortieth, which cancel out: seven eighths tied
+slips     small gains in two fifths of the queries and total losses in a fiftieth, which cancel out, or the opposite
 ========  ==================================================================================================
 """
 
@@ -74,4 +75,19 @@ def skew(rng: np.random.Generator, arms: int, queries: int) -> Values:
     return values
 
 
-DRAWS: Mapping[str, Draw] = {"single": single, "binary": binary, "easy": easy, "multi": multi, "skew": skew}
+def slips(rng: np.random.Generator, arms: int, queries: int) -> Values:
+    """Draw a baseline, and arms that gain a little often and lose all in a fiftieth, or lose a little and gain all."""
+    kinds = rng.random((arms, queries))
+    values = np.where(kinds < 0.4, 0.84, np.where(kinds > 0.98, 0.0, 0.8))
+    values[0] = 0.8
+    return values if rng.random() < 0.5 else 1 - values
+
+
+DRAWS: Mapping[str, Draw] = {
+    "single": single,
+    "binary": binary,
+    "easy": easy,
+    "multi": multi,
+    "skew": skew,
+    "slips": slips,
+}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from gateway.compare.dataset import Dataset
 from gateway.compare.quality import measure
@@ -65,5 +65,6 @@ def _measure(ranking: Ranking, dataset: Dataset) -> Quality:
 
 def _contrasts(qualities: Mapping[str, Quality], name: str, design: Design) -> list[Contrast]:
     baseline, *others = qualities
+    design = replace(design, num_arms=len(others))
     found = [contrast(arm, baseline, name, qualities[arm][name], qualities[baseline][name], design) for arm in others]
     return with_verdicts(found, design.margin)

@@ -25,9 +25,10 @@ from scipy import stats
 
 from gateway.cli.client import EmbeddedTexts, GatewayClient
 from gateway.compare.arms import PlannedArm, Side
+from gateway.compare.likelihood import Floats
 from gateway.compare.progress import Reporter, Step
 from gateway.compare.results import Cost, CostContrast, Load, Ratio
-from gateway.compare.statistics import ALPHA, Floats
+from gateway.compare.statistics import ALPHA
 
 BATCH = 32
 MIN_FOR_P95 = 100

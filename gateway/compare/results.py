@@ -180,16 +180,21 @@ class Contrast:
     Attributes:
         difference: mean of (arm - baseline), with its interval, which is not corrected for the number of arms; without
             bounds if too few queries differ.
+        simultaneous: the same interval corrected for the number of arms (Bonferroni), with bounds in any case.
         standard_error: standard error of that mean.
         p: two-sided p: the larger p of the paired randomization test and the empirical likelihood ratio test.
         p_error: standard error of ``p`` from random draws; 0 without random draws.
         p_holm: ``p`` after Holm's correction for the number of arms, not of measures.
+        p_random: the p of the randomization test alone.
         wins: number of queries in which the arm is better than the baseline.
+        largest: the largest possible difference of a query, given the baseline's values.
         num_independent: number of queries, or of groups of dependent queries.
         num_untied: number of these that are not tied.
         verdict: the verdict on the primary measure; ``None`` for other measures, as are the fields below.
         detectable: the difference that such queries would show in 80 % of comparisons; ``None`` if too few differ.
         queries_needed: the number of such queries that would show a small difference as often.
+        unseen: the largest share of queries with a total loss (or gain) that the sample may lack by chance, if only such
+            queries prevent a clearer verdict.
         condensed: the difference without unjudged documents, if the arms are not judged alike.
         condensed_verdict: the verdict on ``condensed``.
     """
@@ -198,18 +203,22 @@ class Contrast:
     baseline: str
     measure: str
     difference: Estimate
+    simultaneous: Estimate
     standard_error: float
     p: float
     p_error: float
     p_holm: float
+    p_random: float
     wins: int
     ties: int
     losses: int
+    largest: float
     num_independent: int
     num_untied: int
     verdict: Verdict | None = None
     detectable: float | None = None
     queries_needed: int | None = None
+    unseen: float | None = None
     condensed: Estimate | None = None
     condensed_verdict: Verdict | None = None
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from gateway.compare.results import Agreement, Arm, Comparison, Contrast, Estimate, Ratio, Verdict
-from gateway.compare.statistics import ALPHA, SMALL_DIFFERENCE
+from gateway.compare.statistics import ALPHA, SMALL_DIFFERENCE, num_queries
 from gateway.config.wording import count
 
 MINUS = "\N{MINUS SIGN}"
@@ -76,7 +76,7 @@ def verdict_sentence(comparison: Comparison, contrast: Contrast) -> str:
             sentence = f"These queries do not show whether {arm} is better or worse than {baseline}"
     text = f"{sentence}: {_figures(comparison, contrast)}."
     if contrast.verdict in {Verdict.INCONCLUSIVE, Verdict.NOT_WORSE}:
-        text += f"{_beyond_interval(contrast)}{_power(comparison, contrast)}"
+        text += f"{_beyond_interval(contrast)}{_unseen(contrast)}{_power(comparison, contrast)}"
     return text
 
 
@@ -99,7 +99,7 @@ def _few_differ(comparison: Comparison, contrast: Contrast) -> str:
             else f"they do not distinguish {names}"
         )
         return f"Every query is tied{each}: {why}:"
-    if contrast.num_independent < contrast.wins + contrast.ties + contrast.losses:
+    if contrast.num_independent < num_queries(contrast):
         differ = f"{contrast.num_untied:,} of {count(contrast.num_independent, 'group')} of queries differ"
     else:
         differ = f"{contrast.ties:,} of {len(comparison.queries):,} queries are tied"
@@ -112,6 +112,20 @@ def _not_judged_alike(contrast: Contrast) -> str:
         f"{contrast.arm} and {contrast.baseline} are not judged alike. If documents without judgment count as irrelevant, "
         f"{contrast.measure} differs by {signed(contrast.difference.mean)} ({signed_interval(contrast.difference)}); if "
         f"they are left out, by {signed(condensed.mean)} ({signed_interval(condensed)}). Judge the first ten of both."
+    )
+
+
+def _unseen(contrast: Contrast) -> str:
+    """Return the reason why a difference that looks clear in these queries has no clearer verdict."""
+    if contrast.unseen is None:
+        return ""
+    is_grouped = contrast.num_independent < num_queries(contrast)
+    number = (
+        count(contrast.num_independent, "group") if is_grouped else count(contrast.num_independent, "query", "queries")
+    )
+    return (
+        f" {number} are too few to rule out rare, large differences: they may lack a total loss or gain that up to "
+        f"{100 * contrast.unseen:.1f} % of queries have."
     )
 
 

@@ -2,7 +2,8 @@
 
 The queries are a sample of the queries that users will send. Differences between systems are tested by a paired
 randomization test, as recommended by Smucker, Allan & Carterette 2007 (https://doi.org/10.1145/1321440.1321528), and by a
-test that does not assume symmetry. ``bench.evidence`` measures the error rates.
+test that allows for large losses that the sample lacks (``gateway.compare.likelihood``). ``bench.evidence`` measures the
+error rates.
 """
 
 from __future__ import annotations
@@ -12,9 +13,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-import numpy.typing as npt
-from scipy import optimize, stats
+from scipy import stats
 
+from gateway.compare.likelihood import (
+    TIE,
+    Bounds,
+    Floats,
+    detectable,
+    likelihood_interval,
+    likelihood_p,
+    scaled,
+    times_needed,
+)
 from gateway.compare.results import PRIMARY_MEASURE, Contrast, Estimate, Verdict
 
 MIN_QUERIES = 50
@@ -24,18 +34,13 @@ MIN_UNTIED = 15
 """Only queries that differ are informative. With fewer of them, a rare and large loss is easily missed."""
 
 ALPHA = 0.05
-TIE = 1e-9
-"""Values of a query that differ by no more than this count as equal."""
 
 SMALL_DIFFERENCE = 0.02
 """The report states the number of queries that would show this difference, or the margin if that is larger."""
 
 _POWER = 0.8
-_PRECISE = 1e-6  # the precision of the ends of intervals
 _BITS = 8  # eight signs are drawn at once
 _ROUNDING = 1e-12  # relative: sums of equal numbers in another order count as equal
-
-Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,12 +52,14 @@ class Design:
         seed: seed of its draws.
         margin: a smaller difference does not matter; with 0, every difference matters.
         groups: the group of each query that depends on others, by query.
+        num_arms: number of arms that are compared with the baseline.
     """
 
     num_resamples: int = 100_000
     seed: int = 0
     margin: float = 0.01
     groups: Mapping[str, str] = field(default_factory=dict)
+    num_arms: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,12 +84,20 @@ class _Sample:
         spread = float(np.sum((self.sums - self.mean * self.sizes) ** 2)) * number / (number - 1)
         return math.sqrt(spread) / float(self.sizes.sum())
 
-    def interval(self, level: float, lowest: float, highest: float) -> Estimate:
+    def interval(self, alpha: float, lowest: float, highest: float) -> Estimate:
         """Return the mean with its t interval, limited to the possible means."""
         if self.error <= TIE:
             return Estimate(self.mean, None, None)
-        margin = float(stats.t.ppf(0.5 + level / 2, self.sums.size - 1)) * self.error
+        margin = float(stats.t.ppf(1 - alpha / 2, self.sums.size - 1)) * self.error
         return Estimate(self.mean, max(lowest, self.mean - margin), min(highest, self.mean + margin))
+
+    def both(self, alpha: float, bounds: Bounds) -> Estimate:
+        """Return the smallest interval that contains all means that one of the tests does not reject."""
+        alone = self.interval(alpha, -1.0, 1.0)
+        low, high = likelihood_interval(self.sums, self.sizes, bounds, alpha)
+        if alone.low is None or alone.high is None:
+            return Estimate(self.mean, low, high)
+        return Estimate(self.mean, min(alone.low, low), max(alone.high, high))
 
 
 def estimate(values: Mapping[str, float], groups: Mapping[str, str]) -> Estimate:
@@ -94,7 +109,7 @@ def estimate(values: Mapping[str, float], groups: Mapping[str, str]) -> Estimate
     Raises:
         ValueError: there are no values.
     """
-    return _sample(values, groups).interval(1 - ALPHA, 0.0, 1.0)
+    return _sample(values, groups).interval(ALPHA, 0.0, 1.0)
 
 
 def _sample(values: Mapping[str, float], groups: Mapping[str, str]) -> _Sample:
@@ -139,58 +154,6 @@ def randomization_p(sums: Sequence[float] | Floats, num_resamples: int, seed: in
         totals += _signed_sums(sizes[start : start + _BITS])[drawn]
     p = (int(np.count_nonzero(np.abs(totals) >= least)) + 1) / (num_resamples + 1)
     return p, math.sqrt(p * (1 - p) / num_resamples)
-
-
-def likelihood_p(sums: Sequence[float] | Floats) -> float:
-    """Return the two-sided p of the empirical likelihood ratio test that the mean is 0 (Owen 1988).
-
-    Random signs assume that gains and losses are symmetric. If many small gains offset a few large losses, a sample with
-    too few of the losses looks clearly better. This test accounts for the skewness of the differences.
-
-    Args:
-        sums: differences of independent queries, or their sums by group.
-    """
-    differences = np.asarray(sums, dtype=np.float64)
-    differences = np.sort(differences[np.abs(differences) > TIE])  # so that p does not depend on the order
-    if not differences.size:
-        return 1.0
-    low, high = float(differences.min()), float(differences.max())
-    if low >= 0 or high <= 0:
-        return 0.0  # no weights give these differences the mean 0, so only the random signs count
-    least, most = -1 / high, -1 / low
-    inside = _ROUNDING * (most - least)
-    tilt = optimize.brentq(
-        lambda tilt: float(np.sum(differences / (1 + tilt * differences))), least + inside, most - inside
-    )
-    return float(stats.chi2.sf(2 * np.sum(np.log1p(tilt * differences)), 1))
-
-
-def likelihood_interval(sums: Sequence[float] | Floats, sizes: Sequence[float] | Floats) -> tuple[float, float]:
-    """Return the means that the empirical likelihood ratio test does not reject: a 95 % interval.
-
-    It reaches further toward the rare, large differences than the t interval, which is symmetric.
-
-    Args:
-        sums: differences of independent queries, or their sums by group.
-        sizes: number of queries in each group.
-    """
-    totals, counts = np.asarray(sums, dtype=np.float64), np.asarray(sizes, dtype=np.float64)
-    mean = float(totals.sum() / counts.sum())
-
-    def excess(other: float) -> float:
-        return likelihood_p(totals - other * counts) - ALPHA
-
-    # Beyond the smallest and largest mean of a group, no weights give the mean, and p is 0.
-    ends = (float(np.min(totals / counts)), float(np.max(totals / counts)))
-    low, high = (mean if abs(end - mean) <= TIE else optimize.brentq(excess, mean, end, xtol=_PRECISE) for end in ends)
-    return float(low), float(high)
-
-
-def _both(one: Estimate, other: tuple[float, float]) -> Estimate:
-    """Return the smallest interval that contains both: each test rejects a mean outside of it."""
-    if one.low is None or one.high is None:
-        return one
-    return Estimate(one.mean, min(one.low, other[0]), max(one.high, other[1]))
 
 
 def _signed_sums(sizes: Floats) -> Floats:
@@ -238,24 +201,29 @@ def contrast(
     sample = _sample(differences, design.groups)
     wins = sum(value > TIE for value in differences.values())
     losses = sum(value < -TIE for value in differences.values())
-    p, p_error = randomization_p(sample.sums, design.num_resamples, design.seed)
-    p, p_error = max((p, p_error), (likelihood_p(sample.sums), 0.0))
+    bounds = Bounds(-max(baseline_values.values()), 1 - min(baseline_values.values()))
+    p_random, p_error = randomization_p(sample.sums, design.num_resamples, design.seed)
+    p, p_error = max((p_random, p_error), (likelihood_p(sample.sums, scaled(bounds, sample.sizes)), 0.0))
     num_untied = int(np.count_nonzero(np.abs(sample.sums) > TIE))
-    interval = _both(sample.interval(1 - ALPHA, -1.0, 1.0), likelihood_interval(sample.sums, sample.sizes))
-    if num_untied < MIN_UNTIED and 2 * num_untied < sample.sums.size:
-        interval = Estimate(sample.mean, None, None)  # differences are too rare for this sample
+    interval = sample.both(ALPHA, bounds)
+    simultaneous = interval if design.num_arms == 1 else sample.both(ALPHA / design.num_arms, bounds)
+    if sample.error <= TIE or (num_untied < MIN_UNTIED and 2 * num_untied < sample.sums.size):
+        interval = Estimate(sample.mean, None, None)  # differences are too rare for this sample, or do not vary
     return Contrast(
         arm=arm,
         baseline=baseline,
         measure=measure,
         difference=interval,
+        simultaneous=simultaneous,
         standard_error=sample.error,
         p=p,
         p_error=p_error,
         p_holm=p,
+        p_random=p_random,
         wins=wins,
         ties=len(differences) - wins - losses,
         losses=losses,
+        largest=bounds.largest,
         num_independent=sample.sums.size,
         num_untied=num_untied,
     )
@@ -278,10 +246,36 @@ def with_verdicts(contrasts: Sequence[Contrast], margin: float) -> list[Contrast
     ]
     if not corrected or corrected[0].measure != PRIMARY_MEASURE:
         return corrected
+    ps_random = holm([contrast.p_random for contrast in contrasts])
     return [
-        _with_power(replace(contrast, verdict=_verdict(contrast, margin, len(contrasts))), margin, len(contrasts))
-        for contrast in corrected
+        _with_power(_with_verdict(contrast, p_random, margin, len(contrasts)), margin, len(contrasts))
+        for contrast, p_random in zip(corrected, ps_random, strict=True)
     ]
+
+
+def _with_verdict(one: Contrast, p_random: float, margin: float, num_arms: int) -> Contrast:
+    """Add the verdict. If only the losses that the sample may lack prevent a clearer one, add their largest share.
+
+    Args:
+        p_random: the p of the randomization test after Holm's correction.
+    """
+    verdict = _verdict(one, margin, num_arms)
+    if verdict not in {Verdict.INCONCLUSIVE, Verdict.NOT_WORSE}:
+        return replace(one, verdict=verdict)
+    by_sample = replace(
+        one,
+        p_holm=p_random,
+        difference=_t_interval(one, ALPHA),
+        simultaneous=_t_interval(one, ALPHA / num_arms),
+    )
+    if _verdict(by_sample, margin, num_arms) in {verdict, Verdict.INCONCLUSIVE}:
+        return replace(one, verdict=verdict)
+    return replace(one, verdict=verdict, unseen=_most_unseen(0, one.num_independent, num_arms))
+
+
+def _t_interval(one: Contrast, alpha: float) -> Estimate:
+    mean, margin = one.difference.mean, float(stats.t.ppf(1 - alpha / 2, one.num_independent - 1)) * one.standard_error
+    return Estimate(mean, mean - margin, mean + margin)
 
 
 def _verdict(one: Contrast, margin: float, num_arms: int) -> Verdict:
@@ -289,12 +283,12 @@ def _verdict(one: Contrast, margin: float, num_arms: int) -> Verdict:
         return Verdict.TOO_FEW_QUERIES
     if one.num_untied < MIN_UNTIED:
         return Verdict.AS_GOOD if _most_untied(one, num_arms) <= margin else Verdict.TOO_FEW_DIFFER
-    low, high = _simultaneous(one, num_arms)
-    if -margin <= low and high <= margin:
+    low, high = one.simultaneous.low, one.simultaneous.high
+    if low is not None and high is not None and -margin <= low and high <= margin:
         return Verdict.AS_GOOD
     if _is_shown(one):
         return Verdict.BETTER if one.difference.mean > 0 else Verdict.WORSE
-    return Verdict.NOT_WORSE if margin and low > -margin else Verdict.INCONCLUSIVE
+    return Verdict.NOT_WORSE if margin and low is not None and low > -margin else Verdict.INCONCLUSIVE
 
 
 def _is_shown(one: Contrast) -> bool:
@@ -311,15 +305,6 @@ def num_queries(one: Contrast) -> int:
     return one.wins + one.ties + one.losses
 
 
-def _simultaneous(one: Contrast, num_arms: int) -> tuple[float, float]:
-    """Return an interval that holds for all arms at once in 95 % of comparisons (Bonferroni)."""
-    mean, low, high = one.difference.mean, one.difference.low, one.difference.high
-    alone, together = (float(stats.t.ppf(1 - ALPHA / 2 / num, one.num_independent - 1)) for num in (1, num_arms))
-    if low is None or high is None:
-        return mean - together * one.standard_error, mean + together * one.standard_error
-    return mean - (mean - low) * together / alone, mean + (high - mean) * together / alone
-
-
 def _most_untied(one: Contrast, num_arms: int) -> float:
     """Return an upper bound of the share of queries that differ (Clopper & Pearson 1934).
 
@@ -328,7 +313,12 @@ def _most_untied(one: Contrast, num_arms: int) -> float:
     num_tied = one.num_independent - one.num_untied
     if not num_tied or one.num_independent < num_queries(one):  # a large group may differ
         return 1.0
-    return float(stats.beta.ppf(1 - ALPHA / num_arms, one.num_untied + 1, num_tied))
+    return _most_unseen(one.num_untied, one.num_independent, num_arms)
+
+
+def _most_unseen(number: int, total: int, num_arms: int) -> float:
+    """Return the upper end of the interval of a share of which ``number`` in ``total`` were seen."""
+    return float(stats.beta.ppf(1 - ALPHA / 2 / num_arms, number + 1, total - number))
 
 
 def _with_power(one: Contrast, margin: float, num_arms: int) -> Contrast:
@@ -338,6 +328,6 @@ def _with_power(one: Contrast, margin: float, num_arms: int) -> Contrast:
     """
     if one.num_untied < MIN_UNTIED or one.standard_error <= 0:
         return one
-    detectable = float(stats.norm.ppf(1 - ALPHA / 2 / num_arms) + stats.norm.ppf(_POWER)) * one.standard_error
-    target = max(SMALL_DIFFERENCE, margin)
-    return replace(one, detectable=detectable, queries_needed=math.ceil(num_queries(one) * (detectable / target) ** 2))
+    sample = (one.standard_error, one.num_independent, one.largest, ALPHA / num_arms, _POWER)
+    times = times_needed(*sample, max(SMALL_DIFFERENCE, margin))
+    return replace(one, detectable=detectable(*sample), queries_needed=math.ceil(num_queries(one) * times))

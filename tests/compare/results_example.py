@@ -68,7 +68,7 @@ class Likeness:
 
 
 JINA = Likeness("jina-embeddings-v3", skill=0.16, noise=0.10, width=1024, p50_s=0.0231, texts_per_s=74.6)
-BGE = Likeness("bge-m3", skill=0.185, noise=0.1, width=1024, p50_s=0.0198, texts_per_s=96.2)
+BGE = Likeness("bge-m3", skill=0.19, noise=0.1, width=1024, p50_s=0.0198, texts_per_s=96.2)
 JINA_CUT = Likeness(
     "jina-embeddings-v3@256", skill=0.16, noise=0.10, width=256, p50_s=0.0229, texts_per_s=75.1, blur=0.02
 )
@@ -224,7 +224,7 @@ def hash_like(name: str) -> str:
 
 
 def _contrasts(names: Sequence[str], queries: Sequence[QueryResult]) -> list[Contrast]:
-    design = Design(num_resamples=2_000)
+    design = Design(num_resamples=2_000, num_arms=len(names) - 1)
 
     def values(name: str, measure: str) -> Mapping[str, float]:
         return {query.id: query.quality[name][measure] for query in queries}

@@ -247,7 +247,7 @@ def test_inconclusive_says_between_which_bounds() -> None:
     assert re.search(
         r"not show whether jina-embeddings-v3@256 is better or worse than jina-embeddings-v3: nDCG@10 "
         rf"{MINUS}0\.\d\d\d \(95 % interval {MINUS}0\.\d\d\d to \+0\.\d\d\d, p = 0\.\d\d\d\); \d+ wins, \d+ ties, "
-        r"\d+ losses\. 200 queries like these show a difference of 0\.\d\d\d in 80 % of comparisons\.",
+        r"\d+ losses\. 200 queries like these show a difference of 0\.\d\d\d in 80 % of comparisons; one of 0\.02 needs",
         page.words,
     )
     assert "after Holm)" not in page.words, "one arm needs no correction"

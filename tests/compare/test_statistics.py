@@ -12,18 +12,16 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy import stats
+from scipy import optimize, stats
 
+from gateway.compare.likelihood import TIE, Bounds, likelihood_interval, likelihood_p
 from gateway.compare.results import PRIMARY_MEASURE, Contrast, Estimate, Verdict
 from gateway.compare.statistics import (
     ALPHA,
-    TIE,
     Design,
     contrast,
     estimate,
     holm,
-    likelihood_interval,
-    likelihood_p,
     randomization_p,
     with_verdicts,
 )
@@ -35,11 +33,12 @@ def compared(
     num_resamples: int = 999,
     seed: int = 0,
     groups: Sequence[int] | None = None,
+    num_arms: int = 1,
 ) -> Contrast:
     baseline = {f"q{place}": 0.5 for place in range(len(differences))}
     arm = {query: 0.5 + difference for query, difference in zip(baseline, differences, strict=True)}
     named = {query: str(group) for query, group in zip(baseline, groups, strict=True)} if groups is not None else {}
-    return contrast("new", "old", measure, arm, baseline, Design(num_resamples, seed, groups=named))
+    return contrast("new", "old", measure, arm, baseline, Design(num_resamples, seed, groups=named, num_arms=num_arms))
 
 
 def verdict_of(differences: Sequence[float], margin: float = 0.01) -> Verdict | None:
@@ -92,25 +91,27 @@ def test_interval_of_copies_is_that_of_the_originals() -> None:
 @given(st.lists(st.floats(-1, 1), min_size=2, max_size=40), st.randoms(use_true_random=False))
 @settings(max_examples=60)
 def test_the_likelihood_interval_ends_where_its_test_rejects(differences: list[float], random: Random) -> None:
-    low, high = likelihood_interval(differences, [1.0] * len(differences))
+    def interval_of(values: Sequence[float]) -> tuple[float, float]:
+        return likelihood_interval(values, [1.0] * len(values), Bounds(), ALPHA)
+
+    low, high = interval_of(differences)
     mean = float(np.mean(differences))
-    assert min(differences) - TIE <= low <= mean + TIE
-    assert mean - TIE <= high <= max(differences) + TIE
-    shuffled = random.sample(differences, len(differences))
-    assert likelihood_interval(shuffled, [1.0] * len(differences)) == pytest.approx((low, high), abs=1e-5)
-    negative = likelihood_interval([-value for value in differences], [1.0] * len(differences))
-    assert negative == pytest.approx((-high, -low), abs=1e-5)
+    assert -1 <= low <= mean + TIE
+    assert mean - TIE <= high <= 1
+    assert interval_of(random.sample(differences, len(differences))) == pytest.approx((low, high), abs=1e-5)
+    assert interval_of([-value for value in differences]) == pytest.approx((-high, -low), abs=1e-5)
     for end, step in ((low, -0.01), (high, 0.01)):
-        if np.std(differences) > 0.1:
-            assert likelihood_p(np.array(differences) - (end + step)) < ALPHA
-            assert likelihood_p(np.array(differences) - (end - step * 1e-3)) >= ALPHA - 1e-3
+        if np.std(differences) > 0.1 and abs(end) < 0.98:
+            for other, is_rejected in ((end + step, True), (end - step * 1e-3, False)):
+                p = likelihood_p(np.array(differences) - other, Bounds(-1 - other, 1 - other))
+                assert p < ALPHA if is_rejected else p >= ALPHA - 1e-3
 
 
 def test_the_likelihood_interval_of_groups_is_of_the_mean_of_queries() -> None:
     values, sizes = np.array([0.4, -0.2, 0.1, 0.3, 0.0, -0.1]), np.array([1.0, 3.0, 2.0, 1.0, 4.0, 2.0])
-    low, high = likelihood_interval(values * sizes, sizes)
+    low, high = likelihood_interval(values * sizes, sizes, Bounds(), ALPHA)
     assert low < float(np.average(values, weights=sizes)) < high
-    assert likelihood_interval(values * sizes * 5, sizes * 5) == pytest.approx((low, high), abs=1e-5)
+    assert likelihood_interval(values * sizes * 5, sizes * 5, Bounds(), ALPHA) == pytest.approx((low, high), abs=1e-5)
 
 
 def test_an_interval_reaches_to_the_side_of_the_rare_losses() -> None:
@@ -174,27 +175,55 @@ def test_the_error_of_p_is_that_of_other_seeds() -> None:
 
 
 @pytest.mark.parametrize(("wins", "losses"), [(30, 20), (9, 3), (1, 12)])
-def test_the_likelihood_ratio_of_equal_differences_is_that_of_coins(wins: int, losses: int) -> None:
+def test_without_a_pseudo_observation_the_likelihood_ratio_is_that_of_coins(wins: int, losses: int) -> None:
     number = wins + losses
     ratio = 2 * (wins * math.log(2 * wins / number) + losses * math.log(2 * losses / number))
     ties = [0.0] * 40
-    assert likelihood_p([0.2] * wins + [-0.2] * losses + ties) == pytest.approx(stats.chi2.sf(ratio, 1))
+    impossible = Bounds(0.0, 0.0)
+    assert likelihood_p([0.2] * wins + [-0.2] * losses + ties, impossible) == pytest.approx(stats.chi2.sf(ratio, 1))
 
 
-def test_likelihood_without_both_signs_leaves_the_word_to_the_random_signs() -> None:
-    assert likelihood_p([0.0, 0.1, 0.2]) == likelihood_p([-0.1]) == 0
-    assert likelihood_p([0.0, 0.0]) == 1
-    assert compared([0.1] * 8).p == pytest.approx(2 / 256)
+@pytest.mark.parametrize("number", [60, 300])
+@pytest.mark.parametrize("num_losses", [0, 1, 5])
+def test_p_is_the_probability_of_so_few_losses(number: int, num_losses: int) -> None:
+    """Small gains, and the total losses that offset them: where p is 5 %, the binomial distribution has 2.5 %."""
+
+    def p_of(gain: float) -> float:
+        return likelihood_p([gain] * (number - num_losses) + [-1.0] * num_losses, Bounds())
+
+    gain = optimize.brentq(lambda gain: p_of(gain) - ALPHA, 1e-4, 0.5)
+    share = gain / (1 + gain)  # of losses, so that the mean is 0
+    assert stats.binom.cdf(num_losses, number, share) == pytest.approx(ALPHA / 2, rel=0.06)
 
 
-def test_rare_losses_that_are_missing_from_the_sample_make_no_arm_better() -> None:
-    """Thirty gains of 0.2 in 300 queries; of the seven or eight losses of 0.8 that would cancel them, two were seen."""
-    differences = [0.2] * 30 + [-0.8] * 2 + [0.0] * 268
+def test_without_possible_losses_any_gain_shows() -> None:
+    assert likelihood_p([0.0, 0.1, 0.2], Bounds(0.0, 1.0)) == 0
+    assert likelihood_p([0.0, 0.1, 0.2], Bounds(-1.0, 0.0)) == 1
+    assert likelihood_p([0.0, 0.0], Bounds()) == 1
+
+
+@pytest.mark.parametrize("num_losses", [0, 2])
+def test_rare_losses_that_are_missing_from_the_sample_make_no_arm_better(num_losses: int) -> None:
+    """Many gains of 0.04; of the losses that would cancel them, few or none were seen."""
+    differences = [0.04] * (30 + 30 * num_losses) + [-0.5] * num_losses + [0.0] * (30 + 120 * num_losses)
     found = compared(differences, num_resamples=20_000)
-    assert randomization_p(differences, 20_000, 0)[0] < 0.006
-    assert found.p == pytest.approx(likelihood_p(differences))
-    assert found.p > 0.02
+    assert randomization_p(differences, 20_000, 0)[0] < ALPHA
+    assert found.p == pytest.approx(likelihood_p(differences, Bounds(-0.5, 0.5)))
     assert {one.verdict for one in with_verdicts([found] * 3, 0.0)} == {Verdict.INCONCLUSIVE}
+
+
+def test_where_only_unseen_losses_prevent_a_verdict_their_share_is_given() -> None:
+    gains = [0.04] * 30 + [0.0] * 30
+    (found,) = with_verdicts([compared(gains, num_resamples=20_000)], 0.0)
+    assert found.verdict is Verdict.INCONCLUSIVE
+    assert found.unseen is not None
+    assert (1 - found.unseen) ** 60 == pytest.approx(ALPHA / 2)
+    (alike,) = with_verdicts([compared([0.001, 0.002] * 25)], 0.01)
+    assert (alike.verdict, alike.unseen is None) == (Verdict.INCONCLUSIVE, False), "they would be as good"
+    (unclear,) = with_verdicts([compared([0.1, -0.11] * 200)], 0.01)
+    assert (unclear.verdict, unclear.unseen) == (Verdict.INCONCLUSIVE, None)
+    (clear,) = with_verdicts([compared(gains * 10)], 0.0)
+    assert (clear.verdict, clear.unseen) == (Verdict.BETTER, None)
 
 
 @pytest.mark.parametrize(("num_differ", "num_tied", "has_interval"), [(14, 15, False), (14, 14, True), (15, 90, True)])
@@ -297,15 +326,17 @@ def test_queries_are_paired_by_their_ids() -> None:
         ([0.1, 0.2] * 7 + [0.1] + [0.0] * 35, Verdict.BETTER),
         ([0.0] * 60, Verdict.TOO_FEW_DIFFER),
         # Queries of which none differs by more than 1 differ on average by less than the share that may differ.
-        ([0.0] * 299, Verdict.AS_GOOD),
-        ([0.0] * 298, Verdict.TOO_FEW_DIFFER),
-        ([1.0] + [0.0] * 299, Verdict.TOO_FEW_DIFFER),
+        ([0.0] * 368, Verdict.AS_GOOD),
+        ([0.0] * 367, Verdict.TOO_FEW_DIFFER),
+        ([1.0] + [0.0] * 399, Verdict.TOO_FEW_DIFFER),
         ([1.0] + [0.0] * 599, Verdict.AS_GOOD),
         # A significant difference that is too small to matter.
-        ([0.001, 0.002] * 25, Verdict.AS_GOOD),
-        ([-0.001, -0.002] * 25, Verdict.AS_GOOD),
+        ([0.001, 0.002] * 200, Verdict.AS_GOOD),
+        ([-0.001, -0.002] * 200, Verdict.AS_GOOD),
+        # Fifty queries cannot rule out a loss of 0.01 on average.
+        ([0.001, 0.002] * 25, Verdict.INCONCLUSIVE),
         ([0.06, -0.04] * 200, Verdict.BETTER),
-        ([0.06, -0.055] * 200, Verdict.AS_GOOD),
+        ([0.06, -0.055] * 300, Verdict.AS_GOOD),
         ([0.11, -0.1] * 200, Verdict.NOT_WORSE),
         ([0.1, -0.11] * 200, Verdict.INCONCLUSIVE),
     ],
@@ -315,18 +346,19 @@ def test_verdict(differences: list[float], verdict: Verdict) -> None:
 
 
 def test_without_a_margin_every_difference_matters() -> None:
-    assert verdict_of([0.001, 0.002] * 25, margin=0) == Verdict.BETTER
+    assert verdict_of([0.001, 0.002] * 800, margin=0) == Verdict.BETTER
     assert verdict_of([0.11, -0.1] * 200, margin=0) == Verdict.INCONCLUSIVE
     assert verdict_of([0.0] * 9_999, margin=0) == Verdict.TOO_FEW_DIFFER
 
 
 def test_differences_that_are_all_the_same_are_compared_with_the_margin() -> None:
     """They have no interval, as they do not vary, so the test decides: a model that fails in every query is worse."""
-    assert verdict_of([0.005] * 60) is Verdict.AS_GOOD
-    assert verdict_of([-0.02] * 60) is Verdict.WORSE
-    assert verdict_of([-1.0] * 60) is Verdict.WORSE
-    assert verdict_of([1.0] * 60) is Verdict.BETTER
-    assert verdict_of([1.0] * 49) is Verdict.TOO_FEW_QUERIES
+    assert verdict_of([0.005] * 400) is Verdict.AS_GOOD
+    assert verdict_of([-0.02] * 60) is Verdict.INCONCLUSIVE
+    assert verdict_of([-0.02] * 400) is Verdict.WORSE
+    assert verdict_of([-0.5] * 60) is Verdict.WORSE
+    assert verdict_of([0.5] * 60) is Verdict.BETTER
+    assert verdict_of([0.5] * 49) is Verdict.TOO_FEW_QUERIES
 
 
 def test_queries_of_few_groups_are_too_few() -> None:
@@ -357,9 +389,13 @@ def test_verdict_needs_p_after_holm_and_the_interval() -> None:
 
 
 def test_more_arms_need_more_to_be_as_good() -> None:
-    near = compared([0.085, -0.085] * 150)
-    assert [one.verdict for one in with_verdicts([near], 0.01)] == [Verdict.AS_GOOD]
-    assert {one.verdict for one in with_verdicts([near] * 6, 0.01)} == {Verdict.INCONCLUSIVE}
+    differences = [0.085, -0.085] * 225
+    assert [one.verdict for one in with_verdicts([compared(differences)], 0.01)] == [Verdict.AS_GOOD]
+    six = [compared(differences, num_arms=6)] * 6
+    assert {one.verdict for one in with_verdicts(six, 0.01)} == {Verdict.INCONCLUSIVE}
+    high = six[0].simultaneous.high
+    assert high is not None
+    assert high == pytest.approx(stats.t.isf(ALPHA / 12, 449) * six[0].standard_error, rel=0.15)
 
 
 def test_it_gives_the_difference_that_would_have_been_found() -> None:

@@ -8,10 +8,11 @@ from dataclasses import dataclass, field, replace
 from gateway.compare.judge.inference import Tested, corrected_difference, mean_of
 from gateway.compare.judge.pool import first_documents, unit_of
 from gateway.compare.judge.values import Figure, Grades, JudgeContrast, JudgeVerdict, PeopleCheck
+from gateway.compare.likelihood import TIE
 from gateway.compare.quality import measure
 from gateway.compare.results import PRIMARY_MEASURE
 from gateway.compare.search import Ranking
-from gateway.compare.statistics import ALPHA, MIN_QUERIES, MIN_UNTIED, TIE, holm
+from gateway.compare.statistics import ALPHA, MIN_QUERIES, MIN_UNTIED, holm
 from gateway.comparisons.scale import MIN_CHECKED, MIN_KAPPA
 
 MAX_UNJUDGED_SHARE = 0.02
