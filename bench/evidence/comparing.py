@@ -177,14 +177,14 @@ SIMULATIONS = (
         "<=",
         0.05,
         [
-            Case(f"{arms} arms, {queries} queries", kind, partial(says_a_difference, kind, arms, queries), 600, 60)
+            Case(f"{arms} arms, {queries} queries", kind, partial(says_a_difference, kind, arms, queries), 300, 60)
             for arms in (3, 6)
             for queries in (50, 100, 300)
             for kind in DRAWS
         ]
         + [
             Case(
-                f"{arms} arms, 50 to 1,000 queries", kind, partial(says_a_difference_at_any_size, kind, arms), 1_000, 60
+                f"{arms} arms, 50 to 1,000 queries", kind, partial(says_a_difference_at_any_size, kind, arms), 300, 60
             )
             for arms in (3, 6)
             for kind in DRAWS
