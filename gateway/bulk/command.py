@@ -22,12 +22,12 @@ from gateway.bulk.fields import FieldNames
 from gateway.bulk.files.folder import FolderSink
 from gateway.bulk.files.source import FileSource
 from gateway.bulk.job import SHARD_ROWS, Job, Options, Outcome
-from gateway.bulk.manifest import Manifest
+from gateway.bulk.manifest import Earlier, Manifest
 from gateway.bulk.model_spec import ModelSpec
 from gateway.bulk.opening import check_apart, open_sink, open_source
 from gateway.bulk.progress import show_progress
 from gateway.bulk.report import Report
-from gateway.bulk.rows import BulkError, Composed, Json, Sink, Source, SpaceNote
+from gateway.bulk.rows import BulkError, Composed, CountedSink, Json, Sink, Source, SpaceNote
 from gateway.cli.console import make_console, say
 from gateway.cli.models import OwnModels, RunningGateway
 from gateway.config.wording import count
@@ -99,7 +99,8 @@ def run_embed(request: EmbedRequest, models: RunningGateway | OwnModels, *, as_j
         options = Options(errors, request.on_error, request.shard_rows)
         job = _Prepared(source, sink, manifest, identity, options, request.restarts)
         note, outcome = asyncio.run(_run(job, request.spec, models, console))
-        report = Report(source.name, sink.name, note, path, errors, outcome, request.price_per_hour)
+        stale = job.count_stale(outcome.total.rows) if outcome.is_finished else 0
+        report = Report(source.name, sink.name, note, path, errors, outcome, request.price_per_hour, stale)
         if outcome.is_finished and isinstance(sink, FolderSink):
             _write_summary(sink, manifest, report, identity)
     output = make_console()
@@ -133,9 +134,39 @@ class _Prepared:
     def start_over(self) -> None:
         """Forget an earlier job, and delete its files: first, because the manifest knows which files these are."""
         written = self.manifest.written_to(str(self.identity["sink"]))
+        earlier = None
         if isinstance(self.sink, FolderSink) and written is not None:
             self.sink.remove([_SUMMARY, *map(self.sink.file_name, written)])
-        self.manifest.forget()
+        elif isinstance(self.sink, CountedSink) and written is not None:
+            earlier = self._earlier(self.sink.count())
+        self.manifest.forget(earlier)
+
+    def _earlier(self, number: int) -> Earlier:
+        """Return the rows of earlier jobs in a store with this number of rows."""
+        known = self.manifest.earlier
+        rows = self.manifest.progress().counts.rows if known is None else known.rows + number - known.count
+        return Earlier(min(max(rows, 0), number), number)
+
+    def check_count(self, rows: int) -> None:
+        """Check that the store has at least the rows that the manifest has.
+
+        Raises:
+            BulkError: it lacks some.
+        """
+        number = self.sink.count() if isinstance(self.sink, CountedSink) else rows
+        if number < rows:
+            raise BulkError(
+                f"{self.sink.name} has {number:,} rows, but according to {self.manifest.path} it has "
+                f"{count(rows, 'row')} of this job, so it has lost {rows - number:,}, or a program has deleted them: embed "
+                "all rows again with --restart"
+            )
+
+    def count_stale(self, rows: int) -> int:
+        """Return the number of rows of a forgotten job that this job has not written again."""
+        earlier = self.manifest.earlier
+        if earlier is None or not isinstance(self.sink, CountedSink):
+            return 0
+        return earlier.stale(rows, self.sink.count())
 
 
 async def _run(
@@ -147,12 +178,13 @@ async def _run(
         if job.restarts:  # only now: without this model, nothing would replace the files
             job.start_over()
         progress = job.manifest.begin({**job.identity, "model": note.model, "space": note.space, "task": note.task})
-        if progress.counts.rows and job.sink.is_empty():
-            raise BulkError(
-                f"{job.sink.name} is empty, but according to {job.manifest.path} it has "
-                f"{count(progress.counts.rows, 'row')} of this job: embed all of them again with --restart"
-            )
+        job.check_count(progress.counts.rows)
         if isinstance(job.sink, FolderSink):
+            if progress.counts.rows and job.sink.is_empty():
+                raise BulkError(
+                    f"{job.sink.name} is empty, but according to {job.manifest.path} it has "
+                    f"{count(progress.counts.rows, 'row')} of this job: embed all of them again with --restart"
+                )
             job.sink.check_files(
                 (part for part, _ in job.manifest.parts()), progress.part if progress.planned_items else None
             )
@@ -164,7 +196,10 @@ async def _run(
         with show_progress(console) as reporter:
             options = replace(job.options, expand=await chunker(embedder, spec))
             work = Job(job.source, job.sink, job.manifest, embedder, options, reporter)
-            return note, await work.run(progress, stop)
+            outcome = await work.run(progress, stop)
+        if outcome.is_finished:
+            job.check_count(outcome.total.rows)
+        return note, outcome
 
 
 @asynccontextmanager

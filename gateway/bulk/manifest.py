@@ -13,7 +13,7 @@ import sqlite3
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import orjson
@@ -61,6 +61,28 @@ class Counts:
             self.tokens + other.tokens,
             self.truncated + other.truncated,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Earlier:
+    """The rows of forgotten jobs.
+
+    Attributes:
+        rows: the number of these rows.
+        count: the number of all rows of the sink at that time.
+    """
+
+    rows: int
+    count: int
+
+    def stale(self, rows: int, number: int) -> int:
+        """Return how many of these rows a job has not written again, unless another program has changed the sink.
+
+        Args:
+            rows: the rows of the job.
+            number: all rows of the sink after it.
+        """
+        return max(0, min(self.rows + number - self.count, number) - rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -279,11 +301,25 @@ class Manifest:
                 found.update(by_key[row[0]] for row in rows)
         return found
 
-    def forget(self) -> None:
-        """Forget the job, to make room for a new one."""
+    def forget(self, earlier: Earlier | None = None) -> None:
+        """Forget the job, to make room for a new one.
+
+        Args:
+            earlier: the rows that stay in the sink.
+        """
         with self._transaction() as db:
             for table in ("facts", "shards", "ids"):
                 db.execute(f"DELETE FROM {table}")  # noqa: S608  of this module
+            if earlier is not None:
+                self._set("earlier", asdict(earlier))
+
+    @property
+    def earlier(self) -> Earlier | None:
+        """The rows of forgotten jobs in the sink, when the present job began."""
+        match self._fact("earlier"):
+            case {"rows": int(rows), "count": int(number)}:
+                return Earlier(rows, number)
+        return None
 
     def close(self) -> None:
         """Close the file, so that other processes can open it."""

@@ -20,6 +20,7 @@ class Report:
 
     Attributes:
         price_per_hour: the machine's price in any currency, if the user gave it.
+        stale: the number of rows of a forgotten job that are still in the sink.
     """
 
     source: str
@@ -29,6 +30,7 @@ class Report:
     errors: Path
     outcome: Outcome
     price_per_hour: float | None = None
+    stale: int = 0
 
     @property
     def cost(self) -> float | None:
@@ -57,6 +59,7 @@ class Report:
             "sink": self.sink,
             **asdict(self.note),
             **asdict(outcome.total),
+            "stale_rows": self.stale,
             "this_run": run,
             "manifest": str(self.manifest),
             "errors": str(self.errors) if outcome.total.skipped else None,
@@ -70,6 +73,13 @@ class Report:
         else:
             written = count(total.rows, "row")
             say(console, f"Interrupted after {written}; the same command continues from there.", "bold")
+        if self.stale:
+            are = "is" if self.stale == 1 else "are"
+            say(
+                console,
+                f"{count(self.stale, 'row')} of the job that --restart forgot {are} still there, because this job did not "
+                "write the same ids, and searches find them: delete them in the store, or embed into a new collection.",
+            )
         if total.skipped:
             were = count(total.skipped, "row was", "rows were")
             say(console, f"{were} skipped; {self.errors} lists them with reasons.")

@@ -198,13 +198,6 @@ class Sink(Protocol):
     def name(self) -> str:
         """The name of the sink in messages and in the manifest, without passwords."""
 
-    def is_empty(self) -> bool:
-        """Return whether the sink is empty or does not exist. Called before `open`.
-
-        Raises:
-            BulkError: the sink cannot be reached.
-        """
-
     def open(self, note: SpaceNote) -> None:
         """Create the sink if it does not exist, and check that it can take vectors of this space.
 
@@ -226,6 +219,18 @@ class Sink(Protocol):
 
     def close(self) -> None:
         """Close connections and files."""
+
+
+@runtime_checkable
+class CountedSink(Protocol):
+    """A sink in a store, whose rows other programs may delete."""
+
+    def count(self) -> int:
+        """Return the number of rows, also those of other programs; 0 if the sink does not exist. Works before `Sink.open`.
+
+        Raises:
+            BulkError: the sink cannot be reached.
+        """
 
 
 @runtime_checkable

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -45,6 +46,21 @@ OldModelOption = Annotated[
 SkipOption = Annotated[
     bool, typer.Option("--skip", help="Leave items behind that cannot be copied, such as those without a text.")
 ]
+ChangedAtOption = Annotated[
+    str | None,
+    typer.Option(metavar="FIELD", help="Field with the time of an item's last change, so that sync reads fewer items."),
+]
+WithoutAutoIdOption = Annotated[
+    bool, typer.Option("--without-auto-id", help="Applications will give ids to new items of Milvus after the flip.")
+]
+MaxDeletionsOption = Annotated[
+    int,
+    typer.Option(
+        metavar="N",
+        min=0,
+        help="Delete up to N items that the other collection lacks, even if these are many of its items.",
+    ),
+]
 
 
 @move.command()
@@ -78,12 +94,8 @@ def start(  # noqa: PLR0913, PLR0917  an argument for each option
     alias: Annotated[
         str | None, typer.Option(metavar="NAME", help="The alias, or view, that applications use; the flip moves it.")
     ] = None,
-    changed_at: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FIELD", help="Field with the time of an item's last change, so that sync reads fewer items."
-        ),
-    ] = None,
+    changed_at: ChangedAtOption = None,
+    without_auto_id: WithoutAutoIdOption = False,
     skip: SkipOption = False,
     url: Annotated[
         str | None,
@@ -107,6 +119,7 @@ def start(  # noqa: PLR0913, PLR0917  an argument for each option
     request = StartRequest(
         collection, store, to, text, into, into_vector, alias, mem0, url, models, api_key_env, skip, changed_at
     )
+    request = replace(request, without_auto_id=without_auto_id)
     show(_folder(), lambda console: run(request, _folder(), console))
 
 
@@ -122,13 +135,20 @@ def status(name: NameArgument = None) -> None:
 def sync(
     name: NameArgument = None,
     skip: SkipOption = False,
+    max_deletions: MaxDeletionsOption = 0,
+    restore: Annotated[
+        bool, typer.Option("--restore", help="Copy items again that the new collection had and now lacks.")
+    ] = False,
 ) -> None:
     """Copy the changes of the old collection since the last pass."""
     from gateway.bulk.moving.command import show
     from gateway.bulk.moving.steps import sync as run
 
     found = _find(name)
-    show(_folder(), lambda console: run(found, _folder(), console, skips=skip))
+    show(
+        _folder(),
+        lambda console: run(found, _folder(), console, skips=skip, max_deletions=max_deletions, restores=restore),
+    )
 
 
 @move.command()
@@ -174,6 +194,7 @@ def back(
     name: NameArgument = None,
     from_model: OldModelOption = None,
     skip: Annotated[bool, typer.Option("--skip", help="Leave items out that cannot be copied back.")] = False,
+    max_deletions: MaxDeletionsOption = 0,
 ) -> None:
     """Let applications use the old collection again.
 
@@ -183,7 +204,10 @@ def back(
     from gateway.bulk.moving.steps import back as run
 
     found = _find(name)
-    show(_folder(), lambda console: run(found, _folder(), console, from_model, skips=skip))
+    show(
+        _folder(),
+        lambda console: run(found, _folder(), console, from_model, skips=skip, max_deletions=max_deletions),
+    )
 
 
 @move.command()
@@ -192,13 +216,21 @@ def finish(
     delete_old: Annotated[
         bool, typer.Option("--delete-old", help="Delete the old collection. This cannot be undone.")
     ] = False,
+    max_missing: Annotated[
+        int, typer.Option(metavar="N", min=0, help="Delete although the new collection lacks up to N copied items.")
+    ] = 0,
+    max_mismatched: Annotated[
+        int,
+        typer.Option(metavar="N", min=0, help="Delete although up to N sampled items have vectors of another model."),
+    ] = 0,
 ) -> None:
     """End the move; with --delete-old, delete the old collection."""
     from gateway.bulk.moving.command import show
+    from gateway.bulk.moving.ending import Consent
     from gateway.bulk.moving.steps import finish as run
 
-    found = _find(name)
-    show(_folder(), lambda console: run(found, _folder(), console, deletes=delete_old))
+    found, consent = _find(name), Consent(max_missing, max_mismatched)
+    show(_folder(), lambda console: run(found, _folder(), console, deletes=delete_old, consent=consent))
 
 
 def _find(name: str | None) -> Move:

@@ -255,6 +255,18 @@ def test_a_bad_line_is_named_and_does_not_touch_its_neighbors(tmp_path: Path) ->
         assert list(opened(path).read(one.position)) == read[read.index(one) + 1 :]
 
 
+def test_a_file_may_begin_with_many_bad_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "docs.jsonl"
+    path.write_text("no JSON\n" * 300 + '{"id": 1, "text": "a"}\n')
+
+    rows = list(open_files([str(path)], FieldNames()).read())
+
+    assert [type(row) for row in rows] == [BadRow] * 300 + [Row]
+    monkeypatch.setattr("gateway.bulk.files.source._MAX_BAD_RECORDS", 300)
+    with pytest.raises(BulkError, match=r"docs.jsonl:1: is not JSON: .*\. All of the first 300 records are bad"):
+        open_files([str(path)], FieldNames())
+
+
 def test_the_longest_line_is_read_and_one_byte_more_is_not() -> None:
     import io
 

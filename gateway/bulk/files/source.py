@@ -6,7 +6,6 @@ import hashlib
 import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import TypeAlias
 
@@ -15,10 +14,12 @@ from gateway.bulk.files.columns import restored, row_of
 from gateway.bulk.files.lines import FileRecord, Mark
 from gateway.bulk.files.paths import Format, SourceFile, find_files, reading
 from gateway.bulk.files.records import read_records
-from gateway.bulk.rows import BadRow, BulkError, Position, Row
+from gateway.bulk.rows import BadRow, BulkError, Position, Row, closing_readings
 from gateway.bulk.stores.payloads import digest
 
 _SAMPLE_RECORDS = 100
+_MAX_BAD_RECORDS = 10_000
+"""So many bad records at the beginning, without a good one between them, mean that the file has another format."""
 _CHUNK_BYTES = 1 << 20
 _ID_NAMESPACE = uuid.UUID("0f8fad5b-d9cb-469f-a165-70867728950e")
 """The namespace of ids that are derived from the place and the content of a row."""
@@ -54,19 +55,25 @@ def open_files(places: Sequence[str], names: FieldNames, without: Sequence[str] 
     files = find_files(places, without)
     source: FileSource | None = None
     sample: list[Record] = []
-    problem = ""
+    problem, num_bad = "", 0
     for file in files:
         if source is not None and file.filesystem is not None:
             continue  # a bucket may send 50 MB for the first line of each file
         # The beginning of each file is read, so that a file in a wrong format ends the job now, and not after hours.
         records = read_records(file, Mark(), _columns(names), reads_all=True)
-        for record in islice(records, 1 if source is not None else _SAMPLE_RECORDS):
-            if isinstance(record.content, str):
-                problem = problem or f"{file.path}:{record.number}: {record.content}"
-            else:
-                sample.append(record.content)
+        with closing_readings(records):
+            for number, record in enumerate(records, start=1):
+                if isinstance(record.content, str):
+                    num_bad += 1
+                    problem = problem or f"{file.path}:{record.number}: {record.content}"
+                else:
+                    sample.append(record.content)
+                if source is not None or number >= (_SAMPLE_RECORDS if sample else _MAX_BAD_RECORDS):
+                    break
         if source is None and sample:
             source = FileSource(files, resolve_fields(names, sample, file.path))
+    if source is None and num_bad >= _MAX_BAD_RECORDS:
+        raise BulkError(f"{problem}. All of the first {num_bad:,} records are bad: is this the right file?")
     if source is None:
         raise BulkError(problem or f"{', '.join(places)}: no records found")
     return source

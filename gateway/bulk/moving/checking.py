@@ -69,10 +69,11 @@ class CheckReport:
         first, second: items of the collections, or those with the old and with the new vector.
         vector: the name of the new vector, if both are in one collection.
         may_lack: whether the user agreed to leave behind the items that cannot be copied.
-        pending: the number of items that a pass would change.
         num_vectors: the number of stored vectors that were compared with the vectors of their texts.
         wrong_vectors: the ids of those items whose vectors differ.
         agreement: the similarity of the results; ``None`` if there were no queries.
+        is_in_use: applications write into the second collection, as they should.
+        missing: the description of the copied items that it lacks, if they are more than a few.
     """
 
     first: int
@@ -84,6 +85,8 @@ class CheckReport:
     has_real_queries: bool
     vector: str | None = None
     may_lack: bool = True
+    is_in_use: bool = False
+    missing: str = ""
 
     def problems(self) -> list[str]:
         """Return the problems to solve before applications use the second collection."""
@@ -93,7 +96,9 @@ class CheckReport:
                 f"{count(self.counts.changes, 'item')} of the old collection changed during the check, too many for a "
                 "reliable comparison: check again when there are fewer writes"
             )
-        if self.counts.kept:
+        if self.missing:
+            problems.append(self.missing)
+        if self.counts.kept and not self.is_in_use:
             problems.append(
                 f"the new collection has {count(self.counts.kept, 'item')} that the move did not write, such as "
                 f"{_ids(self.counts.kept_ids)}. If applications write into it already, run `gateway move flip`; "
@@ -109,8 +114,7 @@ class CheckReport:
             problems.append(
                 f"{len(self.wrong_vectors)} of {count(self.num_vectors, 'sampled item')} have vectors that differ "
                 f"from the model's vectors of their texts, such as {_ids(self.wrong_vectors)}: another program has "
-                "written into the new "
-                "collection"
+                f"written into the new collection{' with another model' if self.is_in_use else ''}"
             )
         found = self.agreement
         if found is not None and found.overlap < _UNRELATED and self.second > _FEW_ITEMS:
@@ -129,6 +133,10 @@ class CheckReport:
                 f"{count(self.counts.refused, 'item')} not copied, such as "
                 f"{'; '.join(self.counts.problems[:_SHOWN])}; the files *.not_copied.jsonl in the move's folder list them"
             )
+        if self.is_in_use and self.counts.kept:
+            lines.append(f"{count(self.counts.kept, 'item')} of the new collection were written by applications")
+        if self.counts.missing:
+            lines.append(f"{count(self.counts.missing, 'copied item')} missing from the new collection")
         lines.append(
             f"vectors: {self.num_vectors - len(self.wrong_vectors)} of {count(self.num_vectors, 'sampled item')} have "
             "the new model's vector of their text"

@@ -66,6 +66,8 @@ def _print(console: Console, move: Move, *, with_log: bool = False) -> None:
             f"{count(move.refused, 'item')} could not be copied{accepted}, such as {'; '.join(move.problems)}",
             "red",
         )
+    if move.missing:
+        say(console, f"{count(move.missing, 'copied item')} missing from {target} in the last pass", "red")
     if with_log:
         for line in move.log:
             say(console, f"  {line}")

@@ -14,13 +14,13 @@ from gateway.bulk.moving.checking import (
     item_queries,
     wrong_vectors,
 )
-from gateway.bulk.moving.direction import PassCounts
-from gateway.bulk.moving.state import Pair
+from gateway.bulk.moving.direction import NUM_DRAWN, PassCounts
+from gateway.bulk.moving.losses import allowed_missing, describe_missing
+from gateway.bulk.moving.state import Pair, Stage
 from gateway.bulk.moving.work import Work, embedder_of, note_of, old_model_of, spec_of
-from gateway.bulk.rows import BulkError
+from gateway.bulk.rows import BulkError, RowId
 from gateway.compare.captured import read_captured
 
-NUM_VECTORS = 50
 _NUM_QUERIES = 100
 
 
@@ -41,7 +41,7 @@ async def check_pair(
     with work.ledger(pair) as ledger:
         ids = list(ledger.sample(_NUM_QUERIES))
     first, second = Side(pair.old, move.vector), Side(pair.new, move.new_vector)
-    compared, wrong = await wrong_vectors(store, second, move.text, ids[:NUM_VECTORS], work.embedder)
+    compared, wrong = await compare_vectors(work, pair, counts)
     if queries is None:
         drawn_queries = item_queries(store, first, second, move.text, ids)
     else:
@@ -59,7 +59,23 @@ async def check_pair(
         queries is not None,
         move.into_vector,
         may_lack=move.refused <= move.left_behind,
+        is_in_use=move.stage is Stage.FLIPPED,
+        missing=describe_missing(pair.new, counts.missing, counts.known, move.name)
+        if counts.missing > allowed_missing(counts.known)
+        else "",
     )
+
+
+async def compare_vectors(work: Work, pair: Pair, counts: PassCounts) -> tuple[int, list[RowId]]:
+    """Compare vectors of the new collection with the model's: of items that the move wrote, and of those that others wrote.
+
+    Returns:
+        the number of sampled items, and the ids of those whose vectors differ.
+    """
+    with work.ledger(pair) as ledger:
+        ids = [*ledger.sample(NUM_DRAWN), *counts.drawn_ids]
+    side = Side(pair.new, work.move.new_vector)
+    return await wrong_vectors(work.reading, side, work.move.text, list(dict.fromkeys(ids)), work.embedder)
 
 
 async def _captured(work: Work, pair: Pair, path: Path, old_model: str | None) -> list[Query]:

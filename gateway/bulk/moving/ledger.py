@@ -125,8 +125,8 @@ class Ledger:
         return self._count("is_doomed")
 
     def num_items(self) -> int:
-        """Return the number of items."""
-        return self._count("true")
+        """Return the number of items that were certainly written."""
+        return self._count("written IS NOT NULL")
 
     def _count(self, condition: str) -> int:
         with self._using():

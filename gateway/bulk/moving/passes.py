@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import closing
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import orjson
 
@@ -17,7 +18,7 @@ from gateway.bulk.embedder import Embedder
 from gateway.bulk.fields import FieldNames
 from gateway.bulk.job import Job, Options, Reporter
 from gateway.bulk.manifest import Manifest
-from gateway.bulk.moving.decisions import NEW, Action, Base, Digest, Item, decide, merge
+from gateway.bulk.moving.decisions import NEW, Action, Base, Digest, Item, merge
 from gateway.bulk.moving.direction import MAX_NAMED, Direction, PassCounts
 from gateway.bulk.moving.ledger import Ledger
 from gateway.bulk.moving.writing import Recorded, delete_doomed
@@ -62,7 +63,7 @@ class _Changes:
 
     def read(self, after: Position | None = None) -> Iterator[Row | BadRow]:
         """Yield the items to embed. An interrupted pass begins again, and skips finished items by comparing digests."""
-        items = self._all_items() if self._since is None else self._changed_items(self._since)
+        items = self._all_items() if self._since is None else self._changed_items(self._changes(self._since))
         with closing_readings(items):
             yield from self._to_embed(items)
 
@@ -72,7 +73,7 @@ class _Changes:
         equal: dict[RowId, Digest] = {}
         for item in items:
             counts.items += item.first is not None or item.second is not None
-            match decide(item.first, item.second, item.base, is_flipped=way.is_flipped and not way.is_one):
+            match way.decide(item.first, item.second, item.base):
                 case Action.NOTHING:
                     counts.equal += 1
                 case Action.RECORD if item.first is not None:
@@ -85,7 +86,7 @@ class _Changes:
                 case Action.FORGET:
                     self._ledger.forget([item.id])
                 case Action.KEEP:
-                    counts.keep([item.id])
+                    counts.leave(item.id, is_missing=item.second is None)
             if len(equal) == _BATCH:
                 self._ledger.record(equal)
                 equal = {}
@@ -109,19 +110,34 @@ class _Changes:
             held = known.written if way.is_one and theirs and not known.pending else theirs
             yield Item(row_id, _digest(mine), _digest(held), known)
 
-    def _changed_items(self, since: Mark) -> Iterator[Item]:
-        """Yield the items that may have changed since, or that have an unclear state; count the others.
+    def _changes(self, since: Mark) -> Iterator[tuple[RowId, bool]]:
+        return self._direction.reading.changes(self._direction.first, since)
+
+    def late_changes(self) -> Iterator[Item]:
+        """Yield the items that a pass would write or delete, without reading the second collection as a whole."""
+        way = self._direction
+        firsts = way.reading.digests(way.first) if self._since is None else self._changes(self._since)
+        for item in self._changed_items(firsts):
+            if way.decide(item.first, item.second, item.base) in (Action.WRITE, Action.DELETE):
+                yield item
+
+    def _changed_items(self, firsts: Iterator[tuple[RowId, bool | Digest]]) -> Iterator[Item]:
+        """Yield the items that may have changed, or that have an unclear state; count the others.
 
         A pass over all items finds the changes that applications made in the second collection alone.
+
+        Args:
+            firsts: the items of the first collection, with their digests, or whether they may have changed.
         """
         way, counts = self._direction, self._counts
-        streams: list[Iterator[tuple[RowId, object]]] = [way.reading.changes(way.first, since), self._ledger.bases()]
+        streams: list[Iterator[tuple[RowId, object]]] = [firsts, self._ledger.bases()]
         if way.is_one:
             streams.append((row_id, True) for row_id in self._filled())
         unclear: dict[RowId, tuple[Base, bool]] = {}
         for row_id, (may_differ, base, *filled) in merge(streams, way.reading.sort_key):
             known = base if isinstance(base, Base) else NEW
-            if may_differ is False and known.written is not None and not known.pending and filled != [None]:
+            is_same = known.written is not None and may_differ in (False, known.written)
+            if is_same and not known.pending and filled != [None]:
                 counts.items += 1
                 counts.equal += 1
                 continue
@@ -187,7 +203,7 @@ async def run_pass(
     Raises:
         BulkError: a store or the model fails. Everything written before the error counts.
     """
-    counts = PassCounts()
+    counts = PassCounts(known=ledger.num_items())
     ledger.spare()
     now = await asyncio.to_thread(direction.reading.mark, direction.first, direction.changed_at)
     source = _Changes(direction, ledger, counts, None if is_full or now is None else ledger.mark)
@@ -209,9 +225,23 @@ async def run_pass(
     counts.problems = _some_problems(options.errors) if counts.refused else []
     if outcome.is_finished:
         await asyncio.to_thread(delete_doomed, direction, ledger, counts)
+        if direction.is_flipped and not direction.is_one:
+            number = (await asyncio.to_thread(direction.reading.describe, direction.second)).count
+            counts.missing = max(counts.missing, ledger.num_items() - number)
         if direction.creates:
             ledger.mark = now
     return counts, outcome.is_finished
+
+
+def count_changes(direction: Direction, ledger: Ledger, since: Mark | None) -> int:
+    """Return the number of items that the next pass would write or delete, without those that the last pass refused.
+
+    Args:
+        since: the moment before the last pass; ``None`` to compare all items of the first collection with the ledger.
+    """
+    refused = {item["id"] for item in _read_refused(refused_file(ledger.path))}
+    changes = _Changes(direction, ledger, PassCounts(), since).late_changes()
+    return sum(item.id not in refused for item in changes)
 
 
 def refused_file(ledger: Path) -> Path:
@@ -220,6 +250,11 @@ def refused_file(ledger: Path) -> Path:
 
 
 def _some_problems(path: Path) -> list[str]:
-    with path.open("rb") as file:
-        found = [orjson.loads(line) for line in islice(file, MAX_NAMED)]
+    found = islice(_read_refused(path), MAX_NAMED)
     return [f"{item['place'] if item['id'] is None else item['id']}: {item['problem']}" for item in found]
+
+
+def _read_refused(path: Path) -> Iterator[dict[str, Any]]:
+    if path.exists():
+        with path.open("rb") as file:
+            yield from map(orjson.loads, file)

@@ -37,6 +37,7 @@ class StartRequest:
         into: the name of the new collection; ``None`` for a name made of the model and the hash of its space.
         into_vector: the name of a new vector next to the old one, in the same collection.
         changed_at: the field with the time of each item's last change.
+        without_auto_id: applications will give ids to new items, which the store has made until now.
     """
 
     collection: str | None
@@ -52,6 +53,7 @@ class StartRequest:
     api_key_env: str
     skips: bool
     changed_at: str | None = None
+    without_auto_id: bool = False
 
 
 def places_of(request: StartRequest) -> tuple[Mem0 | None, Place]:
@@ -106,6 +108,12 @@ def plan(
     alias = request.alias or (requested if info.name != requested and request.into_vector is None else None)
     if alias is not None and (reason := store.why_not_flip(alias)):
         raise BulkError(f"--alias {alias}: {reason}")
+    if info.has_auto_id and not request.without_auto_id:
+        raise BulkError(
+            f"{info.name} has auto_id, so Milvus makes the ids of new items. The copy keeps all ids, and so has no auto_id: "
+            "after the flip, Milvus rejects items without an id. Let applications give each new item an id, and add "
+            "--without-auto-id"
+        )
     vector = mem0.vector if mem0 else place.options.get("vector")
     vector = _old_vector(request.into_vector, vector, info, store.name)
     text = mem0.text if mem0 else request.text

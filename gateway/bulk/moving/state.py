@@ -76,6 +76,7 @@ class Move:
         left_behind: the number of items that cannot be copied and that the user agreed to leave behind.
         refused: the number of items that the last pass could not copy.
         problems: some of them, each as its id and the problem.
+        missing: the number of copied items that the new collections lacked in the last pass.
         was_flipped: applications have been allowed to use the new collection.
         is_returning: applications use the old collection again, which lacks items that they wrote into the new one.
         is_redirecting: a step has begun to change the names that applications use, and may have been interrupted. Only the
@@ -104,6 +105,7 @@ class Move:
     left_behind: int = 0
     refused: int = 0
     problems: list[str] = field(default_factory=list)
+    missing: int = 0
     was_flipped: bool = False
     is_returning: bool = False
     is_redirecting: bool = False

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
 
-from gateway.bulk.moving.checking import CheckReport, Side, wrong_vectors
-from gateway.bulk.moving.comparing import NUM_VECTORS, check_pair
-from gateway.bulk.moving.direction import PassCounts
+from gateway.bulk.moving.checking import CheckReport, Side, allowed_changes, wrong_vectors
+from gateway.bulk.moving.comparing import check_pair
+from gateway.bulk.moving.direction import NUM_DRAWN
+from gateway.bulk.moving.ending import NO_CONSENT, Consent, delete_old
 from gateway.bulk.moving.mem0 import present_settings, read_mem0
 from gateway.bulk.moving.planning import StartRequest, check_alias, name_copies, places_of, plan, real_name
 from gateway.bulk.moving.redirecting import begin, is_in_use, redirect, settle
+from gateway.bulk.moving.results import accept, describe_refused, with_counts
 from gateway.bulk.moving.state import Move, Pair, Stage, hold, write_move
 from gateway.bulk.moving.work import (
     Work,
@@ -29,9 +30,7 @@ from gateway.bulk.places import open_movable
 from gateway.bulk.rows import BulkError, RowId
 from gateway.cli.console import say
 from gateway.config.files import one_writer
-from gateway.config.wording import count, quote
-
-_NAMED = 3
+from gateway.config.wording import count
 
 
 async def start(request: StartRequest, folder: Path, console: Console) -> Move:
@@ -63,59 +62,33 @@ async def _copy(work: Work, *, skips: bool = False, keeps_stage: bool = False) -
 
     Args:
         skips: the user agrees to leave items behind that cannot be copied.
-        keeps_stage: the changes that were copied make no new check necessary.
+        keeps_stage: few changes make no new check necessary.
 
     Raises:
         BulkError: items cannot be copied, and the user has not agreed to leave so many behind.
     """
     results = await work.passes()
-    move = _accept(work, results, skips=skips)
-    stage = move.stage if keeps_stage or move.stage is Stage.FLIPPED else Stage.COPIED
+    move = accept(work, results, skips=skips)
+    are_few = all(counts.earlier + counts.changes <= allowed_changes(counts.items) for counts in results.values())
+    stage = move.stage if (keeps_stage and are_few) or move.stage is Stage.FLIPPED else Stage.COPIED
     move = move.at(stage, f"synced: {sum(counts.changes for counts in results.values())} changes in the last pass")
     write_move(work.folder, move)
     return move
 
 
-def _accept(work: Work, results: Mapping[str, PassCounts], *, skips: bool) -> Move:
-    """Return the move with the items that the passes could not copy, and write them to its state.
+async def sync(
+    move: Move, folder: Path, console: Console, *, skips: bool, max_deletions: int = 0, restores: bool = False
+) -> Move:
+    """Copy the changes in the old collection since the last pass.
 
-    Raises:
-        BulkError: they are more than the user has agreed to leave behind.
+    Args:
+        skips: the user agrees to leave items behind that cannot be copied.
+        max_deletions: the number of items that the pass may delete, even if they are many.
+        restores: copy items again that the new collection has lost.
     """
-    move = _with_refused(work.move, results)
-    write_move(work.folder, move)
-    if skips:
-        return replace(move, left_behind=move.refused)
-    if move.refused > move.left_behind:
-        more = f" ({move.left_behind:,} are accepted)" if move.left_behind else ""
-        raise BulkError(
-            f"{_refusals(work, results, move)}. Correct the items and run the same command again, or leave "
-            f"them behind with `gateway move sync {move.name} --skip`{more}. If the text is in another field than "
-            f"{quote(move.text)}, finish this move and start another with --text"
-        )
-    return move
-
-
-def _with_refused(move: Move, results: Mapping[str, PassCounts]) -> Move:
-    problems = [problem for counts in results.values() for problem in counts.problems]
-    refused = sum(counts.refused for counts in results.values())
-    return replace(move, refused=refused, problems=problems[:_NAMED], left_behind=min(move.left_behind, refused))
-
-
-def _refusals(work: Work, results: Mapping[str, PassCounts], move: Move, *, back: bool = False) -> str:
-    """Describe the items that passes could not copy, with the files that list them."""
-    files = [work.refused_file(pair, back=back) for pair in move.pairs if results[pair.old].refused]
-    return (
-        f"{count(move.refused, 'item')} cannot be copied, such as {'; '.join(move.problems)}. The others are copied; "
-        f"{', '.join(map(str, files))} lists these"
-    )
-
-
-async def sync(move: Move, folder: Path, console: Console, *, skips: bool) -> Move:
-    """Copy the changes in the old collection since the last pass."""
     with begin(folder, move) as held:
         async with at_work(held, folder, console) as work:
-            return await _copy(work, skips=skips)
+            return await _copy(replace(work, max_deletions=max_deletions, restores=restores), skips=skips)
 
 
 async def check(
@@ -135,7 +108,7 @@ async def check(
             )
         async with at_work(held, folder, console) as work:
             results = await work.passes(is_full=True)
-            move = _with_refused(held, results)
+            move = with_counts(held, results)
             reports = [
                 await check_pair(
                     replace(work, move=move),
@@ -181,7 +154,12 @@ async def _flip(move: Move, folder: Path, console: Console, *, forces: bool) -> 
         )
     async with at_work(move, folder, console) as work:
         check_alias(work.reading, move)
+        was_checked = move.stage is Stage.CHECKED
         move = await _copy(work, keeps_stage=True)
+        if was_checked and move.stage is Stage.COPIED and not forces:
+            raise BulkError(
+                "many items changed since the check, and were copied: run `gateway move check` again, or add --force"
+            )
         if move.into_vector is not None:
             for pair in move.pairs:
                 # The old vectors of these payloads are right; those of later writes by applications may not be.
@@ -192,21 +170,26 @@ async def _flip(move: Move, folder: Path, console: Console, *, forces: bool) -> 
         return await _copy(replace(work, move=move))
 
 
-async def back(move: Move, folder: Path, console: Console, old_model: str | None, *, skips: bool = False) -> Move:
+async def back(
+    move: Move, folder: Path, console: Console, old_model: str | None, *, skips: bool = False, max_deletions: int = 0
+) -> Move:
     """Let applications use the old collection again, and copy back their writes into the new one.
 
     Args:
         skips: the user agrees that the old collection does not get the writes that cannot be copied.
+        max_deletions: the number of items that may be deleted from the old collection, even if they are many.
 
     Raises:
         BulkError: the move was not flipped, the old model is unknown, or writes cannot be copied. Except in the first
         case the flip itself is already undone, and the same step does the rest.
     """
     with begin(folder, move) as held:
-        return await _back(held, folder, console, old_model, skips=skips)
+        return await _back(held, folder, console, old_model, skips=skips, max_deletions=max_deletions)
 
 
-async def _back(move: Move, folder: Path, console: Console, old_model: str | None, *, skips: bool) -> Move:
+async def _back(
+    move: Move, folder: Path, console: Console, old_model: str | None, *, skips: bool, max_deletions: int
+) -> Move:
     if move.stage is not Stage.FLIPPED and not move.is_returning and not move.is_redirecting:
         raise BulkError("applications use the old collection: there is nothing to undo")
     with store_of(move) as store:
@@ -220,54 +203,54 @@ async def _back(move: Move, folder: Path, console: Console, old_model: str | Non
             "Items that applications wrote into the new collection are missing from the old one, because its model is "
             "unknown: name the model with `gateway move back --from-model NAME`"
         )
-    await _return_changes(move, folder, console, model, skips=skips)
+    async with at_work(move, folder, console, model) as work:
+        await _return_changes(replace(work, max_deletions=max_deletions), model, skips=skips)
     move = replace(move, is_returning=False)
     write_move(folder, move)
     return move
 
 
-async def _return_changes(move: Move, folder: Path, console: Console, model: str, *, skips: bool) -> None:
+async def _return_changes(work: Work, model: str, *, skips: bool) -> None:
     """Copy the applications' writes from the new collection back into the old one, embedded by the old model.
 
     Raises:
         BulkError: the old collection's vectors are of another model, or items cannot be copied.
     """
-    async with at_work(move, folder, console, model) as work:
-        for pair in move.pairs:
-            ids = _unchanged(work, pair)
-            compared, wrong = await wrong_vectors(
-                work.reading, Side(pair.old, move.vector), move.text, ids, work.embedder
-            )
-            if len(wrong) > compared // 10:
-                raise BulkError(
-                    f"{len(wrong)} of {count(compared, 'sampled item')} of {pair.old} have vectors that differ from "
-                    f"those of {model}, so nothing was written into it. Name the right model, with its task, with "
-                    "--from-model"
-                )
-        results = await work.passes(back=True)
-        refused = _with_refused(move, results)
-        if refused.refused and not skips:
+    move = work.move
+    for pair in move.pairs:
+        ids = _unchanged(work, pair)
+        compared, wrong = await wrong_vectors(work.reading, Side(pair.old, move.vector), move.text, ids, work.embedder)
+        if len(wrong) > compared // 10:
             raise BulkError(
-                f"{_refusals(work, results, refused, back=True)}. Correct the items and run the same command again, or "
-                f"leave them out of {move.pairs[0].old} with `gateway move back {move.name} --skip`"
+                f"{len(wrong)} of {count(compared, 'sampled item')} of {pair.old} have vectors that differ from "
+                f"those of {model}, so nothing was written into it. Name the right model, with its task, with "
+                "--from-model"
             )
+    results = await work.passes(back=True)
+    refused = with_counts(move, results)
+    if refused.refused and not skips:
+        raise BulkError(
+            f"{describe_refused(work, results, refused, back=True)}. Correct the items and run the same command again, or "
+            f"leave them out of {move.pairs[0].old} with `gateway move back {move.name} --skip`"
+        )
 
 
 def _unchanged(work: Work, pair: Pair) -> list[RowId]:
     """Return items of the old collection whose old vectors must be right, since nothing has written them again."""
     with work.ledger(pair, back=True) as ledger:
-        sample = ledger.sample(NUM_VECTORS)
+        sample = ledger.sample(NUM_DRAWN)
     if work.move.into_vector is None:
         return list(sample)
     now = work.reading.digests_of(pair.old, list(sample))
     return [row_id for row_id, digest in sample.items() if now.get(row_id) == digest]
 
 
-async def finish(move: Move, folder: Path, console: Console, *, deletes: bool) -> Move:
+async def finish(move: Move, folder: Path, console: Console, *, deletes: bool, consent: Consent = NO_CONSENT) -> Move:
     """End a move, and delete the old collections if the user asked for it.
 
     Raises:
-        BulkError: applications do not use the new collection, or still write into the old one.
+        BulkError: applications do not use the new collection, or still write into the old one; or the new one lacks items
+            or has vectors of another model.
     """
     with hold(folder, move) as found:
         move = held = _settled_or_kept(found, folder, deletes=deletes)
@@ -285,7 +268,7 @@ async def finish(move: Move, folder: Path, console: Console, *, deletes: bool) -
             one = held.into_vector is not None
             what = f"deleted {f'the vector {held.vector}' if one else ', '.join(pair.old for pair in held.pairs)}"
             if left := pairs_left(held):
-                move = await _delete_old(replace(held, pairs=left), folder, console)
+                move = await delete_old(replace(held, pairs=left), folder, console, consent)
             what += f", with {count(move.refused, 'item')} that could not be copied" if move.refused else ""
         move = replace(move, pairs=held.pairs).at(Stage.FINISHED, f"finished; {what}")
         write_move(folder, move)
@@ -300,23 +283,3 @@ def _settled_or_kept(move: Move, folder: Path, *, deletes: bool) -> Move:
         if deletes:
             raise
         return move
-
-
-async def _delete_old(move: Move, folder: Path, console: Console) -> Move:
-    """Copy the last changes, and delete the old collections or vectors."""
-    async with at_work(move, folder, console) as work:
-        results = await work.passes(is_full=True)
-        move = _accept(work, results, skips=False)
-        # A program that writes both vectors looks like one that writes the old one, which the store refuses later.
-        changes = sum(counts.changes for counts in results.values())
-        if changes and move.into_vector is None:
-            raise BulkError(
-                f"{count(changes, 'item')} of the old collection changed just now and were copied, so a program still "
-                "writes into it. Find that program, and run the same command again"
-            )
-        for pair in move.pairs:
-            if move.into_vector is None:
-                work.writing.delete_collection(pair.old)
-            else:
-                work.writing.delete_vector(pair.old, move.vector or "")
-    return move

@@ -136,6 +136,7 @@ class Work:
 
     Attributes:
         folder: the folder of all moves.
+        max_deletions, restores: see `Direction`.
     """
 
     move: Move
@@ -144,6 +145,8 @@ class Work:
     writing: MovableStore
     embedder: Embedder
     console: Console
+    max_deletions: int = 0
+    restores: bool = False
 
     @property
     def files(self) -> Path:
@@ -190,6 +193,9 @@ class Work:
             move.may_be_in_use or back,
             creates=not back,
             changed_at=pair.changed_at,
+            max_deletions=self.max_deletions,
+            restores=self.restores,
+            command=f"gateway move {'back' if back else 'sync'} {move.name}",
         )
 
     def make_copies(self) -> None:
@@ -231,16 +237,20 @@ class Work:
         stop = asyncio.Event()
         stop_on_signals(stop, self.console)
         found = {}
+        is_full = is_full or back or self.restores
         for pair in self.move.pairs:
+            earlier = 0
             with self.ledger(pair, back=back) as ledger:
                 way = self.direction(pair, back=back)
                 for _number in range(_MAX_PASSES):
                     with show_progress(self.console) as reporter:
                         counts, is_finished = await run_pass(
-                            way, ledger, self.embedder, self.files, reporter, stop, is_full=is_full or back
+                            way, ledger, self.embedder, self.files, reporter, stop, is_full=is_full
                         )
                     say(self.console, describe(way, counts))
                     found[pair.old] = counts
+                    counts.earlier = earlier
+                    earlier += counts.changes
                     if not is_finished:
                         raise Interrupted("interrupted; written items are kept, and the same command continues")
                     # A refused item may fit now, after another one has changed or gone.
@@ -273,6 +283,7 @@ def describe(way: Direction, counts: PassCounts) -> str:
     """Describe the results of a pass."""
     parts = [f"{counts.written:,} embedded", f"{counts.deleted:,} deleted", f"{counts.equal:,} already equal"]
     parts += [f"{counts.kept:,} newer in {way.second} and left unchanged"] if counts.kept else []
+    parts += [f"{counts.missing:,} missing from {way.second}"] if counts.missing else []
     parts += [f"{counts.refused:,} that cannot be copied"] if counts.refused else []
     return f"{way.first} → {way.target}: {count(counts.items, 'item')}, {', '.join(parts)}"
 

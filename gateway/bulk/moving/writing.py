@@ -11,17 +11,16 @@ from collections.abc import Mapping
 from typing import Final
 
 from gateway.bulk.fields import FieldNames
-from gateway.bulk.moving.decisions import NEW, Action, Digest, decide
+from gateway.bulk.moving.decisions import NEW, Action, Digest
 from gateway.bulk.moving.direction import Direction, PassCounts, sink_of
 from gateway.bulk.moving.ledger import Ledger
+from gateway.bulk.moving.losses import allowed_deletions, refuse_deletions
 from gateway.bulk.rows import BadRow, BulkError, EmbeddedRows, Row, RowId, RowsRefused, RowValidator, SpaceNote
 from gateway.bulk.stores.payloads import digest, with_field
 from gateway.bulk.stores.protocol import Guard, GuardedSink
 
 _GUARDED_ROWS: Final = 64
 """Rows per check of a collection that applications write into: few, so that little time passes before the write."""
-_FEW: Final = 20
-"""Applications may delete this many items between two passes, whatever part of a collection they are."""
 
 
 class Recorded:
@@ -33,10 +32,6 @@ class Recorded:
         self._ledger = ledger
         self._counts = counts
         self.name = self._sink.name
-
-    def is_empty(self) -> bool:
-        """Return whether the sink holds nothing."""
-        return self._sink.is_empty()
 
     def open(self, note: SpaceNote) -> None:
         """Open the sink."""
@@ -71,7 +66,7 @@ class Recorded:
             row.id: digest(with_field(row.payload, self._direction.text, row.text)) for row in batch.rows
         }
         newer: set[RowId] = set()
-        guard = _guard(self._ledger, digests, newer)
+        guard = _guard(self._direction, self._ledger, digests, newer)
         is_shared = _is_shared(self._direction)
         if is_shared and not isinstance(self._sink, GuardedSink):
             present = self._direction.writing.digests_of(self._direction.second, list(digests))
@@ -96,7 +91,7 @@ def _is_shared(direction: Direction) -> bool:
     return direction.is_flipped and not direction.is_one
 
 
-def _guard(ledger: Ledger, firsts: Mapping[RowId, Digest | None], newer: set[RowId]) -> Guard:
+def _guard(direction: Direction, ledger: Ledger, firsts: Mapping[RowId, Digest | None], newer: set[RowId]) -> Guard:
     """Return a guard that keeps the items that applications changed after the pass read them.
 
     Args:
@@ -109,7 +104,7 @@ def _guard(ledger: Ledger, firsts: Mapping[RowId, Digest | None], newer: set[Row
         found = {
             row_id
             for row_id, second in present.items()
-            if decide(firsts[row_id], second, bases.get(row_id, NEW), is_flipped=True) is Action.KEEP
+            if direction.decide(firsts[row_id], second, bases.get(row_id, NEW)) is Action.KEEP
         }
         newer.update(found)
         return found
@@ -121,22 +116,20 @@ def delete_doomed(direction: Direction, ledger: Ledger, counts: PassCounts) -> N
     """Delete the items that the first collection no longer has, after checking that again.
 
     Raises:
-        BulkError: they are most of the items of a collection that applications use. More likely than so many deletions is
-        that a program has created the first collection again.
+        BulkError: they are many, and more than the user accepts. More likely than so many deletions is that a person or
+            program has emptied the first collection.
     """
-    num_doomed, num_items = ledger.num_doomed(), ledger.num_items()
-    if direction.is_flipped and not direction.is_one and num_doomed > max(_FEW, num_items // 2):
+    num_doomed = ledger.num_doomed()
+    # Items with both vectors are in one collection, from which an application has already deleted these.
+    if not direction.is_one and num_doomed > max(allowed_deletions(counts.known), direction.max_deletions):
         raise BulkError(
-            f"{direction.first} lacks {num_doomed:,} of the {num_items:,} items that were equal in {direction.second}, so a "
-            f"pass would delete them there. Nothing was deleted, in case {direction.first} was emptied, or deleted and "
-            "created again. If these items are to go, delete them yourself; `gateway move finish` ends the move and keeps "
-            "both collections"
+            refuse_deletions(direction.first, direction.second, num_doomed, counts.known, direction.command)
         )
     while ids := ledger.doomed():
         there = {row.id for row in direction.reading.read_ids(direction.first, ids, FieldNames(text=direction.text))}
         gone = {row_id: None for row_id in ids if row_id not in there}
         newer: set[RowId] = set()
-        guard = _guard(ledger, gone, newer) if _is_shared(direction) else None
+        guard = _guard(direction, ledger, gone, newer) if _is_shared(direction) else None
         direction.writing.delete_ids(direction.second, list(gone), guard)
         counts.keep_newer(newer)
         deleted = [row_id for row_id in gone if row_id not in newer]

@@ -34,10 +34,10 @@ class ChromaSink:
         """The collection's URL, without secrets."""
         return self._connection.place.named(self._name)
 
-    def is_empty(self) -> bool:
-        """Return whether the collection does not exist, or has no items."""
+    def count(self) -> int:
+        """Return the number of items; 0 if the collection does not exist."""
         found = self._connection.find(self._name)
-        return found is None or self._connection.call(found.count, self.name) == 0
+        return 0 if found is None else self._connection.call(found.count, self.name)
 
     def open(self, note: SpaceNote) -> None:
         """Create the collection if it does not exist, and check that it can take vectors of this space.

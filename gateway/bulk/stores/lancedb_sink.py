@@ -36,11 +36,11 @@ class LanceSink:
         self._metadata: dict[bytes, bytes] = {}
         self._has_written = False
 
-    def is_empty(self) -> bool:
-        """Return whether the table does not exist, or has no rows."""
+    def count(self) -> int:
+        """Return the number of rows; 0 if the table does not exist."""
         table = find_table(self._database, self._table_name, self.name)
         with plain_errors(self.name):
-            return table is None or table.count_rows() == 0
+            return 0 if table is None else int(table.count_rows())
 
     def open(self, note: SpaceNote) -> None:
         """Check that an existing table has vectors of this space.

@@ -6,7 +6,7 @@ The note of the space is a property of the collection.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -111,7 +111,8 @@ class MilvusStore:
         found = self._find(collection)
         widths = {name: field.width for name, field in found.dense.items()}
         number = milvus_rows.count_items(self._client, found)
-        return CollectionInfo(found.name, number, widths, found.notes, identity=str(found.number))
+        has_auto_id = bool(found.description.get("auto_id"))
+        return CollectionInfo(found.name, number, widths, found.notes, str(found.number), has_auto_id)
 
     def read_ids(self, collection: str, ids: Sequence[RowId], names: FieldNames) -> Iterator[Row | BadRow]:
         """Yield the items with these ids."""
@@ -259,8 +260,8 @@ class MilvusStore:
         with refusals(self.name):
             self._client.drop_alias(name, timeout=TIMEOUT_S)
 
-    def delete_collection(self, collection: str) -> None:
-        """Delete a collection by its real name."""
+    def delete_collection(self, collection: str, look: Callable[[], None] | None = None) -> None:
+        """Delete a collection by its real name, right after the look."""
         aliases = self.aliases()
         if collection in aliases:
             raise BulkError(f"{quote(collection)} is an alias of {quote(aliases[collection])}, not a collection")
@@ -270,8 +271,11 @@ class MilvusStore:
                 "another one "
                 "first"
             )
+        name = self._find(collection).name
+        if look is not None:
+            look()
         with refusals(self.name):
-            self._client.drop_collection(self._find(collection).name, timeout=TIMEOUT_S)
+            self._client.drop_collection(name, timeout=TIMEOUT_S)
 
     def close(self) -> None:
         """Close the connection."""

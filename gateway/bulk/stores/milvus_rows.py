@@ -143,14 +143,14 @@ class MilvusSink:
         self._noted: dict[str, SpaceNote] = {}
         self._ids = KindOfIds()
 
-    def is_empty(self) -> bool:
-        """Return whether the collection is empty or does not exist."""
+    def count(self) -> int:
+        """Return the number of items; 0 if the collection does not exist."""
         found = find_collection(self._client, self._wanted, self._store)
         if found is None:
-            return True
+            return 0
         with refusals(self.name):
             self._client.load_collection(found.name, timeout=TIMEOUT_S)
-        return count_items(self._client, found) == 0
+        return count_items(self._client, found)
 
     def open(self, note: SpaceNote) -> None:
         """Check that the collection can take vectors of this space. If it does not exist, the first write creates it.

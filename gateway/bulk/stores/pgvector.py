@@ -355,12 +355,16 @@ class PgvectorStore:
         with refusals(self.name):
             self._connection.execute(sql.SQL("DROP VIEW {}").format(read_name(view).sql))
 
-    def delete_collection(self, collection: str) -> None:
-        """Delete a table, but keep a sequence that its copy uses."""
+    def delete_collection(self, collection: str, look: Callable[[], None] | None = None) -> None:
+        """Delete a table, but keep a sequence that its copy uses. The table is locked during the look."""
         table = self._table(collection)
         if views := [name for name, means in self.aliases().items() if means == str(table.name)]:
             raise BulkError(f"{table.place} is still in use by the view {quote(views[0])}")
         with refusals(table.place), self._connection.transaction():
+            if look is not None:
+                self._connection.execute(sql.SQL("SET LOCAL lock_timeout = {}").format(sql.Literal(f"{_LOCK_S}s")))
+                self._connection.execute(sql.SQL("LOCK TABLE {} IN EXCLUSIVE MODE").format(table.name.sql))
+                look()
             for (sequence,) in self._connection.execute(_SHARED_SEQUENCES, {"oid": table.oid}).fetchall():
                 self._connection.execute(sql.SQL("ALTER SEQUENCE {} OWNED BY NONE").format(sql.SQL(sequence)))
             self._connection.execute(sql.SQL("DROP TABLE {}").format(table.name.sql))

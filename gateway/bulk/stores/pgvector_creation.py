@@ -19,7 +19,6 @@ from gateway.bulk.stores.pgvector_tables import (
     Table,
     identifier,
     message_of,
-    operator_of,
 )
 from gateway.config.wording import quote
 
@@ -34,6 +33,12 @@ SELECT CASE WHEN polpermissive THEN 'PERMISSIVE' ELSE 'RESTRICTIVE' END,
        polname, ARRAY(SELECT pg_get_userbyid(role)::text FROM unnest(polroles) role WHERE role <> 0),
        pg_get_expr(polqual, polrelid), pg_get_expr(polwithcheck, polrelid)
 FROM pg_policy WHERE polrelid = %s ORDER BY polname
+"""
+
+
+_INDEX_SETTINGS: Final = """
+SELECT CASE WHEN m.amname = 'hnsw' THEN c.reloptions END, pg_get_expr(i.indpred, i.indrelid)
+FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid JOIN pg_am m ON m.oid = c.relam WHERE i.indexrelid = %s::regclass
 """
 
 
@@ -72,7 +77,8 @@ def create_table(connection: Connection, name: Name, store: str, note: SpaceNote
             name.sql, sql.SQL(id_type), identifier(vector), sql.SQL(kind), sql.Literal(note.dimensions)
         )
     )
-    _finish(connection, name, vector, kind, note, _metric(note))
+    write_comment(connection, name, vector, note, None)
+    _create_index(connection, name, vector, kind, note, _metric(note))
 
 
 def create_like(connection: Connection, name: Name, other: Table, note: SpaceNote, vector: Column) -> None:
@@ -83,7 +89,7 @@ def create_like(connection: Connection, name: Name, other: Table, note: SpaceNot
     if name.schema is other.name.schema is None:  # not the first schema of this role's search path, but the original's
         name = Name(name.table, _schema(connection, other.oid))
     kind = vector_type(note.dimensions, other.place)
-    metric = next(key for key, operator in METRICS.items() if operator == operator_of(connection, other, vector))
+    indexes = _indexes_of(connection, other, vector)
     connection.execute(sql.SQL("CREATE TABLE {} (LIKE {} INCLUDING ALL)").format(name.sql, other.name.sql))
     [oid] = connection.execute("SELECT %s::regclass::oid", [name.quoted]).fetchone() or (0,)
     for index, _operators in connection.execute(VECTOR_INDEXES, [oid, vector.name]).fetchall():
@@ -94,7 +100,9 @@ def create_like(connection: Connection, name: Name, other: Table, note: SpaceNot
         )
     )
     copy_grants(connection, other.oid, name)
-    _finish(connection, name, vector.name, kind, note, metric, vector.comment)
+    write_comment(connection, name, vector.name, note, vector.comment)
+    for metric, settings in indexes:
+        _create_index(connection, name, vector.name, kind, note, metric, settings)
     _copy_row_security(connection, other, name)  # last: it may give the table to another owner
 
 
@@ -113,6 +121,7 @@ def replace_view(connection: Connection, oid: int, table: Name) -> None:
     given = sql.SQL(f" WITH ({', '.join(options)})" if options else "")  # such as security_invoker=true
     connection.execute(sql.SQL("CREATE VIEW {}{} AS SELECT * FROM {}").format(name.sql, given, table.sql))
     copy_grants(connection, oid, name)
+    _copy_view_comments(connection, oid, name)
     if owner != mine:
         may_read = "SELECT has_table_privilege(%s, to_regclass(%s), 'SELECT')"
         if connection.execute(may_read, [owner, table.quoted]).fetchone() != (True,):
@@ -121,6 +130,20 @@ def replace_view(connection: Connection, oid: int, table: Name) -> None:
             )
         connection.execute(sql.SQL("ALTER VIEW {} OWNER TO {}").format(name.sql, identifier(owner)))
     connection.execute(sql.SQL("DROP VIEW {}").format(Name(spare, name.schema).sql))
+
+
+def _copy_view_comments(connection: Connection, oid: int, name: Name) -> None:
+    """Copy the comments of a view and of its columns to another view with the same columns."""
+    query = """
+        SELECT a.attname, d.description
+        FROM pg_description d LEFT JOIN pg_attribute a ON a.attrelid = d.objoid AND a.attnum = d.objsubid AND a.attnum > 0
+        WHERE d.objoid = %s AND d.classoid = 'pg_class'::regclass
+    """
+    for column, comment in connection.execute(query, [oid]).fetchall():
+        target = sql.SQL("VIEW {}").format(name.sql)
+        if column is not None:
+            target = sql.SQL("COLUMN {}.{}").format(name.sql, identifier(column))
+        connection.execute(sql.SQL("COMMENT ON {} IS {}").format(target, sql.Literal(comment)))
 
 
 def copy_grants(connection: Connection, oid: int, name: Name) -> None:
@@ -194,22 +217,37 @@ def add_vector(connection: Connection, table: Table, vector: str, note: SpaceNot
             table.name.sql, identifier(vector), sql.SQL(kind), sql.Literal(note.dimensions)
         )
     )
-    _finish(connection, table.name, vector, kind, note, _metric(note))
+    write_comment(connection, table.name, vector, note, None)
+    _create_index(connection, table.name, vector, kind, note, _metric(note))
 
 
 def _metric(note: SpaceNote) -> str:
     return "cosine" if note.is_normalized else "ip"
 
 
-def _finish(
-    connection: Connection, name: Name, vector: str, kind: str, note: SpaceNote, metric: str, comment: str | None = None
+def _indexes_of(connection: Connection, table: Table, vector: Column) -> list[tuple[str, str]]:
+    """Return the metric of each index of a column of vectors, and its settings and condition as SQL.
+
+    An index of another kind becomes hnsw with default settings: ivfflat takes its lists from the rows that exist when it is
+    created, so in an empty table it would find few neighbors.
+    """
+    found = {}
+    for index, operators in connection.execute(VECTOR_INDEXES, [table.oid, vector.name]).fetchall():
+        metric = next((metric for metric in METRICS if f"_{metric}_" in operators), "cosine")
+        [options, condition] = connection.execute(_INDEX_SETTINGS, [index]).fetchone() or (None, None)
+        settings = f" WITH ({', '.join(options)})" if options else ""
+        found[metric, condition] = settings + (f" WHERE {condition}" if condition else "")
+    return [(metric, settings) for (metric, _condition), settings in found.items()]
+
+
+def _create_index(
+    connection: Connection, name: Name, vector: str, kind: str, note: SpaceNote, metric: str, settings: str = ""
 ) -> None:
-    """Write the note of a column, and create its index if pgvector supports one."""
-    write_comment(connection, name, vector, note, comment)
+    """Create an index of a column of vectors, if pgvector supports one of that width."""
     if note.dimensions <= _MAX_INDEXED[kind]:
         connection.execute(
-            sql.SQL("CREATE INDEX ON {} USING hnsw ({} {})").format(
-                name.sql, identifier(vector), sql.SQL(f"{kind}_{metric}_ops")
+            sql.SQL("CREATE INDEX ON {} USING hnsw ({} {}){}").format(
+                name.sql, identifier(vector), sql.SQL(f"{kind}_{metric}_ops"), sql.SQL(settings)
             )
         )
 

@@ -68,14 +68,14 @@ class PgvectorSink:
     def _connection(self) -> Connection:
         return self._session.connection
 
-    def is_empty(self) -> bool:
-        """Return whether the table is empty or does not exist."""
+    def count(self) -> int:
+        """Return the number of rows; 0 if the table does not exist."""
         with refusals(self.name):
             table = find_table(self._connection, self._name, self._store, self._id_column)
             if table is None:
-                return True
-            query = sql.SQL("SELECT NOT EXISTS (SELECT FROM {})").format(table.name.sql)
-            return self._connection.execute(query).fetchone() == (True,)
+                return 0
+            query = sql.SQL("SELECT count(*) FROM {}").format(table.name.sql)
+            return int((self._connection.execute(query).fetchone() or (0,))[0])
 
     def open(self, note: SpaceNote) -> None:
         """Check that the table can take vectors of this space. If it does not exist, the first write creates it.

@@ -155,6 +155,7 @@ class CollectionInfo:
         widths: the widths of its dense vectors by name; a single unnamed vector has the name ``""``.
         notes: the gateway's notes of their spaces, by the same names.
         identity: a value that a later collection of the same name does not have; empty if the store has none.
+        has_auto_id: the store makes the ids of new items, and accepts none from applications.
     """
 
     name: str
@@ -162,6 +163,7 @@ class CollectionInfo:
     widths: Mapping[str, int]
     notes: Mapping[str, SpaceNote]
     identity: str = ""
+    has_auto_id: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -324,8 +326,12 @@ class MovableStore(Store, Protocol):
     def delete_alias(self, name: str) -> None:
         """Delete an alias, but not its collection."""
 
-    def delete_collection(self, collection: str) -> None:
+    def delete_collection(self, collection: str, look: Callable[[], None] | None = None) -> None:
         """Delete a collection and its items, by its real name.
+
+        Args:
+            look: is called right before the deletion, and raises an error to prevent it. No other program can write into
+                the collection between both, where the store has locks.
 
         Raises:
             BulkError: an alias still points to the collection.

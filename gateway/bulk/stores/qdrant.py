@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Final
@@ -256,8 +256,8 @@ class QdrantStore:
         delete = models.DeleteAliasOperation(delete_alias=models.DeleteAlias(alias_name=name))
         self._connection.call(lambda client: client.update_collection_aliases([delete]), name)
 
-    def delete_collection(self, collection: str) -> None:
-        """Delete a collection by its real name."""
+    def delete_collection(self, collection: str, look: Callable[[], None] | None = None) -> None:
+        """Delete a collection by its real name, right after the look."""
         aliases = self.aliases()
         if collection in aliases:
             raise BulkError(f"{collection!r} is an alias of {aliases[collection]!r}, not a collection")
@@ -265,6 +265,8 @@ class QdrantStore:
             raise BulkError(
                 f"the alias {meaning[0]!r} still points to the collection {collection!r}; point it to another one first"
             )
+        if look is not None:
+            look()
         self._connection.call(lambda client: client.delete_collection(collection), collection)
 
     def _vector_to_read(self, known: Sequence[str], collection: str, requested: str | None) -> str:

@@ -49,11 +49,11 @@ class QdrantSink:
         """The collection's URL, without secrets."""
         return self._connection.place.named(self._collection)
 
-    def is_empty(self) -> bool:
-        """Return whether the collection does not exist, or has no points."""
+    def count(self) -> int:
+        """Return the number of points; 0 if the collection does not exist."""
         if not self._call(lambda client: client.collection_exists(self._collection)):
-            return True
-        return self._call(lambda client: client.count(self._collection, exact=True)).count == 0
+            return 0
+        return self._call(lambda client: client.count(self._collection, exact=True)).count
 
     def open(self, note: SpaceNote) -> None:
         """Create the collection if it does not exist, and check that it can take vectors of this space.

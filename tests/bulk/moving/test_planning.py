@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from pymilvus import DataType, MilvusClient
 from rich.console import Console
 
 from gateway.bulk.moving.mem0 import read_mem0
@@ -180,3 +181,26 @@ async def test_a_misspelled_field_of_times_is_named(
     assert move.pairs[0].changed_at == "updated_at", "the same command again may correct it"
     move = await start(request_for(any_shop), tmp_path, console)
     assert move.pairs[0].changed_at == "updated_at"
+
+
+async def test_a_collection_whose_ids_milvus_makes_is_refused_without_consent(
+    milvus_file: Path, models: Models, tmp_path: Path, console: Console
+) -> None:
+    """The copy keeps the ids, and applications that give none could no longer write."""
+    name = f"auto_{uuid.uuid4().hex[:8]}"
+    with closing(MilvusClient(str(milvus_file))) as client:
+        schema = client.create_schema(auto_id=True, enable_dynamic_field=True)
+        schema.add_field("pk", DataType.INT64, is_primary=True, auto_id=True)
+        schema.add_field("vector", DataType.FLOAT_VECTOR, dim=8)
+        indexes = client.prepare_index_params()
+        indexes.add_index("vector", index_type="AUTOINDEX", metric_type="COSINE")
+        client.create_collection(name, schema=schema, index_params=indexes)
+        vector = vector_of("old", "word1 text").tolist()
+        client.insert(name, [{"text": f"word1 text {n}", "vector": vector} for n in range(3)])
+    shop = Shop(f"milvus:{milvus_file}", name)
+    with pytest.raises(BulkError, match=rf"{name} has auto_id, .* rejects items without an id\. .* --without-auto-id"):
+        await start(request_for(shop), tmp_path, console)
+
+    move = await start(request_for(shop, without_auto_id=True), tmp_path, console)
+
+    assert copy_of(shop, move).content() == shop.content()

@@ -10,7 +10,7 @@ import numpy as np
 
 from gateway.bulk.fields import FieldNames
 from gateway.bulk.places import open_store, read_place
-from gateway.bulk.rows import BadRow, EmbeddedRows, Json, Row, RowId, SpaceNote
+from gateway.bulk.rows import BadRow, CountedSink, EmbeddedRows, Json, Row, RowId, SpaceNote
 from gateway.bulk.stores.protocol import SinkOptions, Store
 from gateway.types import SparseVector
 
@@ -59,11 +59,12 @@ def name_of(url: str) -> str:
     return place.collection
 
 
-def is_empty(url: str) -> bool:
-    """Return whether a sink says that it is empty."""
+def count(url: str) -> int:
+    """Return the number of rows, as a sink says it."""
     store, collection = open_url(url)
     with closing(store), closing(store.sink(collection, SinkOptions())) as sink:
-        return sink.is_empty()
+        assert isinstance(sink, CountedSink)
+        return sink.count()
 
 
 def write(

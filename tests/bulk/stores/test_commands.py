@@ -17,6 +17,8 @@ from typer.testing import CliRunner
 
 from gateway.backends.fake import FakeBackend, fake_info
 from gateway.bulk.places import open_movable, read_place
+from gateway.bulk.rows import BulkError, EmbeddedRows, RowId
+from gateway.bulk.stores.qdrant_sink import QdrantSink
 from gateway.cli.main import app
 from gateway.deployment import Deployment
 from tests.bulk.stores.rows import by_id, name_of
@@ -170,10 +172,73 @@ def test_a_sink_that_was_emptied_since_is_not_taken_for_complete(kind: str) -> N
     shutil.rmtree("store")
     emptied = embed("docs.jsonl", "--to", sink)
     assert emptied.exit_code == 1
-    assert f"{sink} is empty, but " in emptied.stderr
-    assert "it has 5 rows of this job: embed all of them again with --restart" in emptied.stderr
-    assert embed("docs.jsonl", "--to", sink, "--restart").exit_code == 0
+    assert f"{sink} has 0 rows, but " in emptied.stderr
+    assert "it has 5 rows of this job, so it has lost 5, or a program has deleted them" in emptied.stderr
+    restarted = embed("docs.jsonl", "--to", sink, "--restart")
+    assert restarted.exit_code == 0
+    assert "--restart forgot" not in restarted.stdout
     assert len(by_id(sink)) == 5
+
+
+def delete(url: str, *ids: RowId) -> None:
+    place = read_place(url)
+    assert place is not None
+    with closing(open_movable(place)) as store:
+        store.delete_ids(place.collection, ids)
+
+
+def test_a_sink_that_lost_some_rows_is_not_taken_for_complete(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the job continues, and when it ends."""
+    sink = "qdrant:./store#docs"
+    write, num_writes = QdrantSink.write, 0
+
+    def lose(self: QdrantSink, shard: int, batch: EmbeddedRows) -> None:
+        nonlocal num_writes
+        num_writes += 1
+        if num_writes == 3:
+            self._remove(["d0", "d1"])
+            raise BulkError("the store has gone away")
+        write(self, shard, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(QdrantSink, "write", lose)
+        assert "gone away" in embed("docs.jsonl", "--to", sink, "--shard-rows", "1").stderr
+    lost = embed("docs.jsonl", "--to", sink, "--shard-rows", "1")
+    assert (lost.exit_code, list(by_id(sink))) == (1, [])
+    assert f"{sink} has 0 rows, but " in lost.stderr
+    assert "it has 2 rows of this job, so it has lost 2, or a program has deleted them" in lost.stderr
+
+    with monkeypatch.context() as patch:
+        num_writes = -10
+        patch.setattr(QdrantSink, "write", lambda self, *a: (write(self, *a), self._remove(["d3"]))[0])
+        lost = embed("docs.jsonl", "--to", sink, "--restart")
+    assert lost.exit_code == 1
+    assert "has 4 rows, but " in lost.stderr
+    assert embed("docs.jsonl", "--to", sink).exit_code == 1
+    assert embed("docs.jsonl", "--to", sink, "--restart").exit_code == 0
+    assert by_id(sink) == EXPECTED
+
+
+@pytest.mark.parametrize("kind", ["qdrant", "lancedb"])
+def test_rows_of_a_forgotten_job_that_stay_are_counted(kind: str) -> None:
+    sink = f"{kind}:./store#docs"
+    assert embed("docs.jsonl", "--to", sink).exit_code == 0
+    lines = [json.dumps({"id": f"d{n}", "text": f"new text {n}"}) for n in (0, 1, 100)]
+    Path("docs.jsonl").write_text("\n".join(lines))
+
+    restarted = embed("docs.jsonl", "--to", sink, "--restart")
+
+    assert restarted.exit_code == 0
+    assert "3 rows of the job that --restart forgot are still there" in " ".join(restarted.stdout.split())
+    assert len(by_id(sink)) == 6
+    shown = json.loads(embed("docs.jsonl", "--to", sink, "--json").stdout)
+    assert (shown["rows"], shown["stale_rows"]) == (3, 3)
+    Path("docs.jsonl").write_text(lines[0])
+    again = embed("docs.jsonl", "--to", sink, "--restart")
+    assert "5 rows of the job that --restart forgot" in again.stdout
+    if kind == "qdrant":
+        delete(sink, "d2", "d3", "d4", "d100", "d1")
+        assert "--restart forgot" not in embed("docs.jsonl", "--to", sink).stdout
 
 
 @pytest.mark.parametrize("kind", ["qdrant", "lancedb", "chroma"])

@@ -13,7 +13,7 @@ import pytest
 from gateway.bulk.places import open_movable, read_place
 from gateway.bulk.rows import BulkError
 from gateway.bulk.stores.protocol import CollectionInfo
-from tests.bulk.stores.rows import is_empty, read
+from tests.bulk.stores.rows import count, read
 
 HTTP = b"HTTP/1.1 %s\r\nContent-Type: text/html\r\nContent-Length: 4\r\n\r\nboom"
 RESPONSES: dict[str, bytes | None] = {
@@ -105,7 +105,7 @@ def test_a_server_that_is_not_a_store_is_one_error(kind: str, response: str) -> 
     with serving(RESPONSES[response]) as port:
         store = f"{kind}://127.0.0.1:{port}"
         url = f"{store}/shop/docs" if kind == "pgvector" else f"{store}/docs"
-        problems = [problem_of(lambda: read(url)), problem_of(lambda: is_empty(url))]
+        problems = [problem_of(lambda: read(url)), problem_of(lambda: count(url))]
         if kind != "chroma":
             problems.append(problem_of(lambda: describe(url)))
     for problem in problems:

@@ -541,6 +541,7 @@ def test_a_flipped_view_keeps_its_schema_owner_and_options(url: str, postgres: s
     sql.execute(
         "DROP SCHEMA IF EXISTS postgres CASCADE; CREATE SCHEMA postgres; DROP ROLE IF EXISTS app; CREATE ROLE app LOGIN;"
         "ALTER TABLE docs_1 OWNER TO app; CREATE VIEW public.docs WITH (security_invoker=true) AS SELECT * FROM docs_1;"
+        "COMMENT ON VIEW docs IS 'of the shop''s app'; COMMENT ON COLUMN docs.payload IS 'all of it';"
         "ALTER VIEW docs OWNER TO app; GRANT ALL ON SCHEMA public TO app"
     )
     write(url.replace("docs", "docs_2"), [row(2, "new")], WIDE, SinkOptions(like="docs_1"))
@@ -559,6 +560,8 @@ def test_a_flipped_view_keeps_its_schema_owner_and_options(url: str, postgres: s
             "WHERE oid = to_regclass('docs')"
         ).fetchall()
         assert found == [("public", "app", ["security_invoker=true"])]
+        assert value(sql, "SELECT obj_description('docs'::regclass)") == "of the shop's app"
+        assert value(sql, "SELECT col_description('docs'::regclass, 3)") == "all of it"
         assert value(sql, "SELECT to_regclass('public.docs_2') IS NOT NULL")
         with psycopg.connect(postgres, autocommit=True) as application:
             application.execute("SET ROLE app")
@@ -794,6 +797,29 @@ def test_a_copy_of_a_table_with_an_index_of_an_expression_takes_vectors_of_anoth
     metric = next((metric for metric in ("l2", "ip") if f"_{metric}_" in index), "cosine")
     assert indexes.endswith(f"USING hnsw (v vector_{metric}_ops)")
     assert ";" not in indexes
+
+
+@pytest.mark.parametrize(
+    ("indexes", "expected"),
+    [
+        (
+            ["hnsw (v vector_cosine_ops) WITH (m=32, ef_construction=200) WHERE n > 3", "hnsw (v vector_l2_ops)"],
+            ["hnsw (v vector_cosine_ops) WITH (m='32', ef_construction='200') WHERE (n > 3)", "hnsw (v vector_l2_ops)"],
+        ),
+        ([], []),
+    ],
+)
+def test_a_copy_has_the_settings_of_the_indexes(
+    indexes: list[str], expected: list[str], url: str, sql: psycopg.Connection
+) -> None:
+    sql.execute("CREATE TABLE docs (id bigint PRIMARY KEY, v vector(4), text text, n int)")
+    for index in indexes:
+        sql.execute(f"CREATE INDEX ON docs USING {index}")  # type: ignore[arg-type]
+
+    write(url.replace("docs", "new"), [row(1, "a")], WIDE, SinkOptions(like="docs"))
+
+    found = sql.execute("SELECT indexdef FROM pg_indexes WHERE tablename = 'new' AND indexdef ~ '[(]v ' ORDER BY 1")
+    assert [definition.partition("USING ")[2] for (definition,) in found] == expected
 
 
 @contextmanager
