@@ -183,9 +183,7 @@ SIMULATIONS = (
             for kind in DRAWS
         ]
         + [
-            Case(
-                f"{arms} arms, 50 to 1,000 queries", kind, partial(says_a_difference_at_any_size, kind, arms), 300, 60
-            )
+            Case(f"{arms} arms, 50 to 1,000 queries", kind, partial(says_a_difference_at_any_size, kind, arms), 300, 60)
             for arms in (3, 6)
             for kind in DRAWS
         ],

@@ -84,6 +84,7 @@ class Pages:
             auto_reload=False,
         )
         self._environment.filters.update(words.FILTERS)
+        self._is_compiled = False
         self._files = {
             path.name: StaticFile(path.read_bytes(), _MEDIA_TYPES[path.suffix])
             for path in sorted((HERE / "static").iterdir())
@@ -94,6 +95,9 @@ class Pages:
 
         async def guarded(request: Request) -> Response:
             context = RequestContext.of(request)
+            if not self._is_compiled:
+                # A quarter of a second of work, so it is not done at each start, and not on the event loop.
+                await asyncio.to_thread(self._compile)
             try:
                 if request.method == "POST":
                     check_origin(request)
@@ -113,6 +117,12 @@ class Pages:
             return response
 
         return guarded
+
+    def _compile(self) -> None:
+        """Compile all templates, which the environment keeps."""
+        for name in self._environment.list_templates():
+            self._environment.get_template(name)
+        self._is_compiled = True
 
     def render(self, request: Request, template: str, status: int = 200, **values: object) -> Response:
         """Return a page."""

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import math
 import threading
+import weakref
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import pytest
 
-from gateway.engine.model.tokenizer import Steps
+from gateway.engine.model.tokenizer import SHORT_CHARS, Steps
 from gateway.engine.scheduler import RequestHandle
 from gateway.engine.tokenizer_pool import LONG_STEP_CHARS, TokenizerPool, TokenizeTask
 from gateway.errors import ContextLengthExceeded, DeadlineExceeded, RequestError
@@ -30,8 +31,14 @@ class Readings:
         self._tokenizers = room
         self.order: list[str] = []
 
-    def begin(self, name: str, caller: str, sizes: list[int], handle: RequestHandle | None = None) -> TokenizeTask:
-        return self._tokenizers.begin(handle or RequestHandle(caller, math.inf), self._steps(name, sizes))
+    def begin(
+        self, name: str, caller: str, sizes: list[int], handle: RequestHandle | None = None, *, may_be_now: bool = False
+    ) -> TokenizeTask:
+        steps = self._steps(name, sizes)
+        return self._tokenizers.begin(handle or RequestHandle(caller, math.inf), steps, may_be_now=may_be_now)
+
+    async def read(self, steps: Steps[Any]) -> Any:
+        return await self._tokenizers.begin(RequestHandle("caller", math.inf), steps).done
 
     def _steps(self, name: str, sizes: list[int]) -> Steps[str]:
         for size in sizes:
@@ -57,6 +64,31 @@ async def held(gate: Gate) -> AsyncIterator[Readings]:
     assert await becomes(lambda: room.is_empty)
     room.close()
     assert await asyncio.to_thread(room.join, PATIENCE_S)
+
+
+async def test_short_steps_run_on_the_event_loop_only_until_they_are_as_long_as_a_short_text(
+    held: Readings, gate: Gate
+) -> None:
+    size = SHORT_CHARS // 3 + 1  # two of them, not three
+    task = held.begin("a", "caller", [size] * 4, may_be_now=True)
+
+    assert held.order == ["a"] * 2
+    gate.open()
+    assert await task.done == "a"
+
+
+async def test_the_result_of_a_task_is_not_kept_by_the_thread(held: Readings, gate: Gate) -> None:
+    class Result:
+        """What a tokenizer returns, whose release shows."""
+
+    def steps() -> Steps[Result]:
+        yield 1
+        return Result()
+
+    gate.open()
+    result = weakref.ref(await held.read(steps()))
+
+    assert await becomes(lambda: result() is None)
 
 
 async def test_one_text_behind_many_requests_of_another_caller_waits_for_one_of_them(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import weakref
 
 import pytest
 
@@ -108,6 +109,28 @@ async def test_a_turn_that_comes_as_its_client_goes_is_passed_on(turns: Turns) -
 
     assert work.done[-1] == "b1"
     assert await turns.run("d", 1, lambda: 1) == 1
+
+
+async def test_clients_that_came_once_are_forgotten_while_others_keep_it_busy(turns: Turns) -> None:
+    class Name(str):
+        """A client's name, whose release shows."""
+
+    work = Recorder(turns)
+    held = await work.hold()
+    names = [Name(f"client {i}") for i in range(500)]
+    known = [weakref.ref(name) for name in names]
+    tasks = [asyncio.create_task(turns.run(names.pop(), 1, lambda: None)) for _ in range(500)]
+    tasks += [work.add("z", 10) for _ in range(2)]
+    last = Recorder(turns)
+    tasks.append(asyncio.create_task(turns.run("z", 10, lambda: last.may_go_on.wait(10) and None)))
+    await asyncio.sleep(0)
+    work.may_go_on.set()
+    await asyncio.gather(held, *tasks[:-1])
+
+    del tasks[:-1]
+    assert not any(name() for name in known)
+    last.may_go_on.set()
+    await tasks[0]
 
 
 async def test_clients_that_came_once_are_forgotten(turns: Turns) -> None:
