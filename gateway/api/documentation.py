@@ -97,6 +97,7 @@ def document(app: FastAPI, deployment: Deployment, *, needs_key: bool) -> None:
             if labeler := next((info.id for info in infos if info.kind is ModelKind.CLASSIFY), None):
                 paths[_PREDICT.path] = _PREDICT.operation(labeler)
             paths["/v1/classify"] = _with_examples(paths["/v1/classify"], _classify_examples(infos))
+            paths["/v1/tokenize"] = _with_examples(paths["/v1/tokenize"], {model: {"model": model, "input": _TEXT}})
             for path in ("/v1/rerank", "/v2/rerank", "/rerank"):
                 paths[path] = _with_examples(paths[path], _rerank_examples(infos))
         for path, operations in paths.items():
@@ -144,7 +145,7 @@ def _embed_examples(model: str, infos: list[ModelInfo]) -> Iterator[tuple[str, S
 
 
 def _rerank_examples(infos: list[ModelInfo]) -> dict[str, Schema]:
-    rankers = [info.id for info in infos if info.kind is ModelKind.RERANK]
+    rankers = [info.id for info in infos if info.kind is ModelKind.RERANK or info.rerank]
     documents = ["Paris is the capital of France.", "A cat sat on a mat."]
     return {
         model: {"model": model, "query": "What is the capital of France?", "documents": documents} for model in rankers

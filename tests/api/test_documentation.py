@@ -37,7 +37,7 @@ async def test_every_example_is_answered(connect: Connect) -> None:
                 tried.append(path)
 
     assert tried.count("/v1/embeddings") >= 3
-    assert {"/tei/{model}/embed", "/api/embed", "/openai/deployments/{model}/embeddings"} <= set(tried)
+    assert {"/v1/tokenize", "/tei/{model}/embed", "/api/embed", "/openai/deployments/{model}/embeddings"} <= set(tried)
 
 
 INPUTS = [
