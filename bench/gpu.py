@@ -36,7 +36,7 @@ from bench.machine import describe_machine
 from bench.processes import RESULTS
 from bench.report import goals_table, note, update_page
 from bench.stats import median, median_ratio, percentile
-from gateway.engine.accumulation import keep_sums_in_float32
+from gateway.engine.accumulation import ACCUMULATION, keep_sums_in_float32
 
 
 @dataclass(frozen=True, slots=True)
@@ -363,9 +363,9 @@ def main() -> None:
     torch.set_num_threads(1)  # what is left for the CPU is small, and threads would only wait for each other
     keep_sums_in_float32()
     default = ("float32",) if device.type == "cpu" else ("float16", "bfloat16")
-    torch.backends.cuda.matmul.allow_fp16_accumulation = options.fp16_accumulation
     dtypes = [getattr(torch, name) for name in options.dtype or default]
-    findings = measure(device, dtypes, TINY if options.tiny else FULL)
+    with ACCUMULATION.forward(in_float16=options.fp16_accumulation):
+        findings = measure(device, dtypes, TINY if options.tiny else FULL)
     markdown = findings.markdown()
     print(markdown)
     RESULTS.mkdir(exist_ok=True)

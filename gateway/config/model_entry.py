@@ -138,9 +138,10 @@ class ModelEntry(Frozen):
     )
     fp16_accumulation: bool = Field(
         default=False,
-        description="Whether float16 matrix products accumulate in float16: up to twice as fast on GeForce cards, no gain "
-        "on others, and less exact. Needs `golden`; refused if the golden vectors leave their tolerance. While a model "
-        "without it computes, this one is also exact, and slower: set it for all float16 models or for none.",
+        description="Whether float16 matrix products accumulate in float16, except the longest sums, those of the "
+        "feed-forward's second product: faster on GeForce cards, no gain on others, and less exact. Needs `golden`; refused "
+        "if the golden vectors leave their tolerance. While a model without it computes, this one is also exact, and slower: "
+        "set it for all float16 models or for none.",
     )
     merge_adapters: bool | None = Field(
         default=None,

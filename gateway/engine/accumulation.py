@@ -8,10 +8,14 @@ accumulate in float32, which is slower and more exact.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 
 import torch
+from torch import nn
+
+_NOTHING = nullcontext()
 
 
 def keep_sums_in_float32() -> None:
@@ -44,6 +48,10 @@ class Accumulation:
         finally:
             self._count(in_float16, -1)
 
+    def exact(self) -> AbstractContextManager[None]:
+        """Let the products of a part of a forward accumulate in float32, whatever the forward allows."""
+        return self.forward(in_float16=False) if self._num_running[True] else _NOTHING
+
     def _count(self, in_float16: bool, change: int) -> None:
         with self._lock:
             self._num_running[in_float16] += change
@@ -53,3 +61,20 @@ class Accumulation:
 
 ACCUMULATION = Accumulation()
 """The counter of this process."""
+
+
+def keep_long_sums_exact(model: nn.Module, width: int) -> None:
+    """Let the products of a model that add up more than ``width`` numbers accumulate in float32, in every forward.
+
+    These are the second products of the feed-forwards. Their sums are the longest, and so lose the most in float16, or
+    overflow (llama.cpp#26044).
+    """
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, torch.Tensor) and weight.ndim == 2 and weight.shape[1] > width:
+            module.forward = partial(_compute_exactly, module.forward)
+
+
+def _compute_exactly(forward: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    with ACCUMULATION.exact():
+        return forward(x)

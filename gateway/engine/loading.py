@@ -139,7 +139,7 @@ class LoadPlan:
             dtype=self.dtype,
             runtime=self.entry.runtime,
             merges_adapters=self.entry.merge_adapters,
-            may_capture=not self.entry.fp16_accumulation,
+            accumulates_in_float16=self.entry.fp16_accumulation,
             max_tokens=self.max_tokens,
             threads=threads,
             tasks=self.tasks,
@@ -226,7 +226,6 @@ def load_engine(plan: LoadPlan, settings: Settings, *, checks_golden: bool = Tru
         built = on_card(device, _BUILD_LIMIT_S, partial(build_encoders, plan.checkpoint, options))
         for encoder in built:
             encoder.device = device
-            encoder.accumulates_in_float16 = plan.entry.fp16_accumulation
         for encoder in built:
             _prepare(encoder, plan, golden, settings.forward_timeout_s)
         encoders += built
@@ -254,7 +253,8 @@ def load_reference(plan: LoadPlan) -> Encoder:
     """
     device = place_reference(plan.checkpoint, plan.device, min(plan.max_tokens, _REFERENCE_TOKENS))
     options = plan.build_options(device, choose_cpu_threads(0, "torch"))
-    [encoder] = build_encoders(plan.checkpoint, replace(options, dtype="float32", runtime="reference"))
+    options = replace(options, dtype="float32", runtime="reference", accumulates_in_float16=False)
+    [encoder] = build_encoders(plan.checkpoint, options)
     return encoder
 
 

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from gateway.config.registry import ModelEntry
+from gateway.engine.devices import CpuThreads
+from gateway.engine.loading import plan_load
 from gateway.engine.model import encoder as encoder_module
 from gateway.engine.model import heads
+from gateway.engine.model.build import build_encoders
 from gateway.engine.model.encoder import Encoder
 from gateway.engine.model.items import Encoded, Item
 from gateway.types import Output, Truncate
@@ -106,3 +113,40 @@ def test_products_accumulate_in_float16_only_while_a_batch_is_launched(
 
 def test_only_a_card_that_need_not_wait_works_ahead(m3: Path, load: Load) -> None:
     assert not load(m3, "packed").encoder.works_ahead
+
+
+class Products(TorchDispatchMode):
+    """Notes for each product how many numbers its sums have, and whether they may accumulate in float16."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[tuple[int, bool]] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name in ("linear", "mm", "addmm", "addmm_"):
+            rows = args[name.startswith("addmm")]
+            self.seen.add((rows.shape[-1], torch.backends.cuda.matmul.allow_fp16_accumulation))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("runtime", ["packed", "torch"])
+@pytest.mark.parametrize("model", ["m3", "jina"])
+def test_the_longest_sums_never_accumulate_in_float16(request: pytest.FixtureRequest, model: str, runtime: str) -> None:
+    """Those of the feed-forward's second products: of 96 numbers in these models, whose states have 64."""
+    plan = plan_load(ModelEntry(id="tiny", source=str(request.getfixturevalue(model)), device="cpu", enabled=True))
+    options = plan.build_options("cpu", CpuThreads(1, 1))
+    options = replace(options, dtype="float32", runtime=runtime, accumulates_in_float16=True)
+    [encoder] = build_encoders(plan.checkpoint, options)
+    encoder.device = "cuda:0"
+    items = [Item(row) for row in encoder.tokenize(TEXTS, None, Truncate.END)]
+
+    with Products() as products:
+        encoder.encode(items)
+    found, products.seen = products.seen, set()
+    with products:
+        encoder.encode_exactly(items)
+
+    assert {(64, True), (96, False)} <= found
+    assert (96, True) not in found
+    assert not any(is_in_float16 for _length, is_in_float16 in products.seen)

@@ -133,8 +133,7 @@ def test_golden_vectors_of_a_cpu_are_valid_here(jina: Path) -> None:
 
 
 def test_products_that_accumulate_in_float16_do_so_only_for_their_model(m3: Path, cosines: Cosines) -> None:
-    exact, fast = on_card(m3, "float16"), on_card(m3, "float16", may_capture=False)
-    fast.encoder.accumulates_in_float16 = True
+    exact, fast = on_card(m3, "float16"), on_card(m3, "float16", accumulates_in_float16=True)
 
     assert cosines(fast.vectors(TEXTS), exact.vectors(TEXTS)).min() > 0.999
     assert torch.backends.cuda.matmul.allow_fp16_accumulation is False

@@ -468,7 +468,7 @@ def test_a_tuned_model_that_differs_is_served_untuned(
 def test_products_that_add_up_in_float16_are_kept_out_of_graphs(jina: Path) -> None:
     entry = ModelEntry(id="tiny", source=str(jina), device="cpu", enabled=True, fp16_accumulation=True)
 
-    assert not plan_load(entry).build_options("cpu", CpuThreads(1, 1)).may_capture
+    assert plan_load(entry).build_options("cpu", CpuThreads(1, 1)).accumulates_in_float16
 
 
 def test_a_model_can_be_untuned(jina: Path, load: Load, monkeypatch: pytest.MonkeyPatch) -> None:

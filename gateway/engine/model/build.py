@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import structlog
 
 from gateway.config.wording import cut
-from gateway.engine.accumulation import ACCUMULATION
+from gateway.engine.accumulation import ACCUMULATION, keep_long_sums_exact
 from gateway.engine.checkpoint.read import Checkpoint
 from gateway.engine.checkpoint.sources import file_sha256
 from gateway.engine.compiled_cache import CompiledCache, describe_engine, key_of
@@ -55,7 +55,8 @@ class BuildOptions:
         runtime: ``auto``, ``torch``, ``openvino``; or, whatever the device, ``reference`` (torch, padded) or ``packed``.
         max_tokens: the longest text; at most the checkpoint's own limit.
         merges_adapters: whether to merge weights for each adapter if texts are packed; ``None``: if the memory allows it.
-        may_capture: whether small batches on a card may be computed as graphs, whose products accumulate in float32.
+        accumulates_in_float16: whether matrix products on a card may accumulate in float16. Then small batches are not
+            computed as graphs, whose products accumulate in float32.
         max_query_tokens: the longest query, if queries and documents are treated differently.
         threads: how a model on the CPU uses its cores.
         tasks: instruction of each task.
@@ -75,7 +76,7 @@ class BuildOptions:
     compiled_folder: Path | None = None
     max_query_tokens: int = 2**62
     merges_adapters: bool | None = None
-    may_capture: bool = True
+    accumulates_in_float16: bool = False
 
 
 def build_encoders(checkpoint: Checkpoint, options: BuildOptions) -> list[Encoder]:
@@ -111,6 +112,7 @@ def build_encoders(checkpoint: Checkpoint, options: BuildOptions) -> list[Encode
         )
         if isinstance(encoder, QueryTableEncoder) and table is not None:
             encoder.query_table = table
+        encoder.accumulates_in_float16 = options.accumulates_in_float16
         # Padded texts, and SPLADE's head, wait for the card between its kernels.
         encoder.works_ahead = runtime.name == "torch-packed" and options.device != "cpu" and checkpoint.splade is None
         encoders.append(encoder)
@@ -145,6 +147,8 @@ def _build_runtimes(checkpoint: Checkpoint, options: BuildOptions, tokenizer: To
         if runtimes:
             return runtimes
     model, mask = _load_model(checkpoint, options, options.dtype)
+    if options.accumulates_in_float16:
+        keep_long_sums_exact(model, checkpoint.hidden_width)
     reference = PaddedRuntime(model, mask)
     if runtime == "torch-packed":
         return [_try_packed(checkpoint, options, tokenizer, model, mask) or reference]
@@ -195,7 +199,7 @@ def _tune(packed: PackedRuntime, options: BuildOptions, problem: Callable[[], st
     from gateway.engine.model.runtimes.tuning import tune, untune
 
     try:
-        tune(packed, captures=options.may_capture)
+        tune(packed, captures=not options.accumulates_in_float16)
         # A graph computes a shape only from the second time on.
         message = problem() or problem()
     except Exception as error:  # a kernel or a graph may raise anything; torch computes without them

@@ -23,6 +23,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from gateway.engine.accumulation import ACCUMULATION
 from gateway.engine.model.adapters import AdapterMask
 from gateway.engine.model.runtimes.flash import Texts, attend
 from gateway.engine.model.runtimes.low_rank import (
@@ -147,8 +148,7 @@ class Layer:
         return self.activation(self.up(x, choice))
 
     def merged(self, adapter: int) -> Layer:
-        names = ("qkv", "out", "up", "down")
-        return replace(self, **{name: getattr(self, name).merged(adapter) for name in names})
+        return replace(self, **{name: getattr(self, name).merged(adapter) for name in ("qkv", "out", "up", "down")})
 
 
 @dataclass(frozen=True, slots=True)
@@ -292,7 +292,9 @@ class Network:
                 attended = self.attend(qkv, row, turns)
             layer.out.add_to(x, attended, choice)
             x = layer.norm(x, self.normalize)
-            layer.down.add_to(x, layer.activated(x, choice, self.activate), choice)
+            activated = layer.activated(x, choice, self.activate)
+            with ACCUMULATION.exact():  # the longest sums, which lose the most in float16
+                layer.down.add_to(x, activated, choice)
             x = layer.last_norm(x, self.normalize)
         return x
 
