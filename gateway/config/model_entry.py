@@ -140,8 +140,8 @@ class ModelEntry(Frozen):
         default=False,
         description="Whether float16 matrix products accumulate in float16, except the longest sums, those of the "
         "feed-forward's second product: faster on GeForce cards, no gain on others, and less exact. Needs `golden`; refused "
-        "if the golden vectors leave their tolerance. While a model without it computes, this one is also exact, and slower: "
-        "set it for all float16 models or for none.",
+        "if the golden vectors leave their tolerance. While a model without it computes, this one is also exact, and "
+        "slower: set it for all float16 models or for none.",
     )
     merge_adapters: bool | None = Field(
         default=None,

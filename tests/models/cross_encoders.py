@@ -9,8 +9,7 @@ from tokenizers import processors
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
-from tests.models.checkpoints import FAMILIES, MAX_TOKENS, SIZES
-from tests.models.family_layouts import PUBLISHED
+from tests.models.checkpoints import FAMILIES, MAX_TOKENS, SIZES, Family, unigram_tokenizer
 
 PAIRS = {
     "xlm-roberta": "{cls} $A {sep} {sep} $B {sep}",
@@ -27,12 +26,16 @@ PAIRS = {
     "llama": "$A $B {sep}",
     "mistral": "$A $B {sep}",
     "gemma2": "$A $B {sep}",
+    "gemma3_text": "$A $B {sep}",
+    "nomic_bert": "{cls}:0 $A:0 {sep}:0 $B:1 {sep}:1",
+    "jina_embeddings_v3": "{cls} $A {sep} {sep} $B {sep}",
     "albert": "{cls}:0 $A:0 {sep}:0 $B:1 {sep}:1",
     "deberta-v2": "{cls}:0 $A:0 {sep}:0 $B:1 {sep}:1",
     "eurobert": "{cls} $A {sep} $B {sep}",
 }
 """The template for pairs that the checkpoints of an architecture have."""
-WITH_SEGMENTS = ("bert", "electra", "albert", "deberta-v2")
+JINA = Family(unigram_tokenizer, "mean")
+WITH_SEGMENTS = ("bert", "electra", "albert", "deberta-v2", "nomic_bert")
 
 
 def with_pairs(tokenizer: PreTrainedTokenizerFast, model_type: str) -> PreTrainedTokenizerFast:
@@ -50,7 +53,7 @@ def with_pairs(tokenizer: PreTrainedTokenizerFast, model_type: str) -> PreTraine
 
 def make_cross_encoder(folder: Path, model_type: str, **changes: object) -> None:
     """Write a cross-encoder with random weights, by default with one label, and its tokenizer."""
-    family = FAMILIES.get(model_type) or PUBLISHED[model_type]
+    family = FAMILIES.get(model_type) or JINA
     tokenizer = with_pairs(family.tokenizer(), model_type)
     torch.manual_seed(11)
     sizes = {"type_vocab_size": 1} if PAIRS[model_type].count("{sep}") == 3 else {}

@@ -29,8 +29,8 @@ MakePlain = Callable[..., Path]
 # ------------------------------------------------------------ classes without a Pooling in modules.json
 
 NO_EMBEDDERS = [
-    ("nomic_bert", "SequenceClassification", {"num_labels": 1}, "a reranker (cross-encoder) of a class"),
-    ("nomic_bert", "SequenceClassification", {"num_labels": 3}, "a classifier with 3 labels"),
+    ("t5", "SequenceClassification", {"num_labels": 1}, "a reranker (cross-encoder) of a class"),
+    ("t5", "SequenceClassification", {"num_labels": 3}, "a classifier with 3 labels"),
     ("bert", "TokenClassification", {"num_labels": 9}, "labels each token"),
     ("distilbert", "QuestionAnswering", {}, "finds an answer in a text"),
     (

@@ -127,9 +127,11 @@ _ENCODER_HEADS = {
     "Bert": _Head(_dense("bert.pooler.dense", "tanh", "classifier")),
     "Albert": _Head(_dense("albert.pooler", "tanh", "classifier")),
     "Gte": _Head(_dense("gte.pooler.dense", "tanh", "classifier")),
+    "NomicBert": _Head(_dense("nomic_bert.pooler.dense", "tanh", "classifier")),
     "New": _Head(_dense("new.pooler.dense", "tanh", "classifier")),  # GTE as it was published
     "Roberta": _Head(_dense("classifier.dense", "tanh", "classifier.out_proj")),
     "XLMRoberta": _Head(_dense("classifier.dense", "tanh", "classifier.out_proj")),
+    "JinaEmbeddingsV3": _Head(_dense("classifier.dense", "tanh", "classifier.out_proj")),
     "Camembert": _Head(_dense("classifier.dense", "tanh", "classifier.out_proj")),
     "MPNet": _Head(_dense("classifier.dense", "tanh", "classifier.out_proj")),
     "Electra": _Head(_dense("classifier.dense", "gelu", "classifier.out_proj")),
@@ -150,7 +152,7 @@ _SEGMENTS = {
     "gte": 1,
     "deberta-v2": 0,
 }
-_DECODERS = ("Qwen2", "Qwen3", "Llama", "Mistral", "Gemma2")
+_DECODERS = ("Qwen2", "Qwen3", "Llama", "Mistral", "Gemma2", "Gemma3Text")
 _CLASS = "ForSequenceClassification"
 HEADS = {name + _CLASS: head for name, head in _ENCODER_HEADS.items()} | {
     name + _CLASS: _Head((Linear("score"),), pooling=Pooling.LAST) for name in _DECODERS
