@@ -46,7 +46,7 @@ def small(name: str, runs: int, *rows: str) -> list[Rate]:
         ("cost", 15, []),
         ("slower", 5, []),
         ("judge", 100, ["favors an arm in 10 %"]),
-        ("ratio", 40, ["50/50", "40/30/30"]),
+        ("ratio", 40, ["50/50", "40/30/30", "5, 10, 25 and 50 %, new units"]),
         ("lost", 10, []),
         ("outcome", 10, ["conversions of 1 %", "clicks per search"]),
         ("effect", 10, []),

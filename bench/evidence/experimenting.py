@@ -12,7 +12,7 @@ from bench.evidence.registry import Case, Simulation
 from gateway.errors import DeadlineExceeded, UpstreamFailed
 from gateway.experiments.arms import ArmCounts, RequestRecord
 from gateway.experiments.guardrails import guardrails
-from gateway.experiments.sample_ratio import largest_log_e
+from gateway.experiments.sample_ratio import ArmCount, check_sample_ratio, largest_log_e, tests_in
 from gateway.experiments.sequence import ALPHA, Values
 from gateway.outcomes.comparing import Comparison, compare
 from gateway.outcomes.joining import Branch, Exposures, Numbers, Outcomes, join
@@ -38,8 +38,29 @@ def is_flagged(shares: Sequence[float], units: int, lost: float, rng: np.random.
     """
     arms = rng.choice(len(shares), units, p=shares)
     arms = arms[(arms < len(shares) - 1) | (rng.random(units) >= lost)]
+    return _is_mismatch(arms, shares, 1)
+
+
+def ramp_is_flagged(shares: Sequence[float], units: int, returning: bool, rng: np.random.Generator) -> bool:
+    """Return whether a correct split is ever called wrong under any of several weights.
+
+    Args:
+        shares: the new arm's share under each of the weights.
+        units: number of units under all weights together.
+        returning: whether the same units come back under all weights, rather than new ones.
+    """
+    race = rng.random(units)
+    parts = np.split(race[: units - units % len(shares)], len(shares))
+    return any(
+        _is_mismatch((parts[0 if returning else place] < share).astype(int), (1 - share, share), place + 1)
+        for place, share in enumerate(shares)
+    )
+
+
+def _is_mismatch(arms: Numbers, shares: Sequence[float], generation: int) -> bool:
+    counts = [ArmCount(str(arm), int((arms == arm).sum()), share) for arm, share in enumerate(shares)]
     log_e = largest_log_e([arms == arm for arm in range(len(shares))], np.array(shares))
-    return log_e >= math.log(100)
+    return check_sample_ratio(counts, log_e, num_tests=tests_in(generation)).mismatch
 
 
 # --------------------------------------------------------------------------------------------------------- outcomes
@@ -182,9 +203,20 @@ SIMULATIONS = (
         [
             Case(name, f"{units:,} units", partial(is_flagged, shares, units, 0.0), runs, quick)
             for name, shares in _SPLITS.items()
-            for units, runs, quick in ((1_000, 10_000, 400), (10_000, 10_000, 200), (100_000, 10_000, 50))
+            for units, runs, quick in ((1_000, 10_000, 400), (10_000, 10_000, 200), (100_000, 2_000, 50))
+        ]
+        + [
+            Case(name, f"{units:,} units", partial(ramp_is_flagged, shares, units, returning), runs, quick)
+            for name, shares, returning in (
+                ("5, 10, 25 and 50 %, new units", (0.05, 0.1, 0.25, 0.5), False),
+                ("the same, returning units", (0.05, 0.1, 0.25, 0.5), True),
+                ("50, 49, … 43 %, returning units", tuple(0.5 - step / 100 for step in range(8)), True),
+            )
+            for units, runs, quick in ((1_000, 4_000, 400), (10_000, 4_000, 200), (100_000, 2_000, 50))
         ],
-        "Evaluated after every unit. A chi-square test at 0.1 %, evaluated every 100 units, flags 2.5 % by 100,000.",
+        "Evaluated after every unit. A chi-square test at 0.1 %, evaluated every 100 units, flags 2.5 % by 100,000. Under "
+        "several weights, a test at 1 % for each of them flags up to 4 %, and a product of their e-values 5 %, if the users "
+        "return.",
     ),
     Simulation(
         "lost",

@@ -83,6 +83,7 @@ def read_evidence(
                 if exposure.generation == generation:
                     yield exposure
                 else:
+                    stats.begin(exposure)
                     left_out["other_weights"] += 1
 
     stats = ExperimentStats(None)

@@ -58,6 +58,19 @@ def largest_log_e(is_in: Sequence[NDArray[np.bool_]], shares: NDArray[np.float64
     return max(0.0, float(np.cumsum(log_e).max(initial=0.0)))
 
 
+def tests_in(generation: int) -> int:
+    """Return by how many tests a generation's p must be multiplied, so that all generations together err as often as one.
+
+    A ramp changes the weights many times, and each generation has its own process. The factor of the k-th is k * (k + 1),
+    because the sum of 1 / (k * (k + 1)) is 1. The processes must not be multiplied with each other: the units come back in
+    later generations, mostly into the same arms, so a chance imbalance would count again each time.
+
+    Args:
+        generation: the number of the generation in order of time, from 1.
+    """
+    return generation * (generation + 1)
+
+
 @dataclass(frozen=True, slots=True)
 class ArmCount:
     """The units or requests that arrived in one arm.
@@ -81,7 +94,8 @@ class SampleRatio:
 
     Attributes:
         of: the counted things: units, or requests without a unit, which are split at random.
-        p: the probability that a correct split would ever be this far off, at any number of looks; 1 at the beginning.
+        p: the probability that a correct split would ever be this far off, at any number of looks and under any of the
+            weights of the experiment; 1 at the beginning.
         mismatch: the arriving units do not match the weights, so no comparison of the arms can be trusted.
         arm: the arm that lacks most, in standard deviations; ``None`` where nothing can be tested.
         expected: the number of ``of`` that this arm should have.

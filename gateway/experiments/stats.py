@@ -21,7 +21,7 @@ from gateway.experiments.report import (
     UnitsOverTime,
     describe_experiment,
 )
-from gateway.experiments.sample_ratio import ArmCount, SampleRatio, check_sample_ratio
+from gateway.experiments.sample_ratio import ArmCount, SampleRatio, check_sample_ratio, tests_in
 from gateway.experiments.sequence import ALPHA
 from gateway.experiments.units import MAX_UNITS
 
@@ -59,13 +59,21 @@ class ExperimentStats:
         # Exposures that could not be written yet, by experiment, generation, arm, unit and whether it was answered.
         self._unwritten: dict[tuple[str, str, str, str, bool], Exposure] = {}
         self._experiments: defaultdict[str, OrderedDict[str, Generation]] = defaultdict(OrderedDict)
+        # When the first unit or request of each generation arrived.
+        self._began: defaultdict[str, dict[str, str]] = defaultdict(dict)
         if log is not None:
             self.add(read_exposures(log.files()))
 
     def add(self, exposures: Iterable[Exposure]) -> None:
         """Count the units of a log."""
         for exposure in exposures:
+            self.begin(exposure)
             self._generation(exposure.experiment, exposure.generation).expose(exposure)
+
+    def begin(self, exposure: Exposure) -> None:
+        """Note the generation of an exposure without counting its unit: a later generation is tested more strictly."""
+        began = self._began[exposure.experiment]
+        began[exposure.generation] = min(exposure.time, began.get(exposure.generation, exposure.time))
 
     def stored_version(self, experiment: str, generation: str) -> int:
         """Return the version of the stored counts that the counts of a generation include; -1 without them."""
@@ -146,7 +154,9 @@ class ExperimentStats:
             _report(arm.label, arm.model, arm.weight, arm.weight / total, counted.arms.get(arm.label, ArmCounts()))
             for arm in experiment.arms
         ]
-        sample_ratio, request_ratio = _ratios(experiment, arms, counted)
+        began = self._began.get(experiment.id, {})
+        number = 1 + sum(time < began.get(generation, "") for time in began.values())
+        sample_ratio, request_ratio = _ratios(experiment, arms, counted, number)
         mismatch = sample_ratio.mismatch or (request_ratio is not None and request_ratio.mismatch)
         return ExperimentReport(
             **dict(describe_experiment(experiment)),
@@ -203,6 +213,7 @@ class ExperimentStats:
         generations = self._experiments[experiment]
         if generation not in generations:
             generations[generation] = Generation(now())
+            self._began[experiment].setdefault(generation, generations[generation].since)
             if len(generations) > _MAX_GENERATIONS:
                 generations.popitem(last=False)
         generations.move_to_end(generation)
@@ -210,11 +221,15 @@ class ExperimentStats:
 
 
 def _ratios(
-    experiment: Experiment, arms: list[ArmReport], counted: Generation
+    experiment: Experiment, arms: list[ArmReport], counted: Generation, number: int
 ) -> tuple[SampleRatio, SampleRatio | None]:
-    """Return the tests of the units, and of the requests without a unit if these are split too."""
+    """Return the tests of the units, and of the requests without a unit if these are split too.
+
+    Args:
+        number: the number of the generation.
+    """
     is_random = experiment.kind == "same_space"
-    num_tests = 1 + is_random
+    num_tests = (1 + is_random) * tests_in(number)
     units_by_arm = {arm.arm: arm.units for arm in arms}
     if counted.is_full and counted.is_ratio_known:
         units_by_arm |= counted.unit_ratio.counts  # the counts from before an arm was full

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gateway.experiments.sample_ratio import ArmCount, SampleRatio, check_sample_ratio, largest_log_e
+from gateway.experiments.sample_ratio import ArmCount, SampleRatio, check_sample_ratio, largest_log_e, tests_in
 from gateway.experiments.sequence import LEAST_UNITS, Difference, Values, around, contributions, deviation, is_carried
 from gateway.outcomes.joining import Branch, Exposures, Joined, Numbers
 from gateway.outcomes.values import LEAST_FOR_RATIO, ArmValues, Per, adjust, most_chances, values_of
@@ -73,8 +73,9 @@ def compare(joined: Joined, control: Branch, arm: Branch, per: Per, alpha: float
     num_units, uses_before = 0, False
     most = most_chances(joined)
     mismatch = None
+    generations = _generations(joined.exposures)
     for old, new in _pairs(joined.exposures.branches, control, arm):
-        ratio = _ratio(joined.exposures, joined.exposures.branches[old].generation)
+        ratio = _ratio(joined.exposures, joined.exposures.branches[old].generation, generations)
         mismatch = mismatch or (ratio if ratio.mismatch else None)
         shares = [joined.exposures.branches[index].share for index in (old, new)]
         arms = [values_of(joined, joined.exposures.branch == index, per, most) for index in (old, new)]
@@ -154,8 +155,19 @@ def _combine(parts: Sequence[_Part], weights: Sequence[float], alpha: float) -> 
     return around(estimate, spread, len(units), alpha), is_carried(by_unit)
 
 
-def _ratio(exposures: Exposures, generation: str) -> SampleRatio:
+def _generations(exposures: Exposures) -> list[str]:
+    """Return the generations that have units, in the order in which their first units arrived."""
+    first = np.full(len(exposures.branches), np.inf)
+    np.minimum.at(first, exposures.branch, exposures.time)
+    began: dict[str, float] = {}
+    for branch, time in zip(exposures.branches, first.tolist(), strict=True):
+        began[branch.generation] = min(time, began.get(branch.generation, math.inf))
+    return sorted((one for one, time in began.items() if time < math.inf), key=lambda one: (began[one], one))
+
+
+def _ratio(exposures: Exposures, generation: str, generations: Sequence[str]) -> SampleRatio:
     """Test whether the units of a generation were split as its weights say, at any time during it."""
+    number = generations.index(generation) + 1 if generation in generations else 1
     indices = [index for index, branch in enumerate(exposures.branches) if branch.generation == generation]
     arms = exposures.branch[np.isin(exposures.branch, indices)]
     counts = [
@@ -164,4 +176,10 @@ def _ratio(exposures: Exposures, generation: str) -> SampleRatio:
     ]
     racing = [index for index in indices if exposures.branches[index].share]
     shares = np.array([exposures.branches[index].share for index in racing])
-    return check_sample_ratio(counts, largest_log_e([arms == index for index in racing], shares))
+    weights = ", ".join(f"{exposures.branches[index].arm} {exposures.branches[index].share:.3g}" for index in racing)
+    return check_sample_ratio(
+        counts,
+        largest_log_e([arms == index for index in racing], shares),
+        num_tests=tests_in(number),
+        note=f"under the shares {weights} (generation {generation})" if len(generations) > 1 else "",
+    )

@@ -13,7 +13,14 @@ from hypothesis import strategies as st
 from scipy.special import gammaln
 from scipy.stats import chisquare
 
-from gateway.experiments.sample_ratio import ArmCount, RatioProcess, SampleRatio, check_sample_ratio, largest_log_e
+from gateway.experiments.sample_ratio import (
+    ArmCount,
+    RatioProcess,
+    SampleRatio,
+    check_sample_ratio,
+    largest_log_e,
+    tests_in,
+)
 
 
 def check(nums: Sequence[int], shares: Sequence[float], **fields: object) -> SampleRatio:
@@ -120,6 +127,11 @@ def test_two_tests_together_err_as_often_as_one() -> None:
     assert one.p is not None
     assert two.p == pytest.approx(2 * one.p)
     assert (one.mismatch, two.mismatch) == (one.p <= 0.01, 2 * one.p <= 0.01)
+
+
+def test_all_generations_together_err_as_often_as_one() -> None:
+    assert sum(1 / tests_in(number) for number in range(1, 10_001)) == pytest.approx(1, abs=1e-3)
+    assert [tests_in(number) for number in (1, 2, 3)] == [2, 6, 12]
 
 
 # --------------------------------------------------------------------------------------------------------- for reading

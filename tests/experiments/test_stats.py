@@ -351,6 +351,22 @@ def test_a_wrong_split_is_reported(make_experiment: MakeExperiment, make_record:
     assert stats.report(make_experiment(1, 0), GENERATION).mismatch
 
 
+def test_after_a_change_of_weights_the_split_is_tested_more_strictly(
+    make_experiment: MakeExperiment, make_record: MakeRecord, tmp_path: Path
+) -> None:
+    stats = ExperimentStats(open_log(tmp_path))
+    for unit in range(500):
+        stats.record(make_record(unit, arm="ab"[unit % 5 > 1]))
+    p = stats.report(make_experiment(50, 50), GENERATION).sample_ratio.p
+    for unit in range(500):
+        stats.record(make_record(unit, arm="ab"[unit % 5 > 1], generation="later"))
+
+    assert p is not None
+    for one in (stats, ExperimentStats(open_log(tmp_path))):
+        assert one.report(make_experiment(50, 50), GENERATION).sample_ratio.p == pytest.approx(p)
+        assert one.report(make_experiment(50, 50), "later").sample_ratio.p == pytest.approx(3 * p)
+
+
 def test_no_arm_is_called_better_or_worse_under_a_mismatch(
     make_experiment: MakeExperiment, make_record: MakeRecord
 ) -> None:

@@ -283,13 +283,30 @@ def test_a_mismatch_in_any_generation_is_found() -> None:
     arms = [*branches(0.5, 0.5), *branches(0.6, 0.4, generation="h")]
     num = 2_000
     branch = [i % 2 for i in range(num)] + [2 + i % 2 for i in range(num)]  # the second is not 60/40
-    exposures = exposed(arms, branch, range(2 * num), [0.0] * (2 * num))
-    joined = join(exposures, posted(*((i, float(i % 5), 1.0, 1.0, False) for i in range(2 * num))))
+    exposures = exposed(arms, branch, range(2 * num), [1.0] * num + [2.0] * num)
+    joined = join(exposures, posted(*((i, float(i % 5), 1.0, 3.0, False) for i in range(2 * num))))
 
     mismatch = compare(joined, A, B, "unit", ALPHA).mismatch
 
     assert mismatch is not None
     assert mismatch.arm == "a"
+    assert mismatch.verdict.endswith("; under the shares a 0.6, b 0.4 (generation h)")
+
+
+def test_a_later_generation_is_tested_more_strictly() -> None:
+    """A ramp has many generations, and each of them may look wrong by chance."""
+    num = 2_000
+    arms = [*branches(0.5, 0.5), *branches(0.52, 0.48, generation="h")]
+    off = [int(i * 0.618034 % 1 < 0.549) for i in range(num)]
+    sound = [2 + int(i * 0.618034 % 1 < 0.48) for i in range(num)]
+
+    def mismatch(time_off: float, time_sound: float) -> bool:
+        times = [time_off] * num + [time_sound] * num
+        exposures = exposed(arms, [*off, *sound], range(2 * num), times)
+        return compare(join(exposures, posted()), A, B, "unit", ALPHA).mismatch is not None
+
+    assert mismatch(1.0, 2.0)
+    assert not mismatch(2.0, 1.0)
 
 
 @pytest.mark.parametrize("per", ["unit", "mean", "ratio"])
