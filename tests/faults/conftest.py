@@ -20,9 +20,9 @@ from tests.listener import make_listener
 
 
 @pytest.fixture
-def gateway() -> Iterator[Gateway]:
-    """Serve a scripted model on a free port, with a watchdog that waits half a second."""
-    settings = Settings(forward_timeout_s=0.5, request_timeout_s=PATIENCE_S)
+def gateway(request: pytest.FixtureRequest) -> Iterator[Gateway]:
+    """Serve a scripted model on a free port, with a watchdog that waits half a second, or the parameter's seconds."""
+    settings = Settings(forward_timeout_s=getattr(request, "param", 0.5), request_timeout_s=PATIENCE_S)
     entry = ModelEntry(id="scripted", source="owner/scripted", revision="0" * 40, enabled=True)
     alias = Alias(name="default", model="scripted")
     registry = Registry(path=Path("models.yaml"), version=1, models=(entry,), aliases={"default": alias})

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import os
+import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -61,6 +63,25 @@ def test_only_the_text_that_is_too_large_alone_is_out_of_memory(gateway: Gateway
     assert large.headers["x-should-retry"] == "false"
     assert set(bystanders.statuses) == {200}
     assert not bystanders.wrong
+
+
+@pytest.mark.parametrize("gateway", [2.0], indirect=True)
+def test_a_process_that_was_paused_during_a_forward_has_no_hung_engine(gateway: Gateway) -> None:
+    """As by `docker pause`, a debugger, or a laptop that sleeps."""
+    encoder = gateway.backend.encoder
+    encoder.is_hanging.set()
+    before = encoder.num_forwards
+    with ThreadPoolExecutor() as pool:
+        waiting = pool.submit(gateway.embed, "please hang")
+        gateway.wait_for(lambda: encoder.num_forwards > before)
+        pause = f"kill -STOP {os.getpid()}; sleep 2.5; kill -CONT {os.getpid()}"
+        subprocess.run(["sh", "-c", pause], check=True)
+        time.sleep(0.6)  # the watchdog looks every half second
+        encoder.let_go.set()
+        answer = waiting.result()
+
+    assert answer.status_code == 200
+    assert gateway.backend.num_loads == 1
 
 
 def test_a_hung_forward_is_answered_and_the_engine_replaced(gateway: Gateway, bystanders: Bystanders) -> None:
