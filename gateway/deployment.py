@@ -27,7 +27,7 @@ from gateway.routing.changes import Reloaded, changed_aliases, changed_experimen
 from gateway.routing.router import Router
 from gateway.routing.rules import broken_rules, moved_names, name_spaces
 from gateway.routing.shadow import Shadows
-from gateway.telemetry import metrics
+from gateway.telemetry import forgetting, metrics
 from gateway.types import ModelKind, ModelState
 
 if TYPE_CHECKING:
@@ -199,7 +199,7 @@ class Deployment:
         self.traffic.keep(ids)
         for model in old_fleet:
             if model.id not in ids:
-                metrics.forget_model(model.id)
+                forgetting.forget_model(model.id)
         return Reloaded(
             loaded=tuple(m.id for m in fleet if m not in old_fleet and m.takes_requests),
             kept=tuple(m.id for m in fleet if m in old_fleet),
@@ -241,16 +241,16 @@ class Deployment:
         await model.retire(self.settings.request_timeout_s)
         present = self.fleet.get(model.id)
         if present is None:
-            metrics.forget_model(model.id)
+            forgetting.forget_model(model.id)
             return
         for server in _servers(model) - _servers(present):
-            metrics.forget_server(model.id, server)
+            forgetting.forget_server(model.id, server)
 
     async def _retire_names(self, registry: Registry, shadows: Shadows) -> None:
         """Stop the old shadows, and remove the metrics of removed names, including those of their last requests."""
         await shadows.stop()
         for of, to in shadows.pairs - self.shadows.pairs:
-            metrics.forget_shadow(of, to)
+            forgetting.forget_shadow(of, to)
         self._forget_arms(registry)
         await asyncio.sleep(self.settings.request_timeout_s)
         self._forget_arms(registry)
@@ -260,10 +260,10 @@ class Deployment:
         for experiment in registry.experiments:
             present = self.registry.experiment(experiment.id)
             if present is None:
-                metrics.forget_experiment(experiment.id)
+                forgetting.forget_experiment(experiment.id)
                 continue
             for label in {arm.label for arm in experiment.arms} - {arm.label for arm in present.arms}:
-                metrics.forget_experiment(experiment.id, label)
+                forgetting.forget_experiment(experiment.id, label)
 
     def _run_in_background(self, work: Coroutine[None, None, None]) -> None:
         task = asyncio.ensure_future(work)

@@ -21,7 +21,7 @@ from gateway.observation import observe_tokenizer
 from gateway.requests import EmbedRequest
 from gateway.routing.names import GATEWAY
 from gateway.service import EmbeddingService
-from gateway.telemetry import metrics
+from gateway.telemetry import forgetting, metrics
 from gateway.types import EmbedJob, ModelState
 
 MakeModel = Callable[..., Model]
@@ -34,7 +34,7 @@ INFO = fake_info("observed", tasks=TASKS, default_task="text-matching")
 @pytest.fixture(autouse=True)
 def _forget() -> Iterator[None]:
     yield
-    metrics.forget_model("observed")
+    forgetting.forget_model("observed")
 
 
 async def service(make_model: MakeModel, make_fleet: MakeFleet, **backend: object) -> EmbeddingService:

@@ -14,6 +14,11 @@ terraform {
 # Reads DD_API_KEY, DD_APP_KEY and DD_HOST (https://api.datadoghq.eu, for example) from the environment.
 provider "datadog" {}
 
+variable "env" {
+  description = "The environment: the tag `env` of the gateways that are watched. For another one, apply again with another state."
+  type        = string
+}
+
 variable "docs" {
   description = "The address of the gateway's documentation, where operations.md is."
   type        = string
@@ -40,9 +45,10 @@ locals {
   pipeline      = jsondecode(file("${path.module}/log-pipeline.json"))
   distributions = jsondecode(file("${path.module}/distributions.json"))
   objectives = {
-    for name in ["availability", "latency"] : name => jsondecode(file("${path.module}/objectives/${name}.json"))
+    for name in ["availability", "latency"] : name => jsondecode(templatefile("${path.module}/objectives/${name}.json", { env = var.env }))
   }
   texts = {
+    env          = var.env
     docs         = var.docs
     page         = var.page
     ticket       = var.ticket

@@ -1,6 +1,6 @@
 """Datadog's monitors: the alerts of ``deploy/prometheus/rules.yml``, with the same names, thresholds and runbook.
 
-In their texts, Terraform fills in ``${docs}``, ``${page}``, ``${ticket}``, and the ids of the two objectives
+In them, Terraform fills in ``${env}``, ``${docs}``, ``${page}``, ``${ticket}``, and the ids of the two objectives
 (``${availability}``, ``${latency}``): see ``deploy/datadog/main.tf``.
 """
 
@@ -13,7 +13,8 @@ from deploy.watch.datadog_query import conditions
 from deploy.watch.expressions import EMBEDDINGS, FAULTS, Where
 from deploy.watch.names import HEALTH_CHECK, SERVICE, datadog_metric
 
-SCOPE: Final = (f"service:{SERVICE}",)
+SCOPE: Final = (f"service:{SERVICE}", "env:${env}")
+_OVER: Final = ", ".join(f'"{tag}"' for tag in SCOPE)
 _REPLICA: Final = "{{instance.name}}"
 _MODEL: Final = "{{model.name}} on {{instance.name}}"
 SLOW_S: Final = 2.5
@@ -62,14 +63,19 @@ class Monitor:
         if self.kind == "slo alert":
             options = {"include_tags": True, "notify_audit": False, "thresholds": thresholds}
         return {
-            "name": f"{self.alert}: {self.summary}" + (f" ({self.variant})" if self.variant else ""),
+            "name": f"{self.alert}: {self.summary} in ${{env}}" + (f" ({self.variant})" if self.variant else ""),
             "type": self.kind,
             "query": self.query,
             "message": f"{self.description}\n\nWhat to do: {runbook}\n\n${{{self.severity}}}",
-            "tags": [f"service:{SERVICE}", f"severity:{self.severity}", f"alert:{self.alert.lower()}"],
+            "tags": [*SCOPE, f"severity:{self.severity}", f"alert:{self.alert.lower()}"],
             "priority": 1 if self.severity == "page" else 3,
             "options": options,
         }
+
+
+def _after(seconds: int) -> dict[str, Any]:
+    """Return the option that gives a new pod the time of a condition's window; Datadog's default is a minute."""
+    return {"new_group_delay": seconds}
 
 
 def _selected(metric: str, *where: Where) -> str:
@@ -126,7 +132,7 @@ CAUSES: Final = (
     Monitor(
         "GatewayDown",
         "service check",
-        f'"{HEALTH_CHECK}".over("service:{SERVICE}").by("instance").last(9).count_by_status()',
+        f'"{HEALTH_CHECK}".over({_OVER}).by("instance").last(9).count_by_status()',
         8,
         "page",
         "The gateway does not answer",
@@ -163,6 +169,28 @@ CAUSES: Final = (
         "page",
         "A model does not answer",
         f"{_MODEL} has been loading, recovering or failed for ten minutes; /health says why.",
+        others=_after(600),
+    ),
+    Monitor(
+        "GatewayReplicasMissing",
+        "query alert",
+        f"min(last_15m):max:{_selected('gateway_replicas_wanted')}{_BY_MODEL}"
+        f" - max:{_selected('gateway_replicas_usable')}{_BY_MODEL} >= 1",
+        1,
+        "ticket",
+        "A model has fewer replicas on the cluster than it should",
+        f"{_MODEL} has {{{{value}}}} replicas too few; `gateway cluster status` shows them.",
+        others=_after(900),
+    ),
+    Monitor(
+        "GatewayReplicasLost",
+        "query alert",
+        f"sum(last_30m):sum:{_selected('gateway_replicas_lost_total')}{_BY_MODEL}.as_count() > 3",
+        3,
+        "ticket",
+        "The replicas of a model end again and again",
+        "{{instance.name}} has lost {{value}} replicas of {{model.name}} in half an hour; its log has the reasons "
+        "(replica_lost).",
     ),
     Monitor(
         "GatewayGoldenDrift",
@@ -182,6 +210,7 @@ CAUSES: Final = (
         "ticket",
         "Requests wait long",
         f"The oldest request for {_MODEL} has been waiting for {{{{value}}}} s.",
+        others=_after(120),
     ),
     Monitor(
         "GatewayEngineRestarts",
@@ -239,6 +268,7 @@ CAUSES: Final = (
         "A server that runs a model is left alone",
         "{{server.name}} does not run {{model.name}} as it should; the model's other servers answer, if it has any. "
         "The log says why.",
+        others=_after(300),
     ),
 )
 
@@ -275,5 +305,5 @@ def _objective(name: str, description: str, good: str, all_requests: str, target
         "description": description,
         "query": {"numerator": good, "denominator": all_requests},
         "thresholds": [{"timeframe": "30d", "target": target}],
-        "tags": [f"service:{SERVICE}"],
+        "tags": list(SCOPE),
     }

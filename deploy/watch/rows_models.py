@@ -172,6 +172,27 @@ JOBS: Final = Row(
     ],
 )
 
+CLUSTER: Final = Row(
+    "Cluster",
+    [
+        Panel(
+            "Replicas of models",
+            [
+                Series(Level("gateway_replicas_usable", _MODEL, how="min"), "{model}"),
+                Series(Level("gateway_replicas_wanted", _MODEL, how="max"), "{model} wanted"),
+            ],
+            width=12,
+            description="Of the gateway that reaches the fewest. Too few: no machine has room, or they do not load.",
+        ),
+        Panel(
+            "Lost replicas",
+            [Series(Increase("gateway_replicas_lost_total", _MODEL), "{model}")],
+            width=12,
+            description="As each gateway counts them.",
+        ),
+    ],
+)
+
 MACHINE: Final = Row(
     "Machine",
     [

@@ -94,6 +94,9 @@ class Scraped(Protocol):
     async def replica_metrics(self) -> Mapping[str, str]:
         """Return the metrics of each replica that answers, in Prometheus' text format."""
 
+    def count_replicas(self) -> tuple[int, int]:
+        """Return the number of replicas that accept jobs, and the smallest number that there should be."""
+
 
 @runtime_checkable
 class Removable(Protocol):

@@ -13,7 +13,7 @@ from gateway.config.registry import Registry
 from gateway.experiments.split import UnitSource, read_unit
 from gateway.routing.router import Choice
 from gateway.tasks import TASKS, find_task
-from gateway.telemetry import metrics
+from gateway.telemetry import forgetting
 
 # The sources of a sender's id if no experiment defines one; the first that a request has is used.
 _SENDERS = ("body:user", "api_key")
@@ -62,7 +62,7 @@ class Captures:
             if writer not in kept:
                 writer.stop()
             if successor is not None and writer.name not in successor.writers:
-                metrics.forget_capture(writer.name)
+                forgetting.forget_capture(writer.name)
 
 
 def capture_problems(registry: Registry) -> list[str]:

@@ -17,6 +17,7 @@ from gateway.cluster.placing import Spec
 from gateway.cluster.pool import Pool
 from gateway.cluster.vocabulary import RemoteVocabulary
 from gateway.config.model_entry import ModelEntry
+from gateway.config.replicas import Replicas
 from gateway.config.settings import Settings
 from gateway.errors import LoadError, ModelNotReady, ModelRecovering, ShuttingDown
 from gateway.types import Embeddings, EmbedJob, ModelInfo, ModelState, Vocabulary
@@ -70,6 +71,7 @@ class RayBackend:
         self._end_watch: Callable[[], None] = lambda: None
         self._is_stopped = False
         self._is_ready = False
+        self._is_retry = False
         self._tasks: set[asyncio.Task[None]] = set()
         self._gap: asyncio.TimerHandle | None = None
 
@@ -85,11 +87,15 @@ class RayBackend:
             log.info("model_deployed", model=self._entry.id, deployment=self._spec.name)
         self._end_watch = DIRECTORY.watch(self._spec.name, self._pool.update)
         try:
-            return await self._first_info(self._spec, report)
+            # A model that has failed does not load while it waits for a place again.
+            info = await self._first_info(self._spec, unreported if self._is_retry else report)
         except BaseException:  # also a canceled plan must close the connections
+            self._is_retry = True
             self._end_watch()
             await self._pool.close()
             raise
+        self._is_retry = False
+        return info
 
     async def _first_info(self, spec: Spec, report: Report) -> ModelInfo:
         """Return the model's info once a replica accepts jobs.
@@ -170,6 +176,10 @@ class RayBackend:
     async def replica_metrics(self) -> Mapping[str, str]:
         """Return the metrics of each replica that answers."""
         return await self._pool.metrics()
+
+    def count_replicas(self) -> tuple[int, int]:
+        """Return the number of replicas that accept jobs, and the smallest number that there should be."""
+        return len(self._pool.usable), (self._entry.replicas or Replicas()).min
 
     def _note_fault(self, reason: str) -> None:
         """Empty the model's cache, even if other replicas work, because the replica's last vectors may be wrong."""

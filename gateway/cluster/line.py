@@ -15,6 +15,7 @@ import structlog
 from gateway.cluster.values import Load, WireEmbeddings, WireJob
 from gateway.cluster.wire import Connection, Message
 from gateway.errors import DeadlineExceeded, RequestError
+from gateway.telemetry import metrics
 from gateway.types import Embeddings, EmbedJob, ModelInfo, ModelState
 
 log = structlog.get_logger(__name__)
@@ -178,15 +179,26 @@ class Line:
             connection.send("serves")
 
     def _closed(self, _connection: Connection, reason: str) -> None:
-        self._connection = None
+        was_open, self._connection = self._connection is not None, None
         self.trouble = reason
         self._lost.set()
         for call in self._calls.values():
             if not call.answer.done():
                 call.answer.set_exception(LineLost(reason))
-        if not self._is_closed:
-            log.info("replica_lost", replica=self.place.id, reason=reason, num_requests=len(self._calls))
+        if was_open and self.info is not None and not self._is_closed and not self.is_leaving:
+            self._note_loss(self.info.id, reason)
         self._on_change()
+
+    def _note_loss(self, model: str, reason: str) -> None:
+        metrics.REPLICAS_LOST.labels(model).inc()
+        log.warning(
+            "replica_lost",
+            model=model,
+            replica=self.place.id,
+            node=self.place.node[:12],
+            reason=self.reason or reason,  # its own, such as a lost card, if it had the time to send one
+            num_requests=len(self._calls),
+        )
 
     # --------------------------------------------------------------------------------------------------- messages
 

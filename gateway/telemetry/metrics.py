@@ -252,6 +252,17 @@ MODEL_STATE = Gauge(
     "failed, stopped.",
     ["model", "state"],
 )
+REPLICAS_WANTED = Gauge(
+    "gateway_replicas_wanted", "The smallest number of replicas that a model should have on a cluster.", ["model"]
+)
+REPLICAS_USABLE = Gauge(
+    "gateway_replicas_usable", "The replicas of a model on a cluster that accept jobs of this gateway.", ["model"]
+)
+REPLICAS_LOST = Counter(
+    "gateway_replicas_lost",
+    "Replicas on a cluster that this gateway lost: the process, its card or its machine ended, or does not answer.",
+    ["model"],
+)
 MODEL_INFO = Gauge(
     "gateway_model_info",
     "1 for each model whose checkpoint has been read, with its properties. `space` is the space of its default task.",
@@ -316,6 +327,12 @@ def values(metric: MetricWrapperBase) -> dict[tuple[str, ...], float]:
     }
 
 
+def count_replicas(model: str, num_usable: int, num_wanted: int) -> None:
+    """Set the numbers of a model's replicas on a cluster."""
+    REPLICAS_USABLE.labels(model).set(num_usable)
+    REPLICAS_WANTED.labels(model).set(num_wanted)
+
+
 def describe_model(model: str, **facts: str) -> None:
     """Set the info of a model, and remove its earlier one.
 
@@ -324,42 +341,6 @@ def describe_model(model: str, **facts: str) -> None:
     """
     MODEL_INFO.remove_by_labels({"model": model})
     MODEL_INFO.labels(model=model, **facts).set(1)
-
-
-def forget_model(model: str) -> None:
-    """Remove the series of a model that was removed."""
-    _forget(model=model)
-    _forget(fallback=model)
-
-
-def forget_server(model: str, server: str) -> None:
-    """Remove the series of a server that no longer runs a model."""
-    _forget(model=model, server=server)
-
-
-def forget_experiment(experiment: str, arm: str | None = None) -> None:
-    """Remove the series of an experiment that was removed, or of one of its arms."""
-    if arm is None:
-        _forget(experiment=experiment)
-    else:
-        _forget(experiment=experiment, arm=arm)
-
-
-def forget_shadow(of: str, to: str) -> None:
-    """Remove the series of a shadow that was removed."""
-    _forget(of=of, to=to)
-
-
-def forget_capture(name: str) -> None:
-    """Remove the series of a capture that was removed."""
-    _forget(name=name)
-
-
-def _forget(**labels: str) -> None:
-    target_metrics.cache_clear()
-    for metric, _, _, names, _ in declared():
-        if set(labels) <= set(names):
-            metric.remove_by_labels(labels)
 
 
 def refresh() -> None:

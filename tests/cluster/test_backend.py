@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
+from gateway.api.admin import Admin
 from gateway.backends.fake import FakeBackend, fake_info
 from gateway.cluster.discovery import DIRECTORY
 from gateway.cluster.host import Host
@@ -159,6 +160,48 @@ async def test_fewer_replicas_than_wanted_are_a_warning_once(
 
     [line] = [line for line in logs if line["event"] == "replicas_missing"]
     assert (line["model"], line["running"] < 3, line["wanted"]) == ("mini", True, 3)
+
+
+async def test_the_metrics_count_the_replicas_that_work_and_those_that_were_lost(
+    served: tuple[Model, list[Host]],
+) -> None:
+    model, [host, other] = served
+    deployment = SimpleNamespace(fleet=[model], settings=Settings())
+    admin = Admin(deployment, are_metrics_open=True)  # type: ignore[arg-type]
+
+    async def counted() -> list[float]:
+        page = (await admin.prometheus(None)).body.decode()  # type: ignore[arg-type]
+        names = ("gateway_replicas_usable", "gateway_replicas_wanted", "gateway_replicas_lost_total")
+        found = {line.split("{")[0]: float(line.split()[-1]) for line in page.splitlines() if 'model="mini"}' in line}
+        return [found.get(name, 0) for name in names]
+
+    usable, wanted, lost = await counted()
+    assert (usable, wanted) == (2, 1)
+    with capture_logs() as logs:
+        host.report(ModelState.RECOVERING, "the card is lost")
+        await until(lambda: len(lines(model)) == 1)
+        await host.stop()
+        await until(lambda: any(line["event"] == "replica_lost" for line in logs))
+    assert await counted() == [1, 1, lost + 1]
+    [line] = [line for line in logs if line["event"] == "replica_lost"]
+    assert (line["model"], line["reason"]) == ("mini", "the card is lost")
+    await other.drain(5)
+    await other.stop()
+    await until(lambda: not lines(model))
+    assert await counted() == [0, 1, lost + 1]  # a replica that announces its end is not lost
+
+
+async def test_a_model_that_waits_for_room_again_stays_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gateway.cluster.backend._PLACE_S", 0.01)
+    site = Placed()
+    waiting = Deployed("gateway-late-1", "DEPLOYING", "waits for a card", 0, 1)
+    site.cluster = SimpleNamespace(look=lambda _name: waiting, has_begun=lambda _name: False)
+    backend = RayBackend(ModelEntry(id="late", source="./x", enabled=True), Settings(), site)
+    reports: list[ModelState] = []
+    for _attempt in range(2):
+        with pytest.raises(LoadError):
+            await backend.plan(lambda state, _reason: reports.append(state))
+    assert reports == [ModelState.LOADING]
 
 
 def test_the_status_says_which_gateways_differ() -> None:

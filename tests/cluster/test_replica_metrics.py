@@ -47,6 +47,9 @@ class OnReplicas(FakeBackend):
     async def replica_metrics(self) -> Mapping[str, str]:
         return await self.pool.metrics()
 
+    def count_replicas(self) -> tuple[int, int]:
+        return len(self.pool.usable), len(self._places)
+
     async def connect(self) -> None:
         self.pool.update(self._places)
         await wait_until(lambda: len(self.pool.usable) == len(self._places))

@@ -70,7 +70,7 @@ def test_fronts_and_replicas_are_nodes_of_one_cluster_and_of_one_image() -> None
     assert command.endswith("exec gateway serve")  # which gets the signals
     assert {c["image"] for template in ray_pods() for c in template["spec"]["containers"]} == {front["image"]}
     keys = [
-        {v["name"]: v for v in c["env"] if v["name"].startswith("RAY_")}
+        {v["name"]: v for v in c["env"] if v["name"].startswith("RAY_AUTH_")}
         for c in (front, *(c for template in ray_pods() for c in template["spec"]["containers"]))
     ]
     assert all(key == keys[0] for key in keys)
@@ -126,6 +126,13 @@ def test_workers_download_models_as_the_fronts_would() -> None:
     assert environ["HF_TOKEN"] == login
     # The operator's key is for fronts.
     assert "GATEWAY_ADMIN_KEY" not in environ
+
+
+def test_the_log_of_the_replicas_is_that_of_their_container() -> None:
+    """Otherwise, Ray writes it to files in the pod, which end with it."""
+    for template in ray_pods():
+        [part] = template["spec"]["containers"]
+        assert {"name": "RAY_LOG_TO_STDERR", "value": "1"} in part["env"]
 
 
 def test_the_probe_of_a_node_ignores_a_proxy() -> None:
@@ -322,6 +329,15 @@ def test_datadog_reads_the_metrics_of_replicas_once_as_prometheus_does(tmp_path:
     assert instance["openmetrics_endpoint"] == f"http://{target}{scraped['metricsPath']}"
     assert [one for one in of_pods if one["openmetrics_endpoint"].endswith("/replicas")] == []
     # Tags of a pod, and of a Service.
-    tags = {name: tag for name, tag in service["metadata"]["labels"].items() if name.startswith("tags.")}
-    assert tags == {name: tag for name, tag in deployment["metadata"]["labels"].items() if name.startswith("tags.")}
+    (cluster,) = [item for item in found if item["kind"] == "RayCluster"]
+    [worker] = [group["template"] for group in cluster["spec"]["workerGroupSpecs"]]
+    tags, *others = (
+        {name: tag for name, tag in labeled["metadata"]["labels"].items() if name.startswith("tags.")}
+        for labeled in (service, deployment, worker)
+    )
+    assert others == [tags, tags]
     assert len(tags) == 3
+    # The log of the replicas, as that of the fronts.
+    (container_name,) = [part["name"] for part in worker["spec"]["containers"]]
+    front = deployment["spec"]["template"]["metadata"]["annotations"]["ad.datadoghq.com/gateway.logs"]
+    assert worker["metadata"]["annotations"] == {f"ad.datadoghq.com/{container_name}.logs": front}

@@ -20,7 +20,7 @@ from gateway.backends.upstream.resolver import NotResolved, Resolver
 from gateway.backends.upstream.server import Server
 from gateway.backends.upstream.watch import Watch
 from gateway.config.upstream import DNS, Upstream, server_names
-from gateway.telemetry import metrics
+from gateway.telemetry import forgetting, metrics
 from gateway.types import ModelState
 
 log = structlog.get_logger(__name__)
@@ -285,4 +285,4 @@ class Pool:
             if not server.num_texts and now - left_at >= LINGER_S:
                 del self._leaving[server]
                 await server.close()
-                metrics.forget_server(self._model, server.name)
+                forgetting.forget_server(self._model, server.name)
