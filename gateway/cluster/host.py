@@ -24,7 +24,7 @@ _GREETING_S: Final = 10.0
 # The seconds between reports of the load to the fronts.
 _REPORT_S: Final = 0.25
 # The fronts receive a message at least this often, in seconds, as a sign of life.
-_SILENCE_S: Final = 1.0
+_SILENCE_S: Final = 0.5
 # A front whose kernel has taken nothing for so long, in seconds, is gone with its machine, or hangs. Otherwise, the kernel
 # here would try for a quarter of an hour, and the front would count as connected for that time.
 _UNTAKEN_S: Final = 15.0

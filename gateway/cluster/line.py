@@ -22,8 +22,11 @@ log = structlog.get_logger(__name__)
 
 _CONNECT_S: Final = 5.0
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 1.0
-# A replica sends a message every second. After a longer silence, in seconds, it counts as lost with its machine.
-_SILENCE_S: Final = 5.0
+# A replica sends a message every half second. After a silence of the first length, in seconds, its jobs go to other
+# replicas, if there are any. The connection stays, because its event loop may be busy. After the second, it is closed.
+_QUIET_S, _SILENCE_S = 1.5, 5.0
+# The seconds between checks. If one comes much later than that, this process was stopped, not the replica.
+_CHECK_S: Final = 0.25
 # Prometheus waits for ten seconds by default.
 _METRICS_S: Final = 3.0
 # The seconds after a deadline to wait for the replica's own error.
@@ -70,12 +73,14 @@ class Line:
         fingerprint: the weights that the replica must have.
         on_change: called when the line may have become usable or unusable.
         on_fault: called with the reason when the replica finds that its model does not work; its last answers may be wrong.
+        on_quiet: called with this line, repeatedly, while the replica sends nothing for longer than usual.
         serves: whether this process sends jobs; otherwise it only reads the replica's load.
 
     Attributes:
         info: the model's info from the replica.
         load: the last load that the replica sent.
         is_leaving: the replica accepts no more jobs.
+        is_quiet: the replica has sent nothing for longer than usual.
         trouble: the reason why the line is not connected.
     """
 
@@ -86,9 +91,11 @@ class Line:
         on_change: Callable[[], None],
         on_fault: Callable[[str], None] = lambda _reason: None,
         *,
+        on_quiet: Callable[[Line], None] = lambda _line: None,
         serves: bool = True,
     ) -> None:
         self.place = place
+        self._on_quiet = on_quiet
         self._serves = serves
         self._fingerprint = fingerprint
         self._on_change = on_change
@@ -96,7 +103,7 @@ class Line:
         self.info: ModelInfo | None = None
         self.load = Load()
         self.state, self.reason = ModelState.LOADING, ""
-        self.is_leaving = False
+        self.is_leaving = self.is_quiet = False
         self.trouble = ""
         self._is_closed = False
         self._dialed: Connection | None = None
@@ -164,16 +171,33 @@ class Line:
     async def _watch(self) -> None:
         """Wait until the connection is lost; close it after too long a silence."""
         while not self._lost.is_set():
+            began = time.monotonic()
             try:
-                async with asyncio.timeout(1.0):
+                async with asyncio.timeout(_CHECK_S):
                     await self._lost.wait()
             except TimeoutError:
-                silent_s = time.monotonic() - self._heard_at
-                if silent_s > _SILENCE_S and self._dialed is not None:
-                    self._dialed.abort(f"it has sent nothing for {silent_s:.0f} s")
+                now = time.monotonic()
+                if now - began < 2 * _CHECK_S:
+                    self._check(now - self._heard_at)
+
+    def _check(self, silent_s: float) -> None:
+        """Give the jobs to other replicas after a silence, and close the connection after a longer one."""
+        if silent_s > _SILENCE_S and self._dialed is not None:
+            self._dialed.abort(f"it has sent nothing for {silent_s:.0f} s")
+        elif silent_s > _QUIET_S and self._connection is not None:
+            self.is_quiet = True
+            self._on_quiet(self)
+
+    def give_up_jobs(self) -> None:
+        """Have the jobs in progress go to other replicas. The connection stays."""
+        if waiting := [call for call in self._calls.values() if not call.answer.done()]:
+            log.warning("replica_silent", replica=self.place.id, node=self.place.node[:12], num_requests=len(waiting))
+        for call in waiting:
+            call.answer.set_exception(LineLost("it has sent nothing for a while"))
 
     def _opened(self, connection: Connection) -> None:
         self._connection = connection
+        self.is_quiet = False
         self.trouble = ""
         if self._serves:
             connection.send("serves")
@@ -204,6 +228,7 @@ class Line:
 
     def _received(self, connection: Connection, message: Message) -> None:
         self._heard_at = time.monotonic()
+        self.is_quiet = False
         match message:
             case ("answer", int(key), content):
                 if (call := self._calls.get(key)) is not None and not call.answer.done():
@@ -309,7 +334,7 @@ class Line:
             is_answered = True
             return answer
         except LineLost:
-            is_answered = True
+            is_answered = self._connection is not connection  # a silent replica drops the job when it is back
             raise
         except TimeoutError:
             raise DeadlineExceeded("the request did not finish within its time limit") from None

@@ -75,7 +75,14 @@ class Pool:
                     reason="its weights differ from those of the other replicas",
                 )
                 continue
-            self.lines[replica] = Line(place, self.fingerprint, self._note_change, self._on_fault, serves=self._serves)
+            self.lines[replica] = Line(
+                place,
+                self.fingerprint,
+                self._note_change,
+                self._on_fault,
+                on_quiet=self._relieve,
+                serves=self._serves,
+            )
         for replica in self.lines.keys() - places.keys():
             self.lines[replica].is_leaving = True
             self._close_if_done(replica)
@@ -87,6 +94,11 @@ class Pool:
         self._changed.set()
         self._changed = asyncio.Event()
         self._on_change()
+
+    def _relieve(self, quiet: Line) -> None:
+        """Give the jobs of a silent replica to others, if there are any: on a single one, they may still be answered."""
+        if any(not line.is_quiet for line in self.usable):
+            quiet.give_up_jobs()
 
     def _close_if_done(self, replica: str) -> None:
         if not self.lines[replica].num_requests:
@@ -149,6 +161,7 @@ class Pool:
         until = min(time.monotonic() + PATIENCE_S, deadline)
         while True:
             lines = [line for line in self.usable if line not in tried]
+            lines = [line for line in lines if not line.is_quiet] or lines
             nodes = {line.place.node for line in tried}
             lines = [line for line in lines if line.place.node not in nodes] or lines
             if lines:
