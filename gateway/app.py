@@ -123,7 +123,12 @@ def _make_keeper(deployment: Deployment) -> Keeper | None:
     settings = deployment.settings
     if settings.state_dir is None:
         return None
-    keeper = Keeper(settings.state_dir, settings.state_max_bytes, lambda: deployment.registry.experiments)
+    keeper = Keeper(
+        settings.state_dir,
+        settings.state_max_bytes,
+        lambda: deployment.registry.experiments,
+        deployment.spaces_of,
+    )
     deployment.resources.callback(keeper.close)
     return keeper
 

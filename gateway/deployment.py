@@ -15,7 +15,7 @@ from gateway.backends.infinity import InfinityBackend
 from gateway.backends.on_demand import OnDemandBackend
 from gateway.backends.residents import Residents
 from gateway.cluster.environment import site_of
-from gateway.config.registry import ModelEntry, Registry
+from gateway.config.registry import Experiment, ModelEntry, Registry
 from gateway.config.settings import Settings
 from gateway.config.upstream import server_names
 from gateway.errors import ConfigError, ReloadRefused, StartError
@@ -102,6 +102,15 @@ class Deployment:
         self._reloading, self.changing = asyncio.Lock(), asyncio.Lock()
         self._background: set[asyncio.Task[None]] = set()
         self._serve(registry, fleet or Fleet.from_registry(registry, make_backend, cluster))
+
+    def spaces_of(self, experiment: Experiment) -> dict[str, str]:
+        """Return the space of each arm whose model is known and returns vectors."""
+        models = [(arm, self.fleet.get(arm.model)) for arm in experiment.arms]
+        return {
+            arm.label: model.info.space(arm.task or model.info.default_task)
+            for arm, model in models
+            if model is not None and model.info is not None and model.info.kind is ModelKind.EMBED
+        }
 
     def _serve(self, registry: Registry, fleet: Fleet) -> None:
         generations = {experiment.id: Split(experiment).generation for experiment in registry.experiments}

@@ -65,7 +65,9 @@ class Experiments:
             return report
         ratios = (report.sample_ratio, report.request_ratio)
         mismatch = next((ratio.verdict for ratio in ratios if ratio is not None and ratio.mismatch), None)
-        return report.model_copy(update={"outcomes": await self._keeper.report(experiment, mismatch)})
+        outcomes = await self._keeper.report(experiment, mismatch)
+        warnings = [*report.warnings, *await self._keeper.warnings(experiment)]
+        return report.model_copy(update={"outcomes": outcomes, "warnings": warnings})
 
     async def retrieve_units(self, request: Request, experiment_id: str, step: str = "hour") -> UnitsOverTime:
         """Show when the units of each arm arrived, by hour or by day."""

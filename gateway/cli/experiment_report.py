@@ -19,7 +19,8 @@ from gateway.experiments.report import ArmReport, ExperimentList, ExperimentRepo
 from gateway.experiments.sample_ratio import SampleRatio
 from gateway.experiments.split import Split
 from gateway.experiments.stats import ExperimentStats
-from gateway.outcomes.files import is_store, read_requests, read_units, report_files
+from gateway.outcomes.files import is_store, read_changes, read_requests, read_units, report_files
+from gateway.outcomes.served import why_models_changed
 
 _TIMEOUT_S = 10.0
 _NOTHING = "-"
@@ -91,7 +92,9 @@ def read_evidence(
     stats.restore(experiment, generation, read_requests([*files, *outcomes], experiment.id, generation), 0)
     report = stats.report(experiment, generation)
     has_outcomes = bool(outcomes) or any(map(is_store, files))
+    changed = why_models_changed(experiment, read_changes([*files, *outcomes], experiment.id))
     update = {
+        "warnings": [*report.warnings, *([changed] if changed else [])],
         "uncounted": {**report.uncounted, **left_out},
         "outcomes": report_files(experiment, files, outcomes) if has_outcomes else None,
     }

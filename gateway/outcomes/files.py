@@ -5,6 +5,7 @@ from __future__ import annotations
 import sqlite3
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -24,6 +25,7 @@ from gateway.experiments.tally import add_tally
 from gateway.outcomes.declarations import UNKNOWN, first_declared, is_declared, note
 from gateway.outcomes.joining import Branch, Exposures, Outcomes, signed
 from gateway.outcomes.reading import Seen, read_csv
+from gateway.outcomes.served import Served, changes_of, read_served, why_models_changed
 from gateway.outcomes.store import Decision, NewOutcome, Reader
 from gateway.outcomes.traffic import read_tally
 from gateway.outcomes.verdicts import branches_of, no_decisions, report_outcomes
@@ -62,6 +64,19 @@ def read_units(paths: Iterable[Path]) -> Iterator[Exposure]:
             yield from read_exposures([path])
 
 
+def read_changes(paths: Iterable[Path], experiment: str) -> list[Served]:
+    """Return when weights and models were served, from files of experiments, in order.
+
+    Raises:
+        StartError: a file cannot be read.
+    """
+    found: list[Served] = []
+    for path in dict.fromkeys(path for path in paths if is_store(path)):
+        with Reader(path) as reader:
+            found += read_served(reader, experiment)
+    return sorted(found, key=lambda one: one.time)
+
+
 def read_requests(paths: Iterable[Path], experiment: str, generation: str) -> Generation:
     """Return the counts of requests under one set of weights in files of experiments; exposure logs have none.
 
@@ -94,7 +109,8 @@ def report_files(experiment: Experiment, exposures: Sequence[Path], outcomes: Se
     stores = [path for path in dict.fromkeys([*exposures, *outcomes]) if is_store(path)]
     exposed = dict.fromkeys([*exposures, *stores])
     declared: dict[str, float] = {}
-    units = _gather(experiment, _note_declared(experiment, exposed, declared))
+    served = read_changes(stores, experiment.id)
+    units = replace(_gather(experiment, _note_declared(experiment, exposed, declared)), changes=changes_of(served))
     split, primary = Split(experiment), experiment.outcome.name if experiment.outcome else None
     seen: Seen = {}
     posted = [outcome for path in outcomes if path not in stores for outcome in read_csv(path, split, primary, seen)]
@@ -102,6 +118,7 @@ def report_files(experiment: Experiment, exposures: Sequence[Path], outcomes: Se
         with Reader(path) as reader:
             for one, seconds in first_declared(reader.declarations(experiment.id)).items():
                 note(declared, one, seconds)
+    undeclared = None if experiment.outcome is None or is_declared(experiment, declared) else _NOT_DECLARED
     is_whole = not posted and len(stores) == 1 and list(exposed) == stores
     return report_outcomes(
         experiment,
@@ -110,7 +127,7 @@ def report_files(experiment: Experiment, exposures: Sequence[Path], outcomes: Se
         time.time(),
         partial(_decisions, stores[0], experiment.id) if is_whole else no_decisions,
         declarations=declared,
-        why_none=None if experiment.outcome is None or is_declared(experiment, declared) else _NOT_DECLARED,
+        why_none=undeclared or why_models_changed(experiment, served),
     ).report
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +31,19 @@ class Branch:
 
 
 @dataclass(frozen=True, slots=True)
+class Changes:
+    """When weights began to be served, in order.
+
+    Attributes:
+        time: ``(n,)``, in seconds since the epoch.
+        generations: those that were served from these times on.
+    """
+
+    time: Values = field(default_factory=lambda: np.empty(0))
+    generations: Sequence[str] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Exposures:
     """Units in branches, in order of arrival, ``(n,)`` each.
 
@@ -38,12 +51,14 @@ class Exposures:
         unit: hash of the unit, as a signed 64-bit number.
         branch: index in ``branches``.
         time: time of the first request, in seconds since the epoch.
+        changes: the known times at which the weights were changed.
     """
 
     branches: Sequence[Branch]
     unit: Numbers
     branch: Numbers
     time: Values
+    changes: Changes = field(default_factory=Changes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,16 +120,20 @@ def _owners(exposures: Exposures, unit: Numbers, time: Values) -> Numbers:
     """Return, for each outcome, the index of the exposure to the arm that its unit was in at that time; -1 without one.
 
     This is the unit's last exposure up to that time, unless earlier weights have come back: they bring the unit back into
-    its earlier arm, and an exposure is recorded only once. Which weights were served at a time is taken from the last first
-    exposure of any unit. So a return counts from the next new unit on, and all replicas must serve the same weights.
+    its earlier arm, and an exposure is recorded only once. Which weights were served at a time is taken from the last
+    change of weights or first exposure of any unit. So if the changes are unknown, a return counts from the next new unit
+    on. All replicas must serve the same weights.
     """
     owners = _last(exposures.unit, exposures.time, unit, time)
-    names = sorted({branch.generation for branch in exposures.branches})
+    changes = exposures.changes
+    names = sorted({*changes.generations, *(branch.generation for branch in exposures.branches)})
     if len(names) < 2 or not len(exposures.unit):
         return owners
     generations = np.array([names.index(branch.generation) for branch in exposures.branches])[exposures.branch]
-    order = np.argsort(exposures.time, kind="stable")
-    served = generations[order[np.searchsorted(exposures.time[order], time, side="right") - 1]]
+    seen_at = np.concatenate([changes.time, exposures.time])
+    seen = np.concatenate([np.array([names.index(name) for name in changes.generations], np.int64), generations])
+    order = np.argsort(seen_at, kind="stable")
+    served = seen[order[np.searchsorted(seen_at[order], time, side="right") - 1]]
     _units, place = np.unique(np.concatenate([exposures.unit, unit]), return_inverse=True)
     pairs = place * len(names) + np.concatenate([generations, served])
     num = len(exposures.unit)

@@ -7,9 +7,10 @@ import sqlite3
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import replace
 from datetime import datetime
 from functools import partial
 from itertools import islice
@@ -24,6 +25,7 @@ from gateway.experiments.exposures import Exposure, iso
 from gateway.experiments.outcome_report import OutcomesReport
 from gateway.experiments.split import Split, declaration_of, hash_of_declaration
 from gateway.outcomes.declarations import first_declared
+from gateway.outcomes.served import Served, Spaces, changes_of, name_of, note_served, read_served, why_models_changed
 from gateway.outcomes.store import DECLARED, FILE_NAME, Decision, Kept, NewOutcome, Reader, Store, StoreBusy, StoreFull
 from gateway.outcomes.traffic import Traffic
 from gateway.outcomes.verdicts import Reported, branches_of, report_outcomes
@@ -49,20 +51,29 @@ class Keeper:
     Args:
         folder: the folder in which ``experiments.sqlite3`` is, or will be created.
         experiments: returns the experiments that are served now.
+        spaces: returns the space of each arm of an experiment whose model is known.
 
     Raises:
         StartError: the file cannot be opened.
     """
 
-    def __init__(self, folder: Path, max_bytes: int, experiments: Callable[[], Sequence[Experiment]]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        max_bytes: int,
+        experiments: Callable[[], Sequence[Experiment]],
+        spaces: Callable[[Experiment], Mapping[str, str]] = lambda _experiment: {},
+    ) -> None:
         self._store = Store(folder / FILE_NAME, max_bytes)
         self._experiments = experiments
+        self._spaces = spaces
         self._thread = ThreadPoolExecutor(1, "outcomes")
         # Not the threads that the rest of the gateway shares: with a disk that hangs, each report would block one.
         self._reading = ThreadPoolExecutor(1, "outcomes-read")
         self._waiting: deque[Exposure] = deque()
         self._writing: Future[None] | None = None
-        self._declared: set[str] = set()
+        self._declared: set[tuple[str, str]] = set()
+        self._served: dict[str, tuple[str, Spaces]] = {}
         self._noted: set[tuple[str, str, str]] = set()
         self._warned_at = -_SECONDS_BETWEEN_WARNINGS
         # The last report of each experiment, with the time at which to renew it and the state that it was computed
@@ -151,6 +162,23 @@ class Keeper:
         except (sqlite3.Error, StartError) as error:
             raise _unreadable() from error
 
+    async def warnings(self, experiment: Experiment) -> list[str]:
+        """Return the reasons, found in the file, why the figures may mean nothing.
+
+        Raises:
+            OutcomesUnavailable: the file cannot be read now.
+        """
+
+        def find() -> str | None:
+            with Reader(self._store.path) as reader:
+                return why_models_changed(experiment, read_served(reader, experiment.id))
+
+        try:
+            found = await self._in_reader(find)
+        except (sqlite3.Error, StartError) as error:
+            raise _unreadable() from error
+        return [] if found is None else [found]
+
     async def _in_reader(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._reading, work)
 
@@ -175,7 +203,7 @@ class Keeper:
         while self._waiting:
             exposures = [self._waiting[i] for i in range(min(1_000, len(self._waiting)))]
             try:
-                if any(exposure.generation not in self._declared for exposure in exposures):
+                if any((one.experiment, one.generation) not in self._declared for one in exposures):
                     self._declare()
                 timed = [(exposure, datetime.fromisoformat(exposure.time).timestamp()) for exposure in exposures]
                 self._note_declarations(timed)
@@ -189,12 +217,16 @@ class Keeper:
                 self._waiting.popleft()
 
     def _declare(self) -> None:
-        """Store the arms that are served now, so that their exposures can be stored."""
+        """Store the arms that are served now, so that their exposures can be stored, and since when."""
         for experiment in self._experiments():
-            generation = Split(experiment).generation
-            if generation not in self._declared:
+            generation, known = Split(experiment).generation, self._spaces(experiment)
+            spaces = {name_of(arm): known[arm.label] for arm in experiment.arms if arm.label in known}
+            if (experiment.id, generation) not in self._declared:
                 self._store.declare(experiment.id, branches_of(experiment, generation))
-                self._declared.add(generation)
+                self._declared.add((experiment.id, generation))
+            if self._served.get(experiment.id) != (generation, spaces):
+                note_served(self._store, experiment.id, Served(time.time(), generation, spaces))
+                self._served[experiment.id] = generation, spaces
 
     def _note_declarations(self, exposures: Sequence[tuple[Exposure, float]]) -> None:
         """Store when exposures first had the present declarations: their outcomes may be in a file, and never posted."""
@@ -217,7 +249,8 @@ class Keeper:
 
     def _report(self, experiment: Experiment, mismatch: str | None) -> OutcomesReport:
         with self._computing, Reader(self._store.path) as reader:
-            state = (reader.state(), experiment, mismatch)
+            served = read_served(reader, experiment.id)
+            state = ((reader.state(), len(served)), experiment, mismatch)
             known = self._reports.get(experiment.id)
             if known and (known[1] == state or (known[1][1:] == state[1:] and time.monotonic() < known[0])):
                 return known[2]
@@ -240,13 +273,14 @@ def _unreadable() -> OutcomesUnavailable:
 
 def read_report(reader: Reader, experiment: Experiment, mismatch: str | None = None) -> Reported:
     """Compute the report of an experiment from a file."""
+    served = read_served(reader, experiment.id)
     outcomes = {name: reader.outcomes(experiment.id, name)[0] for name in reader.names(experiment.id)}
     return report_outcomes(
         experiment,
-        reader.exposures(experiment.id),
+        replace(reader.exposures(experiment.id), changes=changes_of(served)),
         outcomes,
         time.time(),
         lambda question: reader.decisions(experiment.id, question),
         declarations=first_declared(reader.declarations(experiment.id)),
-        why_none=mismatch,
+        why_none=mismatch or why_models_changed(experiment, served),
     )

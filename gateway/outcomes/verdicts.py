@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from types import MappingProxyType
 from typing import Literal, TypeAlias, get_args
@@ -109,7 +109,7 @@ def _counted(experiment: Experiment, exposures: Exposures, outcomes: Outcomes) -
     units = is_ours[exposures.branch] & (exposures.time >= since)
     posts = (outcomes.time >= since) | outcomes.is_before
     return (
-        Exposures(exposures.branches, exposures.unit[units], exposures.branch[units], exposures.time[units]),
+        replace(exposures, unit=exposures.unit[units], branch=exposures.branch[units], time=exposures.time[units]),
         Outcomes(
             outcomes.unit[posts],
             outcomes.value[posts],
@@ -160,7 +160,7 @@ class _Look:
     why_none: str | None
 
     def report(self, name: str, num_outcomes: int) -> OutcomeReport:
-        alpha = ALPHA / (len(self.experiment.arms) - 1)
+        alpha = ALPHA / self._num_tested
         per = self.declared.per if self.declared else "unit"
         arms = [(arm, describe(self.joined, _branch(arm), per, alpha)) for arm in self.experiment.arms]
         control = self.experiment.control
@@ -188,6 +188,18 @@ class _Look:
                 for arm in self.experiment.arms[1:]
             ],
         )
+
+    @property
+    def _num_tested(self) -> int:
+        """The number of arms that are compared with the control, or were earlier: who drops the worst chooses by results."""
+        exposures = self.joined.exposures
+        seen = [exposures.branches[index] for index in np.unique(exposures.branch)]
+        named = {(arm.label, arm.model, arm.task) for arm in self.experiment.arms}
+        control = self.experiment.control
+        tested = (named | {(one.arm, one.model, one.task) for one in seen}) - {
+            (control.label, control.model, control.task)
+        }
+        return len(tested)
 
     def _comparison(self, arm: Arm, found: Comparison, alpha: float) -> OutcomeComparison:
         difference = found.difference

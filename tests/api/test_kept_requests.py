@@ -72,9 +72,9 @@ async def start(make_model: Callable[..., Model], tmp_path: Path) -> AsyncIterat
 
     async with contextlib.AsyncExitStack() as stack:
 
-        async def start(one: Experiment | None = None, **settings: Any) -> Gateway:
-            names = ("mini", "other")
-            models = [make_model(name, backend=FakeBackend(fake_info(name), on_embed=refuse)) for name in names]
+        async def start(one: Experiment | None = None, *, weights: str = "0", **settings: Any) -> Gateway:
+            infos = [fake_info("mini"), fake_info("other", fingerprint=weights * 64)]
+            models = [make_model(info.id, backend=FakeBackend(info, on_embed=refuse)) for info in infos]
             registry = Registry(
                 path=Path("models.yaml"),
                 version=1,
@@ -83,7 +83,7 @@ async def start(make_model: Callable[..., Model], tmp_path: Path) -> AsyncIterat
             )
             fleet = Fleet(models)
             for model in fleet:
-                await model.backend.start()
+                model.info = await model.backend.start()
             fleet.started.set()
             gateway = Gateway(Deployment(registry, Settings(**{"state_dir": tmp_path, **settings}), fleet))
             stack.push_async_callback(gateway.stop)
@@ -181,6 +181,45 @@ async def test_other_weights_count_from_zero_and_earlier_weights_have_their_figu
 
     assert requests(report) == [(0, 0), (0, 0)]
     assert [guardrail["units"] for guardrail in report["guardrails"]] == [0, 0]
+
+
+async def test_a_model_that_changes_under_its_id_is_noticed(start: Start, tmp_path: Path) -> None:
+    """Its arm would have the figures of two models."""
+    one = experiment(outcome={"name": "kept"})
+    for weights in "0101":
+        gateway = await start(one, weights=weights)
+        await gateway.embed(range(3))
+        report = await gateway.report()
+        await gateway.stop()
+        if weights == "0" and not report["warnings"]:
+            continue  # the first run
+
+        [warning] = report["warnings"]
+        [comparison] = report["outcomes"]["outcomes"][0]["comparisons"]
+        assert warning.startswith(f"the model of arm 'other' changed on {datetime.now(UTC):%Y-}")
+        assert (comparison["verdict"], comparison["reason"]) == (None, warning)
+
+    file = tmp_path / "experiments.sqlite3"
+    assert read_evidence(gateway.deployment.registry, "exp", [file]).warnings == [warning]
+    again = await start(experiment(counts_from=datetime.now(UTC)), weights="1")
+    await again.embed(range(3))
+    assert (await again.report())["warnings"] == []
+
+
+async def test_experiments_with_the_same_salt_and_arms_are_all_kept(start: Start, tmp_path: Path) -> None:
+    gateway = await start()
+    registry = gateway.deployment.registry
+    both = (experiment(id="sibling", salt="both"), experiment(salt="both"))
+    gateway.deployment._serve(registry.model_copy(update={"experiments": both}), gateway.deployment.fleet)
+    await gateway.embed(range(3))
+    body = {"model": "sibling", "input": "a", "user": "user-1"}
+    assert (await gateway.client.post("/v1/embeddings", json=body)).status_code == 200
+    await gateway.stop()
+
+    file = tmp_path / "experiments.sqlite3"
+    kept = [read_requests([file], one.id, Split(one).generation) for one in both]
+
+    assert [sum(arm.requests for arm in counts.arms.values()) for counts in kept] == [1, 3]
 
 
 async def test_a_reload_to_weights_of_an_earlier_run_counts_what_it_has(start: Start) -> None:

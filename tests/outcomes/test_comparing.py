@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from gateway.config.registry import Experiment
+from gateway.experiments import sequence
 from gateway.experiments.sequence import ALPHA
+from gateway.experiments.split import Split
 from gateway.outcomes.comparing import Comparison, compare, describe
-from gateway.outcomes.joining import Branch, Exposures, Outcomes, join, signed
+from gateway.outcomes.joining import Branch, Changes, Exposures, Outcomes, join, signed
 from gateway.outcomes.values import Per
+from gateway.outcomes.verdicts import report_outcomes
 
 A, B, C = (Branch("", name, f"model-{name}", None, 0.0) for name in "abc")
 
@@ -69,6 +74,18 @@ def test_weights_that_come_back_bring_the_units_back_into_their_earlier_arms() -
 
     assert joined.value.tolist() == [13, 1_300, 2, 200, 0]
     assert joined.num_unmatched == 0
+
+
+def test_weights_that_are_known_to_have_come_back_count_at_once() -> None:
+    """The same ramp, but no new unit arrives after it was taken back."""
+    arms = [*branches(0.9, 0.1), *branches(0.5, 0.5, generation="h")]
+    exposures = exposed(arms, [0, 0, 3, 2], [7, 8, 7, 8], [10, 11, 20, 21])
+    changes = Changes(np.array([9.0, 19.0, 25.0, 40.0]), ["g", "h", "g", "another salt"])
+    rows = [(7, 1.0, 22), (7, 2.0, 24.9), (7, 4.0, 26), (8, 8.0, 26), (7, 16.0, 41)]
+
+    joined = join(replace(exposures, changes=changes), posted(*((unit, v, 1.0, time, False) for unit, v, time in rows)))
+
+    assert joined.value.tolist() == [4, 8, 3 + 16, 0]
 
 
 def test_a_value_from_before_belongs_to_the_unit_at_any_time_of_the_post() -> None:
@@ -277,6 +294,30 @@ def test_values_from_before_narrow_the_interval() -> None:
     assert (plain.uses_before, adjusted.uses_before) == (False, True)
     assert adjusted.difference.deviation < 0.8 * plain.difference.deviation
     assert adjusted.difference.low <= 0.1 <= adjusted.difference.high
+
+
+def test_an_arm_that_was_removed_still_counts_among_the_arms_that_are_compared() -> None:
+    """If the worst of two new arms is removed, and the other is tested as if it had been alone, more than 5 % err."""
+    arms = ({"name": "a", "model": "model-a", "weight": 1}, {"name": "b", "model": "model-b", "weight": 1})
+    experiment = Experiment.model_validate(
+        {"id": "exp", "kind": "cross_space", "unit": ("body:user",), "outcome": {"name": "kept"}, "arms": arms}
+    )
+    generation, num = Split(experiment).generation, 600
+    both = branches(0.5, 0.5, generation=generation)
+    all_three = branches(0.4, 0.3, 0.3, generation=f"{generation[:-1]}x")
+
+    def margin(arms: list[Branch], branch: list[int]) -> float:
+        exposures = exposed(arms, branch, range(num), [0.0] * num)
+        kept = posted(*((i, float(i % 3), 1.0, 1.0, False) for i in range(num)))
+        [one] = report_outcomes(experiment, exposures, {"kept": kept}, 10.0).report.outcomes[0].comparisons
+        assert one.low is not None
+        assert one.high is not None
+        return one.high - one.low
+
+    alone = margin(both, [i % 2 for i in range(num)])
+    of_two = margin([*both, *all_three], [i % 2 for i in range(num - 1)] + [4])
+
+    assert of_two / alone == pytest.approx(sequence.margin(num, ALPHA / 2) / sequence.margin(num, ALPHA), rel=0.01)
 
 
 def test_a_mismatch_in_any_generation_is_found() -> None:
