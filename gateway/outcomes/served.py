@@ -85,7 +85,7 @@ def why_models_changed(experiment: Experiment, served: Sequence[Served]) -> str 
     """Return why nothing can be decided: under the id of an arm's model, another model was served since the counts began."""
     generation = Split(experiment).generation
     since = -np.inf if experiment.counts_from is None else experiment.counts_from.timestamp()
-    ends = [*(one.time for one in served[1:]), np.inf]
+    ends = [*(one.time for one in served), np.inf][1:]
     counted = [
         one for one, end in zip(served, ends, strict=True) if end > since and has_same_salt(one.generation, generation)
     ]
