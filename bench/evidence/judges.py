@@ -16,7 +16,7 @@ _JUDGES = (
     ("favors an arm in 10 %", Judge(0.2, 0.1)),
     ("favors an arm in 30 %", Judge(0.2, 0.3)),
 )
-_SIZES = ((60, 50), (300, 60), (600, 120))
+_SIZES = ((100, 60), (300, 60), (600, 120))
 
 
 def calls_equal_arms_different(judge: Judge, num_queries: int, num_checked: int, rng: np.random.Generator) -> bool:

@@ -70,7 +70,8 @@ class GradingCard(AnswerBody):
     whole_queries: int = Field(description="Number of completely graded queries. Only these count.")
     queries: int
     needed: int = Field(
-        description="Number of completely graded queries for a verdict; with fewer, `POST …/verdict` gives only kappa."
+        description="Number of completely graded queries for a verdict: all of them, since some of them would not be a "
+        "random sample."
     )
     next: PairToGrade | None = Field(description="The next pair; `null` if all documents have a grade.")
     can_undo: bool = Field(description="Whether `POST …/grades/undo` can take back a grade of this person.")

@@ -18,7 +18,6 @@ from typing import Final
 
 from gateway.comparisons.child import Child, without_settings
 from gateway.comparisons.runs import Runs
-from gateway.comparisons.scale import MIN_CHECKED
 from gateway.comparisons.sheet import CHECK_FILE, Row, Sheet
 from gateway.config.files import one_writer, write_whole
 from gateway.config.wording import cut
@@ -56,8 +55,8 @@ class Standing:
 
     @property
     def num_needed(self) -> int:
-        """The number of whole queries for a verdict; all of them, if the file has fewer."""
-        return min(MIN_CHECKED, self.num_queries)
+        """The number of whole queries for a verdict: all that were drawn, since a choice among them is not random."""
+        return self.num_queries
 
     @property
     def is_enough(self) -> bool:

@@ -19,8 +19,13 @@ MAX_GRADE: Final = len(SCALE) - 1
 
 WHAT_COUNTS: Final = "Grade what the document says, not its length, its style, or whether you believe it."
 
-MIN_CHECKED: Final = 50
-"""The number of queries, with all their documents, that people must grade before a verdict."""
+NUM_CHECKED: Final = 60
+"""The number of queries that are drawn for people.
+
+A verdict needs grades for all of them, with all their documents. If people choose which queries to leave out, the rest is
+not a random sample: without the ten queries that seem to favor one arm least, corrected verdicts on equal arms are wrong in
+13 % of comparisons instead of 4 %.
+"""
 
 MIN_KAPPA: Final = 0.4
 """A judge can be used if its kappa is above this with 95 % confidence."""

@@ -10,7 +10,7 @@ from gateway.api.admin import read_person
 from gateway.api.comparisons import Comparisons, required
 from gateway.api.grading import grading_card, read_place
 from gateway.comparisons.grading import Grading, Standing
-from gateway.comparisons.scale import MAX_GRADE, MIN_CHECKED, SCALE, WHAT_COUNTS
+from gateway.comparisons.scale import MAX_GRADE, SCALE, WHAT_COUNTS
 from gateway.config.wording import cut
 from gateway.console.compare import Compare
 from gateway.console.parts import Parts
@@ -85,7 +85,6 @@ class GradePages:
             card=grading_card(standing),
             is_enough=standing.is_enough,
             what_counts=WHAT_COUNTS,
-            min_checked=MIN_CHECKED,
             meanings=[meaning.removeprefix("The document ").removesuffix(".") for meaning in SCALE],
             grader=grader,
             note=note,

@@ -48,7 +48,7 @@ async def grade(operator: httpx.AsyncClient, card: dict, value: int, **more: str
 async def test_documents_are_graded_blind_and_taken_back(operator: httpx.AsyncClient, runs: Path) -> None:
     card = (await operator.get(f"{PATH}/grading")).json()
     assert [one["meaning"] for one in card["scale"]] == list(SCALE)
-    assert (card["graded"], card["documents"], card["needed"], card["counted"]) == (0, 60 * PAIRS_PER_QUERY, 50, None)
+    assert (card["graded"], card["documents"], card["needed"], card["counted"]) == (0, 60 * PAIRS_PER_QUERY, 60, None)
     assert set(card["next"]) == {"place", "query", "document", "query_text", "document_text"}
     assert card["next"]["document_text"].startswith(card["next"]["document"])
 
@@ -70,7 +70,7 @@ async def test_the_verdict_has_the_agreement_of_the_judge(
 ) -> None:
     early = await operator.post(f"{PATH}/verdict")
     assert early.status_code == 400
-    assert "0 of 60 queries are graded completely, and a verdict needs 50" in early.json()["message"]
+    assert "0 of 60 queries are graded completely, and a verdict needs 60" in early.json()["message"]
     grade_by_hand(made[0], runs / RUN, num_left=1)
     card = (await operator.get(f"{PATH}/grading")).json()
     last = await grade(operator, card, made[0].people[card["next"]["query"], card["next"]["document"]])

@@ -218,7 +218,7 @@ def test_people_grade_documents_by_keys_and_the_verdict_follows(
         )
         page.get_by_role("link", name="Grade documents").click()
         page.wait_for_url("**/compare/judged/grade")
-        assert "0 of 480 documents, 0 of 60 whole queries; a verdict needs 50" in page.locator(".head").inner_text()
+        assert "0 of 480 documents, 0 of 60 whole queries; a verdict needs 60" in page.locator(".head").inner_text()
         assert [button.split("\n")[-1] for button in page.locator(".grades button").all_inner_texts()] == [
             meaning.removeprefix("The document ").removesuffix(".") for meaning in SCALE
         ]
@@ -282,7 +282,7 @@ def test_grades_need_no_script_and_no_grade_is_overwritten(gateway: Gateway, run
         assert "Nothing was taken back" in client.post(f"{path}/undo", data={"grader": "carl"}).text
         assert client.get(path, params={"after": "x"}).status_code == 400
         assert client.get("/console/compare/support%20faq/grade").status_code == 404
-        assert "a verdict needs 50" in client.post("/console/compare/judged-too/verdict").text
+        assert "a verdict needs 60" in client.post("/console/compare/judged-too/verdict").text
 
 
 # --------------------------------------------------------------------------------------------------------------- pure

@@ -9,11 +9,9 @@ import numpy as np
 
 from gateway.compare.judge.values import DEPTH, Grades, Pair
 from gateway.compare.search import Ranking
+from gateway.comparisons.scale import NUM_CHECKED
 
 Item = TypeVar("Item")
-
-NUM_CHECKED = 60
-"""The number of queries for people to check."""
 
 _REPEATED_SHARE = 0.1
 _MIN_REPEATED = 30

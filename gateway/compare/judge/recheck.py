@@ -14,7 +14,7 @@ from gateway.compare.beir import read_judgments, read_lines
 from gateway.compare.dataset import Dataset
 from gateway.compare.judge.check import complete_queries, read_check
 from gateway.compare.judge.outputs import GRADES_FILE, REPORT_FILE, report_json
-from gateway.compare.judge.pool import make_pool
+from gateway.compare.judge.pool import draw_checked, make_pool
 from gateway.compare.judge.report import check_by_people
 from gateway.compare.judge.values import Grades, JudgeReport
 from gateway.compare.judge.verdicts import Evidence, conclude
@@ -55,8 +55,9 @@ def check_again(folder: Path) -> tuple[JudgeReport, list[Path]]:
     dataset = Dataset(Path(summary.folder), summary.split, {}, queries, {}, 0, (), groups, frozenset())
     pool = make_pool(rankings, comparison.seed)
     checked, notes = complete_queries(people, dataset, pool, comparison.seed, folder / CHECK_FILE)
+    num_drawn = len(draw_checked(list(queries), groups, comparison.seed))
     check = check_by_people(checked, report.grades, comparison.seed)
-    evidence = Evidence(rankings, report.grades, checked, check, report.unjudged_share, groups)
+    evidence = Evidence(rankings, report.grades, checked, check, report.unjudged_share, groups, num_drawn)
     report = replace(report, check=check, check_notes=notes, contrasts=conclude(evidence))
     return report, [_write_report(report, folder), write_page(render_page(comparison, report), folder)]
 

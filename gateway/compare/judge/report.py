@@ -13,6 +13,7 @@ from gateway.compare.judge.endpoint import CUT_REMEDY, MAX_THOUGHT_TOKENS, ChatE
 from gateway.compare.judge.grading import Grader, Question
 from gateway.compare.judge.inference import kappa, self_agreement
 from gateway.compare.judge.makers import relatives
+from gateway.compare.judge.pool import draw_checked
 from gateway.compare.judge.prompt import MAX_DOCUMENT_CHARACTERS, ORDERS, prompt_hash, template
 from gateway.compare.judge.values import Grades, JudgeReport, JudgeSetup, PeopleCheck, SelfAgreement, Usage
 from gateway.compare.judge.verdicts import MAX_UNJUDGED_SHARE, Evidence, conclude, levels
@@ -84,7 +85,9 @@ def make_report(subject: Subject, asked: JudgeSetup, graded: Graded, checked: Gr
     unjudged = graded.grader.unjudged(graded.questions)
     check = None if checked is None else check_by_people(checked, grades, subject.seed)
     unjudged_share = len(unjudged) / len(graded.questions)
-    evidence = Evidence(subject.rankings, grades, checked or {}, check, unjudged_share, subject.dataset.groups)
+    groups = subject.dataset.groups
+    num_drawn = len(draw_checked(list(subject.dataset.queries), groups, subject.seed))
+    evidence = Evidence(subject.rankings, grades, checked or {}, check, unjudged_share, groups, num_drawn)
     repeats, tally = _self_agreement(graded), graded.grader.tally
     return JudgeReport(
         asked=asked,

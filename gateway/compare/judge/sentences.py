@@ -10,7 +10,7 @@ from gateway.compare.judge.verdicts import MAX_UNJUDGED_SHARE
 from gateway.compare.results import PRIMARY_MEASURE
 from gateway.compare.sentences import fixed, p_value, percent, signed
 from gateway.compare.statistics import MIN_QUERIES, MIN_UNTIED
-from gateway.comparisons.scale import MIN_CHECKED, MIN_KAPPA
+from gateway.comparisons.scale import MIN_KAPPA, NUM_CHECKED
 from gateway.config.wording import count
 
 _WITHOUT_CHECK = (
@@ -33,7 +33,7 @@ _TEMPLATES = {
     ),
     JudgeVerdict.TOO_FEW_CHECKED: (
         "People checked too few queries to distinguish {arm} from {baseline}: {num_checked} whole ones, and {num_untied} of "
-        "them differ; at least {min_checked} and {min_untied} are needed."
+        "them differ; all {num_drawn} drawn queries, and {min_untied} that differ, are needed."
     ),
     JudgeVerdict.TOO_MANY_UNJUDGED: "No verdict on {arm}: {unjudged} of the pairs have no grade; the limit is {limit}.",
     JudgeVerdict.UNUSABLE: (
@@ -129,7 +129,7 @@ def contrast_sentence(report: JudgeReport, one: JudgeContrast) -> str:
         unjudged=f"{100 * report.unjudged_share:.1f} %",
         limit=percent(MAX_UNJUDGED_SHARE),
         min_queries=MIN_QUERIES,
-        min_checked=MIN_CHECKED,
+        num_drawn=min(NUM_CHECKED, report.num_queries),
         min_untied=MIN_UNTIED,
         min_kappa=MIN_KAPPA,
     )

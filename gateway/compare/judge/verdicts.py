@@ -13,7 +13,7 @@ from gateway.compare.quality import measure
 from gateway.compare.results import PRIMARY_MEASURE
 from gateway.compare.search import Ranking
 from gateway.compare.statistics import ALPHA, MIN_QUERIES, MIN_UNTIED, holm
-from gateway.comparisons.scale import MIN_CHECKED, MIN_KAPPA
+from gateway.comparisons.scale import MIN_KAPPA
 
 MAX_UNJUDGED_SHARE = 0.02
 """Above this share of ungraded pairs, there is no verdict."""
@@ -32,6 +32,7 @@ class Evidence:
         check: the judge's agreement with people; ``None`` without a check.
         unjudged_share: the share of the pairs that the judge did not grade.
         groups: the group of each query that depends on others; a group counts as one query.
+        num_drawn: number of queries that were drawn for people; a verdict needs their grades for all of them.
     """
 
     rankings: Mapping[str, Ranking]
@@ -40,6 +41,7 @@ class Evidence:
     check: PeopleCheck | None
     unjudged_share: float
     groups: Mapping[str, str] = field(default_factory=dict)
+    num_drawn: int = 0
 
 
 def quality(rankings: Mapping[str, Ranking], grades: Grades) -> dict[str, Values]:
@@ -137,13 +139,12 @@ def _verdict(evidence: Evidence, found: JudgeContrast) -> JudgeVerdict:
             return JudgeVerdict.NO_PREFERENCE
         direction = _direction(found.judged, found.judged_p)
         return (JudgeVerdict.NOT_PREFERRED, JudgeVerdict.NO_PREFERENCE, JudgeVerdict.PREFERRED)[direction + 1]
-    num_checked = len({unit_of(query, evidence.groups) for query in evidence.people})
-    return _checked_verdict(evidence.check, num_checked, found)
-
-
-def _checked_verdict(check: PeopleCheck, num_checked: int, found: JudgeContrast) -> JudgeVerdict:
-    if num_checked < MIN_CHECKED:
+    if len(evidence.people) < evidence.num_drawn:
         return JudgeVerdict.TOO_FEW_CHECKED
+    return _checked_verdict(evidence.check, found)
+
+
+def _checked_verdict(check: PeopleCheck, found: JudgeContrast) -> JudgeVerdict:
     if check.kappa.low < MIN_KAPPA:
         return JudgeVerdict.UNUSABLE
     if found.corrected is None or found.corrected_p is None or found.num_untied < MIN_UNTIED:
