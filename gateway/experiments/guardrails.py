@@ -11,6 +11,8 @@ from gateway.experiments.arms import LOG_CHARACTERS, LOG_SECONDS, REQUESTS, SERV
 from gateway.experiments.report import Guardrail
 from gateway.experiments.sequence import LEAST_UNITS, Difference, Values, difference
 
+_NUM_METRICS = 2  # latency and errors
+
 
 def guardrails(arm: str, control: ArmCounts, new: ArmCounts, share: float, alpha: float) -> Iterator[Guardrail]:
     """Yield the difference of an arm from the control in latency and in errors.
@@ -20,8 +22,9 @@ def guardrails(arm: str, control: ArmCounts, new: ArmCounts, share: float, alpha
 
     Args:
         share: the planned share of the arm in the units of both arms.
-        alpha: the probability with which an interval may miss at any look.
+        alpha: the probability with which any of the intervals may miss at any look.
     """
+    alpha /= _NUM_METRICS
     old_sums, new_sums = control.sums.columns(), new.sums.columns()
     by_work = _at_equal_work(old_sums, new_sums)
     latency = difference(*by_work, share, alpha)
