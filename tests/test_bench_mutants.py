@@ -13,9 +13,11 @@ import pytest
 from bench.mutants.equivalents import read_equivalents, reason_for, unmatched
 from bench.mutants.operators import mutants_of
 from bench.mutants.outcomes import Outcomes
+from bench.mutants.own_tests import own_tests
 from bench.mutants.plugin import IMPORT, Trace
-from bench.mutants.records import Records, own_tests
-from bench.mutants.scoring import CORE
+from bench.mutants.records import Records
+from bench.mutants.report import write_page
+from bench.mutants.scoring import CORE, ModuleResult
 from bench.mutants.usage import Limits, Usage
 from bench.processes import ROOT
 
@@ -188,6 +190,34 @@ def test_the_mutants_that_no_test_notices_are_printed(tmp_path):
     assert survivors == {"return (a - 1)", "return a + 2", "return None"}
     assert "| toy | 10 | 10 | 6 | 3 | 1 | 67 % |" in done.stdout
     assert (tmp_path / "gateway" / "toy.py").read_text() == TOY
+
+
+def test_the_page_keeps_the_rows_of_modules_whose_results_are_elsewhere(tmp_path):
+    page = tmp_path / "testing.md"
+    page.write_text("before\n<!-- bench.mutants -->\n<!-- end of bench.mutants -->\nafter\n")
+    union, compared, raised = (
+        mutants_of("gateway/vectors.py", source)[0] for source in ("a: int = b | c", "a = b < c", "raise E")
+    )
+
+    def vectors(**parts) -> ModuleResult:
+        return ModuleResult("gateway/vectors.py", 9, **parts)
+
+    there = ModuleResult("gateway/service.py", 5, [(compared, "a test")], [(union, 3)], [(raised, "never reached")])
+    write_page([vectors(survivors=[(compared, 0)]), there, ModuleResult("gateway/requests.py", 7)], "abc1234", page)
+
+    write_page([vectors(killed=[(compared, "a test")]), ModuleResult("gateway/service.py", 5)], "def5678", page)
+
+    text = page.read_text()
+    assert "| vectors | 9 | 1 | 1 | 0 | 0 | 100 % | def5678 |" in text
+    assert "| service | 5 | 3 | 1 | 1 | 1 | 50 % | abc1234 |" in text
+    assert "| all | 14 | 4 | 2 | 1 | 1 | 67 % |  |" in text
+    assert "| requests |" not in text
+    assert [line for line in text.splitlines() if line.startswith("| `")] == [
+        f"| `service` | `{union.before}` | `{union.after}` |".replace("b | c", "b \\| c"),
+        f"| `service` | `{raised.before}` | `{raised.after}` | never reached |",
+    ]
+    assert text.startswith("before\n")
+    assert text.endswith("\nafter\n")
 
 
 def test_a_stopped_run_continues_and_a_changed_test_or_function_is_tried_again(tmp_path):

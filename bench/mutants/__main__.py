@@ -18,7 +18,8 @@ from pathlib import Path
 
 from bench.mutants.equivalents import FILE, read_equivalents
 from bench.mutants.outcomes import Outcomes
-from bench.mutants.records import Records, all_tests, own_tests
+from bench.mutants.own_tests import all_tests, own_tests
+from bench.mutants.records import Records
 from bench.mutants.report import print_result, table_of, write_page
 from bench.mutants.running import preload, workspaces
 from bench.mutants.scoring import CORE, Options, record, result_of, score

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeAlias
 
-from bench.mutants.scoring import ModuleResult
+from bench.mutants.scoring import CORE, ModuleResult
 from bench.processes import ROOT
-from bench.report import table, update_page
+from bench.report import read_section, table, update_page
+
+_Cells: TypeAlias = tuple[str, ...]
 
 PAGE = ROOT / "docs" / "testing.md"
+_SECTION = "bench.mutants"
 _HEADER = ("module", "mutants", "tried", "killed", "survive", "equivalent", "score")
 
 
@@ -28,45 +32,95 @@ def print_result(result: ModuleResult) -> None:
 
 def table_of(results: Sequence[ModuleResult]) -> str:
     """Return the scores: killed of those that can be."""
-    rows = [(r.module, r.num_mutants, r.num_tried, len(r.killed), len(r.survivors), len(r.equivalent)) for r in results]
+    rows = [_cells(_short(result), *_counts_of(result)) for result in results]
     if len(rows) > 1:
-        rows.append(("all", *(sum(counts) for counts in list(zip(*rows, strict=True))[1:])))
-    return table(_HEADER, [_cells(*row) for row in rows])
+        rows.append(_total(rows))
+    return table(_HEADER, rows)
+
+
+def _total(rows: Sequence[_Cells]) -> _Cells:
+    return _cells("all", *(sum(int(row[i]) for row in rows) for i in range(1, 6)))
 
 
 def _cells(module: str, *counts: int) -> tuple[str, ...]:
     _mutants, _tried, num_killed, num_surviving, _equivalent = counts
     possible = num_killed + num_surviving
     score = f"{num_killed / possible:.0%}".replace("%", " %") if possible else "n/a"
-    return (module.removeprefix("gateway/").removesuffix(".py"), *map(str, counts), score)
+    return (module, *map(str, counts), score)
 
 
 def write_page(results: Sequence[ModuleResult], commit: str, page: Path = PAGE) -> None:
-    """Write the table, what survives, and the equivalent mutants with their reasons, into the documentation."""
+    """Write the table, what survives, and the equivalent mutants with their reasons, into the documentation.
+
+    The rows of other modules of the core stay: their results may be on another machine.
+    """
     tried = [result for result in results if result.num_tried]
+    new_names = {_short(result) for result in tried}
+    old_scores, old_survivors, old_reasons = _tables_of(read_section(_SECTION, page))
+    scores = {row[0]: row for row in old_scores} | {
+        _short(result): (*_cells(_short(result), *_counts_of(result)), commit) for result in tried
+    }
+    rows = [scores[name] for name in CORE if name in scores]
     parts = [
-        f"At commit {commit}. The mutants of each module that were tried are a random sample. The score is the share of "
-        f"the sample that a test noticed, without equivalent mutants. "
-        f"{len(tried)} of {len(results)} modules have been tried.",
-        table_of(tried),
+        "The mutants of each module that were tried are a random sample. The score is the share of the sample that a "
+        "test noticed at the commit, without equivalent mutants. "
+        f"{len(rows)} of {len(CORE)} modules have been tried.",
+        table((*_HEADER, "commit"), [*rows, (*_total(rows), "")]),
     ]
-    if survivors := [
-        (_name(result), _code(mutant.before), _code(mutant.after)) for result in tried for mutant, _ in result.survivors
-    ]:
-        parts.append("No test notices yet:")
-        parts.append(table(("module", "line", "change"), survivors))
-    if reasons := [
-        (_name(result), _code(mutant.before), _code(mutant.after), reason)
-        for result in tried
-        for mutant, reason in result.equivalent
-    ]:
-        parts.append("Equivalent, which means that the change makes no difference:")
-        parts.append(table(("module", "line", "change", "why"), reasons))
-    update_page("bench.mutants", "\n\n".join(parts), page)
+
+    def add(title: str, header: Sequence[str], old: Sequence[_Cells], new: Sequence[_Cells]) -> None:
+        by_module = {f"`{name}`": list[_Cells]() for name in CORE}
+        for row in (*(row for row in old if row[0].strip("`") not in new_names), *new):
+            by_module.get(row[0], []).append(row)
+        if all_rows := [row for rows_of in by_module.values() for row in rows_of]:
+            parts.extend((title, table(header, all_rows)))
+
+    add(
+        "No test notices yet:",
+        ("module", "line", "change"),
+        old_survivors,
+        [(_name(one), _code(mutant.before), _code(mutant.after)) for one in tried for mutant, _ in one.survivors],
+    )
+    add(
+        "Equivalent, which means that the change makes no difference:",
+        ("module", "line", "change", "why"),
+        old_reasons,
+        [
+            (_name(one), _code(mutant.before), _code(mutant.after), reason)
+            for one in tried
+            for mutant, reason in one.equivalent
+        ],
+    )
+    update_page(_SECTION, "\n\n".join(parts), page)
+
+
+def _tables_of(markdown: str) -> tuple[list[_Cells], list[_Cells], list[_Cells]]:
+    """Return the rows of the three tables on the page: scores, survivors and equivalent mutants."""
+    of_width: dict[int, list[_Cells]] = {len(_HEADER) + 1: [], 3: [], 4: []}
+    for line in markdown.splitlines():
+        cells = tuple(line.removeprefix("| ").removesuffix(" |").split(" | ")) if line.startswith("| ") else ()
+        if cells and cells[0] not in ("module", "---", "all"):
+            of_width[len(cells)].append(cells)
+    scores, survivors, reasons = of_width.values()
+    return scores, survivors, reasons
+
+
+def _counts_of(result: ModuleResult) -> tuple[int, ...]:
+    return (
+        result.num_mutants,
+        result.num_tried,
+        len(result.killed),
+        len(result.survivors),
+        len(result.equivalent),
+    )
+
+
+def _short(result: ModuleResult) -> str:
+    return result.module.removeprefix("gateway/").removesuffix(".py")
 
 
 def _name(result: ModuleResult) -> str:
-    return f"`{result.module.removeprefix('gateway/').removesuffix('.py')}`"
+    return f"`{_short(result)}`"
 
 
 def _code(text: str) -> str:

@@ -12,24 +12,34 @@ from bench.mutants.collected import ChildOfCollected, Collected
 from bench.mutants.equivalents import Equivalent, reason_for, unmatched
 from bench.mutants.operators import Mutant, mutants_of
 from bench.mutants.outcomes import Outcomes
+from bench.mutants.own_tests import own_tests
 from bench.mutants.plugin import Trace
-from bench.mutants.records import Candidate, Records, own_tests
+from bench.mutants.records import Candidate, Records
 from bench.mutants.running import Child, Workspace, outcome_of, record_tests, run_tests
 from bench.mutants.usage import Limits
 
 _CORE = """
-vectors service computing requests observation deployment cli/lock http/head http/protocol http/middleware
-http/body access/keyring access/quotas
-api/endpoint api/openai api/openai_schema api/token_ids
-fleet backends/infinity backends/same_space
-backends/upstream/backend backends/upstream/breaker backends/upstream/dialects
-backends/upstream/probe backends/upstream/server
+vectors service computing requests observation deployment cli/lock
+http/head http/protocol http/middleware http/body http/turns http/decoding http/pace
+access/keyring access/quotas access/memory
+api/endpoint api/openai api/openai_schema api/token_ids api/json_body api/tei api/tei_schema api/rerank api/classify
+fleet backends/infinity backends/same_space backends/watchdog
+backends/upstream/answers backends/upstream/backend backends/upstream/breaker backends/upstream/dialects
+backends/upstream/failures backends/upstream/pool backends/upstream/probe backends/upstream/quirks
+backends/upstream/server backends/upstream/watch
 batches/answering batches/contents batches/lines batches/recording batches/runner batches/store
 bulk/chunking bulk/fields bulk/job bulk/manifest
 cache/entries cache/files cache/model_cache cache/stores cluster/line cluster/placing cluster/wire
 compare/comparison compare/cost compare/quality compare/search compare/statistics
-engine/admission engine/ahead engine/batch_queue engine/batcher engine/checks golden engine/memory engine/model/adapters
-engine/model/heads engine/model/pairs engine/model/states engine/model/tokenizer engine/scheduler engine/worker
+engine/admission engine/ahead engine/batch_queue engine/batcher engine/cards engine/checks engine/devices golden
+engine/memory engine/pending engine/scheduler engine/tokenizer_pool engine/worker
+engine/checkpoint/classes engine/checkpoint/classifier engine/checkpoint/gte_layout engine/checkpoint/headers
+engine/checkpoint/json_files engine/checkpoint/layouts engine/checkpoint/modules engine/checkpoint/nomic_layout
+engine/checkpoint/prompts engine/checkpoint/read engine/checkpoint/score_modules engine/checkpoint/sizes
+engine/checkpoint/sources engine/checkpoint/transformer engine/checkpoint/weights
+engine/model/adapters engine/model/heads engine/model/pairs engine/model/states engine/model/tokenizer
+engine/model/runtimes/flash engine/model/runtimes/low_rank engine/model/runtimes/network
+engine/model/runtimes/packed engine/model/runtimes/rows
 experiments/exposures experiments/sample_ratio experiments/split experiments/stats experiments/units
 outcomes/reading routing/names routing/router routing/rules routing/shadow routing/spaces telemetry/logs
 """
