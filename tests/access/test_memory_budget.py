@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 
 from gateway.access.memory import MemoryBudget, Reservation
@@ -80,6 +82,21 @@ def test_memory_that_is_given_back_is_free_again(budget: MemoryBudget) -> None:
 
     assert budget.num_bytes == 0
     assert len(fill(budget, "ann", 10 * MIB)) == len(held)
+
+
+def test_a_client_that_holds_nothing_is_forgotten(budget: MemoryBudget) -> None:
+    class Name(str):
+        """A client's name, whose release shows."""
+
+    name = Name("ann")
+    known = weakref.ref(name)
+    one = budget.open(name)
+    one.resize(MIB)
+    one.release()
+
+    del one, name
+
+    assert known() is None
 
 
 def test_a_refusal_changes_nothing(budget: MemoryBudget) -> None:

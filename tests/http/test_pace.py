@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import time
 
-from gateway.http.pace import Pace
+from gateway.http.pace import HeldFlow, Pace
 
 
 async def test_no_more_passes_in_a_second_than_may() -> None:
@@ -53,3 +54,20 @@ async def test_small_pieces_are_not_slowed_down_by_the_grain_of_timers() -> None
         await pace.take(100)
 
     assert len(waits) < 10
+
+
+async def test_a_connection_with_unparsed_data_is_not_read() -> None:
+    one, other = socket.socketpair()
+    transport, _protocol = await asyncio.get_running_loop().create_connection(asyncio.Protocol, sock=one)
+    held = [b"data"]
+    flow = HeldFlow(transport, lambda: bool(held))
+    flow.pause_reading()
+
+    flow.resume_reading()
+
+    assert not transport.is_reading()
+    held.clear()
+    flow.resume_reading()
+    assert transport.is_reading()
+    transport.abort()
+    other.close()

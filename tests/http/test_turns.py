@@ -98,17 +98,21 @@ async def test_a_client_that_has_left_gets_no_turn_and_delays_no_other(turns: Tu
 
 
 async def test_a_turn_that_comes_as_its_client_goes_is_passed_on(turns: Turns) -> None:
+    async def run_and_cancel_the_next() -> None:
+        await turns.run("holder", 1, lambda: None)
+        going.cancel()  # it has its turn, but has not continued yet
+
     work = Recorder(turns)
-    held = await work.hold()
-    tasks = [work.add(name, 1) for name in ("a1", "b1")]
+    held = asyncio.create_task(run_and_cancel_the_next())
     await asyncio.sleep(0)
-    held.add_done_callback(lambda _held: tasks[0].cancel())
-    work.may_go_on.set()
+    going, staying = work.add("a1", 1), work.add("b1", 1)
 
-    await asyncio.gather(held, *tasks, return_exceptions=True)
+    async with asyncio.timeout(5):
+        await asyncio.gather(held, going, staying, return_exceptions=True)
 
-    assert work.done[-1] == "b1"
-    assert await turns.run("d", 1, lambda: 1) == 1
+        assert going.cancelled()
+        assert work.done == ["b1"]
+        assert await turns.run("d", 1, lambda: 1) == 1
 
 
 async def test_clients_that_came_once_are_forgotten_while_others_keep_it_busy(turns: Turns) -> None:
@@ -120,9 +124,9 @@ async def test_clients_that_came_once_are_forgotten_while_others_keep_it_busy(tu
     names = [Name(f"client {i}") for i in range(500)]
     known = [weakref.ref(name) for name in names]
     tasks = [asyncio.create_task(turns.run(names.pop(), 1, lambda: None)) for _ in range(500)]
-    tasks += [work.add("z", 10) for _ in range(2)]
+    tasks.append(work.add("z", 1))
     last = Recorder(turns)
-    tasks.append(asyncio.create_task(turns.run("z", 10, lambda: last.may_go_on.wait(10) and None)))
+    tasks.append(asyncio.create_task(turns.run("z", 1, lambda: last.may_go_on.wait(10) and None)))
     await asyncio.sleep(0)
     work.may_go_on.set()
     await asyncio.gather(held, *tasks[:-1])
