@@ -300,7 +300,9 @@ def test_a_run_that_uses_too_much_is_stopped(code, limits, reason):
 
 COLLECTS = """
 import sys
+import time
 from pathlib import Path
+import psutil
 from bench.mutants import collected
 from bench.mutants.running import Workspace
 from bench.mutants.usage import Limits
@@ -309,6 +311,11 @@ collected._LIMITS = Limits(cpu_s=200, still_s=float(sys.argv[2]), wall_s=200)
 folder = Path(sys.argv[1])
 waiting = collected.Collected(Workspace(folder / "copy", folder / "source"), ["tests/test_toy.py"])
 print(waiting.is_usable)
+if waiting.is_usable:
+    child = collected.ChildOfCollected(waiting, folder / "none.py", ("", ""), [], collected._LIMITS)
+    while psutil.pid_exists(child._pid):
+        time.sleep(0.01)
+    child.kill()  # it has just ended
 waiting.close()
 """
 

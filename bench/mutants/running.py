@@ -228,7 +228,10 @@ class Child:
 
     def kill(self) -> None:
         """End the process and its children."""
-        self._kill(psutil.Process(self._pid).children(recursive=True))
+        children: list[psutil.Process] = []
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has just ended, and its parent has already noticed
+            children = psutil.Process(self._pid).children(recursive=True)
+        self._kill(children)
         self._poll(0)
         self._status = -1
 

@@ -77,6 +77,32 @@ async def test_short_steps_run_on_the_event_loop_only_until_they_are_as_long_as_
     assert await task.done == "a"
 
 
+async def test_steps_of_exactly_a_short_text_run_on_the_event_loop(held: Readings) -> None:
+    task = held.begin("a", "caller", [SHORT_CHARS - 1, 1], may_be_now=True)
+
+    assert task.done.result() == "a"
+    assert len(task.spans) == 1
+
+
+@pytest.mark.parametrize("size", [1, LONG_STEP_CHARS + 1], ids=["short", "long"])
+async def test_a_thread_that_is_busy_and_a_task_that_waits_for_it_show(gate: Gate, size: int) -> None:
+    def steps() -> Steps[None]:
+        yield size
+        gate(None)
+
+    room = TokenizerPool("numbers", asyncio.get_running_loop())
+    room.start()
+    room.begin(RequestHandle("first", math.inf), steps())
+    room.begin(RequestHandle("second", math.inf), steps())
+    await gate.reached()
+    room.close()
+
+    assert not room.is_empty
+    assert not await asyncio.to_thread(room.join, 0.05)
+    gate.open()
+    assert await asyncio.to_thread(room.join, PATIENCE_S)
+
+
 async def test_the_result_of_a_task_is_not_kept_by_the_thread(held: Readings, gate: Gate) -> None:
     class Result:
         """What a tokenizer returns, whose release shows."""
