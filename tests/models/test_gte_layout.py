@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,7 +19,7 @@ from gateway.engine.loading import plan_load
 from gateway.engine.model.items import Item
 from gateway.engine.model.tokenizer import at_once
 from gateway.errors import LoadError
-from gateway.types import Truncate
+from gateway.types import Output, Truncate
 from tests.models.checkpoints import MAX_TOKENS, TEXTS, unigram_tokenizer
 from tests.models.plain import entry
 from tests.models.published import (
@@ -27,6 +28,7 @@ from tests.models.published import (
     gte_frequencies,
     gte_states,
     gte_tensors,
+    layer_norm,
     linear,
     normalized,
     plain_frequencies,
@@ -41,6 +43,7 @@ Copy = Callable[[Path], Path]
 EditJson = Callable[..., None]
 Load = Callable[..., Any]
 
+SPARSE_MODULES = "sentence_transformers.sparse_encoder.models"
 LONG = "near vectors mean near texts "
 
 
@@ -100,6 +103,37 @@ def test_the_scaling_of_positions_can_be_seen(other: torch.Tensor, multilingual:
     ]
 
     assert cosines(*vectors).max() < 0.9995
+
+
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_a_sparse_encoder_gives_its_publishers_numbers(is_tied: bool, tmp_path: Path, load: Load) -> None:
+    """As opensearch-neural-sparse-encoding-doc-v3-gte: `NewForMaskedLM`, whose decoder may be the table of words."""
+    tokenizer = unigram_tokenizer()
+    size = len(tokenizer)
+    shapes: dict[str, tuple[int, ...]] = {f"lm_head.norm.{part}": (WIDTH,) for part in ("weight", "bias")}
+    shapes |= {"lm_head.dense.weight": (WIDTH, WIDTH), "lm_head.dense.bias": (WIDTH,), "lm_head.decoder.bias": (size,)}
+    shapes |= {} if is_tied else {"lm_head.decoder.weight": (size, WIDTH)}
+    tensors = {**gte_tensors(size, 1, "new."), **random_tensors(shapes)}
+    write(tmp_path, {**GTE_CONFIG, "architectures": ["NewForMaskedLM"], "vocab_size": size}, tensors, tokenizer)
+    rows = [{"idx": 0, "name": "0", "path": "", "type": f"{SPARSE_MODULES}.MLMTransformer"}]
+    rows += [{"idx": 1, "name": "1", "path": "1_SpladePooling", "type": f"{SPARSE_MODULES}.SpladePooling"}]
+    (tmp_path / "modules.json").write_text(json.dumps(rows))
+    (tmp_path / "1_SpladePooling").mkdir()
+    pooling = {"pooling_strategy": "max", "activation_function": "log1p_relu", "word_embedding_dimension": size}
+    (tmp_path / "1_SpladePooling" / "config.json").write_text(json.dumps(pooling))
+    table = tensors["new.embeddings.word_embeddings.weight" if is_tied else "lm_head.decoder.weight"]
+
+    encoded = load(tmp_path, "torch").encode(TEXTS, outputs=[(Output.SPARSE,)] * len(TEXTS))
+
+    for text, one in zip(TEXTS, encoded, strict=True):
+        tokens = states(tmp_path, text, gte_frequencies(20000, 8.0), MAX_TOKENS)
+        hidden = functional.gelu(linear(tensors, "lm_head.dense", tokens))
+        logits = layer_norm(tensors, "lm_head.norm", hidden, 1e-12) @ table.T + tensors["lm_head.decoder.bias"]
+        right = logits.amax(0).relu().log1p().log1p().numpy()
+        ours = np.zeros(size)
+        ours[one.sparse.indices] = one.sparse.values
+        assert (right > 0).mean() > 0.05
+        np.testing.assert_allclose(ours, right, atol=2e-5)
 
 
 def test_stella_gives_its_publishers_numbers(stella: Path, load: Load, cosines: Cosines) -> None:

@@ -30,7 +30,7 @@ Copy = Callable[[Path], Path]
 EditJson = Callable[..., None]
 MakeSplade = Callable[..., Path]
 
-TYPES = ("bert", "distilbert", "roberta", "xlm-roberta", "camembert", "mpnet", "electra", "modernbert")
+TYPES = ("bert", "distilbert", "roberta", "xlm-roberta", "camembert", "mpnet", "electra", "modernbert", "gte")
 SPARSE = (Output.SPARSE,)
 QUERIES = ("fox", "", "Berlin, Berlin, the capital of Germany?", "near vectors " * 60)
 

@@ -8,7 +8,7 @@ folder without ``modules.json``. It looks like any masked language model, so the
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gateway.engine.checkpoint.classifier import architecture
@@ -66,8 +66,11 @@ MASKED_LM_HEADS = {
         "generator_predictions.dense", "generator_predictions.LayerNorm", "generator_lm_head", None, None
     ),
     "modernbert": MaskedLmHead("head.dense", "head.norm", "decoder", None, "classifier_activation", "norm_eps"),
+    "gte": MaskedLmHead("lm_head.dense", "lm_head.norm", "lm_head.decoder", None, None),
 }
 """The known heads, by ``model_type``."""
+PUBLISHED_GTE_HEAD = replace(MASKED_LM_HEADS["gte"], activation_key="hidden_act")
+"""The head of GTE as it was published (``model_type: new``; its code calls the class ``NewForMaskedLM``)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,9 +14,10 @@ from torch.nn import functional
 
 from gateway.engine.checkpoint.headers import read_shapes
 from gateway.engine.checkpoint.json_files import read_object
+from gateway.engine.checkpoint.layouts import Layout
 from gateway.engine.checkpoint.read import Checkpoint
 from gateway.engine.checkpoint.sizes import WORDS, load_config
-from gateway.engine.checkpoint.splade import MASKED_LM_HEADS, Splade
+from gateway.engine.checkpoint.splade import MASKED_LM_HEADS, PUBLISHED_GTE_HEAD, Splade
 from gateway.engine.checkpoint.weights import read_tensors
 from gateway.engine.model.encoder import Encoder
 from gateway.engine.model.heads import linear_of, norm_of, reading, require_inputs
@@ -52,7 +53,8 @@ class SpladeHead(nn.Module):
         self.table: torch.Tensor
         self.bias: torch.Tensor | None
         self._splade = splade
-        names = MASKED_LM_HEADS[checkpoint.model_type]
+        is_published_gte = checkpoint.layout is Layout.GTE
+        names = PUBLISHED_GTE_HEAD if is_published_gte else MASKED_LM_HEADS[checkpoint.model_type]
         config: Any = load_config(checkpoint.transformer)
         with reading(checkpoint.folder, "the head of a masked language model"):
             words = next(name for name in read_shapes(checkpoint.weights) if WORDS.search(name))
