@@ -149,13 +149,12 @@ def models_page() -> str:
             f"`{model['example']}`",
             ", ".join(model["outputs"]) if model["kind"] == "embed" else model["kind"],
             str(model.get("max_tokens", "")),
-            texts.RUNTIMES[model["cpu"]],
             texts.RUNTIMES[model["cuda"]],
             model["license"],
         ]
         for model in models
     ]
-    table = _table(["Family", "Example", "Gives", "Max. tokens", "On a CPU", "On a GPU", "License"], rows)
+    table = _table(["Family", "Example", "Gives", "Max. tokens", "On a GPU", "License"], rows)
     return f"{before}{begin}\n\n{table}\n{end}{after}"
 
 

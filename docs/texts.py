@@ -237,8 +237,6 @@ QUERIES = (
 )
 
 RUNTIMES = {
-    "openvino": "OpenVINO",
-    "torch": "torch",
     "packed": "packed",
     "padded": "padded",
     "table": "table, on the CPU",

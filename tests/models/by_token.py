@@ -74,6 +74,8 @@ def make_base(tmp_path_factory: pytest.TempPathFactory) -> Make:
     def make(model_type: str) -> Path:
         folder = tmp_path_factory.mktemp(model_type) / "base"
         sizes = {**FAMILIES[model_type].changes, "num_hidden_layers": 2}
+        if "layer_types" in sizes:
+            sizes["layer_types"] = sizes["layer_types"][:2]  # type: ignore[index]
         make_transformer(folder, model_type, tokenizer_with_marks(model_type), **sizes)
         return folder
 

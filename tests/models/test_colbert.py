@@ -171,7 +171,7 @@ def test_every_runtime_gives_the_same_vectors(native: Path, load: Load, task: st
 
 
 @pytest.mark.parametrize("task", [QUERY, DOCUMENT])
-@pytest.mark.parametrize("model_type", ["xlm-roberta", "modernbert"])
+@pytest.mark.parametrize("model_type", ["xlm-roberta", "modernbert", "lfm2"])
 def test_other_architectures(make_native: MakeColbert, load: Load, model_type: str, task: str) -> None:
     check_all(make_native(model_type), load, task)
 
