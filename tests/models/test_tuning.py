@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -376,6 +377,24 @@ def test_a_kernel_is_compiled_once_for_each_kind_of_card(monkeypatch: pytest.Mon
     assert made == [b"a"] * 4 + [b"b"] * 4
     assert compiled.call_count == 4
     nvrtc.machine_code.cache_clear()
+
+
+def test_models_of_one_shape_share_a_kernel_in_a_card_s_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that is loaded on demand again and again takes no memory for it again."""
+    driver = Mock(**{"cuModuleLoadData.return_value": 0, "cuModuleGetFunction.return_value": 0})
+    monkeypatch.setattr(nvrtc.ctypes, "CDLL", lambda _name: driver)
+    monkeypatch.setattr(nvrtc, "machine_code", lambda source, _capability: source.encode())
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (8, 6))
+    monkeypatch.setattr(torch.cuda, "device", lambda _device: nullcontext())
+    monkeypatch.setattr(torch, "empty", lambda *_size, **_options: None)
+    nvrtc._load.cache_clear()
+
+    for _ in range(2):
+        for source, index in (("a", 0), ("b", 0), ("a", 1)):
+            nvrtc.compile_kernel(source, "kernel", 1, torch.device("cuda", index))
+
+    assert driver.cuModuleLoadData.call_count == 3
+    nvrtc._load.cache_clear()
 
 
 def test_a_machine_without_the_compiler_uses_torch_s_functions(

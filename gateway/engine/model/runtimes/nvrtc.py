@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import TypeAlias
 
@@ -25,13 +25,7 @@ def compile_kernel(source: str, name: str, threads: int, device: torch.device) -
         OSError: the compiler's library is not installed.
         RuntimeError: the compiler rejects the source, or the driver rejects the result.
     """
-    binary = machine_code(source, torch.cuda.get_device_capability(device))
-    driver = ctypes.CDLL("libcuda.so.1")
-    module, kernel = ctypes.c_void_p(), ctypes.c_void_p()
-    with torch.cuda.device(device):
-        torch.empty(1, device=device)  # creates torch's context, if it does not exist yet
-        _require_driver(driver, driver.cuModuleLoadData(ctypes.byref(module), binary))
-        _require_driver(driver, driver.cuModuleGetFunction(ctypes.byref(kernel), module, name.encode()))
+    driver, kernel = _load(source, name, device)
 
     def launch(grid: tuple[int, int, int], args: Sequence[torch.Tensor | int | float]) -> None:
         arguments = [_argument(value) for value in args]
@@ -41,6 +35,23 @@ def compile_kernel(source: str, name: str, threads: int, device: torch.device) -
             _require_driver(driver, driver.cuLaunchKernel(kernel, *grid, threads, 1, 1, 0, stream, pointers, None))
 
     return launch
+
+
+@cache
+def _load(source: str, name: str, device: torch.device) -> tuple[ctypes.CDLL, ctypes.c_void_p]:
+    """Return the driver, and a kernel in a card's memory, where it stays: models of one shape share it, also later ones.
+
+    Raises:
+        OSError, RuntimeError: as :func:`compile_kernel`.
+    """
+    binary = machine_code(source, torch.cuda.get_device_capability(device))
+    driver = ctypes.CDLL("libcuda.so.1")
+    module, kernel = ctypes.c_void_p(), ctypes.c_void_p()
+    with torch.cuda.device(device):
+        torch.empty(1, device=device)  # creates torch's context, if it does not exist yet
+        _require_driver(driver, driver.cuModuleLoadData(ctypes.byref(module), binary))
+        _require_driver(driver, driver.cuModuleGetFunction(ctypes.byref(kernel), module, name.encode()))
+    return driver, kernel
 
 
 def _argument(value: torch.Tensor | int | float) -> ctypes.c_void_p | ctypes.c_int | ctypes.c_double:
