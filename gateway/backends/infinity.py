@@ -74,6 +74,7 @@ class InfinityBackend:
         self._watchdog = Watchdog(entry.id, settings)
         self.engine: Engine | None = None
         self._is_stopped = False
+        self._stopping = asyncio.Lock()
         self._may_hold_memory = False
         self._watch: asyncio.Task[None] | None = None
         metrics.ENGINE_RESTARTS.labels(entry.id)  # starts at 0, so that the first restart is an increase
@@ -186,6 +187,10 @@ class InfinityBackend:
 
     async def stop(self) -> None:
         self._is_stopped = True
+        async with self._stopping:  # an unloading and the end of the gateway may stop it at the same time
+            await self._stop()
+
+    async def _stop(self) -> None:
         if self._watch is not None:
             self._watch.cancel()
             await asyncio.wait((self._watch,))

@@ -88,7 +88,7 @@ async def test_a_backend_starts_embeds_and_stops() -> None:
 
     info = await backend.start(no_report)
     embeddings = await backend.embed(job("hello", "hello", "something else"))
-    await backend.stop()
+    await asyncio.gather(backend.stop(), backend.stop())
     await backend.stop()
 
     assert (info.id, info.width, info.max_tokens) == ("minilm", 384, 256)

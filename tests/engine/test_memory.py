@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import safetensors.numpy
+import torch
 
 from gateway.engine import memory
 from gateway.engine.checkpoint.read import Checkpoint, read_checkpoint
@@ -49,7 +50,7 @@ def test_adapters_layers_and_heads_are_counted(checkpoint: Checkpoint, tmp_path:
     for path in (adapter / "adapter_model.safetensors", layer / "model.safetensors"):
         path.parent.mkdir()
         safetensors.numpy.save_file({"w": np.zeros((10, 10), np.float32)}, path)
-    head.write_bytes(b"x" * 400)
+    torch.save({"w": torch.zeros(10, 10)}, head)
     with_all = replace(checkpoint, adapters={"separation": adapter}, dense_layers=(layer,), sparse_head=head)
 
     more, less = (plan_memory(one, "float32", "torch", 256, 2048).weights_bytes for one in (with_all, checkpoint))
@@ -63,9 +64,17 @@ def test_a_batch_is_as_wide_as_the_states_not_as_the_vectors(checkpoint: Checkpo
     assert plan_memory(narrow, "float32", "torch", 256, 2048) == plan_memory(checkpoint, "float32", "torch", 256, 2048)
 
 
-def test_weights_in_a_pickle_are_counted_by_its_size(checkpoint: Checkpoint, tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_weights_in_a_pickle_are_counted(checkpoint: Checkpoint, tmp_path: Path, dtype: torch.dtype) -> None:
     weights = tmp_path / "pytorch_model.bin"
-    weights.write_bytes(b"x" * 4000)
+    torch.save({"w": torch.zeros(10, 100, dtype=dtype)}, weights)
+
+    assert plan_memory(replace(checkpoint, weights=(weights,)), "bfloat16", "torch", 256, 2048).weights_bytes == 2000
+
+
+def test_a_broken_pickle_is_counted_by_its_size(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    weights = tmp_path / "pytorch_model.bin"
+    weights.write_bytes(b"x" * 2000)
 
     assert plan_memory(replace(checkpoint, weights=(weights,)), "bfloat16", "torch", 256, 2048).weights_bytes == 2000
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from gateway.engine.checkpoint.json_files import is_lfs_pointer, read_object
+from gateway.engine.checkpoint.json_files import is_lfs_pointer, is_present, read_object
 from gateway.errors import LoadError
 
 _LFS = "a Git LFS pointer instead of the file: run `git lfs pull` in its repository"
@@ -30,16 +30,16 @@ def weights_files(folder: Path, names: Sequence[str] = _WEIGHTS) -> tuple[Path, 
         names: names to look for; the first existing file counts.
 
     Raises:
-        LoadError: no such file exists, a part is missing, or a file is a Git LFS pointer.
+        LoadError: no such file exists, a part is missing, or a file is a Git LFS pointer or a link that leads nowhere.
     """
     for name in names:
         index = folder / f"{name}.index.json"
-        if (folder / name).exists():
+        if is_present(folder / name):
             return _present([folder / name])
-        if index.exists():
+        if is_present(index):
             places = read_object(index).get("weight_map")
             parts = sorted({str(place) for place in places.values()}) if isinstance(places, dict) else []
-            missing = [part for part in parts if not (folder / part).exists()]
+            missing = [part for part in parts if not is_present(folder / part)]
             if missing or not parts:
                 what = f"{len(missing)} are missing: {', '.join(missing[:3])}" if missing else "weight_map is empty"
                 raise LoadError(f"{index}: lists {len(parts)} files with weights, but {what}")
@@ -68,14 +68,14 @@ def require_model(folder: Path) -> None:
         LoadError: the folder holds something else, which the message names.
     """
     adapter = folder / "adapter_config.json"
-    if adapter.exists():
+    if is_present(adapter):
         base = read_object(adapter).get("base_model_name_or_path")
         raise LoadError(
             f"{folder}: contains a PEFT adapter (adapter_config.json) of {base or 'a model that it does not name'}: "
             "merge it into its base model (`merge_and_unload`), save that, and serve the result"
         )
     path = folder / "config.json"
-    if not path.exists():
+    if not is_present(path):
         raise LoadError(f"{path}: no such file; is this a checkpoint folder? {what_is_there(folder)}".rstrip())
 
 

@@ -6,6 +6,7 @@ import errno
 import os
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -35,6 +36,8 @@ _FILES = (
 IGNORED = ("onnx/*", "openvino/*", "*.onnx", "*.msgpack", "*.h5", "imgs/*")
 _COMPLETE = ".gateway-complete"
 _BEGUN = ".gateway-begun"
+# The content of the mark of a complete download: the patterns of its files.
+_FORM = "\n".join((*_FILES, "", *IGNORED))
 # The files that decide how a text's vector is made, and that transformers does not fetch.
 _DECIDING = ("modules.json", "config_sentence_transformers.json")
 # Names of the folders that sentence-transformers makes for modules with the weights of a model.
@@ -185,7 +188,7 @@ def cached_snapshot(name: str, revision: str) -> Path | None:
     root = _root(folder)
     has_config = (root / "config.json").exists() or root.match(_STATIC)
     has_weights = any(any(root.glob(pattern)) for pattern in WEIGHTS_PATTERNS)
-    is_sharded = any(root.glob("*.index.json")) and not is_complete(folder)  # parts may be missing: ask the hub
+    is_sharded = any(root.glob("*.index.json")) and not _was_complete(folder)  # parts may be missing: ask the hub
     return folder if has_config and has_weights and not is_sharded else None
 
 
@@ -199,7 +202,14 @@ def _root(snapshot: Path) -> Path:
 
 
 def is_complete(snapshot: Path) -> bool:
-    """Return whether the download of a snapshot is complete."""
+    """Return whether the download of a snapshot is complete, with all files that this release reads."""
+    with suppress(OSError):
+        return (snapshot / _COMPLETE).read_text(encoding="utf-8") == _FORM
+    return False
+
+
+def _was_complete(snapshot: Path) -> bool:
+    """Return whether the download of a snapshot was complete, perhaps for an earlier release, which read fewer files."""
     return (snapshot / _COMPLETE).exists()
 
 
@@ -210,7 +220,7 @@ def may_lack(snapshot: Path) -> str:
     one that averages over all of them. A snapshot lacks nothing if it is of the whole repository, which `.gitattributes`
     shows. The cache also notes which of the files that a program wanted the repository does not have.
     """
-    if is_complete(snapshot):
+    if _was_complete(snapshot):
         return ""
     if (snapshot / _BEGUN).exists():
         return "a file that was still to be downloaded"
@@ -228,7 +238,7 @@ def mark_begun(snapshot: Path) -> None:
 
 def mark_complete(snapshot: Path) -> None:
     """Mark the download of a snapshot as complete."""
-    (snapshot / _COMPLETE).touch()
+    (snapshot / _COMPLETE).write_text(_FORM, encoding="utf-8")
     (snapshot / _BEGUN).unlink(missing_ok=True)
 
 

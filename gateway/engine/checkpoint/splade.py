@@ -70,7 +70,7 @@ MASKED_LM_HEADS = {
 }
 """The known heads, by ``model_type``."""
 PUBLISHED_GTE_HEAD = replace(MASKED_LM_HEADS["gte"], activation_key="hidden_act")
-"""The head of GTE as it was published (``model_type: new``; its code calls the class ``NewForMaskedLM``)."""
+"""The head of GTE as it was published, with ``model_type: new`` and its own code."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ from structlog.testing import capture_logs
 
 from gateway.config.registry import ModelEntry
 from gateway.engine.checkpoint import fetch as fetching
+from gateway.engine.checkpoint import hub as hub_files
 from gateway.engine.checkpoint.fetch import Progress, fetch
 from gateway.engine.checkpoint.hub import Repository, describe, format_size, mark_begun
 from gateway.engine.checkpoint.sources import is_cached, is_whole, locate
@@ -74,7 +75,7 @@ def test_the_files_that_are_read_are_fetched_and_no_others(hub: Hub) -> None:
     assert (repository.num_bytes, repository.license) == (NUM_BYTES, "mit")
     assert {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()} == {
         **{name: FILES[name] for name in NEEDED},
-        ".gateway-complete": b"",
+        ".gateway-complete": "\n".join((*hub_files._FILES, "", *hub_files.IGNORED)).encode(),
     }
     assert hub.fetched() == NEEDED
     assert describe(NAME, COMMIT).missing_bytes == 0
@@ -91,6 +92,27 @@ def test_downloaded_files_are_found_without_the_hub(hub: Hub, monkeypatch: pytes
 
     assert is_cached(entry())
     assert locate(entry(), may_download=False) == folder
+    assert locate(entry()) == folder
+    assert hub.requests == []
+
+
+def test_files_that_an_earlier_release_did_not_read_are_fetched_if_the_hub_answers(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.repos[NAME] = Repo({**FILES, "chat_template.jinja": b"{{ messages }}"})
+    with monkeypatch.context() as patch:
+        patch.setattr(hub_files, "_FORM", "")
+        patch.setattr(hub_files, "_FILES", tuple(name for name in hub_files._FILES if name != "*.jinja"))
+        folder = locate(entry())
+    assert not (folder / "chat_template.jinja").exists()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert locate(entry()) == locate(entry(), may_download=False) == folder
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    hub.requests.clear()
+
+    assert locate(entry()) == folder
+    assert hub.fetched() == ["chat_template.jinja"]
+    hub.requests.clear()
     assert locate(entry()) == folder
     assert hub.requests == []
 
