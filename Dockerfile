@@ -71,6 +71,8 @@ ENV PATH=/app/.venv/bin:$PATH \
 
 WORKDIR /app
 COPY --from=build /app/.venv .venv/
+# KubeRay before 1.4, or with ENABLE_LOGIN_SHELL, starts Ray in a login shell, which has Debian's PATH.
+RUN for name in gateway ray; do if [ -e /app/.venv/bin/$name ]; then ln -s /app/.venv/bin/$name /usr/local/bin/; fi; done
 COPY --from=build /app/gateway gateway/
 COPY golden/ golden/
 COPY models.yaml deploy/image/healthcheck.py LICENSE ./

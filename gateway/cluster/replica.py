@@ -6,7 +6,8 @@ import asyncio
 import os
 import secrets
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Final
@@ -33,6 +34,7 @@ _EXIT_CARD_LOST: Final = 75
 # The seconds to send the last answers after a card is lost, before the process ends.
 _LAST_ANSWERS_S: Final = 1.0
 DRAIN_S: Final = 60.0
+LOADING_FOLDER: Final = Path(tempfile.gettempdir()) / "gateway-loading"
 
 
 class Replica:
@@ -52,6 +54,10 @@ class Replica:
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._loop = asyncio.get_running_loop()
         _internal_kv_put(begun_key(spec.name), b"1", namespace=NAMESPACE)
+        with loading():
+            await self._load(spec)
+
+    async def _load(self, spec: Spec) -> None:
         if spec.version != __version__:
             raise LoadError(
                 f"the gateway here is version {__version__}, but the one that deploys the model is {spec.version}"
@@ -123,6 +129,18 @@ class Replica:
         await self._backend.stop()
         if self._folder is not None:
             self._folder.cleanup()
+
+
+@contextmanager
+def loading() -> Iterator[None]:
+    """Keep a file with the number of this process while the context lasts: Kubernetes then counts its pod as not ready."""
+    mark = LOADING_FOLDER / str(os.getpid())
+    mark.parent.mkdir(parents=True, exist_ok=True)
+    mark.touch()
+    try:
+        yield
+    finally:
+        mark.unlink(missing_ok=True)
 
 
 def _own_address() -> str:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import secrets
 import time
 import warnings
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -36,6 +38,7 @@ with warnings.catch_warnings():
     from gateway.cluster.backend import RayBackend
     from gateway.cluster.command import DeploymentStatus, differing
     from gateway.cluster.deploying import Cluster, Deployed, _unreachable
+    from gateway.cluster.replica import loading
 
 SECRET = b"s" * 32
 
@@ -189,6 +192,14 @@ async def test_the_metrics_count_the_replicas_that_work_and_those_that_were_lost
     await other.stop()
     await until(lambda: not lines(model))
     assert await counted() == [0, 1, lost + 1]  # a replica that announces its end is not lost
+
+
+def test_a_replica_marks_the_time_in_which_it_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "gateway-loading"
+    monkeypatch.setattr("gateway.cluster.replica.LOADING_FOLDER", folder)
+    with loading():
+        assert [path.name for path in folder.iterdir()] == [str(os.getpid())]
+    assert list(folder.iterdir()) == []
 
 
 async def test_a_model_that_waits_for_room_again_stays_failed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -244,3 +244,23 @@ def test_the_proof_has_the_same_limit() -> None:
 
     assert f"default={LIMIT_MB}" in (DEPLOY / "image" / "prove.py").read_text()
     assert f"| size of the image | {LIMIT_MB / 1000} GB |" in readme
+
+
+def test_a_login_shell_finds_the_programs(tmp_path: Path) -> None:
+    """Debian's /etc/profile sets a PATH without the folder of the environment."""
+    [link] = [run.value for run in last_stage(DOCKERFILE)["RUN"] if "/usr/local/bin" in run.value]
+    programs, shown = tmp_path / "venv", tmp_path / "local"
+    for folder in (programs, shown):
+        folder.mkdir()
+    command = link.replace("/app/.venv/bin", str(programs)).replace("/usr/local/bin", str(shown))
+    (programs / "gateway").write_text("#!/bin/sh\necho gateway\n")
+    (programs / "gateway").chmod(0o755)
+
+    subprocess.run(["sh", "-ec", command], check=True, timeout=30)
+    assert [path.name for path in shown.iterdir()] == ["gateway"]  # without Ray, there is nothing to link
+
+    (shown / "gateway").unlink()
+    (programs / "ray").write_text("")
+    subprocess.run(["sh", "-ec", command], check=True, timeout=30)
+    assert sorted(path.name for path in shown.iterdir()) == ["gateway", "ray"]
+    assert subprocess.run(["gateway"], env={"PATH": str(shown)}, check=True, capture_output=True).stdout == b"gateway\n"

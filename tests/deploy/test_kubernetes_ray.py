@@ -18,6 +18,7 @@ from fastapi.testclient import TestClient
 
 from gateway.app import create_admin_app
 from gateway.cluster.placing import actor_options, make_spec
+from gateway.cluster.replica import LOADING_FOLDER
 from gateway.config.registry import load_registry
 from gateway.config.settings import Settings
 from gateway.deployment import Deployment
@@ -62,10 +63,11 @@ def test_every_object_of_ray_is_valid(overlay: str, version: str) -> None:
 def test_fronts_and_replicas_are_nodes_of_one_cluster_and_of_one_image() -> None:
     front = container("ray")
     (command,) = front["args"]
-    head = f"{only('ray', 'RayCluster')['metadata']['name']}-head-svc"
+    [name] = [variable["value"] for variable in front["env"] if variable["name"] == "RAY_CLUSTER"]
 
     assert settings_of("ray").cluster == "auto"
-    assert f"--address={head}:6379" in command
+    assert name == only("ray", "RayCluster")["metadata"]["name"]
+    assert "--address=$RAY_CLUSTER-head-svc:6379" in command  # the name that KubeRay gives to its Service
     assert "--num-cpus=0" in command
     assert command.endswith("exec gateway serve")  # which gets the signals
     assert {c["image"] for template in ray_pods() for c in template["spec"]["containers"]} == {front["image"]}
@@ -95,6 +97,37 @@ def test_the_nodes_of_ray_reach_each_other_and_keep_to_the_restricted_standard()
             assert part["securityContext"]["capabilities"] == {"drop": ["ALL"]}
     # Clients reach only fronts.
     assert [t for t in ray_pods() if service <= t["metadata"]["labels"].items()] == []
+
+
+def test_fronts_join_the_cluster_of_another_name_and_can_be_applied_after_it(tmp_path: Path) -> None:
+    """As in an upgrade: KubeRay keeps the pods of a changed RayCluster, so there are two for a while."""
+    folder = copied(tmp_path, "ray", [])
+    file = folder / "raycluster.yaml"
+    file.write_text(file.read_text().replace("  name: embedding-gateway-ray\nspec:", "  name: gateway-ray-2\nspec:"))
+    found = kustomize(folder)
+    [cluster] = [item for item in found if item["kind"] == "RayCluster"]
+    fronts = [
+        item for item in found if item["metadata"].get("labels", {}).get("app.kubernetes.io/component") == "front"
+    ]
+    [front] = fronts[0]["spec"]["template"]["spec"]["containers"]
+
+    assert cluster["metadata"]["name"] == "gateway-ray-2"
+    assert {"name": "RAY_CLUSTER", "value": "gateway-ray-2"} in front["env"]
+    assert [item["kind"] for item in fronts] == ["Deployment"]
+    assert "component" not in str(fronts[0]["spec"]["selector"])  # which cannot be changed
+    assert "--selector 'app.kubernetes.io/component!=front'" in (DEPLOY / "README.md").read_text()
+
+
+def test_one_worker_stays_while_nodes_are_drained() -> None:
+    budgets = {item["metadata"]["name"]: item["spec"] for item in of_kind("ray", "PodDisruptionBudget")}
+    budget = budgets["embedding-gateway-ray-workers"]
+    wanted = budget["selector"]["matchLabels"].items()
+    [workers] = only("ray", "RayCluster")["spec"]["workerGroupSpecs"]
+
+    assert [wanted <= node["metadata"]["labels"].items() for node in (pod("ray"), *ray_pods())] == [False, False, True]
+    # Kubernetes ignores a share, or `maxUnavailable`, for pods of a controller that it does not know.
+    assert budget["minAvailable"] == workers["minReplicas"] - 1
+    assert "maxUnavailable" not in budget
 
 
 def test_every_component_is_rendered_with_the_others() -> None:
@@ -135,7 +168,7 @@ def test_the_log_of_the_replicas_is_that_of_their_container() -> None:
         assert {"name": "RAY_LOG_TO_STDERR", "value": "1"} in part["env"]
 
 
-def test_the_probe_of_a_node_ignores_a_proxy() -> None:
+def test_the_probe_of_a_node_ignores_a_proxy_and_a_worker_is_not_ready_while_a_model_loads(tmp_path: Path) -> None:
     class Healthy(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             self.send_response(200 if self.path == "/api/local_raylet_healthz" else 404)
@@ -144,20 +177,32 @@ def test_the_probe_of_a_node_ignores_a_proxy() -> None:
         def log_message(self, *_: object) -> None:
             """Print nothing."""
 
-    [(python, flag, code)] = {
+    commands = {
         tuple(part[probe]["exec"]["command"])
         for template in ray_pods()
         for part in template["spec"]["containers"]
         for probe in ("livenessProbe", "readinessProbe")
     }
+    loads = str(LOADING_FOLDER)
+    [(python, flag, code)] = {command for command in commands if loads not in command[2]}
+    [readiness] = [command[2].replace(loads, str(tmp_path)) for command in commands if loads in command[2]]
     environ = {**os.environ, "http_proxy": "http://127.0.0.1:9", "no_proxy": ""}
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Healthy) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        command = [sys.executable, flag, code.replace("52365", str(server.server_port))]
-        done = subprocess.run(command, check=False, capture_output=True, text=True, env=environ, timeout=30)
-        server.shutdown()
+        port = str(server.server_port)
 
-    assert (python, done.returncode) == ("python", 0), done.stderr
+        def run(code: str) -> tuple[int, str]:
+            command = [sys.executable, flag, code.replace("52365", port)]
+            done = subprocess.run(command, check=False, capture_output=True, text=True, env=environ, timeout=30)
+            return done.returncode, done.stderr
+
+        assert (python, run(code)) == ("python", (0, ""))
+        assert run(readiness) == (0, "")
+        (tmp_path / "4000001").touch()  # of a process that was killed while it loaded
+        assert run(readiness) == (0, "")
+        (tmp_path / str(os.getpid())).touch()
+        assert run(readiness) == (1, "a model is loading\n")
+        server.shutdown()
 
 
 def test_every_node_of_ray_reaches_what_egress_lets_a_front_reach() -> None:
