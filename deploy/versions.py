@@ -1,6 +1,7 @@
 """List the images, actions and releases that the deployment pins: how old each is, and until when it is supported.
 
-python deploy/versions.py           print it; exit 1 if something is not supported any more, or is not in the table below
+python deploy/versions.py           print it; exit 1 if something is not supported any more, is older than a year without a
+                                    named end of support, or is not in the table below
 python deploy/versions.py --newest  also say where the newest versions are listed
 
 It asks no network, so it does not know what was published since its table was written. With a pin, change its dates in
@@ -17,6 +18,8 @@ from datetime import date
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+# A version whose makers name no end of support may be so many days old.
+MAX_DAYS = 365
 
 
 @dataclass(frozen=True)
@@ -24,14 +27,14 @@ class Known:
     """Facts about a version.
 
     Args:
-        released: the day; of an action's major, that of its first release. The first day of its month where the day is not
-            recorded; ``None`` where neither is.
+        released: the day; of an action's major, that of its first release. Where the day is not known, the first day of its
+            month, or a day on which it is known to have been in use or not to exist yet, as a comment says.
         supported_until: as its makers say; ``None`` where they name no day.
         source: where its versions are listed.
         newer: a newer version that was known when this was written, and is not used; the file with the pin says why.
     """
 
-    released: date | None
+    released: date
     supported_until: date | None
     source: str
     newer: str = ""
@@ -46,7 +49,8 @@ KNOWN = {
     "prom/alertmanager:v0.34.0": Known(date(2026, 8, 1), None, "https://github.com/prometheus/alertmanager/releases"),
     # Nine months from 13.2.0.
     "grafana/grafana:13.2.1": Known(date(2026, 9, 1), date(2027, 5, 18), "https://grafana.com/grafana/download"),
-    "milvusdb/milvus:v2.6.19": Known(None, None, "https://milvus.io/docs/release_notes.md", newer="3.0"),
+    # After 2.6.15, which is of that day.
+    "milvusdb/milvus:v2.6.19": Known(date(2026, 4, 24), None, "https://milvus.io/docs/release_notes.md", newer="3.0"),
     "gcr.io/datadoghq/agent:7.84.6": Known(
         date(2026, 10, 26), None, "https://github.com/DataDog/datadog-agent/releases"
     ),
@@ -58,8 +62,9 @@ KNOWN = {
     "actions/download-artifact@v8": Known(
         date(2026, 2, 1), None, "https://github.com/actions/download-artifact/releases"
     ),
+    # 4.1.0 was in use on that day.
     "actions/attest-build-provenance@v4": Known(
-        None, None, "https://github.com/actions/attest-build-provenance/releases"
+        date(2026, 3, 13), None, "https://github.com/actions/attest-build-provenance/releases"
     ),
     "docker/setup-buildx-action@v4": Known(
         date(2026, 3, 5), None, "https://github.com/docker/setup-buildx-action/releases"
@@ -69,8 +74,9 @@ KNOWN = {
     "docker/build-push-action@v7": Known(
         date(2026, 3, 5), None, "https://github.com/docker/build-push-action/releases"
     ),
+    # A branch that moves with each release: 1.14.2 was in use on that day.
     "pypa/gh-action-pypi-publish@release/v1": Known(
-        None, None, "https://github.com/pypa/gh-action-pypi-publish/releases"
+        date(2026, 8, 1), None, "https://github.com/pypa/gh-action-pypi-publish/releases"
     ),
 }
 _PATTERNS = (
@@ -97,15 +103,18 @@ def lines(today: date, *, with_sources: bool = False) -> Iterator[tuple[str, boo
         if known is None:
             yield f"{pin:<42} not in the table of {Path(__file__).name}", False
             continue
-        age = f"{(today - known.released).days} days old" if known.released else "date not recorded"
+        num_days = (today - known.released).days
+        age = f"{num_days} days old"
         until = known.supported_until
-        is_supported = until is None or today <= until
-        if until is None:
+        is_supported = num_days <= MAX_DAYS if until is None else today <= until
+        if until is None and not is_supported:
+            support = "OLD, and no end named: is it still supported?"
+        elif until is None:
             support = f"NOT THE NEWEST: there is {known.newer}" if known.newer else "no end named, newest not checked"
         else:
             support = f"supported until {until}" if is_supported else f"NOT SUPPORTED since {until}"
         yield (
-            f"{pin:<42} {age:<18} {support:<33}" + (known.source if with_sources else ""),
+            f"{pin:<42} {age:<18} {support:<46}" + (known.source if with_sources else ""),
             is_supported,
         )
 

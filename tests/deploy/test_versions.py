@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import date
+from datetime import date, timedelta
 
 import pytest
 
@@ -18,7 +18,7 @@ def test_every_pin_is_in_the_table_and_nothing_else_is() -> None:
 def test_everything_was_supported_when_it_was_pinned() -> None:
     for known in versions.KNOWN.values():
         assert known.source.startswith("https://")
-        if known.released and known.supported_until:
+        if known.supported_until:
             assert known.released < known.supported_until
 
 
@@ -30,6 +30,16 @@ def test_the_end_of_support_is_reported(today: date, is_supported: bool) -> None
     assert is_good == is_supported
     assert ("NOT SUPPORTED" in line) != is_supported
     assert "days old" in line
+
+
+def test_a_version_without_a_named_end_is_reported_after_a_year() -> None:
+    (pin,) = [pin for pin in versions.KNOWN if pin.startswith("ray:")]
+    released = versions.KNOWN[pin].released
+
+    for num_days, is_good in ((versions.MAX_DAYS, True), (versions.MAX_DAYS + 1, False)):
+        found = {line.split()[0]: (line, good) for line, good in versions.lines(released + timedelta(days=num_days))}
+        assert found[pin][1] == is_good
+        assert ("OLD, and no end named" in found[pin][0]) != is_good
 
 
 def test_a_pin_without_dates_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -45,7 +55,7 @@ def test_only_what_is_recorded_is_stated() -> None:
 
     assert "the newest is supported" not in str(found)
     for pin, known in versions.KNOWN.items():
-        assert ("date not recorded" in found[pin]) == (known.released is None)
+        assert f"{(date(2026, 11, 26) - known.released).days} days old" in found[pin]
         assert ("newest not checked" in found[pin]) == (known.supported_until is None and not known.newer)
 
 
