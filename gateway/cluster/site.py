@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from typing import Final
 
 import structlog
 
@@ -21,6 +22,8 @@ from gateway.config.settings import Settings
 
 log = structlog.get_logger(__name__)
 
+# How long a backend that stops waits, in seconds, while another one is being deployed.
+_RELEASE_S: Final = 2.0
 _SWITCHED_OFF = "switched off in models.yaml (`enabled: false`)"
 _NO_CARD = "no machine of the cluster has an accelerator (`enabled: true` in models.yaml runs it on the CPU)"
 
@@ -135,13 +138,17 @@ class ClusterSite:
                 await asyncio.to_thread(self._release, name, delete=delete)
 
     def _release(self, name: str, *, delete: bool) -> None:
-        with self._turn:
+        if not self._turn.acquire(timeout=-1 if delete else _RELEASE_S):
+            return  # a process that stops does not wait for Serve, and its claims end with it
+        try:
             if name in self._users:  # another backend has begun to use it
                 return
             self._handles.pop(name, None)
             self.cluster.claims.release(name)
             if delete:
                 self.cluster.delete_unused(name)
+        finally:
+            self._turn.release()
 
     def _lose(self, reason: str) -> None:
         self._is_connected = False  # Ray would wait for the head before it disconnects

@@ -179,6 +179,17 @@ def test_two_backends_of_one_gateway_have_one_claim(
     assert (site.cluster.claims.of(OLD), deleted) == ([], [OLD])
 
 
+async def test_a_gateway_that_stops_does_not_wait_for_a_deployment(
+    make_site: Callable[[int], ClusterSite], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gateway.cluster.site._RELEASE_S", 0.01)
+    site = make_site(1)
+    use(site, OLD)
+    with site._turn:  # Serve does not answer
+        async with asyncio.timeout(5):
+            await site.leave(OLD, delete=False)
+
+
 # ------------------------------------------------------------------------------------------------------------ reclaiming
 
 
