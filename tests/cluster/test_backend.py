@@ -265,7 +265,7 @@ async def test_a_load_has_failed_only_if_no_replica_runs_or_starts_for_a_while(m
 
 
 def test_applications_of_other_programs_on_the_cluster_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """``gateway cluster prune`` removes what has failed."""
+    """Running gateways and ``gateway cluster prune`` remove what no gateway uses."""
 
     def application(deployment: str) -> SimpleNamespace:
         inside = SimpleNamespace(replica_states={}, message="")
