@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
+from itertools import islice
 from typing import TypeAlias, TypeVar
 
 import numpy as np
@@ -251,16 +252,18 @@ class Traffic:
         if tally.since:
             counts.append(("since", "", datetime.fromisoformat(tally.since).timestamp(), *key, ""))
         db.executemany(_ADD_COUNT, counts)
-        rows = []
-        for arm, sums in tally.sums.items():
-            (branch,) = db.execute(f"SELECT {_BRANCH}", (*key, arm)).fetchone()
-            if branch is not None:
-                units = sums.units.view(np.int64).tolist()
-                rows += [(*row, branch, unit) for unit, row in zip(units, sums.columns.T.tolist(), strict=True)]
-        rows.sort(key=lambda row: row[-1])  # by hash: if there is room for some only, each arm gets its share
-        room = self._room(db, key, len(rows))
-        db.executemany(_ADD_SUMS, rows[:room])
-        db.executemany(_UPDATE_SUMS, rows[room:])
+        branch_of = {arm: db.execute(f"SELECT {_BRANCH}", (*key, arm)).fetchone()[0] for arm in tally.sums}
+        parts = [(sums, branch_of[arm]) for arm, sums in tally.sums.items() if branch_of[arm] is not None]
+        if not parts:
+            return
+        units = np.concatenate([sums.units for sums, _ in parts])
+        order = np.argsort(units)  # by hash: if there is room for some only, each arm gets its share
+        columns = np.concatenate([sums.columns for sums, _ in parts], axis=1)[:, order].tolist()
+        branches = np.repeat([branch for _, branch in parts], [len(sums.units) for sums, _ in parts])[order].tolist()
+        # One row at a time: many rows at once would make the collection of garbage slow, while requests wait.
+        rows = zip(*columns, branches, units.view(np.int64)[order].tolist(), strict=True)
+        db.executemany(_ADD_SUMS, islice(rows, self._room(db, key, len(units))))
+        db.executemany(_UPDATE_SUMS, rows)
 
     def _room(self, db: sqlite3.Connection, key: Key, num: int) -> int:
         """Return how many of the next ``num`` units of a generation may be new."""
