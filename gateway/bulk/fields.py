@@ -70,7 +70,8 @@ class Fields:
                 problem = f"the title in field `{self.title}` must be text, got {describe(title)}"
                 return BadRow(place, problem, position, found_id)
             text, num_title = f"{title} {text}", len(title) + 1
-        return Row(found_id, text, self._payload(record), place, position, num_title)
+        text_names = names_on(record, self.text) if "." in self.text else ()
+        return Row(found_id, text, self._payload(record), place, position, num_title, text_names)
 
     def _id(self, record: Record) -> object:
         return _ABSENT if self.id is None else get(record, self.id)
@@ -146,6 +147,20 @@ def get(record: Record, path: str) -> Json | object:
 def has(record: Record, path: str) -> bool:
     """Return whether a record has a field at a path."""
     return get(record, path) is not _ABSENT
+
+
+def names_on(record: Record, path: str) -> tuple[str, ...]:
+    """Return the names of the fields on the path of an existing field, of which each may contain a dot itself."""
+    if path in record:
+        return (path,)
+    head, dot, rest = path.partition(".")
+    while dot:
+        inner = record.get(head)
+        if isinstance(inner, Mapping) and get(inner, rest) is not _ABSENT:
+            return (head, *names_on(inner, rest))
+        more, dot, rest = rest.partition(".")
+        head = f"{head}.{more}"
+    return ()
 
 
 def _without(record: Record, path: str) -> Record:

@@ -31,6 +31,7 @@ from gateway.bulk.rows import (
     closing_readings,
     without_items,
 )
+from gateway.bulk.stores.payloads import has_large_integer
 from gateway.config.files import open_regular
 from gateway.types import Vectors
 
@@ -365,7 +366,9 @@ class _ErrorsFile:
 
 
 def _shown_id(row_id: RowId | None) -> RowId | None:
-    """Return an id that can be written as JSON."""
+    """Return an id that can be written as JSON, which has integers of at most 64 bits here."""
+    if isinstance(row_id, int) and has_large_integer(row_id):
+        return str(row_id)
     return row_id.encode(errors="backslashreplace").decode() if isinstance(row_id, str) else row_id
 
 

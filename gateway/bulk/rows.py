@@ -35,6 +35,7 @@ class Row:
         place: the row's place for messages: ``docs.jsonl:17``, or ``id 5 of qdrant://localhost/docs``.
         position: where reading continues after this row.
         num_title: the length of the title at the beginning of the text, in characters.
+        text_names: the names on the path of the text, if one of them contains a dot itself.
     """
 
     id: RowId
@@ -43,6 +44,7 @@ class Row:
     place: str
     position: Position
     num_title: int = 0
+    text_names: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

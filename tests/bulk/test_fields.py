@@ -21,7 +21,8 @@ def test_the_usual_names_are_found_and_all_other_fields_are_payload() -> None:
 
 def test_a_text_inside_a_field_is_taken_out_of_the_payload() -> None:
     row = row_of({"id": 1, "meta": {"body.raw": "deep", "lang": "en"}, "n": 2}, text="meta.body.raw")
-    assert row == Row(1, "deep", {"meta": {"lang": "en"}, "n": 2}, "docs.jsonl:1", 1)
+    names = ("meta", "body.raw")
+    assert row == Row(1, "deep", {"meta": {"lang": "en"}, "n": 2}, "docs.jsonl:1", 1, text_names=names)
 
 
 def test_id_is_preferred_to_underscore_id_and_text_to_content() -> None:

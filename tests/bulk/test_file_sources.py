@@ -255,6 +255,23 @@ def test_a_bad_line_is_named_and_does_not_touch_its_neighbors(tmp_path: Path) ->
         assert list(opened(path).read(one.position)) == read[read.index(one) + 1 :]
 
 
+def test_integers_of_any_size_are_read_exactly(tmp_path: Path) -> None:
+    path = tmp_path / "docs.jsonl"
+    numbers = [2**53 + 1, 2**63, 2**64, -(2**63) - 1, 10**40 + 1, 0.1]
+    path.write_bytes(
+        b"".join(orjson.dumps({"id": i, "text": "a"})[:-1] + f', "n": {n}}}\n'.encode() for i, n in enumerate(numbers))
+    )
+    path.write_bytes(
+        path.read_bytes() + b'{"id": ' + b"9" * 30 + b', "text": "a"}\n{"text": "a", "n": ' + b"9" * 4301 + b"}\n"
+    )
+
+    *rows, large, bad = opened(path).read()
+
+    assert [row.payload["n"] for row in rows if isinstance(row, Row)] == numbers
+    assert large.id == int("9" * 30)
+    assert isinstance(bad, BadRow)
+
+
 def test_a_file_may_begin_with_many_bad_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "docs.jsonl"
     path.write_text("no JSON\n" * 300 + '{"id": 1, "text": "a"}\n')

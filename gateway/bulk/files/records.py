@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import json
 import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import BinaryIO
 
@@ -19,6 +21,8 @@ _TOO_LONG = f"the line has more than {MAX_LINE_BYTES // 2**20} MiB, which is the
 # Servers written in Rust stop at 128, and there a payload is nested inside a request.
 _MAX_DEPTH = 100
 _TOO_DEEP = f"its values are nested more than {_MAX_DEPTH} levels deep, which is the limit"
+# Of 64 bits and more: orjson reads an integer that does not fit into 64 bits as a rounded float.
+_LONG_NUMBER = re.compile(rb"[0-9]{19}")
 _DELIMITERS = ",;\t|"
 _QUOTED = re.compile(r'"[^"]*"')
 # Python's own limit for a field is 128 KiB.
@@ -93,10 +97,14 @@ def _parse(line: Line) -> Record | str:
         return _TOO_LONG
     try:
         value: Json = orjson.loads(line.content)
+        if _LONG_NUMBER.search(line.content):
+            value = json.loads(line.content)
     except orjson.JSONDecodeError as error:
         if problem := _not_utf8(line.content):
             return problem
         return f"is not JSON: {error.msg}, at character {error.pos + 1}"
+    except ValueError:  # of Python's integers
+        return f"has a number of more than {sys.get_int_max_str_digits():,} digits, which is the limit"
     if not isinstance(value, dict):
         return f"must be a JSON object, got {describe(value)}"
     return _TOO_DEEP if _is_too_deep(line.content, value) else value

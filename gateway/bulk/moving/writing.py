@@ -16,7 +16,7 @@ from gateway.bulk.moving.direction import Direction, PassCounts, sink_of
 from gateway.bulk.moving.ledger import Ledger
 from gateway.bulk.moving.losses import allowed_deletions, refuse_deletions
 from gateway.bulk.rows import BadRow, BulkError, EmbeddedRows, Row, RowId, RowsRefused, RowValidator, SpaceNote
-from gateway.bulk.stores.payloads import digest, with_field
+from gateway.bulk.stores.payloads import digest, with_text
 from gateway.bulk.stores.protocol import Guard, GuardedSink
 
 _GUARDED_ROWS: Final = 64
@@ -63,7 +63,7 @@ class Recorded:
     def _write(self, shard: int, batch: EmbeddedRows) -> int:
         """Write the rows that no application has changed in the meantime, and return their number."""
         digests: dict[RowId, Digest | None] = {
-            row.id: digest(with_field(row.payload, self._direction.text, row.text)) for row in batch.rows
+            row.id: digest(with_text(row, self._direction.text)) for row in batch.rows
         }
         newer: set[RowId] = set()
         guard = _guard(self._direction, self._ledger, digests, newer)

@@ -28,7 +28,7 @@ from gateway.bulk.stores.milvus_collections import (
     selection,
 )
 from gateway.bulk.stores.notes import check_note, replaced
-from gateway.bulk.stores.payloads import KindOfIds, has_nul, large_integer_problem, with_field
+from gateway.bulk.stores.payloads import KindOfIds, has_nul, large_integer_problem, with_text
 from gateway.bulk.stores.protocol import Since, SinkOptions
 from gateway.bulk.stores.reading import Item, KeysetSource
 from gateway.config.wording import quote
@@ -352,7 +352,7 @@ class MilvusSink:
         return items
 
     def _payload(self, row: Row) -> Mapping[str, Json]:
-        return row.payload if self._options.text is None else with_field(row.payload, self._options.text, row.text)
+        return row.payload if self._options.text is None else with_text(row, self._options.text)
 
     def _other_vectors(self, collection: Collection, ids: Sequence[RowId]) -> dict[RowId, dict[str, Any]]:
         """Return the items' vectors in other fields, from the collection that this one copies."""

@@ -6,7 +6,7 @@ import base64
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import date, datetime, time
 
 from gateway.bulk.rows import BulkError, Json, Row
@@ -46,21 +46,28 @@ class KindOfIds:
 _PLURAL = {"an integer": "integers", "text": "texts"}
 
 
-def with_field(payload: Mapping[str, Json], path: str, value: Json) -> dict[str, Json]:
-    """Return a payload with a field set, creating the objects around it: ``metadata.body`` is a nested field.
+def with_text(row: Row, path: str) -> dict[str, Json]:
+    """Return a row's payload with its text, creating the objects around it: ``metadata.body`` is a nested field.
+
+    If the row's source has a field that is itself called ``metadata.body``, so has the payload.
 
     Raises:
         BulkError: a field on the path is not an object.
     """
-    name, dot, rest = path.partition(".")
+    is_own = ".".join(row.text_names) == path
+    return _with_field(row.payload, row.text_names if is_own else path.split("."), row.text, path)
+
+
+def _with_field(payload: Mapping[str, Json], names: Sequence[str], value: Json, path: str) -> dict[str, Json]:
+    name, *rest = names
     copy = dict(payload)
-    if not dot:
+    if not rest:
         copy[name] = value
         return copy
     inner = copy.get(name, {})
     if not isinstance(inner, Mapping):
         raise BulkError(f"the text cannot be stored as {quote(path)}: the item's {quote(name)} is not an object")
-    copy[name] = with_field(inner, rest, value)
+    copy[name] = _with_field(inner, rest, value, path)
     return copy
 
 

@@ -13,7 +13,7 @@ from gateway.bulk.rows import BadRow, BulkError, EmbeddedRows, Json, Row, RowId,
 from gateway.bulk.stores import pgvector_creation as creation
 from gateway.bulk.stores import pgvector_tables as tables
 from gateway.bulk.stores.notes import check_note, replaced
-from gateway.bulk.stores.payloads import KindOfIds, has_nul, with_field
+from gateway.bulk.stores.payloads import KindOfIds, has_nul, with_text
 from gateway.bulk.stores.pgvector_rows import cast_of, delete_rows, follow_identity, locked_digests, pack
 from gateway.bulk.stores.pgvector_session import Connect, Session
 from gateway.bulk.stores.pgvector_tables import (
@@ -317,7 +317,7 @@ class PgvectorSink:
         return table
 
     def _payload(self, row: Row) -> Mapping[str, Json]:
-        return row.payload if self._options.text is None else with_field(row.payload, self._options.text, row.text)
+        return row.payload if self._options.text is None else with_text(row, self._options.text)
 
     def _statement(self, table: Table, rows: Sequence[Row], *, replaces: bool = True) -> sql.Composed:
         """Return the statement that writes a row. Its parameters are the id, the payload and the vector.

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Final, TypeAlias
 
 from gateway.bulk.rows import Json, Row, RowId
-from gateway.bulk.stores.payloads import large_integer_problem, with_field
+from gateway.bulk.stores.payloads import large_integer_problem, with_text
 from gateway.config.wording import cut
 
 PointId: TypeAlias = int | str
@@ -60,9 +60,7 @@ def payload_of(row: Row, text_field: str | None) -> dict[str, Json]:
     Args:
         text_field: the field for the text; ``None`` to leave out the text.
     """
-    payload = dict(row.payload)
-    if text_field is not None:
-        payload = with_field(payload, text_field, row.text)
+    payload = dict(row.payload) if text_field is None else with_text(row, text_field)
     if point_id(row.id) != row.id:
         payload[ORIGINAL_ID] = row.id
     return payload

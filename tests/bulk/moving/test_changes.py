@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import psycopg
 import pytest
@@ -168,3 +169,23 @@ def test_a_time_without_a_zone_counts_as_later_only_if_it_may_be(value: Json, is
     """Many programs write such times; if all of them counted, each sync would read all items."""
     since = Since("m.at", datetime(2026, 11, 27, 12, tzinfo=UTC))
     assert is_later_than({"m": {"at": value}}, since) is is_it
+
+
+@pytest.mark.parametrize(
+    ("text", "payload"),
+    [("meta.body", {"meta.body": "word1 text"}), ("a.b.c", {"a.b": {"c": "word1 text"}})],
+)
+async def test_a_text_field_whose_own_name_has_a_dot_is_copied_as_it_is_and_embedded_once(
+    text: str, payload: dict[str, Json], models: Models, tmp_path: Path, console: Console
+) -> None:
+    shop = Shop(f"qdrant:{tmp_path / 'qdrant'}", "docs")
+    shop.put(dict.fromkeys(range(3), "word1 text"))
+    client: Any = shop.store._connection.client  # type: ignore[attr-defined]
+    client.overwrite_payload("docs", payload, [0, 1, 2])
+    move = await start(request_for(shop, text=text), tmp_path, console)
+    models.texts.clear()
+
+    await sync(move, tmp_path, console, skips=False)
+
+    assert not models.texts
+    assert client.retrieve(move.pairs[0].new, [1])[0].payload == payload
