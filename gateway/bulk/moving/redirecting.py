@@ -46,12 +46,15 @@ class _Meaning(Enum):
 def settle(move: Move, folder: Path) -> Move:
     """Return the move with its state corrected if a change of the names was interrupted, and write that state.
 
+    The names may have pointed to the new collection since the interruption, even if a person has restored them: applications
+    may have used it.
+
     Raises:
         BulkError: the store or Mem0's configuration cannot be read.
     """
     if not move.is_redirecting:
         return move
-    return _written(_as_found(move, _meaning(move)), folder)
+    return _written(_as_found(replace(move, was_flipped=True), _meaning(move)), folder)
 
 
 def _as_found(move: Move, meaning: _Meaning) -> Move:

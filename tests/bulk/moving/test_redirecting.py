@@ -14,7 +14,7 @@ from gateway.bulk.moving import redirecting, state, steps
 from gateway.bulk.moving.command import next_command
 from gateway.bulk.moving.mem0 import read_mem0
 from gateway.bulk.moving.state import Move, Stage, read_moves, write_move
-from gateway.bulk.moving.steps import back, check, finish, flip, start
+from gateway.bulk.moving.steps import back, check, finish, flip, start, sync
 from gateway.bulk.rows import BulkError
 from tests.bulk.moving.conftest import Models, Shop, copy_of, request_for
 from tests.bulk.moving.test_steps import mem0_on
@@ -127,6 +127,29 @@ async def test_a_collection_that_cannot_be_described_now_hides_no_flip(
     found = redirecting.settle(read_moves(tmp_path)[move.name], tmp_path)
 
     assert (found.stage, found.was_flipped) == (Stage.FLIPPED, True)
+
+
+async def test_an_alias_that_a_person_restored_after_an_interrupted_flip_may_have_been_used(
+    shop: Shop, models: Models, tmp_path: Path, console: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    move = await aliased(shop, tmp_path, console)
+    flips = type(shop.store).flip
+
+    def die(store: object, *names: str) -> None:
+        flips(store, *names)  # type: ignore[arg-type]
+        raise _Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(shop.store), "flip", die)
+        with pytest.raises(_Killed):
+            await flip(move, tmp_path, console, forces=True)
+    copy = copy_of(shop, move)
+    copy.delete(3)
+    shop.store.flip(move.alias or "", shop.collection)
+
+    await sync(move, tmp_path, console, skips=False)
+
+    assert 3 not in copy.content()
 
 
 def at_each_change(monkeypatch: pytest.MonkeyPatch, store: type, tick: Callable[[], None]) -> None:
