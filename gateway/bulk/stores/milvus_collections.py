@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any, Final
 
 import grpc
@@ -29,6 +32,8 @@ MAX_WIDTH: Final = 32_768
 """The largest number of dimensions of a vector."""
 _DENSE: Final = (DataType.FLOAT_VECTOR, DataType.FLOAT16_VECTOR, DataType.BFLOAT16_VECTOR)
 MAX_ID_BYTES: Final = 4_096
+_FOLDER_EXISTS: Final = re.compile(r"File exists: '(.+/collections/[^/']+)'")
+"""A message of Milvus Lite, with the folder of a collection."""
 _NO_COLLECTION: Final = 100
 """Milvus' error code."""
 
@@ -214,7 +219,29 @@ def create_collection(
     if note.has_sparse:
         schema.add_field(sparse, DataType.SPARSE_FLOAT_VECTOR)
     noted = vector if note.dimensions else sparse
-    client.create_collection(name, schema=schema, properties=noted_properties({noted: note}), timeout=TIMEOUT_S)
+    _create(client, name, schema=schema, properties=noted_properties({noted: note}))
+
+
+def _create(client: MilvusClient, name: str, **settings: Any) -> None:
+    """Create a collection, also if a process was killed while Milvus Lite created it, which leaves an empty folder."""
+    create = partial(client.create_collection, name, timeout=TIMEOUT_S, **settings)
+    try:
+        create()
+    except pymilvus.exceptions.MilvusException as error:
+        folder = _FOLDER_EXISTS.search(str(error.message))
+        if folder is None or not _remove_empty(Path(folder[1])):
+            raise
+        create()
+
+
+def _remove_empty(folder: Path) -> bool:
+    """Remove the folder of a collection that has no schema yet, and so no items; return whether it was one."""
+    try:
+        (folder / "schema.json.tmp").unlink(missing_ok=True)
+        folder.rmdir()
+    except OSError:  # it has other content
+        return False
+    return True
 
 
 def usual_indexes(note: SpaceNote, vector: str, sparse: str) -> IndexParams:
@@ -259,12 +286,12 @@ def create_like(client: MilvusClient, name: str, other: Collection, note: SpaceN
         )
     properties = dict(other.description.get("properties") or {})
     others = {name: own for name, own in other.notes.items() if name != vector.name}
-    client.create_collection(
+    _create(
+        client,
         name,
         schema=schema,
         consistency_level=other.description.get("consistency_level_name", "Strong"),
         properties={**properties, **noted_properties({**others, vector.name: note})},
-        timeout=TIMEOUT_S,
     )
 
 

@@ -1,6 +1,6 @@
 """Run a job into a store again and again, and kill it each time at a random moment while it writes, until it is done.
 
-    python -m tests.bulk.stores.killed SOURCE SINK STATE OUTPUTS SEED KILLS
+    python -m tests.bulk.stores.killed SOURCE SINK STATE OUTPUTS
 
 STATE is the folder of the manifest.
 
@@ -26,7 +26,8 @@ from gateway.bulk.manifest import Manifest
 from gateway.bulk.opening import open_sink, open_source
 
 SHARD_ROWS = 20
-_LONGEST_S = 0.2
+_LONGEST_S = (0.02, 0.05, 0.1, 0.2)
+"""The limits of the random times after which the process is killed, one for each attempt."""
 
 
 def work(source_url: str, sink_url: str, state: Path, outputs: Sequence[str], kill_after_s: float = 0.0) -> None:
@@ -51,14 +52,14 @@ def work(source_url: str, sink_url: str, state: Path, outputs: Sequence[str], ki
 
 
 def main() -> None:
-    source, sink, state, outputs, seed, kills = sys.argv[1:]
-    rng = random.Random(int(seed))
+    source, sink, state, outputs = sys.argv[1:]
+    rng = random.Random()
     num_killed = 0
     kind = sink.partition(":")[0]
     if kind != "lancedb":  # which starts threads that a fork does not copy
         importlib.import_module(f"gateway.bulk.stores.{kind}")
-    for _ in range(int(kills)):
-        kill_after_s = rng.uniform(0.001, _LONGEST_S)
+    for longest_s in _LONGEST_S:
+        kill_after_s = rng.uniform(0.001, longest_s)
         child = os.fork()
         if child == 0:
             work(source, sink, Path(state), outputs.split(","), kill_after_s)

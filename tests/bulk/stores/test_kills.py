@@ -49,12 +49,11 @@ def test_a_job_that_is_killed_at_random_moments_writes_each_row_once(
     if kind == "pgvector":
         socket = parse_qs(urlsplit(request.getfixturevalue("postgres")).query)["host"][0]
         url = f"pgvector://postgres@{quote(socket, safe='')}/postgres/killed"
-    kills = "2" if kind in ("lancedb", "milvus") else "3"
-    arguments = [str(source), url, str(tmp_path / "state"), outputs, "7", kills]
+    arguments = [str(source), url, str(tmp_path / "state"), outputs]
     command = [sys.executable, "-m", "tests.bulk.stores.killed", *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout) >= 1
+    assert int(done.stdout) >= 2
     assert by_id(url) == expected()
     if kind == "qdrant":
         qdrant = QdrantClient(path=str(tmp_path / "store"))

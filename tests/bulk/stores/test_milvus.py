@@ -52,6 +52,23 @@ def store_of(url: str) -> MilvusStore:
     return store
 
 
+def test_a_collection_whose_creation_was_killed_is_created_again(tmp_path: Path) -> None:
+    """Milvus Lite makes its folder first; it does not list the collection, and cannot create it."""
+    url = f"milvus:{tmp_path / 'm.db'}#"
+    write(f"{url}first", [row(1, "a")])
+    for name in ("half", "full"):
+        folder = tmp_path / "m.db" / "collections" / name
+        folder.mkdir()
+        (folder / "schema.json.tmp").write_text("{")
+    (folder / "data").mkdir()
+
+    write(f"{url}half", [row(1, "a")])
+    assert set(by_id(f"{url}half")) == {1}
+    with pytest.raises(BulkError, match="File exists"):
+        write(f"{url}full", [row(1, "a")])
+    write(f"{url}half", [row(2, "a")], options=SinkOptions(like="first"))
+
+
 def test_an_id_of_another_type_is_refused(url: str) -> None:
     write(url, [row(1, "a")])
     with pytest.raises(BulkError, match=r"id x: its id 'x' is text, but the ids of .* are integers"):
