@@ -153,6 +153,7 @@ class Chunker:
                 row.place,
                 row.position,
                 len(whole) - (stop - start),
+                row.text_names,
                 row.id,
                 window,
             )
