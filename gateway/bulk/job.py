@@ -31,7 +31,6 @@ from gateway.bulk.rows import (
     closing_readings,
     without_items,
 )
-from gateway.bulk.stores.payloads import has_large_integer
 from gateway.config.files import open_regular
 from gateway.types import Vectors
 
@@ -365,9 +364,13 @@ class _ErrorsFile:
         return self._size
 
 
+_INTEGERS = range(-(2**63), 2**64)
+"""The integers that orjson writes."""
+
+
 def _shown_id(row_id: RowId | None) -> RowId | None:
     """Return an id that can be written as JSON, which has integers of at most 64 bits here."""
-    if isinstance(row_id, int) and has_large_integer(row_id):
+    if isinstance(row_id, int) and row_id not in _INTEGERS:
         return str(row_id)
     return row_id.encode(errors="backslashreplace").decode() if isinstance(row_id, str) else row_id
 
