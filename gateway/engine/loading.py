@@ -86,6 +86,12 @@ class LoadPlan:
         return self.kind is ModelKind.EMBED and self.checkpoint.static is None and self.checkpoint.width > 0
 
     @property
+    def can_chunk_late(self) -> bool:
+        """Whether a text's vector is the mean of its tokens' states, of which each chunk has its own."""
+        is_mean = self.checkpoint.pooling is Pooling.MEAN and Output.DENSE in self.outputs
+        return self.has_states and is_mean and self.checkpoint.text_template is None
+
+    @property
     def info(self) -> ModelInfo:
         """The model's description for the rest of the gateway."""
         classifier = self.checkpoint.classifier if self.kind is ModelKind.CLASSIFY else None
@@ -104,7 +110,7 @@ class LoadPlan:
             engine=f"infinity/{self.runtime}",
             memory_bytes=self.memory.total_bytes,
             outputs=self.outputs,
-            can_chunk_late=self.has_states and self.checkpoint.pooling is Pooling.MEAN and Output.DENSE in self.outputs,
+            can_chunk_late=self.can_chunk_late,
             tasks=self.tasks,
             default_task=canonical_task(self.entry.default_task)
             if self.entry.default_task

@@ -13,6 +13,7 @@ from gateway.engine.checkpoint.modules import Modules, Pooling, read_dense, read
 from gateway.engine.checkpoint.ranking import Ranking
 from gateway.engine.checkpoint.score_modules import ScoreModules, read_all_modules
 from gateway.engine.checkpoint.splade import Splade, read_splade
+from gateway.engine.checkpoint.text_template import TextTemplate, read_text_template
 from gateway.engine.checkpoint.transformer import TransformerSettings, as_length, read_transformer
 
 
@@ -100,16 +101,29 @@ class Description:
         widths = [state_width, *(read_dense(folder / layer).width for layer in self.dense)]
         return widths[-1] if truncated_width is None else min(widths[-1], truncated_width)
 
-    def settings(self, folder: Path, ranking: Ranking) -> TransformerSettings:
-        """Read how sentence-transformers calls the tokenizer.
+    def text_template(self, folder: Path, ranking: Ranking) -> TextTemplate | None:
+        """Return the chat template around each text, if the model embeds and puts texts into one.
 
         Args:
             folder: the folder of the transformer.
 
         Raises:
+            LoadError: the template is of a form that is not supported.
+        """
+        is_embedder = self.has_pooling and ranking.classifier is None
+        return read_text_template(folder) if is_embedder else None
+
+    def settings(self, folder: Path, ranking: Ranking, *, has_template: bool) -> TransformerSettings:
+        """Read how sentence-transformers calls the tokenizer.
+
+        Args:
+            folder: the folder of the transformer.
+            has_template: texts are put into a chat template.
+
+        Raises:
             LoadError: the files ask for a treatment of texts that is not supported.
         """
-        has = {"has_sides": self.colbert is not None, "has_template": ranking.template is not None}
+        has = {"has_sides": self.colbert is not None, "has_template": has_template or ranking.template is not None}
         return read_transformer(folder, self._task(ranking), **has)
 
     def _task(self, ranking: Ranking) -> str:

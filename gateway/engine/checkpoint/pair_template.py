@@ -53,7 +53,7 @@ def is_qwen3_reranker(source: str) -> bool:
 
 def has_chat_template(folder: Path) -> bool:
     """Return whether the tokenizer in ``folder`` has a chat template of any kind."""
-    return _chat_template(folder) is not None
+    return read_chat_template(folder) is not None
 
 
 def read_pair_template(folder: Path, instruction: str | None, *, is_declared: bool) -> PairTemplate | None:
@@ -68,14 +68,15 @@ def read_pair_template(folder: Path, instruction: str | None, *, is_declared: bo
         LoadError: the template is for pairs, but its form is not supported.
     """
     config = read_object(folder / "tokenizer_config.json", optional=True)
-    template = _chat_template(folder)
+    template = read_chat_template(folder)
     if template is None:
         return None
     sentence = read_object(folder / "sentence_bert_config.json", optional=True)
-    options = _template_options(sentence, folder)
+    options = read_options(sentence, folder)
     if sentence and options is None:  # sentence-transformers would not use the chat template either
         return None
-    render = _Renderer(template, config, options or {}, is_structured=_is_structured(sentence, template))
+    variables = {**special_tokens(config), **(options or {})}
+    render = Renderer(template, variables, is_structured=is_structured(sentence, template))
     whole = render(_messages(instruction, _QUERY, _DOCUMENT))
     if whole is None or whole.count(_QUERY) != 1 or whole.count(_DOCUMENT) != 1:
         return None
@@ -95,7 +96,12 @@ def read_pair_template(folder: Path, instruction: str | None, *, is_declared: bo
     return PairTemplate(before, between, after)
 
 
-def _chat_template(folder: Path) -> str | None:
+def read_chat_template(folder: Path) -> str | None:
+    """Return the tokenizer's chat template, if it has one.
+
+    Raises:
+        LoadError: it cannot be read.
+    """
     file = folder / "chat_template.jinja"
     if is_present(file):
         try:
@@ -117,7 +123,7 @@ def _messages(
     return [*system, *zip(roles, (query, document), strict=True)]
 
 
-def _template_options(sentence: Mapping[str, Json], folder: Path) -> dict[str, Json] | None:
+def read_options(sentence: Mapping[str, Json], folder: Path) -> dict[str, Json] | None:
     """Return the arguments of the chat template; ``None`` if the checkpoint's modules do not use it."""
     modalities = sentence.get("modality_config")
     if not isinstance(modalities, dict) or "message" not in modalities:
@@ -129,7 +135,7 @@ def _template_options(sentence: Mapping[str, Json], folder: Path) -> dict[str, J
     return dict(options or {})
 
 
-def _is_structured(sentence: Mapping[str, Json], template: str) -> bool:
+def is_structured(sentence: Mapping[str, Json], template: str) -> bool:
     """Return whether a message's content is a list of parts, by sentence-transformers' rule."""
     match sentence.get("modality_config"):
         case {"message": {"format": "structured"}}:
@@ -139,16 +145,19 @@ def _is_structured(sentence: Mapping[str, Json], template: str) -> bool:
     return "content[0]" in template or "content['" in template
 
 
-class _Renderer:
+def special_tokens(config: Mapping[str, Json]) -> dict[str, Json]:
+    """Return the special tokens of a ``tokenizer_config.json``, which templates know by their names."""
+    special = {key: value for key, value in config.items() if key.endswith("_token")}
+    texts = {key: value.get("content") if isinstance(value, dict) else value for key, value in special.items()}
+    return {key: text for key, text in texts.items() if isinstance(text, str)}
+
+
+class Renderer:
     """Renders messages with a chat template, as transformers' tokenizers do."""
 
-    def __init__(
-        self, template: str, config: Mapping[str, Json], options: Mapping[str, Json], *, is_structured: bool
-    ) -> None:
-        special = {key: value for key, value in config.items() if key.endswith("_token")}
-        texts = {key: value.get("content") if isinstance(value, dict) else value for key, value in special.items()}
+    def __init__(self, template: str, variables: Mapping[str, Json], *, is_structured: bool) -> None:
         self._template = template
-        self._variables = {**{key: text for key, text in texts.items() if isinstance(text, str)}, **options}
+        self._variables = variables
         self._is_structured = is_structured
 
     def __call__(self, messages: Sequence[tuple[str, str]]) -> str | None:

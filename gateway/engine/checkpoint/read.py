@@ -33,6 +33,7 @@ from gateway.engine.checkpoint.sizes import Attention, Sizes, read_config
 from gateway.engine.checkpoint.sources import file_sha256
 from gateway.engine.checkpoint.splade import Splade, require_masked_lm
 from gateway.engine.checkpoint.static import StaticRule, StaticTable, find_static_table
+from gateway.engine.checkpoint.text_template import TextTemplate
 from gateway.engine.compiled_cache import CompiledCache
 from gateway.errors import LoadError
 from gateway.types import Output
@@ -72,6 +73,7 @@ class Checkpoint:
         static: the rules for texts, if the checkpoint is a table of token vectors without a transformer.
         splade: how its sparse vectors are made, if the model is a sparse encoder.
         colbert: how its token vectors are made, if the model is a multi-vector model.
+        text_template: the chat template around each text, if the model embeds texts in one.
     """
 
     folder: Path
@@ -102,10 +104,11 @@ class Checkpoint:
     has_pooling_module: bool
     is_named: bool
     weights: tuple[Path, ...]
-    fingerprint: str
+    fingerprint: str = ""
     static: StaticRule | None = None
     splade: Splade | None = None
     colbert: Colbert | None = None
+    text_template: TextTemplate | None = None
 
     @property
     def outputs(self) -> tuple[Output, ...]:
@@ -218,10 +221,10 @@ def _read_transformer(
     tasks = read_jina_tasks(folder, config, layout, modules)
     if classifier is None and not (tasks.is_jina and tasks.adapters):  # adapters for retrieval are an embedder's
         _require_embedder(folder, config, files, model_type, has_own_code=has_own_code)
-    settings = files.settings(root, ranking)
+    template = files.text_template(root, ranking)
+    settings = files.settings(root, ranking, has_template=template is not None)
     prompts, truncated_width = _read_prompts(folder, files, scores=classifier is not None)
-    weights = weights_files(root)
-    sizes = Sizes.recall(root, None if has_own_code else read_shapes(weights), cache)
+    sizes = Sizes.recall(root, None if has_own_code else read_shapes(weights_files(root)), cache)
     max_tokens, max_query_tokens = files.lengths(root, settings.max_tokens, sizes.num_positions)
     checkpoint = Checkpoint(
         folder=folder,
@@ -251,10 +254,10 @@ def _read_transformer(
         has_own_code=has_own_code,
         has_pooling_module=ranking.is_pooled and modules is not None,
         is_named=architecture(config) is not None,
-        weights=weights,
-        fingerprint="",
+        weights=weights_files(root),
         splade=files.splade,
         colbert=files.colbert,
+        text_template=template,
     )
     return _with_fingerprint(checkpoint, truncated_width)
 
@@ -290,7 +293,6 @@ def _read_static(folder: Path, table: StaticTable) -> Checkpoint:
         has_pooling_module=True,
         is_named=True,
         weights=weights_files(table.folder),
-        fingerprint="",
         static=table.rule,
     )
     return _with_fingerprint(checkpoint, truncated_width)
@@ -355,6 +357,8 @@ def _with_fingerprint(checkpoint: Checkpoint, truncated_width: int | None) -> Ch
         parts["colbert"] = checkpoint.colbert.settings
     if checkpoint.pair_template is not None:
         parts["pair template"] = str(checkpoint.pair_template)
+    if checkpoint.text_template is not None:
+        parts["text template"] = checkpoint.text_template.settings
     for layer in checkpoint.dense_layers:  # settings that are not in the weights
         parts[f"activation of {layer.name}"] = str(read_object(layer / "config.json").get("activation_function"))
     for task, adapter in checkpoint.adapters.items():

@@ -56,7 +56,7 @@ def read_transformer(
     Args:
         task: transformers' name for the use of the model: one of :data:`_TASKS`.
         has_sides: queries and documents have separate lengths, which are read elsewhere.
-        has_template: the chat template is read elsewhere, as the template of a query and a document.
+        has_template: the chat template is read elsewhere, as the template of a text, or of a query and a document.
 
     Raises:
         LoadError: the file asks for a treatment of texts that is not supported.
@@ -122,8 +122,8 @@ def _require_template(config: Mapping[str, Json], path: Path, *, has_template: b
     if isinstance(modalities, dict) and "message" in modalities and not has_template:
         absent = "" if has_chat_template(path.parent) else ". There is no chat template here"
         raise LoadError(
-            f"{path}: modality_config has 'message': each text is put into the chat template, which is supported only in a "
-            f"reranker, if the template has a place for a query and a document{absent}"
+            f"{path}: modality_config has 'message': each text is put into the chat template, which is supported only in an "
+            f"embedder, and in a reranker whose template has a place for a query and a document{absent}"
         )
     if has_template and isinstance(processing, dict) and (other := sorted(processing.keys() - {"chat_template"})):
         raise LoadError(f"{path}: processing_kwargs: {', '.join(other)} is not supported")

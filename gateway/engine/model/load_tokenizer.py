@@ -14,7 +14,7 @@ from gateway.engine.checkpoint.classes import must_end_texts
 from gateway.engine.checkpoint.read import Checkpoint
 from gateway.engine.checkpoint.sizes import load_config
 from gateway.engine.compiled_cache import CompiledCache
-from gateway.engine.model.chat_pairs import ChatPairTokenizer
+from gateway.engine.model.chat_pairs import ChatPairTokenizer, ChatTextTokenizer
 from gateway.engine.model.colbert import find_skipped_ids, keep_markers_whole, query_tokenizer
 from gateway.engine.model.pairs import PairTokenizer
 from gateway.engine.model.tokenizer import Tokenizer
@@ -169,6 +169,8 @@ def _read(checkpoint: Checkpoint, *, trust_remote_code: bool) -> _Read:
 def _reader(checkpoint: Checkpoint, fast: FastTokenizer, max_tokens: int, input_names: Sequence[str]) -> Tokenizer:
     if checkpoint.pair_template is not None:
         return ChatPairTokenizer(fast, max_tokens, checkpoint.pair_template)
+    if checkpoint.text_template is not None:
+        return ChatTextTokenizer(fast, max_tokens, checkpoint.text_template)
     if checkpoint.classifier is None:
         return Tokenizer(fast, max_tokens)
     # A tokenizer's template may mark segments that transformers does not pass to the model.
