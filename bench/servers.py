@@ -81,6 +81,11 @@ def start_gateway() -> Server:
     return _gateway("gateway", ())
 
 
+def start_gateway_with_batches(folder: Path) -> Server:
+    """Start the gateway with the Batches API, whose files are in a folder; all else by default."""
+    return _gateway("gateway-batches", (), {"GATEWAY_BATCH_DIR": str(folder)})
+
+
 def start_gateway_float32() -> Server:
     """Start the gateway with the bundled model in float32, all else by default."""
     RESULTS.mkdir(exist_ok=True)
@@ -122,7 +127,7 @@ def start_debug_infinity() -> Server:
     return _infinity("infinity-debug", [python, script, "v2", "--engine", "debugengine", "--model-id", "debug/engine"])
 
 
-def _gateway(name: str, options: Sequence[str]) -> Server:
+def _gateway(name: str, options: Sequence[str], environ: Mapping[str, str] | None = None) -> Server:
     port = free_port()
     return Server(
         name,
@@ -131,6 +136,7 @@ def _gateway(name: str, options: Sequence[str]) -> Server:
         ready="/health/ready",
         path="/v1/embeddings",
         model=MODEL,
+        environ=environ,
     )
 
 

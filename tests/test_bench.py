@@ -19,6 +19,7 @@ import torch
 
 from bench.gpu_card import describe_card, describe_state
 from bench.load import Group, Load, make_load
+from bench.priority import batches_later
 from bench.report import Goal, goals_table, number, update_page
 from bench.stats import median_ratio, percentile
 from bench.texts import MAX_WORDS, MIN_WORDS, Sentences, docstring_sentences
@@ -306,3 +307,8 @@ def test_a_card_without_a_driver_s_library_is_described_by_torch(monkeypatch):
 
     assert describe_card(torch.device("cuda")).startswith("NVIDIA GeForce RTX 3090, 24 GiB, capability 8.6")
     assert describe_state(torch.device("cuda")) == "n/a"
+
+
+def test_the_delay_of_one_text_counts_in_batches_of_the_bulk_load() -> None:
+    assert batches_later(60.0, 20.0, 80.0) == 0.5
+    assert batches_later(60.0, 20.0, 0.0) == 0.0
