@@ -179,8 +179,8 @@ def patterns(names: Iterable[str]) -> list[str]:
 def cached_snapshot(name: str, revision: str) -> Path | None:
     """Return the cached snapshot of a commit if it has a configuration and weights, else ``None``.
 
-    Smaller files may be missing after an interrupted download. So only a snapshot that :func:`is_complete` is used without
-    asking the hub. A pinned commit never changes, so such a snapshot stays correct, and works offline.
+    Smaller files may be missing after an interrupted download, or one by an earlier release. So only a snapshot that
+    :func:`is_complete` is used without asking the hub. A pinned commit never changes, so such a snapshot stays correct.
     """
     # Not with `snapshot_download(local_files_only=True)`: it requires every file of the repository, including other formats
     # of the weights, which are not fetched.

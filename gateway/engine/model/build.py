@@ -148,7 +148,7 @@ def _build_runtimes(checkpoint: Checkpoint, options: BuildOptions, tokenizer: To
             return runtimes
     model, mask = _load_model(checkpoint, options, options.dtype)
     if options.accumulates_in_float16:
-        keep_long_sums_exact(model, checkpoint.hidden_width)
+        keep_long_sums_exact(model, model.config.hidden_size)
     reference = PaddedRuntime(model, mask)
     if runtime == "torch-packed":
         return [_try_packed(checkpoint, options, tokenizer, model, mask) or reference]
