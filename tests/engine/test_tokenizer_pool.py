@@ -99,6 +99,8 @@ async def test_a_thread_that_is_busy_and_a_task_that_waits_for_it_show(gate: Gat
 
     assert not room.is_empty
     assert not await asyncio.to_thread(room.join, 0.05)
+    threads = [thread for thread in threading.enumerate() if thread.name.startswith("numbers-tokenize")]
+    assert all(thread.daemon for thread in threads), "the process could not end"
     gate.open()
     assert await asyncio.to_thread(room.join, PATIENCE_S)
 
@@ -154,9 +156,13 @@ async def test_callers_with_a_backlog_get_the_same_characters(held: Readings, ga
 
 
 async def test_a_step_of_many_characters_holds_no_short_one_up(held: Readings, gate: Gate) -> None:
-    long = held.begin("long", "a", [LONG_STEP_CHARS + 1])
+    short = held.begin("short", "a", [LONG_STEP_CHARS])
+    long = held.begin("long", "b", [LONG_STEP_CHARS + 1])
 
     assert await long.done == "long"  # though the thread for short ones is held
+    assert held.order == ["long"]
+    gate.open()
+    assert await short.done == "short"
 
 
 async def test_a_text_that_is_no_longer_needed_is_not_read(held: Readings, gate: Gate) -> None:
