@@ -106,7 +106,7 @@ _TESTS_OF = {
         "engine/test_worker",
         "engine/test_working_ahead",
     ),
-    "gateway/engine/checks.py": ("engine/test_worker", "engine/test_batcher"),
+    "gateway/engine/checks.py": ("engine/test_checks", "engine/test_worker", "engine/test_batcher"),
     "gateway/engine/worker.py": ("engine/test_worker", "engine/test_batcher", "engine/test_working_ahead"),
     "gateway/experiments/split.py": ("experiments/test_split", "test_observation"),
     "gateway/fleet.py": ("test_fleet", "cache/test_served"),

@@ -616,3 +616,26 @@ def test_a_window_follows_the_number_of_tokens() -> None:
     assert found is not None
     assert found.end == pytest.approx(5.2)
     assert found.first == pytest.approx(5.18)
+
+
+def test_the_pace_follows_the_newest_batches_slowly() -> None:
+    pace = Pace()
+    pace.note(1000, launch_s=0.01, device_s=0.1, read_s=0.0)
+    pace.note(1000, launch_s=0.02, device_s=0.05, read_s=0.1)  # a fifth of each difference counts
+
+    found = pace.window(1200, 0.0)
+
+    assert found is not None
+    assert found.end == pytest.approx(0.1)  # 12,000 tokens per second
+    assert found.first == pytest.approx(0.1 - 0.012 - 0.005)
+    assert found.last == pytest.approx(0.1 - 0.012 - 0.005 + 0.02)
+
+
+def test_a_batch_in_no_time_has_a_pace() -> None:
+    pace = Pace()
+    pace.note(1000, launch_s=0.0, device_s=0.0, read_s=0.0)
+
+    found = pace.window(1000, 0.0)
+
+    assert found is not None
+    assert found.end == pytest.approx(1e-6)

@@ -248,7 +248,7 @@ def test_an_answer_without_teis_form_is_refused(content: bytes, problem: str) ->
 def test_an_error_with_status_200_is_recognized(
     dialect: OpenAi | Tei, error: object, message: str, status: int
 ) -> None:
-    with pytest.raises(ErrorAnswer, match=message) as caught:
+    with pytest.raises(ErrorAnswer, match=f"^an error with status 200: {message}$") as caught:
         dialect.read(json.dumps({"error": error, "data": None}).encode(), {}, 1)
     assert caught.value.status == status
 
