@@ -23,6 +23,7 @@ from gateway.engine.scheduler import RequestHandle, TokenSequence, Waiter
 from gateway.engine.worker import FinishedBatch, Worker
 from gateway.errors import InferenceFailed, InvalidVectors, OutOfMemory
 from gateway.telemetry import metrics
+from gateway.types import Priority
 from tests.engine.scripted import PATIENCE_S, Gate, NumberEncoder, raise_for
 
 TokenSequences = list[TokenSequence]
@@ -752,6 +753,39 @@ def test_small_batches_say_nothing_of_the_rate() -> None:
     batch_queue.add(waiters(sequences(range(800), length=10)))
 
     assert sizes_of(batch_queue, 2) == [1000] * 2
+
+
+def test_the_rate_follows_the_newest_batch_slowly() -> None:
+    batch_queue = BatchQueue(max_batch_tokens=4000)
+    batch_queue.note_rate(4000, 1.0)
+    batch_queue.note_rate(511, 0.001)  # too small to say anything
+    batch_queue.note_rate(512, 0.064)  # 8,000 per second: the average is 4,400
+    batch_queue.add(waiters(sequences(range(800), length=10)))
+
+    assert sizes_of(batch_queue, 1) == [2200]
+
+
+def test_the_texts_that_wait_are_counted_until_they_are_dropped() -> None:
+    batch_queue = BatchQueue(max_batch_tokens=10)
+    low = RequestHandle("low", math.inf, priority=Priority.LOW)
+    assert batch_queue.is_empty
+
+    for i, (handle, replica) in enumerate(((None, None), (low, None), (None, 1)), start=1):
+        batch_queue.add(waiters(sequences([i] * i, handle=handle)), replica)
+        assert batch_queue.num_waiting == i * (i + 1) // 2
+        assert not batch_queue.is_empty
+    batch_queue.clear()
+
+    assert batch_queue.num_waiting == 0
+    assert batch_queue.is_empty
+
+
+@pytest.mark.parametrize("replica", [None, 1])
+def test_texts_for_any_replica_or_for_one_are_waiting(replica: int | None) -> None:
+    batch_queue = BatchQueue(max_batch_tokens=10)
+    batch_queue.add(waiters(sequences([1])), replica)
+
+    assert (batch_queue.num_waiting, batch_queue.is_empty) == (1, False)
 
 
 def test_the_rate_is_learned_from_computed_batches(start: Start, delivered: Delivered) -> None:
