@@ -27,6 +27,7 @@ from gateway.api.openai_schema import EmbeddingsBody
 from gateway.api.rerank_schema import RerankBody
 from gateway.api.tei_schema import EmbedBody, TokenizeBody
 from gateway.backends.fake import FakeBackend, fake_info
+from gateway.errors import BadInput
 from gateway.telemetry import metrics
 from gateway.types import EmbedJob, ModelKind, Output
 
@@ -579,6 +580,51 @@ def test_values_outside_strings_are_counted_for_any_split_of_the_body(monkeypatc
             found = b"".join(json_body._outside_strings(body)).replace(b" ", b"")
 
             assert found == b"{:[" + b"," * (len(texts) - 1) + b"]}", body
+
+
+@pytest.mark.parametrize(
+    ("limit", "content", "more"),
+    [
+        ("_MAX_VALUES", '{"a": [1, 2, 3, 4]}', '{"a": [1, 2, 3, 4, 5]}'),
+        ("_MAX_CONTAINERS", '{"a": [[]]}', '{"a": [[], {}]}'),
+        ("_MAX_KEYS", '{"a": 1, "b": 2, "c": 3}', '{"a": 1, "b": 2, "c": 3, "d": 4}'),
+        ("_MAX_BACKSLASHES", r'{"a": "\n\n\n"}', r'{"a": "\n\n\n\n"}'),
+        ("_MAX_LONE_SURROGATES", r'{"a": "\ud83d\ud83d\ud83d"}', r'{"a": "\ud83d\ud83d\ud83d\ud83d"}'),
+    ],
+)
+def test_a_body_may_have_as_many_parts_as_the_limit_and_no_more(
+    monkeypatch: pytest.MonkeyPatch, limit: str, content: str, more: str
+) -> None:
+    monkeypatch.setattr(json_body, limit, 3)
+    monkeypatch.setattr(json_body, "SMALL_BYTES", 0)
+    monkeypatch.setattr(json_body, "_PIECE_BYTES", 5)
+
+    assert json_body.parse_object(content.encode())
+    with pytest.raises(BadInput, match="more than 3 "):
+        json_body.parse_object(more.encode())
+
+
+@pytest.mark.parametrize(
+    ("value", "description"),
+    [
+        ("é", "the string 'é'"),
+        ("x" * 40, f"the string '{'x' * 40}'"),
+        ("x" * 41, f"the string '{'x' * 40}…' of 41 characters"),
+        (None, "null"),
+        (True, "true"),
+        (False, "false"),
+        (1, "the number 1"),
+        (0.5, "the number 0.5"),
+        (10**50, f"the number 1{'0' * 39}"),
+        ([], "an empty list"),
+        ([1, 2], "a list of 2"),
+        ({}, "an empty object"),
+        ({"a": 1, "k" * 50: 2, "c": 3, "d": 4}, f"an object with 'a', '{'k' * 40}', 'c'"),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_a_value_is_described_in_a_few_words(value: json_body.Json, description: str) -> None:
+    assert json_body.describe(value) == description
 
 
 def test_lone_surrogates_are_replaced_as_python_would(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -80,7 +80,7 @@ async def test_base64_of_other_numbers_is_not_taken(numbers: np.ndarray, expecte
 
 
 async def test_a_server_that_answers_base64_however_it_is_asked_is_taken_as_it_is() -> None:
-    """Its second answer is no check of the first, since both may hold another type."""
+    """Its second answer says nothing about the first, because both may hold another type."""
 
     async def ask(_texts: Sequence[str], quirks: Quirks) -> Answer:
         return Answer(np.eye(4, dtype=np.float32)[:1] if quirks.encoding == "float" else np.ones((1, 4), np.float32), 1)

@@ -15,9 +15,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from structlog.testing import capture_logs
 
 from gateway import golden
 from gateway.backends.upstream import pool as pool_module
+from gateway.backends.upstream import watch as watch_module
 from gateway.backends.upstream.backend import UpstreamBackend
 from gateway.backends.upstream.dialects import make_dialect
 from gateway.backends.upstream.pool import MAX_ADDRESSES, Name, Pool, Turns
@@ -349,6 +351,111 @@ async def test_of_many_servers_a_working_one_is_found() -> None:
         server.num_texts = 1
     assert all(server is not None and server.num_texts == 0 for server in (pool.choose({}) for _ in range(20)))
     await pool.close()
+
+
+@pytest.fixture
+async def pool(monkeypatch: pytest.MonkeyPatch, pods: Pods) -> AsyncIterator[Pool]:
+    """Return a pool of the addresses of ``pods``, where no server is asked."""
+    pods.addresses = ["10.0.0.2", "10.0.0.1"]
+    model = pods.entry(resolve_interval_s=1.0)
+    assert model.upstream is not None
+    pool = Pool(model.id, make_dialect(model, model.upstream), model.upstream, pods.resolver)
+    await pool.find()
+    yield pool
+    await pool.close()
+
+
+async def test_what_changes_about_a_name_is_logged_once(pool: Pool, pods: Pods) -> None:
+    one, two = (f"10.0.0.{number}:{pods.port}" for number in (1, 2))
+    pods.addresses = ["10.0.0.1"]
+    with capture_logs() as logs:
+        await pool.find()
+        await pool.find()
+        pods.addresses = ["10.0.0.1", "10.0.0.2"]
+        await pool.find()
+        pods.is_broken = True
+        await pool.find()
+        await pool.find()
+        pods.is_broken = False
+        await pool.find()
+
+    servers = [log for log in logs if log["event"] == "upstream_servers"]
+    assert [(log["added"], log["gone"]) for log in servers] == [([], [two]), ([two], [])]
+    lookups = [log for log in logs if log["event"] == "upstream_name"]
+    assert [(log["log_level"], log["addresses"]) for log in lookups] == [("warning", 2), ("info", 2)]
+    assert "Temporary failure" in lookups[0]["reason"]
+    assert lookups[1]["reason"] == ""
+    assert [server.name for server in pool.servers] == [one, two]
+
+
+async def test_the_first_servers_of_a_name_are_no_change(pods: Pods) -> None:
+    pods.addresses = ["10.0.0.1"]
+    model = pods.entry()
+    assert model.upstream is not None
+    pool = Pool(model.id, make_dialect(model, model.upstream), model.upstream, pods.resolver)
+    with capture_logs() as logs:
+        await pool.find()
+
+    assert logs == []
+    await pool.close()
+
+
+async def test_a_server_that_leaves_is_closed_after_its_last_request_and_a_moment(
+    pool: Pool, pods: Pods, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leaving = pool.servers[1]
+    label = ("far", leaving.name)
+    pods.addresses = ["10.0.0.1"]
+    await pool.find()
+
+    monkeypatch.setattr(pool_module, "LINGER_S", 100.0)
+    await pool._close_left()
+    assert leaving.name in pool.all_names
+    monkeypatch.setattr(pool_module, "LINGER_S", 0.0)
+    leaving.num_texts = 1
+    await pool._close_left()
+    assert leaving.name in pool.all_names
+    assert label in metrics.values(metrics.UPSTREAM_UP)
+    leaving.num_texts = 0
+    await pool._close_left()
+    assert leaving.name not in pool.all_names
+    assert label not in metrics.values(metrics.UPSTREAM_UP)
+
+
+async def test_a_server_that_comes_back_does_not_leave(pool: Pool, pods: Pods) -> None:
+    both = list(pool.servers)
+    for addresses in (["10.0.0.1"], ["10.0.0.1", "10.0.0.2"]):
+        pods.addresses = addresses
+        await pool.find()
+
+    await pool._close_left()
+
+    assert pool.servers == both
+    assert ("far", both[1].name) in metrics.values(metrics.UPSTREAM_UP)
+
+
+async def test_a_new_address_is_checked_at_once(pods: Pods, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch_module, "_LOOK_S", 100.0)
+    await pods.add(1)
+    async with loaded(pods.entry(), resolver=pods.resolver) as backend:
+        await pods.add(2)
+        await wait_until(lambda: len(working(backend)) == 2)
+
+
+async def test_names_are_looked_up_about_once_per_interval(pods: Pods, monkeypatch: pytest.MonkeyPatch) -> None:
+    bounds: list[tuple[float, float]] = []
+
+    def uniform(low: float, high: float) -> float:
+        bounds.append((low, high))
+        return 100.0 if len(bounds) == 4 else 0.1
+
+    monkeypatch.setattr(pool_module.random, "uniform", uniform)
+    await pods.add(1)
+    async with loaded(pods.entry(), resolver=pods.resolver):
+        await wait_until(lambda: len(bounds) == 4)
+        await asyncio.sleep(0.05)
+
+    assert bounds == [(0.9, 1.1)] * 4  # the fourth waits
 
 
 async def test_there_are_as_many_turns_of_low_priority_as_servers() -> None:
