@@ -54,6 +54,13 @@ def test_texts_of_all_lengths_are_laid_out_in_one_forward() -> None:
     assert lay_out([300, 40, 30, 20], 384) == Layout([[0], [1, 2, 3]], 304)
     assert lay_out([20], 384) == Layout([[0]], 32)
     assert lay_out([5, 9, 30], 384) == Layout([[2, 1, 0]], 48)
+    assert lay_out([300, 150, 150], 384) == Layout([[0], [1, 2]], 304)
+
+
+def test_a_text_may_be_as_long_as_a_row() -> None:
+    assert plan_forwards([256, 256, 256], 384) == [[0, 1], [2]]
+    assert plan_forwards([32] * 3 + [257], 384) == [[3], [0, 1, 2]]
+    assert sorted(map(sorted, plan_forwards([256, 256, *[32] * 16], 384))) == [[0, 1], list(range(2, 18))]
 
 
 @pytest.mark.parametrize(("num_texts", "most"), [(8, 0.10), (16, 0.10), (25, 0.08), (32, 0.08), (90, 0.05)])
