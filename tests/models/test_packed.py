@@ -60,7 +60,7 @@ def test_a_task_s_merged_weights_give_its_vectors(jina: Path, load: Load, merged
     np.testing.assert_allclose(merged.vectors(TEXTS, tasks), expected, atol=2e-4)
 
 
-@pytest.mark.parametrize("least", [1, 70, 10**9], ids=["each task", "large tasks", "one row"])
+@pytest.mark.parametrize("least", [1, 75, 10**9], ids=["each task", "large tasks", "one row"])
 def test_a_mixed_batch_is_split_by_task_where_the_parts_are_large(
     jina: Path, load: Load, merged: Loaded, monkeypatch: pytest.MonkeyPatch, least: int
 ) -> None:
@@ -69,7 +69,9 @@ def test_a_mixed_batch_is_split_by_task_where_the_parts_are_large(
 
     groups = [list(group) for group in runtime.groups(lengths, adapters)]
 
-    assert groups == {1: [[0, 2], [1], [3]], 70: [[0, 2], [1, 3]]}.get(least, [[0, 1, 2, 3]])
+    assert groups == {1: [[0, 2], [1], [3]], 75: [[0, 2], [1, 3]]}.get(least, [[0, 1, 2, 3]])
+    for one_task in (None, [1] * 4, [-1] * 4):
+        assert [list(group) for group in runtime.groups(lengths, one_task)] == [[0, 1, 2, 3]]
     expected = load(jina, "reference").vectors(TEXTS, MIXED)
     np.testing.assert_allclose(merged.vectors(TEXTS, MIXED), expected, atol=2e-4)
 

@@ -365,7 +365,7 @@ async def pool(monkeypatch: pytest.MonkeyPatch, pods: Pods) -> AsyncIterator[Poo
     await pool.close()
 
 
-async def test_what_changes_about_a_name_is_logged_once(pool: Pool, pods: Pods) -> None:
+async def test_a_change_of_a_name_is_logged_once(pool: Pool, pods: Pods) -> None:
     one, two = (f"10.0.0.{number}:{pods.port}" for number in (1, 2))
     pods.addresses = ["10.0.0.1"]
     with capture_logs() as logs:
@@ -388,7 +388,7 @@ async def test_what_changes_about_a_name_is_logged_once(pool: Pool, pods: Pods) 
     assert [server.name for server in pool.servers] == [one, two]
 
 
-async def test_the_first_servers_of_a_name_are_no_change(pods: Pods) -> None:
+async def test_the_first_servers_of_a_name_are_not_logged_as_a_change(pods: Pods) -> None:
     pods.addresses = ["10.0.0.1"]
     model = pods.entry()
     assert model.upstream is not None
