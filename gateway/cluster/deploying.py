@@ -40,6 +40,8 @@ _HEALTH_PERIOD_S, _HEALTH_TIMEOUT_S = 2.0, 30.0
 _NUM_ATTEMPTS: Final = 2
 _NUM_SERVE_ATTEMPTS, _SERVE_PAUSE_S = 40, 0.25
 _LOCAL_STORE_BYTES: Final = 80 * 2**20
+# Serve's message about replicas without a place; for those that load slowly it ends in "to initialize".
+_WITHOUT_ROOM: Final = "to be scheduled"
 _REASON = re.compile(r"LoadError: (.*)")
 _LONGEST_REASON: Final = 500
 # The name of a deployment, see `Spec.name`. Other programs may have applications on the cluster too.
@@ -55,6 +57,7 @@ class Deployed:
         reason: the reason why the deployment is not running; may be empty.
         num_running: the number of running replicas.
         num_starting: the number of replicas that are starting, waiting for resources, or that a new controller has found.
+        is_without_room: Serve waits for room for one of them; it says so after half a minute.
     """
 
     name: str
@@ -62,6 +65,7 @@ class Deployed:
     reason: str
     num_running: int = 0
     num_starting: int = 0
+    is_without_room: bool = False
 
     @property
     def is_gone(self) -> bool:
@@ -199,9 +203,17 @@ class Cluster:
             deployment = app.deployments.get(_DEPLOYMENT)
             states = {} if deployment is None else {str(state): num for state, num in deployment.replica_states.items()}
             num_running = states.get("RUNNING", 0)
-            reason = _reason(app.message or "", "" if deployment is None else deployment.message)
+            message = "" if deployment is None else deployment.message
+            reason = _reason(app.message or "", message)
             num_starting = states.get("STARTING", 0) + states.get("RECOVERING", 0)
-            found[name] = Deployed(name, str(app.status.value), reason, num_running, num_starting)
+            found[name] = Deployed(
+                name,
+                str(app.status.value),
+                reason,
+                num_running,
+                num_starting,
+                bool(num_starting) and _WITHOUT_ROOM in message,
+            )
         return found
 
     def look(self, name: str) -> Deployed:

@@ -19,7 +19,7 @@ log = structlog.get_logger(__name__)
 INTERVAL_S: Final = 60.0
 # A deployment is deleted after so many seconds without a gateway: its gateways may be restarting.
 UNUSED_S: Final = 300.0
-# The same, while a model of this gateway lacks replicas, perhaps for want of the cards that the deployment keeps.
+# The same, while a model of this gateway waits for room, perhaps for the cards that the deployment keeps.
 UNUSED_IN_NEED_S: Final = 30.0
 
 
@@ -61,7 +61,8 @@ class Reclaimer:
         """
         deployed = await asyncio.to_thread(self._cluster.deployed)
         claims = await asyncio.to_thread(self._cluster.claims.all)
-        for name in self._due(deployed, claims):
+        patience_s = UNUSED_IN_NEED_S if await asyncio.to_thread(self._lacks_room, deployed) else UNUSED_S
+        for name in self._due(deployed, claims, patience_s):
             await self._reclaim(deployed[name])
         own = self._cluster.claims.own
         others = {name: by for name, by in claims.items() if name not in self._used}
@@ -69,13 +70,21 @@ class Reclaimer:
         stems = {stem_of(name) for name in self._used}
         return [name for name in others if stem_of(name) in stems]
 
-    def _due(self, deployed: Mapping[str, Deployed], claims: Mapping[str, Sequence[Claim]]) -> list[str]:
+    def _lacks_room(self, deployed: Mapping[str, Deployed]) -> bool:
+        """Return whether a model of this gateway waits for room. Blocks.
+
+        Serve says so only after a while; until then, the model lacks room if none of its replicas ever had a place.
+        """
+        starting = [deployed[name] for name in list(self._used) if name in deployed and deployed[name].num_starting]
+        return any(one.is_without_room or not self._cluster.has_begun(one.name) for one in starting)
+
+    def _due(
+        self, deployed: Mapping[str, Deployed], claims: Mapping[str, Sequence[Claim]], patience_s: float
+    ) -> list[str]:
         """Return the deployments that have had no gateway for long enough."""
         now = time.monotonic()
         unused = [name for name, one in deployed.items() if not one.is_gone and name not in claims]
         self._unused_since = {name: self._unused_since.get(name, now) for name in unused}
-        is_in_need = any(name in deployed and deployed[name].num_starting for name in self._used)
-        patience_s = UNUSED_IN_NEED_S if is_in_need else UNUSED_S
         return [name for name, since in self._unused_since.items() if now - since >= patience_s]
 
     async def _reclaim(self, deployed: Deployed) -> None:

@@ -114,13 +114,21 @@ class ClusterSite:
     def deploy(self, spec: Spec) -> None:
         """Claim and deploy a model unless it is deployed, and have its replicas announced. Blocks.
 
+        Does nothing if no backend uses it any longer, because its load was canceled in the meantime.
+
         Raises:
             TimeoutError: Serve does not remove the deployment that it has given up.
         """
         with self._turn:
-            self.cluster.claims.claim(spec.name)
-            self.cluster.deploy(spec)
-            self._handles[spec.name] = self.cluster.watch(spec.name)
+            if spec.name not in self._users:
+                return
+            try:
+                self.cluster.claims.claim(spec.name)
+                self.cluster.deploy(spec)
+                self._handles[spec.name] = self.cluster.watch(spec.name)
+            finally:
+                if spec.name not in self._users:  # canceled since; `_release` may not have waited
+                    self._let_go(spec.name)
 
     async def look_around(self) -> None:
         """Delete the deployments that no gateway has used for a while, and note what older gateways use."""
@@ -143,12 +151,15 @@ class ClusterSite:
         try:
             if name in self._users:  # another backend has begun to use it
                 return
-            self._handles.pop(name, None)
-            self.cluster.claims.release(name)
+            self._let_go(name)
             if delete:
                 self.cluster.delete_unused(name)
         finally:
             self._turn.release()
+
+    def _let_go(self, name: str) -> None:
+        self._handles.pop(name, None)
+        self.cluster.claims.release(name)
 
     def _lose(self, reason: str) -> None:
         self._is_connected = False  # Ray would wait for the head before it disconnects

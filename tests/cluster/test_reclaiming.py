@@ -8,6 +8,7 @@ import time
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -190,6 +191,41 @@ async def test_a_gateway_that_stops_does_not_wait_for_a_deployment(
             await site.leave(OLD, delete=False)
 
 
+@pytest.mark.parametrize("is_deploying", [False, True], ids=["waits for its turn", "is being deployed"])
+async def test_a_canceled_load_leaves_no_claim(
+    make_site: Callable[[int], ClusterSite], monkeypatch: pytest.MonkeyPatch, *, is_deploying: bool
+) -> None:
+    """Also if Serve takes longer than the gateway waits to release its claim."""
+    monkeypatch.setattr("gateway.cluster.site._RELEASE_S", 0.01)
+    site = make_site(1)
+    site._make_spec = lambda _entry: SimpleNamespace(name=NEW)  # type: ignore[assignment, return-value, method-assign]
+    called, begun, answered, ended = (threading.Event() for _ in range(4))
+    deploy = site.deploy
+
+    def deploy_and_tell(spec: Any) -> None:
+        called.set()
+        deploy(spec)
+        ended.set()
+
+    def serve(_spec: object) -> None:
+        begun.set()
+        answered.wait(5)
+
+    site.deploy = deploy_and_tell  # type: ignore[method-assign]
+    site.cluster.deploy = serve  # type: ignore[method-assign]
+    with nullcontext() if is_deploying else site._turn:
+        loading = asyncio.create_task(site.use(ModelEntry(id="mini", source="./x")))
+        await asyncio.to_thread((begun if is_deploying else called).wait, 5)
+        loading.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await loading
+    answered.set()
+    assert await asyncio.to_thread(ended.wait, 5)
+
+    assert begun.is_set() is is_deploying
+    assert (site.cluster.claims.of(NEW), site._handles) == ([], {})
+
+
 # ------------------------------------------------------------------------------------------------------------ reclaiming
 
 
@@ -201,6 +237,8 @@ class Deployments:
         self.cluster.claims = claims_of(2)
         self.found = {name: Deployed(name, "RUNNING", "", 2) for name in (OLD, NEW, OTHER)}
         self.cluster.deployed = lambda: self.found  # type: ignore[method-assign]
+        self.begun = {OLD, NEW, OTHER}
+        self.cluster.has_begun = self.begun.__contains__  # type: ignore[method-assign]
         self.num_connected = 0
         self.now = 1000.0
         self.deleted = deleted
@@ -235,8 +273,19 @@ async def test_deployments_without_a_gateway_are_deleted_after_a_while(deploymen
 
 async def test_they_are_deleted_sooner_if_a_model_has_no_place(deployments: Deployments) -> None:
     deployments.found[NEW] = Deployed(NEW, "DEPLOYING", "", 0, 2)
+    deployments.begun.clear()
     assert await deployments.look_after(0) == []
     assert await deployments.look_after(UNUSED_IN_NEED_S) == [OLD, OTHER]
+
+
+async def test_a_model_that_loads_does_not_shorten_the_time_of_others_and_one_without_room_does(
+    deployments: Deployments,
+) -> None:
+    deployments.found[NEW] = Deployed(NEW, "DEPLOYING", "", 1, 1)
+    assert await deployments.look_after(0) == []
+    assert await deployments.look_after(UNUSED_IN_NEED_S) == []
+    deployments.found[NEW] = Deployed(NEW, "DEPLOYING", "", 1, 1, is_without_room=True)
+    assert await deployments.look_after(1) == [OLD, OTHER]
 
 
 async def test_a_deployment_is_kept_while_a_gateway_claims_it_or_is_connected(deployments: Deployments) -> None:
