@@ -127,9 +127,13 @@ class Admin:
         """Return all metrics in Prometheus' text format."""
         if not self._are_metrics_open:
             require_operator(request, self._deployment.settings.admin_key)
-        for model in self._deployment.fleet:
-            if isinstance(model.backend, Scraped) and model.state is not ModelState.DISABLED:
-                metrics.count_replicas(model.id, *model.backend.count_replicas())
+        metrics.count_replicas(
+            {
+                model.id: model.backend.count_replicas()
+                for model in self._deployment.fleet
+                if isinstance(model.backend, Scraped) and model.state is not ModelState.DISABLED
+            }
+        )
         return Response(metrics.render(), media_type=CONTENT_TYPE_LATEST)
 
     async def replicas(self, request: Request) -> Response:

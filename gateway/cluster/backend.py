@@ -20,6 +20,7 @@ from gateway.config.model_entry import ModelEntry
 from gateway.config.replicas import Replicas
 from gateway.config.settings import Settings
 from gateway.errors import LoadError, ModelNotReady, ModelRecovering, ShuttingDown
+from gateway.telemetry import metrics
 from gateway.types import Embeddings, EmbedJob, ModelInfo, ModelState, Vocabulary
 
 log = structlog.get_logger(__name__)
@@ -74,6 +75,7 @@ class RayBackend:
         self._is_retry = False
         self._tasks: set[asyncio.Task[None]] = set()
         self._gap: asyncio.TimerHandle | None = None
+        metrics.REPLICAS_LOST.labels(entry.id)  # starts at 0, so that the first loss is an increase
 
     @property
     def lines(self) -> list[Line]:
@@ -87,8 +89,7 @@ class RayBackend:
             log.info("model_deployed", model=self._entry.id, deployment=self._spec.name)
         self._end_watch = DIRECTORY.watch(self._spec.name, self._pool.update)
         try:
-            # A model that has failed does not load while it waits for a place again.
-            info = await self._first_info(self._spec, unreported if self._is_retry else report)
+            info = await self._first_info(self._spec, report)
         except BaseException:  # also a canceled plan must close the connections
             self._is_retry = True
             self._end_watch()
@@ -104,7 +105,8 @@ class RayBackend:
             LoadError: no replica can load the model, or no machine has room for a replica.
         """
         began = looked = time.monotonic()
-        shown, cluster = "", self._site.cluster
+        shown = None if self._is_retry else ""
+        cluster = self._site.cluster
         while not self._pool.usable:
             deployed = await asyncio.to_thread(cluster.look, spec.name)
             if await self._has_failed(deployed):  # Serve does not retry until the model is deployed again
@@ -113,7 +115,7 @@ class RayBackend:
                 raise error
             if deployed.is_gone:  # an operator has removed it, or shut Serve down
                 await asyncio.to_thread(self._site.deploy, spec)
-            if deployed.reason != shown:
+            if deployed.reason != shown and await self._is_loading(spec):
                 shown = deployed.reason
                 report(ModelState.LOADING, shown)
             now = time.monotonic()
@@ -129,6 +131,10 @@ class RayBackend:
             await self._pool.changed(_POLL_S)
         assert self._pool.info is not None  # noqa: S101  a usable line has it
         return self._pool.info
+
+    async def _is_loading(self, spec: Spec) -> bool:
+        """Return whether the model loads: one that has failed does not while it waits for a place again."""
+        return not self._is_retry or await asyncio.to_thread(self._site.cluster.has_begun, spec.name)
 
     async def _load_error(self, reason: str) -> LoadError:
         await self._site.look_around()
@@ -233,7 +239,7 @@ class RayBackend:
         self._require_running()
         limit_s = self._settings.request_timeout_s
         loop = asyncio.get_running_loop()
-        line = await self._pool.choose(0, [], time.monotonic() + limit_s)
+        line = await self._pool.choose(0, time.monotonic() + limit_s)
         if line is None:
             raise ModelRecovering(f"model {self._entry.id!r} has no replica at the moment", retry_after_s=5)
         return RemoteVocabulary(line, loop, limit_s)

@@ -59,10 +59,14 @@ class Place:
 
 @dataclass(eq=False, slots=True)
 class _Call:
-    """A job that has been sent."""
+    """A job or another request that has been sent.
+
+    Attributes:
+        can_move: another replica can answer it instead.
+    """
 
     answer: asyncio.Future[Any]
-    work: int
+    can_move: bool
     on_tokens: Callable[[int], None] = field(default=lambda _num_tokens: None)
 
 
@@ -189,8 +193,8 @@ class Line:
             self._on_quiet(self)
 
     def give_up_jobs(self) -> None:
-        """Have the jobs in progress go to other replicas. The connection stays."""
-        if waiting := [call for call in self._calls.values() if not call.answer.done()]:
+        """Have the jobs in progress go to other replicas. The connection stays, and other requests wait for it."""
+        if waiting := [call for call in self._calls.values() if call.can_move and not call.answer.done()]:
             log.warning("replica_silent", replica=self.place.id, node=self.place.node[:12], num_requests=len(waiting))
         for call in waiting:
             call.answer.set_exception(LineLost("it has sent nothing for a while"))
@@ -227,8 +231,7 @@ class Line:
     # --------------------------------------------------------------------------------------------------- messages
 
     def _received(self, connection: Connection, message: Message) -> None:
-        self._heard_at = time.monotonic()
-        self.is_quiet = False
+        self._note_heard()
         match message:
             case ("answer", int(key), content):
                 if (call := self._calls.get(key)) is not None and not call.answer.done():
@@ -249,6 +252,12 @@ class Line:
                 self._on_change()
             case _:
                 raise ValueError(f"an unknown message: {str(message)[:80]}")
+
+    def _note_heard(self) -> None:
+        self._heard_at = time.monotonic()
+        if self.is_quiet:
+            self.is_quiet = False
+            self._on_change()
 
     def _note_state(self, state: ModelState, reason: str) -> None:
         before, self.state, self.reason = self.state, state, reason
@@ -324,7 +333,7 @@ class Line:
         if connection is None:
             raise LineLost(self.trouble or "not connected")
         key = next(self._keys)
-        call = self._calls[key] = _Call(asyncio.get_running_loop().create_future(), work, on_tokens)
+        call = self._calls[key] = _Call(asyncio.get_running_loop().create_future(), kind == "embed", on_tokens)
         self.work += work
         connection.send(kind, key, *parts)
         is_answered = False

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from math import ceil
 from typing import Final
 
@@ -126,9 +126,10 @@ class Pool:
         """
         work = work_of(job.texts, job.query, job.firsts)
         tried: list[Line] = []
+        refusing: list[Line] = []
         refusal: ModelNotReady | Overloaded | None = None
         for _attempt in range(_MAX_RETRIES + 1):
-            line = await self.choose(work, tried, job.deadline)
+            line = await self.choose(work, job.deadline, tried, refusing)
             if line is None:
                 break
             tried.append(line)
@@ -138,22 +139,26 @@ class Pool:
                 lost = str(error)
             except (ModelNotReady, Overloaded) as error:  # nothing was computed
                 refusal, lost = error, error.message
+                refusing.append(line)
             log.debug("job_moved", model=self._model, replica=line.place.id, reason=lost)
         if refusal is not None:
             raise self._overloaded(refusal) if isinstance(refusal, Overloaded) else refusal
         if not tried:
             raise ModelRecovering(f"model {self._model!r} has no replica at the moment", retry_after_s=_RETRY_AFTER_S)
         raise ModelRecovering(
-            f"model {self._model!r}: {len(tried)} of its replicas were lost while they had this request",
+            f"model {self._model!r}: {len(set(tried))} of its replicas were lost while they had this request",
             retry_after_s=_RETRY_AFTER_S,
         )
 
-    async def choose(self, work: int, tried: list[Line], deadline: float) -> Line | None:
+    async def choose(
+        self, work: int, deadline: float, tried: Collection[Line] = (), refusing: Collection[Line] = ()
+    ) -> Line | None:
         """Return the usable line that should finish the work first; wait a moment if no line is usable.
 
         Args:
             tried: lines that already had the job. Other nodes are preferred, because a lost node loses all of its
-                replicas.
+                replicas. If there is no other line, one that sends messages again gets the job a second time.
+            refusing: the lines of those that rejected it. They do not get it again.
 
         Raises:
             DeadlineExceeded: the deadline has passed.
@@ -161,7 +166,8 @@ class Pool:
         until = min(time.monotonic() + PATIENCE_S, deadline)
         while True:
             lines = [line for line in self.usable if line not in tried]
-            lines = [line for line in lines if not line.is_quiet] or lines
+            back = [line for line in self.usable if line not in refusing and not line.is_quiet]
+            lines = [line for line in lines if not line.is_quiet] or back or lines
             nodes = {line.place.node for line in tried}
             lines = [line for line in lines if line.place.node not in nodes] or lines
             if lines:

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import lru_cache, partial
 from typing import NamedTuple
 
@@ -327,10 +327,18 @@ def values(metric: MetricWrapperBase) -> dict[tuple[str, ...], float]:
     }
 
 
-def count_replicas(model: str, num_usable: int, num_wanted: int) -> None:
-    """Set the numbers of a model's replicas on a cluster."""
-    REPLICAS_USABLE.labels(model).set(num_usable)
-    REPLICAS_WANTED.labels(model).set(num_wanted)
+def count_replicas(counts: Mapping[str, tuple[int, int]]) -> None:
+    """Set the numbers of replicas on a cluster, and remove those of other models.
+
+    Args:
+        counts: for each model on the cluster, its usable replicas, and how many it should have.
+    """
+    for gauge in (REPLICAS_USABLE, REPLICAS_WANTED):
+        for (model,) in values(gauge).keys() - {(model,) for model in counts}:
+            gauge.remove_by_labels({"model": model})
+    for model, (num_usable, num_wanted) in counts.items():
+        REPLICAS_USABLE.labels(model).set(num_usable)
+        REPLICAS_WANTED.labels(model).set(num_wanted)
 
 
 def describe_model(model: str, **facts: str) -> None:

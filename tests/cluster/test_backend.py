@@ -28,6 +28,7 @@ from gateway.config.replicas import Replicas
 from gateway.config.settings import Settings
 from gateway.errors import LoadError, StartError
 from gateway.fleet import Fleet, Model
+from gateway.telemetry import metrics
 from gateway.types import EmbedJob, ModelInfo, ModelState, Truncate
 from tests.peers import find_module
 
@@ -194,6 +195,30 @@ async def test_the_metrics_count_the_replicas_that_work_and_those_that_were_lost
     assert await counted() == [0, 1, lost + 1]  # a replica that announces its end is not lost
 
 
+async def test_a_disabled_or_removed_model_has_no_numbers_of_replicas(served: tuple[Model, list[Host]]) -> None:
+    model, _hosts = served
+    deployment = SimpleNamespace(fleet=[model], settings=Settings())
+    admin = Admin(deployment, are_metrics_open=True)  # type: ignore[arg-type]
+
+    async def page() -> str:
+        return (await admin.prometheus(None)).body.decode()  # type: ignore[arg-type]
+
+    series = 'gateway_replicas_wanted{model="mini"} 1.0'
+    assert series in await page()
+    deployment.fleet = []
+    assert 'gateway_replicas_wanted{model="mini"}' not in await page()
+    deployment.fleet = [model]
+    assert series in await page()
+    model.report(ModelState.DISABLED, "switched off")
+    after = await page()
+    assert not any(f'gateway_replicas_{name}{{model="mini"}}' in after for name in ("wanted", "usable"))
+
+
+def test_the_first_loss_of_a_replica_is_an_increase_from_zero() -> None:
+    RayBackend(ModelEntry(id="untouched", source="./x", enabled=True), Settings(), Placed())
+    assert metrics.values(metrics.REPLICAS_LOST)["untouched",] == 0
+
+
 def test_a_replica_marks_the_time_in_which_it_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "gateway-loading"
     monkeypatch.setattr("gateway.cluster.replica.LOADING_FOLDER", folder)
@@ -212,6 +237,23 @@ async def test_a_model_that_waits_for_room_again_stays_failed(monkeypatch: pytes
     for _attempt in range(2):
         with pytest.raises(LoadError):
             await backend.plan(lambda state, _reason: reports.append(state))
+    assert reports == [ModelState.LOADING]
+
+
+async def test_a_model_that_finds_room_on_a_retry_loads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gateway.cluster.backend._PLACE_S", 0.01)
+    monkeypatch.setattr("gateway.cluster.backend._POLL_S", 0.01)
+    site, begun = Placed(), set[str]()
+    found = Deployed("gateway-late-1", "DEPLOYING", "", 0, 1)
+    site.cluster = SimpleNamespace(look=lambda _name: found, has_begun=lambda _name: bool(begun))
+    backend = RayBackend(ModelEntry(id="late", source="./x", enabled=True), Settings(), site)
+    with pytest.raises(LoadError):
+        await backend.plan()
+    reports: list[ModelState] = []
+    begun.add("late")
+    loading = asyncio.create_task(backend.plan(lambda state, _reason: reports.append(state)))
+    await until(lambda: reports)
+    loading.cancel()
     assert reports == [ModelState.LOADING]
 
 
@@ -262,6 +304,20 @@ async def test_a_load_has_failed_only_if_no_replica_runs_or_starts_for_a_while(m
     waiting.cancel()
     with pytest.raises(LoadError, match="a node died"):
         await starting(monkeypatch, replaced, failed)[0]
+
+
+def test_a_model_waits_for_room_only_if_serve_says_that_a_replica_has_no_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "gateway-mini-0123456789ab"
+    messages = {
+        "has 1 replicas that have taken more than 30s to be scheduled. This may be due to waiting": True,
+        "has 1 replicas that have taken more than 30s to initialize.": False,
+        "": False,
+    }
+    for message, expected in messages.items():
+        inside = SimpleNamespace(replica_states={"RUNNING": 1, "STARTING": 1}, message=message)
+        app = SimpleNamespace(status=SimpleNamespace(value="DEPLOYING"), message="", deployments={"model": inside})
+        monkeypatch.setattr("ray.serve.status", lambda app=app: SimpleNamespace(applications={name: app}))
+        assert Cluster("auto").look(name).is_without_room is expected
 
 
 def test_applications_of_other_programs_on_the_cluster_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
