@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
@@ -17,6 +18,7 @@ Expand: TypeAlias = Callable[[Row], Iterable[Row | BadRow]]
 _BLOCK_BYTES = 4 * 2**20
 # The digits of the largest 64-bit integer.
 _MAX_DIGITS = 20
+_UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,6 +185,7 @@ class BlockReader:
                 bare = _unique_form(item.id)
                 if bare in known or bare in new or bare in self._uncommitted:
                     also = ", as a number or as text" if isinstance(bare, int) else ""
+                    also = ", in upper or lower case" if isinstance(bare, str) and _UUID.fullmatch(bare) else also
                     problem = f"the id {cut(repr(item.id))} was already used by an earlier row{also}"
                     checked.append(BadRow(item.place, problem, item.position, item.id))
                     continue
@@ -192,7 +195,12 @@ class BlockReader:
 
 
 def _unique_form(row_id: RowId) -> RowId:
-    """Return the form of an id that must be unique: most sinks keep ids as text, so ``1`` and ``"1"`` are equal."""
+    """Return the form of an id that must be unique in all sinks.
+
+    Most keep ids as text, so ``1`` and ``"1"`` are equal. Some, such as Qdrant, do not distinguish the case of UUIDs.
+    """
+    if isinstance(row_id, str) and _UUID.fullmatch(row_id):
+        return row_id.lower()
     digits = row_id.removeprefix("-") if isinstance(row_id, str) else ""
     is_number = len(digits) <= _MAX_DIGITS and digits.isascii() and digits.isdecimal()
     return int(row_id) if is_number and str(int(row_id)) == row_id else row_id

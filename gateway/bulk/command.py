@@ -50,6 +50,7 @@ class EmbedRequest:
         keeps_text: store the text with the vector.
         adopts: trust the user that vectors in a collection without a note are of the job's space.
         restarts: forget an earlier job, and delete the files that it wrote.
+        max_missing: the number of the job's rows that the store may lack.
         state_folder: the folder for the manifests of jobs that write into stores.
     """
 
@@ -65,6 +66,7 @@ class EmbedRequest:
     keeps_text: bool = True
     adopts: bool = False
     restarts: bool = False
+    max_missing: int = 0
     price_per_hour: float | None = None
 
 
@@ -97,7 +99,7 @@ def run_embed(request: EmbedRequest, models: RunningGateway | OwnModels, *, as_j
             manifest.check(identity)
         errors = request.errors or _errors_path(path)
         options = Options(errors, request.on_error, request.shard_rows)
-        job = _Prepared(source, sink, manifest, identity, options, request.restarts)
+        job = _Prepared(source, sink, manifest, identity, options, request.restarts, request.max_missing)
         note, outcome = asyncio.run(_run(job, request.spec, models, console))
         stale = job.count_stale(outcome.total.rows) if outcome.is_finished else 0
         report = Report(source.name, sink.name, note, path, errors, outcome, request.price_per_hour, stale)
@@ -122,6 +124,7 @@ class _Prepared:
     Attributes:
         identity: the parts of the job's identity that are known before the model is loaded.
         restarts: forget an earlier job, and delete the files that it wrote.
+        max_missing: the number of the job's rows that the store may lack.
     """
 
     source: Source
@@ -130,6 +133,7 @@ class _Prepared:
     identity: Mapping[str, Json]
     options: Options
     restarts: bool
+    max_missing: int
 
     def start_over(self) -> None:
         """Forget an earlier job, and delete its files: first, because the manifest knows which files these are."""
@@ -144,25 +148,25 @@ class _Prepared:
     def _earlier(self, number: int) -> Earlier:
         """Return the rows of earlier jobs in a store with this number of rows."""
         known = self.manifest.earlier
-        rows = self.manifest.progress().counts.rows if known is None else known.rows + number - known.count
-        return Earlier(min(max(rows, 0), number), number)
+        rows = self.manifest.progress().counts.rows
+        return Earlier(min(rows if known is None else rows + known.stale(rows, number), number), number)
 
     def check_count(self, rows: int) -> None:
-        """Check that the store has at least the rows that the manifest has.
+        """Check that the store lacks no more of the manifest's rows than the user accepts.
 
         Raises:
-            BulkError: it lacks some.
+            BulkError: it lacks more.
         """
         number = self.sink.count() if isinstance(self.sink, CountedSink) else rows
-        if number < rows:
+        if (missing := rows - number) > self.max_missing:
             raise BulkError(
                 f"{self.sink.name} has {number:,} rows, but according to {self.manifest.path} it has "
-                f"{count(rows, 'row')} of this job, so it has lost {rows - number:,}, or a program has deleted them: embed "
-                "all rows again with --restart"
+                f"{count(rows, 'row')} of this job: {missing:,} are missing. If they were lost, embed all rows again with "
+                f"--restart. If applications deleted them, accept that with --max-missing {missing}"
             )
 
     def count_stale(self, rows: int) -> int:
-        """Return the number of rows of a forgotten job that this job has not written again."""
+        """Return the maximum number of rows of forgotten jobs that this job has not written again."""
         earlier = self.manifest.earlier
         if earlier is None or not isinstance(self.sink, CountedSink):
             return 0

@@ -76,13 +76,15 @@ class Earlier:
     count: int
 
     def stale(self, rows: int, number: int) -> int:
-        """Return how many of these rows a job has not written again, unless another program has changed the sink.
+        """Return the maximum number of these rows that a job has not written again.
+
+        There are fewer if another program has added rows to the sink since, which the numbers cannot tell apart.
 
         Args:
             rows: the rows of the job.
             number: all rows of the sink after it.
         """
-        return max(0, min(self.rows + number - self.count, number) - rows)
+        return min(self.rows, max(0, min(self.rows + number - self.count, number) - rows))
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ class Report:
 
     Attributes:
         price_per_hour: the machine's price in any currency, if the user gave it.
-        stale: the number of rows of a forgotten job that are still in the sink.
+        stale: the maximum number of rows of forgotten jobs that are still in the sink.
     """
 
     source: str
@@ -77,8 +77,9 @@ class Report:
             are = "is" if self.stale == 1 else "are"
             say(
                 console,
-                f"{count(self.stale, 'row')} of the job that --restart forgot {are} still there, because this job did not "
-                "write the same ids, and searches find them: delete them in the store, or embed into a new collection.",
+                f"Up to {count(self.stale, 'row')} of the job that --restart forgot {are} still there, because this job did "
+                "not write the same ids, and searches find them: delete them in the store, or embed into a new collection. "
+                "There are fewer if another program has added rows since.",
             )
         if total.skipped:
             were = count(total.skipped, "row was", "rows were")

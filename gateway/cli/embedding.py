@@ -90,6 +90,12 @@ ManifestOption = Annotated[
 RestartOption = Annotated[
     bool, typer.Option("--restart", help="Start over: forget an earlier job, and delete the files it wrote to --to.")
 ]
+MaxMissingOption = Annotated[
+    int,
+    typer.Option(
+        metavar="NUMBER", min=0, help="Number of the job's rows that applications may have deleted from the store."
+    ),
+]
 AdoptOption = Annotated[
     bool, typer.Option("--adopt", help="Accept an existing collection. Use this only if its vectors are this model's.")
 ]
@@ -135,6 +141,7 @@ def embed(  # noqa: PLR0913, PLR0917  an argument for each option
     cluster: ClusterOption = None,
     manifest: ManifestOption = None,
     restart: RestartOption = False,
+    max_missing: MaxMissingOption = 0,
     adopt: AdoptOption = False,
     shard_rows: ShardOption = 8192,
     price_per_hour: PriceOption = None,
@@ -163,6 +170,7 @@ def embed(  # noqa: PLR0913, PLR0917  an argument for each option
         keeps_text=store_text,
         adopts=adopt,
         restarts=restart,
+        max_missing=max_missing,
         price_per_hour=price_per_hour,
     )
     gateway = models_at(url, api_key_env, models, cluster)

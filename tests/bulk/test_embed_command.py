@@ -474,6 +474,18 @@ def test_a_number_and_the_same_digits_are_one_id(tmp_path: Path) -> None:
     assert [row["id"] for row in rows_of(tmp_path / "out")] == ["1", "01", "2", "-3", "-03"]
 
 
+def test_two_spellings_of_a_uuid_are_one_id(tmp_path: Path) -> None:
+    """A store may not distinguish them, and would replace one row by the other."""
+    row_id = "0B5C3D1E-AAAA-4BBB-8CCC-0123456789AB"
+    source = written(tmp_path / "docs.jsonl", *({"id": i, "text": "text"} for i in (row_id, row_id.lower(), "A", "a")))
+    sink = f"qdrant:{tmp_path}/store#docs"
+    stopped = embed(source, "--model", "mini", "--to", sink)
+    assert f"'{row_id.lower()}' was already used by an earlier row, in upper or lower case" in stopped.stderr
+    done = embed(source, "--model", "mini", "--to", sink, "--on-error", "skip")
+    assert done.exit_code == 0, done.output
+    assert "3 rows of mini@" in done.stdout
+
+
 @pytest.mark.parametrize("sink", ["out", "out.jsonl"])
 def test_deep_values_are_refused_before_they_break_anything(sink: str, tmp_path: Path) -> None:
     source = tmp_path / "docs.jsonl"

@@ -173,7 +173,7 @@ def test_a_sink_that_was_emptied_since_is_not_taken_for_complete(kind: str) -> N
     emptied = embed("docs.jsonl", "--to", sink)
     assert emptied.exit_code == 1
     assert f"{sink} has 0 rows, but " in emptied.stderr
-    assert "it has 5 rows of this job, so it has lost 5, or a program has deleted them" in emptied.stderr
+    assert "it has 5 rows of this job: 5 are missing. If they were lost, " in emptied.stderr
     restarted = embed("docs.jsonl", "--to", sink, "--restart")
     assert restarted.exit_code == 0
     assert "--restart forgot" not in restarted.stdout
@@ -206,7 +206,7 @@ def test_a_sink_that_lost_some_rows_is_not_taken_for_complete(monkeypatch: pytes
     lost = embed("docs.jsonl", "--to", sink, "--shard-rows", "1")
     assert (lost.exit_code, list(by_id(sink))) == (1, [])
     assert f"{sink} has 0 rows, but " in lost.stderr
-    assert "it has 2 rows of this job, so it has lost 2, or a program has deleted them" in lost.stderr
+    assert "it has 2 rows of this job: 2 are missing. If they were lost, " in lost.stderr
 
     with monkeypatch.context() as patch:
         num_writes = -10
@@ -219,6 +219,41 @@ def test_a_sink_that_lost_some_rows_is_not_taken_for_complete(monkeypatch: pytes
     assert by_id(sink) == EXPECTED
 
 
+def test_a_job_continues_although_applications_deleted_some_of_its_rows() -> None:
+    """The user accepts their number, which the error has."""
+    sink = "qdrant:./store#docs"
+    lines = Path("docs.jsonl").read_text()
+    Path("docs.jsonl").write_text(f"{lines}\nnot JSON\n")
+    command = ("docs.jsonl", "--to", sink, "--shard-rows", "1")
+    assert embed(*command).exit_code == 1
+    delete(sink, "d0", "d1")
+    refused = embed(*command)
+    assert refused.exit_code == 1
+    assert "If applications deleted them, accept that with --max-missing 2" in " ".join(refused.stderr.split())
+    assert embed(*command, "--max-missing", "1", "--on-error", "skip").exit_code == 1
+
+    done = embed(*command, "--max-missing", "2", "--on-error", "skip")
+
+    assert done.exit_code == 0, done.output
+    assert "5 rows of mini@" in done.stdout
+    assert by_id(sink).keys() == {"d2", "d3", "d4"}
+    assert "Nothing was left to do." in embed(*command, "--max-missing", "2").stdout
+
+
+def test_rows_of_other_programs_are_not_taken_for_rows_of_a_forgotten_job() -> None:
+    """Beyond the number of rows that the forgotten job had."""
+    sink = "qdrant:./store#docs"
+    assert embed("docs.jsonl", "--to", sink).exit_code == 0
+    assert embed("docs.jsonl", "--to", sink, "--restart").exit_code == 0
+    lines = [json.dumps({"id": f"other {n}", "text": f"text {n}"}) for n in range(20)]
+    Path("others.jsonl").write_text("\n".join(lines))
+    assert embed("others.jsonl", "--to", sink).exit_code == 0
+
+    shown = [json.loads(embed("docs.jsonl", "--to", sink, "--json", *more).stdout) for more in ((), ("--restart",))]
+
+    assert [report["stale_rows"] for report in shown] == [5, 5]
+
+
 @pytest.mark.parametrize("kind", ["qdrant", "lancedb"])
 def test_rows_of_a_forgotten_job_that_stay_are_counted(kind: str) -> None:
     sink = f"{kind}:./store#docs"
@@ -229,7 +264,7 @@ def test_rows_of_a_forgotten_job_that_stay_are_counted(kind: str) -> None:
     restarted = embed("docs.jsonl", "--to", sink, "--restart")
 
     assert restarted.exit_code == 0
-    assert "3 rows of the job that --restart forgot are still there" in " ".join(restarted.stdout.split())
+    assert "Up to 3 rows of the job that --restart forgot are still there" in " ".join(restarted.stdout.split())
     assert len(by_id(sink)) == 6
     shown = json.loads(embed("docs.jsonl", "--to", sink, "--json").stdout)
     assert (shown["rows"], shown["stale_rows"]) == (3, 3)
