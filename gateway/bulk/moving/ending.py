@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -51,7 +52,7 @@ async def delete_old(move: Move, folder: Path, console: Console, consent: Consen
         # A program that writes both vectors looks like one that writes the old one, which the store refuses later.
         changes = sum(counts.earlier + counts.changes for counts in results.values())
         if changes and move.into_vector is None:
-            raise _still_written(changes)
+            raise _still_written(changes, [pair.old for pair in move.pairs])
         for pair in move.pairs:
             await _check(work, pair, results[pair.old], consent)
         for pair in move.pairs:
@@ -93,13 +94,14 @@ def _delete(work: Work, pair: Pair, since: Mark | None) -> None:
 
         def look() -> None:
             if changes := count_changes(work.direction(pair), ledger, since):
-                raise _still_written(changes)
+                raise _still_written(changes, [pair.old])
 
         work.writing.delete_collection(pair.old, look)
 
 
-def _still_written(changes: int) -> BulkError:
+def _still_written(changes: int, collections: Sequence[str]) -> BulkError:
+    names, were = " and ".join(collections), "was" if len(collections) == 1 else "were"
     return BulkError(
-        f"{count(changes, 'item')} of the old collection changed since the last pass, so a program may still write into it. "
-        "Nothing was deleted. Find that program, and run the same command again until there are no changes"
+        f"{count(changes, 'item')} of {names} changed since the last pass, so a program may still write there. {names} "
+        f"{were} not deleted. Find that program, and run the same command again until there are no changes"
     )

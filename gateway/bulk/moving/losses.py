@@ -14,7 +14,10 @@ _MANY: Final = 20
 
 
 def allowed_deletions(num_items: int) -> int:
-    """Return the maximum number of items that a pass deletes without the user's consent: at most half, later a tenth."""
+    """Return the maximum number of items that a pass deletes without the user's consent: at most half, later a tenth.
+
+    The only item of a collection is not among them: its deletion looks like the loss of the collection.
+    """
     return min(num_items // 2, max(_MANY, num_items // 10))
 
 

@@ -80,7 +80,7 @@ class _Changes:
                     counts.equal += 1
                     equal[item.id] = item.first
                 case Action.WRITE:
-                    writes[item.id] = item.base.written and item.first
+                    writes[item.id] = item.first if item.base.written or way.is_flipped else None
                 case Action.DELETE:
                     self._ledger.doom([item.id])
                 case Action.FORGET:
@@ -166,7 +166,7 @@ class _Changes:
         """Yield the current version of items, leaving out those that were deleted in the meantime.
 
         Args:
-            writes: items, with their digests if they were copied before.
+            writes: items, with their digests if they were copied before, or if `count_changes` may need them.
         """
         if not writes:
             return
@@ -234,14 +234,14 @@ async def run_pass(
 
 
 def count_changes(direction: Direction, ledger: Ledger, since: Mark | None) -> int:
-    """Return the number of items that the next pass would write or delete, without those that the last pass refused.
+    """Return the number of items that the next pass would write or delete, without versions that the last pass refused.
 
     Args:
         since: the moment before the last pass; ``None`` to compare all items of the first collection with the ledger.
     """
     refused = {item["id"] for item in _read_refused(refused_file(ledger.path))}
     changes = _Changes(direction, ledger, PassCounts(), since).late_changes()
-    return sum(item.id not in refused for item in changes)
+    return sum(item.id not in refused or item.first not in item.base.pending for item in changes)
 
 
 def refused_file(ledger: Path) -> Path:

@@ -111,8 +111,8 @@ def plan(
     if info.has_auto_id and not request.without_auto_id:
         raise BulkError(
             f"{info.name} has auto_id, so Milvus makes the ids of new items. The copy keeps all ids, and so has no auto_id: "
-            "after the flip, Milvus rejects items without an id. Let applications give each new item an id, and add "
-            "--without-auto-id"
+            "after the flip, Milvus rejects items without an id. Add --without-auto-id, and let applications give each new "
+            "item an id from the flip on, not before; after `gateway move back`, let them leave out the ids again"
         )
     vector = mem0.vector if mem0 else place.options.get("vector")
     vector = _old_vector(request.into_vector, vector, info, store.name)

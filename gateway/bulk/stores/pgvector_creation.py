@@ -101,6 +101,8 @@ def create_like(connection: Connection, name: Name, other: Table, note: SpaceNot
     )
     copy_grants(connection, other.oid, name)
     write_comment(connection, name, vector.name, note, vector.comment)
+    if vector.size > _MAX_INDEXED.get(vector.kind, MAX_WIDTH):  # so no index tells that the owner wants none
+        indexes = indexes or [(_metric(note), "")]
     for metric, settings in indexes:
         _create_index(connection, name, vector.name, kind, note, metric, settings)
     _copy_row_security(connection, other, name)  # last: it may give the table to another owner

@@ -193,7 +193,8 @@ async def test_a_write_during_the_last_pass_keeps_the_old_collection(
     with monkeypatch.context() as patch:
         late_change(patch, lambda: any_shop.put({3: "word3 late change", 100: "word1 late addition"}))
         with pytest.raises(
-            BulkError, match=r"2 items of the old collection changed since the last pass, .* Nothing was"
+            BulkError,
+            match=rf"2 items of {any_shop.collection} changed since .* {any_shop.collection} was not deleted\.",
         ):
             await finish(move, tmp_path, console, deletes=True)
     assert any_shop.collection in any_shop.store.collections()

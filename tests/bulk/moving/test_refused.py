@@ -20,6 +20,7 @@ from gateway.bulk.moving.state import Move, Stage, find_move
 from gateway.bulk.moving.steps import back, check, finish, flip, start, sync
 from gateway.bulk.rows import BulkError
 from tests.bulk.moving.conftest import Models, Shop, copy_of, request_for
+from tests.bulk.moving.test_losses import late_change
 
 
 @pytest.fixture
@@ -109,6 +110,24 @@ async def test_consent_to_leave_items_behind_is_for_those_items_only(
     move = await sync(move, tmp_path, console, skips=True)
     move = await finish(move, tmp_path, console, deletes=True)
     assert move.log[-1].endswith(f"finished; deleted {narrow.collection}, with 2 items that could not be copied")
+
+
+async def test_a_correction_after_the_last_pass_keeps_the_old_collection(
+    narrow: Shop, models: Models, tmp_path: Path, console: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The user has accepted the loss of the refused version only."""
+    move = await _flipped(narrow, tmp_path, console)
+    narrow.put({"new": "word1 added"})
+    for item in ("n1", "new"):
+        _forget_text(narrow, narrow.collection, item)
+    move = await sync(move, tmp_path, console, skips=True)
+
+    with monkeypatch.context() as patch:
+        late_change(patch, lambda: narrow.put({"n1": "word1 corrected", "new": "word1 corrected"}))
+        with pytest.raises(BulkError, match=f"2 items of {narrow.collection} changed since the last pass"):
+            await finish(move, tmp_path, console, deletes=True)
+
+    assert narrow.content()["new"][0] == "word1 corrected"
 
 
 async def test_the_check_is_not_ready_before_consent(

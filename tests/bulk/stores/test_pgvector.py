@@ -799,6 +799,15 @@ def test_a_copy_of_a_table_with_an_index_of_an_expression_takes_vectors_of_anoth
     assert ";" not in indexes
 
 
+def test_a_copy_with_fewer_dimensions_has_the_index_that_pgvector_does_not_support_for_the_original(
+    url: str, sql: psycopg.Connection
+) -> None:
+    sql.execute("CREATE TABLE docs (id bigint PRIMARY KEY, v vector(3072), text text)")
+    write(url.replace("docs", "new"), [row(1, "a")], WIDE, SinkOptions(like="docs"))
+    indexes = str(value(sql, "SELECT string_agg(indexdef, ';') FROM pg_indexes WHERE tablename = 'new'"))
+    assert "USING hnsw (v vector_cosine_ops)" in indexes
+
+
 @pytest.mark.parametrize(
     ("indexes", "expected"),
     [
