@@ -58,9 +58,10 @@ class Experiments:
             raise ExperimentNotFound(f"experiment {experiment.id!r} no longer exists: the registry was reloaded")
         experiment = current
         generation = self._deployment.router.generation(experiment.id)
+        since = self._deployment.counting_since[experiment.id]
         if self._keeper is not None:
-            await self._count_requests_of_others(self._keeper, experiment, generation)
-        report = self._stats.report(experiment, generation, self._deployment.counting_since[experiment.id])
+            await self._count_requests_of_others(self._keeper, experiment, generation, since)
+        report = self._stats.report(experiment, generation, since)
         if self._keeper is None:
             return report
         ratios = (report.sample_ratio, report.request_ratio)
@@ -87,10 +88,12 @@ class Experiments:
         generation = self._deployment.router.generation(experiment.id)
         return self._stats.units_over_time(experiment, generation, step)
 
-    async def _count_requests_of_others(self, keeper: Keeper, experiment: Experiment, generation: str) -> None:
+    async def _count_requests_of_others(
+        self, keeper: Keeper, experiment: Experiment, generation: str, since: str
+    ) -> None:
         """Count the requests of other replicas that share the file, and of this one before it was started."""
         version = self._stats.stored_version(experiment.id, generation)
-        wanted = Wanted((experiment.id, generation), self._deployment.counting_since[experiment.id], version)
+        wanted = Wanted((experiment.id, generation), since, version)
         await keeper.traffic.refresh(wanted, partial(self._stats.restore, experiment, generation))
 
     async def _count_units_of_others(self, keeper: Keeper) -> None:

@@ -101,12 +101,13 @@ class Traffic:
         self._writing: asyncio.Task[None] | None = None
         self._one_at_a_time = asyncio.Lock()
         self._warned_at = -_SECONDS_BETWEEN_WARNINGS
-        # Upper bounds of the numbers of units with sums, by generation.
+        # Upper bounds of the numbers of units with sums, by generation, until another process writes.
         self._num_units: dict[Key, int] = {}
-        self._seen: set[Key] = set()
+        # The last written generation of each experiment.
+        self._last: dict[str, str] = {}
         self._is_ready = False
         self._num_writes = 0.0
-        self._read_again_at = 0.0
+        self._read_again_at: dict[Key, float] = {}
         # Changes when the file has counts of another process that are not among those read before.
         self.version = 0
         try:
@@ -137,8 +138,9 @@ class Traffic:
 
     async def _write_later(self) -> None:
         while self._pending:
-            # The first counts of new weights at once: a reload may end them, and then their arms are no longer known.
-            await asyncio.sleep(_WRITE_EVERY_S if self._pending.keys() <= self._seen else 0)
+            # The first counts after a change of the weights at once: a reload may end these weights, and then their arms
+            # are no longer known.
+            await asyncio.sleep(_WRITE_EVERY_S if self._pending.keys() <= self._last.items() else 0)
             await self._exchange(None, None)
 
     async def refresh(self, wanted: Wanted, use: Callable[[Generation, int], None]) -> None:
@@ -148,7 +150,7 @@ class Traffic:
             use: called with the counts of all processes and their version. No request is counted in the meantime.
         """
         is_known = wanted.version == self.version and wanted.key not in self._pending
-        if is_known and time.monotonic() < self._read_again_at:
+        if is_known and time.monotonic() < self._read_again_at.get(wanted.key, 0.0):
             return
         exchange = asyncio.get_running_loop().create_task(self._exchange(wanted, use))
         await asyncio.shield(exchange)  # a client that disconnects must not end it between writing and counting
@@ -158,7 +160,7 @@ class Traffic:
         async with self._one_at_a_time:
             taken, self._pending = self._pending, {}
             tallies = {key: tally_of(generation) for key, generation in taken.items()}
-            self._seen |= taken.keys()
+            self._last.update(taken.keys())
             try:
                 await self._in_thread(partial(self._write, tallies, wanted))
             except (StoreBusy, StoreFull, RuntimeError) as error:  # RuntimeError: the thread has ended
@@ -227,6 +229,7 @@ class Traffic:
             (num_writes,) = db.execute(_WRITES).fetchone()
             if num_writes != self._num_writes:
                 self.version += 1
+                self._num_units.clear()  # another process may have added units
             self._num_writes = num_writes
             if added:
                 for key, tally in added:
@@ -237,14 +240,14 @@ class Traffic:
     def _read(self, wanted: Wanted) -> Generation | None:
         """Return the counts of a generation; ``None`` if they are known, or were read a moment ago."""
         began = time.monotonic()
-        is_recent = wanted.version >= 0 and began < self._read_again_at
+        is_recent = wanted.version >= 0 and began < self._read_again_at.get(wanted.key, 0.0)
         if wanted.version == self.version or is_recent:
             return None
         with Reader(self._store.path) as reader:
             found = Generation(now())
             add_tally(found, read_tally(reader, *wanted.key))
         took_s = time.monotonic() - began
-        self._read_again_at = began + took_s + min(_MAX_AGE_S, _AGE_PER_READING * took_s)
+        self._read_again_at[wanted.key] = began + took_s + min(_MAX_AGE_S, _AGE_PER_READING * took_s)
         return found
 
     def _add(self, db: sqlite3.Connection, key: Key, tally: Tally) -> None:

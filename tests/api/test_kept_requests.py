@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import sqlite3
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
@@ -20,9 +21,13 @@ from gateway.config.registry import Experiment, Registry
 from gateway.config.settings import Settings
 from gateway.deployment import Deployment
 from gateway.errors import Overloaded
+from gateway.experiments.exposures import iso
 from gateway.experiments.split import Split
 from gateway.fleet import Fleet, Model
 from gateway.outcomes.files import read_requests
+from gateway.outcomes.served import read_served
+from gateway.outcomes.store import Reader
+from gateway.outcomes.traffic import Traffic
 from gateway.types import EmbedJob
 
 Report = dict[str, Any]
@@ -148,6 +153,41 @@ async def test_replicas_that_share_a_folder_report_the_same_figures(
     assert reports[1]["since"] == reports[2]["since"]
 
 
+async def test_a_report_of_one_experiment_does_not_delay_that_of_another(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gateway.outcomes.traffic._MAX_AGE_S", 0.0)
+    reader, writer = await start(), await start()
+    monkeypatch.setattr("gateway.outcomes.traffic._MAX_AGE_S", 10.0)
+    monkeypatch.setattr("gateway.outcomes.traffic._AGE_PER_READING", 1e9)
+    sibling = experiment(id="sibling")
+    both = reader.deployment.registry.model_copy(update={"experiments": (experiment(), sibling)})
+    reader.deployment._serve(both, reader.deployment.fleet)
+    await writer.embed(range(3))
+    await writer.report()
+    await reader.client.get("/v1/experiments/sibling")
+
+    assert sum(num for num, _errors in requests(await reader.report())) == 3
+
+
+async def test_a_reload_that_removes_the_experiment_during_a_report(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The report that has begun is that of the old registry; the next one is refused."""
+    gateway = await start()
+    deployment = gateway.deployment
+    refresh = Traffic.refresh
+
+    async def reload_first(traffic: Traffic, *args: Any) -> None:
+        deployment._serve(deployment.registry.model_copy(update={"experiments": ()}), deployment.fleet)
+        await refresh(traffic, *args)
+
+    monkeypatch.setattr(Traffic, "refresh", reload_first)
+    answers = [await gateway.client.get("/v1/experiments/exp") for _ in range(2)]
+
+    assert [answer.status_code for answer in answers] == [200, 404]
+
+
 async def test_the_files_of_several_machines_are_added_up(
     start: Start, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -236,6 +276,24 @@ async def test_a_reload_to_weights_of_an_earlier_run_counts_what_it_has(start: S
     assert sum(num for num, _errors in requests(await gateway.report())) == 9
 
 
+async def test_a_return_to_earlier_weights_is_known_since_the_reload(start: Start, tmp_path: Path) -> None:
+    """Even if no request followed."""
+    gateway = await start(experiment(1, 1))
+    deployment, since = gateway.deployment, []
+    for weights in ((1, 3), (1, 1)):
+        await gateway.embed(range(2))
+        changed = deployment.registry.model_copy(update={"experiments": (experiment(*weights),)})
+        deployment._serve(changed, deployment.fleet)
+        since.append(deployment.counting_since["exp"])
+        await asyncio.sleep(0.01)
+    await gateway.report()
+
+    with Reader(tmp_path / "experiments.sqlite3") as reader:
+        served = read_served(reader, "exp")
+    assert [iso(change.time) for change in served[1:]] == since
+    assert served[0].generation == served[2].generation
+
+
 async def test_a_file_that_cannot_be_written_delays_the_counts(
     start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -293,3 +351,16 @@ async def test_units_with_sums_are_bounded_in_the_file(
     assert 8 <= sum(map(len, sums)) <= 10
     assert 8 + 8 + 4 <= sum(map(sum, sums)) <= 8 + 10 + 4
     assert sum(arm.requests for arm in counts.arms.values()) == 8 + 30 + 4
+
+
+async def test_processes_that_share_a_folder_share_the_bound(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gateway.outcomes.traffic.MAX_SUMS", 10)
+    processes = [await start(), await start()]
+    for turn in range(6):
+        await processes[turn % 2].embed(range(3 * turn, 3 * turn + 3))
+        await processes[turn % 2].report()  # writes the counts
+    counts = read_requests([tmp_path / "experiments.sqlite3"], "exp", Split(experiment()).generation)
+
+    assert sum(len(arm.sums) for arm in counts.arms.values()) == 10
