@@ -198,7 +198,10 @@ async def test_a_collection_whose_ids_milvus_makes_is_refused_without_consent(
         vector = vector_of("old", "word1 text").tolist()
         client.insert(name, [{"text": f"word1 text {n}", "vector": vector} for n in range(3)])
     shop = Shop(f"milvus:{milvus_file}", name)
-    with pytest.raises(BulkError, match=rf"{name} has auto_id, .* rejects items without an id\. .* --without-auto-id"):
+    with pytest.raises(
+        BulkError,
+        match=rf"{name} has auto_id, .* rejects items without an id\. .* --without-auto-id, .* from the flip on, not before",
+    ):
         await start(request_for(shop), tmp_path, console)
 
     move = await start(request_for(shop, without_auto_id=True), tmp_path, console)
