@@ -128,6 +128,7 @@ def _make_keeper(deployment: Deployment) -> Keeper | None:
         settings.state_max_bytes,
         lambda: deployment.registry.experiments,
         deployment.spaces_of,
+        deployment.served_since,
     )
     deployment.resources.callback(keeper.close)
     return keeper

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from contextlib import AsyncExitStack
+from datetime import datetime
 from typing import TYPE_CHECKING
 
 import structlog
@@ -111,6 +112,11 @@ class Deployment:
             for arm, model in models
             if model is not None and model.info is not None and model.info.kind is ModelKind.EMBED
         }
+
+    def served_since(self, experiment: Experiment) -> float:
+        """Return when the present weights of an experiment were first served, in seconds since the epoch."""
+        # A thread that asks may have an experiment that a reload has just removed.
+        return datetime.fromisoformat(self.counting_since.get(experiment.id) or now()).timestamp()
 
     def _serve(self, registry: Registry, fleet: Fleet) -> None:
         generations = {experiment.id: Split(experiment).generation for experiment in registry.experiments}

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from math import nan
 
 PRIMARY_MEASURE = "nDCG@10"
 """The measure of the verdict, chosen before anything is computed."""
@@ -180,14 +181,11 @@ class Contrast:
     Attributes:
         difference: mean of (arm - baseline), with its interval, which is not corrected for the number of arms; without
             bounds if too few queries differ.
-        simultaneous: the same interval corrected for the number of arms (Bonferroni), with bounds in any case.
         standard_error: standard error of that mean.
         p: two-sided p: the larger p of the paired randomization test and the empirical likelihood ratio test.
         p_error: standard error of ``p`` from random draws; 0 without random draws.
         p_holm: ``p`` after Holm's correction for the number of arms, not of measures.
-        p_random: the p of the randomization test alone.
         wins: number of queries in which the arm is better than the baseline.
-        largest: the largest possible difference of a query, given the baseline's values.
         num_independent: number of queries, or of groups of dependent queries.
         num_untied: number of these that are not tied.
         verdict: the verdict on the primary measure; ``None`` for other measures, as are the fields below.
@@ -197,22 +195,23 @@ class Contrast:
             queries prevent a clearer verdict.
         condensed: the difference without unjudged documents, if the arms are not judged alike.
         condensed_verdict: the verdict on ``condensed``.
+        simultaneous: ``difference``, with its interval corrected for the number of arms (Bonferroni), with bounds in any
+            case; like the fields below, absent from the files of earlier releases.
+        p_random: the p of the randomization test alone.
+        largest: the largest possible difference of a query, given the baseline's values.
     """
 
     arm: str
     baseline: str
     measure: str
     difference: Estimate
-    simultaneous: Estimate
     standard_error: float
     p: float
     p_error: float
     p_holm: float
-    p_random: float
     wins: int
     ties: int
     losses: int
-    largest: float
     num_independent: int
     num_untied: int
     verdict: Verdict | None = None
@@ -221,6 +220,9 @@ class Contrast:
     unseen: float | None = None
     condensed: Estimate | None = None
     condensed_verdict: Verdict | None = None
+    simultaneous: Estimate = Estimate(nan, None, None)
+    p_random: float = nan
+    largest: float = nan
 
 
 @dataclass(frozen=True, slots=True)

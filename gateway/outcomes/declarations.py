@@ -21,7 +21,8 @@ Declared = Mapping[str, float]
 """When each declaration was first served, by its hash; `UNKNOWN` has the first time at which none was recorded."""
 
 UNKNOWN = ""
-_RELOAD_S = 900.0  # a gateway serves a new `counts_from` a little later than the time in it
+RELOAD_S = 900.0
+"""A gateway serves a new `counts_from` a little later than the time in it, at most by this."""
 
 
 def first_declared(rows: Iterable[tuple[str, str, str]]) -> dict[str, float]:
@@ -58,7 +59,7 @@ def why_too_late(
     if {_definition(one) for one in declared} == {_definition(present)}:  # counting again changes no definition
         since = min(declared.values())
     began = float(exposures.time.min(initial=since))
-    if since <= min(here.values(), default=since) and since <= began + _RELOAD_S:
+    if since <= min(here.values(), default=since) and since <= began + RELOAD_S:
         return None
     has_no_time = np.isinf(posted.time)  # rows of a file, which may be from any time
     num_known = int((((posted.time < since) | has_no_time) & ~posted.is_before).sum())

@@ -52,6 +52,7 @@ class Keeper:
         folder: the folder in which ``experiments.sqlite3`` is, or will be created.
         experiments: returns the experiments that are served now.
         spaces: returns the space of each arm of an experiment whose model is known.
+        since: returns when this process began to serve the present weights of an experiment, in seconds since the epoch.
 
     Raises:
         StartError: the file cannot be opened.
@@ -63,10 +64,12 @@ class Keeper:
         max_bytes: int,
         experiments: Callable[[], Sequence[Experiment]],
         spaces: Callable[[Experiment], Mapping[str, str]] = lambda _experiment: {},
+        since: Callable[[Experiment], float] = lambda _experiment: time.time(),
     ) -> None:
         self._store = Store(folder / FILE_NAME, max_bytes)
         self._experiments = experiments
         self._spaces = spaces
+        self._since = since
         self._thread = ThreadPoolExecutor(1, "outcomes")
         # Not the threads that the rest of the gateway shares: with a disk that hangs, each report would block one.
         self._reading = ThreadPoolExecutor(1, "outcomes-read")
@@ -81,7 +84,7 @@ class Keeper:
         self._reports: dict[str, tuple[float, tuple[object, ...], OutcomesReport]] = {}
         self._computing = threading.Lock()
         self._num_read = 0
-        self._declare()
+        self._declare_or_warn()
         self.traffic = Traffic(self._store, self._thread, self._declare)
 
     def read_log(self) -> list[Exposure]:
@@ -157,7 +160,7 @@ class Keeper:
             OutcomesUnavailable: the file cannot be read now.
         """
         try:
-            await asyncio.wrap_future(self._thread.submit(self._write_waiting))
+            await asyncio.wrap_future(self._thread.submit(self._write_all))
             return await self._in_reader(partial(self._report, experiment, mismatch))
         except (sqlite3.Error, StartError) as error:
             raise _unreadable() from error
@@ -193,10 +196,16 @@ class Keeper:
     # ------------------------------------------------------------------------------------------------- in a thread
 
     def _post(self, experiment: Experiment, outcomes: Sequence[NewOutcome]) -> Kept:
+        self._declare_or_warn()
         # First, because the exposures that wait may be later than these outcomes.
         self._note_declaration(experiment, min((outcome.time for outcome in outcomes), default=time.time()))
         self._write_waiting()
         return self._store.keep(experiment.id, outcomes, experiment.outcome.name if experiment.outcome else None)
+
+    def _write_all(self) -> None:
+        """Write the waiting exposures, and the weights and models that are served, even if no request came."""
+        self._declare_or_warn()
+        self._write_waiting()
 
     def _write_waiting(self) -> None:
         """Write the waiting exposures in transactions; if a transaction fails, the remaining exposures wait on."""
@@ -209,9 +218,7 @@ class Keeper:
                 self._note_declarations(timed)
                 self._store.expose(timed)
             except (StoreBusy, StoreFull) as error:
-                if time.monotonic() - self._warned_at > _SECONDS_BETWEEN_WARNINGS:
-                    self._warned_at = time.monotonic()
-                    log.error("exposures_not_kept", path=str(self._store.path), reason=str(error))
+                self._warn(error)
                 return
             for _ in exposures:
                 self._waiting.popleft()
@@ -225,8 +232,31 @@ class Keeper:
                 self._store.declare(experiment.id, branches_of(experiment, generation))
                 self._declared.add((experiment.id, generation))
             if self._served.get(experiment.id) != (generation, spaces):
-                note_served(self._store, experiment.id, Served(time.time(), generation, spaces))
-                self._served[experiment.id] = generation, spaces
+                self._note_served(experiment, generation, spaces)
+
+    def _declare_or_warn(self) -> None:
+        try:
+            self._declare()
+        except (StoreBusy, StoreFull) as error:  # the gateway serves anyway, and the next call tries again
+            self._warn(error)
+
+    def _note_served(self, experiment: Experiment, generation: str, spaces: Spaces) -> None:
+        """Store the weights and models that are served; if there is no room, the next call tries again."""
+        before, known = self._served.get(experiment.id, ("", {}))
+        # A model that was not known before has answered no request of these weights.
+        is_first = before != generation or known.items() <= spaces.items()
+        served = Served(self._since(experiment) if is_first else time.time(), generation, spaces)
+        try:
+            note_served(self._store, experiment.id, served)
+        except (StoreBusy, StoreFull) as error:  # a full file may still have room for counts and exposures
+            self._warn(error)
+        else:
+            self._served[experiment.id] = generation, spaces
+
+    def _warn(self, error: Exception) -> None:
+        if time.monotonic() - self._warned_at > _SECONDS_BETWEEN_WARNINGS:
+            self._warned_at = time.monotonic()
+            log.error("exposures_not_kept", path=str(self._store.path), reason=str(error))
 
     def _note_declarations(self, exposures: Sequence[tuple[Exposure, float]]) -> None:
         """Store when exposures first had the present declarations: their outcomes may be in a file, and never posted."""

@@ -13,6 +13,7 @@ import numpy as np
 from gateway.config.registry import Arm, Experiment
 from gateway.experiments.exposures import iso
 from gateway.experiments.split import Split, has_same_salt
+from gateway.outcomes.declarations import RELOAD_S
 from gateway.outcomes.joining import Changes
 from gateway.outcomes.store import Reader, Store
 
@@ -48,8 +49,10 @@ def note_served(store: Store, experiment: str, served: Served) -> None:
     with store.writing() as db:
         db.execute(_SCHEMA)
         last = _rows(db, experiment, "ORDER BY id DESC LIMIT 1")
-        # The space of a model that is not known yet may be in the last row.
-        spaces = {**(last[0].spaces if last else {}), **served.spaces}
+        # The space of a model that is not known yet may be in the last row, but not in one of other weights: if the salt
+        # is another too, that model was never part of this experiment.
+        is_same = bool(last) and last[0].generation == served.generation
+        spaces = {**(last[0].spaces if is_same else {}), **served.spaces}
         if not last or (served.generation, spaces) != (last[0].generation, last[0].spaces):
             row = (experiment, served.generation, served.time, json.dumps(spaces, sort_keys=True))
             db.execute("INSERT INTO served (experiment, generation, time, spaces) VALUES (?, ?, ?, ?)", row)
@@ -63,7 +66,7 @@ def read_served(reader: Reader, experiment: str) -> list[Served]:
     """
     if not reader.db.execute("PRAGMA table_info(served)").fetchall():
         return []
-    return _rows(reader.db, experiment, "ORDER BY id")
+    return _rows(reader.db, experiment, "ORDER BY time, id")
 
 
 def _rows(db: sqlite3.Connection, experiment: str, order: str) -> list[Served]:
@@ -86,7 +89,9 @@ def why_models_changed(experiment: Experiment, served: Sequence[Served]) -> str 
     since = -np.inf if experiment.counts_from is None else experiment.counts_from.timestamp()
     ends = [*(one.time for one in served), np.inf][1:]
     counted = [
-        one for one, end in zip(served, ends, strict=True) if end > since and has_same_salt(one.generation, generation)
+        one
+        for one, end in zip(served, ends, strict=True)
+        if has_same_salt(one.generation, generation) and (one.time >= since or end > since + RELOAD_S)
     ]
     for arm in experiment.arms:
         known = [(one.time, one.spaces[name_of(arm)]) for one in counted if name_of(arm) in one.spaces]

@@ -25,7 +25,7 @@ from gateway.app import create_app
 from gateway.backends import infinity
 from gateway.backends.fake import fake_info
 from gateway.backends.infinity import InfinityBackend
-from gateway.backends.watchdog import Stopwatch
+from gateway.backends.watchdog import Stopwatch, Trouble, Watchdog
 from gateway.config.registry import ModelEntry, Registry
 from gateway.config.settings import Settings
 from gateway.deployment import Deployment
@@ -514,6 +514,22 @@ async def test_an_answer_that_says_nothing_of_the_model_does_not_replace_it(watc
     watched.engines[0].hang()
     await until(lambda: len(watched.reports) == 2)
     assert len(watched.engines) == 2
+
+
+async def test_a_replica_whose_card_is_known_to_be_lost_is_not_watched() -> None:
+    engine: Any = SteeredEngine()
+    engine.hang()
+    engine.failures[1] = 3
+    engine.lost[1] = "it is gone"
+    watchdog = Watchdog("mini", Settings(forward_timeout_s=0.02, golden_interval_s=0.03))
+    watching = asyncio.create_task(watchdog.until_wrong(engine, {1}))
+    await until(lambda: watching.done() or len(engine.rechecks) >= 3)
+
+    assert not watching.done()
+    assert set(engine.rechecks) == {0}
+    assert engine.questions == []
+    engine.lost[0] = "it is gone too"
+    assert await watching == Trouble("it is gone too", 0)
 
 
 def test_a_process_that_was_stopped_has_not_been_computing() -> None:

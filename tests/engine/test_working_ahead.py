@@ -15,9 +15,10 @@ import torch
 from gateway.backends.watchdog import Stopwatch
 from gateway.engine import faults
 from gateway.engine import worker as worker_module
-from gateway.engine.ahead import Pace, Window
+from gateway.engine.ahead import Launched, Pace, Window
 from gateway.engine.batch_queue import BatchQueue
 from gateway.engine.batcher import Batcher, Limits
+from gateway.engine.model.in_flight import InFlight
 from gateway.engine.model.items import Encoded, Item
 from gateway.engine.scheduler import RequestHandle
 from gateway.engine.worker import Worker
@@ -639,3 +640,28 @@ def test_a_batch_in_no_time_has_a_pace() -> None:
 
     assert found is not None
     assert found.end == pytest.approx(1e-6)
+
+
+class Event:
+    """The end of a batch on a card."""
+
+    def __init__(self, answer: bool | RuntimeError) -> None:
+        self._answer = answer
+
+    def query(self) -> bool:
+        if isinstance(self._answer, RuntimeError):
+            raise self._answer
+        return self._answer
+
+
+@pytest.mark.parametrize(
+    ("answer", "is_done"), [(False, False), (True, True), (RuntimeError("CUDA error"), True)], ids=str
+)
+def test_a_batch_is_done_when_a_wait_for_it_would_return_or_fail(
+    answer: bool | RuntimeError, is_done: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_flight = InFlight(list, torch.device("cpu"))
+    monkeypatch.setattr(in_flight, "_end", Event(answer))
+
+    assert Launched([], 0.0, in_flight=in_flight).is_done is is_done
+    assert Launched([], 0.0).is_done

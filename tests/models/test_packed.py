@@ -76,7 +76,9 @@ def test_a_mixed_batch_is_split_by_task_where_the_parts_are_large(
     np.testing.assert_allclose(merged.vectors(TEXTS, MIXED), expected, atol=2e-4)
 
 
-@pytest.mark.parametrize("layers", [["q_proj", "fc2"], ["word_embeddings"], ["token_type_embeddings"]], ids=str)
+@pytest.mark.parametrize(
+    "layers", [["q_proj", "fc2"], ["v_proj"], ["word_embeddings"], ["token_type_embeddings"]], ids=str
+)
 @pytest.mark.parametrize("merges", [False, True])
 def test_adapters_may_leave_layers_as_they_are(tmp_path: Path, layers: list[str], merges: bool) -> None:
     """An index beyond a table that was not expanded would not be an error on a card, but the end of its context."""

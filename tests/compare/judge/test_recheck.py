@@ -11,7 +11,7 @@ import pytest
 
 from gateway.compare.judge.recheck import check_again, read_comparison
 from gateway.compare.judge.values import JudgeVerdict
-from gateway.compare.outputs import write_results
+from gateway.compare.outputs import RESULTS, write_results
 from gateway.compare.page import render_page
 from gateway.comparisons.sheet import CHECK_FILE
 from gateway.errors import CompareError
@@ -80,6 +80,22 @@ async def test_a_comparison_is_read_back_unchanged(tmp_path: Path) -> None:
     comparison = make_comparison(num_queries=60)
     write_results(comparison, {}, tmp_path)
     assert render_page(read_comparison(tmp_path)) == render_page(comparison)
+
+
+async def test_a_comparison_of_an_earlier_release_is_read(tmp_path: Path) -> None:
+    comparison = make_comparison(num_queries=60)
+    write_results(comparison, {}, tmp_path)
+    file = tmp_path / RESULTS
+    content = json.loads(file.read_text())
+    for contrast in content["contrasts"]:
+        for name in ("unseen", "simultaneous", "p_random", "largest"):
+            del contrast[name]
+    file.write_text(json.dumps(content))
+
+    contrasts = read_comparison(tmp_path).contrasts
+
+    assert [one.p_holm for one in contrasts] == [one.p_holm for one in comparison.contrasts]
+    assert [one.verdict for one in contrasts] == [one.verdict for one in comparison.contrasts]
 
 
 async def test_files_that_do_not_fit_are_named(tmp_path: Path) -> None:
