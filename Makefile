@@ -23,8 +23,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEV := build/dev
 DEV_BIN := $(DEV)/bin
-# Some tests only wait: there is a worker more than cores.
-WORKERS ?= $(shell cores=$$(nproc 2>/dev/null || echo 2); echo $$((cores < 4 ? cores + 1 : 4)))
+# Half of the time of the tests is spent waiting: there are twice as many workers as cores, and one more. A worker takes 2 GB.
+WORKERS ?= $(shell cores=$$(nproc 2>/dev/null || echo 2); echo $$((cores < 4 ? 2 * cores + 1 : 8)))
 INSTALL := PYTHON="$(PYTHON)" TORCH_INDEX="$(TORCH_INDEX)" EXTRAS="$(EXTRAS)" requirements/install.sh
 INSTALLED_EXTRAS := $(shell cat $(VENV)/.extras 2>/dev/null)
 # A change of any of these makes the next `make install` do its work; without one it ends at once.

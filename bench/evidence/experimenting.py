@@ -12,7 +12,7 @@ from bench.evidence.registry import Case, Simulation
 from gateway.errors import DeadlineExceeded, UpstreamFailed
 from gateway.experiments.arms import ArmCounts, RequestRecord
 from gateway.experiments.guardrails import guardrails
-from gateway.experiments.sample_ratio import ArmCount, check_sample_ratio, largest_log_e, tests_in
+from gateway.experiments.sample_ratio import ArmCount, check_sample_ratio, largest_log_e, num_tests_of
 from gateway.experiments.sequence import ALPHA, Values
 from gateway.outcomes.comparing import Comparison, compare
 from gateway.outcomes.joining import Branch, Exposures, Numbers, Outcomes, join
@@ -60,7 +60,7 @@ def ramp_is_flagged(shares: Sequence[float], units: int, returning: bool, rng: n
 def _is_mismatch(arms: Numbers, shares: Sequence[float], generation: int) -> bool:
     counts = [ArmCount(str(arm), int((arms == arm).sum()), share) for arm, share in enumerate(shares)]
     log_e = largest_log_e([arms == arm for arm in range(len(shares))], np.array(shares))
-    return check_sample_ratio(counts, log_e, num_tests=tests_in(generation)).mismatch
+    return check_sample_ratio(counts, log_e, num_tests=num_tests_of(generation)).mismatch
 
 
 # --------------------------------------------------------------------------------------------------------- outcomes

@@ -58,7 +58,7 @@ def largest_log_e(is_in: Sequence[NDArray[np.bool_]], shares: NDArray[np.float64
     return max(0.0, float(np.cumsum(log_e).max(initial=0.0)))
 
 
-def tests_in(generation: int) -> int:
+def num_tests_of(generation: int) -> int:
     """Return by how many tests a generation's p must be multiplied, so that all generations together err as often as one.
 
     A ramp changes the weights many times, and each generation has its own process. The factor of the k-th is k * (k + 1),

@@ -21,7 +21,7 @@ from gateway.experiments.report import (
     UnitsOverTime,
     describe_experiment,
 )
-from gateway.experiments.sample_ratio import ArmCount, SampleRatio, check_sample_ratio, tests_in
+from gateway.experiments.sample_ratio import ArmCount, SampleRatio, check_sample_ratio, num_tests_of
 from gateway.experiments.sequence import ALPHA
 from gateway.experiments.units import MAX_UNITS
 
@@ -229,7 +229,7 @@ def _ratios(
         number: the number of the generation.
     """
     is_random = experiment.kind == "same_space"
-    num_tests = (1 + is_random) * tests_in(number)
+    num_tests = (1 + is_random) * num_tests_of(number)
     units_by_arm = {arm.arm: arm.units for arm in arms}
     if counted.is_full and counted.is_ratio_known:
         units_by_arm |= counted.unit_ratio.counts  # the counts from before an arm was full

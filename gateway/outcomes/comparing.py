@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gateway.experiments.sample_ratio import ArmCount, SampleRatio, check_sample_ratio, largest_log_e, tests_in
+from gateway.experiments.sample_ratio import ArmCount, SampleRatio, check_sample_ratio, largest_log_e, num_tests_of
 from gateway.experiments.sequence import LEAST_UNITS, Difference, Values, around, contributions, deviation, is_carried
 from gateway.outcomes.joining import Branch, Exposures, Joined, Numbers
 from gateway.outcomes.values import LEAST_FOR_RATIO, ArmValues, Per, adjust, most_chances, values_of
@@ -180,6 +180,6 @@ def _ratio(exposures: Exposures, generation: str, generations: Sequence[str]) ->
     return check_sample_ratio(
         counts,
         largest_log_e([arms == index for index in racing], shares),
-        num_tests=tests_in(number),
+        num_tests=num_tests_of(number),
         note=f"under the shares {weights} (generation {generation})" if len(generations) > 1 else "",
     )

@@ -204,7 +204,7 @@ async def test_the_files_of_several_machines_are_added_up(
     assert sum(num for num, _errors in requests(report.model_dump())) == 268
     assert [guardrail.units for guardrail in report.guardrails] == [230, 230]
     printed = capsys.readouterr().out
-    assert "latency of other against mini, by unit: x " in printed
+    assert "latency of other against mini" in printed  # whether the times of so short requests differ enough is chance
     assert "errors of the server" in printed
     assert f"requests since {report.since}" in printed
 
@@ -282,10 +282,11 @@ async def test_a_return_to_earlier_weights_is_known_since_the_reload(start: Star
     deployment, since = gateway.deployment, []
     for weights in ((1, 3), (1, 1)):
         await gateway.embed(range(2))
+        await gateway.report()  # writes
         changed = deployment.registry.model_copy(update={"experiments": (experiment(*weights),)})
         deployment._serve(changed, deployment.fleet)
         since.append(deployment.counting_since["exp"])
-        await asyncio.sleep(0.01)
+        await asyncio.sleep(0.01)  # the change is noted later, but not its time
     await gateway.report()
 
     with Reader(tmp_path / "experiments.sqlite3") as reader:

@@ -423,7 +423,7 @@ async def test_a_line_is_as_heavy_as_its_answer_however_the_outputs_are_written(
         nonlocal in_flight, most
         in_flight += 1
         most = max(most, in_flight)
-        await asyncio.sleep(0.01)
+        await asyncio.sleep(0.1)
         in_flight -= 1
         return Answered(200, "r", b"{}")
 

@@ -19,7 +19,7 @@ from gateway.experiments.sample_ratio import (
     SampleRatio,
     check_sample_ratio,
     largest_log_e,
-    tests_in,
+    num_tests_of,
 )
 
 
@@ -130,8 +130,8 @@ def test_two_tests_together_err_as_often_as_one() -> None:
 
 
 def test_all_generations_together_err_as_often_as_one() -> None:
-    assert sum(1 / tests_in(number) for number in range(1, 10_001)) == pytest.approx(1, abs=1e-3)
-    assert [tests_in(number) for number in (1, 2, 3)] == [2, 6, 12]
+    assert sum(1 / num_tests_of(number) for number in range(1, 10_001)) == pytest.approx(1, abs=1e-3)
+    assert [num_tests_of(number) for number in (1, 2, 3)] == [2, 6, 12]
 
 
 # --------------------------------------------------------------------------------------------------------- for reading
