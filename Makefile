@@ -80,7 +80,7 @@ test-cluster: install-dev ## Run the tests on a simulated Ray cluster, for two m
 test-plan:
 	@[ -e build/clients/.installed ] || echo "First, tools and clients are installed into build/ (2 GB, a minute or two)," \
 	  "nothing into $(VENV)."
-	@echo "All tests take about a quarter of an hour on two cores. One minute tells whether the installation works: make smoke"
+	@echo "All tests take about 20 minutes on two cores. One minute tells whether the installation works: make smoke"
 
 # With --jobs=2 the parts of `check` run at the same time.
 check: check-style check-types check-tests check-docs ## Check format, lint, types, imports, words, budgets, generated docs and the locks

@@ -40,10 +40,10 @@ gateway.deployment.make_real_backend = lambda entry, *_rest: Backend(fake_info(e
 gateway.cli.main.main()
 """
 BREAK_FLEET = """
-import gateway.fleet
+import gateway.backends.enabled
 def why_disabled(entry):
     raise OSError("libcuda.so.1: cannot open shared object file")
-gateway.fleet.why_disabled = why_disabled
+gateway.backends.enabled.why_disabled = why_disabled
 """
 BREAK_SERVER = """
 import gateway.server

@@ -196,7 +196,8 @@ def test_the_same_command_continues_after_a_refusal_or_a_kill(
     assert result.exit_code == 0, result.stderr
     report = json.loads((out / "judge.json").read_text())
     assert 22 <= report["usage"]["num_cached"] <= 30
-    assert len(judge.bodies) - asked_before == report["usage"]["num_calls"]
+    # The judge may read the last requests of the killed process, one for each of its workers, after that process has gone.
+    assert 0 <= len(judge.bodies) - asked_before - report["usage"]["num_calls"] <= 8
     assert '<section aria-labelledby="judge">' in (out / "report.html").read_text()
     again = compare(tmp_path, *arguments, "--yes")
     assert "holds the results of another comparison" in again.stderr
