@@ -320,8 +320,10 @@ async def test_a_machine_with_other_weights_is_shut_out(
 
     assert {answer.status_code for answer in answers} == {200}
     await until_usable(front, "liar", 1)
-    model = front.deployment.fleet.get("liar")
-    assert model.info.fingerprint.rstrip("0").endswith(noted("started")[0].rstrip("0"))
+    known = front.deployment.fleet.get("liar").info.fingerprint.rstrip("0")
+    assert any(
+        known.endswith(started.rstrip("0")) for started in noted("started")[:2]
+    )  # which was heard of first is open
 
 
 async def test_a_client_that_leaves_and_a_deadline_reach_the_replica(
