@@ -256,6 +256,14 @@ async def test_predict_takes_a_text_a_pair_or_a_batch(
     assert response.headers["x-compute-tokens"] == str(4 if len(logits) == 3 and is_batch else 3)
 
 
+async def test_predict_at_the_root_uses_the_model_that_the_body_names(client: httpx.AsyncClient) -> None:
+    named = await client.post("/predict", json={"inputs": "a", "model": "labeler"})
+    unknown = await client.post("/predict", json={"inputs": "a", "model": "nonsense"})
+
+    assert (named.status_code, named.headers["x-gateway-model"]) == (200, "labeler")
+    assert (unknown.status_code, unknown.json()["error_type"]) == (404, "Validation")
+
+
 async def test_predict_gives_raw_scores(client: httpx.AsyncClient) -> None:
     assert (await client.post("/predict", json={"inputs": "a b", "raw_scores": True})).json() == labeled(
         [2.0, 1.0, 0.0]

@@ -35,6 +35,20 @@ async def aliased(shop: Shop, folder: Path, console: Console) -> Move:
     return await start(request_for(shop, collection=alias), folder, console)
 
 
+async def flip_and_die(shop: Shop, move: Move, folder: Path, console: Console, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Redirect the alias, and end before the state says so."""
+    flips = type(shop.store).flip
+
+    def die(store: object, *names: str) -> None:
+        flips(store, *names)  # type: ignore[arg-type]
+        raise _Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(shop.store), "flip", die)
+        with pytest.raises(_Killed):
+            await flip(move, folder, console, forces=True)
+
+
 async def test_after_a_refused_flip_a_pass_still_owns_the_new_collection(
     any_shop: Shop, models: Models, tmp_path: Path, console: Console, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -107,16 +121,7 @@ async def test_a_collection_that_cannot_be_described_now_hides_no_flip(
 ) -> None:
     """Counting its items may take too long for the store; passes must know that applications use it."""
     move = await aliased(shop, tmp_path, console)
-    flips = type(shop.store).flip
-
-    def die(store: object, *names: str) -> None:
-        flips(store, *names)  # type: ignore[arg-type]
-        raise _Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr(type(shop.store), "flip", die)
-        with pytest.raises(_Killed):
-            await flip(move, tmp_path, console, forces=True)
+    await flip_and_die(shop, move, tmp_path, console, monkeypatch)
     describe = type(shop.store).describe
 
     def fail_for_the_alias(store: object, name: str) -> object:
@@ -133,16 +138,7 @@ async def test_an_alias_that_a_person_restored_after_an_interrupted_flip_may_hav
     shop: Shop, models: Models, tmp_path: Path, console: Console, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     move = await aliased(shop, tmp_path, console)
-    flips = type(shop.store).flip
-
-    def die(store: object, *names: str) -> None:
-        flips(store, *names)  # type: ignore[arg-type]
-        raise _Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr(type(shop.store), "flip", die)
-        with pytest.raises(_Killed):
-            await flip(move, tmp_path, console, forces=True)
+    await flip_and_die(shop, move, tmp_path, console, monkeypatch)
     copy = copy_of(shop, move)
     copy.delete(3)
     shop.store.flip(move.alias or "", shop.collection)
