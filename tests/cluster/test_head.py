@@ -6,7 +6,7 @@ import asyncio
 import socket
 import threading
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
 import pytest
 from structlog.testing import capture_logs
@@ -49,17 +49,21 @@ def test_a_head_that_does_not_answer_is_refused_before_ray_tries_for_minutes(
 
 
 def listen(stack: ExitStack, port: int, answer: bytes) -> None:
-    """Listen, and answer the first clients."""
+    """Listen, and answer clients until the end of the stack."""
     listening = stack.enter_context(socket.create_server(("127.0.0.1", port)))
 
     def serve() -> None:
-        while True:
-            connection, _ = listening.accept()
-            with connection:
-                connection.recv(1000)
-                connection.sendall(answer)
+        with suppress(OSError):  # it was shut down
+            while True:
+                connection, _ = listening.accept()
+                with connection:
+                    connection.recv(1000)
+                    connection.sendall(answer)
 
-    threading.Thread(target=serve, daemon=True).start()
+    thread = threading.Thread(target=serve)
+    thread.start()
+    stack.callback(thread.join)
+    stack.callback(listening.shutdown, socket.SHUT_RDWR)  # closing alone would not wake the thread
 
 
 def test_a_head_that_is_starting_is_waited_for(monkeypatch: pytest.MonkeyPatch, port: int) -> None:
